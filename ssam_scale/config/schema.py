@@ -1,0 +1,222 @@
+"""What a run is: one frozen, validated description. Imports nothing of ours.
+
+Every field states its meaning and unit in its description; `ssam-scale train --print-config` prints the
+resolved values.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Section(BaseModel):
+    """A part of a configuration: immutable, and unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Model(Section):
+    """The network, built by timm."""
+
+    name: str = Field(description="timm model name, e.g. resnet50 or vit_base_patch16_224")
+    num_classes: int = Field(1000, ge=2, description="classes of the classifier head")
+    drop_rate: Share = Field(0.0, description="dropout probability before the head")
+    drop_path_rate: Share = Field(0.0, description="stochastic depth probability of the last block")
+    kwargs: dict[str, Any] = Field(default_factory=dict, description="further arguments of timm.create_model")
+
+
+class Data(Section):
+    """Images and how they are read. Files are written by `ssam-scale data`."""
+
+    train: Path = Field(description="training images, a .beton file")
+    val: Path = Field(description="validation images, a .beton file")
+    batch_size: int = Field(ge=1, description="images in one optimizer step over all processes and micro-batches")
+    eval_batch_size: int | None = Field(None, ge=1, description="images in one evaluation forward over all processes")
+    resolution: int = Field(224, ge=8, description="side of the training crop, pixels")
+    eval_resolution: int = Field(224, ge=8, description="side of the evaluation centre crop, pixels")
+    eval_crop_ratio: float = Field(0.875, gt=0.0, le=1.0, description="centre crop's share of the image's short side")
+    crop_scale: tuple[float, float] = Field((0.08, 1.0), description="area of the random crop, share of the image")
+    crop_ratio: tuple[float, float] = Field((0.75, 4.0 / 3.0), description="aspect ratio of the random crop")
+    flip: Share = Field(0.5, description="probability of a horizontal flip")
+    order: Literal["random", "quasi_random"] = Field(
+        "random", description="quasi_random reads nearly sequentially (slow disks, little memory); one process only"
+    )
+    workers: int | None = Field(None, ge=1, description="loader threads per process; null: the cores it may use")
+    mean: tuple[float, float, float] = Field((0.485, 0.456, 0.406), description="channel means of RGB in [0, 1]")
+    std: tuple[float, float, float] = Field((0.229, 0.224, 0.225), description="channel deviations of RGB in [0, 1]")
+
+    @field_validator("crop_scale", "crop_ratio")
+    @classmethod
+    def _ordered(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not 0.0 < value[0] <= value[1]:
+            raise ValueError("must be two positive numbers, the smaller first")
+        return value
+
+
+class Loss(Section):
+    """Cross-entropy and the mixing of labels."""
+
+    label_smoothing: float = Field(0.0, ge=0.0, lt=1.0, description="mass spread over all classes")
+    mixup: float = Field(0.0, ge=0.0, description="alpha of mixup's Beta distribution; 0 turns it off")
+    cutmix: float = Field(0.0, ge=0.0, description="alpha of CutMix's Beta distribution; 0 turns it off")
+
+
+class Optimizer(Section):
+    """The base optimizer, built by timm's factory."""
+
+    name: str = Field("sgd", description="timm optimizer name, e.g. sgd, adamw, lamb, lion")
+    lr: float = Field(gt=0.0, description="peak learning rate")
+    weight_decay: float = Field(0.0, ge=0.0, description="weight decay of weights")
+    decay_norm_and_bias: bool = Field(False, description="apply weight decay to biases and normalization layers too")
+    momentum: float = Field(0.9, ge=0.0, lt=1.0, description="momentum of optimizers that have one")
+    clip_grad_norm: float | None = Field(None, gt=0.0, description="largest norm of the descent gradient")
+    kwargs: dict[str, Any] = Field(default_factory=dict, description="further arguments of the optimizer")
+
+
+class Schedule(Section):
+    """The learning rate over time, built by timm's scheduler factory and updated every step."""
+
+    name: Literal["cosine", "step", "poly", "tanh"] = Field("cosine", description="shape after the warm-up")
+    warmup_epochs: float = Field(0.0, ge=0.0, description="epochs of linear warm-up")
+    warmup_lr: float = Field(0.0, ge=0.0, description="learning rate at the first step of the warm-up")
+    min_lr: float = Field(0.0, ge=0.0, description="learning rate at the end of a cosine")
+    kwargs: dict[str, Any] = Field(default_factory=dict, description="further arguments of the scheduler")
+
+
+class ScoredMask(Section):
+    """A mask that keeps what scores highest."""
+
+    pattern: Literal["element", "tensor"] = Field(description="granularity: single weights or whole tensors")
+    score: Literal["fisher"] = Field("fisher", description="what the mask is chosen by")
+    sparsity: float = Field(0.5, ge=0.0, lt=1.0, description="share of the weights that is not perturbed")
+    samples: int = Field(128, ge=1, description="images whose per-sample gradients make the Fisher score")
+    refresh_epochs: int = Field(1, ge=1, description="epochs between two refreshes of the mask")
+
+
+class DepthMask(Section):
+    """The suffix of the network from a cut on; the prefix before it runs once and serves both passes."""
+
+    pattern: Literal["depth"]
+    policy: Literal["fixed", "rotate"] = Field("rotate", description="rotate draws the cut anew each step")
+    cut: tuple[Share, Share] = Field(
+        (0.0, 1.0), description="depth of the cut as a share of the blocks: [lowest, highest], or one number"
+    )
+
+    @field_validator("cut", mode="before")
+    @classmethod
+    def _range(cls, value: Any) -> Any:
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return (value, value)
+        return tuple(value) if isinstance(value, list) else value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DepthMask:
+        low, high = self.cut
+        if low > high:
+            raise ValueError(f"cut: the lowest depth {low} lies above the highest {high}; write [{high}, {low}]")
+        if self.policy == "fixed" and low != high:
+            raise ValueError(
+                f"cut: policy fixed takes one depth, given [{low}, {high}]; use policy: rotate for a range"
+            )
+        return self
+
+
+Mask = Annotated[ScoredMask | DepthMask, Field(discriminator="pattern")]
+
+
+class Perturbation(Section):
+    """The ascent step of SAM: how far, and which weights."""
+
+    rho: float = Field(gt=0.0, description="radius of the perturbation")
+    norm: Literal["dense", "masked"] = Field(
+        "masked",
+        description="what the gradient is divided by: the norm of all of it (the papers) or of the masked part",
+    )
+    mask: Mask | None = Field(None, description="which weights are perturbed; null: all of them (dense SAM)")
+
+    @model_validator(mode="after")
+    def _affordable(self) -> Perturbation:
+        if self.norm == "dense" and isinstance(self.mask, DepthMask):
+            raise ValueError(
+                "norm: dense needs the gradient of the prefix, and pattern depth computes none; use masked"
+            )
+        return self
+
+
+class Sharding(Section):
+    """Where the weights live."""
+
+    backend: Literal["auto", "single", "ddp", "fsdp2"] = Field(
+        "auto", description="auto: single on one process, ddp on several"
+    )
+
+
+class Train(Section):
+    """How long, how precisely, from where."""
+
+    epochs: int = Field(ge=1, description="passes over the training images")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast, weights stay fp32")
+    accumulation: int = Field(1, ge=1, description="micro-batches whose gradients make one step")
+    ema_decay: float | None = Field(None, gt=0.0, lt=1.0, description="decay per step of the averaged weights")
+    seed: int = Field(0, ge=0, description="seed of weights, order, augmentation and masks")
+    eval_epochs: int = Field(1, ge=1, description="epochs between two evaluations; the last epoch is always evaluated")
+
+
+class Checkpoint(Section):
+    """What survives the process."""
+
+    directory: Path = Field(Path("checkpoints"), description="folder of this run's checkpoints")
+    every_epochs: int = Field(1, ge=1, description="epochs between two checkpoints; the last epoch is always saved")
+    keep: int = Field(2, ge=1, description="how many checkpoints are kept")
+    resume: str | None = Field(None, description="auto: the newest in directory if any; or the path of a checkpoint")
+
+
+class Tracking(Section):
+    """Where results are compared."""
+
+    uri: str = Field("sqlite:///mlflow.db", description="MLflow tracking URI")
+    experiment: str = Field("ssam_scale", description="MLflow experiment")
+    run_name: str | None = Field(None, description="MLflow run name; null: made from the method and the model")
+    log_every: int = Field(50, ge=1, description="steps between two records of loss, learning rate and phase times")
+
+
+class Config(Section):
+    """One run."""
+
+    model: Model
+    data: Data
+    loss: Loss = Loss.model_validate({})
+    optimizer: Optimizer
+    schedule: Schedule = Schedule.model_validate({})
+    perturbation: Perturbation | None = Field(None, description="null: the base optimizer alone")
+    sharding: Sharding = Sharding.model_validate({})
+    train: Train
+    checkpoint: Checkpoint = Checkpoint.model_validate({})
+    tracking: Tracking = Tracking.model_validate({})
+
+    @model_validator(mode="after")
+    def _divisible(self) -> Config:
+        if self.data.batch_size % self.train.accumulation:
+            raise ValueError(
+                f"data.batch_size {self.data.batch_size} is not a multiple of "
+                f"train.accumulation {self.train.accumulation}"
+            )
+        if self.schedule.warmup_epochs >= self.train.epochs and self.schedule.warmup_epochs > 0:
+            raise ValueError(
+                f"schedule.warmup_epochs {self.schedule.warmup_epochs} must be less than "
+                f"train.epochs {self.train.epochs}"
+            )
+        return self
+
+    @property
+    def method(self) -> str:
+        """`base`, `sam` or `ssam-<pattern>`: what runs are compared by."""
+        if self.perturbation is None:
+            return "base"
+        mask = self.perturbation.mask
+        return "sam" if mask is None else f"ssam-{mask.pattern}"

@@ -1,0 +1,10 @@
+"""Networks: timm models, cut into stages for the shared prefix."""
+
+from .torchvision_ops import ensure_torchvision
+
+ensure_torchvision()
+
+from .build import build_model  # noqa: E402
+from .stages import staged, stages_of  # noqa: E402
+
+__all__ = ["build_model", "staged", "stages_of"]

@@ -1,0 +1,68 @@
+"""A network as a sequence of stages, so that the part before a cut can be run once and used by both passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One block with what belongs to it.
+
+    Attributes:
+        name: the block's name in the model, e.g. `layer1.0`.
+        block: the module of that name: what is sharded and compiled as one unit.
+        forward: the stage's part of the model's forward: the output of the stage before to its own.
+        owns: prefixes of the names of the parameters that the stage uses beside the block's.
+    """
+
+    name: str
+    block: nn.Module
+    forward: Callable[[Tensor], Tensor]
+    owns: tuple[str, ...] = ()
+
+
+class StagedModel(nn.Module):
+    """A model that can run any consecutive part of itself: `staged(x, start, stop)`.
+
+    The whole model is `staged(x)`; the prefix of a cut is `staged(x, stop=cut)` and the suffix `staged(h, start=cut)`.
+    Being one `forward`, it passes unchanged through the wrappers of DDP, FSDP2 and DeepSpeed.
+
+    Args:
+        model: the network; `staged.model` afterwards.
+        stages: its stages in order; their forwards, composed, must equal `model.forward`.
+
+    Raises:
+        ValueError: there is no stage.
+    """
+
+    def __init__(self, model: nn.Module, stages: Sequence[Stage]) -> None:
+        super().__init__()
+        if not stages:
+            raise ValueError("a staged model needs at least one stage")
+        self.model = model
+        self.stages = tuple(stages)
+
+    def forward(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
+        """Run stages `start` to `stop` (exclusive) on the output of stage `start - 1`, the images if `start` is 0."""
+        for stage in self.stages[start:stop]:
+            x = stage.forward(x)
+        return x
+
+    def stage_of_parameters(self) -> dict[str, int]:
+        """The index of the first stage that uses each parameter, by its name in `model`.
+
+        A tied weight counts where it is used first: perturbing it would change the prefix of every later cut. What no
+        stage claims is counted to the first for the same reason.
+        """
+        claims = [
+            (prefix, index) for index, stage in enumerate(self.stages) for prefix in (stage.name, *stage.owns) if prefix
+        ]
+        first: dict[int, int] = {}
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            index = next((i for prefix, i in claims if name == prefix or name.startswith(prefix + ".")), 0)
+            first[id(parameter)] = min(index, first.get(id(parameter), index))
+        return {name: first[id(parameter)] for name, parameter in self.model.named_parameters()}

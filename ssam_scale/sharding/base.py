@@ -1,0 +1,107 @@
+"""Where the weights live: the one interface between the step and the ways of distributing a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The part of one parameter that this process perturbs.
+
+    Attributes:
+        weight: the local elements; writing to them writes to the parameter. Empty where this process has none.
+        start: row-major position of the first local element in the whole parameter.
+        numel: elements of the whole parameter.
+    """
+
+    weight: Tensor
+    start: int
+    numel: int
+
+
+class Sharding(Protocol):
+    """What the step needs to know about a backend. Lists are parallel to the parameters that they are asked for.
+
+    Attributes:
+        ascent_module: what the ascent pass, and the shared prefix, is run on.
+        descent_module: what the descent pass is run on.
+        shards_each: number of processes that one copy of the weights is spread over.
+        shard_index: which of them this process is.
+    """
+
+    ascent_module: nn.Module
+    descent_module: nn.Module
+    shards_each: int
+    shard_index: int
+
+    def shards(self, parameters: Sequence[nn.Parameter]) -> list[Shard]:
+        """The local shards of `parameters`."""
+
+    def gradients(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+        """The local gradients of `parameters`, shaped like their shards; zeros where a pass left none."""
+
+    def reduce_ascent(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Average over the data-parallel processes what a backward through `ascent_module` left unreduced."""
+
+    def micro_batch(self, *, last: bool) -> AbstractContextManager[None]:
+        """Surrounds forward and backward of one micro-batch; gradients are reduced in the last one."""
+
+    def sum_over_shards(self, value: Tensor) -> Tensor:
+        """`value` summed, in place, over the processes that share one copy of the weights."""
+
+    def gather_samples(self, samples: Tensor) -> Tensor:
+        """The samples of all data-parallel processes, along the first dimension; equally many from each."""
+
+    def gather(self, parameter: nn.Parameter, local: Tensor) -> Tensor:
+        """The whole tensor, shaped like `parameter`, of which every process holds `local` in the place of its shard."""
+
+    def scatter(self, parameter: nn.Parameter, whole: Tensor) -> Tensor:
+        """The part of `whole` that lies in the place of this process's shard of `parameter`."""
+
+    def publish(self) -> None:
+        """Make the next forward use the shards as they are now."""
+
+
+class Unsharded:
+    """What backends have in common whose processes each hold all of the weights."""
+
+    shards_each = 1
+    shard_index = 0
+
+    def shards(self, parameters: Sequence[nn.Parameter]) -> list[Shard]:
+        """The parameters themselves."""
+        return [Shard(p.detach(), 0, p.numel()) for p in parameters]
+
+    def gradients(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+        """Each parameter's `.grad`."""
+        return [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+
+    def sum_over_shards(self, value: Tensor) -> Tensor:
+        """`value`: nothing is spread."""
+        return value
+
+    def gather(self, parameter: nn.Parameter, local: Tensor) -> Tensor:
+        """`local`: it is the whole."""
+        return local
+
+    def scatter(self, parameter: nn.Parameter, whole: Tensor) -> Tensor:
+        """`whole`: all of it is local."""
+        return whole
+
+    def publish(self) -> None:
+        """Nothing to do: the forward reads the very tensors that were written."""
+
+
+def all_gather_samples(samples: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """`samples` of every process of `group`, concatenated in the order of their ranks."""
+    parts = [torch.empty_like(samples) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, samples.contiguous(), group=group)
+    return torch.cat(parts)

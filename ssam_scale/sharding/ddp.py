@@ -1,0 +1,58 @@
+"""DistributedDataParallel: every process holds all of the weights and sees its own part of the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+from torch.nn.parallel import DistributedDataParallel
+
+from .base import Unsharded, all_gather_samples
+
+
+class DDP(Unsharded):
+    """The ascent runs on the module inside, where DDP's reducer does not listen, and reduces what is perturbed itself.
+
+    The reducer expects a gradient of every parameter in each synchronised backward; an ascent pass has only those of
+    the perturbed weights. The descent pass goes through DDP and its overlap of communication and backward.
+
+    Raises:
+        ValueError: DDP broadcasts buffers in each forward, which overwrites the BatchNorm statistics that the graph of
+            a shared prefix still needs.
+    """
+
+    def __init__(self, module: DistributedDataParallel) -> None:
+        if module.broadcast_buffers and any(True for _ in module.module.buffers()):
+            raise ValueError(
+                "DistributedDataParallel broadcasts buffers in each forward, also between the two passes of one step; "
+                "build it with broadcast_buffers=False and average BatchNorm statistics before evaluation"
+            )
+        self.ascent_module = module.module
+        self.descent_module = module
+        self._ddp = module
+        self._group = module.process_group
+
+    def micro_batch(self, *, last: bool) -> AbstractContextManager[None]:
+        """The reducer works in the last micro-batch only. It ignores passes on the inner module by itself."""
+        return nullcontext() if last else self._ddp.no_sync()
+
+    def reduce_ascent(self, parameters: Sequence[nn.Parameter]) -> None:
+        """One averaging all-reduce per dtype over the gradients of `parameters`."""
+        by_dtype: dict[object, list[nn.Parameter]] = {}
+        for p in parameters:
+            if p.grad is not None:
+                by_dtype.setdefault(p.grad.dtype, []).append(p)
+        for group in by_dtype.values():
+            gradients = [p.grad for p in group if p.grad is not None]
+            flat = _flatten_dense_tensors(gradients)
+            flat.div_(dist.get_world_size(self._group))
+            dist.all_reduce(flat, group=self._group)
+            for p, reduced in zip(group, _unflatten_dense_tensors(flat, gradients), strict=True):
+                p.grad = reduced
+
+    def gather_samples(self, samples: Tensor) -> Tensor:
+        """An all-gather over DDP's processes."""
+        return all_gather_samples(samples, self._group)

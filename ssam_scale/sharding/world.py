@@ -1,0 +1,82 @@
+"""The processes of one run and their devices."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+_TIMEOUT = timedelta(minutes=10)  # a rank that waits longer for another one ends the job instead of hanging it
+
+
+@dataclass(frozen=True)
+class World:
+    """One process's place among all of them.
+
+    Attributes:
+        rank: index of this process, 0 to size − 1.
+        size: number of processes.
+        local_rank: index of this process on its machine.
+        local_size: number of processes on its machine.
+        device: where this process computes.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    device: torch.device = torch.device("cpu")
+
+    @property
+    def first(self) -> bool:
+        """Whether this process is the one that prints, tracks and writes."""
+        return self.rank == 0
+
+    def sum(self, value: Tensor) -> Tensor:
+        """`value` summed over all processes, in place; the same on each."""
+        if self.size > 1:
+            dist.all_reduce(value)
+        return value
+
+    def barrier(self) -> None:
+        """Wait for every process."""
+        if self.size > 1:
+            dist.barrier()
+
+
+@contextmanager
+def join_world() -> Iterator[World]:
+    """Join the processes that torchrun, deepspeed or srun started; alone without their environment variables.
+
+    Uses NCCL on CUDA and gloo on the CPU.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    rank = int(os.environ.get("RANK", "0"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", str(size))))
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+    world = World(rank, size, local_rank, local_size, device)
+    if "RANK" not in os.environ:
+        yield world
+        return
+    if device.type == "cuda":
+        dist.init_process_group("nccl", timeout=_TIMEOUT, device_id=device)
+    else:
+        dist.init_process_group("gloo", timeout=_TIMEOUT)
+    try:
+        yield world
+    finally:
+        # gloo may abort the process at exit while wrappers of the group (DDP's reducer, FSDP's states) are alive.
+        gc.collect()
+        dist.destroy_process_group()

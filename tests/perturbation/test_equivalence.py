@@ -1,0 +1,133 @@
+"""N ranks on any backend, with any mask, equal the slow reference on the concatenated batch."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from ssam_scale.masks import Dense, Depth, Mask, Scored
+from ssam_scale.perturbation import SparseSAM
+from ssam_scale.perturbation.reference import reference_step
+from ssam_scale.sharding import World, distribute
+from tests.support.networks import batches, freeze_batchnorm, loss_fn, part, small_network
+from tests.support.ranks import alone, run_ranks
+
+STEPS, BATCH, RHO, CLIP = 5, 12, 0.1, 5.0
+# fp32: the same arithmetic in another order of summation; measured differences are up to 3e-7.
+TOLERANCE = 1e-6
+
+
+@dataclass(frozen=True)
+class Case:
+    family: str
+    mask: str
+    norm: str = "masked"
+    accumulation: int = 1
+    optimizer: str = "sgd"
+
+    def make_mask(self) -> Mask:
+        return {
+            "dense": Dense(),
+            "element": Scored("element", 0.5),
+            "tensor": Scored("tensor", 0.7),
+            "fixed cut": Depth((0.5, 0.5)),
+            "moving cut": Depth((0.0, 1.0), seed=3),
+        }[self.mask]
+
+    def make_optimizer(self, model: torch.nn.Module) -> torch.optim.Optimizer:
+        if self.optimizer == "adamw":
+            # A large eps: AdamW divides by the root of its second moment, which turns a float error of a vanishing
+            # gradient into one of the step's size.
+            return torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-3)
+        return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3)
+
+
+CASES = [
+    *(Case(f, m) for f, m in itertools.product(("resnet", "vit"), ("dense", "element", "tensor", "moving cut"))),
+    Case("vit", "fixed cut", accumulation=2),
+    Case("vit", "dense", norm="dense", accumulation=2),
+    Case("resnet", "element", norm="dense"),
+    Case("vit", "tensor", norm="dense", optimizer="adamw"),
+    Case("vit", "moving cut", optimizer="adamw"),
+]
+
+
+def whole_mask(opt: SparseSAM) -> dict[str, torch.Tensor]:
+    """The plan of the next step spelled out for every weight."""
+    named = opt._parameters
+    return {
+        name: torch.ones(named[name].shape) if local is None else opt._sharding.gather(named[name], local)
+        for name, local in opt.plan.weights.items()
+    }
+
+
+def train(world: World, backend: str, cases: list[Case]) -> list[dict[str, Any]]:
+    results = []
+    for case in cases:
+        model = freeze_batchnorm(small_network(case.family))
+        blocks = [stage.block for stage in model.stages]
+        distributed = distribute(model, blocks, backend, world)
+        opt = SparseSAM(
+            distributed,
+            case.make_optimizer(distributed),
+            rho=RHO,
+            mask=case.make_mask(),
+            norm=case.norm,
+            max_grad_norm=CLIP,
+        )
+        data = batches(STEPS, BATCH)
+        if isinstance(opt.mask, Scored):
+            opt.refresh(loss_fn, part(batches(1, BATCH, seed=7)[0], world.rank, world.size))
+        losses, masks = [], []
+        for batch in data:
+            own = part(batch, world.rank, world.size)
+            masks.append(whole_mask(opt))
+            micro = [part(own, i, case.accumulation) for i in range(case.accumulation)]
+            losses.append(world.sum(opt.step(loss_fn, *micro)) / world.size)
+        weights = {
+            name: p.full_tensor() if hasattr(p, "full_tensor") else p.detach() for name, p in opt._parameters.items()
+        }
+        results.append({"weights": weights, "masks": masks, "losses": torch.stack(losses)})
+    return results
+
+
+def largest_difference(case: Case, result: dict[str, Any]) -> float:
+    """Largest absolute difference of any weight from the reference's after five steps."""
+    model = freeze_batchnorm(small_network(case.family)).model
+    optimizer = case.make_optimizer(model)
+    for batch, mask, loss in zip(batches(STEPS, BATCH), result["masks"], result["losses"], strict=True):
+        expected = reference_step(
+            model, optimizer, loss_fn, batch, rho=RHO, mask=mask, norm=case.norm, max_grad_norm=CLIP
+        )
+        assert loss.item() == pytest.approx(expected.item(), abs=TOLERANCE)
+    weights = dict(model.named_parameters())
+    assert weights.keys() == result["weights"].keys()
+    return max(float((result["weights"][n] - w).abs().max()) for n, w in weights.items())
+
+
+@pytest.mark.parametrize(
+    ("backend", "size"), [("single", 1), ("ddp", 2), ("fsdp2", 2), pytest.param("fsdp2", 3, marks=pytest.mark.slow)]
+)
+def test_equals_the_reference_on_the_concatenated_batch(backend: str, size: int) -> None:
+    ranks = [alone(train, "single", CASES)] if size == 1 else run_ranks(size, train, backend, CASES)
+    print()
+    for index, case in enumerate(CASES):
+        difference = largest_difference(case, ranks[0][index])
+        print(f"{backend} × {size}: {case}: {difference:.1e}")
+        assert difference <= TOLERANCE
+        for other in ranks[1:]:
+            assert all(torch.equal(other[index]["weights"][n], w) for n, w in ranks[0][index]["weights"].items())
+
+
+def test_masks_do_not_depend_on_the_backend() -> None:
+    scored = [case for case in CASES if case.mask in ("element", "tensor")][:2]
+    expected = alone(train, "single", scored)
+    for backend in ("ddp", "fsdp2"):
+        for mine, other in zip(expected, run_ranks(2, train, backend, scored)[0], strict=True):
+            first, second = mine["masks"][0], other["masks"][0]
+            assert first.keys() == second.keys()
+            assert all(torch.equal(first[name], second[name]) for name in first)

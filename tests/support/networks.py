@@ -1,0 +1,66 @@
+"""Small networks of the real families, and batches for them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ssam_scale.models import staged
+from ssam_scale.perturbation import StagedModel
+
+IMAGE, CLASSES = 32, 10
+
+
+def small_network(family: str, seed: int = 0, **kwargs: Any) -> StagedModel:
+    """A timm ResNet (8 blocks, BatchNorm) or ViT (4 blocks) of about 40,000 weights, in stages."""
+    import timm
+
+    torch.manual_seed(seed)
+    if family == "resnet":
+        model = timm.create_model("resnet18", num_classes=CLASSES, channels=(8, 8, 16, 24), stem_width=8, **kwargs)
+    else:
+        model = timm.create_model(
+            "vit_tiny_patch16_224",
+            num_classes=CLASSES,
+            img_size=IMAGE,
+            patch_size=8,
+            embed_dim=32,
+            depth=4,
+            num_heads=2,
+            **kwargs,
+        )
+    return staged(model)
+
+
+def freeze_batchnorm(model: nn.Module) -> nn.Module:
+    """Training mode with BatchNorm in evaluation mode: batch statistics would differ between one process and several."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    return model
+
+
+def batches(steps: int, size: int, seed: int = 1) -> list[tuple[Tensor, Tensor]]:
+    """Global batches of images and labels, the same on every process."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        (
+            torch.randn(size, 3, IMAGE, IMAGE, generator=generator),
+            torch.randint(CLASSES, (size,), generator=generator),
+        )
+        for _ in range(steps)
+    ]
+
+
+def loss_fn(forward: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """Mean cross-entropy."""
+    return F.cross_entropy(forward(batch[0]), batch[1])
+
+
+def part(batch: tuple[Tensor, Tensor], index: int, of: int) -> tuple[Tensor, Tensor]:
+    """The `index`-th of `of` equal parts of a batch."""
+    return batch[0].chunk(of)[index], batch[1].chunk(of)[index]
