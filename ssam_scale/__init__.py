@@ -1,6 +1,6 @@
 """Sparse Sharpness-Aware Minimization at scale.
 
-    from ssam_scale import SparseSAM
+from ssam_scale import SparseSAM
 """
 
 from .errors import UserError

@@ -20,7 +20,7 @@ def add_squares(scores: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
 
 
 class Scored:
-    """The int(N(1 − sparsity)) highest scores of N weights (`element`), or whole tensors of the highest mean (`tensor`).
+    """The int(N(1 − sparsity)) highest scores of N weights (`element`), or whole tensors of highest mean (`tensor`).
 
     Scores come from `SparseSAM.refresh`; before the first one there is no plan.
 
@@ -51,7 +51,9 @@ class Scored:
             RuntimeError: there was no refresh yet.
         """
         if self._plan is None:
-            raise RuntimeError("the mask has no scores yet: call SparseSAM.refresh(loss_fn, batch) before the first step")
+            raise RuntimeError(
+                "the mask has no scores yet: call SparseSAM.refresh(loss_fn, batch) before the first step"
+            )
         return self._plan
 
     def select(self, layout: Layout, scores: Mapping[str, Tensor], sharding: Sharding) -> None:

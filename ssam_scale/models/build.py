@@ -3,9 +3,12 @@
 import difflib
 
 import timm
+from timm.utils import distribute_bn
+from torch import nn
 
 from ssam_scale.config.schema import Config
 from ssam_scale.errors import UserError
+from ssam_scale.sharding import World
 
 from .stages import StagedModel, staged
 
@@ -32,3 +35,9 @@ def build_model(config: Config) -> StagedModel:
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         raise UserError(f"model: timm could not build {name} with {arguments}: {error}") from error
     return staged(model)
+
+
+def average_statistics(network: nn.Module, world: World) -> None:
+    """Make BatchNorm's running statistics the mean of those of all processes, each of which saw its own images."""
+    if world.size > 1:
+        distribute_bn(network, world.size, reduce=True)

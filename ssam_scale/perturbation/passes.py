@@ -45,9 +45,7 @@ class Passes:
         phases: who measures.
     """
 
-    def __init__(
-        self, sharding: Sharding, cut: int, loss_fn: LossFn, batches: Sequence[Any], phases: Phases
-    ) -> None:
+    def __init__(self, sharding: Sharding, cut: int, loss_fn: LossFn, batches: Sequence[Any], phases: Phases) -> None:
         self._sharding = sharding
         self._cut = cut
         self._loss_fn = loss_fn

@@ -1,6 +1,6 @@
 """The step written out slowly, for one process: what every fast path must equal.
 
-No stages, no sharing, no skipping: two full passes over the whole batch and a mask that is spelled out for every weight.
+No stages, no sharing, no skipping: two full passes over the whole batch and a mask spelled out for every weight.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def reference_step(
     gradient = {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in named.items()}
     masked = {n: g * mask[n].to(g.dtype) if n in mask else torch.zeros_like(g) for n, g in gradient.items()}
     divisor = gradient if norm == "dense" else masked
-    length = torch.sqrt(sum((g.double() ** 2).sum() for g in divisor.values()))
+    length = torch.stack([(g.double() ** 2).sum() for g in divisor.values()]).sum().sqrt()
     with torch.no_grad():
         for name, p in named.items():
             p.copy_(before[name] + (rho / (length + 1e-7)).float() * masked[name])

@@ -71,7 +71,9 @@ class SparseSAM(torch.optim.Optimizer):
         if norm not in ("dense", "masked"):
             raise ValueError(f"norm is {norm!r}; 'dense' or 'masked' is needed")
         if norm == "dense" and isinstance(mask, Depth):
-            raise ValueError("norm 'dense' needs the gradient of the prefix, which a Depth mask never computes; use 'masked'")
+            raise ValueError(
+                "norm 'dense' needs the gradient of the prefix, which a Depth mask never computes; use 'masked'"
+            )
         super().__init__(base_optimizer.param_groups, base_optimizer.defaults)
         self.base_optimizer = base_optimizer
         self.param_groups = base_optimizer.param_groups
@@ -96,7 +98,7 @@ class SparseSAM(torch.optim.Optimizer):
         return self.plan.perturbed / self._layout.total if self.rho else 0.0
 
     @torch.no_grad()
-    def step(self, closure: Callable[..., Any] | None = None, *batches: Any) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[..., Any] | None = None, *batches: Any) -> Any:
         """One step.
 
         Args:
@@ -231,7 +233,9 @@ class SparseSAM(torch.optim.Optimizer):
         if "mask" not in state:
             return
         if not isinstance(self.mask, Scored):
-            raise ValueError(f"the saved state has a mask chosen by scores, this optimizer a {type(self.mask).__name__}")
+            raise ValueError(
+                f"the saved state has a mask chosen by scores, this optimizer a {type(self.mask).__name__}"
+            )
         local: dict[str, Tensor | None] = {
             name: None if whole is None else self._sharding.scatter(self._parameters[name], whole)
             for name, whole in state["mask"].items()

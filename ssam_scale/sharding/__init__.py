@@ -34,7 +34,9 @@ def sharding_of(module: nn.Module) -> Sharding:
         return FSDP2(module)
     inside = next((name for name, m in module.named_modules() if isinstance(m, FSDPModule)), None)
     if inside is not None:
-        raise ValueError(f"submodule {inside} is sharded by FSDP2 but the model itself is not: call fully_shard on it too")
+        raise ValueError(
+            f"submodule {inside} is sharded by FSDP2 but the model itself is not: call fully_shard on it too"
+        )
     return Single(module)
 
 

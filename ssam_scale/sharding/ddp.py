@@ -30,8 +30,8 @@ class DDP(Unsharded):
                 "DistributedDataParallel broadcasts buffers in each forward, also between the two passes of one step; "
                 "build it with broadcast_buffers=False and average BatchNorm statistics before evaluation"
             )
-        self.ascent_module = module.module
-        self.descent_module = module
+        self.ascent_module: nn.Module = module.module
+        self.descent_module: nn.Module = module
         self._ddp = module
         self._group = module.process_group
 

@@ -33,7 +33,9 @@ class FSDP2:
         meshes = set()
         for name, p in module.named_parameters():
             if not isinstance(p, DTensor) or p.device_mesh.ndim != 1 or p.placements != (ShardPlacement(0),):
-                where = f"{p.placements} on mesh {tuple(p.device_mesh.shape)}" if isinstance(p, DTensor) else "not sharded"
+                where = (
+                    f"{p.placements} on mesh {tuple(p.device_mesh.shape)}" if isinstance(p, DTensor) else "not sharded"
+                )
                 raise ValueError(f"parameter {name} is {where}; supported is Shard(0) on a one-dimensional mesh")
             meshes.add(p.device_mesh)
         if len(meshes) != 1:
@@ -104,7 +106,8 @@ class FSDP2:
 
 def _local(tensor: Tensor) -> Tensor:
     assert isinstance(tensor, DTensor)
-    return tensor.detach().to_local()
+    with torch.no_grad():
+        return tensor.to_local()
 
 
 def shard_fsdp2(module: nn.Module, blocks: Sequence[nn.Module], device: torch.device) -> nn.Module:

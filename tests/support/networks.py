@@ -36,7 +36,7 @@ def small_network(family: str, seed: int = 0, **kwargs: Any) -> StagedModel:
 
 
 def freeze_batchnorm(model: nn.Module) -> nn.Module:
-    """Training mode with BatchNorm in evaluation mode: batch statistics would differ between one process and several."""
+    """Training mode with BatchNorm in evaluation mode: the statistics of a batch depend on how it is split."""
     model.train()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):

@@ -1,0 +1,5 @@
+"""`python -m ssam_scale` is `ssam-scale`."""
+
+from ssam_scale.cli import main
+
+main()

@@ -1,0 +1,240 @@
+"""Checkpoints: whole tensors in safetensors files and the rest in JSON, so that nothing is ever unpickled.
+
+    <directory>/epoch_0003/
+        model.safetensors       weights and buffers under timm's names: timm loads this file as it is
+        optimizer.safetensors   state of the base optimizer, `<parameter>|<entry>`
+        average.safetensors     averaged weights, with an EMA
+        mask.safetensors        which weights are perturbed, with a mask chosen by scores
+        state.json              epoch, step, model, configuration, the optimizer's numbers
+
+Tensors are whole, so a run goes on under another backend or number of processes. A checkpoint appears under its name
+only when it is complete: it is written beside it and renamed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.tensor import DTensor
+
+from ssam_scale.config.schema import Config
+from ssam_scale.errors import UserError
+from ssam_scale.perturbation import SparseSAM
+from ssam_scale.sharding import World
+
+from .average import AveragedWeights
+
+_FORMAT = 1
+_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+_NAME = re.compile(r"epoch_(\d+)")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come.
+
+    Attributes:
+        epoch: epochs done.
+        step: optimizer steps done.
+        run_id: the tracked run, if there is one.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    run_id: str | None = None
+
+
+def newest(directory: Path) -> Path | None:
+    """The checkpoint of the latest epoch in `directory`."""
+    found = [(int(m[1]), p) for p in directory.glob("epoch_*") if (m := _NAME.fullmatch(p.name))]
+    return max(found)[1] if found else None
+
+
+def resolve(config: Config) -> Path | None:
+    """The checkpoint that `checkpoint.resume` names, None for a fresh start.
+
+    Raises:
+        UserError: the named checkpoint does not exist.
+    """
+    wanted = config.checkpoint.resume
+    if wanted is None:
+        return None
+    if wanted == "auto":
+        return newest(config.checkpoint.directory)
+    path = Path(wanted)
+    if not (path / "state.json").is_file():
+        inside = newest(path)
+        hint = f"; did you mean {inside}?" if inside else "; give a folder with a state.json, or auto"
+        raise UserError(f"checkpoint.resume: {path} is not a checkpoint{hint}")
+    return path
+
+
+def save(
+    config: Config,
+    world: World,
+    network: nn.Module,
+    opt: SparseSAM,
+    average: AveragedWeights | None,
+    progress: Progress,
+) -> None:
+    """Write one checkpoint and drop the oldest beyond `checkpoint.keep`. Collective.
+
+    Raises:
+        UserError: the folder cannot be written; what was there is untouched and nothing half-written remains.
+    """
+    states: tuple[Any, Any] = get_state_dict(network, opt.base_optimizer, options=_WHOLE)
+    model, optimizer = states
+    sparse = opt.sparse_state()
+    files: dict[str, dict[str, Tensor]] = {"model": model}
+    files["optimizer"] = {
+        f"{name}|{entry}": value
+        for name, entries in optimizer.get("state", {}).items()
+        for entry, value in entries.items()
+        if isinstance(value, Tensor)
+    }
+    if average is not None:
+        files["average"] = {name: _whole(t) for name, t in average.tensors.items()}
+    numbers = {
+        name: {entry: value for entry, value in entries.items() if not isinstance(value, Tensor)}
+        for name, entries in optimizer.get("state", {}).items()
+    }
+    mask = sparse.pop("mask", None)
+    if mask is not None:
+        files["mask"] = {name: whole for name, whole in mask.items() if whole is not None}
+    state = {
+        "format": _FORMAT,
+        "progress": vars(progress),
+        "model": _identity(config),
+        "optimizer": config.optimizer.name,
+        "optimizer_numbers": {name: entries for name, entries in numbers.items() if entries},
+        "param_groups": optimizer.get("param_groups", []),
+        "sparse": sparse,
+        "whole_tensors": None if mask is None else [name for name, whole in mask.items() if whole is None],
+        "config": config.model_dump(mode="json"),
+    }
+    failure = _write(config, progress.epoch, files, state) if world.first else ""
+    failed = world.sum(torch.tensor(int(bool(failure)), device=world.device))
+    if int(failed):
+        raise UserError(failure or "the first process could not write the checkpoint; its message says why")
+
+
+def load(
+    path: Path,
+    config: Config,
+    network: nn.Module,
+    opt: SparseSAM,
+    average: AveragedWeights | None,
+) -> Progress:
+    """Take up the run that `path` was saved of. Collective; every process reads the files.
+
+    Raises:
+        UserError: the checkpoint is damaged, or of another model or optimizer; nothing was loaded then.
+    """
+    try:
+        state = json.loads((path / "state.json").read_text())
+        files = {p.stem: load_file(p) for p in path.glob("*.safetensors")}
+        progress = Progress(**state["progress"])
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise UserError(f"checkpoint {path} cannot be read: {error}") from error
+    _check(path, config, state, files["model"], network)
+    if average is not None and "average" not in files:
+        raise UserError(f"checkpoint {path} has no averaged weights; set train.ema_decay to null")
+    optimizer: dict[str, Any] = {"state": state["optimizer_numbers"], "param_groups": state["param_groups"]}
+    for key, value in files["optimizer"].items():
+        name, entry = key.rsplit("|", 1)
+        optimizer["state"].setdefault(name, {})[entry] = value
+    set_state_dict(
+        network, opt.base_optimizer, model_state_dict=files["model"], optim_state_dict=optimizer, options=_WHOLE
+    )
+    sparse = state["sparse"]
+    if state["whole_tensors"] is not None:
+        device = next(network.parameters()).device
+        chosen = {name: t.to(device) for name, t in files.get("mask", {}).items()}
+        sparse["mask"] = chosen | dict.fromkeys(state["whole_tensors"])
+    try:
+        opt.load_sparse_state(sparse)
+    except ValueError as error:
+        raise UserError(f"checkpoint {path}: {error}; perturbation.mask must be the one it was saved with") from error
+    if average is not None:
+        _load_average(average, files["average"])
+    return progress
+
+
+def _check(path: Path, config: Config, state: dict[str, Any], saved: dict[str, Tensor], network: nn.Module) -> None:
+    mine = {name: tuple(t.shape) for name, t in network.state_dict().items()}
+    theirs = {name: tuple(t.shape) for name, t in saved.items()}
+    if mine != theirs:
+        name = next(iter(sorted(n for n in mine.keys() | theirs.keys() if mine.get(n) != theirs.get(n))))
+        raise UserError(
+            f"checkpoint {path} is of {state['model']}, not of {_identity(config)}: {name} is "
+            f"{theirs.get(name, 'missing')} there and {mine.get(name, 'missing')} here"
+        )
+    if state["optimizer"] != config.optimizer.name:
+        raise UserError(
+            f"checkpoint {path} was made with optimizer.name {state['optimizer']}, this run has {config.optimizer.name}"
+        )
+
+
+def _identity(config: Config) -> str:
+    return f"{config.model.name} with {config.model.num_classes} classes"
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def _load_average(average: AveragedWeights, saved: dict[str, Tensor]) -> None:
+    for name, mine in average.tensors.items():
+        whole = saved[name].to(mine.device)
+        if isinstance(mine, DTensor):
+            spread = torch.distributed.tensor.distribute_tensor(whole, mine.device_mesh, mine.placements)
+            mine.to_local().copy_(spread.to_local())
+        else:
+            mine.copy_(whole)
+
+
+def _write(config: Config, epoch: int, files: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> str:
+    """Write the files; returns the message of a failure, empty if there was none."""
+    directory = config.checkpoint.directory
+    final, partial = directory / f"epoch_{epoch:04d}", directory / f".epoch_{epoch:04d}.partial"
+    size = sum(t.numel() * t.element_size() for tensors in files.values() for t in tensors.values())
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        for name, tensors in files.items():
+            # Copies, because the format refuses tied weights that share memory.
+            copies = {key: t.cpu().clone(memory_format=torch.contiguous_format) for key, t in tensors.items()}
+            save_file(copies, partial / f"{name}.safetensors")
+        (partial / "state.json").write_text(json.dumps(state, indent=1))
+        mode = (partial / "state.json").stat().st_mode
+        for file in partial.iterdir():
+            file.chmod(mode)  # safetensors files are private otherwise, also where the umask is not
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        existing = next((p for p in (directory, *directory.absolute().parents) if p.exists()), Path("/"))
+        free = shutil.disk_usage(existing).free
+        return (
+            f"checkpoint.directory: {final} was not written: {error} "
+            f"(needs {size / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are free)"
+        )
+    for _, path in sorted((int(m[1]), p) for p in directory.iterdir() if (m := _NAME.fullmatch(p.name)))[
+        : -config.checkpoint.keep
+    ]:
+        shutil.rmtree(path, ignore_errors=True)
+    return ""

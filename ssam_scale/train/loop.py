@@ -1,0 +1,190 @@
+"""The training loop: epochs of steps, each evaluated, recorded and saved."""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Generator, Iterator
+from contextlib import closing, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ssam_scale.config.schema import Config, ScoredMask
+from ssam_scale.errors import UserError
+from ssam_scale.masks import Mask, Scored
+from ssam_scale.models import average_statistics
+from ssam_scale.perturbation import no_phases
+from ssam_scale.sharding import World
+from ssam_scale.tracking.phases import PhaseTimer
+from ssam_scale.tracking.run import Run, open_run
+
+from . import checkpoint
+from .evaluation import Evaluation, evaluate
+from .progress import StepProgress
+from .setup import Parts, build, soft_loss
+
+Batch = tuple[Tensor, Tensor]
+
+
+def train(config: Config, world: World) -> None:
+    """Train as configured, from the checkpoint that `checkpoint.resume` names if it names one.
+
+    A run is a function of its configuration: order, augmentation, mixing, dropout and masks are seeded by the epoch, so
+    a resumed run goes on exactly as an uninterrupted one.
+
+    Raises:
+        UserError: what the configuration asks for cannot be had.
+    """
+    phases = PhaseTimer(world.device)
+    parts = build(config, world, phases)
+    start = checkpoint.Progress()
+    if (path := checkpoint.resolve(config)) is not None:
+        start = checkpoint.load(path, config, parts.network, parts.opt, parts.average)
+    total = config.train.epochs * parts.steps_per_epoch
+    with (
+        open_run(config, enabled=world.first, resume_run_id=start.run_id, extra_tags={"steps": str(total)}) as run,
+        StepProgress(total, start.step, world.first) as progress,
+    ):
+        if path is not None:
+            progress.say(f"resumed from {path} after epoch {start.epoch}")
+        for epoch in range(start.epoch, config.train.epochs):
+            began = time.monotonic()
+            _train_epoch(config, world, parts, epoch, phases, run, progress)
+            done, last = epoch + 1, epoch + 1 == config.train.epochs
+            step = done * parts.steps_per_epoch
+            average_statistics(parts.network, world)
+            run.log_epoch(epoch=done, seconds=time.monotonic() - began, step=step)
+            if last or done % config.train.eval_epochs == 0:
+                result = _evaluate(parts, world)
+                run.log_evaluation(top1=result.top1, top5=result.top5, loss=result.loss, epoch=done, step=step)
+                progress.say(
+                    f"epoch {done}/{config.train.epochs}: top-1 {result.top1:.2f}%, top-5 {result.top5:.2f}%, "
+                    f"validation loss {result.loss:.4f} on {result.images} images"
+                )
+            if last or done % config.checkpoint.every_epochs == 0:
+                reached = checkpoint.Progress(done, step, run.id)
+                checkpoint.save(config, world, parts.network, parts.opt, parts.average, reached)
+        run.finish_summary()
+
+
+def dry_run(config: Config, world: World) -> str:
+    """Build everything, take one step, evaluate one batch; record and save nothing. Returns what was done, in a line.
+
+    Raises:
+        UserError: what the configuration asks for cannot be had.
+    """
+    parts = build(config, world, no_phases)
+    if (path := checkpoint.resolve(config)) is not None:
+        checkpoint.load(path, config, parts.network, parts.opt, parts.average)
+    parts.train.set_epoch(0)
+    with closing(_refreshed(config, world, parts, 0, None)) as batches:
+        micro = [parts.mix(*next(batches)) for _ in range(config.train.accumulation)]
+        parts.scheduler.step_update(0)
+        loss = parts.opt.step(soft_loss(config, parts.precision), *micro)
+    with closing(iter(parts.val)) as batches:
+        evaluate(parts.module, [next(batches)], 1, world, parts.precision)
+    return (
+        f"dry run: {config.method} {config.model.name}, one step of {config.train.accumulation} micro-batch(es) of "
+        f"{len(micro[0][0])} images on each of {world.size} process(es), loss {float(loss):.4f}; "
+        f"an epoch has {parts.steps_per_epoch} steps"
+    )
+
+
+def _train_epoch(
+    config: Config, world: World, parts: Parts, epoch: int, phases: PhaseTimer, run: Run, progress: StepProgress
+) -> None:
+    torch.manual_seed(random.Random(f"{config.train.seed} {epoch} {world.rank}").getrandbits(63))
+    parts.train.set_epoch(epoch)
+    parts.module.train()
+    loss_fn = soft_loss(config, parts.precision)
+    window = _Window(config, world, phases, run, progress)
+    with closing(_refreshed(config, world, parts, epoch, run)) as batches:
+        for index in range(parts.steps_per_epoch):
+            step = epoch * parts.steps_per_epoch + index
+            parts.scheduler.step_update(step)
+            with phases("data"):
+                micro = [parts.mix(*next(batches)) for _ in range(config.train.accumulation)]
+            density = parts.opt.density
+            loss = parts.opt.step(loss_fn, *micro)
+            if parts.average is not None:
+                parts.average.update()
+            phases.step()
+            progress.advance()
+            window.add(loss, density)
+            if (step + 1) % config.tracking.log_every == 0 or index == parts.steps_per_epoch - 1:
+                window.close(step + 1, parts.opt.param_groups[0]["lr"])
+
+
+def _refreshed(
+    config: Config, world: World, parts: Parts, epoch: int, run: Run | None
+) -> Generator[tuple[Tensor, Tensor], None, None]:
+    """The epoch's batches, after the mask was chosen by the first of them where it is due."""
+    section = config.perturbation.mask if config.perturbation is not None else None
+    with closing(iter(parts.train)) as batches:
+        if isinstance(section, ScoredMask) and _refresh_is_due(section, parts.opt.mask, epoch):
+            began = time.monotonic()
+            each = -(-section.samples // world.size)
+            seen: list[Batch] = []
+            while sum(len(batch[1]) for batch in seen) < each:
+                seen.append(next(batches))
+            parts.opt.refresh(_true_label_loss, *_first(seen, each))
+            if run is not None:
+                run.log({"time/refresh": time.monotonic() - began}, epoch * parts.steps_per_epoch)
+            yield from seen
+        yield from batches
+
+
+def _refresh_is_due(section: ScoredMask, mask: Mask, epoch: int) -> bool:
+    return isinstance(mask, Scored) and (mask.selected is None or epoch % section.refresh_epochs == 0)
+
+
+def _first(batches: list[Batch], samples: int) -> Iterator[Batch]:
+    """The first `samples` samples of `batches`."""
+    for images, labels in batches:
+        if samples > 0:
+            yield images[:samples], labels[:samples]
+        samples -= len(labels)
+
+
+def _true_label_loss(forward: Any, batch: Batch) -> Tensor:
+    """The loss of the empirical Fisher: true labels, neither mixed nor smoothed."""
+    return F.cross_entropy(forward(batch[0]).float(), batch[1])
+
+
+class _Window:
+    """Sums over the steps between two records, kept on the device so that no step waits for it."""
+
+    def __init__(self, config: Config, world: World, phases: PhaseTimer, run: Run, progress: StepProgress) -> None:
+        self._config, self._world, self._phases, self._run, self._progress = config, world, phases, run, progress
+        self._losses: list[Tensor] = []
+        self._densities: list[float] = []
+
+    def add(self, loss: Tensor, density: float) -> None:
+        """One step."""
+        self._losses.append(loss)
+        self._densities.append(density)
+
+    def close(self, step: int, lr: float) -> None:
+        """Record the steps since the last record; collective."""
+        loss = float(self._world.sum(torch.stack(self._losses).mean())) / self._world.size
+        if not math.isfinite(loss):
+            raise UserError(
+                f"the loss became {loss} before step {step}; a lower optimizer.lr or perturbation.rho may help"
+            )
+        times = self._phases.drain()
+        self._run.log_window(times, loss=loss, lr=lr, images_per_step=self._config.data.batch_size, step=step)
+        self._run.log({"mask/density": sum(self._densities) / len(self._densities)}, step)
+        self._progress.show(f"loss {loss:.3f}, lr {lr:.2g}, {self._config.data.batch_size / times.step:.0f} images/s")
+        self._losses.clear()
+        self._densities.clear()
+
+
+def _evaluate(parts: Parts, world: World) -> Evaluation:
+    """Evaluate the averaged weights where there are any, else the weights."""
+    with parts.average.swapped_in() if parts.average is not None else nullcontext():
+        average_statistics(parts.network, world)
+        return evaluate(parts.module, parts.val, parts.val.batches_everywhere, world, parts.precision)

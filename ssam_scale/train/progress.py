@@ -1,0 +1,68 @@
+"""What a person sees while a run goes on."""
+
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+_LINE_SECONDS = 30.0
+
+
+class StepProgress:
+    """A bar with the time left on a terminal; elsewhere (a log file) a line with it twice a minute.
+
+    Args:
+        total: steps of the whole run.
+        done: steps that were done before.
+        visible: false on the processes that do not print.
+    """
+
+    def __init__(self, total: int, done: int, visible: bool) -> None:
+        self._console = Console(stderr=False, quiet=not visible)
+        self._total, self._done, self._first = total, done, done
+        self._started = self._printed = time.monotonic()
+        self._text = ""
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("steps"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[text]}"),
+            console=self._console,
+            disable=not (visible and self._console.is_terminal),
+        )
+        self._task = self._bar.add_task("training", total=total, completed=done, text="")
+
+    def __enter__(self) -> StepProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._bar.stop()
+
+    def advance(self) -> None:
+        """One step is done."""
+        self._done += 1
+        self._bar.update(self._task, advance=1)
+        now = time.monotonic()
+        if not self._console.is_terminal and now - self._printed >= _LINE_SECONDS:
+            self._printed = now
+            rate = (now - self._started) / (self._done - self._first)
+            left = timedelta(seconds=round(rate * (self._total - self._done)))
+            self._console.print(f"step {self._done}/{self._total}, {left} left, {self._text}", highlight=False)
+
+    def show(self, text: str) -> None:
+        """The latest figures."""
+        self._text = text
+        self._bar.update(self._task, text=text)
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        self._console.print(text, highlight=False, soft_wrap=True)

@@ -1,0 +1,205 @@
+"""From a configuration to the objects that a training loop needs."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ssam_scale.config.schema import Config, DepthMask, Perturbation
+from ssam_scale.data import ImageLoader, eval_loader, train_loader
+from ssam_scale.errors import UserError
+from ssam_scale.masks import Depth, Mask, Scored
+from ssam_scale.models import build_model, stages_of
+from ssam_scale.perturbation import Phases, SparseSAM
+from ssam_scale.sharding import World, distribute, sharding_of
+
+from .average import AveragedWeights
+
+Transform = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Everything of one run on this process.
+
+    Attributes:
+        module: the distributed model, what evaluation calls.
+        network: the timm model inside, what names parameters and is saved.
+        opt: the optimizer.
+        scheduler: timm's, updated before every step.
+        average: averaged weights, if wanted.
+        train, val: the loaders.
+        mix: mixup and CutMix on a batch.
+        precision: dtype of forward passes.
+        steps_per_epoch: optimizer steps in one epoch.
+    """
+
+    module: nn.Module
+    network: nn.Module
+    opt: SparseSAM
+    scheduler: Any
+    average: AveragedWeights | None
+    train: ImageLoader
+    val: ImageLoader
+    mix: Transform
+    precision: torch.dtype
+    steps_per_epoch: int
+
+
+def build(config: Config, world: World, phases: Phases) -> Parts:
+    """Build a run; the same weights on every process.
+
+    Raises:
+        UserError: what the configuration asks for cannot be had.
+    """
+    if config.train.precision == "bf16" and world.device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise UserError(f"train.precision: {torch.cuda.get_device_name()} has no bf16; use fp32")
+    per_step = world.size * config.train.accumulation
+    if config.data.batch_size % per_step:
+        raise UserError(
+            f"data.batch_size {config.data.batch_size} does not divide over {world.size} processes with "
+            f"{config.train.accumulation} micro-batches each; use a multiple of {per_step}"
+        )
+    torch.manual_seed(config.train.seed)
+    staged_model = build_model(config)
+    if config.perturbation is not None and isinstance(config.perturbation.mask, DepthMask):
+        stages_of(staged_model.model)  # says which families can be cut
+    if world.device.type == "cuda":
+        staged_model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    _try_forward(config, staged_model)
+
+    train = train_loader(
+        config.data,
+        rank=world.rank,
+        world_size=world.size,
+        device=world.device,
+        seed=config.train.seed,
+        micro_batch=config.data.batch_size // per_step,
+        num_classes=config.model.num_classes,
+    )
+    val = eval_loader(
+        config.data,
+        rank=world.rank,
+        world_size=world.size,
+        device=world.device,
+        num_classes=config.model.num_classes,
+    )
+    backend = config.sharding.backend
+    if backend == "auto":
+        backend = "ddp" if world.size > 1 else "single"
+    try:
+        module = distribute(staged_model, [s.block for s in staged_model.stages], backend, world)
+    except ValueError as error:
+        raise UserError(f"sharding.backend: {error}") from error
+    network = staged_model.model
+    base = _base_optimizer(config, network)
+    opt = SparseSAM(module, base, **_perturbation(config), max_grad_norm=config.optimizer.clip_grad_norm, phases=phases)
+    steps = len(train) // config.train.accumulation
+    average = None
+    if config.train.ema_decay is not None:
+        average = AveragedWeights(network, config.train.ema_decay, sharding_of(module).publish)
+    precision = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    return Parts(
+        module, network, opt, _scheduler(config, base, steps), average, train, val, _mix(config), precision, steps
+    )
+
+
+def soft_loss(config: Config, precision: torch.dtype) -> Callable[[Any, tuple[Tensor, Tensor]], Tensor]:
+    """Mean cross-entropy with label smoothing of labels or, once mixed, label distributions."""
+
+    def loss_fn(forward: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+        images, targets = batch
+        with torch.autocast(images.device.type, precision, enabled=precision != torch.float32):
+            logits = forward(images)
+        return F.cross_entropy(logits.float(), targets, label_smoothing=config.loss.label_smoothing)
+
+    return loss_fn
+
+
+def _perturbation(config: Config) -> dict[str, Any]:
+    section: Perturbation | None = config.perturbation
+    if section is None:
+        return {"rho": 0.0}
+    mask: Mask | None = None
+    if isinstance(section.mask, DepthMask):
+        mask = Depth(section.mask.cut, seed=config.train.seed)
+    elif section.mask is not None:
+        mask = Scored(section.mask.pattern, section.mask.sparsity)
+    return {"rho": section.rho, "norm": section.norm, "mask": mask}
+
+
+def _base_optimizer(config: Config, network: nn.Module) -> torch.optim.Optimizer:
+    from timm.optim import create_optimizer_v2, list_optimizers
+
+    section = config.optimizer
+    if section.name.lower() not in list_optimizers():
+        near = difflib.get_close_matches(section.name.lower(), list_optimizers(), n=3, cutoff=0.4)
+        hint = f"; nearest: {', '.join(near)}" if near else ""
+        raise UserError(f"optimizer.name: timm knows no optimizer {section.name!r}{hint}")
+    try:
+        return create_optimizer_v2(
+            network,
+            opt=section.name,
+            lr=section.lr,
+            weight_decay=section.weight_decay,
+            momentum=section.momentum,
+            filter_bias_and_bn=not section.decay_norm_and_bias,
+            **section.kwargs,
+        )
+    except (TypeError, ValueError) as error:
+        raise UserError(f"optimizer: timm could not build {section.name} with {section.kwargs}: {error}") from error
+
+
+def _scheduler(config: Config, base: torch.optim.Optimizer, steps_per_epoch: int) -> Any:
+    from timm.scheduler import create_scheduler_v2
+
+    section = config.schedule
+    try:
+        scheduler, _ = create_scheduler_v2(
+            base,
+            sched=section.name,
+            num_epochs=config.train.epochs,
+            warmup_epochs=section.warmup_epochs,
+            warmup_lr=section.warmup_lr,
+            min_lr=section.min_lr,
+            step_on_epochs=False,
+            updates_per_epoch=steps_per_epoch,
+            **section.kwargs,
+        )
+    except TypeError as error:
+        raise UserError(f"schedule: timm could not build {section.name} with {section.kwargs}: {error}") from error
+    return scheduler
+
+
+def _mix(config: Config) -> Transform:
+    from torchvision.transforms import v2
+
+    classes = config.model.num_classes
+    choices = []
+    if config.loss.mixup:
+        choices.append(v2.MixUp(alpha=config.loss.mixup, num_classes=classes))
+    if config.loss.cutmix:
+        choices.append(v2.CutMix(alpha=config.loss.cutmix, num_classes=classes))
+    if not choices:
+        return lambda images, labels: (images, labels)
+    return v2.RandomChoice(choices)
+
+
+@torch.no_grad()
+def _try_forward(config: Config, model: nn.Module) -> None:
+    """A resolution the model cannot take is found out here, in one line, and not by a process in the first step."""
+    for key in ("resolution", "eval_resolution"):
+        side = getattr(config.data, key)
+        try:
+            with torch.random.fork_rng(devices=[]):
+                model.eval()(torch.zeros(1, 3, side, side))
+        except (AssertionError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"data.{key}: {config.model.name} cannot take images of {side} px: {reason}") from error
+    model.train()
