@@ -1,0 +1,22 @@
+"""Images on disk and in batches: writing .beton files, checking them, and reading them for training and evaluation.
+
+Importing this package imports neither FFCV nor numba; the first loader or writer does.
+"""
+
+from ssam_scale.data.beton import Beton, inspect, verify
+from ssam_scale.data.fashion import prepare_fashion_mnist
+from ssam_scale.data.read import Batch, ImageLoader, eval_loader, train_loader
+from ssam_scale.data.write import WriteReport, write_beton
+
+__all__ = [
+    "Batch",
+    "Beton",
+    "ImageLoader",
+    "WriteReport",
+    "eval_loader",
+    "inspect",
+    "prepare_fashion_mnist",
+    "train_loader",
+    "verify",
+    "write_beton",
+]

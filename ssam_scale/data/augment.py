@@ -1,0 +1,194 @@
+"""Which part of an image is seen: compiled crops and flips that depend on seed, epoch and image, and on nothing else.
+
+FFCV's own augmentations draw from an unseeded generator per thread, so no run can be repeated or resumed exactly. Here
+every draw is a hash of (seed, epoch, index of the image in the file, number of the draw): the same for any number of
+workers and processes, in any order, and with no state to save.
+
+Everything compiled lies in this one file and refers to FFCV's library by symbol rather than by address, so that
+numba can keep the machine code on disk: the first run compiles for some seconds, later ones start at once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import llvmlite.binding  # type: ignore[import-untyped]
+import numba
+import numpy as np
+from numba import types
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def _compiled(function: _Function) -> _Function:
+    try:
+        result: _Function = numba.njit(nogil=True, error_model="numpy", cache=True)(function)
+    except RuntimeError:  # no folder to keep machine code in: neither beside this file nor in the user's cache
+        result = numba.njit(nogil=True, error_model="numpy")(function)
+    return result
+
+
+# Constants of the SplitMix64 generator.
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
+_MIX_2 = np.uint64(0x94D049BB133111EB)
+
+_TRIES = 10
+_FLIP = 0
+_FIRST_TRY = 1
+_PLACE = _FIRST_TRY + 2 * _TRIES
+
+_PIXELS_RGB = 0  # turbojpeg's code
+
+_int = types.int64
+_pointer = types.uintp
+_SYMBOLS = {
+    "tjInitDecompress": _pointer(),
+    "tjDecompress2": types.int32(
+        _pointer, _pointer, types.uint64, _pointer, types.int32, types.int32, types.int32, types.int32, types.int32
+    ),
+    "tjDestroy": types.int32(_pointer),
+    "resize": types.void(_int, _pointer, _int, _int, _int, _int, _int, _int, _pointer, _int, _int),
+}
+_new_decoder, _decode_jpeg, _free_decoder, _resize = (
+    types.ExternalFunction(f"ssam_scale_{name}", signature) for name, signature in _SYMBOLS.items()
+)
+
+
+def bind(library: ctypes.CDLL) -> None:
+    """Tell the compiled code where FFCV's library, and turbojpeg behind it, lie; needed once before `decode`."""
+    for name in _SYMBOLS:
+        address = ctypes.cast(getattr(library, name), ctypes.c_void_p).value
+        llvmlite.binding.add_symbol(f"ssam_scale_{name}", address)
+
+
+@_compiled
+def _mix(value: Any) -> Any:
+    value = np.uint64(value) + _GOLDEN
+    value = (value ^ (value >> np.uint64(30))) * _MIX_1
+    value = (value ^ (value >> np.uint64(27))) * _MIX_2
+    return value ^ (value >> np.uint64(31))
+
+
+@_compiled
+def sample_key(seed: int, epoch: int, index: int) -> Any:
+    """The uint64 that all draws for one image in one epoch come from."""
+    return _mix(_mix(_mix(np.uint64(seed)) ^ np.uint64(epoch)) ^ np.uint64(index))
+
+
+@_compiled
+def uniform(key: Any, draw: int) -> float:
+    """Draw number `draw` for this key, evenly distributed over [0, 1)."""
+    return np.float64(_mix(np.uint64(key) + np.uint64(draw) * _GOLDEN) >> np.uint64(11)) * 2.0**-53
+
+
+@_compiled
+def random_crop(
+    key: Any, height: int, width: int, scale_low: float, scale_high: float, ratio_low: float, ratio_high: float
+) -> tuple[int, int, int, int]:
+    """Top, left, height and width of a random crop, distributed as torchvision's RandomResizedCrop.
+
+    Area is a share of the image in [scale_low, scale_high], width over height lies in [ratio_low, ratio_high] and is
+    even in its logarithm. After ten draws that do not fit: the largest central crop within the ratios.
+    """
+    log_low, log_high = math.log(ratio_low), math.log(ratio_high)
+    for attempt in range(_TRIES):
+        draw = _FIRST_TRY + 2 * attempt
+        area = height * width * (scale_low + (scale_high - scale_low) * uniform(key, draw))
+        ratio = math.exp(log_low + (log_high - log_low) * uniform(key, draw + 1))
+        crop_width, crop_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < crop_width <= width and 0 < crop_height <= height:
+            top = int(uniform(key, _PLACE) * (height - crop_height + 1))
+            left = int(uniform(key, _PLACE + 1) * (width - crop_width + 1))
+            return top, left, crop_height, crop_width
+    crop_height, crop_width = height, width
+    if width < ratio_low * height:
+        crop_height = min(height, max(1, round(width / ratio_low)))
+    elif width > ratio_high * height:
+        crop_width = min(width, max(1, round(height * ratio_high)))
+    return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
+
+
+@_compiled
+def centre_crop(height: int, width: int, share: float) -> tuple[int, int, int, int]:
+    """Top, left, height and width of the central square whose side is `share` of the image's shorter side."""
+    side = max(1, int(share * min(height, width)))
+    return (height - side) // 2, (width - side) // 2, side, side
+
+
+@_compiled
+def decode(
+    data: Any,
+    starts: Any,
+    sizes: Any,
+    jpegs: Any,
+    heights: Any,
+    widths: Any,
+    indices: Any,
+    training: bool,
+    seed: int,
+    epoch: int,
+    crop: tuple[float, float, float, float],
+    flip: float,
+    share: float,
+    out: Any,
+    bad: Any,
+) -> None:
+    """Decode, crop, resize and flip images of a .beton file.
+
+    Args:
+        data: uint8 [bytes], what the images lie in.
+        starts: int64 [N], where in `data`.
+        sizes: int64 [N], bytes.
+        jpegs: bool [N], JPEG or raw RGB pixels.
+        heights: int64 [N], pixels.
+        widths: int64 [N], pixels.
+        indices: int64 [N], the images' indices in the file: what augmentation depends on.
+        training: random crop and flip, or central crop.
+        seed: what augmentation depends on, too.
+        epoch: likewise.
+        crop: scale_low, scale_high, ratio_low, ratio_high of `random_crop`.
+        flip: probability of a horizontal flip.
+        share: of `centre_crop`.
+        out: uint8 [N, height, width, 3], written to.
+        bad: bool [N], set for images that libjpeg complains of.
+    """
+    # One buffer for all images: FFCV's decoders keep one of the largest image's size for every image of five batches.
+    largest = 1
+    for k in range(len(indices)):
+        if jpegs[k]:
+            largest = max(largest, 3 * heights[k] * widths[k])
+    buffer = np.empty(largest, np.uint8)
+    side_y, side_x = out.shape[1], out.shape[2]
+    decoder = _new_decoder()
+    for k in range(len(indices)):
+        height, width = heights[k], widths[k]
+        stored = data[starts[k] : starts[k] + sizes[k]]
+        pixels = np.uintp(stored.ctypes.data)
+        if jpegs[k]:
+            pixels = np.uintp(buffer.ctypes.data)
+            # No flags: the exact transform, pixel for pixel what Pillow gives. FFCV's `imdecode` asks for the fast
+            # one, which is off by up to 8 steps and, in today's turbojpeg, no faster.
+            code = _decode_jpeg(
+                decoder, np.uintp(stored.ctypes.data), np.uint64(sizes[k]), pixels, np.int32(width), np.int32(0),
+                np.int32(height), np.int32(_PIXELS_RGB), np.int32(0),
+            )  # fmt: skip
+            bad[k] = code != 0
+        key = sample_key(seed, epoch, indices[k])
+        if training:
+            top, left, rows, columns = random_crop(key, height, width, crop[0], crop[1], crop[2], crop[3])
+        else:
+            top, left, rows, columns = centre_crop(height, width, share)
+        target = np.uintp(out[k].ctypes.data)
+        _resize(0, pixels, height, width, top, top + rows, left, left + columns, target, side_y, side_x)
+        if training and uniform(key, _FLIP) < flip:
+            for y in range(side_y):
+                for x in range(side_x // 2):
+                    for channel in range(3):
+                        other = out[k, y, side_x - 1 - x, channel]
+                        out[k, y, side_x - 1 - x, channel] = out[k, y, x, channel]
+                        out[k, y, x, channel] = other
+    _free_decoder(decoder)

@@ -1,0 +1,236 @@
+"""The .beton file: its layout, what is checked before anybody reads it, and the sidecar that says what it should be.
+
+FFCV's format has neither a magic number nor a checksum, and FFCV reads a damaged file without a word. So every file is
+checked here for consistency of header, tables and size, and against `<file>.json`, which the writer leaves beside it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ssam_scale.errors import UserError
+
+PAGE_SIZE = 1 << 23
+"""Bytes that are read at once by the quasi-random order, and the largest image that fits: FFCV's own default."""
+
+JPEG, RAW = 0, 1
+"""FFCV's codes of how an image is stored."""
+
+_RGB_FIELD, _INT_FIELD = 2, 1
+_CHUNK = 1 << 24
+
+
+@dataclass(frozen=True)
+class Sidecar:
+    """What `<file>.json` records about a .beton file."""
+
+    images: int
+    classes: list[str]
+    file_bytes: int
+    sha256: str
+    recipe: dict[str, Any]
+    """How the file was made: enough to tell whether making it again would give the same."""
+
+    @staticmethod
+    def path(beton: Path) -> Path:
+        """Where the sidecar of `beton` lies."""
+        return beton.with_name(beton.name + ".json")
+
+    @classmethod
+    def load(cls, beton: Path) -> Sidecar | None:
+        """Read the sidecar of `beton`; None where there is none. Raises UserError if it cannot be understood."""
+        path = cls.path(beton)
+        try:
+            return cls(**json.loads(path.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(
+                f"{path}: not a description of a .beton file ({error}); write {beton.name} again"
+            ) from error
+
+    def dump(self) -> bytes:
+        """The file's content."""
+        return (json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n").encode()
+
+
+@dataclass(frozen=True)
+class Beton:
+    """A .beton file whose tables have been read and found consistent."""
+
+    path: Path
+    bytes: int
+    labels: NDArray[np.int64]
+    """[images] label of each image."""
+    pixels: NDArray[np.int64]
+    """[images] height times width of each image."""
+    jpegs: int
+    sidecar: Sidecar | None
+
+    @property
+    def images(self) -> int:
+        """How many images the file holds."""
+        return len(self.labels)
+
+
+def layout() -> tuple[np.dtype[Any], np.dtype[Any], np.dtype[Any], np.dtype[Any]]:
+    """Record types of header, field descriptor, one image's metadata (f0: image, f1: label) and allocation table."""
+    from ssam_scale.data import ffcv_import as ffcv  # takes seconds, so not before it is needed
+
+    metadata = ffcv.get_metadata_type([ffcv.RGBImageField(), ffcv.IntField()])
+    return ffcv.HeaderType, ffcv.FieldDescType, metadata, ffcv.ALLOC_TABLE_TYPE
+
+
+class Pages:
+    """Lays images out in a new .beton file, in the order given, so that equal input gives an equal file.
+
+    Args:
+        file: an empty file, open for writing; OSError from it passes through.
+        capacity: the largest number of images that will be appended.
+    """
+
+    def __init__(self, file: BinaryIO, capacity: int) -> None:
+        header, field, meta, table = layout()
+        self._file = file
+        self._header = np.zeros((), header)
+        self._fields = np.zeros(2, field)
+        self._meta = np.zeros(capacity, meta)
+        self._table = np.zeros(capacity, table)
+        self._count = 0
+        self._page = bytearray()
+        tables = self._header.nbytes + self._fields.nbytes + self._meta.nbytes
+        self.start = self._page_start = -(-tables // PAGE_SIZE) * PAGE_SIZE
+        """Where the first image lies."""
+
+    @property
+    def end(self) -> int:
+        """Bytes of the file so far."""
+        return self._page_start + len(self._page)
+
+    def append(self, mode: int, height: int, width: int, data: bytes, label: int) -> None:
+        """Add one image, stored as JPEG or RAW; `data` must not be longer than PAGE_SIZE."""
+        if len(self._page) + len(data) > PAGE_SIZE:
+            self._flush()
+        pointer = self._page_start + len(self._page)
+        self._page += data
+        self._meta[self._count] = ((mode, width, height, pointer), label)
+        self._table[self._count] = (self._count, pointer, len(data))
+        self._count += 1
+
+    def finish(self) -> None:
+        """Write what is left, the tables and, last of all, the header that makes the file valid."""
+        self._flush()
+        self._file.seek(self._page_start)
+        self._file.write(self._table[: self._count].tobytes())
+        for record, kind, name in zip(self._fields, (_RGB_FIELD, _INT_FIELD), (b"image", b"label"), strict=True):
+            record["type_id"] = kind
+            record["name"][: len(name)] = np.frombuffer(name, np.uint8)
+        self._file.seek(self._header.nbytes)
+        self._file.write(self._fields.tobytes())
+        self._file.write(self._meta[: self._count].tobytes())
+        self._header[()] = (2, len(self._fields), PAGE_SIZE, self._count, self._page_start)
+        self._file.seek(0)
+        self._file.write(self._header.tobytes())
+
+    def _flush(self) -> None:
+        if not self._page:
+            return
+        self._file.seek(self._page_start)
+        self._file.write(self._page.ljust(PAGE_SIZE, b"\0"))
+        self._page_start += PAGE_SIZE
+        self._page = bytearray()
+
+
+def inspect(path: Path) -> Beton:
+    """Read the tables of a .beton file and check that they fit each other, the file's size and the sidecar.
+
+    Reads a few dozen bytes per image, so it is cheap enough for every start. Damage inside images is found by `verify`.
+
+    Raises:
+        UserError: no such file, not a .beton file, cut short, of other fields, or not the file the sidecar describes.
+    """
+    try:
+        if not path.is_file():
+            raise UserError(f"{path}: no such file; write it with `ssam-scale data write FOLDER {path}`")
+        return _inspect(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+def _inspect(path: Path) -> Beton:
+    header_type, field_type, meta_type, table_type = layout()
+    size = path.stat().st_size
+    alien = UserError(f"{path}: not a .beton file; write one with `ssam-scale data write FOLDER OUT`")
+    if size < header_type.itemsize:
+        raise alien
+    header = np.fromfile(path, header_type, 1)[0]
+    page, images, table_at = int(header["page_size"]), int(header["num_samples"]), int(header["alloc_table_ptr"])
+    if header["version"] != 2 or not 1 <= header["num_fields"] <= 64 or page < 1 << 21 or page & (page - 1):
+        raise alien
+    short = UserError(f"{path}: cut short or never finished ({size:,} bytes); copy or write it again")
+    fields_end = header_type.itemsize + int(header["num_fields"]) * field_type.itemsize
+    if size < fields_end or table_at == 0 or table_at > size:
+        raise short
+    fields = np.fromfile(path, field_type, int(header["num_fields"]), offset=header_type.itemsize)
+    names = [bytes(name).split(b"\0")[0].decode("ascii", "replace") for name in fields["name"]]
+    kinds = [int(kind) for kind in fields["type_id"]]
+    if list(zip(names, kinds, strict=True)) != [("image", _RGB_FIELD), ("label", _INT_FIELD)]:
+        raise UserError(f"{path}: holds the fields {', '.join(names)}; needs `image` (RGB) and `label` (int)")
+    if images * table_type.itemsize != size - table_at or fields_end + images * meta_type.itemsize > table_at:
+        raise short
+    meta = np.fromfile(path, meta_type, images, offset=fields_end)
+    table = np.fromfile(path, table_type, images, offset=table_at)
+    image = meta["f0"]
+    pixels = image["height"].astype(np.int64) * image["width"]
+    length = np.zeros(images, np.int64)
+    ids = np.minimum(table["sample_id"], max(images - 1, 0)).astype(np.int64)
+    pointers = np.zeros(images, np.uint64)
+    length[ids], pointers[ids] = table["size"], table["ptr"]
+    raw = image["mode"] == RAW
+    if (
+        (pointers != image["data_ptr"]).any()
+        or (pointers < fields_end).any()
+        or (pointers.astype(np.float64) + length > table_at).any()
+        or (pixels <= 0).any()
+        or (length <= 0).any()
+        or (raw & (length != 3 * pixels)).any()
+        or (image["mode"] > RAW).any()
+    ):
+        raise UserError(f"{path}: its tables contradict each other, so it is damaged; copy or write it again")
+    sidecar = Sidecar.load(path)
+    if sidecar is not None and (sidecar.file_bytes, sidecar.images) != (size, images):
+        raise UserError(
+            f"{path}: {images:,} images in {size:,} bytes, but {Sidecar.path(path).name} describes {sidecar.images:,} "
+            f"images in {sidecar.file_bytes:,} bytes; copy both again, or write the file again"
+        )
+    return Beton(path, size, meta["f1"].astype(np.int64), pixels, int((~raw).sum()), sidecar)
+
+
+def checksum(path: Path, advance: Callable[[int], None] = lambda _: None) -> str:
+    """SHA-256 of a file in hexadecimal, the same as `sha256sum`'s; `advance` is told the bytes of each piece read."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(_CHUNK):
+            digest.update(piece)
+            advance(len(piece))
+    return digest.hexdigest()
+
+
+def verify(path: Path, advance: Callable[[int], None] = lambda _: None) -> Beton:
+    """`inspect`, and every byte compared with the sidecar's checksum where there is a sidecar.
+
+    Raises:
+        UserError: as `inspect`, and if a byte has changed since the file was written.
+    """
+    beton = inspect(path)
+    if beton.sidecar is not None and checksum(path, advance) != beton.sidecar.sha256:
+        raise UserError(f"{path}: its content has changed since it was written (checksum); copy or write it again")
+    return beton

@@ -1,0 +1,125 @@
+"""One image on its way into a .beton file: decoded, checked for damage, and stored as JPEG or as raw pixels."""
+
+from __future__ import annotations
+
+import ctypes
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from ssam_scale.data.beton import JPEG, PAGE_SIZE, RAW
+
+Pixels = NDArray[np.uint8]
+
+_LARGEST_SIDE = 65535
+
+
+class BadImageError(Exception):
+    """An image that cannot be stored; the message says why."""
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How images are stored."""
+
+    max_resolution: int | None
+    """Longer images are shrunk until their longer side has this many pixels; None: never."""
+    quality: int
+    """JPEG quality of images that are compressed here; JPEG files that need no change keep their own bytes."""
+    jpeg_proportion: float
+    """Share of the images stored as JPEG, the rest as raw pixels: larger on disk, nothing to decode when read."""
+    seed: int
+    """Which images those are depends on this and the image's index alone."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """An image as it will lie in the file."""
+
+    mode: int
+    height: int
+    width: int
+    data: bytes
+
+
+def encode(source: Path | Pixels, index: int, encoding: Encoding) -> Encoded:
+    """Encode one image, given by its file or as RGB pixels [height, width, 3]. Safe to call from many threads.
+
+    Raises:
+        BadImageError: the file is missing, no image, cut short or damaged, or too large to be stored.
+    """
+    original, pixels = _load(source) if isinstance(source, Path) else (None, source)
+    shrunk = _shrink(pixels, encoding.max_resolution)
+    height, width = shrunk.shape[:2]
+    if max(height, width) > _LARGEST_SIDE:
+        raise BadImageError(f"{width}x{height} pixels are too many; write with --max-resolution")
+    as_jpeg = np.random.default_rng((encoding.seed, index)).random() < encoding.jpeg_proportion
+    if not as_jpeg and shrunk.nbytes <= PAGE_SIZE:
+        return Encoded(RAW, height, width, np.ascontiguousarray(shrunk).tobytes())
+    data = original if original is not None and shrunk is pixels else _compress(shrunk, encoding.quality)
+    if len(data) > PAGE_SIZE:
+        raise BadImageError(f"{len(data):,} bytes do not fit a page of {PAGE_SIZE:,}; write with --max-resolution")
+    return Encoded(JPEG, height, width, data)
+
+
+def _load(path: Path) -> tuple[bytes | None, Pixels]:
+    """The pixels of an image file, and its own bytes where they can be stored as they are."""
+    try:
+        data = path.read_bytes()
+        if not data:
+            raise BadImageError("empty file")
+        with Image.open(io.BytesIO(data)) as image:
+            width, height = image.size
+            if image.format != "JPEG" or image.mode not in ("RGB", "L"):
+                return None, np.asarray(image.convert("RGB"))
+            # A progressive JPEG takes about three times as long to decode, in every epoch: better compressed anew.
+            plain = "progressive" not in image.info
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        # Pillow names the buffer it was given, which means nothing to whoever reads the message.
+        known = isinstance(error, UnidentifiedImageError)
+        raise BadImageError("not an image that Pillow knows" if known else str(error)) from error
+    pixels, complaint = _decode_jpeg(data, height, width)
+    # Stray bytes are harmless; every other complaint means that pixels are missing or wrong.
+    if complaint and "extraneous" not in complaint:
+        raise BadImageError(complaint)
+    return (data if plain and not complaint else None), pixels
+
+
+def _decode_jpeg(data: bytes, height: int, width: int) -> tuple[Pixels, str]:
+    """Decode as the loader does later; the string is libjpeg's first complaint, if any, which Pillow would hide."""
+    from ssam_scale.data.ffcv_import import lib  # takes seconds, so not before it is needed
+
+    lib.tjInitDecompress.restype = ctypes.c_void_p
+    lib.tjGetErrorStr.restype = ctypes.c_char_p
+    pixels = np.empty((height, width, 3), np.uint8)
+    decoder = ctypes.c_void_p(lib.tjInitDecompress())
+    try:
+        target = ctypes.c_void_p(pixels.ctypes.data)
+        size = ctypes.c_ulong(len(data))
+        if lib.tjDecompress2(decoder, data, size, target, width, 0, height, 0, 0) == 0:
+            return pixels, ""
+        return pixels, (lib.tjGetErrorStr() or b"damaged JPEG").decode("utf-8", "replace")  # the text is per thread
+    finally:
+        lib.tjDestroy(decoder)
+
+
+def _shrink(pixels: Pixels, max_resolution: int | None) -> Pixels:
+    """The same object where nothing has to be done."""
+    height, width = pixels.shape[:2]
+    if max_resolution is None or max(height, width) <= max_resolution:
+        return pixels
+    ratio = max_resolution / max(height, width)
+    size = (max(1, round(width * ratio)), max(1, round(height * ratio)))
+    return np.asarray(cv2.resize(pixels, size, interpolation=cv2.INTER_AREA), np.uint8)
+
+
+def _compress(pixels: Pixels, quality: int) -> bytes:
+    done, data = cv2.imencode(".jpg", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])
+    if not done:
+        raise BadImageError("cannot be compressed as JPEG")
+    return bytes(data.tobytes())

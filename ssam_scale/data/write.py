@@ -1,0 +1,291 @@
+"""Writes .beton files: all of it or nothing, the same bytes for the same input, and every image checked on the way.
+
+FFCV's own writer hangs when a worker dies, overwrites its target from the first byte on and fills it in whatever order
+its processes finish. Decoding and compressing leave Python's lock, so threads serve as well here, and one place that
+appends in order is enough for the disk.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from ssam_scale.data.beton import Pages, Sidecar, checksum
+from ssam_scale.data.encode import BadImageError, Encoded, Encoding, Pixels, encode
+from ssam_scale.errors import UserError
+
+SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp"))
+"""What counts as an image in a class folder, in lower case; other files are passed over."""
+
+_CHUNK = 16
+_LOOK_AT_DISK = 4096
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One labelled image to be written."""
+
+    name: str
+    source: Path | Pixels
+    label: int
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """An image that was left out, and why."""
+
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class WriteReport:
+    """What has been written."""
+
+    path: Path
+    images: int
+    classes: list[str]
+    bytes: int
+    skipped: list[Skipped]
+
+
+def usable_cores() -> int:
+    """The cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def write_beton(
+    source: Path,
+    out: Path,
+    *,
+    max_resolution: int | None = None,
+    quality: int = 90,
+    jpeg_proportion: float = 0.5,
+    workers: int | None = None,
+    limit: int | None = None,
+    skip_bad: bool = False,
+    seed: int = 0,
+    progress: bool = True,
+) -> WriteReport:
+    """Write a folder in ImageNet's layout (one folder of images per class) as `out`, with `out`.json beside it.
+
+    Labels number the class folders in the order of their names; images lie in the file by class, then by name.
+
+    Args:
+        source: folder of class folders.
+        out: the file to write, replaced only once the new one is complete.
+        max_resolution: shrink images whose longer side has more pixels.
+        quality: JPEG quality of images that have to be compressed; unchanged JPEG files keep their own bytes.
+        jpeg_proportion: share stored as JPEG, the rest as raw pixels, which read faster and take more disk.
+        workers: threads; None for the cores this process may use.
+        limit: write at most this many images, evenly from all classes.
+        skip_bad: leave damaged images out and list them, instead of stopping at the first.
+        seed: decides which images are stored raw.
+        progress: show a bar with the remaining time on standard error.
+
+    Raises:
+        UserError: no such folder, no class folders, a class without images, a damaged image, a full disk.
+    """
+    classes, samples = scan_folder(source, limit)
+    return write_samples(
+        samples,
+        classes,
+        out,
+        Encoding(max_resolution, quality, jpeg_proportion, seed),
+        source={"folder": source.name, "limit": limit},
+        workers=workers,
+        skip_bad=skip_bad,
+        progress=progress,
+    )
+
+
+def scan_folder(source: Path, limit: int | None = None) -> tuple[list[str], list[Sample]]:
+    """The class names and the labelled image files of a folder in ImageNet's layout, sorted by class and name.
+
+    Raises:
+        UserError: `source` is missing or no folder, has no class folders, or one of them has no images.
+    """
+    if not source.is_dir():
+        what = "is a file" if source.exists() else "no such folder"
+        raise UserError(f"{source}: {what}; give a folder with one folder of images per class")
+    try:
+        folders = sorted(entry for entry in source.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+        if not folders:
+            loose = "only files" if any(source.iterdir()) else "nothing"
+            raise UserError(
+                f"{source}: {loose} in there; needs one folder of images per class, as ImageNet's train/ has"
+            )
+        files = [_images(folder) for folder in folders]
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from error
+    for folder, found in zip(folders, files, strict=True):
+        if not found:
+            deeper = any(entry.is_dir() for entry in folder.iterdir())
+            hint = f"; it has folders of its own: did you mean {folder}?" if deeper else "; fill or remove it"
+            raise UserError(f"{folder}: a class folder without images ({', '.join(sorted(SUFFIXES))}){hint}")
+    if limit is not None:
+        # The first of every class, then the second of every class, …: small extracts still hold all classes.
+        rounds = sorted((place, label) for label, found in enumerate(files) for place in range(len(found)))[:limit]
+        taken = [0] * len(files)
+        for _, label in rounds:
+            taken[label] += 1
+        files = [found[:count] for found, count in zip(files, taken, strict=True)]
+    samples = [Sample(str(path), path, label) for label, found in enumerate(files) for path in found]
+    return [folder.name for folder in folders], samples
+
+
+def _images(folder: Path) -> list[Path]:
+    with os.scandir(folder) as entries:
+        names = [entry.name for entry in entries if os.path.splitext(entry.name)[1].lower() in SUFFIXES]  # noqa: PTH122
+    return [folder / name for name in sorted(names) if not name.startswith(".")]
+
+
+def write_samples(
+    samples: Sequence[Sample],
+    classes: list[str],
+    out: Path,
+    encoding: Encoding,
+    *,
+    source: dict[str, Any],
+    workers: int | None = None,
+    skip_bad: bool = False,
+    progress: bool = True,
+) -> WriteReport:
+    """Write labelled images, from files or from memory, as `out` and `out`.json; `source` goes into the sidecar.
+
+    Raises:
+        UserError: nothing to write, a damaged image, or the folder of `out` cannot be written or is full.
+    """
+    if not samples:
+        raise UserError(f"{out}: there are no images to write")
+    if out.is_dir():
+        raise UserError(f"{out}: is a folder; name the .beton file to write")
+    skipped: list[Skipped] = []
+    written = need = 0
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with _progress(progress) as bar, _replacing(out) as (file, temporary):
+            task = bar.add_task(f"Writing {out.name}", total=len(samples))
+            pages = Pages(file, len(samples))
+            for number, result in enumerate(_encoded(samples, encoding, workers or usable_cores())):
+                if isinstance(result, Encoded):
+                    pages.append(result.mode, result.height, result.width, result.data, samples[number].label)
+                elif skip_bad:
+                    skipped.append(Skipped(samples[number].name, str(result)))
+                else:
+                    raise UserError(f"{samples[number].name}: {result}; mend or remove it, or pass --skip-bad")
+                written = number + 1
+                need = pages.start + (pages.end - pages.start) * len(samples) // written
+                bar.update(task, completed=written)
+                # Rather now than in an hour, but only where the estimate leaves no doubt.
+                if written % _LOOK_AT_DISK == 0 and need - pages.end > 1.25 * shutil.disk_usage(out.parent).free:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            if len(skipped) == len(samples):
+                raise UserError(f"{out}: none of the {len(samples):,} images can be read, e.g. {skipped[0].path}")
+            pages.finish()
+            file.flush()
+            os.fsync(file.fileno())
+            size = temporary.stat().st_size
+            task = bar.add_task(f"Checksum of {out.name}", total=size)
+            digest = checksum(temporary, lambda count: bar.advance(task, count))
+            sidecar = Sidecar(len(samples) - len(skipped), classes, size, digest, recipe(encoding, source))
+            with _replacing(Sidecar.path(out)) as (note, _):
+                note.write(sidecar.dump())
+    except OSError as error:
+        raise _cannot_write(error, out, need) from error
+    return WriteReport(out, len(samples) - len(skipped), classes, size, skipped)
+
+
+def recipe(encoding: Encoding, source: dict[str, Any]) -> dict[str, Any]:
+    """What a file is made from and how, as its sidecar records it."""
+    return {**asdict(encoding), "source": source}
+
+
+def _encoded(samples: Sequence[Sample], encoding: Encoding, workers: int) -> Iterator[Encoded | BadImageError]:
+    """Encode in threads, a bounded number of images ahead, and yield in order."""
+
+    def encode_chunk(start: int) -> list[Encoded | BadImageError]:
+        results: list[Encoded | BadImageError] = []
+        for index in range(start, min(start + _CHUNK, len(samples))):
+            try:
+                results.append(encode(samples[index].source, index, encoding))
+            except BadImageError as error:
+                results.append(error)
+        return results
+
+    pending: deque[Future[list[Encoded | BadImageError]]] = deque()
+    pool = ThreadPoolExecutor(workers, "encode")
+    try:
+        for start in range(0, len(samples), _CHUNK):
+            pending.append(pool.submit(encode_chunk, start))
+            if len(pending) > 2 * workers:
+                yield from pending.popleft().result()
+        while pending:
+            yield from pending.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def _replacing(out: Path) -> Iterator[tuple[BinaryIO, Path]]:
+    """A temporary file in the same folder that takes the place of `out` at the end, or vanishes on any failure."""
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file, temporary
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(out)
+        with suppress(OSError):  # some network file systems cannot sync a folder; the file itself is safe
+            folder = os.open(out.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _cannot_write(error: OSError, out: Path, need: int) -> UserError:
+    reason = f"{out.parent}: cannot write {out.name} ({error.strerror or error})"
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return UserError(f"{reason}; give a folder that can be written")
+    free = shutil.disk_usage(out.parent).free
+    return UserError(
+        f"{reason}: it needs about {need / 1e6:,.0f} MB and {free / 1e6:,.0f} MB are free; make room, give another "
+        "folder, or write less with --max-resolution or a higher --jpeg-proportion"
+    )
+
+
+def _progress(shown: bool) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        disable=not shown,
+    )
+
+
+Advance = Callable[[int], None]
+
+
+@contextmanager
+def progress_of_bytes(description: str, total: int, shown: bool = True) -> Iterator[Advance]:
+    """A bar with the remaining time for a stretch measured in bytes."""
+    with _progress(shown) as bar:
+        task = bar.add_task(description, total=total)
+        yield lambda count: bar.advance(task, count)

@@ -1,0 +1,331 @@
+"""Writing: what goes in comes out, bad input is named, and a failure leaves nothing behind."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import resource
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ssam_scale.config.schema import Data
+from ssam_scale.data import eval_loader, train_loader, verify, write_beton
+from ssam_scale.errors import UserError
+from tests.support.images import make_image, make_image_folder
+
+
+def write(source: Path, out: Path, **options: Any) -> Any:
+    return write_beton(source, out, progress=False, **options)
+
+
+def read_all(beton: Path, side: int, classes: int = 1000) -> tuple[np.ndarray, np.ndarray]:
+    """All images uint8 [N, side, side, 3] and labels [N], through our evaluation loader without any crop."""
+    data = Data(
+        train=beton, val=beton, batch_size=7, eval_resolution=side, eval_crop_ratio=1.0, mean=(0, 0, 0), std=(1, 1, 1)
+    )
+    batches = list(eval_loader(data, rank=0, world_size=1, device=torch.device("cpu"), num_classes=classes))
+    images = torch.cat([batch.images for batch in batches]).permute(0, 2, 3, 1) * 255
+    return images.round().to(torch.uint8).numpy(), torch.cat([batch.labels for batch in batches]).numpy()
+
+
+def assert_same_picture(ours: np.ndarray, theirs: np.ndarray) -> None:
+    """Within what JPEG's faster transforms and different ways of rounding cost: a few steps of 255."""
+    difference = np.abs(ours.astype(int) - theirs.astype(int))
+    assert difference.mean() < 1.5
+    assert difference.max() <= 12
+
+
+def contents(folder: Path) -> set[str]:
+    return {entry.name for entry in folder.iterdir()}
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    folder = tmp_path / "out"
+    folder.mkdir()
+    return folder / "train.beton"
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    make_image_folder(tmp_path / "images", classes=3, per_class=4, size_range=(40, 60))
+    return tmp_path / "images"
+
+
+def decode(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path).convert("RGB"))
+
+
+@pytest.mark.parametrize("jpeg_proportion", [0.0, 0.5, 1.0])
+def test_every_image_comes_back_as_pillow_sees_its_source(tmp_path: Path, out: Path, jpeg_proportion: float) -> None:
+    paths = make_image_folder(tmp_path / "images", classes=3, per_class=5, size_range=(48, 48))
+    report = write(tmp_path / "images", out, jpeg_proportion=jpeg_proportion)
+    images, labels = read_all(out, 48)
+    assert report.images == len(images) == 15
+    assert labels.tolist() == [0] * 5 + [1] * 5 + [2] * 5
+    for image, path in zip(images, paths, strict=True):
+        np.testing.assert_array_equal(image, decode(path))
+    beton = verify(out)
+    assert beton.jpegs == {0.0: 0, 1.0: 15}.get(jpeg_proportion, beton.jpegs)
+    assert jpeg_proportion != 0.5 or 0 < beton.jpegs < 15
+
+
+def test_ffcvs_own_loader_reads_the_file(tmp_path: Path, out: Path) -> None:
+    make_image_folder(tmp_path / "images", classes=2, per_class=5, size_range=(48, 48))
+    write(tmp_path / "images", out)
+    images, labels = read_all(out, 48)
+    from ssam_scale.data.ffcv_import import Loader
+
+    theirs = [(image.clone(), label.clone()) for image, label in Loader(str(out), 5, num_workers=1)]
+    assert_same_picture(torch.cat([image for image, _ in theirs]).numpy(), images)
+    np.testing.assert_array_equal(torch.cat([label for _, label in theirs]).numpy()[:, 0], labels)
+
+
+def test_jpeg_files_that_need_no_change_keep_their_own_bytes(source: Path, out: Path) -> None:
+    write(source, out, jpeg_proportion=1.0)
+    content = out.read_bytes()
+    assert all(path.read_bytes() in content for path in source.rglob("*.JPEG"))
+
+
+def test_the_file_depends_on_its_input_alone(source: Path, out: Path) -> None:
+    write(source, out, workers=1)
+    first = out.read_bytes()
+    write(source, out, workers=4)
+    assert out.read_bytes() == first
+    write(source, out, seed=1)
+    assert out.read_bytes() != first
+
+
+def test_what_the_sidecar_says(source: Path, out: Path) -> None:
+    report = write(source, out, max_resolution=50, quality=80)
+    note = json.loads((out.parent / "train.beton.json").read_text())
+    assert note["images"] == report.images == 12
+    assert note["classes"] == report.classes == ["n00000000", "n00000001", "n00000002"]
+    assert note["file_bytes"] == report.bytes == out.stat().st_size
+    digest = subprocess.run(["sha256sum", out], capture_output=True, text=True, check=True).stdout.split()[0]
+    assert note["sha256"] == digest
+    assert note["recipe"]["max_resolution"] == 50
+    assert note["recipe"]["quality"] == 80
+    assert contents(out.parent) == {"train.beton", "train.beton.json"}
+
+
+def test_long_sides_are_shrunk_and_the_picture_stays(tmp_path: Path, out: Path) -> None:
+    [path] = make_image_folder(tmp_path / "images", classes=1, per_class=1, size_range=(120, 120))
+    write(tmp_path / "images", out, max_resolution=60, jpeg_proportion=0.0)
+    assert verify(out).pixels.tolist() == [3600]
+    expected = np.asarray(Image.open(path).reduce(2))
+    assert_same_picture(read_all(out, 60)[0][0], expected)
+
+
+@pytest.mark.parametrize("kind", ["png", "palette", "gray", "cmyk", "progressive", "disguised"])
+def test_other_kinds_of_images_are_read_as_rgb(tmp_path: Path, out: Path, kind: str) -> None:
+    image = Image.fromarray(make_image(np.random.default_rng(0), 40, 40))
+    folder = tmp_path / "images" / "a"
+    folder.mkdir(parents=True)
+    path = folder / ("x.png" if kind in ("png", "palette") else "x.jpg")
+    if kind == "gray":
+        image.convert("L").save(path, quality=95)
+    elif kind == "cmyk":
+        image.convert("CMYK").save(path, quality=95)
+    elif kind == "palette":
+        image.convert("P").save(path)
+    elif kind == "disguised":  # ImageNet has a PNG file by the name of .JPEG
+        image.save(path, format="PNG")
+    else:
+        image.save(path, **({"quality": 95, "progressive": True} if kind == "progressive" else {}))
+    write(tmp_path / "images", out, jpeg_proportion=0.0)
+    np.testing.assert_array_equal(read_all(out, 40)[0][0], decode(path))
+    write(tmp_path / "images", out, jpeg_proportion=1.0, quality=100)
+    assert np.abs(read_all(out, 40)[0][0].astype(int) - decode(path)).mean() < 20  # chroma at half the resolution
+
+
+def test_a_limit_takes_evenly_from_all_classes(source: Path, out: Path) -> None:
+    report = write(source, out, limit=7)
+    assert report.images == 7
+    assert np.bincount(verify(out).labels).tolist() == [3, 2, 2]
+
+
+def test_files_that_are_no_images_are_passed_over(source: Path, out: Path) -> None:
+    (source / "n00000000" / "readme.txt").write_text("hello")
+    (source / "n00000000" / ".hidden.jpg").write_text("hello")
+    (source / "list.txt").write_text("hello")
+    assert write(source, out).images == 12
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
+
+
+def scramble(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    middle = len(data) * 2 // 3
+    data[middle : middle + 40] = b"\xff\xd9" * 20
+    path.write_bytes(data)
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def text(path: Path) -> None:
+    path.write_text("not an image at all")
+
+
+def truncated_png(path: Path) -> None:
+    data = io.BytesIO()
+    Image.fromarray(make_image(np.random.default_rng(0), 40, 40)).save(data, "PNG")
+    path.write_bytes(data.getvalue()[:-800])
+
+
+damages = pytest.mark.parametrize("damage", [truncate, scramble, empty, text, truncated_png])
+
+
+@damages
+def test_a_damaged_image_is_named_and_nothing_is_written(source: Path, out: Path, damage: Any) -> None:
+    victim = source / "n00000001" / "n00000001_2.JPEG"
+    damage(victim)
+    with pytest.raises(UserError, match=r"n00000001_2\.JPEG: .*--skip-bad") as caught:
+        write(source, out)
+    assert "\n" not in str(caught.value)
+    assert "0x" not in str(caught.value)
+    assert contents(out.parent) == set()
+
+
+@damages
+def test_skip_bad_leaves_damaged_images_out_and_lists_them(source: Path, out: Path, damage: Any) -> None:
+    victims = [source / "n00000000" / "n00000000_0.JPEG", source / "n00000002" / "n00000002_3.JPEG"]
+    for victim in victims:
+        damage(victim)
+    report = write(source, out, skip_bad=True)
+    assert [skipped.path for skipped in report.skipped] == [str(victim) for victim in victims]
+    assert all(skipped.reason for skipped in report.skipped)
+    assert report.images == 10
+    assert read_all(out, 40)[1].tolist() == [0] * 3 + [1] * 4 + [2] * 3
+
+
+def test_bytes_behind_a_jpegs_end_of_data_are_harmless(source: Path, out: Path) -> None:
+    """libjpeg complains of stray bytes before a marker, and some ImageNet files have them; the picture is whole."""
+    path = source / "n00000000" / "n00000000_0.JPEG"
+    data = path.read_bytes()
+    path.write_bytes(data[:-2] + b"\x00\x00\x00" + data[-2:])
+    expected = decode(path)
+    write(source, out, jpeg_proportion=1.0, limit=1, quality=100)
+    size = expected.shape[:2]
+    assert verify(out).pixels.tolist() == [size[0] * size[1]]
+
+
+def test_only_bad_images(source: Path, out: Path) -> None:
+    for path in source.rglob("*.JPEG"):
+        truncate(path)
+    with pytest.raises(UserError, match="none of the 12 images"):
+        write(source, out, skip_bad=True)
+    assert contents(out.parent) == set()
+
+
+def test_a_folder_that_is_not_in_imagenets_layout(tmp_path: Path, source: Path, out: Path) -> None:
+    cases = {
+        tmp_path / "nowhere": "no such folder",
+        source / "n00000000" / "n00000000_0.JPEG": "is a file",
+        source / "n00000000": "only files in there; needs one folder of images per class",
+        tmp_path / "empty": "nothing in there",
+        tmp_path / "hollow": r"hollow/b: a class folder without images",
+        tmp_path: "did you mean .*images",
+    }
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "hollow" / "a").mkdir(parents=True)
+    (tmp_path / "hollow" / "b").mkdir()
+    cv2.imwrite(str(tmp_path / "hollow" / "a" / "x.png"), make_image(np.random.default_rng(0), 9, 9))
+    for folder, message in cases.items():
+        if folder == tmp_path:  # the parent of a data set: its `images` looks like a class, but holds only folders
+            folder = tmp_path / "parent"
+            folder.mkdir()
+            source.rename(folder / "images")
+        with pytest.raises(UserError, match=message):
+            write(folder, out)
+        assert contents(out.parent) == set()
+
+
+def test_a_failure_leaves_the_old_file_alone(source: Path, out: Path) -> None:
+    write(source, out)
+    before = out.read_bytes()
+    truncate(source / "n00000002" / "n00000002_3.JPEG")
+    with pytest.raises(UserError):
+        write(source, out)
+    assert out.read_bytes() == before
+    verify(out)
+    assert contents(out.parent) == {"train.beton", "train.beton.json"}
+
+
+def test_an_output_that_cannot_be_written(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is a folder"):
+        write(source, tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write"):
+        write(source, tmp_path / "file" / "train.beton")
+
+
+@pytest.fixture
+def large(tmp_path: Path) -> Path:
+    """19 MB of raw pixels."""
+    make_image_folder(tmp_path / "large", classes=2, per_class=20, size_range=(400, 400))
+    return tmp_path / "large"
+
+
+def test_a_full_disk(large: Path, out: Path) -> None:
+    mount = ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", out.parent]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting needs root")
+    try:
+        with pytest.raises(UserError) as caught:
+            write(large, out, jpeg_proportion=0.0)
+        assert f"{out.parent}: cannot write train.beton (No space left on device)" in str(caught.value)
+        assert "it needs about 2" in str(caught.value)
+        assert "13 MB are free" in str(caught.value)
+        assert "\n" not in str(caught.value)
+        assert contents(out.parent) == set()
+    finally:
+        subprocess.run(["umount", out.parent], check=True)
+
+
+def test_a_file_larger_than_allowed(large: Path, out: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10 << 20, before[1]))
+    try:
+        with pytest.raises(UserError, match=r"cannot write train\.beton \(File too large\): it needs about 2"):
+            write(large, out, jpeg_proportion=0.0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert contents(out.parent) == set()
+
+
+def test_an_interrupted_run_leaves_nothing_behind(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(descriptor: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write(source, out)
+    assert contents(out.parent) == set()
+
+
+@pytest.mark.slow
+def test_a_thousand_classes_of_full_size_images(tmp_path: Path, out: Path) -> None:
+    make_image_folder(tmp_path / "images", classes=1000, per_class=2, size_range=(300, 500))
+    report = write(tmp_path / "images", out, jpeg_proportion=0.8)
+    assert (report.images, len(report.classes)) == (2000, 1000)
+    data = Data(train=out, val=out, batch_size=64, resolution=64)
+    loader = train_loader(
+        data, rank=0, world_size=1, device=torch.device("cpu"), seed=0, micro_batch=64, num_classes=1000
+    )
+    labels = torch.cat([batch.labels for batch in loader])
+    assert len(labels) == 2000 // 64 * 64
+    assert torch.bincount(labels).max() <= 2
+    assert len(labels.unique()) > 950
