@@ -160,11 +160,13 @@ def eval_loader(data: Data, *, rank: int, world_size: int, device: torch.device,
     """Validation images: central crops, each image exactly once over all processes, nothing padded or dropped.
 
     Raises:
-        UserError: the file is missing, damaged or no .beton; no images; a label outside the model's classes.
+        UserError: the file is missing, damaged or no .beton; fewer images than processes; a label outside the model's classes.
     """
     beton = _checked(data.val, data.train, num_classes, "data.val")
     if beton.images == 0:
         raise UserError(f"{data.val}: holds no images; write it with `ssam-scale data write FOLDER {data.val}`")
+    if beton.images < world_size:
+        raise UserError(f"{data.val}: {beton.images} images are fewer than one for each of {world_size} processes")
     batch = max(1, (data.eval_batch_size or data.batch_size) // world_size)
     mine = np.arange(beton.images * rank // world_size, beton.images * (rank + 1) // world_size)
     most = -(-beton.images // world_size)

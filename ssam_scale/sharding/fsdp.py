@@ -30,6 +30,7 @@ class FSDP2:
     def __init__(self, module: nn.Module) -> None:
         self.ascent_module = self.descent_module = module
         self._units = [m for m in module.modules() if isinstance(m, FSDPModule)]
+        self.publish()  # after a forward without a backward the root shows its gathered weights as its parameters
         meshes = set()
         for name, p in module.named_parameters():
             if not isinstance(p, DTensor) or p.device_mesh.ndim != 1 or p.placements != (ShardPlacement(0),):

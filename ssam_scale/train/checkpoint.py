@@ -177,7 +177,7 @@ def _check(path: Path, config: Config, state: dict[str, Any], saved: dict[str, T
     if mine != theirs:
         name = next(iter(sorted(n for n in mine.keys() | theirs.keys() if mine.get(n) != theirs.get(n))))
         raise UserError(
-            f"checkpoint {path} is of {state['model']}, not of {_identity(config)}: {name} is "
+            f"checkpoint {path}, of {state['model']}, does not fit this run's {_identity(config)}: {name} is "
             f"{theirs.get(name, 'missing')} there and {mine.get(name, 'missing')} here"
         )
     if state["optimizer"] != config.optimizer.name:

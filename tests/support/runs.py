@@ -1,0 +1,79 @@
+"""Small real data sets and configurations for whole runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ssam_scale.cli import main
+from ssam_scale.data import write_beton
+from tests.support.images import make_image_folder
+
+CLASSES = 4
+RESNET: dict[str, Any] = {
+    "name": "resnet18",
+    "num_classes": CLASSES,
+    "kwargs": {"channels": [8, 8, 8, 8], "stem_width": 8},
+}
+
+
+def write_data(folder: Path, *, per_class: int = 12, val_per_class: int = 5) -> None:
+    """train.beton and val.beton of four classes of small JPEGs."""
+    for name, count, seed in (("train", per_class, 0), ("val", val_per_class, 1)):
+        make_image_folder(folder / name, CLASSES, count, (40, 48), seed)
+        write_beton(folder / name, folder / f"{name}.beton", progress=False)
+
+
+def write_config(path: Path, data: Path, **sections: Any) -> Path:
+    """A complete configuration of a tiny run beside its checkpoints and its own tracking store."""
+    home = path.parent
+    values: dict[str, Any] = {
+        "model": RESNET,
+        "data": {
+            "train": str(data / "train.beton"),
+            "val": str(data / "val.beton"),
+            "batch_size": 12,
+            "eval_batch_size": 8,
+            "resolution": 32,
+            "eval_resolution": 32,
+            "workers": 1,
+        },
+        "optimizer": {"name": "sgd", "lr": 0.05, "weight_decay": 1e-3},
+        "train": {"epochs": 2},
+        "checkpoint": {"directory": str(home / "checkpoints")},
+        "tracking": {"uri": f"sqlite:///{home}/mlflow.db", "log_every": 2},
+    }
+    for name, section in sections.items():
+        replace = not isinstance(section, dict) or name == "model"
+        values[name] = section if replace else {**values.get(name, {}), **section}
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def ssam_scale(*arguments: str | Path) -> int:
+    """Run the command line in this process; its exit code."""
+    with pytest.raises(SystemExit) as exit_:
+        main([str(argument) for argument in arguments])
+    return int(exit_.value.code or 0)
+
+
+def tensors_of(checkpoint: Path) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint, by file and name."""
+    return {
+        f"{file.name}:{name}": tensor
+        for file in sorted(checkpoint.glob("*.safetensors"))
+        for name, tensor in load_file(file).items()
+    }
+
+
+def differing(first: Path, second: Path, tolerance: float = 0.0) -> list[str]:
+    """Names of the tensors in which two checkpoints differ by more than `tolerance` anywhere."""
+    one, two = tensors_of(first), tensors_of(second)
+    assert one.keys() == two.keys()
+    return [name for name in one if not torch.allclose(one[name].double(), two[name].double(), rtol=0, atol=tolerance)]

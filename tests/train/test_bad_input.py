@@ -1,0 +1,129 @@
+"""A user's mistake is one line on the terminal and exit code 2, and nothing is left half-written."""
+
+from __future__ import annotations
+
+import resource
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.processes import run
+from tests.support.runs import ssam_scale, write_config
+
+
+def mistake(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The message of a command that must end with exit code 2."""
+    assert ssam_scale("train", *arguments) == 2
+    out, err = capsys.readouterr()
+    assert "Traceback" not in out + err
+    lines = err.strip().splitlines()
+    assert len(lines) == 1, err
+    return lines[0]
+
+
+CASES = {
+    "model.name=resnet81": "model.name: timm .* knows no model 'resnet81'; nearest: .*resnet18",
+    "model.kwargs={depth: 3}": "model: timm could not build resnet18",
+    "optimizer.name=sgdd": "optimizer.name: timm knows no optimizer 'sgdd'; nearest: .*sgd",
+    "optimizer.kwargs={speed: 1}": "optimizer: timm could not build sgd",
+    "data.batch_size=4000": "48 images are fewer than one batch of 4,000",
+    "model.num_classes=3": "label 3 is outside the model's 3 classes; set model.num_classes to 4",
+    "data.train=nowhere.beton": "nowhere.beton",
+    "sharding.backend=fsdp2": "sharding.backend: backend fsdp2 without a launcher",
+    "checkpoint.resume=nowhere": "checkpoint.resume: nowhere is not a checkpoint",
+    "train.epoch=3": "train.epoch.*epochs",
+    "perturbation={rho: 0.1, norm: dense, mask: {pattern: depth}}": "norm: dense needs the gradient of the prefix",
+    "tracking.uri=sqlite:////proc/nowhere/mlflow.db": "/proc/nowhere",
+}
+
+
+@pytest.mark.parametrize(("override", "message"), CASES.items(), ids=CASES)
+def test_the_message_names_what_was_given_and_what_would_work(
+    override: str, message: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import re
+
+    config = write_config(tmp_path / "run.yaml", data)
+    line = mistake(capsys, "--config", str(config), override)
+    assert re.search(message, line), line
+    assert {p.name for p in tmp_path.iterdir()} <= {"run.yaml", "mlflow.db"}
+
+
+def test_depth_on_a_model_without_stages(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = write_config(
+        tmp_path / "run.yaml",
+        data,
+        model={"name": "mobilenetv3_small_050", "num_classes": 4},
+        perturbation={"rho": 0.1, "mask": {"pattern": "depth"}},
+    )
+    assert "MobileNetV3 has no stages to cut between" in mistake(capsys, "--config", str(config))
+
+
+def test_an_image_size_the_model_cannot_take(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    vit = {"name": "vit_tiny_patch16_224", "num_classes": 4, "kwargs": {"depth": 1}}
+    config = write_config(tmp_path / "run.yaml", data, model=vit)
+    assert "data.resolution: vit_tiny_patch16_224 cannot take images of 32 px" in mistake(
+        capsys, "--config", str(config)
+    )
+
+
+@pytest.fixture
+def trained(data: Path, tmp_path: Path) -> Path:
+    """The configuration of a run that has a checkpoint."""
+    config = write_config(tmp_path / "run.yaml", data)
+    assert ssam_scale("train", "--config", config, "train.epochs=1") == 0
+    return config
+
+
+def test_checkpoints_that_do_not_fit(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    checkpoint = tmp_path / "checkpoints/epoch_0001"
+    resume = ("--config", str(trained), "--resume", str(checkpoint))
+    line = mistake(capsys, *resume, "model.kwargs={channels: [8, 8, 8, 16], stem_width: 8}")
+    assert "checkpoint" in line
+    assert "fc.weight is (4, 8) there and (4, 16) here" in line
+    assert "of resnet18 with 4 classes, does not fit this run's resnet34" in mistake(capsys, *resume, "model.name=resnet34")
+    assert "made with optimizer.name sgd, this run has adamw" in mistake(capsys, *resume, "optimizer.name=adamw")
+    assert "has no averaged weights" in mistake(capsys, *resume, "train.ema_decay=0.9")
+    assert "did you mean" in mistake(capsys, "--config", str(trained), "--resume", str(tmp_path / "checkpoints"))
+
+    broken = shutil.copytree(checkpoint, tmp_path / "broken")
+    weights = (broken / "model.safetensors").read_bytes()
+    (broken / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    assert "broken cannot be read" in mistake(capsys, "--config", str(trained), "--resume", str(broken))
+    (broken / "state.json").write_text("{")
+    assert "broken cannot be read" in mistake(capsys, "--config", str(trained), "--resume", str(broken))
+
+
+@pytest.mark.slow
+def test_a_full_disk_while_saving_leaves_the_last_checkpoint_alone(trained: Path, tmp_path: Path) -> None:
+    before = {p.name: p.read_bytes() for p in (tmp_path / "checkpoints/epoch_0001").iterdir()}
+    limit = 64 * 1024  # bytes; below a checkpoint's weights, and above all else that a run writes at once
+    done = run(
+        [
+            sys.executable,
+            "-c",
+            "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+            "from ssam_scale.train import checkpoint; write = checkpoint._write\n"
+            "def limited(*a):\n"
+            f"    resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {resource.RLIM_INFINITY}))\n"
+            "    try:\n        return write(*a)\n"
+            f"    finally:\n        resource.setrlimit(resource.RLIMIT_FSIZE, ({resource.RLIM_INFINITY},) * 2)\n"
+            "checkpoint._write = limited\n"
+            "from ssam_scale.cli import main; main(sys.argv[1:])",
+            "train",
+            "--config",
+            trained,
+            "--resume",
+            "auto",
+        ],
+        cwd=tmp_path,
+    )
+    assert done.returncode == 2, done.stdout
+    assert "Traceback" not in done.stdout
+    assert "epoch_0002 was not written" in done.stdout
+    assert "MiB are free" in done.stdout
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["epoch_0001"]
+    assert {p.name: p.read_bytes() for p in (tmp_path / "checkpoints/epoch_0001").iterdir()} == before

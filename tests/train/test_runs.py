@@ -1,0 +1,146 @@
+"""Whole runs: what is resumed equals what was never interrupted, on one process and on several."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+
+from tests.support.processes import run
+from tests.support.runs import RESNET, differing, ssam_scale, write_config
+
+METHODS: dict[str, Any] = {
+    "base": None,
+    "sam": {"rho": 0.05},
+    "ssam-element": {"rho": 0.05, "norm": "dense", "mask": {"pattern": "element", "samples": 8, "refresh_epochs": 2}},
+    "ssam-tensor": {"rho": 0.05, "mask": {"pattern": "tensor", "samples": 8}},
+    "ssam-depth": {"rho": 0.05, "mask": {"pattern": "depth"}},
+}
+EVERYTHING = {
+    "loss": {"mixup": 0.2, "cutmix": 1.0, "label_smoothing": 0.1},
+    "train": {"epochs": 3, "accumulation": 2, "ema_decay": 0.9},
+    "optimizer": {"name": "adamw", "lr": 0.001, "clip_grad_norm": 1.0},
+    "schedule": {"warmup_epochs": 0.5},
+    "model": {**RESNET, "drop_path_rate": 0.1, "drop_rate": 0.1},
+}
+
+
+def train(*arguments: str) -> None:
+    assert ssam_scale("train", *arguments) == 0
+
+
+def runs_of(home: Path) -> list[Any]:
+    client = mlflow.MlflowClient(f"sqlite:///{home}/mlflow.db")
+    return client.search_runs([client.get_experiment_by_name("ssam_scale").experiment_id])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_resuming_equals_never_having_stopped(
+    method: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_config(tmp_path / "run.yaml", data, perturbation=METHODS[method], **EVERYTHING)
+    checkpoints = tmp_path / "checkpoints"
+    train("--config", str(config), "checkpoint.keep=3")
+    shutil.move(checkpoints / "epoch_0003", tmp_path / "uninterrupted")
+    shutil.rmtree(checkpoints / "epoch_0002")
+    train("--config", str(config), "--resume", "auto")
+    assert "resumed from" in capsys.readouterr().out
+    assert differing(tmp_path / "uninterrupted", checkpoints / "epoch_0003") == []
+    (one,) = runs_of(tmp_path)  # the tracked run was continued, too
+    assert one.info.status == "FINISHED"
+    assert one.data.tags["method"] == method
+    assert one.data.metrics["epoch"] == 3
+    assert 0 <= one.data.metrics["val/top1"] <= one.data.metrics["val/top5"] <= 100
+
+
+def test_a_finished_run_resumed_again_does_nothing(data: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path / "run.yaml", data)
+    train("--config", str(config), "train.epochs=1")
+    before = (tmp_path / "checkpoints/epoch_0001/state.json").stat().st_mtime_ns
+    train("--config", str(config), "train.epochs=1", "--resume", "auto")
+    assert (tmp_path / "checkpoints/epoch_0001/state.json").stat().st_mtime_ns == before
+
+
+def test_old_checkpoints_are_dropped_and_the_weights_load_into_timm(data: Path, tmp_path: Path) -> None:
+    import timm
+    from safetensors.torch import load_file
+
+    config = write_config(tmp_path / "run.yaml", data, train={"epochs": 3}, checkpoint={"keep": 2})
+    train("--config", str(config), f"checkpoint.directory={tmp_path}/kept")
+    assert sorted(p.name for p in (tmp_path / "kept").iterdir()) == ["epoch_0002", "epoch_0003"]
+    model = timm.create_model("resnet18", num_classes=4, **RESNET["kwargs"])
+    model.load_state_dict(load_file(tmp_path / "kept/epoch_0003/model.safetensors"))
+
+
+def test_a_dry_run_leaves_nothing_behind(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = write_config(tmp_path / "run.yaml", data, perturbation=METHODS["ssam-element"])
+    train("--config", str(config), "--dry-run")
+    assert "dry run: ssam-element resnet18, one step" in capsys.readouterr().out
+    assert [p.name for p in tmp_path.iterdir()] == ["run.yaml"]
+
+
+def test_the_printed_configuration_is_the_run(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = write_config(tmp_path / "run.yaml", data, perturbation=METHODS["ssam-depth"])
+    train("--config", str(config), "train.epochs=7", "--print-config")
+    printed = capsys.readouterr().out
+    assert "epochs: 7" in printed
+    (tmp_path / "again.yaml").write_text(printed)
+    train("--config", str(tmp_path / "again.yaml"), "--print-config")
+    assert capsys.readouterr().out == printed
+
+
+def launch(processes: int, config: Path, *overrides: str) -> str:
+    torchrun = Path(sys.executable).parent / "torchrun"
+    done = run(
+        [
+            torchrun,
+            "--standalone",
+            "--nproc_per_node",
+            str(processes),
+            "launch/train.py",
+            "--config",
+            config,
+            *overrides,
+        ],
+        cwd=Path(__file__).parents[2],
+        env={"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["ssam-element", "ssam-depth"])
+def test_one_process_ddp_and_fsdp2_train_the_same_weights(method: str, data: Path, tmp_path: Path) -> None:
+    # A ViT, because BatchNorm normalises by the batch of each process.
+    vit = {
+        "name": "vit_tiny_patch16_224",
+        "num_classes": 4,
+        "kwargs": {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2},
+    }
+    config = write_config(
+        tmp_path / "run.yaml",
+        data,
+        model=vit,
+        perturbation=METHODS[method],
+        train={"epochs": 2, "ema_decay": 0.5, "accumulation": 1},
+        optimizer={"name": "sgd", "clip_grad_norm": 1.0},
+    )
+    train("--config", str(config), f"checkpoint.directory={tmp_path}/single")
+    for backend in ("ddp", "fsdp2"):
+        launch(2, config, f"checkpoint.directory={tmp_path}/{backend}", f"sharding.backend={backend}")
+        # 8 steps of the same fp32 arithmetic in another order of summation.
+        assert differing(tmp_path / "single/epoch_0002", tmp_path / backend / "epoch_0002", 2e-6) == []
+    # What DDP wrote, FSDP2 goes on with, and one process ends as if nothing had happened.
+    launch(
+        2,
+        config,
+        f"checkpoint.directory={tmp_path}/mixed",
+        f"checkpoint.resume={tmp_path}/ddp/epoch_0001",
+        "sharding.backend=fsdp2",
+    )
+    assert differing(tmp_path / "single/epoch_0002", tmp_path / "mixed/epoch_0002", 2e-6) == []
