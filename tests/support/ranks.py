@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -15,9 +16,8 @@ import torch.multiprocessing as mp
 from ssam_scale.sharding import World, join_world
 
 
-def _free_port() -> int:
-    import socket
-
+def free_port() -> int:
+    """A port of the loopback that nobody listens on."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return int(s.getsockname()[1])
@@ -46,7 +46,7 @@ def _entry(rank: int, function: Callable[..., Any], size: int, port: int, folder
 def run_ranks(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """`function(world, *args)` on `size` new processes; their results (tensors in plain containers), by rank."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.start_processes(_entry, (function, size, _free_port(), folder, args), nprocs=size, start_method="spawn")
+        mp.start_processes(_entry, (function, size, free_port(), folder, args), nprocs=size, start_method="spawn")
         return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(size)]
 
 

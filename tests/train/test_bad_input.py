@@ -84,7 +84,9 @@ def test_checkpoints_that_do_not_fit(trained: Path, tmp_path: Path, capsys: pyte
     line = mistake(capsys, *resume, "model.kwargs={channels: [8, 8, 8, 16], stem_width: 8}")
     assert "checkpoint" in line
     assert "fc.weight is (4, 8) there and (4, 16) here" in line
-    assert "of resnet18 with 4 classes, does not fit this run's resnet34" in mistake(capsys, *resume, "model.name=resnet34")
+    assert "of resnet18 with 4 classes, does not fit this run's resnet34" in mistake(
+        capsys, *resume, "model.name=resnet34"
+    )
     assert "made with optimizer.name sgd, this run has adamw" in mistake(capsys, *resume, "optimizer.name=adamw")
     assert "has no averaged weights" in mistake(capsys, *resume, "train.ema_decay=0.9")
     assert "did you mean" in mistake(capsys, "--config", str(trained), "--resume", str(tmp_path / "checkpoints"))
