@@ -35,6 +35,7 @@ CASES = {
     "checkpoint.resume=nowhere": "checkpoint.resume: nowhere is not a checkpoint",
     "train.epoch=3": "train.epoch.*epochs",
     "perturbation={rho: 0.1, norm: dense, mask: {pattern: depth}}": "norm: dense needs the gradient of the prefix",
+    "perturbation={rho: 0.1, mask: {pattern: element, samples: 100}}": "samples 100: an epoch has only 48 images",
     "tracking.uri=sqlite:////proc/nowhere/mlflow.db": "/proc/nowhere",
 }
 

@@ -54,7 +54,7 @@ def overrides(imagenet: Path, home: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("name", "method", "smaller"),
     [
-        ("resnet50", "ssam-element", []),
+        ("resnet50", "ssam-element", ["perturbation.mask.samples=32"]),
         # The 1,000 class folders, the batches and the 86 million weights are those of the file; the pixels are fewer.
         ("vit_b", "ssam-depth", ["data.resolution=64", "data.eval_resolution=64", "model.kwargs.img_size=64"]),
     ],

@@ -1,0 +1,281 @@
+"""What finished runs say about each other: accuracy, step time, time over base, saving over dense SAM."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from statistics import fmean, stdev
+from typing import Any
+
+from ssam_scale.errors import UserError
+from ssam_scale.tracking.store import one_line, open_store, without_password
+
+# Parameters that do not make a run another experiment: seeds are pooled, the rest changes no result.
+_POOLED = ("train.seed", "tracking.", "checkpoint.", "data.workers", "data.eval_batch_size")
+
+# A ratio of times means something only where all of these are the same.
+_TIME_PARAMS = (
+    "model.name",
+    "data.batch_size",
+    "data.resolution",
+    "train.precision",
+    "train.accumulation",
+)
+_TIME_TAGS = ("backend", "world_size", "hardware")
+
+_PAGE = 500
+
+
+@dataclass(frozen=True)
+class Row:
+    """Runs that differ only in their seed.
+
+    Attributes:
+        method: `base`, `sam` or `ssam-<pattern>`.
+        model: timm's name.
+        mask: which weights are perturbed, in words; empty for the base optimizer.
+        settings: parameters that tell this row from others of the same method, mask and model; empty if none is needed.
+        density: share of the weights that is perturbed, 0 to 1; None for the base optimizer or if it is not known.
+        runs: how many, the latest of each seed.
+        top1: mean accuracy after the last epoch, percent.
+        top1_sd: its sample standard deviation; None for one run.
+        step_seconds: mean over the runs of their median step times.
+        time_over_base: step time divided by that of the base optimizer alone.
+        saving_over_sam: 1 − step time / that of dense SAM.
+        notes: why a value is missing.
+        run_ids: MLflow's ids of the runs that count.
+    """
+
+    method: str
+    model: str
+    mask: str
+    settings: str
+    density: float | None
+    runs: int
+    top1: float | None
+    top1_sd: float | None
+    step_seconds: float | None
+    time_over_base: float | None
+    saving_over_sam: float | None
+    notes: tuple[str, ...]
+    run_ids: tuple[str, ...]
+
+
+@dataclass
+class _Group:
+    """The runs of one row while it is being computed."""
+
+    params: dict[str, str]
+    tags: dict[str, str]
+    runs: list[Any]
+
+    @property
+    def method(self) -> str:
+        return self.tags.get("method", "unknown")
+
+    @property
+    def model(self) -> str:
+        return self.params.get("model.name", "unknown")
+
+    @property
+    def latest(self) -> int:
+        return max(run.info.start_time for run in self.runs)
+
+    def timing(self) -> tuple[str, ...]:
+        return (
+            *(self.params.get(key, "") for key in _TIME_PARAMS),
+            *(self.tags.get(key, "") for key in _TIME_TAGS),
+        )
+
+    def distinct(self) -> dict[str, str]:
+        """Parameters that make this group what it is."""
+        return {key: value for key, value in self.params.items() if not key.startswith(_POOLED)}
+
+    def identity(self) -> dict[str, str]:
+        """All that makes it a row of its own: parameters, and where it ran."""
+        return self.distinct() | {key: self.tags.get(key, "—") for key in _TIME_TAGS}
+
+    def mean(self, metric: str) -> float | None:
+        found = self.values(metric)
+        return fmean(found) if found else None
+
+    def values(self, metric: str) -> list[float]:
+        return [run.data.metrics[metric] for run in self.runs if metric in run.data.metrics]
+
+
+def compare(uri: str, experiment: str, *, group: str | None = None) -> list[Row]:
+    """Rows of all finished runs of an experiment, base first, then dense SAM, then the others, model by model.
+
+    Args:
+        uri: MLflow tracking URI; nothing is created there.
+        experiment: its name.
+        group: only runs whose tag `group` has this value.
+
+    Raises:
+        UserError: the store cannot be read, has no such experiment, or the experiment has no finished run.
+    """
+    client, experiment_id = find_experiment(uri, experiment)
+    query = "attributes.status = 'FINISHED'"
+    if group is not None:
+        query += f" and tags.`group` = '{_quoted(group)}'"
+    runs = _all_runs(client, experiment_id, query)
+    if not runs:
+        raise UserError(_nothing_finished(client, experiment_id, experiment, group))
+    groups = _grouped(runs)
+    return [_row(each, groups) for each in sorted(groups, key=_order)]
+
+
+def find_experiment(uri: str, name: str) -> tuple[Any, str]:
+    """Client of the store and id of the experiment.
+
+    Raises:
+        UserError: the store cannot be read or has no such experiment; names the nearest one.
+    """
+    client = open_store(uri, create=False)
+    try:
+        found = client.get_experiment_by_name(name)
+        names = [each.name for each in client.search_experiments()]
+    except Exception as error:
+        raise UserError(f"tracking.uri {without_password(uri)}: {one_line(error)}") from error
+    if found is None or found.lifecycle_stage == "deleted":
+        near = get_close_matches(name, names, n=1, cutoff=0.0)
+        hint = f"; did you mean {near[0]!r}?" if near else "; it has none"
+        raise UserError(f"no experiment {name!r} in {without_password(uri)}{hint}")
+    return client, str(found.experiment_id)
+
+
+def _quoted(text: str) -> str:
+    if "'" in text or "`" in text:
+        raise UserError(f"group {text!r}: a group's name has no quotes")
+    return text
+
+
+def _all_runs(client: Any, experiment_id: str, query: str) -> list[Any]:
+    runs: list[Any] = []
+    token = None
+    while True:
+        page = client.search_runs([experiment_id], query, max_results=_PAGE, page_token=token)
+        runs.extend(page)
+        token = page.token
+        if not token:
+            return runs
+
+
+def _nothing_finished(client: Any, experiment_id: str, experiment: str, group: str | None) -> str:
+    where = f"experiment {experiment!r}" + (f", group {group!r}" if group else "")
+    counts: dict[str, int] = defaultdict(int)
+    for run in _all_runs(client, experiment_id, ""):
+        counts[run.info.status] += 1
+    others = ", ".join(f"{number} {status}" for status, number in sorted(counts.items()))
+    return f"no finished run in {where}" + (f"; the experiment has {others}" if others else "; it is empty")
+
+
+def _grouped(runs: Iterable[Any]) -> list[_Group]:
+    by_key: dict[str, dict[str, Any]] = defaultdict(dict)
+    for run in sorted(runs, key=lambda run: run.info.start_time):
+        group = _Group(run.data.params, run.data.tags, [run])
+        key = json.dumps([group.method, sorted(group.identity().items())])
+        # Sorted by time: of runs with the same seed the latest replaces the others.
+        by_key[key][run.data.params.get("train.seed", "")] = run
+    groups = []
+    for by_seed in by_key.values():
+        pooled = list(by_seed.values())
+        groups.append(_Group(pooled[-1].data.params, pooled[-1].data.tags, pooled))
+    return groups
+
+
+def _order(group: _Group) -> tuple[str, int, str, str]:
+    rank = {"base": 0, "sam": 1}.get(group.method, 2)
+    return (group.model, rank, group.method + _mask(group), json.dumps(sorted(group.identity().items())))
+
+
+def _row(group: _Group, groups: list[_Group]) -> Row:
+    top1, step = group.values("summary/top1"), group.mean("summary/step_time")
+    ratios: dict[str, float | None] = {}
+    notes = []
+    for method, title in (("base", "the base optimizer alone"), ("sam", "dense SAM")):
+        reference = group if group.method == method else _nearest(group, groups, method)
+        seconds = None if reference is None else reference.mean("summary/step_time")
+        ratios[method] = step / seconds if step is not None and seconds else None
+        if ratios[method] is None:
+            if step is None:
+                notes.append(f"{group.method}: no step time was recorded")
+            else:
+                notes.append(f"no finished run of {title} with {_timing_words(group)}")
+    return Row(
+        method=group.method,
+        model=group.model,
+        mask=_mask(group),
+        settings=_settings(group, groups),
+        density=_density(group),
+        runs=len(group.runs),
+        top1=fmean(top1) if top1 else None,
+        top1_sd=stdev(top1) if len(top1) > 1 else None,
+        step_seconds=step,
+        time_over_base=ratios["base"],
+        saving_over_sam=None if ratios["sam"] is None else 1.0 - ratios["sam"],
+        notes=tuple(dict.fromkeys(notes)),
+        run_ids=tuple(run.info.run_id for run in group.runs),
+    )
+
+
+def _nearest(group: _Group, groups: list[_Group], method: str) -> _Group | None:
+    """Of the groups that `group` can be timed against, the one most like it; of several, the latest."""
+
+    def differences(other: _Group) -> int:
+        mine, theirs = group.distinct(), other.distinct()
+        keys = {key for key in mine.keys() | theirs.keys() if not key.startswith("perturbation")}
+        return sum(mine.get(key) != theirs.get(key) for key in keys)
+
+    same = [other for other in groups if other.method == method and other.timing() == group.timing()]
+    return min(same, key=lambda other: (differences(other), -other.latest), default=None)
+
+
+def _timing_words(group: _Group) -> str:
+    params, tags = group.params, group.tags
+    return (
+        f"{group.model}, batch {params.get('data.batch_size', '?')}, {params.get('data.resolution', '?')} px, "
+        f"{params.get('train.precision', '?')}, {tags.get('backend', '?')} on {tags.get('world_size', '?')} process(es)"
+        ", on this hardware"
+    )
+
+
+def _density(group: _Group) -> float | None:
+    if group.method == "base":
+        return None
+    measured = group.mean("mask/density")
+    if measured is not None:
+        return measured
+    if group.method == "sam":
+        return 1.0
+    sparsity = group.params.get("perturbation.mask.sparsity")
+    return None if sparsity is None else 1.0 - float(sparsity)
+
+
+def _mask(group: _Group) -> str:
+    if group.method == "base":
+        return ""
+    prefix = "perturbation.mask."
+    mask = {key[len(prefix) :]: value for key, value in group.params.items() if key.startswith(prefix)}
+    if "pattern" not in mask:
+        return "dense"
+    words = [mask["pattern"], *(mask[key] for key in ("score", "policy") if key in mask)]
+    if "cut" in mask:
+        low, high = json.loads(mask["cut"])
+        words.append(f"{low:g}" if low == high else f"{low:g}–{high:g}")
+    return " ".join(words)
+
+
+def _settings(group: _Group, groups: list[_Group]) -> str:
+    alike = [
+        other.identity()
+        for other in groups
+        if (other.method, other.model, _mask(other)) == (group.method, group.model, _mask(group))
+    ]
+    keys = sorted({key for other in alike for key in other})
+    differing = [key for key in keys if len({other.get(key) for other in alike}) > 1]
+    mine = group.identity()
+    return ", ".join(f"{key.rpartition('.')[2]} {mine.get(key, '—')}" for key in differing)

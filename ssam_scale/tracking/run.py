@@ -1,0 +1,284 @@
+"""One training run as MLflow sees it: what it was, what it measured, how it ended."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from array import array
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import median
+from subprocess import Popen
+from types import TracebackType
+from typing import Any
+
+import yaml
+
+from ssam_scale.config.schema import Config
+from ssam_scale.errors import UserError
+from ssam_scale.tracking import peers, watch
+from ssam_scale.tracking.environment import environment_tags, world_size
+from ssam_scale.tracking.phases import PhaseSummary
+from ssam_scale.tracking.signals import Terminated, Unwinding
+from ssam_scale.tracking.store import experiment_id, one_line, open_store, without_password
+from ssam_scale.tracking.writer import MetricWriter
+
+_log = logging.getLogger(__name__)
+
+# Compilation, allocator growth and cold caches: these steps say nothing about the ones that follow.
+WARMUP_STEPS = 10
+
+# Limits of MLflow's stores.
+_PARAM_CHARACTERS, _PARAMS_AT_ONCE, _TAG_CHARACTERS = 6000, 100, 8000
+
+# How long the last metrics may take. Launchers kill for good 30 s after they ask politely.
+_FLUSH_S = {"FINISHED": 60.0, "FAILED": 20.0, "KILLED": 5.0}
+
+
+def open_run(
+    config: Config, *, enabled: bool, resume_run_id: str | None = None, extra_tags: Mapping[str, str] | None = None
+) -> Run:
+    """The run that `config` describes, to be entered with `with`.
+
+    On entering, SIGTERM and SIGHUP become the exception `Terminated` (exit code 143 for SIGTERM) until the `with` ends.
+    On leaving, the run is FINISHED, FAILED (with the error's line as tag `failure`) or KILLED (a signal, Ctrl-C).
+
+    Args:
+        config: the resolved configuration; logged as parameters and as the artifact `config.yaml`.
+        enabled: true on the one process that tracks. On others every method does nothing, but signals unwind them too,
+            and a failure there is what the run is marked by.
+        resume_run_id: continue this run; a new one, tagged `resumed_from`, is made if the store does not know it.
+        extra_tags: further tags, which win over the ones found out here (e.g. `backend` once it is resolved).
+
+    Raises:
+        UserError: on entering, when the tracking store cannot be used.
+    """
+    return Run(config, enabled, resume_run_id, dict(extra_tags or {}))
+
+
+def flatten(config: Config) -> dict[str, str]:
+    """Parameters of a run: dotted key to value; lists as JSON, absence as `null`."""
+    flat: dict[str, str] = {}
+
+    def visit(prefix: str, value: Any) -> None:
+        if isinstance(value, dict) and value:
+            for key, inner in value.items():
+                visit(f"{prefix}.{key}" if prefix else key, inner)
+        else:
+            flat[prefix] = value if isinstance(value, str) else json.dumps(value)
+
+    visit("", _plain(config))
+    return {key: _cut(value, _PARAM_CHARACTERS) for key, value in flat.items()}
+
+
+def _plain(config: Config) -> dict[str, Any]:
+    values = config.model_dump(mode="json")
+    values["tracking"]["uri"] = without_password(values["tracking"]["uri"])
+    return values
+
+
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+class Run:
+    """See `open_run`. `id` is MLflow's run id; None on processes that do not track."""
+
+    def __init__(self, config: Config, enabled: bool, resume_run_id: str | None, extra_tags: dict[str, str]) -> None:
+        self.id: str | None = None
+        self._config, self._enabled = config, enabled
+        self._resume_run_id, self._extra_tags = resume_run_id, extra_tags
+        self._client: Any = None
+        self._writer: MetricWriter | None = None
+        self._watcher: Popen[bytes] | None = None
+        self._unwinding = Unwinding(self._mark_stuck if enabled else None)
+        self._step_times = array("d")
+        self._top1: float | None = None
+        self._best_top1: float | None = None
+
+    def __enter__(self) -> Run:
+        self._unwinding.__enter__()
+        try:
+            if self._enabled:
+                self._open()
+        except BaseException as error:
+            self._close(error)
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._close(error)
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Record metrics at an optimizer step. Returns at once; the values are sent in the background, in order."""
+        if self._writer is None:
+            return
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        self._writer.put([Metric(key, float(value), now, step) for key, value in metrics.items()])
+
+    def log_window(self, summary: PhaseSummary, *, loss: float, lr: float, images_per_step: int, step: int) -> None:
+        """Record the steps since the last call.
+
+        Args:
+            summary: their times, from `PhaseTimer.drain`.
+            loss: training loss, mean over the steps.
+            lr: learning rate of the last of them.
+            images_per_step: images in one optimizer step over all processes.
+            step: number of the last of them, counted from 1.
+        """
+        self._step_times.extend(summary.step_times)
+        metrics = {"train/loss": loss, "train/lr": lr}
+        if summary.steps:
+            metrics["time/step"] = summary.step
+            metrics["train/images_per_second"] = images_per_step * summary.steps / summary.seconds
+            metrics |= {f"time/{name.replace(' ', '_')}": seconds for name, seconds in summary.phases.items()}
+        self.log(metrics, step)
+
+    def log_evaluation(self, *, top1: float, top5: float, loss: float, epoch: float, step: int) -> None:
+        """Record an evaluation: accuracies in percent, mean loss, after `epoch` epochs."""
+        self._top1 = top1
+        self._best_top1 = top1 if self._best_top1 is None else max(top1, self._best_top1)
+        self.log({"val/top1": top1, "val/top5": top5, "val/loss": loss, "epoch": epoch}, step)
+
+    def log_epoch(self, *, epoch: float, seconds: float, step: int) -> None:
+        """Record that `epoch` epochs are done and how long the last one took."""
+        self.log({"epoch": epoch, "time/epoch": seconds}, step)
+
+    def log_artifact(self, path: Path, folder: str | None = None) -> None:
+        """Store a file with the run, in `folder` of its artifacts; what fails is a warning, not an error."""
+        if self._writer is None:
+            return
+        try:
+            self._client.log_artifact(self.id, str(path), folder)
+        except Exception as error:  # a full artifact store must not end a training
+            _log.warning("artifact %s was not stored: %s", path, one_line(error))
+
+    def finish_summary(self) -> dict[str, float]:
+        """Record and return what stands for the whole run; call it once, when training is complete.
+
+        `summary/step_time`: median of all step times since this process started but the first WARMUP_STEPS (of all if
+        there are no more), seconds. `summary/top1`: the last evaluation's; `summary/best_top1`: the best, also over
+        what the run had before it was resumed; percent.
+        """
+        summary: dict[str, float] = {}
+        times = self._step_times[WARMUP_STEPS:] or self._step_times
+        if times:
+            summary["summary/step_time"] = median(times)
+        if self._top1 is not None and self._best_top1 is not None:
+            summary |= {"summary/top1": self._top1, "summary/best_top1": self._best_top1}
+        # At step 0, because MLflow draws what has no other step as bars, one per run, instead of as a lone dot.
+        self.log(summary, 0)
+        return summary
+
+    def _open(self) -> None:
+        uri, config = self._config.tracking.uri, self._config
+        self._client = open_store(uri, create=True)
+        world = world_size()
+        backend = config.sharding.backend
+        if backend == "auto":
+            backend = "single" if world == 1 else "ddp"
+        tags = {"method": config.method, "backend": backend} | environment_tags() | self._extra_tags
+        tags = {key: _cut(value, _TAG_CHARACTERS) for key, value in tags.items()}
+        known = self._resume(tags) if self._resume_run_id else None
+        if known is None:
+            if self._resume_run_id:
+                tags["resumed_from"] = self._resume_run_id
+            name = config.tracking.run_name or f"{config.method} {config.model.name}"
+            experiment = experiment_id(self._client, uri, config.tracking.experiment)
+            self.id = self._client.create_run(experiment, tags=tags, run_name=name).info.run_id
+        self._watcher = watch.start(uri, str(self.id), tags["process"])
+        self._log_config(known or {})
+        self._writer = MetricWriter(lambda metrics: self._client.log_batch(self.id, metrics=metrics), _lasting)
+
+    def _resume(self, tags: dict[str, str]) -> dict[str, str] | None:
+        """Reopen the run to be resumed; its parameters, or None if the store has no such run."""
+        try:
+            run = self._client.get_run(self._resume_run_id)
+        except Exception:
+            return None
+        if run.info.lifecycle_stage == "deleted":
+            return None
+        self.id = str(self._resume_run_id)
+        self._best_top1 = run.data.metrics.get("summary/best_top1", run.data.metrics.get("val/top1"))
+        self._client.update_run(self.id, status="RUNNING")
+        for key, value in (tags | {"resumed": str(int(run.data.tags.get("resumed", "0")) + 1)}).items():
+            self._client.set_tag(self.id, key, value)
+        if "failure" in run.data.tags:
+            self._client.delete_tag(self.id, "failure")
+        return dict(run.data.params)
+
+    def _log_config(self, known: dict[str, str]) -> None:
+        from mlflow.entities import Param, RunTag
+
+        # A parameter cannot change once it is logged; what a resumed run changes is kept as a tag.
+        params, changed = [], []
+        for key, value in flatten(self._config).items():
+            if key not in known:
+                params.append(Param(key, value))
+            elif known[key] != value:
+                changed.append(RunTag(f"changed.{key}", _cut(value, _TAG_CHARACTERS)))
+        for start in range(0, len(params), _PARAMS_AT_ONCE):
+            self._client.log_batch(self.id, params=params[start : start + _PARAMS_AT_ONCE])
+        for start in range(0, len(changed), _PARAMS_AT_ONCE):
+            self._client.log_batch(self.id, tags=changed[start : start + _PARAMS_AT_ONCE])
+        try:
+            self._client.log_text(self.id, yaml.safe_dump(_plain(self._config), sort_keys=False), "config.yaml")
+        except Exception as error:
+            uri = without_password(self._config.tracking.uri)
+            raise UserError(f"tracking.uri {uri}: its artifacts cannot be written: {one_line(error)}") from error
+
+    def _mark_stuck(self, signal_name: str) -> None:
+        # Called from another thread; should the main thread come back to life, it marks the run once more.
+        if self.id is not None:
+            self._mark("KILLED", signal_name)
+
+    def _close(self, error: BaseException | None) -> None:
+        # Marking the run takes moments; a second signal in the meantime would leave it marked as running for ever.
+        self._unwinding.shield()
+        try:
+            status, line = _outcome(error)
+            if status != "FINISHED":
+                peers.leave_note(status, line)
+                status, line = peers.read_note() or (status, line)
+            if self._writer is not None:
+                unsent = self._writer.close(_FLUSH_S[status])
+                if unsent:
+                    _log.warning("%d metrics of run %s did not reach the tracking store", unsent, self.id)
+                self._writer = None
+            if self.id is not None:
+                self._mark(status, line)
+        finally:
+            if self._watcher is not None:
+                watch.stop(self._watcher)
+                self._watcher = None
+            self._unwinding.__exit__(None, None, None)
+
+    def _mark(self, status: str, line: str) -> None:
+        try:
+            if line:
+                self._client.set_tag(self.id, "failure", line)
+            self._client.set_terminated(self.id, status)
+        except Exception as error:  # the training is over; its result does not depend on the tracking store
+            _log.warning("run %s could not be marked %s: %s", self.id, status, one_line(error))
+
+
+def _outcome(error: BaseException | None) -> tuple[str, str]:
+    """MLflow's status, and why in one line."""
+    if error is None or (isinstance(error, SystemExit) and not error.code):
+        return "FINISHED", ""
+    if isinstance(error, Terminated):
+        return "KILLED", error.signal_name
+    if isinstance(error, KeyboardInterrupt):
+        return "KILLED", "SIGINT"
+    if isinstance(error, UserError):
+        return "FAILED", one_line(error)
+    return "FAILED", f"{type(error).__name__}: {one_line(error)}"
+
+
+def _lasting(error: Exception) -> bool:
+    """Whether sending again is useless: the request itself is refused, rather than the store being away."""
+    status = getattr(error, "get_http_status_code", lambda: 503)()
+    return 400 <= status < 500 and status not in (408, 429)

@@ -1,0 +1,185 @@
+"""Opening an MLflow tracking store: quickly, quietly, and with an error that says what would work."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import socket
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit, urlunsplit
+
+from ssam_scale.errors import UserError
+
+_WORKS = "sqlite:///mlflow.db, http://HOST:PORT of an `mlflow server`, or file:FOLDER"
+_DATABASES = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
+_OTHER = {"databricks", "uc", "databricks-uc"}
+_ANSWER_WITHIN_S = 5
+
+
+def open_store(uri: str, *, create: bool) -> Any:
+    """An `mlflow.MlflowClient` on a store that has answered.
+
+    Args:
+        uri: MLflow tracking URI.
+        create: make the local database or folder where there is none; otherwise that is an error.
+
+    Raises:
+        UserError: the URI means nothing to MLflow, or its store does not answer within seconds.
+    """
+    _probe(uri, create=create)
+    _quiet_mlflow(uri)
+    try:
+        from mlflow import MlflowClient
+
+        # MLflow's own retries would keep a wrong address waiting for minutes.
+        with _environment(MLFLOW_HTTP_REQUEST_MAX_RETRIES="0", MLFLOW_HTTP_REQUEST_TIMEOUT=str(_ANSWER_WITHIN_S)):
+            client = MlflowClient(tracking_uri=uri)
+            client.search_experiments(max_results=1)
+    except Exception as error:  # MLflow lets its drivers' errors through, of every kind
+        raise UserError(_refused(uri, str(error))) from error
+    return client
+
+
+def experiment_id(client: Any, uri: str, name: str) -> str:
+    """Id of the experiment `name`, made if there is none.
+
+    Raises:
+        UserError: the experiment was deleted, or the store refuses to make one.
+    """
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        try:
+            return str(client.create_experiment(name, _artifact_location(uri, name), tags=_EXPERIMENT_TAGS))
+        except Exception as error:
+            # Another run of the same sweep may have been quicker.
+            found = client.get_experiment_by_name(name)
+            if found is None:
+                raise UserError(f"tracking.experiment {name!r}: {one_line(error)}") from error
+    if found.lifecycle_stage == "deleted":
+        raise UserError(
+            f"tracking.experiment {name!r} was deleted; choose another name, or bring it back with "
+            f"`mlflow experiments restore --experiment-id {found.experiment_id}`"
+        )
+    return str(found.experiment_id)
+
+
+# Without its kind the interface opens an experiment on an empty page about traces of language models.
+_EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
+
+
+def one_line(error: object) -> str:
+    """First line of an error's message, of bearable length."""
+    text = str(error).strip().splitlines()
+    return text[0][:500] if text else type(error).__name__
+
+
+def without_password(uri: str) -> str:
+    """`uri` with the password, if there is one, replaced by ***."""
+    parts = urlsplit(uri)
+    if parts.password is None:
+        return uri
+    host = parts.netloc.rpartition("@")[2]
+    return urlunsplit(parts._replace(netloc=f"{parts.username or ''}:***@{host}"))
+
+
+def sqlite_path(uri: str) -> Path | None:
+    """File of an SQLite store; None for another store."""
+    match = re.match(r"sqlite(?:\+\w+)?:///([^?]+)", uri)
+    return Path(unquote(match[1])) if match else None
+
+
+def _artifact_location(uri: str, experiment: str) -> str | None:
+    database = sqlite_path(uri)
+    if database is None:
+        return None  # servers and folders know where their artifacts belong
+    # MLflow's default is relative to where each process happens to run; beside the database the two stay together.
+    return str(database.resolve().parent / "mlartifacts" / re.sub(r"[^\w.-]+", "_", experiment))
+
+
+def _quiet_mlflow(uri: str) -> None:
+    """Before MLflow is imported: no usage telemetry, no chatter on a terminal that shows a progress bar."""
+    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+    os.environ["DO_NOT_TRACK"] = "true"
+    defaults = {
+        "MLFLOW_LOGGING_LEVEL": "ERROR",
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+        # What training sends is repeated by our own writer, which does not block; these bound opening and closing.
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    }
+    if urlsplit(uri).scheme in ("", "file"):
+        defaults["MLFLOW_ALLOW_FILE_STORE"] = "true"  # MLflow 3 discourages folders but still reads and writes them
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+
+
+def _probe(uri: str, *, create: bool) -> None:
+    """Find out in a moment what MLflow would find out after minutes of retries."""
+    scheme = urlsplit(uri).scheme.partition("+")[0]
+    if not uri.strip() or scheme not in {"", "file", "http", "https", "sqlite", *_DATABASES, *_OTHER}:
+        raise UserError(f"tracking.uri {uri!r} is no MLflow tracking URI; use {_WORKS}")
+    if scheme == "sqlite":
+        _probe_sqlite(uri, create=create)
+    elif scheme in ("", "file"):
+        folder = Path(unquote(urlsplit(uri).path))
+        if not create and not folder.is_dir():
+            raise UserError(f"tracking.uri {uri}: there is no folder {folder}; train first, or name another store")
+    elif scheme in _DATABASES:
+        parts = urlsplit(uri)
+        address = (parts.hostname or "localhost", parts.port or _DATABASES[scheme])
+        try:
+            socket.create_connection(address, timeout=_ANSWER_WITHIN_S).close()
+        except OSError as error:
+            raise UserError(_refused(uri, f"{address[0]} port {address[1]}: {error}")) from error
+
+
+def _probe_sqlite(uri: str, *, create: bool) -> None:
+    path = sqlite_path(uri)
+    if path is None or str(path) == ":memory:":
+        raise UserError(f"tracking.uri {uri} keeps nothing; use sqlite:///mlflow.db (or sqlite:////absolute/path.db)")
+    if not create and not path.is_file():
+        raise UserError(f"tracking.uri {uri}: there is no database {path}; train first, or name another store")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        connection = sqlite3.connect(path, timeout=_ANSWER_WITHIN_S)
+        try:
+            # Taking the write lock finds a read-only file, a full disk and a file that is no database.
+            connection.execute("BEGIN IMMEDIATE" if create else "SELECT name FROM sqlite_master LIMIT 1")
+            connection.rollback()
+        finally:
+            connection.close()
+    except (OSError, sqlite3.Error) as error:
+        if isinstance(error, sqlite3.OperationalError) and "locked" in str(error):
+            return  # another run is writing; MLflow waits for it
+        raise UserError(_refused(uri, f"{path}: {error}")) from error
+
+
+def _refused(uri: str, reason: str) -> str:
+    shown, scheme = without_password(uri), urlsplit(uri).scheme
+    if "out-of-date database schema" in reason:
+        return f"tracking.uri {shown} was written by another MLflow version; run `mlflow db upgrade {shown}` on a copy"
+    if scheme in ("http", "https"):
+        cause = re.search(r"Connection refused|timed out|Name or service not known|error code \d+", reason)
+        why = cause[0] if cause else one_line(reason)
+        return f"tracking.uri {shown}: no MLflow server answers ({why}); start one, or use sqlite:///mlflow.db"
+    return f"tracking.uri {shown}: {one_line(reason)}; what works: {_WORKS}"
+
+
+@contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

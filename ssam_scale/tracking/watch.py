@@ -1,0 +1,58 @@
+"""Marks a run KILLED when its process vanished without a word: SIGKILL, out of memory.
+
+Started as a process of its own with `python watch.py TRACKING_URI RUN_ID PROCESS PARENT_PID`; the tracking process ends
+it when it has marked the run itself. Run as a file, not as a module, so that waiting costs neither torch nor MLflow.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+_POLL_S = 1.0
+
+
+def start(uri: str, run_id: str, process: str) -> subprocess.Popen[bytes]:
+    """Start watching this process on behalf of a run, whose tag `process` says `process`; `stop` ends the watcher."""
+    return subprocess.Popen(
+        [sys.executable, __file__, uri, run_id, process, str(os.getpid())],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        # Ctrl-C in the terminal goes to the whole group, and a launcher may end one; this has to outlive both.
+        start_new_session=True,
+    )
+
+
+def stop(watcher: subprocess.Popen[bytes]) -> None:
+    """End a watcher: the run has been marked."""
+    watcher.kill()
+    watcher.wait()
+
+
+def _main(uri: str, run_id: str, process: str, parent: int) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    # An orphan is given another parent at once. Asking for the parent, unlike waiting for a pipe to close, is not
+    # fooled by loader processes that inherited the other end.
+    while os.getppid() == parent:
+        time.sleep(_POLL_S)
+    os.environ.update(MLFLOW_DISABLE_TELEMETRY="true", DO_NOT_TRACK="true")
+    # This file's folder comes first on the path of a script; its module names must not shadow anybody's.
+    sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]
+    from mlflow import MlflowClient
+
+    client = MlflowClient(uri)
+    run = client.get_run(run_id)
+    # The run may have been resumed by another process in the meantime; then it is no longer ours to mark.
+    if run.info.status == "RUNNING" and run.data.tags.get("process") == process:
+        client.set_tag(run_id, "failure", "process vanished (SIGKILL, e.g. out of memory)")
+        client.set_terminated(run_id, "KILLED")
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]))

@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ssam_scale.config.schema import Config
+from ssam_scale.tracking.store import open_store
+
+PERTURBATIONS: dict[str, dict[str, Any] | None] = {
+    "base": None,
+    "sam": {"rho": 0.1},
+    "depth": {"rho": 0.1, "mask": {"pattern": "depth", "cut": [0.25, 0.75]}},
+    "element": {"rho": 0.1, "mask": {"pattern": "element", "sparsity": 0.8}},
+}
+
+
+@pytest.fixture(scope="session")
+def _empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("store") / "empty.db"
+    open_store(f"sqlite:///{path}", create=True)
+    return path
+
+
+@pytest.fixture
+def uri(_empty_database: Path, tmp_path: Path) -> str:
+    """An empty SQLite store of the test's own. A copy: making MLflow's tables takes seconds."""
+    shutil.copy(_empty_database, tmp_path / "mlflow.db")
+    return f"sqlite:///{tmp_path}/mlflow.db"
+
+
+@pytest.fixture
+def config(uri: str) -> Callable[..., Config]:
+    """`config("sam", seed=1)`: a small valid configuration that tracks into `uri`."""
+
+    def make(method: str = "base", *, seed: int = 0, rho: float | None = None, **tracking: Any) -> Config:
+        perturbation = PERTURBATIONS[method]
+        if perturbation is not None and rho is not None:
+            perturbation = perturbation | {"rho": rho}
+        return Config.model_validate(
+            {
+                "model": {"name": "resnet18", "num_classes": 10},
+                "data": {"train": "train.beton", "val": "val.beton", "batch_size": 64, "resolution": 32},
+                "optimizer": {"lr": 0.1},
+                "perturbation": perturbation,
+                "train": {"epochs": 2, "seed": seed},
+                "tracking": {"uri": uri, **tracking},
+            }
+        )
+
+    return make
+
+
+@pytest.fixture
+def child_environment() -> dict[str, str]:
+    """For subprocesses: this checkout is importable, and nothing of an outer launcher shows through."""
+    root = str(Path(__file__).resolve().parents[2])
+    dropped = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    kept = {key: value for key, value in os.environ.items() if key not in dropped and not key.startswith("MLFLOW_")}
+    return kept | {"PYTHONPATH": os.pathsep.join([root, kept.get("PYTHONPATH", "")]).rstrip(os.pathsep)}

@@ -1,0 +1,261 @@
+"""Runs in a real SQLite store, in this process. How processes end is in test_endings.py."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+import signal
+import socket
+import sqlite3
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from ssam_scale.config.schema import Config
+from ssam_scale.errors import UserError
+from ssam_scale.tracking.phases import PhaseSummary
+from ssam_scale.tracking.run import WARMUP_STEPS, Run, flatten, open_run
+from ssam_scale.tracking.store import open_store
+
+MakeConfig = Callable[..., Config]
+
+
+def stored(uri: str, run: Run) -> Any:
+    return open_store(uri, create=False).get_run(run.id)
+
+
+def test_a_run_holds_config_environment_and_metrics(config: MakeConfig, uri: str, tmp_path: Path) -> None:
+    resolved = config("depth", seed=3)
+    (tmp_path / "table.txt").write_text("hello")
+    with open_run(resolved, enabled=True, extra_tags={"group": "g", "backend": "fsdp2"}) as run:
+        run.log_window(
+            PhaseSummary({"data": 0.5, "ascent forward": 1.5}, (2.0, 4.0, 3.0)),
+            loss=2.5,
+            lr=0.1,
+            images_per_step=60,
+            step=3,
+        )
+        run.log_evaluation(top1=50.0, top5=90.0, loss=1.5, epoch=1, step=3)
+        run.log_epoch(epoch=1, seconds=12.0, step=3)
+        run.log({"mask/density": 0.4}, step=3)
+        run.log_artifact(tmp_path / "table.txt", "notes")
+        assert run.finish_summary() == {"summary/step_time": 3.0, "summary/top1": 50.0, "summary/best_top1": 50.0}
+    found = stored(uri, run)
+    assert found.info.status == "FINISHED"
+    assert found.info.run_name == "ssam-depth resnet18"
+    assert found.data.metrics == {
+        "train/loss": 2.5,
+        "train/lr": 0.1,
+        "train/images_per_second": 20.0,  # 3 steps of 60 images in 9 s
+        "time/step": 3.0,
+        "time/data": 0.5,
+        "time/ascent_forward": 1.5,
+        "val/top1": 50.0,
+        "val/top5": 90.0,
+        "val/loss": 1.5,
+        "epoch": 1.0,
+        "time/epoch": 12.0,
+        "mask/density": 0.4,
+        "summary/step_time": 3.0,
+        "summary/top1": 50.0,
+        "summary/best_top1": 50.0,
+    }
+    assert found.data.params == flatten(resolved)
+    assert found.data.params["perturbation.mask.cut"] == "[0.25, 0.75]"
+    tags = found.data.tags
+    assert (tags["method"], tags["backend"], tags["group"], tags["world_size"]) == ("ssam-depth", "fsdp2", "g", "1")
+    assert {"version/python", "version/torch", "version/timm", "version/mlflow", "cpu", "cores", "memory_gib"} <= {
+        *tags
+    }
+    assert tags["hardware"].endswith("cores")
+    assert "failure" not in tags
+    artifacts = tmp_path / "mlartifacts" / "ssam_scale" / str(run.id) / "artifacts"
+    assert Config.model_validate(yaml.safe_load((artifacts / "config.yaml").read_text())) == resolved
+    assert (artifacts / "notes" / "table.txt").read_text() == "hello"
+
+
+def test_summary_leaves_out_the_first_steps_and_keeps_the_best(config: MakeConfig, uri: str) -> None:
+    with open_run(config(), enabled=False) as run:
+        run.log_window(PhaseSummary({}, (100.0,) * (WARMUP_STEPS - 3)), loss=1, lr=1, images_per_step=1, step=7)
+        run.log_window(PhaseSummary({}, (100.0,) * 3 + (1.0, 2.0, 9.0)), loss=1, lr=1, images_per_step=1, step=13)
+        for top1 in (30.0, 40.0, 35.0):
+            run.log_evaluation(top1=top1, top5=1, loss=1, epoch=1, step=13)
+        assert run.finish_summary() == {"summary/step_time": 2.0, "summary/top1": 35.0, "summary/best_top1": 40.0}
+
+
+def test_a_window_without_steps_and_a_diverged_loss(config: MakeConfig, uri: str) -> None:
+    with open_run(config(), enabled=True) as run:
+        run.log_window(PhaseSummary({}, ()), loss=float("nan"), lr=0.1, images_per_step=1, step=1)
+        run.log({"train/loss": float("inf")}, step=2)
+        assert run.finish_summary() == {}
+    assert set(stored(uri, run).data.metrics) == {"train/loss", "train/lr"}
+
+
+def test_a_disabled_run_accepts_everything_and_stores_nothing(config: MakeConfig, tmp_path: Path) -> None:
+    with open_run(config(uri="http://127.0.0.1:9"), enabled=False) as run:
+        run.log({"a": 1.0}, 1)
+        run.log_artifact(tmp_path / "absent")
+        assert run.id is None
+
+
+def test_an_exception_marks_the_run_failed_and_passes_on(config: MakeConfig, uri: str) -> None:
+    def train(run: Run) -> None:
+        with run:
+            run.log({"train/loss": 1.0}, step=1)
+            raise RuntimeError("CUDA out of memory\nTried to allocate")
+
+    run = open_run(config(), enabled=True)
+    with pytest.raises(RuntimeError, match="CUDA"):
+        train(run)
+    found = stored(uri, run)
+    assert (found.info.status, found.data.tags["failure"]) == ("FAILED", "RuntimeError: CUDA out of memory")
+    assert found.data.metrics == {"train/loss": 1.0}
+    assert found.info.end_time is not None
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "failure"),
+    [
+        (UserError("no such file"), "FAILED", "no such file"),
+        (KeyboardInterrupt(), "KILLED", "SIGINT"),
+        (SystemExit(3), "FAILED", "SystemExit: 3"),
+        (SystemExit(0), "FINISHED", None),
+        (ValueError(), "FAILED", "ValueError: ValueError"),
+    ],
+)
+def test_endings(config: MakeConfig, uri: str, error: BaseException, status: str, failure: str | None) -> None:
+    with pytest.raises(type(error)), open_run(config(), enabled=True) as run:
+        raise error
+    found = stored(uri, run)
+    assert (found.info.status, found.data.tags.get("failure")) == (status, failure)
+
+
+def test_handlers_are_put_back(config: MakeConfig) -> None:
+    numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+    before = [signal.getsignal(number) for number in numbers]
+    with open_run(config(), enabled=True):
+        assert signal.getsignal(signal.SIGTERM) is not before[0]
+    assert [signal.getsignal(number) for number in numbers] == before
+
+
+def test_resuming_continues_the_same_run(config: MakeConfig, uri: str) -> None:
+    with contextlib.suppress(RuntimeError), open_run(config(), enabled=True) as first:
+        first.log_evaluation(top1=60.0, top5=90.0, loss=1.0, epoch=1, step=10)
+        raise RuntimeError("node lost")
+    changed = config().model_copy(update={"train": config().train.model_copy(update={"epochs": 5})})
+    with open_run(changed, enabled=True, resume_run_id=first.id) as second:
+        assert stored(uri, second).info.status == "RUNNING"
+        second.log_evaluation(top1=55.0, top5=90.0, loss=1.0, epoch=2, step=20)
+        assert second.finish_summary() == {"summary/top1": 55.0, "summary/best_top1": 60.0}
+    assert second.id == first.id
+    found = stored(uri, second)
+    assert found.info.status == "FINISHED"
+    assert "failure" not in found.data.tags
+    assert (found.data.tags["resumed"], found.data.params["train.epochs"]) == ("1", "2")
+    assert found.data.tags["changed.train.epochs"] == "5"
+    history = open_store(uri, create=False).get_metric_history(second.id, "val/top1")
+    assert [(point.step, point.value) for point in history] == [(10, 60.0), (20, 55.0)]
+
+
+def test_resuming_what_the_store_does_not_know_starts_anew(config: MakeConfig, uri: str) -> None:
+    with open_run(config(), enabled=True, resume_run_id="0" * 32) as run:
+        pass
+    assert stored(uri, run).data.tags["resumed_from"] == "0" * 32
+
+
+def test_long_values_are_cut_to_what_mlflow_takes(config: MakeConfig, uri: str) -> None:
+    base = config()
+    long = base.model_copy(update={"model": base.model.model_copy(update={"kwargs": {"text": "x" * 10_000}})})
+    with open_run(long, enabled=True, extra_tags={"note": "y" * 10_000}) as run:
+        pass
+    found = stored(uri, run)
+    assert found.data.params["model.kwargs.text"] == "x" * 5999 + "…"
+    assert len(found.data.tags["note"]) == 8000
+
+
+def test_no_password_reaches_the_store(config: MakeConfig) -> None:
+    assert flatten(config(uri="http://me:secret@host:5000/x"))["tracking.uri"] == "http://me:***@host:5000/x"
+
+
+def test_a_folder_is_a_store_too(config: MakeConfig, tmp_path: Path) -> None:
+    uri = f"file:{tmp_path}/mlruns"
+    with open_run(config(uri=uri), enabled=True) as run:
+        run.log({"train/loss": 1.0}, step=1)
+    assert stored(uri, run).info.status == "FINISHED"
+
+
+def test_a_deleted_experiment_is_named_with_the_cure(config: MakeConfig, uri: str) -> None:
+    with open_run(config(), enabled=True):
+        pass
+    client = open_store(uri, create=False)
+    client.delete_experiment(client.get_experiment_by_name("ssam_scale").experiment_id)
+    with pytest.raises(UserError, match="mlflow experiments restore --experiment-id 1"):
+        open_run(config(), enabled=True).__enter__()
+
+
+def unusable(tmp_path: Path) -> dict[str, tuple[str, str]]:
+    (tmp_path / "text.db").write_text("this is no database " * 100)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        closed = probe.getsockname()[1]
+    return {
+        "scheme": ("htp://host", "is no MLflow tracking URI; use sqlite:///mlflow.db"),
+        "empty": ("", "is no MLflow tracking URI"),
+        "memory": ("sqlite://", "keeps nothing"),
+        "not a database": (f"sqlite:///{tmp_path}/text.db", "file is not a database"),
+        "not a folder": (f"sqlite:///{tmp_path}/text.db/x.db", "Not a directory|File exists"),
+        "refused": (f"http://127.0.0.1:{closed}", "no MLflow server answers .*refused.*; start one, or use sqlite"),
+        "unknown host": ("http://tracking.invalid:5000", "no MLflow server answers"),
+        "database server": (f"postgresql://u:secret@127.0.0.1:{closed}/db", "refused"),
+    }
+
+
+@pytest.mark.parametrize(
+    "case",
+    ["scheme", "empty", "memory", "not a database", "not a folder", "refused", "unknown host", "database server"],
+)
+def test_an_unusable_store_is_one_line_naming_it(config: MakeConfig, tmp_path: Path, case: str) -> None:
+    uri, message = unusable(tmp_path)[case]
+    begin = time.monotonic()
+    with pytest.raises(UserError, match=message) as caught:
+        open_run(config(uri=uri), enabled=True).__enter__()
+    text = str(caught.value)
+    assert uri.replace("secret", "***") in text
+    assert "secret" not in text
+    assert "\n" not in text
+    # Not a matter of speed: MLflow's own retries take 100 s or more in these cases.
+    assert time.monotonic() - begin < 60
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_server_that_accepts_but_never_answers_is_given_up(config: MakeConfig) -> None:
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        with pytest.raises(UserError, match=re.escape(f"{uri}: no MLflow server answers (timed out)")):
+            open_run(config(uri=uri), enabled=True).__enter__()
+
+
+def test_a_store_that_fails_during_training_does_not_end_it(
+    config: MakeConfig, uri: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING), open_run(config(), enabled=True) as run:
+        with sqlite3.connect(tmp_path / "mlflow.db") as database:
+            database.execute("ALTER TABLE metrics RENAME TO elsewhere")
+            database.execute("ALTER TABLE latest_metrics RENAME TO elsewhere_too")
+        run.log({"train/loss": 1.0}, step=1)
+        give_up = time.monotonic() + 60
+        while "metrics" not in caplog.text and time.monotonic() < give_up:
+            time.sleep(0.05)
+        with sqlite3.connect(tmp_path / "mlflow.db") as database:
+            database.execute("ALTER TABLE elsewhere RENAME TO metrics")
+            database.execute("ALTER TABLE elsewhere_too RENAME TO latest_metrics")
+    found = stored(uri, run)
+    assert (found.info.status, found.data.metrics) == ("FINISHED", {"train/loss": 1.0})
+    assert "tracking store does not answer, metrics wait" in caplog.text
