@@ -129,13 +129,8 @@ def _refreshed(
             began = time.monotonic()
             each = -(-section.samples // world.size)
             seen: list[Batch] = []
-            while (held := sum(len(batch[1]) for batch in seen)) < each:
-                batch = next(batches, None)
-                if batch is None:
-                    raise UserError(
-                        f"perturbation.mask.samples {section.samples}: an epoch has only {held * world.size} images"
-                    )
-                seen.append(batch)
+            while sum(len(batch[1]) for batch in seen) < each:
+                seen.append(next(batches))
             parts.opt.refresh(_true_label_loss, *_first(seen, each))
             if run is not None:
                 run.log({"time/refresh": time.monotonic() - began}, epoch * parts.steps_per_epoch)

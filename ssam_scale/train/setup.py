@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssam_scale.config.schema import Config, DepthMask, Perturbation
+from ssam_scale.config.schema import Config, DepthMask, Perturbation, ScoredMask
 from ssam_scale.data import ImageLoader, eval_loader, train_loader
 from ssam_scale.errors import UserError
 from ssam_scale.masks import Depth, Mask, Scored
@@ -68,7 +68,8 @@ def build(config: Config, world: World, phases: Phases) -> Parts:
         )
     torch.manual_seed(config.train.seed)
     staged_model = build_model(config)
-    if config.perturbation is not None and isinstance(config.perturbation.mask, DepthMask):
+    mask = config.perturbation.mask if config.perturbation is not None else None
+    if isinstance(mask, DepthMask):
         stages_of(staged_model.model)  # says which families can be cut
     if world.device.type == "cuda":
         staged_model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -90,6 +91,8 @@ def build(config: Config, world: World, phases: Phases) -> Parts:
         device=world.device,
         num_classes=config.model.num_classes,
     )
+    if isinstance(mask, ScoredMask) and mask.samples > (images := train.images * world.size):
+        raise UserError(f"perturbation.mask.samples {mask.samples}: an epoch has only {images} images")
     backend = config.sharding.backend
     if backend == "auto":
         backend = "ddp" if world.size > 1 else "single"
