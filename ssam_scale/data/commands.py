@@ -51,7 +51,7 @@ def write_command(
 @app.command("fashion-mnist")
 def fashion_mnist_command(
     out: Annotated[Path, typer.Argument(help="Folder for train.beton and val.beton.")],
-    size: Annotated[int, typer.Option(min=8, help="Side of the images in pixels; the originals have 28.")] = 32,
+    size: Annotated[int, typer.Option(min=8, help="Side of the images in pixels; the originals have 28.")] = 28,
     limit: Annotated[int | None, typer.Option(min=1, help="Only this many training images.")] = None,
     val_limit: Annotated[int | None, typer.Option(min=1, help="Only this many validation images.")] = None,
     idx_folder: Annotated[Path, typer.Option(help="Folder of the four idx.gz files.")] = FOLDER,

@@ -48,7 +48,7 @@ def prepare_fashion_mnist(
     out: Path,
     *,
     idx_folder: Path = FOLDER,
-    size: int = 32,
+    size: int = 28,
     limit: int | None = None,
     val_limit: int | None = None,
     quality: int = 95,

@@ -1,0 +1,136 @@
+#!/usr/bin/env bash
+# From a fresh machine to a comparison: set-up, data, the base optimizer, dense SAM and SSAM on 2 processes, a table.
+#
+#     bash launch/quickstart.sh                      Fashion-MNIST
+#     bash launch/quickstart.sh --data DIR           DIR/train and DIR/val, each with one folder of images per class
+#     bash launch/quickstart.sh --short              the same path on a few hundred images
+#     bash launch/quickstart.sh train.epochs=4       any overrides of configs/quickstart.yaml
+#
+# LAUNCHER=torchrun starts the processes with torchrun instead of deepspeed; PROCESSES is how many (default 2, or the
+# number of GPUs if there is only one). Run it again to repeat the training; what is set up and written stays.
+set -euo pipefail
+
+usage() { sed -n '2,/^set /s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" | head -n -1; }
+die() {
+    printf 'quickstart: %s\n' "$*" >&2
+    exit 2
+}
+say() { printf '\033[1m==> %s\033[0m\n' "$*"; }
+
+short='' source='' overrides=()
+while (($#)); do
+    case $1 in
+        --short) short=yes ;;
+        --data)
+            (($# > 1)) || die "--data needs a folder"
+            source=$(realpath -m -- "$2")
+            shift
+            ;;
+        --data=*) source=$(realpath -m -- "${1#*=}") ;;
+        -h | --help)
+            usage
+            exit
+            ;;
+        -*) die "unknown option $1; there are --data DIR and --short" ;;
+        *) overrides+=("$1") ;;
+    esac
+    shift
+done
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+for part in train val; do
+    [[ -z $source || -d $source/$part ]] || die "--data $source: has no folder $part; expected train/ and val/ in it"
+done
+launcher=${LAUNCHER:-deepspeed}
+[[ $launcher == deepspeed || $launcher == torchrun ]] || die "LAUNCHER=$launcher: there are deepspeed and torchrun"
+
+bash launch/setup.sh
+PATH=$PWD/.venv/bin:$PATH
+
+gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
+processes=${PROCESSES:-$((gpus == 1 ? 1 : 2))}
+cores=$(nproc)
+# Each process would otherwise start as many threads as there are cores.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > processes ? cores / processes : 1))}
+((gpus)) || export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
+
+# ------------------------------------------------------------------------------------------------------- what is trained
+
+methods=(base sam ssam-element ssam-depth)
+declare -A title=(
+    [base]="the base optimizer" [sam]="dense SAM"
+    [ssam-element]="SSAM, single weights by Fisher score" [ssam-depth]="SSAM, moving cut"
+)
+declare -A change=(
+    [base]="perturbation=null" [sam]="perturbation.mask=null"
+    [ssam-element]="perturbation.mask={pattern: element, score: fisher, sparsity: 0.5}"
+    [ssam-depth]="" # as configs/quickstart.yaml is
+)
+experiment=quickstart
+folder=data/fashion-mnist
+common=()
+if [[ -n $source ]]; then
+    folder=data/$(basename "$source" | tr -c '[:alnum:]._\n-' _)-$(printf '%s' "$source" | cksum | cut -d ' ' -f 1)
+    experiment=quickstart-$(basename "$folder")
+    classes=$(find "$source/train" -mindepth 1 -maxdepth 1 -type d | wc -l)
+    common+=("model.num_classes=$classes" "data.mean=[0.485, 0.456, 0.406]" "data.std=[0.229, 0.224, 0.225]")
+fi
+if [[ -n $short ]]; then
+    folder=$folder-short
+    experiment=$experiment-short
+    common+=(train.epochs=1 schedule.warmup_epochs=0 data.batch_size=64 data.eval_batch_size=64 tracking.log_every=2)
+fi
+common+=("data.train=$folder/train.beton" "data.val=$folder/val.beton" "tracking.experiment=$experiment")
+
+arguments_of() { # arguments_of METHOD: one a line
+    local own=("checkpoint.directory=checkpoints/$experiment/$1")
+    [[ -z ${change[$1]} ]] || own+=("${change[$1]}")
+    printf '%s\n' --config configs/quickstart.yaml "${common[@]}" "${own[@]}" "${overrides[@]}"
+}
+
+# A mistake in an override shows now, not after the data is written.
+for method in "${methods[@]}"; do
+    mapfile -t arguments < <(arguments_of "$method")
+    ssam-scale train --print-config "${arguments[@]}" >/dev/null
+    ((${#overrides[@]})) || break
+done
+
+# ------------------------------------------------------------------------------------------------------------------ data
+
+if [[ -z $source ]]; then
+    say "Writing Fashion-MNIST to $folder"
+    ssam-scale data fashion-mnist "$folder" ${short:+--limit 512 --val-limit 256}
+else
+    mkdir -p "$folder"
+    for part in train val; do
+        if [[ -e $folder/$part.beton ]]; then
+            say "Using $folder/$part.beton (remove it to have it written anew)"
+        else
+            say "Writing $source/$part to $folder/$part.beton"
+            ssam-scale data write "$source/$part" "$folder/$part.beton" --max-resolution 256 ${short:+--limit 512}
+        fi
+    done
+fi
+
+# -------------------------------------------------------------------------------------------------------------- training
+
+free_port() { python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
+
+launch() { # launch ARGUMENT...: launch/train.py on all processes
+    local port
+    port=$(free_port)
+    if [[ $launcher == deepspeed ]]; then
+        deepspeed --quiet --num_gpus "$processes" --master_addr 127.0.0.1 --master_port "$port" launch/train.py "$@"
+    else
+        torchrun --nproc_per_node "$processes" --master_addr 127.0.0.1 --master_port "$port" launch/train.py "$@"
+    fi
+}
+
+started=$SECONDS
+for number in "${!methods[@]}"; do
+    method=${methods[number]}
+    say "Training $((number + 1)) of ${#methods[@]}: ${title[$method]} ($processes processes, $launcher)"
+    mapfile -t arguments < <(arguments_of "$method")
+    launch "${arguments[@]}"
+done
+say "Trained ${#methods[@]} times in $(((SECONDS - started) / 60)) min $(((SECONDS - started) % 60)) s"
+ssam-scale compare --experiment "$experiment"

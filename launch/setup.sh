@@ -1,0 +1,298 @@
+#!/usr/bin/env bash
+# Everything ssam_scale needs on Debian or Ubuntu: system packages, a virtual environment, the package, FFCV.
+#
+#     bash launch/setup.sh          for using it
+#     bash launch/setup.sh dev      for working on it: linters, pytest, and what the tests launch for real
+#
+# Safe to run again: what is there already is left alone, and with nothing to do it is done in a second.
+# PYTHON names the interpreter that .venv is made from (3.10 or newer). A torch with GPU support that this interpreter
+# has already is used and never replaced. Where pip downloads from is pip's own business (pip config, PIP_* variables).
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+extra=${1:-}
+venv=$PWD/.venv
+log=$PWD/.venv/setup.log
+
+say() { printf '\033[1m==> %s\033[0m\n' "$*"; }
+die() {
+    printf 'setup: %s\n' "$*" >&2
+    exit 2
+}
+[[ -z $extra || $extra == dev ]] || die "unknown argument $extra; the only one is: dev"
+
+# quietly LABEL COMMAND...: one line with the elapsed time and what is going on now; the log's tail if it fails.
+quietly() {
+    local label=$1 started=$SECONDS now pid
+    local telling='^ *(Progress|Downloading|Building|Installing|Collecting|Get:|Unpacking|Setting up) '
+    local brief='s/^ +//; s/ from .*//; s/^Progress ([0-9]+)[0-9]{6} of ([0-9]+)[0-9]{6}$/\1 of \2 MB/'
+    shift
+    printf '\n### %s: %s\n' "$label" "$*" >>"$log"
+    "$@" >>"$log" 2>&1 </dev/null &
+    pid=$!
+    trap 'kill "$pid" 2>/dev/null' EXIT
+    while [[ -t 1 ]] && kill -0 "$pid" 2>/dev/null; do
+        now=$(tail -n 40 "$log" | grep -aE "$telling" | tail -n 1 | tr -d '\r\t' | sed -E "$brief" || true)
+        printf '\r\033[K    %s  %d s  %.70s' "$label" "$((SECONDS - started))" "$now"
+        sleep 1
+    done
+    [[ -t 1 ]] && printf '\r\033[K'
+    if wait "$pid"; then
+        trap - EXIT
+        printf '    %s: done in %d s\n' "$label" "$((SECONDS - started))"
+    else
+        trap - EXIT
+        printf '    %s: FAILED, the end of %s:\n' "$label" "$log" >&2
+        tail -n 25 "$log" | sed 's/^/    | /' >&2
+        return 1
+    fi
+}
+
+# ---------------------------------------------------------------------------------------------------------- the Python
+
+recent_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; }
+
+find_python() {
+    local candidate
+    if [[ -n ${PYTHON:-} ]]; then
+        recent_enough "$PYTHON" || die "PYTHON=$PYTHON is not a Python 3.10 or newer that runs"
+        python=$PYTHON
+        return
+    fi
+    for candidate in python3 python3.13 python3.12 python3.11 python3.10 /usr/bin/python3; do
+        if recent_enough "$candidate"; then
+            python=$(command -v "$candidate")
+            return
+        fi
+    done
+    python=
+}
+
+# ------------------------------------------------------------------------------------------------------ system packages
+
+missing=()
+lacks() { # lacks PACKAGE TEST...: unless the test succeeds, the package is missing
+    local package=$1
+    shift
+    "$@" >/dev/null 2>&1 || missing+=("$package")
+}
+any_command() {
+    local name
+    for name; do command -v "$name" && return; done
+    return 1
+}
+header() { # header PATH: among the compiler's usual folders
+    compgen -G "/usr/include/$1" || compgen -G "/usr/include/*/$1" || compgen -G "/usr/local/include/$1"
+}
+opencv_headers() { pkg-config --exists opencv4 || header "opencv4/opencv2/$1.hpp"; }
+
+list_missing() {
+    missing=()
+    local version=3 include
+    if [[ -z $python ]]; then
+        missing+=(python3 python3-venv python3-dev)
+    else
+        # Another interpreter (pyenv, conda) brings its own venv and headers; the distribution's are packages apart.
+        [[ $("$python" -c 'import os, sys; print(os.path.realpath(sys.executable))') == /usr/bin/python* ]] &&
+            version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+        include=$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')
+        lacks "python$version-venv" "$python" -c 'import ensurepip, venv'
+        lacks "python$version-dev" test -e "$include/Python.h"
+    fi
+    lacks g++ any_command g++
+    lacks ninja-build any_command ninja ninja-build
+    lacks pkg-config any_command pkg-config
+    lacks libturbojpeg0-dev header turbojpeg.h
+    lacks libopencv-core-dev opencv_headers core
+    lacks libopencv-imgproc-dev opencv_headers imgproc
+    lacks dataset-fashion-mnist compgen -G '/usr/share/datasets/fashion-mnist/*'
+    [[ $extra == dev ]] || return 0
+    lacks git any_command git
+    lacks slurm-wlm any_command slurmctld /usr/sbin/slurmctld
+    lacks munge any_command munged /usr/sbin/munged
+    local chromium=chromium driver=chromium-driver
+    [[ $distribution == *ubuntu* ]] && chromium=chromium-browser driver=chromium-chromedriver
+    lacks "$chromium" any_command chromium chromium-browser google-chrome
+    lacks "$driver" any_command chromedriver
+}
+
+distribution=$( # shellcheck source=/dev/null
+    . /etc/os-release 2>/dev/null && printf '%s %s' "${ID:-}" "${ID_LIKE:-}"
+) || distribution=unknown
+
+system_packages() {
+    find_python
+    list_missing
+    ((${#missing[@]})) || return 0
+    if [[ $distribution != *debian* && $distribution != *ubuntu* ]] || ! command -v apt-get >/dev/null; then
+        die "this is not Debian or Ubuntu, so install by hand what these Debian packages contain, then run this again:
+    ${missing[*]}"
+    fi
+    local root=()
+    if ((EUID != 0)); then
+        if command -v sudo >/dev/null && sudo -n true 2>/dev/null; then
+            root=(sudo -n)
+        else
+            die "system packages are missing and this user may not install them. Run this, then start again:
+    sudo apt-get update && sudo apt-get install -y --no-install-recommends ${missing[*]}"
+        fi
+    fi
+    say "Installing system packages: ${missing[*]}"
+    log=$(mktemp)
+    local apt=("${root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get -y -o "Dpkg::Lock::Timeout=300")
+    # A third-party source that is down must not stop the installation of what the others have.
+    quietly "package lists" "${apt[@]}" update || printf '    going on with the package lists that are there\n'
+    quietly "packages" "${apt[@]}" install --no-install-recommends "${missing[@]}" || exit 1
+    rm -f "$log"
+    log=$venv/setup.log
+    find_python
+    [[ -n $python ]] || die "no Python 3.10 or newer was found; install one and name it: PYTHON=/path/to/python3 bash $0"
+    list_missing
+    ((${#missing[@]} == 0)) || die "still missing after the installation: ${missing[*]}"
+}
+
+# -------------------------------------------------------------------------------------------- the virtual environment
+
+# What torch an interpreter has: its version, then where it lies; nothing unless it can use a GPU.
+gpu_torch() {
+    "$1" -c 'import torch; v = torch.version; (v.cuda or v.hip) and print(v.__version__, torch.__file__)' \
+        2>/dev/null || true
+}
+
+make_venv() {
+    local scripts=$venv/bin/activate
+    if [[ -L $venv/bin/python || -e $venv/bin/python ]] && ! { "$venv/bin/python" -c pass &&
+        { [[ ! -e $scripts ]] || grep -qF "$(realpath "$venv")" "$scripts"; }; } 2>/dev/null; then
+        [[ -e $log ]] || die ".venv does not work here (moved, or its Python is gone) and was not made by this; remove it"
+        say "Removing .venv: it does not work here any more (moved, or its Python is gone)"
+        rm -rf "$venv"
+    fi
+    if [[ ! -e $venv/bin/python ]]; then
+        local existing options=()
+        existing=$(gpu_torch "$python")
+        [[ -n $existing ]] && options=(--system-site-packages)
+        say "Making a virtual environment in .venv from $python ($("$python" -V))"
+        "$python" -m venv "${options[@]}" "$venv"
+        if [[ -n $existing && -z $(gpu_torch "$venv/bin/python") ]]; then
+            # $python is itself in a virtual environment, and --system-site-packages means the Python below that one.
+            "$python" -c 'import sysconfig; print(sysconfig.get_path("purelib")); print(sysconfig.get_path("platlib"))' |
+                sort -u >"$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/outer.pth"
+            [[ -n $(gpu_torch "$venv/bin/python") ]] || die "the torch of $python cannot be used from a virtual environment"
+        fi
+    fi
+    "$venv/bin/python" -m pip --version >/dev/null 2>&1 || "$venv/bin/python" -m ensurepip >/dev/null
+    # Older ones lack the progress that `quietly` shows, and cannot build the newest packages.
+    quietly "pip" "$venv/bin/python" -m pip install --upgrade pip 'setuptools>=77' wheel || exit 1
+}
+
+pip_install() { # pip_install LABEL ARGUMENT...
+    local label=$1
+    shift
+    quietly "$label" "$venv/bin/python" -m pip install --progress-bar raw "$@" || exit 1
+}
+
+# The requirements of pyproject.toml, one a line: `requirements` for all, `requirements without-torch` for the others.
+requirements() {
+    "$venv/bin/python" - "${1:-}" "$extra" <<'PYTHON'
+import sys
+from pathlib import Path
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    from pip._vendor import tomli as tomllib
+project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
+wanted = project["dependencies"] + (project["optional-dependencies"][sys.argv[2]] if sys.argv[2] else [])
+ours = {line for line in wanted if line.startswith(("torch=", "torchvision="))}
+print(*[line for line in wanted if sys.argv[1] != "without-torch" or line not in ours], sep="\n")
+PYTHON
+}
+
+has_nvidia_gpu() { nvidia-smi -L 2>/dev/null | grep -q GPU || compgen -G '/dev/nvidia[0-9]*' >/dev/null; }
+
+# pip's sources may offer builds for CPUs only, a tenth of the size; which sources those are is the user's choice.
+install_cpu_torch() {
+    local torch=$1 vision=$2 pip=("$venv/bin/python" -m pip install --progress-bar raw)
+    printf '    no NVIDIA GPU here: looking for a CPU build of torch\n'
+    quietly "CPU torch" "${pip[@]}" "$torch+cpu" "$vision+cpu" 2>/dev/null && return
+    quietly "CPU torch with the common torchvision" "${pip[@]}" --no-deps "$torch+cpu" "$vision" 2>/dev/null && return
+    printf '    pip found none. The common build of %s may be the CUDA one, several GB.\n' "$torch"
+    printf '    To get the small one, stop this (Ctrl-C) and name an index that has it in PIP_EXTRA_INDEX_URL.\n'
+    return 1
+}
+
+install_python_packages() {
+    local torch vision kept version file
+    torch=$(requirements | grep '^torch=') vision=$(requirements | grep '^torchvision=')
+    kept=$(gpu_torch "$venv/bin/python")
+    read -r version file <<<"$kept" || true
+    if [[ -n $kept && ($file != "$venv"/* || ! -e $venv/.torch-is-ours) ]]; then
+        # The pins of pyproject.toml must not replace it. So it is held by a constraint, everything else is installed
+        # from the list without torch and torchvision, and our package without its dependencies.
+        [[ "torch==${version%%+*}" == "$torch" ]] || printf '    note: ssam_scale is tested with %s\n' "$torch"
+        say "Keeping torch $version from ${file%/torch/__init__.py}"
+        printf 'torch==%s\n' "$version" >"$venv/constraints.txt"
+        if ! "$venv/bin/python" -c 'import importlib.metadata as m; m.version("torchvision")' 2>/dev/null; then
+            local minor=${version#*.} # torch 2.N goes with torchvision 0.(N + 15)
+            pip_install "torchvision for torch $version" --no-deps "torchvision==0.$((${minor%%.*} + 15)).*"
+        fi
+        "$venv/bin/python" -c 'import importlib.metadata as m; print("torchvision==" + m.version("torchvision"))' \
+            >>"$venv/constraints.txt"
+    else
+        say "Installing torch and torchvision"
+        touch "$venv/.torch-is-ours"
+        printf '%s\n' "$torch" "$vision" >"$venv/constraints.txt"
+        if ! "$venv/bin/python" -c "
+import sys, importlib.metadata as m
+sys.exit(any(m.version(n).split('+')[0] != v for n, v in (line.split('==') for line in sys.argv[1:])))" \
+            "$torch" "$vision" 2>/dev/null; then
+            has_nvidia_gpu || install_cpu_torch "$torch" "$vision" || true
+            pip_install "torch" "$torch" "$vision"
+        fi
+    fi
+    say "Installing what ssam_scale is built on"
+    requirements without-torch >"$venv/requirements.txt"
+    pip_install "packages" -r "$venv/requirements.txt" -c "$venv/constraints.txt"
+    install_ffcv
+    pip_install "ssam_scale" --no-deps --no-build-isolation -e .
+}
+
+# FFCV's declared dependencies bring a second OpenCV and more that it never imports; pyproject.toml lists what it does.
+install_ffcv() {
+    "$venv/bin/python" -c 'import ffcv' 2>/dev/null && return
+    local paths=${PKG_CONFIG_PATH:-} shim=
+    if ! pkg-config --exists opencv4; then
+        # FFCV asks pkg-config for the whole of OpenCV (libopencv-dev, 700 MB with all it depends on) and uses two parts
+        # of it (50 MB). So it is told that the two are the whole; in /tmp, because its build splits folders at spaces.
+        shim=$(mktemp -d /tmp/opencv-for-ffcv.XXXXXX)
+        mkdir -p "$shim/include/opencv2"
+        printf '#include <opencv2/core.hpp>\n#include <opencv2/imgproc.hpp>\n' >"$shim/include/opencv2/opencv.hpp"
+        {
+            printf 'Name: OpenCV\nDescription: core and imgproc\nVersion: 4\n'
+            printf 'Libs: -lopencv_imgproc -lopencv_core\nCflags: -I%s/include -I/usr/include/opencv4\n' "$shim"
+        } >"$shim/opencv4.pc"
+        paths=$shim${paths:+:$paths}
+    fi
+    PKG_CONFIG_PATH=$paths pip_install "FFCV (is compiled)" --no-deps ffcv==1.0.2
+    [[ -z $shim ]] || rm -rf "$shim"
+}
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+system_packages
+
+# The folder belongs to the key because a virtual environment does not survive being moved. What was set up for
+# development serves for use.
+if [[ -L $venv ]]; then # a link belongs to another checkout, and so does what is in it
+    "$venv/bin/python" -c pass || die ".venv is a link to $(readlink "$venv"), where there is no Python"
+    exit 0
+fi
+key=$(cat pyproject.toml launch/setup.sh <(printf '%s' "$(realpath -m "$venv")") | sha256sum | cut -d ' ' -f 1)
+if [[ -e $venv/.setup-$key-dev || -e $venv/.setup-$key-$extra ]] && "$venv/bin/python" -c pass 2>/dev/null; then
+    exit 0
+fi
+mkdir -p "$venv"
+make_venv
+install_python_packages
+rm -f "$venv"/.setup-*
+touch "$venv/.setup-$key-$extra"
+say "Set up in $venv"

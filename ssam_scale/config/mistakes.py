@@ -1,0 +1,159 @@
+"""Pydantic's errors in the user's words: which key, where it was given, what is expected, the nearest valid name."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from ssam_scale.config.shape import Sections, dotted_names, names, resolve
+from ssam_scale.config.text import Path
+
+Origins = Mapping[Path, str]
+"""Where each key was given: `configs/a.yaml:3` or `override train.epochs=3`."""
+
+
+def describe(error: ValidationError, values: dict[str, Any], origins: Origins) -> list[str]:
+    """One line for each mistake.
+
+    Args:
+        error: what pydantic found
+        values: what was given
+        origins: where each key was given
+    """
+    lines: list[str] = []
+    meant: set[Path] = set()  # keys that are missing only because they are misspelt
+    details = error.errors(include_url=False)
+    for detail in sorted(details, key=lambda detail: detail["type"] == "missing"):
+        path, here, around = resolve(detail["loc"])
+        match detail["type"]:
+            case "extra_forbidden":
+                lines.append(_unknown(path, around, values, origins, meant))
+            case "union_tag_not_found":
+                lines += _untagged(path, here, detail, values, origins, meant)
+            case "missing" if path in meant:
+                pass
+            case "missing" if isinstance(path[-1], int):
+                lines.append(f"{_origin(path, origins)}: {_dotted(path[:-1])}: item number {path[-1] + 1} is missing")
+            case "missing":
+                lines.append(f"{_origin(path, origins)}: {_dotted(path)} is missing")
+            case "union_tag_invalid":
+                lines.append(_invalid_tag(path, detail, origins))
+            case _:
+                lines.append(_wrong(path, here, detail, origins))
+    return lines
+
+
+def nearest(name: str, valid: Iterable[str]) -> str | None:
+    """The valid name that `name` most likely was meant to be, if any comes near."""
+    # Half the letters is near enough: a short name such as lr loses half of itself with one wrong letter.
+    return next(iter(difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)), None)
+
+
+def _unknown(path: Path, around: Sections, values: dict[str, Any], origins: Origins, meant: set[Path]) -> str:
+    name = str(path[-1])
+    line = f"{_origin(path, origins)}: {_dotted(path)}: unknown key"
+    taken = _at(values, path[:-1])
+    near = nearest(name, names(around))
+    if near:
+        meant.add((*path[:-1], near))
+        return f"{line}; did you mean {_dotted((*path[:-1], near))}?"
+    elsewhere = [key for key in dotted_names() if key.rpartition(".")[2] == name]
+    siblings = [key for key in elsewhere if key.rpartition(".")[0] == _dotted(path[:-1])]
+    if siblings and "pattern" in taken:
+        return f"{line} for pattern {_shown(taken['pattern'])}, which has {', '.join(names(around))}"
+    if elsewhere:
+        return f"{line}; did you mean {' or '.join(elsewhere)}?"
+    return f"{line}; {_dotted(path[:-1]) or 'the configuration'} has {', '.join(names(around))}"
+
+
+def _untagged(
+    path: Path, here: Sections, detail: ErrorDetails, values: dict[str, Any], origins: Origins, meant: set[Path]
+) -> list[str]:
+    """A union whose alternatives are told apart by a key that is not there: perhaps because it is misspelt."""
+    discriminator = str((detail.get("ctx") or {}).get("discriminator", "'pattern'")).strip("'")
+    strangers = [key for key in _at(values, path) if key not in names(here)]
+    lines = [_unknown((*path, key), here, values, origins, meant) for key in strangers]
+    if (*path, discriminator) not in meant:
+        literals = [section.model_fields[discriminator].annotation for section in here]
+        choices = [str(choice) for literal in literals for choice in getattr(literal, "__args__", ())]
+        key = _dotted((*path, discriminator))
+        lines.append(f"{_origin(path, origins)}: {key} is missing; it is {_alternatives(choices)}")
+    return lines
+
+
+def _invalid_tag(path: Path, detail: ErrorDetails, origins: Origins) -> str:
+    context = detail["ctx"]
+    path = (*path, str(context["discriminator"]).strip("'"))
+    choices = re.findall(r"'([^']*)'", context["expected_tags"])
+    return f"{_origin(path, origins)}: {_dotted(path)}: {_choice(context['tag'], choices)}"
+
+
+def _wrong(path: Path, here: Sections, detail: ErrorDetails, origins: Origins) -> str:
+    given = detail["input"]
+    match detail["type"]:
+        case "literal_error":
+            problem = _choice(given, re.findall(r"'([^']*)'", detail["ctx"]["expected"]))
+        case "value_error":
+            problem = str(detail["ctx"]["error"])
+            if here:  # a rule about several keys of a section
+                prefix = f"{_dotted(path)}: " if path else ""
+                return f"{_involved(path, problem, origins)}: {prefix}{problem}"
+            problem += f", given {_shown(given)}"
+        case "model_type" | "model_attributes_type" | "dict_type":
+            problem = f"must be a section with keys of its own, given {_shown(given)}"
+        case _:
+            problem = re.sub(r"^(Input|Tuple|List|String|Value) should", "must", detail["msg"])
+            problem = re.sub(r"\ba valid (integer|number|string|boolean|tuple|array)", _plain, problem)
+            problem = problem.replace(" after validation", "") + f", given {_shown(given)}"
+    return f"{_origin(path, origins)}: {_dotted(path)}: {problem}"
+
+
+def _plain(match: re.Match[str]) -> str:
+    words = {"integer": "a whole number", "number": "a number", "string": "text", "boolean": "true or false"}
+    return words.get(match[1], "a list")
+
+
+def _choice(given: Any, choices: list[str]) -> str:
+    near = nearest(given, choices) if isinstance(given, str) else None
+    hint = f"; did you mean {near}?" if near else ""
+    return f"must be {_alternatives(choices)}, given {_shown(given)}{hint}"
+
+
+def _alternatives(choices: list[str]) -> str:
+    return " or ".join(filter(None, [", ".join(choices[:-1]), choices[-1]]))
+
+
+def _involved(path: Path, problem: str, origins: Origins) -> str:
+    """Where the keys that a rule speaks of were given; the section if it names none."""
+    words = [tuple(word.split(".")) for word in re.findall(r"[a-z_]+(?:\.[a-z_]+)*", problem)]
+    keys = [(*path, *word) for word in words if (*path, *word) in origins]
+    # Keys with dots are certainly keys; one that is a plain word counts only where the sentence begins with it.
+    keys = [key for index, key in enumerate(keys) if len(key) > len(path) + 1 or index == 0]
+    return ", ".join(dict.fromkeys(_origin(key, origins) for key in keys)) or _origin(path, origins)
+
+
+def _origin(path: Path, origins: Origins) -> str:
+    while path not in origins:
+        path = path[:-1]
+    return origins[path]
+
+
+def _dotted(path: Path) -> str:
+    return ".".join(map(str, path))
+
+
+def _at(values: Any, path: Path) -> Any:
+    for item in path:
+        values = values[item]
+    return values
+
+
+def _shown(value: Any) -> str:
+    shown = json.dumps(value, ensure_ascii=False, default=str)
+    return shown if len(shown) <= 60 else f"{shown[:57]}..."

@@ -1,0 +1,197 @@
+"""Every mistake is one line that names the key, the place and what would work."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from ssam_scale import config
+from ssam_scale.config import load
+from ssam_scale.errors import UserError
+
+from .conftest import SMALL
+
+
+def swap(old: str, new: str) -> str:
+    assert SMALL.count(old) == 1, old
+    return SMALL.replace(old, new)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        # unknown keys
+        (swap("  lr: 0.1", "  lt: 0.1"), "given.yaml:10: optimizer.lt: unknown key; did you mean optimizer.lr?"),
+        (swap("perturbation:", "pertubation:"), "given.yaml:11: pertubation: unknown key; did you mean perturbation?"),
+        (
+            swap("    cut:", "    cuts:"),
+            "given.yaml:15: perturbation.mask.cuts: unknown key; did you mean perturbation.mask.cut?",
+        ),
+        (
+            swap("pattern:", "patern:"),
+            "given.yaml:14: perturbation.mask.patern: unknown key; did you mean perturbation.mask.pattern?",
+        ),
+        (SMALL + "  lr: 3\n", "given.yaml:18: train.lr: unknown key; did you mean optimizer.lr?"),
+        (
+            swap("    cut: [0.25, 0.75]", "    sparsity: 0.5"),
+            'given.yaml:15: perturbation.mask.sparsity: unknown key for pattern "depth", '
+            "which has pattern, policy, cut",
+        ),
+        (
+            SMALL + "  zzz: 3\n",
+            "given.yaml:18: train.zzz: unknown key; "
+            "train has epochs, precision, accumulation, ema_decay, seed, eval_epochs",
+        ),
+        # values
+        (swap("128", "abc"), 'given.yaml:7: data.batch_size: must be a whole number, given "abc"'),
+        (swap("128", "12.5"), "given.yaml:7: data.batch_size: must be a whole number, given 12.5"),
+        (swap("128", "true"), "given.yaml:7: data.batch_size: must be a whole number, given true"),
+        (swap("128", "'128'"), 'given.yaml:7: data.batch_size: must be a whole number, given "128"'),
+        (swap("128", "0"), "given.yaml:7: data.batch_size: must be greater than or equal to 1, given 0"),
+        (swap("128", ""), "given.yaml:7: data.batch_size: must be a whole number, given null"),
+        (swap("lr: 0.1", "lr: .inf"), 'given.yaml:10: optimizer.lr: must be a number, given ".inf"'),
+        (swap("name: resnet18", "name: 18"), "given.yaml:2: model.name: must be text, given 18"),
+        (swap("[0.25, 1.0]", "[0.25]"), "given.yaml:8: data.crop_scale: item number 2 is missing"),
+        (swap("[0.25, 1.0]", "[0.25, x]"), 'given.yaml:8: data.crop_scale.1: must be a number, given "x"'),
+        (
+            swap("[0.25, 1.0]", "[1, 2, 3]"),
+            "given.yaml:8: data.crop_scale: must have at most 2 items, not 3, given [1, 2, 3]",
+        ),
+        (
+            swap("[0.25, 1.0]", "[1.0, 0.25]"),
+            "given.yaml:8: data.crop_scale: must be two positive numbers, the smaller first, given [1.0, 0.25]",
+        ),
+        (
+            swap("pattern: depth", "pattern: dept"),
+            'given.yaml:14: perturbation.mask.pattern: must be element, tensor or depth, given "dept"; '
+            "did you mean depth?",
+        ),
+        (
+            SMALL + "  precision: fp31\n",
+            'given.yaml:18: train.precision: must be fp32 or bf16, given "fp31"; did you mean fp32?',
+        ),
+        (SMALL + "loss: 3\n", "given.yaml:18: loss: must be a section with keys of its own, given 3"),
+        (
+            SMALL.replace("  epochs: 3\n", ""),
+            "given.yaml:16: train: must be a section with keys of its own, given null",
+        ),
+        # missing
+        (SMALL.replace("  epochs: 3\n", "  seed: 3\n"), "given.yaml:16: train.epochs is missing"),
+        (SMALL.replace("optimizer:\n  lr: 0.1\n", ""), "given.yaml: optimizer is missing"),
+        (
+            SMALL.replace("    pattern: depth\n    cut: [0.25, 0.75]", "    {}"),
+            "given.yaml:13: perturbation.mask.pattern is missing; it is element, tensor or depth",
+        ),
+        # combinations
+        (
+            swap("[0.25, 0.75]", "[0.75, 0.25]"),
+            "given.yaml:15: perturbation.mask: cut: the lowest depth 0.75 lies above the highest 0.25; "
+            "write [0.25, 0.75]",
+        ),
+        (
+            swap("  rho: 0.2", "  norm: dense\n  rho: 0.2"),
+            "given.yaml:12: perturbation: norm: dense needs the gradient of the prefix, "
+            "and pattern depth computes none; use masked",
+        ),
+        (
+            SMALL + "  accumulation: 3\n",
+            "given.yaml:7, given.yaml:18: data.batch_size 128 is not a multiple of train.accumulation 3",
+        ),
+        # not YAML, or not ours
+        (SMALL + "  epochs: 4\n", "given.yaml:18: train.epochs: given twice, first in line 17"),
+        (SMALL + "train: {}\n", "given.yaml:18: train: given twice, first in line 16"),
+        (SMALL + "  a: b: c\n", "given.yaml:18:7: not YAML: mapping values are not allowed here"),
+        (SMALL + "\tseed: 3\n", "given.yaml:18:1: not YAML: found character '\\t' that cannot start any token"),
+        (SMALL + "x: \x01\n", "given.yaml:18: not YAML: character '\\x01' is not allowed"),
+        ("x: [\n", "given.yaml:2:1: not YAML: expected the node content, but found '<stream end>'"),
+        ("a: &a [*a]\n", "given.yaml:1: the anchor contains itself"),
+        (
+            "a: !!python/name:os.system\n",
+            "given.yaml:1: the type !!python/name:os.system has no place in a configuration",
+        ),
+        ("[a]: 3\n", "given.yaml:1: a key must be a word, not a list or a section"),
+        ("- 3\n", "given.yaml:1: a configuration is a section with keys, this is [3]"),
+        ("a: 1\n@\n", "given.yaml:2:1: not YAML: found character '@' that cannot start any token"),
+    ],
+)
+def test_in_the_file(complaint, text, message):
+    said = complaint(text)
+    assert "\n" not in said
+    assert said == message or said.startswith(f"{message} while "), said
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.batch_size=abc", 'override data.batch_size=abc: data.batch_size: must be a whole number, given "abc"'),
+        (
+            "data.batch_sise=3",
+            "override data.batch_sise=3: data.batch_sise: unknown key; did you mean data.batch_size?",
+        ),
+        ("batch_size=3", "override batch_size=3: batch_size: unknown key; did you mean data.batch_size?"),
+        ("pertubation.rho=3", "override pertubation.rho=3: pertubation: unknown key; did you mean perturbation?"),
+        (
+            "perturbation.mask={pattern: element, sparsity: 1.5}",
+            "override perturbation.mask={pattern: element, sparsity: 1.5}: "
+            "perturbation.mask.sparsity: must be less than 1, given 1.5",
+        ),
+        ("train.epochs", "override train.epochs: an override is written key=value, for example train.epochs=3"),
+        ("=3", "override =3: an override is written key=value, for example train.epochs=3"),
+        ("train..epochs=3", "override train..epochs=3: an override is written key=value, for example train.epochs=3"),
+        ("train.epochs.x=3", "override train.epochs.x=3: train.epochs is a value (3), not a section with keys"),
+        (
+            "tracking.run_name=a: b",
+            "override tracking.run_name=a: b: not one value; "
+            "quote a text, or write a list [a, b] or a section {key: value}",
+        ),
+        (
+            "tracking.run_name=@x",
+            "override tracking.run_name=@x: not YAML: found character '@' that cannot start any token",
+        ),
+        (
+            "train.accumulation=3",
+            "given.yaml:7, override train.accumulation=3: "
+            "data.batch_size 128 is not a multiple of train.accumulation 3",
+        ),
+        (
+            "schedule.warmup_epochs=3",
+            "override schedule.warmup_epochs=3, given.yaml:17: "
+            "schedule.warmup_epochs 3.0 must be less than train.epochs 3",
+        ),
+    ],
+)
+def test_in_an_override(complaint, override, message):
+    said = complaint(SMALL, [override])
+    assert said == message or said.startswith(f"{message} while "), said
+
+
+def test_several_are_told_together(complaint):
+    assert complaint(swap("128", "abc"), ["optimizer.lrr=2", "train.epochs=0"]).split("\n") == [
+        "given.yaml: 3 mistakes in the configuration",
+        '  given.yaml:7: data.batch_size: must be a whole number, given "abc"',
+        "  override optimizer.lrr=2: optimizer.lrr: unknown key; did you mean optimizer.lr?",
+        "  override train.epochs=0: train.epochs: must be greater than or equal to 1, given 0",
+    ]
+
+
+def test_no_file(small: Path, tmp_path: Path):
+    for path, message in {
+        tmp_path / "smal.yaml": f"{tmp_path}/smal.yaml: no such file; the nearest in {tmp_path} are small.yaml",
+        tmp_path / "no" / "a.yaml": f"{tmp_path}/no/a.yaml: no such file: there is no folder {tmp_path}/no",
+        tmp_path: f"{tmp_path}: cannot be read: Is a directory",
+    }.items():
+        with pytest.raises(UserError) as caught:
+            load(path)
+        assert str(caught.value) == message
+    small.write_bytes(b"model: \xff\xfe")
+    with pytest.raises(UserError, match="not a text file"):
+        load(small)
+
+
+def test_configuration_needs_nothing_of_ours():
+    for source in Path(config.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(source.read_text())):
+            if isinstance(node, ast.ImportFrom) and str(node.module).startswith("ssam_scale"):
+                assert str(node.module).startswith(("ssam_scale.config", "ssam_scale.errors")), source

@@ -1,0 +1,214 @@
+"""Whatever a configuration holds survives being written and read, and means the same as overrides."""
+
+from __future__ import annotations
+
+import json
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from annotated_types import Ge, Gt, Le, Lt
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pydantic import BaseModel
+
+from ssam_scale.config import Config, dump, load
+from ssam_scale.config.shape import dotted_names
+from ssam_scale.errors import UserError
+
+from .conftest import SMALL
+
+relaxed = settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], deadline=None, max_examples=50
+)
+
+# Anything that can stand in a text file, with the words that YAML makes something else of more often than by chance.
+WORDS = (
+    "on|off|yes|No|true|null|~|| |1e-3|1_000|0x1f|1:30|2026-01-01|.inf|=|<<|- a|a: b|a #b|#|'|\"|a\nb|a\n\n b |\t|{}"
+    "|[|*a|&a|!x|%|@|é|\x85|\u2028|\ufeff"
+)
+TEXTS = st.sampled_from(WORDS.split("|")) | st.text(max_size=20)
+NUMBERS = st.floats(allow_nan=False, allow_infinity=False)
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | NUMBERS | TEXTS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=3),
+    max_leaves=5,
+)
+
+
+def values(annotation: Any, metadata: list[Any]) -> st.SearchStrategy[Any]:
+    """Values that a field of this type and these bounds may have."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        extra = [x for a in arguments[1:] for x in getattr(a, "metadata", [a])]
+        return values(arguments[0], metadata + extra)
+    if origin in (typing.Union, types.UnionType):
+        return st.one_of([values(argument, metadata) for argument in arguments])
+    if origin is typing.Literal:
+        return st.sampled_from(arguments)
+    if origin is tuple:
+        return st.tuples(*[values(argument, []) for argument in arguments])
+    if origin is dict:
+        return st.dictionaries(TEXTS, ANYTHING, max_size=3)
+    if annotation in (int, float):
+        low = next((b.ge if isinstance(b, Ge) else b.gt for b in metadata if isinstance(b, (Ge, Gt))), None)
+        high = next((b.le if isinstance(b, Le) else b.lt for b in metadata if isinstance(b, (Le, Lt))), None)
+        if annotation is int:
+            return st.integers(low, high)
+        return st.floats(
+            low,
+            high,
+            allow_nan=False,
+            allow_infinity=False,
+            exclude_min=any(isinstance(b, Gt) for b in metadata),
+            exclude_max=any(isinstance(b, Lt) for b in metadata),
+        )
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return section(annotation)
+    simple: dict[Any, st.SearchStrategy[Any]] = {
+        bool: st.booleans(),
+        str: TEXTS,
+        Path: TEXTS.map(Path),
+        type(None): st.none(),
+    }
+    return simple[annotation]
+
+
+def section(model: type[BaseModel]) -> st.SearchStrategy[dict[str, Any]]:
+    fields = {name: values(field.annotation, field.metadata) for name, field in model.model_fields.items()}
+    return st.fixed_dictionaries(fields)
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> Config:
+    data = draw(section(Config))
+    # What the rules about several keys ask for.
+    data["data"]["batch_size"] *= data["train"]["accumulation"]
+    data["schedule"]["warmup_epochs"] = draw(st.floats(0, data["train"]["epochs"], exclude_max=True))
+    for name in ("crop_scale", "crop_ratio"):
+        data["data"][name] = sorted(abs(x) + 1e-6 for x in data["data"][name])
+    mask = (data["perturbation"] or {}).get("mask")
+    if mask and "cut" in mask:
+        mask["cut"] = sorted(mask["cut"]) if mask["policy"] == "rotate" else [mask["cut"][0]] * 2
+        data["perturbation"]["norm"] = "masked"
+    return Config.model_validate(data)
+
+
+@relaxed
+@given(configs())
+def test_dump_then_load_is_the_same(tmp_path, config):
+    path = tmp_path / "dumped.yaml"
+    path.write_text(dump(config), encoding="utf-8", newline="")
+    assert load(path) == config
+
+
+@relaxed
+@given(configs())
+def test_other_yaml_readers_see_the_same(config):
+    """A dump is read by YAML 1.1's rules elsewhere: what is text here must be text there too."""
+    assert yaml.safe_load(dump(config)) == config.model_dump(mode="json")
+
+
+@relaxed
+@given(configs())
+def test_overrides_equal_the_file(tmp_path, config):
+    small = tmp_path / "small.yaml"
+    small.write_text(SMALL)
+    overrides = []
+    for name, value in config.model_dump(mode="json").items():
+        if not isinstance(value, dict):
+            overrides.append(f"{name}={json.dumps(value)}")
+            continue
+        for key, below in value.items():
+            overrides.append(f"{name}.{key}={json.dumps(below)}")
+    assert load(small, overrides) == config
+
+
+def test_every_key_is_explained(small):
+    lines = [line for line in dump(load(small)).splitlines() if "  #" not in line]
+    assert lines == ["    pattern: depth"]
+
+
+# ---- typos
+
+
+def edits(key: str) -> set[str]:
+    letters = "abcdefghijklmnopqrstuvwxyz_"
+    pairs = [(key[:i], key[i:]) for i in range(len(key) + 1)]
+    result = {a + b[1:] for a, b in pairs if b}
+    result |= {a + b[1] + b[0] + b[2:] for a, b in pairs if len(b) > 1}
+    result |= {a + c + b[1:] for a, b in pairs if b for c in letters}
+    result |= {a + c + b for a, b in pairs for c in letters}
+    return result - {key, ""}
+
+
+def full() -> dict[str, Any]:
+    """A configuration in which every key of one pattern of masks is given."""
+    text = SMALL.replace("    pattern: depth\n    cut: [0.25, 0.75]\n", "    pattern: element\n")
+    data: dict[str, Any] = yaml.safe_load(text)
+    return Config.model_validate(data).model_dump(mode="json")
+
+
+KEYS = [
+    key
+    for key in dotted_names()
+    if not key.startswith("perturbation.mask.") or key.split(".")[-1] not in ("policy", "cut")
+]
+
+
+@settings(relaxed, max_examples=8)
+@pytest.mark.parametrize("key", KEYS)
+@given(st.data())
+def test_a_typo_names_the_key(tmp_path, key, data):
+    config = full()
+    *above, name = key.split(".")
+    around = config
+    for part in above:
+        around = around[part]
+    typo = data.draw(st.sampled_from(sorted(edits(name) - set(around))))
+    changed = {typo if k == name else k: v for k, v in around.items()}
+    around.clear()
+    around.update(changed)
+    path = tmp_path / "typo.yaml"
+    path.write_text(yaml.safe_dump(config, sort_keys=False))
+    line = next(i for i, text in enumerate(path.read_text().split("\n"), 1) if text.strip().startswith(f"{typo}:"))
+    with pytest.raises(UserError) as caught:
+        load(path)
+    wrong = ".".join([*above, typo])
+    assert str(caught.value) == f"{path}:{line}: {wrong}: unknown key; did you mean {key}?"
+
+
+# ---- what a value is
+
+
+@pytest.mark.parametrize(
+    ("given", "value"),
+    [("1e-3", 1e-3), ("1E-3", 1e-3), ("1.e+2", 100.0), (".5", 0.5), ("+3", 3.0), ("010", 10.0), ("1", 1.0)],
+)
+def test_numbers(read, given, value):
+    assert read(SMALL.replace("lr: 0.1", f"lr: {given}")).optimizer.lr == value
+    assert read(SMALL, [f"optimizer.lr={given}"]).optimizer.lr == value
+
+
+@pytest.mark.parametrize("word", ["on", "off", "yes", "No", "y", "1:30", "2026-11-21", "1_000", "0x10", ".nan", "1e"])
+def test_words(read, word):
+    assert read(SMALL, [f"tracking.run_name={word}"]).tracking.run_name == word
+
+
+def test_null_and_sections(read):
+    assert read(SMALL, ["perturbation=null"]).method == "base"
+    assert read(SMALL, ["perturbation.mask=null"]).method == "sam"
+    assert read(SMALL, ["perturbation=null", "perturbation.rho=0.5"]).perturbation.model_dump()["rho"] == 0.5
+    assert read(SMALL, ["perturbation.mask=null", "perturbation.mask.pattern=tensor"]).method == "ssam-tensor"
+    assert read(SMALL, ["perturbation.mask={pattern: element, sparsity: 0.9}"]).perturbation.mask.sparsity == 0.9
+    assert read(SMALL, ["perturbation.mask.cut=0.5"]).perturbation.mask.cut == (0.5, 0.5)
+    assert read(SMALL, ["model.kwargs.in_chans=1", "model.kwargs.x.y=[a, 1]"]).model.kwargs == {
+        "in_chans": 1,
+        "x": {"y": ["a", 1]},
+    }
+    assert read(SMALL, ["train.seed=1", "train.seed=2"]).train.seed == 2
+    assert read(SMALL, ["tracking.uri=sqlite:///a=b.db"]).tracking.uri == "sqlite:///a=b.db"
+    assert read(SMALL).data.train == Path("data/train.beton")
