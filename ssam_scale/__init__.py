@@ -3,9 +3,30 @@
 from ssam_scale import SparseSAM
 """
 
-from .errors import UserError
-from .masks import Dense, Depth, Scored
-from .perturbation import SparseSAM, Stage, StagedModel
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .errors import UserError
+    from .masks import Dense, Depth, Scored
+    from .perturbation import SparseSAM, Stage, StagedModel
 
 __version__ = "0.1.0"
 __all__ = ["Dense", "Depth", "Scored", "SparseSAM", "Stage", "StagedModel", "UserError", "__version__"]
+
+# Imported when first used: a command that only reads a configuration should not wait seconds for torch.
+_HOMES = {
+    "Dense": "masks",
+    "Depth": "masks",
+    "Scored": "masks",
+    "SparseSAM": "perturbation",
+    "Stage": "perturbation",
+    "StagedModel": "perturbation",
+    "UserError": "errors",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

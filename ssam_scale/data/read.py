@@ -160,7 +160,8 @@ def eval_loader(data: Data, *, rank: int, world_size: int, device: torch.device,
     """Validation images: central crops, each image exactly once over all processes, nothing padded or dropped.
 
     Raises:
-        UserError: the file is missing, damaged or no .beton; fewer images than processes; a label outside the model's classes.
+        UserError: the file is missing, damaged or no .beton; fewer images than processes; a label outside the model's
+            classes.
     """
     beton = _checked(data.val, data.train, num_classes, "data.val")
     if beton.images == 0:

@@ -66,5 +66,5 @@ def distribute(
         return module
     if backend == "ddp":
         ids = [world.device.index] if world.device.type == "cuda" else None
-        return DistributedDataParallel(module, device_ids=ids, broadcast_buffers=False)
+        return DistributedDataParallel(module, device_ids=ids, forward_sync_buffers=False)
     return shard_fsdp2(module, blocks, world.device)

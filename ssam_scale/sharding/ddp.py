@@ -25,10 +25,10 @@ class DDP(Unsharded):
     """
 
     def __init__(self, module: DistributedDataParallel) -> None:
-        if module.broadcast_buffers and any(True for _ in module.module.buffers()):
+        if module.forward_sync_buffers and any(True for _ in module.module.buffers()):
             raise ValueError(
                 "DistributedDataParallel broadcasts buffers in each forward, also between the two passes of one step; "
-                "build it with broadcast_buffers=False and average BatchNorm statistics before evaluation"
+                "build it with forward_sync_buffers=False and average BatchNorm statistics before evaluation"
             )
         self.ascent_module: nn.Module = module.module
         self.descent_module: nn.Module = module
