@@ -61,8 +61,8 @@ declare -A title=(
     [ssam-element]="SSAM, single weights by Fisher score" [ssam-depth]="SSAM, moving cut"
 )
 declare -A change=(
-    [base]="perturbation=null" [sam]="perturbation.mask=null"
-    [ssam-element]="perturbation.mask={pattern: element, score: fisher, sparsity: 0.5}"
+    [base]="perturbation=null" [sam]=$'perturbation.mask=null\nperturbation.rho=0.1'
+    [ssam-element]=$'perturbation.mask={pattern: element, sparsity: 0.5, refresh_epochs: 5}\nperturbation.rho=0.1'
     [ssam-depth]="" # as configs/quickstart.yaml is
 )
 experiment=quickstart
@@ -72,18 +72,20 @@ if [[ -n $source ]]; then
     folder=data/$(basename "$source" | tr -c '[:alnum:]._\n-' _)-$(printf '%s' "$source" | cksum | cut -d ' ' -f 1)
     experiment=quickstart-$(basename "$folder")
     classes=$(find "$source/train" -mindepth 1 -maxdepth 1 -type d | wc -l)
+    (($(find "$source/train" -type f | head -n 2001 | wc -l) > 2000)) || common+=(data.subset=null)
+    common+=(data.resolution=32 data.eval_resolution=32 "data.crop_scale=[0.5, 1.0]" "data.crop_ratio=[0.75, 1.333]")
     common+=("model.num_classes=$classes" "data.mean=[0.485, 0.456, 0.406]" "data.std=[0.229, 0.224, 0.225]")
 fi
 if [[ -n $short ]]; then
     folder=$folder-short
     experiment=$experiment-short
-    common+=(train.epochs=1 schedule.warmup_epochs=0 data.batch_size=64 data.eval_batch_size=64 tracking.log_every=2)
+    common+=(data.subset=null train.epochs=1 schedule.warmup_epochs=0 data.batch_size=64 data.eval_batch_size=64 tracking.log_every=2)
 fi
 common+=("data.train=$folder/train.beton" "data.val=$folder/val.beton" "tracking.experiment=$experiment")
 
 arguments_of() { # arguments_of METHOD: one a line
     local own=("checkpoint.directory=checkpoints/$experiment/$1")
-    [[ -z ${change[$1]} ]] || own+=("${change[$1]}")
+    [[ -z ${change[$1]} ]] || mapfile -t -O 1 own <<<"${change[$1]}"
     printf '%s\n' --config configs/quickstart.yaml "${common[@]}" "${own[@]}" "${overrides[@]}"
 }
 

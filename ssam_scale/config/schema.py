@@ -35,6 +35,7 @@ class Data(Section):
 
     train: Path = Field(description="training images, a .beton file")
     val: Path = Field(description="validation images, a .beton file")
+    subset: int | None = Field(None, ge=1, description="train on this many images, the same random choice in every run")
     batch_size: int = Field(ge=1, description="images in one optimizer step over all processes and micro-batches")
     eval_batch_size: int | None = Field(None, ge=1, description="images in one evaluation forward over all processes")
     resolution: int = Field(224, ge=8, description="side of the training crop, pixels")
@@ -206,6 +207,8 @@ class Config(Section):
                 f"data.batch_size {self.data.batch_size} is not a multiple of "
                 f"train.accumulation {self.train.accumulation}"
             )
+        if self.data.subset is not None and self.data.order == "quasi_random":
+            raise ValueError("data.subset needs data.order: random; quasi_random reads whole pages of the file")
         if self.schedule.warmup_epochs >= self.train.epochs and self.schedule.warmup_epochs > 0:
             raise ValueError(
                 f"schedule.warmup_epochs {self.schedule.warmup_epochs} must be less than "

@@ -135,15 +135,15 @@ class LabelDecoder(Operation):
 
 
 class SlicedShuffle(TraversalOrder):
-    """A shuffle of all images per epoch, of which each process takes its slice of each batch.
+    """A shuffle of the images per epoch, of which each process takes its slice of each batch.
 
     The k-th batches of all processes together are the k-th batch of one process with as large a batch, so that a run
     does not depend on how many processes share it.
     """
 
-    def __init__(self, images: int, seed: int, rank: int, world_size: int, batch: int) -> None:
+    def __init__(self, pool: Indices, seed: int, rank: int, world_size: int, batch: int) -> None:
         # FFCV's base class wants the loader, which does not exist before its order; nothing in there is needed.
-        self._images, self._seed = images, seed
+        self._pool, self._seed = pool, seed
         self._rank, self._world_size, self._batch = rank, world_size, batch
 
     def __call__(self, loader: Loader) -> SlicedShuffle:
@@ -152,8 +152,8 @@ class SlicedShuffle(TraversalOrder):
 
     def sample_order(self, epoch: int) -> Indices:
         """The indices this process reads in `epoch`."""
-        shuffled = np.random.default_rng((self._seed, epoch)).permutation(self._images)
-        whole = self._images // (self._world_size * self._batch)
+        shuffled = np.random.default_rng((self._seed, epoch)).permutation(self._pool)
+        whole = len(self._pool) // (self._world_size * self._batch)
         batches = shuffled[: whole * self._world_size * self._batch].reshape(whole, self._world_size, self._batch)
         return np.ascontiguousarray(batches[:, self._rank]).reshape(-1)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ssam_scale.config.schema import Data
 from ssam_scale.data.beton import Beton, Sidecar, inspect
@@ -38,7 +39,7 @@ class ImageLoader:
 
     def __init__(
         self,
-        reader: Reader | None,
+        reader: Reader,
         *,
         images: int,
         batches_everywhere: int,
@@ -60,7 +61,7 @@ class ImageLoader:
 
     def __len__(self) -> int:
         """Batches of this process per epoch."""
-        return len(self._reader) if self._reader is not None else 0
+        return len(self._reader)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch to iterate over next; order, crops and flips are a function of it and the seed."""
@@ -73,8 +74,6 @@ class ImageLoader:
             UserError: an image in the file is damaged.
         """
         self.close()
-        if self._reader is None:
-            return
         with torch.cuda.device(self._device) if self._copies is not None else nullcontext():
             # FFCV pins its buffers and makes its streams for whichever device is the current one.
             running = self._running = self._reader.start(self._epoch)
@@ -131,10 +130,13 @@ def train_loader(
     """
     beton = _checked(data.train, data.val, num_classes, "data.train")
     together = micro_batch * world_size
-    if beton.images < max(data.batch_size, together):
+    if data.subset is not None and data.subset > beton.images:
+        raise UserError(f"data.subset {data.subset:,}: {data.train} has {beton.images:,} images")
+    images = data.subset or beton.images
+    if images < max(data.batch_size, together):
         raise UserError(
-            f"{data.train}: {beton.images:,} images are fewer than one batch of {max(data.batch_size, together):,}; "
-            "lower data.batch_size or write more images"
+            f"{data.train}: {images:,} images are fewer than one batch of {max(data.batch_size, together):,}; "
+            "lower data.batch_size or use more images"
         )
     if data.order == "quasi_random" and world_size > 1:
         raise UserError(
@@ -144,7 +146,8 @@ def train_loader(
 
     view = View(data.resolution, True, seed, (*data.crop_scale, *data.crop_ratio), data.flip)
     quasi = data.order == "quasi_random"
-    shuffle = PagedShuffle() if quasi else SlicedShuffle(beton.images, seed, rank, world_size, micro_batch)
+    pool = _pool(beton.images, images)
+    shuffle = PagedShuffle() if quasi else SlicedShuffle(pool, seed, rank, world_size, micro_batch)
     reader = Reader(data.train, view, shuffle, micro_batch, _workers(data, world_size), seed)
     return ImageLoader(
         reader,
@@ -171,12 +174,10 @@ def eval_loader(data: Data, *, rank: int, world_size: int, device: torch.device,
     batch = max(1, (data.eval_batch_size or data.batch_size) // world_size)
     mine = np.arange(beton.images * rank // world_size, beton.images * (rank + 1) // world_size)
     most = -(-beton.images // world_size)
-    reader = None
-    if len(mine):
-        from ssam_scale.data.pipeline import Reader, View
+    from ssam_scale.data.pipeline import Reader, View
 
-        view = View(data.eval_resolution, False, share=data.eval_crop_ratio)
-        reader = Reader(data.val, view, mine, batch, _workers(data, world_size))
+    view = View(data.eval_resolution, False, share=data.eval_crop_ratio)
+    reader = Reader(data.val, view, mine, batch, _workers(data, world_size))
     return ImageLoader(
         reader,
         images=len(mine),
@@ -185,6 +186,11 @@ def eval_loader(data: Data, *, rank: int, world_size: int, device: torch.device,
         mean=data.mean,
         std=data.std,
     )
+
+
+def _pool(images: int, wanted: int) -> NDArray[np.int64]:
+    """Which images to train on: all, or the same random choice in every run, since a file may be sorted by class."""
+    return np.arange(images) if wanted == images else np.sort(np.random.default_rng(0).permutation(images)[:wanted])
 
 
 def _checked(path: Path, other: Path, num_classes: int, key: str) -> Beton:

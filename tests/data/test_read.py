@@ -124,7 +124,7 @@ def test_the_quasi_random_order_reads_everything_and_repeats(numbered: Path) -> 
     assert all(torch.equal(shuffled[label], by_label(two)[label]) for label in common)
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 60])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 50])
 @pytest.mark.parametrize("eval_batch_size", [7, 24, None])
 def test_evaluation_sees_each_image_exactly_once(numbered: Path, world_size: int, eval_batch_size: int | None) -> None:
     labels: list[int] = []
@@ -275,3 +275,21 @@ def test_hundreds_of_epochs_leave_nothing_behind(numbered: Path) -> None:
             if epoch % 3 == 0 and number == 1:
                 break
     assert threading.active_count() <= threads
+
+
+def test_a_subset_is_the_same_choice_in_every_run_and_on_every_process(numbered: Path) -> None:
+    def seen(*ranks: ImageLoader) -> set[int]:
+        return {int(label) for loader in ranks for _, labels in read(loader) for label in labels}
+
+    chosen = seen(training(numbered, subset=16))
+    assert len(chosen) == 16
+    assert chosen == seen(training(numbered, subset=16, seed=9))
+    assert chosen == seen(training(numbered, 0, 2, subset=16), training(numbered, 1, 2, subset=16))
+    assert chosen != set(range(16))
+    with pytest.raises(UserError, match=r"data\.subset 54: .* has 53 images"):
+        training(numbered, subset=54)
+
+
+def test_an_evaluation_needs_an_image_for_each_process(numbered: Path) -> None:
+    with pytest.raises(UserError, match="53 images are fewer than one for each of 54 processes"):
+        evaluation(numbered, 0, 54)
