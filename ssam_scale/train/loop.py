@@ -49,6 +49,10 @@ def train(config: Config, world: World) -> None:
         open_run(config, enabled=world.first, resume_run_id=start.run_id, extra_tags={"steps": str(total)}) as run,
         StepProgress(total, start.step, world.first) as progress,
     ):
+        progress.say(
+            f"{config.method} {config.model.name}: {config.train.epochs} epochs of {parts.steps_per_epoch} steps of "
+            f"{config.data.batch_size} images on {world.size} process(es), {world.device.type}"
+        )
         if path is not None:
             progress.say(f"resumed from {path} after epoch {start.epoch}")
         for epoch in range(start.epoch, config.train.epochs):

@@ -90,6 +90,8 @@ def configs(draw: st.DrawFn) -> Config:
     data["schedule"]["warmup_epochs"] = draw(st.floats(0, data["train"]["epochs"], exclude_max=True))
     for name in ("crop_scale", "crop_ratio"):
         data["data"][name] = sorted(abs(x) + 1e-6 for x in data["data"][name])
+    if data["data"]["subset"] is not None:
+        data["data"]["order"] = "random"
     mask = (data["perturbation"] or {}).get("mask")
     if mask and "cut" in mask:
         mask["cut"] = sorted(mask["cut"]) if mask["policy"] == "rotate" else [mask["cut"][0]] * 2
