@@ -32,6 +32,9 @@ while (($#)); do
             exit
             ;;
         -*) die "unknown option $1; there are --data DIR and --short" ;;
+        perturbation=* | perturbation.mask=* | tracking.uri=* | tracking.experiment=* | checkpoint.directory=*)
+            die "$1: the quickstart sets ${1%%=*} itself, to compare the methods; use ssam-scale train for other runs"
+            ;;
         *) overrides+=("$1") ;;
     esac
     shift
@@ -86,7 +89,12 @@ common+=("data.train=$folder/train.beton" "data.val=$folder/val.beton" "tracking
 arguments_of() { # arguments_of METHOD: one a line
     local own=("checkpoint.directory=checkpoints/$experiment/$1")
     [[ -z ${change[$1]} ]] || mapfile -t -O 1 own <<<"${change[$1]}"
-    printf '%s\n' --config configs/quickstart.yaml "${common[@]}" "${own[@]}" "${overrides[@]}"
+    local override
+    for override in "${overrides[@]}"; do
+        # The base optimizer has no perturbation; setting a part of it would give it one.
+        [[ $1 == base && $override == perturbation.* ]] || own+=("$override")
+    done
+    printf '%s\n' --config configs/quickstart.yaml "${common[@]}" "${own[@]}"
 }
 
 # A mistake in an override shows now, not after the data is written.
@@ -121,7 +129,8 @@ launch() { # launch ARGUMENT...: launch/train.py on all processes
     local port
     port=$(free_port)
     if [[ $launcher == deepspeed ]]; then
-        deepspeed --quiet --num_gpus "$processes" --master_addr 127.0.0.1 --master_port "$port" launch/train.py "$@"
+        # Not the script `deepspeed`: its first line names the interpreter, which must not have a space in its path.
+        python -m deepspeed.launcher.runner --quiet --num_gpus "$processes" --master_addr 127.0.0.1 --master_port "$port" launch/train.py "$@"
     else
         torchrun --nproc_per_node "$processes" --master_addr 127.0.0.1 --master_port "$port" launch/train.py "$@"
     fi
@@ -132,6 +141,7 @@ for number in "${!methods[@]}"; do
     method=${methods[number]}
     say "Training $((number + 1)) of ${#methods[@]}: ${title[$method]} ($processes processes, $launcher)"
     mapfile -t arguments < <(arguments_of "$method")
+    rm -rf "checkpoints/$experiment/$method" # of an earlier quickstart
     launch "${arguments[@]}"
 done
 say "Trained ${#methods[@]} times in $(((SECONDS - started) / 60)) min $(((SECONDS - started) % 60)) s"

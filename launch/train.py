@@ -1,4 +1,4 @@
-"""`ssam-scale train` as a script, for launchers that want one: torchrun, deepspeed, srun."""
+"""`ssam-scale train` as a script, for launchers that want one: torchrun and deepspeed."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def train_command(
         bool, typer.Option("--dry-run", help="Build everything and take one step; record and save nothing.")
     ] = False,
 ) -> None:
-    """Train a model. Under torchrun, deepspeed or srun, every process runs this command."""
+    """Train a model. Under torchrun or deepspeed, every process runs this command."""
     from ssam_scale.config import dump, load
 
     given = [*(overrides or []), *([f"checkpoint.resume={resume}"] if resume else [])]
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
         _mount()
         app(args=argv)
     except UserError as error:
-        # Every process of a job sees the same mistake; one message is enough unless only another process saw it.
+        # Most mistakes are seen by every process of a job alike, but a damaged file may be seen by one of them only.
         prefix = "" if os.environ.get("RANK", "0") == "0" else f"process {os.environ['RANK']}: "
         print(f"ssam-scale: {prefix}error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -1,4 +1,4 @@
-"""The floors of the house: who may import whom (the order is that of DESIGN section 5)."""
+"""The floors of the house: who may import whom (README, how it is built)."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ def imports_of(path: Path) -> set[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
-            found.add(".".join([*base, *([node.module] if node.module else [])]))
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            found |= {module, *(f"{module}.{alias.name}" for alias in node.names)}
     return found
 
 

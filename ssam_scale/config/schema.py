@@ -51,6 +51,13 @@ class Data(Section):
     mean: tuple[float, float, float] = Field((0.485, 0.456, 0.406), description="channel means of RGB in [0, 1]")
     std: tuple[float, float, float] = Field((0.229, 0.224, 0.225), description="channel deviations of RGB in [0, 1]")
 
+    @field_validator("std")
+    @classmethod
+    def _positive(cls, value: tuple[float, float, float]) -> tuple[float, float, float]:
+        if min(value) <= 0.0:
+            raise ValueError("must be three positive numbers")
+        return value
+
     @field_validator("crop_scale", "crop_ratio")
     @classmethod
     def _ordered(cls, value: tuple[float, float]) -> tuple[float, float]:
@@ -85,7 +92,7 @@ class Schedule(Section):
     name: Literal["cosine", "step", "poly", "tanh"] = Field("cosine", description="shape after the warm-up")
     warmup_epochs: float = Field(0.0, ge=0.0, description="epochs of linear warm-up")
     warmup_lr: float = Field(0.0, ge=0.0, description="learning rate at the first step of the warm-up")
-    min_lr: float = Field(0.0, ge=0.0, description="learning rate at the end of a cosine")
+    min_lr: float = Field(0.0, ge=0.0, description="learning rate that the decay ends at")
     kwargs: dict[str, Any] = Field(default_factory=dict, description="further arguments of the scheduler")
 
 

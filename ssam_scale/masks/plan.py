@@ -62,7 +62,7 @@ class Dense:
 
 
 class Depth:
-    """All weights from a cut on, drawn uniformly anew at each step (DESIGN's moving cut) or fixed.
+    """All weights from a cut on, drawn uniformly anew at each step (a moving cut) or fixed.
 
     Args:
         cut: lowest and highest depth of the cut as shares of the number of blocks, in [0, 1]. A share s stands for the

@@ -24,11 +24,13 @@ def build_model(config: Config) -> StagedModel:
         near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
         hint = f"; nearest: {', '.join(near)}" if near else ""
         raise UserError(f"model.name: timm {timm.__version__} knows no model {name!r}{hint}")
+    section = config.model
+    # Many families take no drop rates, so they are named only where they are wanted.
+    rates = {"drop_rate": section.drop_rate, "drop_path_rate": section.drop_path_rate}
     arguments = {
-        "num_classes": config.model.num_classes,
-        "drop_rate": config.model.drop_rate,
-        "drop_path_rate": config.model.drop_path_rate,
-        **config.model.kwargs,
+        "num_classes": section.num_classes,
+        **{key: rate for key, rate in rates.items() if rate},
+        **section.kwargs,
     }
     try:
         model = timm.create_model(name, pretrained=False, **arguments)

@@ -26,7 +26,7 @@ def mask_(gradients: Sequence[Tensor], masks: Sequence[Tensor | None]) -> None:
 
 
 def scale_to_radius_(gradients: Sequence[Tensor], rho: float, norm: Tensor) -> None:
-    """Gradients become ε = ρ · g / (‖·‖ + 1e-7) in place (DESIGN 3).
+    """Gradients become ε = ρ · g / (‖·‖ + 1e-7) in place (arXiv 2210.05177, equation 5, with m in g).
 
     Args:
         gradients: m ⊙ g.

@@ -87,6 +87,8 @@ class Passes:
         with self._phases("descent forward" if shared else "ascent forward"), torch.set_grad_enabled(shared):
             hidden = module(x, stop=self._cut)
         if shared:
+            if self._prefix is not None:
+                raise ValueError("the loss function called `forward` twice; with a cut, concatenate the inputs instead")
             self._prefix = (x, hidden)
         with self._phases("ascent forward"):
             return module(hidden.detach(), start=self._cut)
@@ -98,5 +100,8 @@ class Passes:
                 return module(x, *args, **kwargs)
             seen, hidden = self._prefix
             if seen is not x:
-                raise ValueError("the loss function gave the descent pass another input than the ascent pass")
+                raise ValueError(
+                    "the loss function gave the descent pass another input than the ascent pass, whose prefix it "
+                    "shares; move, convert or draw the input before `step`, not in the loss function"
+                )
             return module(hidden, start=self._cut)

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from ssam_scale.masks import Dense, Depth, Layout, Mask, Plan, Scored, add_squares
+from ssam_scale.masks import Dense, Depth, Mask, Plan, Scored, add_squares
 from ssam_scale.sharding import sharding_of
 
 from .arithmetic import mask_, scale_to_radius_, sum_of_squares
 from .batchnorm import evaluation_mode, frozen_statistics
 from .passes import LossFn, Passes, without_gradient
 from .phases import Phases, no_phases
-from .stages import StagedModel
+from .pool import samples_of, weight_pool
 
 
 class SparseSAM(torch.optim.Optimizer):
@@ -76,8 +76,6 @@ class SparseSAM(torch.optim.Optimizer):
             )
         super().__init__(base_optimizer.param_groups, base_optimizer.defaults)
         self.base_optimizer = base_optimizer
-        self.param_groups = base_optimizer.param_groups
-        self.state = base_optimizer.state
         self.rho = rho
         self.mask: Mask = mask if mask is not None else Dense()
         self.norm = norm
@@ -85,7 +83,26 @@ class SparseSAM(torch.optim.Optimizer):
         self.steps = 0
         self._phases = phases
         self._sharding = sharding_of(model if isinstance(model, nn.Module) else nn.ParameterList(model))
-        self._parameters, self._layout = _pool(self._sharding.ascent_module, base_optimizer)
+        self._parameters, self._layout = weight_pool(self._sharding.ascent_module, base_optimizer)
+
+    # Asked for each time, because loading a state gives an optimizer new lists and dictionaries.
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The base optimizer's."""
+        return self.base_optimizer.param_groups if "base_optimizer" in self.__dict__ else self._given_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self._given_groups = groups  # torch's constructor
+
+    @property
+    def state(self) -> Any:
+        """The base optimizer's."""
+        return self.base_optimizer.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        pass  # torch's constructor
 
     @property
     def plan(self) -> Plan:
@@ -139,12 +156,12 @@ class SparseSAM(torch.optim.Optimizer):
                 torch._foreach_add_(weights, epsilon)
                 del epsilon
                 self.zero_grad()
-                self._sharding.publish()
+                self._publish()
             yield
         finally:
             with self._phases("perturb"), torch.no_grad():
                 torch._foreach_copy_(weights, backup)
-                self._sharding.publish()
+                self._publish()
 
     @torch.no_grad()
     def refresh(self, loss_fn: LossFn, *batches: Any) -> None:
@@ -175,7 +192,7 @@ class SparseSAM(torch.optim.Optimizer):
             with evaluation_mode(module):
                 for batch in batches:
                     everyone = tree_map(self._sharding.gather_samples, batch)
-                    for sample in _samples(everyone):
+                    for sample in samples_of(everyone):
                         with torch.enable_grad(), self._sharding.micro_batch(last=True):
                             loss_fn(module, sample).backward()
                         add_squares(scores, self._sharding.gradients(parameters))
@@ -195,7 +212,7 @@ class SparseSAM(torch.optim.Optimizer):
             super().add_param_group(param_group)
             return
         self.base_optimizer.add_param_group(param_group)
-        self._parameters, self._layout = _pool(self._sharding.ascent_module, self.base_optimizer)
+        self._parameters, self._layout = weight_pool(self._sharding.ascent_module, self.base_optimizer)
 
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state, the step count, and the mask (whole tensors: collective on FSDP2)."""
@@ -206,8 +223,6 @@ class SparseSAM(torch.optim.Optimizer):
         own = dict(state_dict)
         self.load_sparse_state(own.pop("sparse_sam"))
         self.base_optimizer.load_state_dict(own)
-        self.state = self.base_optimizer.state
-        self.param_groups = self.base_optimizer.param_groups
 
     def sparse_state(self) -> dict[str, Any]:
         """What SparseSAM itself must remember: `steps`, and of a scored mask `perturbed` and `mask`.
@@ -242,6 +257,12 @@ class SparseSAM(torch.optim.Optimizer):
         }
         self.mask.restore(Plan(0, local, int(state["perturbed"])))
 
+    def _publish(self) -> None:
+        self._sharding.publish()
+        # Autocast remembers the low-precision copies of weights until its outermost context ends, which may be around
+        # the whole step.
+        torch.clear_autocast_cache()
+
     def _step_closure(self, closure: Callable[[], Any]) -> Any:
         with torch.enable_grad():
             if self.rho == 0.0:
@@ -253,6 +274,7 @@ class SparseSAM(torch.optim.Optimizer):
 
     def _step_batches(self, loss_fn: LossFn, batches: tuple[Any, ...]) -> Tensor:
         plan = self.plan
+        self.zero_grad()  # what an exception in an earlier step left behind
         passes = Passes(self._sharding, plan.cut if self.rho else 0, loss_fn, batches, self._phases)
         with torch.enable_grad():
             if self.rho == 0.0:
@@ -286,26 +308,3 @@ class SparseSAM(torch.optim.Optimizer):
         norm = self._sharding.sum_over_shards(squares).sqrt()
         scale_to_radius_(gradients, self.rho, norm)
         return [shard.weight for shard in self._sharding.shards(perturbed)], gradients
-
-
-def _pool(module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, nn.Parameter], Layout]:
-    """The parameters that can be perturbed, by their name in the network, and where the network uses them."""
-    network = module.model if isinstance(module, StagedModel) else module
-    mine = {id(p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
-    parameters = {name: p for name, p in network.named_parameters() if id(p) in mine}
-    if len(parameters) < len(mine):
-        raise ValueError(f"{len(mine) - len(parameters)} of the optimizer's parameters are not the model's")
-    if isinstance(module, StagedModel):
-        first_use, depth = module.stage_of_parameters(), len(module.stages)
-    else:
-        first_use, depth = dict.fromkeys(parameters, 0), 1
-    layout = Layout({n: p.numel() for n, p in parameters.items()}, {n: first_use[n] for n in parameters}, depth)
-    return parameters, layout
-
-
-def _samples(batch: Any) -> Iterator[Any]:
-    """The samples of a batch, each as a batch of one."""
-    leaves: list[Tensor] = []
-    tree_map(lambda leaf: leaves.append(leaf), batch)
-    for index in range(len(leaves[0])):
-        yield tree_map(lambda leaf, i=index: leaf[i : i + 1], batch)

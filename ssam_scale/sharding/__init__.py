@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from .base import Shard, Sharding
-from .ddp import DDP
+from .ddp import DDP, without_buffer_sync
 from .fsdp import FSDP2, shard_fsdp2
 from .single import Single
 from .world import World, join_world
@@ -66,5 +66,5 @@ def distribute(
         return module
     if backend == "ddp":
         ids = [world.device.index] if world.device.type == "cuda" else None
-        return DistributedDataParallel(module, device_ids=ids, forward_sync_buffers=False)
+        return DistributedDataParallel(module, device_ids=ids, **without_buffer_sync())
     return shard_fsdp2(module, blocks, world.device)

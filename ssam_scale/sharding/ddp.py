@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -11,6 +13,12 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.nn.parallel import DistributedDataParallel
 
 from .base import Unsharded, all_gather_samples
+
+
+def without_buffer_sync() -> dict[str, Any]:
+    """The argument that keeps DDP from broadcasting buffers in each forward; it was renamed in torch 2.13."""
+    renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    return {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
 
 
 class DDP(Unsharded):
@@ -25,7 +33,8 @@ class DDP(Unsharded):
     """
 
     def __init__(self, module: DistributedDataParallel) -> None:
-        if module.forward_sync_buffers and any(True for _ in module.module.buffers()):
+        syncs = getattr(module, "forward_sync_buffers", None)
+        if (module.broadcast_buffers if syncs is None else syncs) and any(True for _ in module.module.buffers()):
             raise ValueError(
                 "DistributedDataParallel broadcasts buffers in each forward, also between the two passes of one step; "
                 "build it with forward_sync_buffers=False and average BatchNorm statistics before evaluation"

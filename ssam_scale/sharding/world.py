@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ssam_scale.errors import UserError
+
 _TIMEOUT = timedelta(minutes=10)  # a rank that waits longer for another one ends the job instead of hanging it
 
 
@@ -23,15 +25,11 @@ class World:
     Attributes:
         rank: index of this process, 0 to size − 1.
         size: number of processes.
-        local_rank: index of this process on its machine.
-        local_size: number of processes on its machine.
         device: where this process computes.
     """
 
     rank: int = 0
     size: int = 1
-    local_rank: int = 0
-    local_size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @property
@@ -45,28 +43,34 @@ class World:
             dist.all_reduce(value)
         return value
 
-    def barrier(self) -> None:
-        """Wait for every process."""
-        if self.size > 1:
-            dist.barrier()
-
 
 @contextmanager
 def join_world() -> Iterator[World]:
-    """Join the processes that torchrun, deepspeed or srun started; alone without their environment variables.
+    """Join the processes that torchrun or deepspeed started; alone without their environment variables.
 
     Uses NCCL on CUDA and gloo on the CPU.
+
+    Raises:
+        UserError: processes were started without telling them of each other, or there are more of them than GPUs.
     """
+    if "RANK" not in os.environ:
+        for variable in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
+            if int(os.environ.get(variable, "1")) > 1:
+                raise UserError(
+                    f"{variable} is {os.environ[variable]} but RANK is not set, so each process would train alone; "
+                    "start them with torchrun or deepspeed (slurm/imagenet_ssam.sh does)"
+                )
     size = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", str(size))))
     if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(f"process {local_rank} of this machine has no GPU: there are {torch.cuda.device_count()}")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-    world = World(rank, size, local_rank, local_size, device)
+    world = World(rank, size, device)
     if "RANK" not in os.environ:
         yield world
         return

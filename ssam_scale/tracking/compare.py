@@ -246,7 +246,7 @@ def _timing_words(group: _Group) -> str:
 def _density(group: _Group) -> float | None:
     if group.method == "base":
         return None
-    measured = group.mean("mask/density")
+    measured = group.mean("summary/density")
     if measured is not None:
         return measured
     if group.method == "sam":

@@ -6,9 +6,8 @@ import json
 import logging
 import time
 from array import array
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import median
 from subprocess import Popen
 from types import TracebackType
 from typing import Any
@@ -78,6 +77,13 @@ def _plain(config: Config) -> dict[str, Any]:
     return values
 
 
+def _trimmed_mean(times: Sequence[float]) -> float:
+    """The mean without the lowest and the highest tenth."""
+    tenth = len(times) // 10
+    kept = sorted(times)[tenth : len(times) - tenth]
+    return sum(kept) / len(kept)
+
+
 def _cut(text: str, length: int) -> str:
     return text if len(text) <= length else text[: length - 1] + "…"
 
@@ -94,6 +100,8 @@ class Run:
         self._watcher: Popen[bytes] | None = None
         self._unwinding = Unwinding(self._mark_stuck if enabled else None)
         self._step_times = array("d")
+        self._refresh_seconds = 0.0
+        self._densities = array("d")
         self._top1: float | None = None
         self._best_top1: float | None = None
 
@@ -119,7 +127,16 @@ class Run:
         now = int(time.time() * 1000)
         self._writer.put([Metric(key, float(value), now, step) for key, value in metrics.items()])
 
-    def log_window(self, summary: PhaseSummary, *, loss: float, lr: float, images_per_step: int, step: int) -> None:
+    def log_window(
+        self,
+        summary: PhaseSummary,
+        *,
+        loss: float,
+        lr: float,
+        images_per_step: int,
+        step: int,
+        densities: Sequence[float] = (),
+    ) -> None:
         """Record the steps since the last call.
 
         Args:
@@ -128,14 +145,23 @@ class Run:
             lr: learning rate of the last of them.
             images_per_step: images in one optimizer step over all processes.
             step: number of the last of them, counted from 1.
+            densities: share of the weights that each of them perturbed, if known.
         """
         self._step_times.extend(summary.step_times)
+        self._densities.extend(densities)
         metrics = {"train/loss": loss, "train/lr": lr}
         if summary.steps:
             metrics["time/step"] = summary.step
             metrics["train/images_per_second"] = images_per_step * summary.steps / summary.seconds
             metrics |= {f"time/{name.replace(' ', '_')}": seconds for name, seconds in summary.phases.items()}
+        if densities:
+            metrics["mask/density"] = sum(densities) / len(densities)
         self.log(metrics, step)
+
+    def log_refresh(self, *, seconds: float, step: int) -> None:
+        """Record that the mask was chosen anew before `step`, which is part of what the method costs."""
+        self._refresh_seconds += seconds
+        self.log({"time/refresh": seconds}, step)
 
     def log_evaluation(self, *, top1: float, top5: float, loss: float, epoch: float, step: int) -> None:
         """Record an evaluation: accuracies in percent, mean loss, after `epoch` epochs."""
@@ -159,14 +185,19 @@ class Run:
     def finish_summary(self) -> dict[str, float]:
         """Record and return what stands for the whole run; call it once, when training is complete.
 
-        `summary/step_time`: median of all step times since this process started but the first WARMUP_STEPS (of all if
-        there are no more), seconds. `summary/top1`: the last evaluation's; `summary/best_top1`: the best, also over
-        what the run had before it was resumed; percent.
+        `summary/step_time`: what a step costs, seconds: the mean of all step times since this process started but the
+        first WARMUP_STEPS (of all if there are no more) and, for the sake of shared machines, the fastest and slowest
+        tenth; and each step's share of the time that refreshing the mask took. A mean, as the steps of a moving cut
+        differ by design. `summary/density`: mean over the steps. `summary/top1`: the last evaluation's, percent;
+        `summary/best_top1`: the best, also over what the run had before it was resumed.
         """
         summary: dict[str, float] = {}
         times = self._step_times[WARMUP_STEPS:] or self._step_times
         if times:
-            summary["summary/step_time"] = median(times)
+            refresh = self._refresh_seconds / len(self._step_times)
+            summary["summary/step_time"] = _trimmed_mean(times) + refresh
+        if self._densities:
+            summary["summary/density"] = sum(self._densities) / len(self._densities)
         if self._top1 is not None and self._best_top1 is not None:
             summary |= {"summary/top1": self._top1, "summary/best_top1": self._best_top1}
         # At step 0, because MLflow draws what has no other step as bars, one per run, instead of as a lone dot.

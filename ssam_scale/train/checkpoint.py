@@ -55,10 +55,29 @@ class Progress:
     run_id: str | None = None
 
 
+def _all(directory: Path) -> list[tuple[int, Path]]:
+    """Epochs and checkpoints in `directory`, the earliest first."""
+    return sorted((int(m[1]), p) for p in directory.glob("epoch_*") if (m := _NAME.fullmatch(p.name)))
+
+
 def newest(directory: Path) -> Path | None:
     """The checkpoint of the latest epoch in `directory`."""
-    found = [(int(m[1]), p) for p in directory.glob("epoch_*") if (m := _NAME.fullmatch(p.name))]
-    return max(found)[1] if found else None
+    found = _all(directory)
+    return found[-1][1] if found else None
+
+
+def refuse_to_mix(config: Config) -> None:
+    """A run that starts afresh must not share its folder with another one, whose checkpoints it would take for its own.
+
+    Raises:
+        UserError: the folder has checkpoints.
+    """
+    directory = config.checkpoint.directory
+    if (other := newest(directory)) is not None:
+        raise UserError(
+            f"checkpoint.directory {directory} has {other.name} of an earlier run: go on from it with --resume auto, "
+            "or choose another folder"
+        )
 
 
 def resolve(config: Config) -> Path | None:
@@ -116,6 +135,7 @@ def save(
         "format": _FORMAT,
         "progress": vars(progress),
         "model": _identity(config),
+        "method": config.method,
         "optimizer": config.optimizer.name,
         "optimizer_numbers": {name: entries for name, entries in numbers.items() if entries},
         "param_groups": optimizer.get("param_groups", []),
@@ -154,9 +174,13 @@ def load(
     for key, value in files["optimizer"].items():
         name, entry = key.rsplit("|", 1)
         optimizer["state"].setdefault(name, {})[entry] = value
+    configured = [{key: group[key] for key in opt.defaults} for group in opt.param_groups]
     set_state_dict(
         network, opt.base_optimizer, model_state_dict=files["model"], optim_state_dict=optimizer, options=_WHOLE
     )
+    # A run is what its configuration says: weight decay, momentum and the like may be changed on resuming.
+    for group, options in zip(opt.param_groups, configured, strict=True):
+        group.update(options)
     sparse = state["sparse"]
     if state["whole_tensors"] is not None:
         device = next(network.parameters()).device
@@ -179,6 +203,11 @@ def _check(path: Path, config: Config, state: dict[str, Any], saved: dict[str, T
         raise UserError(
             f"checkpoint {path}, of {state['model']}, does not fit this run's {_identity(config)}: {name} is "
             f"{theirs.get(name, 'missing')} there and {mine.get(name, 'missing')} here"
+        )
+    if state["method"] != config.method:
+        raise UserError(
+            f"checkpoint {path} is of a {state['method']} run, this is a {config.method} run; resume with the "
+            "perturbation it was made with, or choose another checkpoint.directory"
         )
     if state["optimizer"] != config.optimizer.name:
         raise UserError(
@@ -233,8 +262,7 @@ def _write(config: Config, epoch: int, files: dict[str, dict[str, Tensor]], stat
             f"checkpoint.directory: {final} was not written: {error} "
             f"(needs {size / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are free)"
         )
-    for _, path in sorted((int(m[1]), p) for p in directory.iterdir() if (m := _NAME.fullmatch(p.name)))[
-        : -config.checkpoint.keep
-    ]:
+    older = [path for other, path in _all(directory) if other < epoch]
+    for path in older[: max(0, len(older) - (config.checkpoint.keep - 1))]:
         shutil.rmtree(path, ignore_errors=True)
     return ""

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssam_scale.config.schema import Config, ScoredMask
+from ssam_scale.data import Batch
 from ssam_scale.errors import UserError
 from ssam_scale.masks import Mask, Scored
 from ssam_scale.models import average_statistics
@@ -26,8 +27,6 @@ from . import checkpoint
 from .evaluation import Evaluation, evaluate
 from .progress import StepProgress
 from .setup import Parts, build, soft_loss
-
-Batch = tuple[Tensor, Tensor]
 
 
 def train(config: Config, world: World) -> None:
@@ -44,6 +43,8 @@ def train(config: Config, world: World) -> None:
     start = checkpoint.Progress()
     if (path := checkpoint.resolve(config)) is not None:
         start = checkpoint.load(path, config, parts.network, parts.opt, parts.average)
+    else:
+        checkpoint.refuse_to_mix(config)
     total = config.train.epochs * parts.steps_per_epoch
     with (
         open_run(config, enabled=world.first, resume_run_id=start.run_id, extra_tags={"steps": str(total)}) as run,
@@ -60,7 +61,9 @@ def train(config: Config, world: World) -> None:
             _train_epoch(config, world, parts, epoch, phases, run, progress)
             done, last = epoch + 1, epoch + 1 == config.train.epochs
             step = done * parts.steps_per_epoch
-            average_statistics(parts.network, world)
+            for weights in (nullcontext, parts.averaged):
+                with weights():
+                    average_statistics(parts.network, world)
             run.log_epoch(epoch=done, seconds=time.monotonic() - began, step=step)
             if last or done % config.train.eval_epochs == 0:
                 result = _evaluate(parts, world)
@@ -123,22 +126,25 @@ def _train_epoch(
                 window.close(step + 1, parts.opt.param_groups[0]["lr"])
 
 
-def _refreshed(
-    config: Config, world: World, parts: Parts, epoch: int, run: Run | None
-) -> Generator[tuple[Tensor, Tensor], None, None]:
+def _refreshed(config: Config, world: World, parts: Parts, epoch: int, run: Run | None) -> Generator[Batch, None, None]:
     """The epoch's batches, after the mask was chosen by the first of them where it is due."""
     section = config.perturbation.mask if config.perturbation is not None else None
-    with closing(iter(parts.train)) as batches:
-        if isinstance(section, ScoredMask) and _refresh_is_due(section, parts.opt.mask, epoch):
-            began = time.monotonic()
-            each = -(-section.samples // world.size)
-            seen: list[Batch] = []
-            while sum(len(batch[1]) for batch in seen) < each:
-                seen.append(next(batches))
-            parts.opt.refresh(_true_label_loss, *_first(seen, each))
-            if run is not None:
-                run.log({"time/refresh": time.monotonic() - began}, epoch * parts.steps_per_epoch)
-            yield from seen
+    seen: list[Batch] = []
+    batches = iter(parts.train)
+    if isinstance(section, ScoredMask) and _refresh_is_due(section, parts.opt.mask, epoch):
+        each = -(-section.samples // world.size)
+        while sum(len(batch[1]) for batch in seen) < each:
+            seen.append(next(batches))
+        began = time.monotonic()
+        parts.opt.refresh(_true_label_loss, *_first(seen, each))
+        if run is not None:
+            run.log_refresh(seconds=time.monotonic() - began, step=epoch * parts.steps_per_epoch)
+    return _in_turn(seen, batches)
+
+
+def _in_turn(seen: list[Batch], batches: Generator[Batch, None, None]) -> Generator[Batch, None, None]:
+    with closing(batches):
+        yield from seen
         yield from batches
 
 
@@ -150,7 +156,7 @@ def _first(batches: list[Batch], samples: int) -> Iterator[Batch]:
     """The first `samples` samples of `batches`."""
     for images, labels in batches:
         if samples > 0:
-            yield images[:samples], labels[:samples]
+            yield Batch(images[:samples], labels[:samples])
         samples -= len(labels)
 
 
@@ -180,8 +186,14 @@ class _Window:
                 f"the loss became {loss} before step {step}; a lower optimizer.lr or perturbation.rho may help"
             )
         times = self._phases.drain()
-        self._run.log_window(times, loss=loss, lr=lr, images_per_step=self._config.data.batch_size, step=step)
-        self._run.log({"mask/density": sum(self._densities) / len(self._densities)}, step)
+        self._run.log_window(
+            times,
+            loss=loss,
+            lr=lr,
+            densities=self._densities,
+            images_per_step=self._config.data.batch_size,
+            step=step,
+        )
         self._progress.show(f"loss {loss:.3f}, lr {lr:.2g}, {self._config.data.batch_size / times.step:.0f} images/s")
         self._losses.clear()
         self._densities.clear()
@@ -189,6 +201,5 @@ class _Window:
 
 def _evaluate(parts: Parts, world: World) -> Evaluation:
     """Evaluate the averaged weights where there are any, else the weights."""
-    with parts.average.swapped_in() if parts.average is not None else nullcontext():
-        average_statistics(parts.network, world)
+    with parts.averaged():
         return evaluate(parts.module, parts.val, parts.val.batches_everywhere, world, parts.precision)

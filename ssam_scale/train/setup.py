@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +51,10 @@ class Parts:
     mix: Transform
     precision: torch.dtype
     steps_per_epoch: int
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """The network computes with the averaged weights inside, where there are any."""
+        return self.average.swapped_in() if self.average is not None else nullcontext()
 
 
 def build(config: Config, world: World, phases: Phases) -> Parts:
@@ -167,7 +172,9 @@ def _scheduler(config: Config, base: torch.optim.Optimizer, steps_per_epoch: int
         scheduler, _ = create_scheduler_v2(
             base,
             sched=section.name,
-            num_epochs=config.train.epochs,
+            # With the prefix the decay begins where the warm-up ends, instead of jumping to where it would be by then.
+            num_epochs=config.train.epochs - section.warmup_epochs,
+            warmup_prefix=True,
             warmup_epochs=section.warmup_epochs,
             warmup_lr=section.warmup_lr,
             min_lr=section.min_lr,

@@ -87,9 +87,10 @@ def configs(draw: st.DrawFn) -> Config:
     data = draw(section(Config))
     # What the rules about several keys ask for.
     data["data"]["batch_size"] *= data["train"]["accumulation"]
-    data["schedule"]["warmup_epochs"] = draw(st.floats(0, data["train"]["epochs"], exclude_max=True))
+    data["schedule"]["warmup_epochs"] = draw(st.floats(0, float(min(data["train"]["epochs"], 2**53)), exclude_max=True))
     for name in ("crop_scale", "crop_ratio"):
         data["data"][name] = sorted(abs(x) + 1e-6 for x in data["data"][name])
+    data["data"]["std"] = [abs(x) + 1e-6 for x in data["data"]["std"]]
     if data["data"]["subset"] is not None:
         data["data"]["order"] = "random"
     mask = (data["perturbation"] or {}).get("mask")

@@ -42,6 +42,11 @@ def test_short(clone, launcher):
     [
         (["--data"], "quickstart: --data needs a folder"),
         (["--data", "/no/such"], "quickstart: --data /no/such: has no folder train; expected train/ and val/ in it"),
+        (
+            ["perturbation=null"],
+            "quickstart: perturbation=null: the quickstart sets perturbation itself, to compare the methods; "
+            "use ssam-scale train for other runs",
+        ),
         (["--quick"], "quickstart: unknown option --quick; there are --data DIR and --short"),
     ],
 )

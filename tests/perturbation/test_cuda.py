@@ -54,8 +54,9 @@ def test_weights_come_back_bit_for_bit_under_bf16_autocast(world: World) -> None
 
     def loss_fn(forward, batch):
         with torch.autocast("cuda", torch.bfloat16):
-            logits = forward(batch[0].cuda())
-        return F.cross_entropy(logits.float(), batch[1].cuda())
+            logits = forward(batch[0])
+        return F.cross_entropy(logits.float(), batch[1])
 
-    opt.step(loss_fn, batches(1, 8)[0])
+    images, labels = batches(1, 8)[0]
+    opt.step(loss_fn, (images.cuda(), labels.cuda()))
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))

@@ -50,7 +50,7 @@ def finish(uri: str) -> Finish:
             ).info.run_id
         )
         seconds = None if ms is None else ms / 1000
-        found = {"summary/top1": top1, "summary/step_time": seconds, "mask/density": density}
+        found = {"summary/top1": top1, "summary/step_time": seconds, "summary/density": density}
         client.log_batch(
             run_id,
             params=[Param(key, value) for key, value in flatten(config).items()],

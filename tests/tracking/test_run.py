@@ -39,12 +39,18 @@ def test_a_run_holds_config_environment_and_metrics(config: MakeConfig, uri: str
             lr=0.1,
             images_per_step=60,
             step=3,
+            densities=[0.2, 0.5, 0.5],
         )
         run.log_evaluation(top1=50.0, top5=90.0, loss=1.5, epoch=1, step=3)
         run.log_epoch(epoch=1, seconds=12.0, step=3)
-        run.log({"mask/density": 0.4}, step=3)
+        run.log_refresh(seconds=1.5, step=3)
         run.log_artifact(tmp_path / "table.txt", "notes")
-        assert run.finish_summary() == {"summary/step_time": 3.0, "summary/top1": 50.0, "summary/best_top1": 50.0}
+        assert run.finish_summary() == {
+            "summary/step_time": 3.5,  # a mean of 3 s, and a third of the refresh
+            "summary/density": pytest.approx(0.4),
+            "summary/top1": 50.0,
+            "summary/best_top1": 50.0,
+        }
     found = stored(uri, run)
     assert found.info.status == "FINISHED"
     assert found.info.run_name == "ssam-depth resnet18"
@@ -60,8 +66,10 @@ def test_a_run_holds_config_environment_and_metrics(config: MakeConfig, uri: str
         "val/loss": 1.5,
         "epoch": 1.0,
         "time/epoch": 12.0,
-        "mask/density": 0.4,
-        "summary/step_time": 3.0,
+        "mask/density": pytest.approx(0.4),
+        "time/refresh": 1.5,
+        "summary/step_time": 3.5,
+        "summary/density": pytest.approx(0.4),
         "summary/top1": 50.0,
         "summary/best_top1": 50.0,
     }
@@ -85,7 +93,7 @@ def test_summary_leaves_out_the_first_steps_and_keeps_the_best(config: MakeConfi
         run.log_window(PhaseSummary({}, (100.0,) * 3 + (1.0, 2.0, 9.0)), loss=1, lr=1, images_per_step=1, step=13)
         for top1 in (30.0, 40.0, 35.0):
             run.log_evaluation(top1=top1, top5=1, loss=1, epoch=1, step=13)
-        assert run.finish_summary() == {"summary/step_time": 2.0, "summary/top1": 35.0, "summary/best_top1": 40.0}
+        assert run.finish_summary() == {"summary/step_time": 4.0, "summary/top1": 35.0, "summary/best_top1": 40.0}
 
 
 def test_a_window_without_steps_and_a_diverged_loss(config: MakeConfig, uri: str) -> None:

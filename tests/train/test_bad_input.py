@@ -90,6 +90,9 @@ def test_checkpoints_that_do_not_fit(trained: Path, tmp_path: Path, capsys: pyte
     )
     assert "made with optimizer.name sgd, this run has adamw" in mistake(capsys, *resume, "optimizer.name=adamw")
     assert "has no averaged weights" in mistake(capsys, *resume, "train.ema_decay=0.9")
+    assert "is of a base run, this is a sam run" in mistake(capsys, *resume, "perturbation.rho=0.1")
+    line = mistake(capsys, "--config", str(trained))
+    assert "has epoch_0001 of an earlier run: go on from it with --resume auto, or choose another folder" in line
     assert "did you mean" in mistake(capsys, "--config", str(trained), "--resume", str(tmp_path / "checkpoints"))
 
     broken = shutil.copytree(checkpoint, tmp_path / "broken")

@@ -11,6 +11,7 @@ from tests.support.images import make_image_folder
 from tests.support.runs import ssam_scale
 
 CONFIGS = Path(__file__).parents[2] / "configs"
+MODELS = {"resnet50": "resnet50", "vit_b": "vit_base_patch16_224"}
 IMAGES, CLASSES = 64, 1000
 
 
@@ -77,9 +78,7 @@ def test_it_dry_runs_and_trains_an_epoch(
 
 
 @pytest.mark.parametrize("name", ["resnet50", "vit_b", "quickstart"])
-def test_the_file_is_valid_and_says_what_it_reproduces(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_file_is_valid(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     path = CONFIGS / f"{name}.yaml"
     assert ssam_scale("train", "--config", path, "--print-config") == 0
-    assert "description" not in capsys.readouterr().err
-    header = path.read_text().split("model:")[0]
-    assert header.count("\n#") >= 3
+    assert f"name: {'resnet18' if name == 'quickstart' else MODELS[name]}" in capsys.readouterr().out

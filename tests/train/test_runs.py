@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -54,6 +55,10 @@ def test_resuming_equals_never_having_stopped(
     assert one.info.status == "FINISHED"
     assert one.data.tags["method"] == method
     assert one.data.metrics["epoch"] == 3
+    # The cosine's last step, and not the rate that the checkpoint was saved with.
+    rates = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").get_metric_history(one.info.run_id, "train/lr")
+    by_step = {rate.step: rate.value for rate in rates}
+    assert by_step[12] < 0.1 * by_step[4]
     assert 0 <= one.data.metrics["val/top1"] <= one.data.metrics["val/top5"] <= 100
 
 
@@ -74,6 +79,14 @@ def test_old_checkpoints_are_dropped_and_the_weights_load_into_timm(data: Path, 
     assert sorted(p.name for p in (tmp_path / "kept").iterdir()) == ["epoch_0002", "epoch_0003"]
     model = timm.create_model("resnet18", num_classes=4, **RESNET["kwargs"])
     model.load_state_dict(load_file(tmp_path / "kept/epoch_0003/model.safetensors"))
+
+
+def test_what_is_changed_on_resuming_counts(data: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path / "run.yaml", data)
+    train("--config", str(config), "train.epochs=1")
+    train("--config", str(config), "--resume", "auto", "optimizer.weight_decay=0.25", "train.epochs=2")
+    state = json.loads((tmp_path / "checkpoints/epoch_0002/state.json").read_text())
+    assert max(group["weight_decay"] for group in state["param_groups"]) == 0.25
 
 
 def test_a_dry_run_leaves_nothing_behind(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -144,3 +157,20 @@ def test_one_process_ddp_and_fsdp2_train_the_same_weights(method: str, data: Pat
         "sharding.backend=fsdp2",
     )
     assert differing(tmp_path / "single/epoch_0002", tmp_path / "mixed/epoch_0002", 2e-6) == []
+
+
+@pytest.mark.slow
+def test_resuming_equals_never_having_stopped_on_two_processes(data: Path, tmp_path: Path) -> None:
+    """With BatchNorm, whose statistics each process gathers by itself, and checkpoints between evaluations."""
+    config = write_config(
+        tmp_path / "run.yaml",
+        data,
+        perturbation=METHODS["ssam-depth"],
+        **{**EVERYTHING, "train": {"epochs": 3, "accumulation": 2, "ema_decay": 0.9, "eval_epochs": 3}},
+    )
+    launch(2, config, "checkpoint.keep=3")
+    checkpoints = tmp_path / "checkpoints"
+    shutil.move(checkpoints / "epoch_0003", tmp_path / "uninterrupted")
+    shutil.rmtree(checkpoints / "epoch_0002")
+    launch(2, config, "checkpoint.resume=auto")
+    assert differing(tmp_path / "uninterrupted", checkpoints / "epoch_0003") == []
