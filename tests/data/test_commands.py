@@ -78,7 +78,7 @@ def test_fashion_mnist_is_written_once(idx_folder: Path, tmp_path: Path) -> None
     beton = verify(out / "train.beton")
     assert beton.images == beton.jpegs == 30
     assert beton.labels.tolist() == [*range(10)] * 3
-    assert set(beton.pixels.tolist()) == {32 * 32}
+    assert set(beton.pixels.tolist()) == {28 * 28}
     assert beton.sidecar is not None
     assert beton.sidecar.classes == CLASSES
     assert verify(out / "val.beton").images == 10

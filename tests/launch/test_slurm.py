@@ -49,10 +49,13 @@ def overrides(images: Path, *more: str) -> list[str]:
     return [
         f"data.train={images}/train.beton",
         f"data.val={images}/val.beton",
+        "data.subset=null",
         "data.batch_size=64",
         "data.eval_batch_size=64",
         "schedule.warmup_epochs=0",
         "train.epochs=1",
+        "train.eval_epochs=1",
+        "checkpoint.every_epochs=1",
         *more,
     ]
 
