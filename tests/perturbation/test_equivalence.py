@@ -117,7 +117,13 @@ def largest_difference(case: Case, result: dict[str, Any], tolerance: float = TO
 
 
 @pytest.mark.parametrize(
-    ("backend", "size"), [("single", 1), ("ddp", 2), ("fsdp2", 2), pytest.param("fsdp2", 3, marks=pytest.mark.slow)]
+    ("backend", "size"),
+    [
+        ("single", 1),
+        ("ddp", 2),
+        pytest.param("fsdp2", 2, marks=pytest.mark.slow),
+        pytest.param("fsdp2", 3, marks=pytest.mark.slow),
+    ],
 )
 def test_equals_the_reference_on_the_concatenated_batch(backend: str, size: int) -> None:
     ranks = [alone(train, "single", CASES)] if size == 1 else run_ranks(size, train, backend, CASES)
@@ -128,6 +134,7 @@ def test_equals_the_reference_on_the_concatenated_batch(backend: str, size: int)
             assert all(torch.equal(other[index]["weights"][n], w) for n, w in ranks[0][index]["weights"].items())
 
 
+@pytest.mark.slow
 def test_masks_do_not_depend_on_the_backend() -> None:
     scored = [case for case in CASES if case.mask in ("element", "tensor")][:2]
     expected = alone(train, "single", scored)

@@ -45,7 +45,14 @@ def _by_hand(path: Path) -> Evaluation:
     return Evaluation(100 * top1, 100 * top5, loss, len(rows))
 
 
-@pytest.mark.parametrize(("backend", "size"), [("single", 1), ("ddp", 2), ("fsdp2", 3)])
+@pytest.mark.parametrize(
+    ("backend", "size"),
+    [
+        ("single", 1),
+        pytest.param("ddp", 2, marks=pytest.mark.slow),
+        pytest.param("fsdp2", 3, marks=pytest.mark.slow),
+    ],
+)
 def test_every_image_counts_once_on_any_number_of_processes(
     backend: str, size: int, data: Path, tmp_path: Path
 ) -> None:
@@ -81,7 +88,7 @@ def _average(world: World, backend: str) -> list[torch.Tensor]:
     return outputs
 
 
-@pytest.mark.parametrize(("backend", "size"), [("single", 1), ("fsdp2", 2)])
+@pytest.mark.parametrize(("backend", "size"), [("single", 1), pytest.param("fsdp2", 2, marks=pytest.mark.slow)])
 def test_averaged_weights_serve_inside_and_are_gone_outside(backend: str, size: int) -> None:
     ranks = [_average(World(), backend)] if size == 1 else run_ranks(size, _average, backend)
     model = small_network("vit").eval()

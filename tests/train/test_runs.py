@@ -39,7 +39,9 @@ def runs_of(home: Path) -> list[Any]:
     return client.search_runs([client.get_experiment_by_name("ssam_scale").experiment_id])
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method", [pytest.param(m, marks=[] if m == "ssam-depth" else pytest.mark.slow) for m in METHODS]
+)
 def test_resuming_equals_never_having_stopped(
     method: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
