@@ -66,7 +66,7 @@ def train(config: Config, world: World) -> None:
                     average_statistics(parts.network, world)
             run.log_epoch(epoch=done, seconds=time.monotonic() - began, step=step)
             if last or done % config.train.eval_epochs == 0:
-                result = _evaluate(parts, world)
+                result = _evaluate(parts, world, progress)
                 run.log_evaluation(top1=result.top1, top5=result.top5, loss=result.loss, epoch=done, step=step)
                 progress.say(
                     f"epoch {done}/{config.train.epochs}: top-1 {result.top1:.2f}%, top-5 {result.top5:.2f}%, "
@@ -199,7 +199,9 @@ class _Window:
         self._densities.clear()
 
 
-def _evaluate(parts: Parts, world: World) -> Evaluation:
+def _evaluate(parts: Parts, world: World, progress: StepProgress) -> Evaluation:
     """Evaluate the averaged weights where there are any, else the weights."""
     with parts.averaged():
-        return evaluate(parts.module, parts.val, parts.val.batches_everywhere, world, parts.precision)
+        forwards = parts.val.batches_everywhere
+        batches = progress.track(parts.val, "evaluating", forwards)
+        return evaluate(parts.module, batches, forwards, world, parts.precision)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from types import TracebackType
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+T = TypeVar("T")
 
 _LINE_SECONDS = 30.0
 
@@ -30,7 +34,7 @@ class StepProgress:
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("steps"),
+            TextColumn("{task.fields[unit]}"),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
@@ -38,7 +42,7 @@ class StepProgress:
             console=self._console,
             disable=not (visible and self._console.is_terminal),
         )
-        self._task = self._bar.add_task("training", total=total, completed=done, text="")
+        self._task = self._bar.add_task("training", total=total, completed=done, unit="steps", text="")
 
     def __enter__(self) -> StepProgress:
         self._bar.start()
@@ -62,6 +66,16 @@ class StepProgress:
         """The latest figures."""
         self._text = text
         self._bar.update(self._task, text=text)
+
+    def track(self, items: Iterable[T], label: str, total: int) -> Iterator[T]:
+        """Pass on `items`, `total` batches, with a bar of their own below."""
+        task = self._bar.add_task(label, total=total, unit="batches", text="")
+        try:
+            for item in items:
+                yield item
+                self._bar.advance(task)
+        finally:
+            self._bar.remove_task(task)
 
     def say(self, text: str) -> None:
         """A line that stays."""
