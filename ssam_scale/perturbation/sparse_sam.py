@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ssam_scale.masks import Dense, Depth, Layout, Mask, Plan, Scored, add_squares
-from ssam_scale.sharding import sharding_of
+from ssam_scale.sharding import Sharding, sharding_of
 
 from .arithmetic import mask_, scale_to_radius_, sum_of_squares
 from .batchnorm import evaluation_mode, frozen_statistics
@@ -41,13 +41,15 @@ class SparseSAM(torch.optim.Optimizer):
     copy, also when the second pass raises. `param_groups` and `state` are the base optimizer's.
 
     Args:
-        model: a module, `DistributedDataParallel`, or an FSDP2 root, each plain or around a `StagedModel` (which a mask
-            with a cut needs); or parameters, for the closure form on one process.
-        base_optimizer: an optimizer over parameters of `model`; these are the weights that can be perturbed.
+        model: a module, `DistributedDataParallel`, an FSDP2 root or a DeepSpeed engine, each plain or around a
+            `StagedModel` (which a mask with a cut needs); or parameters, for the closure form on one process.
+        base_optimizer: an optimizer over parameters of `model`; these are the weights that can be perturbed. With a
+            DeepSpeed engine, the one it was given or the one it returned.
         rho: radius ρ ≥ 0; with 0 there is no ascent and each step is the base optimizer's.
         mask: which weights are perturbed; None: all of them.
         norm: what the gradient is divided by.
-        max_grad_norm: the descent gradient is clipped to this norm.
+        max_grad_norm: the descent gradient is clipped to this norm. A DeepSpeed engine clips to its own
+            `gradient_clipping`; None accepts that.
         phases: measures the parts of the step.
 
     Raises:
@@ -74,6 +76,8 @@ class SparseSAM(torch.optim.Optimizer):
             raise ValueError(
                 "norm 'dense' needs the gradient of the prefix, which a Depth mask never computes; use 'masked'"
             )
+        self._sharding = sharding_of(model if isinstance(model, nn.Module) else nn.ParameterList(model))
+        base_optimizer, trained = self._sharding.trained(base_optimizer, max_grad_norm)
         super().__init__(base_optimizer.param_groups, base_optimizer.defaults)
         self.base_optimizer = base_optimizer
         self.param_groups = base_optimizer.param_groups
@@ -84,8 +88,7 @@ class SparseSAM(torch.optim.Optimizer):
         self.max_grad_norm = max_grad_norm
         self.steps = 0
         self._phases = phases
-        self._sharding = sharding_of(model if isinstance(model, nn.Module) else nn.ParameterList(model))
-        self._parameters, self._layout = _pool(self._sharding.ascent_module, base_optimizer)
+        self._parameters, self._layout = _pool(self._sharding, trained)
 
     @property
     def plan(self) -> Plan:
@@ -116,9 +119,7 @@ class SparseSAM(torch.optim.Optimizer):
         else:
             loss = self._step_closure(closure)
         with self._phases("optimizer"):
-            if self.max_grad_norm is not None:
-                nn.utils.clip_grad_norm_(self._parameters.values(), self.max_grad_norm)
-            self.base_optimizer.step()
+            self._sharding.step(self.base_optimizer, self.max_grad_norm)
             if closure is not None:
                 self.zero_grad()
         self.steps += 1
@@ -172,12 +173,12 @@ class SparseSAM(torch.optim.Optimizer):
         module = self._sharding.ascent_module
         self.zero_grad()
         try:
-            with evaluation_mode(module):
+            with evaluation_mode(self._sharding.network):
                 for batch in batches:
                     everyone = tree_map(self._sharding.gather_samples, batch)
                     for sample in _samples(everyone):
                         with torch.enable_grad(), self._sharding.micro_batch(last=True):
-                            loss_fn(module, sample).backward()
+                            self._sharding.backward(loss_fn(module, sample))
                         add_squares(scores, self._sharding.gradients(parameters))
                         self.zero_grad()
         finally:
@@ -186,8 +187,8 @@ class SparseSAM(torch.optim.Optimizer):
         self.mask.select(self._layout, dict(zip(self._parameters, scores, strict=True)), self._sharding)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop the gradients of the base optimizer's parameters."""
-        self.base_optimizer.zero_grad(set_to_none)
+        """Drop the gradients of the base optimizer's parameters, also where a backend keeps its own."""
+        self._sharding.clear_gradients(self.base_optimizer)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters of the model to the base optimizer and to the weights that can be perturbed."""
@@ -195,7 +196,8 @@ class SparseSAM(torch.optim.Optimizer):
             super().add_param_group(param_group)
             return
         self.base_optimizer.add_param_group(param_group)
-        self._parameters, self._layout = _pool(self._sharding.ascent_module, self.base_optimizer)
+        trained = self._sharding.trained(self.base_optimizer, self.max_grad_norm)[1]
+        self._parameters, self._layout = _pool(self._sharding, trained)
 
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state, the step count, and the mask (whole tensors: collective on FSDP2)."""
@@ -247,7 +249,7 @@ class SparseSAM(torch.optim.Optimizer):
             if self.rho == 0.0:
                 return closure()
             loss = closure()
-            with self.perturbed(), frozen_statistics(self._sharding.ascent_module):
+            with self.perturbed(), frozen_statistics(self._sharding.network):
                 closure()
         return loss
 
@@ -288,10 +290,11 @@ class SparseSAM(torch.optim.Optimizer):
         return [shard.weight for shard in self._sharding.shards(perturbed)], gradients
 
 
-def _pool(module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, nn.Parameter], Layout]:
+def _pool(sharding: Sharding, trained: Iterable[nn.Parameter]) -> tuple[dict[str, nn.Parameter], Layout]:
     """The parameters that can be perturbed, by their name in the network, and where the network uses them."""
+    module = sharding.network
     network = module.model if isinstance(module, StagedModel) else module
-    mine = {id(p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
+    mine = {id(p) for p in trained}
     parameters = {name: p for name, p in network.named_parameters() if id(p) in mine}
     if len(parameters) < len(mine):
         raise ValueError(f"{len(mine) - len(parameters)} of the optimizer's parameters are not the model's")
@@ -299,7 +302,8 @@ def _pool(module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str
         first_use, depth = module.stage_of_parameters(), len(module.stages)
     else:
         first_use, depth = dict.fromkeys(parameters, 0), 1
-    layout = Layout({n: p.numel() for n, p in parameters.items()}, {n: first_use[n] for n in parameters}, depth)
+    numels = [shard.numel for shard in sharding.shards(list(parameters.values()))]
+    layout = Layout(dict(zip(parameters, numels, strict=True)), {name: first_use[name] for name in parameters}, depth)
     return parameters, layout
 
 

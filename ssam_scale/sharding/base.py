@@ -31,16 +31,27 @@ class Sharding(Protocol):
     """What the step needs to know about a backend. Lists are parallel to the parameters that they are asked for.
 
     Attributes:
+        network: the module inside, which names the parameters.
         ascent_module: what the ascent pass, and the shared prefix, is run on.
         descent_module: what the descent pass is run on.
         shards_each: number of processes that one copy of the weights is spread over.
         shard_index: which of them this process is.
     """
 
+    network: nn.Module
     ascent_module: nn.Module
     descent_module: nn.Module
     shards_each: int
     shard_index: int
+
+    def trained(
+        self, optimizer: torch.optim.Optimizer, max_grad_norm: float | None
+    ) -> tuple[torch.optim.Optimizer, list[nn.Parameter]]:
+        """The torch optimizer that `optimizer` is or wraps, and the model's parameters that it steps.
+
+        Raises:
+            ValueError: `optimizer` is not this model's, or the backend does not clip gradients to `max_grad_norm`.
+        """
 
     def shards(self, parameters: Sequence[nn.Parameter]) -> list[Shard]:
         """The local shards of `parameters`."""
@@ -53,6 +64,15 @@ class Sharding(Protocol):
 
     def micro_batch(self, *, last: bool) -> AbstractContextManager[None]:
         """Surrounds forward and backward of one micro-batch; gradients are reduced in the last one."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradients of a scalar `loss` that was computed by one of the modules."""
+
+    def clear_gradients(self, optimizer: torch.optim.Optimizer) -> None:
+        """Forget every gradient, wherever the backend keeps it."""
+
+    def step(self, optimizer: torch.optim.Optimizer, max_grad_norm: float | None) -> None:
+        """Clip the gradients and step, both as `trained` agreed to."""
 
     def sum_over_shards(self, value: Tensor) -> Tensor:
         """`value` summed, in place, over the processes that share one copy of the weights."""
@@ -70,7 +90,31 @@ class Sharding(Protocol):
         """Make the next forward use the shards as they are now."""
 
 
-class Unsharded:
+class Autograd:
+    """What backends have in common whose gradients are autograd's and whose weights are the optimizer's own."""
+
+    def trained(
+        self, optimizer: torch.optim.Optimizer, max_grad_norm: float | None
+    ) -> tuple[torch.optim.Optimizer, list[nn.Parameter]]:
+        """The optimizer itself and its parameters that are not frozen."""
+        return optimizer, [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+
+    def backward(self, loss: Tensor) -> None:
+        """Autograd's."""
+        loss.backward()
+
+    def clear_gradients(self, optimizer: torch.optim.Optimizer) -> None:
+        """Drop `.grad`."""
+        optimizer.zero_grad(set_to_none=True)
+
+    def step(self, optimizer: torch.optim.Optimizer, max_grad_norm: float | None) -> None:
+        """Clip the norm of all gradients together, then step."""
+        if max_grad_norm is not None:
+            nn.utils.clip_grad_norm_(self.trained(optimizer, max_grad_norm)[1], max_grad_norm)
+        optimizer.step()
+
+
+class Unsharded(Autograd):
     """What backends have in common whose processes each hold all of the weights."""
 
     shards_each = 1

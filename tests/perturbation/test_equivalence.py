@@ -12,7 +12,7 @@ import torch
 from ssam_scale.masks import Dense, Depth, Mask, Scored
 from ssam_scale.perturbation import SparseSAM
 from ssam_scale.perturbation.reference import reference_step
-from ssam_scale.sharding import World, distribute
+from ssam_scale.sharding import World, place
 from tests.support.networks import batches, freeze_batchnorm, loss_fn, part, small_network
 from tests.support.ranks import alone, run_ranks
 
@@ -77,10 +77,19 @@ def train(world: World, backend: str, cases: list[Case]) -> list[dict[str, Any]]
         model = freeze_batchnorm(small_network(case.family))
         blocks = [stage.block for stage in model.stages]
         device = world.device
-        distributed = distribute(model, blocks, backend, world)
+        distributed, base = place(
+            model,
+            blocks,
+            backend,
+            world,
+            case.make_optimizer,
+            batch_size=BATCH // world.size // case.accumulation,
+            accumulation=case.accumulation,
+            max_grad_norm=CLIP,
+        )
         opt = SparseSAM(
             distributed,
-            case.make_optimizer(distributed),
+            base,
             rho=RHO,
             mask=case.make_mask(),
             norm=case.norm,
@@ -95,8 +104,11 @@ def train(world: World, backend: str, cases: list[Case]) -> list[dict[str, Any]]
             masks.append(whole_mask(opt))
             micro = [part(own, i, case.accumulation) for i in range(case.accumulation)]
             losses.append(world.sum(opt.step(loss_fn, *micro)) / world.size)
+        parameters = opt._parameters
+        shards = opt._sharding.shards(list(parameters.values()))
         weights = {
-            name: p.full_tensor() if hasattr(p, "full_tensor") else p.detach() for name, p in opt._parameters.items()
+            name: opt._sharding.gather(p, shard.weight)
+            for (name, p), shard in zip(parameters.items(), shards, strict=True)
         }
         results.append({"weights": weights, "masks": masks, "losses": torch.stack(losses)})
     return results
@@ -117,7 +129,14 @@ def largest_difference(case: Case, result: dict[str, Any], tolerance: float = TO
 
 
 @pytest.mark.parametrize(
-    ("backend", "size"), [("single", 1), ("ddp", 2), ("fsdp2", 2), pytest.param("fsdp2", 3, marks=pytest.mark.slow)]
+    ("backend", "size"),
+    [
+        ("single", 1),
+        ("ddp", 2),
+        ("fsdp2", 2),
+        pytest.param("fsdp2", 3, marks=pytest.mark.slow),
+        *(pytest.param(f"zero{stage}", 2, marks=pytest.mark.slow) for stage in range(4)),
+    ],
 )
 def test_equals_the_reference_on_the_concatenated_batch(backend: str, size: int) -> None:
     ranks = [alone(train, "single", CASES)] if size == 1 else run_ranks(size, train, backend, CASES)
