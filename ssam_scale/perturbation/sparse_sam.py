@@ -76,8 +76,8 @@ class SparseSAM(torch.optim.Optimizer):
             raise ValueError(
                 "norm 'dense' needs the gradient of the prefix, which a Depth mask never computes; use 'masked'"
             )
-        self._sharding = sharding_of(model if isinstance(model, nn.Module) else nn.ParameterList(model))
-        base_optimizer, trained = self._sharding.trained(base_optimizer, max_grad_norm)
+        self.sharding = sharding_of(model if isinstance(model, nn.Module) else nn.ParameterList(model))
+        base_optimizer, trained = self.sharding.trained(base_optimizer, max_grad_norm)
         super().__init__(base_optimizer.param_groups, base_optimizer.defaults)
         self.base_optimizer = base_optimizer
         self.param_groups = base_optimizer.param_groups
@@ -88,7 +88,7 @@ class SparseSAM(torch.optim.Optimizer):
         self.max_grad_norm = max_grad_norm
         self.steps = 0
         self._phases = phases
-        self._parameters, self._layout = _pool(self._sharding, trained)
+        self._parameters, self._layout = _pool(self.sharding, trained)
 
     @property
     def plan(self) -> Plan:
@@ -119,7 +119,7 @@ class SparseSAM(torch.optim.Optimizer):
         else:
             loss = self._step_closure(closure)
         with self._phases("optimizer"):
-            self._sharding.step(self.base_optimizer, self.max_grad_norm)
+            self.sharding.step(self.base_optimizer, self.max_grad_norm)
             if closure is not None:
                 self.zero_grad()
         self.steps += 1
@@ -140,12 +140,12 @@ class SparseSAM(torch.optim.Optimizer):
                 torch._foreach_add_(weights, epsilon)
                 del epsilon
                 self.zero_grad()
-                self._sharding.publish()
+                self.sharding.publish()
             yield
         finally:
             with self._phases("perturb"), torch.no_grad():
                 torch._foreach_copy_(weights, backup)
-                self._sharding.publish()
+                self.sharding.publish()
 
     @torch.no_grad()
     def refresh(self, loss_fn: LossFn, *batches: Any) -> None:
@@ -169,26 +169,26 @@ class SparseSAM(torch.optim.Optimizer):
         if not batches:
             raise ValueError("refresh needs at least one batch of samples")
         parameters = list(self._parameters.values())
-        scores = [torch.zeros_like(s.weight, dtype=torch.float32) for s in self._sharding.shards(parameters)]
-        module = self._sharding.ascent_module
+        scores = [torch.zeros_like(s.weight, dtype=torch.float32) for s in self.sharding.shards(parameters)]
+        module = self.sharding.ascent_module
         self.zero_grad()
         try:
-            with evaluation_mode(self._sharding.network):
+            with evaluation_mode(self.sharding.network):
                 for batch in batches:
-                    everyone = tree_map(self._sharding.gather_samples, batch)
+                    everyone = tree_map(self.sharding.gather_samples, batch)
                     for sample in _samples(everyone):
-                        with torch.enable_grad(), self._sharding.micro_batch(last=True):
-                            self._sharding.backward(loss_fn(module, sample))
-                        add_squares(scores, self._sharding.gradients(parameters))
+                        with torch.enable_grad(), self.sharding.micro_batch(last=True):
+                            self.sharding.backward(loss_fn(module, sample))
+                        add_squares(scores, self.sharding.gradients(parameters))
                         self.zero_grad()
         finally:
             self.zero_grad()
-            self._sharding.publish()
-        self.mask.select(self._layout, dict(zip(self._parameters, scores, strict=True)), self._sharding)
+            self.sharding.publish()
+        self.mask.select(self._layout, dict(zip(self._parameters, scores, strict=True)), self.sharding)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients of the base optimizer's parameters, also where a backend keeps its own."""
-        self._sharding.clear_gradients(self.base_optimizer)
+        self.sharding.clear_gradients(self.base_optimizer)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters of the model to the base optimizer and to the weights that can be perturbed."""
@@ -196,8 +196,8 @@ class SparseSAM(torch.optim.Optimizer):
             super().add_param_group(param_group)
             return
         self.base_optimizer.add_param_group(param_group)
-        trained = self._sharding.trained(self.base_optimizer, self.max_grad_norm)[1]
-        self._parameters, self._layout = _pool(self._sharding, trained)
+        trained = self.sharding.trained(self.base_optimizer, self.max_grad_norm)[1]
+        self._parameters, self._layout = _pool(self.sharding, trained)
 
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state, the step count, and the mask (whole tensors: collective on FSDP2)."""
@@ -220,7 +220,7 @@ class SparseSAM(torch.optim.Optimizer):
         if plan is None:
             return {"steps": self.steps}
         mask = {
-            name: None if local is None else self._sharding.gather(self._parameters[name], local)
+            name: None if local is None else self.sharding.gather(self._parameters[name], local)
             for name, local in plan.weights.items()
         }
         return {"steps": self.steps, "perturbed": plan.perturbed, "mask": mask}
@@ -239,7 +239,7 @@ class SparseSAM(torch.optim.Optimizer):
                 f"the saved state has a mask chosen by scores, this optimizer a {type(self.mask).__name__}"
             )
         local: dict[str, Tensor | None] = {
-            name: None if whole is None else self._sharding.scatter(self._parameters[name], whole)
+            name: None if whole is None else self.sharding.scatter(self._parameters[name], whole)
             for name, whole in state["mask"].items()
         }
         self.mask.restore(Plan(0, local, int(state["perturbed"])))
@@ -249,13 +249,13 @@ class SparseSAM(torch.optim.Optimizer):
             if self.rho == 0.0:
                 return closure()
             loss = closure()
-            with self.perturbed(), frozen_statistics(self._sharding.network):
+            with self.perturbed(), frozen_statistics(self.sharding.network):
                 closure()
         return loss
 
     def _step_batches(self, loss_fn: LossFn, batches: tuple[Any, ...]) -> Tensor:
         plan = self.plan
-        passes = Passes(self._sharding, plan.cut if self.rho else 0, loss_fn, batches, self._phases)
+        passes = Passes(self.sharding, plan.cut if self.rho else 0, loss_fn, batches, self._phases)
         with torch.enable_grad():
             if self.rho == 0.0:
                 return passes.descend(statistics=True)
@@ -263,7 +263,7 @@ class SparseSAM(torch.optim.Optimizer):
                 loss = passes.ascend()
             with self._phases("ascent backward"):
                 needed = self._parameters if self.norm == "dense" else plan.weights
-                self._sharding.reduce_ascent([self._parameters[name] for name in needed])
+                self.sharding.reduce_ascent([self._parameters[name] for name in needed])
             with self.perturbed():
                 passes.descend(statistics=False)
         return loss
@@ -279,15 +279,15 @@ class SparseSAM(torch.optim.Optimizer):
         """The local tensors to perturb and their ε, made in place of their gradients."""
         plan = self.plan
         perturbed = [self._parameters[name] for name in plan.weights]
-        gradients = self._sharding.gradients(perturbed)
+        gradients = self.sharding.gradients(perturbed)
         if self.norm == "dense":
-            squares = sum_of_squares(self._sharding.gradients(list(self._parameters.values())))
+            squares = sum_of_squares(self.sharding.gradients(list(self._parameters.values())))
         mask_(gradients, list(plan.weights.values()))
         if self.norm == "masked":
             squares = sum_of_squares(gradients)
-        norm = self._sharding.sum_over_shards(squares).sqrt()
+        norm = self.sharding.sum_over_shards(squares).sqrt()
         scale_to_radius_(gradients, self.rho, norm)
-        return [shard.weight for shard in self._sharding.shards(perturbed)], gradients
+        return [shard.weight for shard in self.sharding.shards(perturbed)], gradients
 
 
 def _pool(sharding: Sharding, trained: Iterable[nn.Parameter]) -> tuple[dict[str, nn.Parameter], Layout]:

@@ -86,7 +86,7 @@ def place(
     blocks: Sequence[nn.Module],
     backend: Backend,
     world: World,
-    make_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
+    make_optimizer: Callable[[], torch.optim.Optimizer],
     *,
     batch_size: int = 1,
     accumulation: int = 1,
@@ -100,26 +100,26 @@ def place(
         blocks: submodules that FSDP2 gathers and frees as one unit.
         backend: how.
         world: over whom.
-        make_optimizer: builds the base optimizer over the parameters of the module it is given.
+        make_optimizer: builds the base optimizer over the module's parameters, as they are when it is called.
         batch_size: samples of one micro-batch on one process; DeepSpeed wants to know.
         accumulation: micro-batches in one step; DeepSpeed wants to know.
         max_grad_norm: what the descent gradient will be clipped to; DeepSpeed clips itself.
         deepspeed: sections of DeepSpeed's configuration beside those that say the same as the other arguments.
 
     Raises:
-        ValueError: the backend does not go with the number of processes.
+        ValueError: the backend does not go with the number of processes, or DeepSpeed does not take its configuration.
     """
     if not backend.startswith("zero"):
         placed = distribute(module, blocks, backend, world)  # type: ignore[arg-type]
-        return placed, make_optimizer(placed)
+        return placed, make_optimizer()
     if not dist.is_initialized():
         raise ValueError(
             f"backend {backend} without a launcher; use single, or start the processes with deepspeed or torchrun"
         )
-    from .zero import zero_engine
+    from .engine import zero_engine
 
     module = module.to(world.device)
-    optimizer = make_optimizer(module)
+    optimizer = make_optimizer()
     engine = zero_engine(
         module,
         optimizer,

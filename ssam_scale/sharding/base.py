@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+
+_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,28 @@ class Sharding(Protocol):
     def publish(self) -> None:
         """Make the next forward use the shards as they are now."""
 
+    def whole_shape(self, parameter: nn.Parameter) -> torch.Size:
+        """The shape of `parameter` over all processes."""
+
+    def whole_state(
+        self, network: nn.Module, optimizer: torch.optim.Optimizer
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What a checkpoint holds, the same under every backend: whole tensors in CPU memory. Collective.
+
+        Args:
+            network: the part of the model that names the parameters.
+            optimizer: as `trained` returned it.
+
+        Returns:
+            Weights and buffers by name; and of the optimizer `state` (by parameter, then by entry) and `param_groups`
+            (with names in the place of parameters).
+        """
+
+    def load_whole_state(
+        self, network: nn.Module, optimizer: torch.optim.Optimizer, weights: dict[str, Any], state: dict[str, Any]
+    ) -> None:
+        """Take back what `whole_state` returned, under any backend and number of processes."""
+
 
 class Autograd:
     """What backends have in common whose gradients are autograd's and whose weights are the optimizer's own."""
@@ -112,6 +137,23 @@ class Autograd:
         if max_grad_norm is not None:
             nn.utils.clip_grad_norm_(self.trained(optimizer, max_grad_norm)[1], max_grad_norm)
         optimizer.step()
+
+    def whole_shape(self, parameter: nn.Parameter) -> torch.Size:
+        """Its shape."""
+        return parameter.shape
+
+    def whole_state(
+        self, network: nn.Module, optimizer: torch.optim.Optimizer
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """By torch.distributed.checkpoint."""
+        weights, state = get_state_dict(network, optimizer, options=_WHOLE)
+        return dict(weights), dict(state)
+
+    def load_whole_state(
+        self, network: nn.Module, optimizer: torch.optim.Optimizer, weights: dict[str, Any], state: dict[str, Any]
+    ) -> None:
+        """By torch.distributed.checkpoint."""
+        set_state_dict(network, optimizer, model_state_dict=weights, optim_state_dict=state, options=_WHOLE)
 
 
 class Unsharded(Autograd):

@@ -9,14 +9,16 @@
 Stages 1 to 3 keep the weights that the optimizer steps apart from those that the forward uses. Only the latter are
 perturbed, and put back by copy: the optimizer never sees w + ε.
 
-DeepSpeed has no public calls for most of this. What is used of its internals is named in `_INTERNALS` and the like of
-`zero3`, with the reason, and looked for when a backend is constructed: another DeepSpeed fails there and not in the
-middle of training.
+DeepSpeed has no public calls for most of this. What is used of its internals is listed on top of `zero12` and `zero3`,
+with the reason, and looked for when a backend is constructed: another DeepSpeed fails there and not in the middle of
+training.
+
+Stages 1 to 3 hand flat pieces to the optimizer. One that treats every weight alike (SGD, AdamW, Lion) steps as anywhere
+else; one that looks at whole tensors (LAMB, LARS, AdamP, Muon) computes something else.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -24,26 +26,11 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.utils import all_gather_dp_groups
-from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
 from .base import Shard, Sharding, Unsharded, all_gather_samples
 
 VERSIONS = ((0, 19, 8), (0, 20, 0))  # from, up to but without
-
-# Attributes of DeepSpeedZeroOptimizer (stages 1 and 2), and why each.
-_INTERNALS = {
-    "bit16_groups": "which parameters are trained, by group; the optimizer's own groups hold flat shards instead",
-    "bit16_groups_flat": "the flat buffers that the parameters are views of: a parameter's place is its address in one",
-    "parallel_partitioned_bit16_groups": "the parts of the flat buffers: this process perturbs its own",
-    "averaged_gradients": "this process's part of the reduced gradient; safe_get_full_grad would gather all of it",
-    "all_grad_tensors": "accumulates over backwards; without dropping it the descent gradient adds to the ascent's",
-    "real_dp_process_group": "publishing: argument of all_gather_dp_groups, as the optimizer's own step calls it",
-    "nccl_start_alignment_factor": "publishing: argument of all_gather_dp_groups",
-    "allgather_bucket_size": "publishing: argument of all_gather_dp_groups",
-    "exit_backward": "a backward through a shared prefix enters two engine outputs but leaves one",
-}
 
 
 def zero_sharding(engine: Any) -> Sharding:
@@ -64,6 +51,8 @@ def zero_sharding(engine: Any) -> Sharding:
         from .zero3 import ZeRO3
 
         return ZeRO3(engine)
+    from .zero12 import ZeRO12
+
     return ZeRO12(engine)
 
 
@@ -83,8 +72,10 @@ def _check_setup(engine: Any) -> None:
         return offload is not None and offload.device != "none"
 
     wrapped = engine.optimizer is not engine.basic_optimizer
+    base = getattr(engine.optimizer, "optimizer", None) if wrapped else engine.basic_optimizer
     refused = {
         "an engine without an optimizer": engine.basic_optimizer is None,
+        "an optimizer that DeepSpeed replaces by one of its own (Adagrad)": base is not engine.basic_optimizer,
         "a pipeline engine": isinstance(engine, deepspeed.PipelineEngine),
         "model, tensor, sequence or expert parallelism": engine.seq_dp_world_size != dist.get_world_size()
         or engine.dp_world_size != dist.get_world_size()
@@ -105,43 +96,6 @@ def _check_setup(engine: Any) -> None:
     }
     if reasons := [name for name, found in refused.items() if found]:
         raise ValueError(f"SparseSAM on a DeepSpeed engine does not support {'; '.join(reasons)}")
-
-
-def zero_engine(
-    module: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    stage: int,
-    *,
-    batch_size: int,
-    accumulation: int = 1,
-    max_grad_norm: float | None = None,
-    config: Mapping[str, Any] | None = None,
-) -> nn.Module:
-    """`deepspeed.initialize` with the settings that follow from how SparseSAM trains.
-
-    Args:
-        module: the model, on its device.
-        optimizer: over its parameters.
-        stage: of ZeRO, 0 to 3.
-        batch_size: samples of one micro-batch on one process.
-        accumulation: micro-batches in one step.
-        max_grad_norm: the descent gradient is clipped to this norm.
-        config: further sections of DeepSpeed's configuration.
-    """
-    settings = {
-        # One line every ten steps otherwise.
-        "steps_per_print": sys.maxsize,
-        **(config or {}),
-        "train_micro_batch_size_per_gpu": batch_size,
-        "gradient_accumulation_steps": accumulation,
-        # Left out it is 1.0 since 0.19.3, which clips.
-        "gradient_clipping": max_grad_norm or 0.0,
-        "zero_allow_untested_optimizer": True,
-        "zero_optimization": {**(config or {}).get("zero_optimization", {}), "stage": stage},
-    }
-    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
-    assert isinstance(engine, nn.Module)
-    return engine
 
 
 class Driven:
@@ -211,6 +165,15 @@ class Spread(Driven):
         self._zero = engine.optimizer
         check_internals(self._zero, internals)
         self.shards_each, self.shard_index = dist.get_world_size(), dist.get_rank()
+        self._groups = len(engine.basic_optimizer.param_groups)
+
+    def trained(
+        self, optimizer: torch.optim.Optimizer, max_grad_norm: float | None
+    ) -> tuple[torch.optim.Optimizer, list[nn.Parameter]]:
+        """The optimizer that the engine steps, and the model's parameters that it was given."""
+        if len(self._engine.basic_optimizer.param_groups) != self._groups:
+            raise ValueError("DeepSpeed takes parameter groups only before deepspeed.initialize")
+        return super().trained(optimizer, max_grad_norm)
 
     def shards(self, parameters: Sequence[nn.Parameter]) -> list[Shard]:
         """The local run of each parameter, flat."""
@@ -233,91 +196,77 @@ class Spread(Driven):
         whole = torch.zeros(shard.numel, dtype=dtype, device=local.device)
         whole[shard.start : shard.start + local.numel()] = local.to(dtype)
         dist.all_reduce(whole)
-        return whole.to(local.dtype).reshape(self._shape(parameter))
+        return whole.to(local.dtype).reshape(self.whole_shape(parameter))
 
     def scatter(self, parameter: nn.Parameter, whole: Tensor) -> Tensor:
         """The local run."""
         [shard] = self.shards([parameter])
         return whole.reshape(-1)[shard.start : shard.start + shard.weight.numel()]
 
-    def _shape(self, parameter: nn.Parameter) -> torch.Size:
-        return parameter.shape
+    def whole_state(
+        self, network: nn.Module, optimizer: torch.optim.Optimizer
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Gathers one tensor after the other."""
+        named = {id(p): name for name, p in network.named_parameters()}
+        stepped = {id(p): self._stepped(p) for p in self._parameters()}
+        weights = {}
+        for name, t in network.state_dict(keep_vars=True).items():
+            if id(t) in stepped:
+                pieces, start, length, _ = stepped[id(t)]
+                weights[name] = self.gather(t, pieces.detach().narrow(0, start, length)).cpu()
+            elif isinstance(t, nn.Parameter):
+                weights[name] = self.gather(t, self.shards([t])[0].weight).cpu()
+            else:
+                weights[name] = t.cpu().clone()
+        state: dict[str, dict[str, Any]] = {}
+        groups = [{**group, "params": []} for group in optimizer.param_groups]
+        for p in self._parameters():
+            pieces, start, length, group = stepped[id(p)]
+            groups[group]["params"].append(named[id(p)])
+            state[named[id(p)]] = {
+                # What is shaped like the pieces belongs to single weights, anything else to all of them (a step count).
+                entry: self.gather(p, value.narrow(0, start, length)).cpu()
+                if isinstance(value, Tensor) and value.shape == pieces.shape
+                else value
+                for entry, value in optimizer.state.get(pieces, {}).items()
+            }
+        return weights, {"state": state, "param_groups": groups}
 
-
-class ZeRO12(Spread):
-    """Stages 1 and 2: the parameters of a group are views of one flat buffer, of which each process steps one part."""
-
-    def __init__(self, engine: Any) -> None:
-        if type(engine.optimizer) is not DeepSpeedZeroOptimizer:
-            raise ValueError(f"ZeRO stages 1 and 2 with a {type(engine.optimizer).__name__} are not supported")
-        super().__init__(engine, _INTERNALS)
-
-    def _parameters(self) -> list[nn.Parameter]:
-        if len(self._zero.bit16_groups) != len(self._engine.basic_optimizer.param_groups):
-            raise ValueError("DeepSpeed takes parameter groups only before deepspeed.initialize")
-        self._group = {id(p): index for index, group in enumerate(self._zero.bit16_groups) for p in group}
-        return [p for group in self._zero.bit16_groups for p in group]
-
-    def _run(self, parameter: nn.Parameter) -> tuple[int, int, int]:
-        """Of the local run: its start in this process's part, its start in the parameter, its length.
-
-        The place of a parameter is read off its address: with round_robin_gradients the order in the flat buffer is not
-        that of the group.
-        """
-        group = self._group[id(parameter)]
-        flat, own = self._zero.bit16_groups_flat[group], self._own_part(group)
-        place = (parameter.data_ptr() - flat.data_ptr()) // flat.element_size()
-        part = (own.data_ptr() - flat.data_ptr()) // flat.element_size()
-        start, end = max(place, part), min(place + parameter.numel(), part + own.numel())
-        # Where there is no overlap, the empty run is at the parameter's nearer end.
-        return max(start - part, 0), min(start - place, parameter.numel()), max(end - start, 0)
-
-    def _own_part(self, group: int) -> Tensor:
-        part: Tensor = self._zero.parallel_partitioned_bit16_groups[group][self.shard_index]
-        return part.detach()
-
-    def shards(self, parameters: Sequence[nn.Parameter]) -> list[Shard]:
-        """The local run of each parameter, flat."""
-        result = []
-        for p in parameters:
-            in_part, in_parameter, length = self._run(p)
-            own = self._own_part(self._group[id(p)])
-            result.append(Shard(own.narrow(0, in_part, length) if length else own[:0], in_parameter, p.numel()))
-        return result
-
-    def gradients(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
-        """The local run of each parameter's reduced gradient."""
-        runs = [self._run(p) for p in parameters]
-        groups = [self._group[id(p)] for p in parameters]
-        pieces = {group: self._pieces(group) for group in set(groups)}
-        result = []
-        for (in_part, _, length), group in zip(runs, groups, strict=True):
-            piece = pieces[group].get(in_part) if length else None
-            result.append(self._own_part(group).new_zeros(length) if piece is None else piece)
-        return result
-
-    def _pieces(self, group: int) -> dict[int, Tensor]:
-        """The pieces that make this process's part of a group's gradient, one a parameter, by where they start."""
-        pieces: dict[int, Tensor] = {}
-        start = 0
-        for piece in self._zero.averaged_gradients.get(group) or ():
-            pieces[start] = piece.reshape(-1)
-            start += piece.numel()
-        return pieces
-
-    def clear_gradients(self, optimizer: torch.optim.Optimizer) -> None:
-        """Forget `.grad` and the reduced gradient, which a second backward would be added to."""
-        self._zero.zero_grad()
-        for kept in (self._zero.averaged_gradients, self._zero.all_grad_tensors):
-            for group in kept:
-                kept[group] = None
+    def load_whole_state(
+        self, network: nn.Module, optimizer: torch.optim.Optimizer, weights: dict[str, Any], state: dict[str, Any]
+    ) -> None:
+        """Writes to what the optimizer steps and to what a forward reads."""
+        for name, t in network.state_dict(keep_vars=True).items():
+            if isinstance(t, nn.Parameter):
+                local = self.shards([t])[0].weight
+                local.copy_(self.scatter(t, weights[name]))
+            else:
+                t.copy_(weights[name])
+        named = {id(p): name for name, p in network.named_parameters()}
+        for p in self._parameters():
+            name, (pieces, start, length, group) = named[id(p)], self._stepped(p)
+            with torch.no_grad():
+                pieces.narrow(0, start, length).copy_(self.scatter(p, weights[name]))
+            for entry, value in state["state"].get(name, {}).items():
+                mine = optimizer.state[pieces]
+                if isinstance(value, Tensor) and value.shape == self.whole_shape(p):
+                    mine.setdefault(entry, torch.zeros_like(pieces, dtype=value.dtype, requires_grad=False))
+                    mine[entry].narrow(0, start, length).copy_(self.scatter(p, value))
+                else:
+                    mine[entry] = value
+            saved = next(g for g in state["param_groups"] if name in g["params"])
+            optimizer.param_groups[group].update({key: value for key, value in saved.items() if key != "params"})
+        self.publish()
 
     def publish(self) -> None:
-        """Gather every process's part into the flat buffers, as at the end of the optimizer's step."""
-        all_gather_dp_groups(
-            groups_flat=self._zero.bit16_groups_flat,
-            partitioned_param_groups=self._zero.parallel_partitioned_bit16_groups,
-            dp_process_group=self._zero.real_dp_process_group,
-            start_alignment_factor=self._zero.nccl_start_alignment_factor,
-            allgather_bucket_size=self._zero.allgather_bucket_size,
-        )
+        """Make the next forward use the shards as they are now."""
+        raise NotImplementedError
+
+    def whole_shape(self, parameter: nn.Parameter) -> torch.Size:
+        """Its shape."""
+        return parameter.shape
+
+    def _stepped(self, parameter: nn.Parameter) -> tuple[Tensor, int, int, int]:
+        """What the optimizer steps: a flat float32 tensor of pieces of parameters, start and length of the local run
+        of this one in it, and the index of its parameter group."""
+        raise NotImplementedError

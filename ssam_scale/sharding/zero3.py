@@ -11,11 +11,13 @@ from deepspeed.utils import safe_get_local_grad
 from torch import Tensor, nn
 
 from .base import Shard
-from .zero import Spread
+from .zero import Spread, check_internals
 
 # Attributes of DeepSpeedZeroOptimizer_Stage3, and why each.
 _INTERNALS = {
     "fp16_groups": "which parameters are trained; the optimizer's own groups are empty between steps",
+    "fp32_partitioned_groups_flat": "what the optimizer steps: it keys the optimizer's state, and loading writes it",
+    "sub_group_to_group_id": "the parameter group of what the optimizer steps",
     "grad_partitions_flat_buffer": "keeps gradients of earlier passes, which parameters that a pass leaves out show",
     "empty_partition_cache": "frees gathered weights; the engine's method of that name collects garbage each time too",
     "persistent_parameters": "small parameters that stay gathered and would hide their changed parts",
@@ -39,18 +41,29 @@ class ZeRO3(Spread):
     """
 
     def __init__(self, engine: Any) -> None:
-        from .zero import check_internals
-
         if type(engine.optimizer) is not DeepSpeedZeroOptimizer_Stage3:
             raise ValueError(f"ZeRO stage 3 with a {type(engine.optimizer).__name__} is not supported")
         super().__init__(engine, _INTERNALS)
         check_internals(self._parameters()[0], _OF_PARAMETERS)
+        self._place: dict[int, tuple[int, int]] = {}  # of each parameter: its sub-group, and where it starts in it
+        for index, group in enumerate(self._zero.fp16_groups):
+            start = 0
+            for p in group:
+                self._place[id(p)] = index, start
+                start += p.ds_tensor.numel()
 
     def _parameters(self) -> list[nn.Parameter]:
         return [p for group in self._zero.fp16_groups for p in group]
 
-    def _shape(self, parameter: nn.Parameter) -> torch.Size:
+    def whole_shape(self, parameter: nn.Parameter) -> torch.Size:
+        """Its shape when it is gathered."""
         return torch.Size(parameter.ds_shape)  # type: ignore[attr-defined]
+
+    def _stepped(self, parameter: nn.Parameter) -> tuple[Tensor, int, int, int]:
+        index, start = self._place[id(parameter)]
+        [shard] = self.shards([parameter])
+        group = self._zero.sub_group_to_group_id[index]
+        return self._zero.fp32_partitioned_groups_flat[index], start, shard.weight.numel(), group
 
     def shards(self, parameters: Sequence[nn.Parameter]) -> list[Shard]:
         """The local run of each parameter, flat, without the padding at its end."""

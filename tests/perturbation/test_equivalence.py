@@ -65,7 +65,7 @@ CASES = [
 
 def whole_mask(opt: SparseSAM) -> dict[str, torch.Tensor]:
     """The plan of the next step spelled out for every weight."""
-    named, sharding, weights = opt._parameters, opt._sharding, opt.plan.weights
+    named, sharding, weights = opt._parameters, opt.sharding, opt.plan.weights
     shards = sharding.shards([named[name] for name in weights])
     return {
         name: sharding.gather(named[name], torch.ones_like(s.weight, dtype=torch.bool) if local is None else local)
@@ -88,7 +88,7 @@ def train(world: World, backend: Any, cases: list[Case], **kwargs: Any) -> list[
             blocks,
             backend,
             world,
-            case.make_optimizer,
+            lambda model=model, case=case: case.make_optimizer(model),
             batch_size=BATCH // world.size // case.accumulation,
             accumulation=case.accumulation,
             max_grad_norm=case.clip,
@@ -112,9 +112,9 @@ def train(world: World, backend: Any, cases: list[Case], **kwargs: Any) -> list[
             micro = [part(own, i, case.accumulation) for i in range(case.accumulation)]
             losses.append(world.sum(opt.step(loss_fn, *micro)) / world.size)
         parameters = opt._parameters
-        shards = opt._sharding.shards(list(parameters.values()))
+        shards = opt.sharding.shards(list(parameters.values()))
         weights = {
-            name: opt._sharding.gather(p, shard.weight)
+            name: opt.sharding.gather(p, shard.weight)
             for (name, p), shard in zip(parameters.items(), shards, strict=True)
         }
         results.append({"weights": weights, "masks": masks, "losses": torch.stack(losses)})

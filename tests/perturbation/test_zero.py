@@ -24,8 +24,8 @@ def engine_of(
 ) -> tuple[Any, torch.optim.Optimizer]:
     model = freeze_batchnorm(small_network(family))
 
-    def sgd(module: torch.nn.Module) -> torch.optim.Optimizer:
-        every = list(module.parameters())
+    def sgd() -> torch.optim.Optimizer:
+        every = list(model.parameters())
         split = [{"params": every[i::groups], "lr": 0.05 / (i + 1)} for i in range(groups)]
         return torch.optim.SGD(split, lr=0.05, momentum=0.9)
 
@@ -236,7 +236,7 @@ def _misuse(world: World) -> list[str]:
     said(engine, torch.optim.SGD(engine.module.parameters(), lr=0.1))
     said(engine, base, max_grad_norm=1.0)
     said(engine, base, max_grad_norm=2.0)
-    engine.optimizer.averaged_gradients, kept = None, engine.optimizer.averaged_gradients
+    kept = engine.optimizer.averaged_gradients
     del engine.optimizer.averaged_gradients
     said(engine, base)
     engine.optimizer.averaged_gradients = kept
