@@ -222,41 +222,11 @@ class Tracking(Section):
 
 # timm's optimizers whose step for one weight depends on that weight alone. Beside those that look at whole tensors
 # (LAMB, LARS, AdamP, Muon, Adafactor), the cautious variants do not: they scale by a mean over the tensor.
-_WEIGHT_BY_WEIGHT = frozenset(
-    [
-        "sgd",
-        "nesterov",
-        "momentum",
-        "sgdw",
-        "nesterovw",
-        "fusedsgd",
-        "adam",
-        "adamw",
-        "adamwlegacy",
-        "fusedadam",
-        "fusedadamw",
-        "adamax",
-        "nadam",
-        "nadamlegacy",
-        "nadamw",
-        "radam",
-        "radamw",
-        "radabelief",
-        "adabelief",
-        "adadelta",
-        "adan",
-        "adanw",
-        "adopt",
-        "adoptw",
-        "laprop",
-        "lion",
-        "madgrad",
-        "madgradw",
-        "rmsprop",
-        "rmsproptf",
-        "rmsproptfw",
-    ]
-)
+_WEIGHT_BY_WEIGHT = {
+    "sgd", "nesterov", "momentum", "sgdw", "nesterovw", "fusedsgd", "adam", "adamw", "adamwlegacy", "fusedadam",
+    "fusedadamw", "adamax", "nadam", "nadamlegacy", "nadamw", "radam", "radamw", "radabelief", "adabelief", "adadelta",
+    "adan", "adanw", "adopt", "adoptw", "laprop", "lion", "madgrad", "madgradw", "rmsprop", "rmsproptf", "rmsproptfw",
+}  # fmt: skip
 
 
 class Config(Section):
