@@ -37,7 +37,7 @@ def weights(engine: Any) -> list[torch.Tensor]:
     sharding, parameters = sharding_of(engine), list(engine.module.parameters())
     sharding.trained(engine.optimizer, None)
     shards = sharding.shards(parameters)
-    return [sharding.gather(p, s.weight) for p, s in zip(parameters, shards, strict=True)]
+    return [sharding.gather(p, s.weight).clone() for p, s in zip(parameters, shards, strict=True)]
 
 
 @torch.no_grad()

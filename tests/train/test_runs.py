@@ -158,7 +158,7 @@ def test_zero_trains_the_same_weights_and_checkpoints_go_both_ways(stage: int, d
         data,
         model=VIT,
         perturbation=METHODS["ssam-element"],
-        train={"epochs": 2, "ema_decay": 0.5, "accumulation": 2},
+        train={"epochs": 2, "ema_decay": 0.5},
         # A large eps: AdamW divides by the root of its second moment, also where that is a float's rounding.
         optimizer={"name": "adamw", "lr": 1e-3, "clip_grad_norm": 0.5, "kwargs": {"eps": 1e-3}},
     )
