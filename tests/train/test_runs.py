@@ -157,8 +157,9 @@ def test_zero_trains_the_same_weights_and_checkpoints_go_both_ways(stage: int, d
         tmp_path / "run.yaml",
         data,
         model=VIT,
-        perturbation=METHODS["ssam-element"],
-        train={"epochs": 2, "ema_decay": 0.5},
+        # As many samples as a batch has: of fewer, two processes would take the first of each one's half.
+        perturbation={"rho": 0.05, "norm": "dense", "mask": {"pattern": "element", "samples": 12}},
+        train={"epochs": 2, "ema_decay": 0.5, "accumulation": 2},
         # A large eps: AdamW divides by the root of its second moment, also where that is a float's rounding.
         optimizer={"name": "adamw", "lr": 1e-3, "clip_grad_norm": 0.5, "kwargs": {"eps": 1e-3}},
     )
