@@ -200,7 +200,11 @@ class SparseSAM(torch.optim.Optimizer):
         self._parameters, self._layout = _pool(self.sharding, trained)
 
     def state_dict(self) -> dict[str, Any]:
-        """The base optimizer's state, the step count, and the mask (whole tensors: collective on FSDP2)."""
+        """The base optimizer's state, the step count, and the mask (whole tensors: collective where they are sharded).
+
+        With DeepSpeed's stages 1 to 3 the base optimizer's state is this process's flat pieces and belongs to the
+        engine: save with `engine.save_checkpoint(..., client_state=opt.sparse_state())` instead.
+        """
         return {**self.base_optimizer.state_dict(), "sparse_sam": self.sparse_state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

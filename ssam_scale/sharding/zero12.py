@@ -78,7 +78,7 @@ class ZeRO12(Spread):
         result = []
         for (in_part, _, length), group in zip(runs, groups, strict=True):
             piece = pieces[group].get(in_part) if length else None
-            result.append(self._own_part(group).new_zeros(length) if piece is None else piece)
+            result.append(torch.zeros(length, device=self._own_part(group).device) if piece is None else piece)
         return result
 
     def _pieces(self, group: int) -> dict[int, Tensor]:
@@ -86,7 +86,7 @@ class ZeRO12(Spread):
         pieces: dict[int, Tensor] = {}
         start = 0
         for piece in self._zero.averaged_gradients.get(group) or ():
-            pieces[start] = piece.reshape(-1)
+            pieces[start] = piece.reshape(-1).float()  # in bf16 training gradients may be bf16; ε is not
             start += piece.numel()
         return pieces
 

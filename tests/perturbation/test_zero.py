@@ -273,6 +273,58 @@ def test_misuse_is_an_error_at_construction() -> None:
         assert part_of_it in message
 
 
+def _bf16(world: World) -> list[str]:
+    wrong = []
+    data = [part((x.bfloat16(), y), world.rank, world.size) for x, y in batches(2, 8)]
+    masks: list[Mask | None] = [None, Depth((0.5, 0.5)), Scored("element", 0.5)]
+    for stage in (1, 2, 3):
+        for mask in masks:
+            engine, base = engine_of(world, stage, deepspeed={"bf16": {"enabled": True}})
+            opt = SparseSAM(engine, base, rho=1.0, mask=mask)
+            if isinstance(mask, Scored):
+                opt.refresh(loss_fn, data[0])
+            before = weights(engine)
+            engine.backward(loss_fn(engine, data[0]))
+            with opt.perturbed():
+                moved = [a.double() - b.double() for a, b in zip(weights(engine), before, strict=True)]
+            length = torch.stack([(m**2).sum() for m in moved]).sum().sqrt()
+            # Each moved weight is rounded to 8 bits, at random: the length is kept far better than its parts.
+            if not same(before, weights(engine)) or abs(float(length) - 1.0) > 0.01:
+                wrong.append(f"zero{stage}, {type(mask).__name__}: moved by {float(length)}")
+            opt.zero_grad()
+            for batch in data:
+                opt.step(loss_fn, batch)
+            if same(before, weights(engine)) or not all(w.isfinite().all() for w in weights(engine)):
+                wrong.append(f"zero{stage}, {type(mask).__name__}: no step")
+    return wrong
+
+
+@pytest.mark.slow
+def test_bf16_weights_are_moved_by_rho_and_come_back_bit_for_bit() -> None:
+    assert run_ranks(2, _bf16) == [[], []]
+
+
+def _autocast(world: World) -> list[Any]:
+    engine, base = engine_of(world, 2)
+    opt, enabled, seen = SparseSAM(engine, base, rho=0.1, mask=Depth((0.5, 0.5))), torch.is_autocast_enabled, []
+
+    def autocast_loss(forward: Any, batch: Any) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            seen.append(forward(batch[0]))
+        return torch.nn.functional.cross_entropy(seen[-1].float(), batch[1])
+
+    with pytest.MonkeyPatch.context() as patch:
+        # DeepSpeed asks without a device, which means CUDA, and then turns autocast of its own device off.
+        patch.setattr(torch, "is_autocast_enabled", lambda *device: enabled(*device) if device else True)
+        opt.step(autocast_loss, batches(1, 4)[0])
+    return [str(output.dtype) for output in [*seen, logits(engine)]]
+
+
+@pytest.mark.slow
+def test_autocast_around_a_step_reaches_into_the_engine() -> None:
+    assert run_ranks(1, _autocast) == [["torch.bfloat16", "torch.bfloat16", "torch.float32"]]
+
+
 def test_sharding_does_not_import_deepspeed() -> None:
     code = "import sys, ssam_scale, ssam_scale.sharding; sys.exit('deepspeed' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
