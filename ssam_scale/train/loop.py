@@ -6,7 +6,7 @@ import math
 import random
 import time
 from collections.abc import Generator, Iterator
-from contextlib import closing, nullcontext
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -61,8 +61,9 @@ def train(config: Config, world: World) -> None:
             _train_epoch(config, world, parts, epoch, phases, run, progress)
             done, last = epoch + 1, epoch + 1 == config.train.epochs
             step = done * parts.steps_per_epoch
-            for weights in (nullcontext, parts.averaged):
-                with weights():
+            average_statistics(parts.network, world)
+            if parts.average is not None:
+                with parts.average.swapped_in():
                     average_statistics(parts.network, world)
             run.log_epoch(epoch=done, seconds=time.monotonic() - began, step=step)
             if last or done % config.train.eval_epochs == 0:
