@@ -156,12 +156,46 @@ class Perturbation(Section):
         return self
 
 
+# Keys of DeepSpeed's configuration that other keys of ours, or the step itself, decide.
+_SAID_ELSEWHERE = {
+    "train_batch_size": "data.batch_size says it",
+    "train_micro_batch_size_per_gpu": "data.batch_size and train.accumulation say it",
+    "gradient_accumulation_steps": "train.accumulation says it",
+    "managed_gradient_accumulation": "each step tells DeepSpeed where its accumulation ends",
+    "gradient_clipping": "optimizer.clip_grad_norm says it",
+    "optimizer": "optimizer.name and its neighbours say it",
+    "scheduler": "schedule.name and its neighbours say it",
+    "zero_allow_untested_optimizer": "it is always on",
+    "fp16": "train.precision says it",
+    "bf16": "train.precision says it",
+    "amp": "train.precision says it",
+    "torch_autocast": "train.precision says it",
+}
+
+
 class Sharding(Section):
     """Where the weights live."""
 
-    backend: Literal["auto", "single", "ddp", "fsdp2"] = Field(
-        "auto", description="auto: single on one process, ddp on several"
+    backend: Literal["auto", "single", "ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3"] = Field(
+        "auto", description="auto: single on one process, ddp on several; zero0 to zero3: stages of DeepSpeed's ZeRO"
     )
+    deepspeed: dict[str, Any] = Field(
+        default_factory=dict, description="sections of DeepSpeed's configuration, for the backends zero0 to zero3"
+    )
+
+    @model_validator(mode="after")
+    def _only_deepspeeds_own(self) -> Sharding:
+        if self.deepspeed and not self.backend.startswith("zero"):
+            raise ValueError(f"deepspeed: is for the backends zero0 to zero3, and backend is {self.backend}")
+        for key in self.deepspeed:
+            if key in _SAID_ELSEWHERE:
+                raise ValueError(f"deepspeed.{key}: leave it out, {_SAID_ELSEWHERE[key]}")
+        zero = self.deepspeed.get("zero_optimization", {})
+        if not isinstance(zero, dict):
+            raise ValueError("deepspeed.zero_optimization: must be a section with keys of its own")
+        if "stage" in zero:
+            raise ValueError("deepspeed.zero_optimization.stage: leave it out, sharding.backend says it")
+        return self
 
 
 class Train(Section):
@@ -193,6 +227,15 @@ class Tracking(Section):
     log_every: int = Field(50, ge=1, description="steps between two records of loss, learning rate and phase times")
 
 
+# timm's optimizers whose step for one weight depends on that weight alone. Beside those that look at whole tensors
+# (LAMB, LARS, AdamP, Muon, Adafactor), the cautious variants do not: they scale by a mean over the tensor.
+_WEIGHT_BY_WEIGHT = {
+    "sgd", "nesterov", "momentum", "sgdw", "nesterovw", "fusedsgd", "adam", "adamw", "adamwlegacy", "fusedadam",
+    "fusedadamw", "adamax", "nadam", "nadamlegacy", "nadamw", "radam", "radamw", "radabelief", "adabelief", "adadelta",
+    "adan", "adanw", "adopt", "adoptw", "laprop", "lion", "madgrad", "madgradw", "rmsprop", "rmsproptf", "rmsproptfw",
+}  # fmt: skip
+
+
 class Config(Section):
     """One run."""
 
@@ -220,6 +263,18 @@ class Config(Section):
             raise ValueError(
                 f"schedule.warmup_epochs {self.schedule.warmup_epochs} must be less than "
                 f"train.epochs {self.train.epochs}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _weight_by_weight(self) -> Config:
+        backend, name = self.sharding.backend, self.optimizer.name.lower()
+        cautious = bool(self.optimizer.kwargs.get("caution"))
+        if backend in ("zero1", "zero2", "zero3") and (name not in _WEIGHT_BY_WEIGHT or cautious):
+            raise ValueError(
+                f"optimizer.name {name}{' with caution' if cautious else ''} may look at whole tensors, and "
+                f"sharding.backend {backend} hands it flat pieces; use sgd, adamw, lion or another that treats every "
+                "weight alike, or the backends ddp, fsdp2 or zero0"
             )
         return self
 

@@ -65,7 +65,7 @@ class Passes:
         """
         if statistics:
             return self._run(self._descent_forward, "descent backward")
-        with frozen_statistics(self._sharding.ascent_module):
+        with frozen_statistics(self._sharding.network):
             return self._run(self._descent_forward, "descent backward")
 
     def _run(self, forward: Forward, backward_phase: Phase) -> Tensor:
@@ -74,7 +74,7 @@ class Passes:
             with self._sharding.micro_batch(last=index == len(self._batches) - 1):
                 loss = self._loss_fn(forward, batch) / len(self._batches)
                 with self._phases(backward_phase):
-                    loss.backward()
+                    self._sharding.backward(loss)
             losses.append(loss.detach())
         return torch.stack(losses).sum()
 

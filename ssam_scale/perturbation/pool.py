@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ssam_scale.masks import Layout
+from ssam_scale.sharding import Sharding
 
 from .stages import StagedModel
 
 
-def weight_pool(module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, nn.Parameter], Layout]:
+def weight_pool(sharding: Sharding, trained: Iterable[nn.Parameter]) -> tuple[dict[str, nn.Parameter], Layout]:
     """The parameters that can be perturbed, by their name in the network, and where the network uses them."""
+    module = sharding.network
     network = module.model if isinstance(module, StagedModel) else module
-    mine = {id(p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
+    mine = {id(p) for p in trained}
     parameters = {name: p for name, p in network.named_parameters() if id(p) in mine}
     if len(parameters) < len(mine):
         raise ValueError(f"{len(mine) - len(parameters)} of the optimizer's parameters are not the model's")
@@ -25,7 +26,8 @@ def weight_pool(module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[di
         first_use, depth = module.stage_of_parameters(), len(module.stages)
     else:
         first_use, depth = dict.fromkeys(parameters, 0), 1
-    layout = Layout({n: p.numel() for n, p in parameters.items()}, {n: first_use[n] for n in parameters}, depth)
+    numels = [shard.numel for shard in sharding.shards(list(parameters.values()))]
+    layout = Layout(dict(zip(parameters, numels, strict=True)), {name: first_use[name] for name in parameters}, depth)
     return parameters, layout
 
 

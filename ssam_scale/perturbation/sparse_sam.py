@@ -41,13 +41,15 @@ class SparseSAM(torch.optim.Optimizer):
     copy, also when the second pass raises. `param_groups` and `state` are the base optimizer's.
 
     Args:
-        model: a module, `DistributedDataParallel`, or an FSDP2 root, each plain or around a `StagedModel` (which a mask
-            with a cut needs); or parameters, for the closure form on one process.
-        base_optimizer: an optimizer over parameters of `model`; these are the weights that can be perturbed.
+        model: a module, `DistributedDataParallel`, an FSDP2 root or a DeepSpeed engine, each plain or around a
+            `StagedModel` (which a mask with a cut needs); or parameters, for the closure form on one process.
+        base_optimizer: an optimizer over parameters of `model`; these are the weights that can be perturbed. With a
+            DeepSpeed engine, the one it was given or the one it returned.
         rho: radius ρ ≥ 0; with 0 there is no ascent and each step is the base optimizer's.
         mask: which weights are perturbed; None: all of them.
         norm: what the gradient is divided by.
-        max_grad_norm: the descent gradient is clipped to this norm.
+        max_grad_norm: the descent gradient is clipped to this norm. A DeepSpeed engine clips to its own
+            `gradient_clipping`; None accepts that.
         phases: measures the parts of the step.
 
     Raises:
@@ -74,6 +76,8 @@ class SparseSAM(torch.optim.Optimizer):
             raise ValueError(
                 "norm 'dense' needs the gradient of the prefix, which a Depth mask never computes; use 'masked'"
             )
+        self.sharding = sharding_of(model if isinstance(model, nn.Module) else nn.ParameterList(model))
+        base_optimizer, trained = self.sharding.trained(base_optimizer, max_grad_norm)
         super().__init__(base_optimizer.param_groups, base_optimizer.defaults)
         self.base_optimizer = base_optimizer
         self.rho = rho
@@ -82,8 +86,7 @@ class SparseSAM(torch.optim.Optimizer):
         self.max_grad_norm = max_grad_norm
         self.steps = 0
         self._phases = phases
-        self._sharding = sharding_of(model if isinstance(model, nn.Module) else nn.ParameterList(model))
-        self._parameters, self._layout = weight_pool(self._sharding.ascent_module, base_optimizer)
+        self._parameters, self._layout = weight_pool(self.sharding, trained)
 
     # Asked for each time, because loading a state gives an optimizer new lists and dictionaries.
     @property
@@ -133,9 +136,7 @@ class SparseSAM(torch.optim.Optimizer):
         else:
             loss = self._step_closure(closure)
         with self._phases("optimizer"):
-            if self.max_grad_norm is not None:
-                nn.utils.clip_grad_norm_(self._parameters.values(), self.max_grad_norm)
-            self.base_optimizer.step()
+            self.sharding.step(self.base_optimizer, self.max_grad_norm)
             if closure is not None:
                 self.zero_grad()
         self.steps += 1
@@ -185,26 +186,26 @@ class SparseSAM(torch.optim.Optimizer):
         if not batches:
             raise ValueError("refresh needs at least one batch of samples")
         parameters = list(self._parameters.values())
-        scores = [torch.zeros_like(s.weight, dtype=torch.float32) for s in self._sharding.shards(parameters)]
-        module = self._sharding.ascent_module
+        scores = [torch.zeros_like(s.weight, dtype=torch.float32) for s in self.sharding.shards(parameters)]
+        module = self.sharding.ascent_module
         self.zero_grad()
         try:
-            with evaluation_mode(module):
+            with evaluation_mode(self.sharding.network):
                 for batch in batches:
-                    everyone = tree_map(self._sharding.gather_samples, batch)
+                    everyone = tree_map(self.sharding.gather_samples, batch)
                     for sample in samples_of(everyone):
-                        with torch.enable_grad(), self._sharding.micro_batch(last=True):
-                            loss_fn(module, sample).backward()
-                        add_squares(scores, self._sharding.gradients(parameters))
+                        with torch.enable_grad(), self.sharding.micro_batch(last=True):
+                            self.sharding.backward(loss_fn(module, sample))
+                        add_squares(scores, self.sharding.gradients(parameters))
                         self.zero_grad()
         finally:
             self.zero_grad()
-            self._sharding.publish()
-        self.mask.select(self._layout, dict(zip(self._parameters, scores, strict=True)), self._sharding)
+            self.sharding.publish()
+        self.mask.select(self._layout, dict(zip(self._parameters, scores, strict=True)), self.sharding)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop the gradients of the base optimizer's parameters."""
-        self.base_optimizer.zero_grad(set_to_none)
+        """Drop the gradients of the base optimizer's parameters, also where a backend keeps its own."""
+        self.sharding.clear_gradients(self.base_optimizer)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters of the model to the base optimizer and to the weights that can be perturbed."""
@@ -212,10 +213,15 @@ class SparseSAM(torch.optim.Optimizer):
             super().add_param_group(param_group)
             return
         self.base_optimizer.add_param_group(param_group)
-        self._parameters, self._layout = weight_pool(self._sharding.ascent_module, self.base_optimizer)
+        trained = self.sharding.trained(self.base_optimizer, self.max_grad_norm)[1]
+        self._parameters, self._layout = weight_pool(self.sharding, trained)
 
     def state_dict(self) -> dict[str, Any]:
-        """The base optimizer's state, the step count, and the mask (whole tensors: collective on FSDP2)."""
+        """The base optimizer's state, the step count, and the mask (whole tensors: collective where they are sharded).
+
+        With DeepSpeed's stages 1 to 3 the base optimizer's state is this process's flat pieces and belongs to the
+        engine: save with `engine.save_checkpoint(..., client_state=opt.sparse_state())` instead.
+        """
         return {**self.base_optimizer.state_dict(), "sparse_sam": self.sparse_state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -233,7 +239,7 @@ class SparseSAM(torch.optim.Optimizer):
         if plan is None:
             return {"steps": self.steps}
         mask = {
-            name: None if local is None else self._sharding.gather(self._parameters[name], local)
+            name: None if local is None else self.sharding.gather(self._parameters[name], local)
             for name, local in plan.weights.items()
         }
         return {"steps": self.steps, "perturbed": plan.perturbed, "mask": mask}
@@ -252,13 +258,13 @@ class SparseSAM(torch.optim.Optimizer):
                 f"the saved state has a mask chosen by scores, this optimizer a {type(self.mask).__name__}"
             )
         local: dict[str, Tensor | None] = {
-            name: None if whole is None else self._sharding.scatter(self._parameters[name], whole)
+            name: None if whole is None else self.sharding.scatter(self._parameters[name], whole)
             for name, whole in state["mask"].items()
         }
         self.mask.restore(Plan(0, local, int(state["perturbed"])))
 
     def _publish(self) -> None:
-        self._sharding.publish()
+        self.sharding.publish()
         # Autocast remembers the low-precision copies of weights until its outermost context ends, which may be around
         # the whole step.
         torch.clear_autocast_cache()
@@ -268,14 +274,14 @@ class SparseSAM(torch.optim.Optimizer):
             if self.rho == 0.0:
                 return closure()
             loss = closure()
-            with self.perturbed(), frozen_statistics(self._sharding.ascent_module):
+            with self.perturbed(), frozen_statistics(self.sharding.network):
                 closure()
         return loss
 
     def _step_batches(self, loss_fn: LossFn, batches: tuple[Any, ...]) -> Tensor:
         plan = self.plan
         self.zero_grad()  # what an exception in an earlier step left behind
-        passes = Passes(self._sharding, plan.cut if self.rho else 0, loss_fn, batches, self._phases)
+        passes = Passes(self.sharding, plan.cut if self.rho else 0, loss_fn, batches, self._phases)
         with torch.enable_grad():
             if self.rho == 0.0:
                 return passes.descend(statistics=True)
@@ -283,7 +289,7 @@ class SparseSAM(torch.optim.Optimizer):
                 loss = passes.ascend()
             with self._phases("ascent backward"):
                 needed = self._parameters if self.norm == "dense" else plan.weights
-                self._sharding.reduce_ascent([self._parameters[name] for name in needed])
+                self.sharding.reduce_ascent([self._parameters[name] for name in needed])
             with self.perturbed():
                 passes.descend(statistics=False)
         return loss
@@ -299,12 +305,12 @@ class SparseSAM(torch.optim.Optimizer):
         """The local tensors to perturb and their ε, made in place of their gradients."""
         plan = self.plan
         perturbed = [self._parameters[name] for name in plan.weights]
-        gradients = self._sharding.gradients(perturbed)
+        gradients = self.sharding.gradients(perturbed)
         if self.norm == "dense":
-            squares = sum_of_squares(self._sharding.gradients(list(self._parameters.values())))
+            squares = sum_of_squares(self.sharding.gradients(list(self._parameters.values())))
         mask_(gradients, list(plan.weights.values()))
         if self.norm == "masked":
             squares = sum_of_squares(gradients)
-        norm = self._sharding.sum_over_shards(squares).sqrt()
+        norm = self.sharding.sum_over_shards(squares).sqrt()
         scale_to_radius_(gradients, self.rho, norm)
-        return [shard.weight for shard in self._sharding.shards(perturbed)], gradients
+        return [shard.weight for shard in self.sharding.shards(perturbed)], gradients

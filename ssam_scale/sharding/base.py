@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+
+_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 @dataclass(frozen=True)
@@ -31,16 +34,27 @@ class Sharding(Protocol):
     """What the step needs to know about a backend. Lists are parallel to the parameters that they are asked for.
 
     Attributes:
+        network: the module inside, which names the parameters.
         ascent_module: what the ascent pass, and the shared prefix, is run on.
         descent_module: what the descent pass is run on.
         shards_each: number of processes that one copy of the weights is spread over.
         shard_index: which of them this process is.
     """
 
+    network: nn.Module
     ascent_module: nn.Module
     descent_module: nn.Module
     shards_each: int
     shard_index: int
+
+    def trained(
+        self, optimizer: torch.optim.Optimizer, max_grad_norm: float | None
+    ) -> tuple[torch.optim.Optimizer, list[nn.Parameter]]:
+        """The torch optimizer that `optimizer` is or wraps, and the model's parameters that it steps.
+
+        Raises:
+            ValueError: `optimizer` is not this model's, or the backend does not clip gradients to `max_grad_norm`.
+        """
 
     def shards(self, parameters: Sequence[nn.Parameter]) -> list[Shard]:
         """The local shards of `parameters`."""
@@ -53,6 +67,15 @@ class Sharding(Protocol):
 
     def micro_batch(self, *, last: bool) -> AbstractContextManager[None]:
         """Surrounds forward and backward of one micro-batch; gradients are reduced in the last one."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradients of a scalar `loss` that was computed by one of the modules."""
+
+    def clear_gradients(self, optimizer: torch.optim.Optimizer) -> None:
+        """Forget every gradient, wherever the backend keeps it."""
+
+    def step(self, optimizer: torch.optim.Optimizer, max_grad_norm: float | None) -> None:
+        """Clip the gradients and step, both as `trained` agreed to."""
 
     def sum_over_shards(self, value: Tensor) -> Tensor:
         """`value` summed, in place, over the processes that share one copy of the weights."""
@@ -69,8 +92,71 @@ class Sharding(Protocol):
     def publish(self) -> None:
         """Make the next forward use the shards as they are now."""
 
+    def whole_shape(self, parameter: nn.Parameter) -> torch.Size:
+        """The shape of `parameter` over all processes."""
 
-class Unsharded:
+    def whole_state(
+        self, network: nn.Module, optimizer: torch.optim.Optimizer
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What a checkpoint holds, the same under every backend: whole tensors in CPU memory. Collective.
+
+        Args:
+            network: the part of the model that names the parameters.
+            optimizer: as `trained` returned it.
+
+        Returns:
+            Weights and buffers by name; and of the optimizer `state` (by parameter, then by entry) and `param_groups`
+            (with names in the place of parameters).
+        """
+
+    def load_whole_state(
+        self, network: nn.Module, optimizer: torch.optim.Optimizer, weights: dict[str, Any], state: dict[str, Any]
+    ) -> None:
+        """Take back what `whole_state` returned, under any backend and number of processes."""
+
+
+class Autograd:
+    """What backends have in common whose gradients are autograd's and whose weights are the optimizer's own."""
+
+    def trained(
+        self, optimizer: torch.optim.Optimizer, max_grad_norm: float | None
+    ) -> tuple[torch.optim.Optimizer, list[nn.Parameter]]:
+        """The optimizer itself and its parameters that are not frozen."""
+        return optimizer, [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+
+    def backward(self, loss: Tensor) -> None:
+        """Autograd's."""
+        loss.backward()
+
+    def clear_gradients(self, optimizer: torch.optim.Optimizer) -> None:
+        """Drop `.grad`."""
+        optimizer.zero_grad(set_to_none=True)
+
+    def step(self, optimizer: torch.optim.Optimizer, max_grad_norm: float | None) -> None:
+        """Clip the norm of all gradients together, then step."""
+        if max_grad_norm is not None:
+            nn.utils.clip_grad_norm_(self.trained(optimizer, max_grad_norm)[1], max_grad_norm)
+        optimizer.step()
+
+    def whole_shape(self, parameter: nn.Parameter) -> torch.Size:
+        """Its shape."""
+        return parameter.shape
+
+    def whole_state(
+        self, network: nn.Module, optimizer: torch.optim.Optimizer
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """By torch.distributed.checkpoint."""
+        weights, state = get_state_dict(network, optimizer, options=_WHOLE)
+        return dict(weights), dict(state)
+
+    def load_whole_state(
+        self, network: nn.Module, optimizer: torch.optim.Optimizer, weights: dict[str, Any], state: dict[str, Any]
+    ) -> None:
+        """By torch.distributed.checkpoint."""
+        set_state_dict(network, optimizer, model_state_dict=weights, optim_state_dict=state, options=_WHOLE)
+
+
+class Unsharded(Autograd):
     """What backends have in common whose processes each hold all of the weights."""
 
     shards_each = 1

@@ -39,6 +39,7 @@ class DDP(Unsharded):
                 "DistributedDataParallel broadcasts buffers in each forward, also between the two passes of one step; "
                 "build it with forward_sync_buffers=False and average BatchNorm statistics before evaluation"
             )
+        self.network: nn.Module = module.module
         self.ascent_module: nn.Module = module.module
         self.descent_module: nn.Module = module
         self._ddp = module

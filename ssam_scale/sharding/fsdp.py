@@ -14,10 +14,10 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Shard as ShardPlacement
 
-from .base import Shard, all_gather_samples
+from .base import Autograd, Shard, all_gather_samples
 
 
-class FSDP2:
+class FSDP2(Autograd):
     """A root module on which `fully_shard` was called.
 
     The step writes to the local shards behind FSDP's back, so a module that still holds gathered weights (the root
@@ -28,7 +28,7 @@ class FSDP2:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self.ascent_module = self.descent_module = module
+        self.network = self.ascent_module = self.descent_module = module
         self._units = [m for m in module.modules() if isinstance(m, FSDPModule)]
         self.publish()  # after a forward without a backward the root shows its gathered weights as its parameters
         meshes = set()

@@ -12,7 +12,7 @@ class Single(Unsharded):
     """A plain module."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.ascent_module = self.descent_module = module
+        self.network = self.ascent_module = self.descent_module = module
 
     def micro_batch(self, *, last: bool) -> AbstractContextManager[None]:
         """Gradients accumulate in `.grad` by themselves."""

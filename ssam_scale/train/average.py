@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-
-def _local(tensors: list[Tensor]) -> list[Tensor]:
-    return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+from ssam_scale.sharding import Sharding
 
 
 class AveragedWeights:
@@ -20,22 +17,20 @@ class AveragedWeights:
     Args:
         network: whose weights are averaged; constructed once it is distributed.
         decay: share of the old average kept at each update.
-        publish: makes the network's next forward use weights that were exchanged.
+        sharding: how it is distributed.
     """
 
-    def __init__(self, network: nn.Module, decay: float, publish: Callable[[], None]) -> None:
+    def __init__(self, network: nn.Module, decay: float, sharding: Sharding) -> None:
         self._decay = decay
-        self._publish = publish
-        live = {name: p.detach() for name, p in network.named_parameters()}
-        live |= {name: b for name, b in network.named_buffers() if b.is_floating_point()}
-        self._live = _local(list(live.values()))
-        self.tensors: dict[str, Tensor] = {name: t.clone() for name, t in live.items()}
-        self._averaged = _local(list(self.tensors.values()))
+        self._sharding = sharding
+        self._parameters = dict(network.named_parameters())
+        self._buffers = {name: b for name, b in network.named_buffers() if b.is_floating_point()}
+        self._averaged = [t.detach().clone() for t in self._live()]
 
     @torch.no_grad()
     def update(self) -> None:
         """Move the average towards the weights as they are."""
-        torch._foreach_lerp_(self._averaged, self._live, 1.0 - self._decay)
+        torch._foreach_lerp_(self._averaged, self._live(), 1.0 - self._decay)
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
@@ -46,9 +41,29 @@ class AveragedWeights:
         finally:
             self._exchange()
 
+    def whole(self) -> dict[str, Tensor]:
+        """The averages by name, whole. Collective."""
+        averaged = dict(zip([*self._parameters, *self._buffers], self._averaged, strict=True))
+        return {
+            name: self._sharding.gather(self._parameters[name], mine) if name in self._parameters else mine
+            for name, mine in averaged.items()
+        }
+
+    @torch.no_grad()
+    def load(self, saved: Mapping[str, Tensor]) -> None:
+        """Take back what `whole` returned, on any number of processes."""
+        for name, mine in zip([*self._parameters, *self._buffers], self._averaged, strict=True):
+            whole = saved[name].to(mine.device)
+            mine.copy_(self._sharding.scatter(self._parameters[name], whole) if name in self._parameters else whole)
+
+    def _live(self) -> list[Tensor]:
+        shards = self._sharding.shards(list(self._parameters.values()))
+        return [*(shard.weight for shard in shards), *self._buffers.values()]
+
     @torch.no_grad()
     def _exchange(self) -> None:
-        held = [t.clone() for t in self._live]
-        torch._foreach_copy_(self._live, self._averaged)
+        live = self._live()
+        held = [t.clone() for t in live]
+        torch._foreach_copy_(live, self._averaged)
         torch._foreach_copy_(self._averaged, held)
-        self._publish()
+        self._sharding.publish()

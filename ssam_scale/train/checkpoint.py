@@ -25,8 +25,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
-from torch.distributed.tensor import DTensor
 
 from ssam_scale.config.schema import Config
 from ssam_scale.errors import UserError
@@ -36,7 +34,6 @@ from ssam_scale.sharding import World
 from .average import AveragedWeights
 
 _FORMAT = 1
-_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 _NAME = re.compile(r"epoch_(\d+)")
 
 
@@ -112,8 +109,7 @@ def save(
     Raises:
         UserError: the folder cannot be written; what was there is untouched and nothing half-written remains.
     """
-    states: tuple[Any, Any] = get_state_dict(network, opt.base_optimizer, options=_WHOLE)
-    model, optimizer = states
+    model, optimizer = opt.sharding.whole_state(network, opt.base_optimizer)
     sparse = opt.sparse_state()
     files: dict[str, dict[str, Tensor]] = {"model": model}
     files["optimizer"] = {
@@ -123,7 +119,7 @@ def save(
         if isinstance(value, Tensor)
     }
     if average is not None:
-        files["average"] = {name: _whole(t) for name, t in average.tensors.items()}
+        files["average"] = average.whole()
     numbers = {
         name: {entry: value for entry, value in entries.items() if not isinstance(value, Tensor)}
         for name, entries in optimizer.get("state", {}).items()
@@ -167,7 +163,7 @@ def load(
         progress = Progress(**state["progress"])
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(f"checkpoint {path} cannot be read: {error}") from error
-    _check(path, config, state, files["model"], network)
+    _check(path, config, state, files["model"], network, opt)
     if average is not None and "average" not in files:
         raise UserError(f"checkpoint {path} has no averaged weights; set train.ema_decay to null")
     optimizer: dict[str, Any] = {"state": state["optimizer_numbers"], "param_groups": state["param_groups"]}
@@ -175,9 +171,7 @@ def load(
         name, entry = key.rsplit("|", 1)
         optimizer["state"].setdefault(name, {})[entry] = value
     configured = [{key: group[key] for key in opt.defaults} for group in opt.param_groups]
-    set_state_dict(
-        network, opt.base_optimizer, model_state_dict=files["model"], optim_state_dict=optimizer, options=_WHOLE
-    )
+    opt.sharding.load_whole_state(network, opt.base_optimizer, files["model"], optimizer)
     # A run is what its configuration says: weight decay, momentum and the like may be changed on resuming.
     for group, options in zip(opt.param_groups, configured, strict=True):
         group.update(options)
@@ -191,12 +185,17 @@ def load(
     except ValueError as error:
         raise UserError(f"checkpoint {path}: {error}; perturbation.mask must be the one it was saved with") from error
     if average is not None:
-        _load_average(average, files["average"])
+        average.load(files["average"])
     return progress
 
 
-def _check(path: Path, config: Config, state: dict[str, Any], saved: dict[str, Tensor], network: nn.Module) -> None:
-    mine = {name: tuple(t.shape) for name, t in network.state_dict().items()}
+def _check(
+    path: Path, config: Config, state: dict[str, Any], saved: dict[str, Tensor], network: nn.Module, opt: SparseSAM
+) -> None:
+    mine = {
+        name: tuple(opt.sharding.whole_shape(t) if isinstance(t, nn.Parameter) else t.shape)
+        for name, t in network.state_dict(keep_vars=True).items()
+    }
     theirs = {name: tuple(t.shape) for name, t in saved.items()}
     if mine != theirs:
         name = next(iter(sorted(n for n in mine.keys() | theirs.keys() if mine.get(n) != theirs.get(n))))
@@ -217,21 +216,6 @@ def _check(path: Path, config: Config, state: dict[str, Any], saved: dict[str, T
 
 def _identity(config: Config) -> str:
     return f"{config.model.name} with {config.model.num_classes} classes"
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-@torch.no_grad()
-def _load_average(average: AveragedWeights, saved: dict[str, Tensor]) -> None:
-    for name, mine in average.tensors.items():
-        whole = saved[name].to(mine.device)
-        if isinstance(mine, DTensor):
-            spread = torch.distributed.tensor.distribute_tensor(whole, mine.device_mesh, mine.placements)
-            mine.to_local().copy_(spread.to_local())
-        else:
-            mine.copy_(whole)
 
 
 def _write(config: Config, epoch: int, files: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> str:

@@ -18,7 +18,7 @@ from ssam_scale.errors import UserError
 from ssam_scale.masks import Depth, Mask, Scored
 from ssam_scale.models import build_model, stages_of
 from ssam_scale.perturbation import Phases, SparseSAM
-from ssam_scale.sharding import World, distribute, sharding_of
+from ssam_scale.sharding import World, place
 
 from .average import AveragedWeights
 
@@ -101,17 +101,27 @@ def build(config: Config, world: World, phases: Phases) -> Parts:
     backend = config.sharding.backend
     if backend == "auto":
         backend = "ddp" if world.size > 1 else "single"
+    network = staged_model.model
+    clip = config.optimizer.clip_grad_norm
     try:
-        module = distribute(staged_model, [s.block for s in staged_model.stages], backend, world)
+        module, base = place(
+            staged_model,
+            [s.block for s in staged_model.stages],
+            backend,
+            world,
+            lambda: _base_optimizer(config, network),
+            batch_size=config.data.batch_size // per_step,
+            accumulation=config.train.accumulation,
+            max_grad_norm=clip,
+            deepspeed=config.sharding.deepspeed,
+        )
+        opt = SparseSAM(module, base, **_perturbation(config), max_grad_norm=clip, phases=phases)
     except ValueError as error:
         raise UserError(f"sharding.backend: {error}") from error
-    network = staged_model.model
-    base = _base_optimizer(config, network)
-    opt = SparseSAM(module, base, **_perturbation(config), max_grad_norm=config.optimizer.clip_grad_norm, phases=phases)
     steps = len(train) // config.train.accumulation
     average = None
     if config.train.ema_decay is not None:
-        average = AveragedWeights(network, config.train.ema_decay, sharding_of(module).publish)
+        average = AveragedWeights(network, config.train.ema_decay, opt.sharding)
     precision = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     return Parts(
         module, network, opt, _scheduler(config, base, steps), average, train, val, _mix(config), precision, steps

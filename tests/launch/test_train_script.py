@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.support.processes import run
 
 from .conftest import ROOT
@@ -24,12 +26,35 @@ def test_launchers_arguments_are_dropped(tmp_path: Path):
         assert (same.returncode, same.stdout) == (0, plain.stdout)
 
 
-def test_zero_is_refused_in_one_line(tmp_path: Path):
-    for option in ("--deepspeed", "--deepspeed_config=zero.json"):
-        done = run([sys.executable, SCRIPT, option, "--config", QUICKSTART], cwd=tmp_path)
-        assert done.returncode == 2
-        assert done.stdout.count("\n") == 1
-        assert done.stdout.startswith(f"train.py: error: {option.partition('=')[0]}: ")
+def test_deepspeeds_configuration_file_becomes_overrides(tmp_path: Path):
+    (tmp_path / "zero.json").write_text('{"zero_optimization": {"stage": 2, "reduce_bucket_size": 5e8}}')
+    arguments = ["--deepspeed", "--deepspeed_config=zero.json", "--config", QUICKSTART, "--print-config"]
+    done = run([sys.executable, SCRIPT, *arguments], cwd=tmp_path)
+    assert done.returncode == 0, done.stdout
+    assert "backend: zero2" in done.stdout
+    assert "reduce_bucket_size: 500000000.0" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--deepspeed"], "train.py: error: --deepspeed: say which stage"),
+        (["--deepspeed_config=none.json"], "train.py: error: --deepspeed_config none.json: cannot be read"),
+        (["--deepspeed_config=list.json"], "train.py: error: --deepspeed_config list.json: a DeepSpeed configuration"),
+        (
+            ["--deepspeed_config=clip.json"],
+            "ssam-scale: error: override sharding.deepspeed.gradient_clipping=1.0: sharding: "
+            "deepspeed.gradient_clipping: leave it out, optimizer.clip_grad_norm says it",
+        ),
+    ],
+)
+def test_a_mistake_with_deepspeed_is_one_line(options: list[str], message: str, tmp_path: Path):
+    (tmp_path / "list.json").write_text("[]")
+    (tmp_path / "clip.json").write_text('{"gradient_clipping": 1.0, "zero_optimization": {"stage": 1}}')
+    done = run([sys.executable, SCRIPT, *options, "--config", QUICKSTART], cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stdout.count("\n") == 1
+    assert done.stdout.startswith(message)
 
 
 def test_a_mistake_is_one_line_and_exit_code_2(tmp_path: Path):

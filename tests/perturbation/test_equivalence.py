@@ -12,7 +12,7 @@ import torch
 from ssam_scale.masks import Dense, Depth, Mask, Scored
 from ssam_scale.perturbation import SparseSAM
 from ssam_scale.perturbation.reference import reference_step
-from ssam_scale.sharding import World, distribute
+from ssam_scale.sharding import World, place
 from tests.support.networks import batches, freeze_batchnorm, loss_fn, part, small_network
 from tests.support.ranks import alone, run_ranks
 
@@ -28,6 +28,8 @@ class Case:
     norm: str = "masked"
     accumulation: int = 1
     optimizer: str = "sgd"
+    clip: float = CLIP
+    groups: int = 1
 
     def make_mask(self) -> Mask:
         return {
@@ -42,8 +44,12 @@ class Case:
         if self.optimizer == "adamw":
             # A large eps: AdamW divides by the root of its second moment, which turns a float error of a vanishing
             # gradient into one of the step's size.
-            return torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-3)
-        return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3)
+            return torch.optim.AdamW(self.param_groups(model, 1e-3), eps=1e-3)
+        return torch.optim.SGD(self.param_groups(model, 0.05), momentum=0.9, weight_decay=1e-3)
+
+    def param_groups(self, model: torch.nn.Module, lr: float) -> list[dict[str, Any]]:
+        parameters = list(model.parameters())
+        return [{"params": parameters[i :: self.groups], "lr": lr / (i + 1)} for i in range(self.groups)]
 
 
 CASES = [
@@ -53,17 +59,17 @@ CASES = [
     Case("resnet", "element", norm="dense"),
     Case("vit", "tensor", norm="dense", optimizer="adamw"),
     Case("vit", "moving cut", optimizer="adamw"),
+    Case("vit", "moving cut", clip=0.2, groups=2),
 ]
 
 
 def whole_mask(opt: SparseSAM) -> dict[str, torch.Tensor]:
     """The plan of the next step spelled out for every weight."""
-    named = opt._parameters
+    named, sharding, weights = opt._parameters, opt.sharding, opt.plan.weights
+    shards = sharding.shards([named[name] for name in weights])
     return {
-        name: torch.ones(named[name].shape, dtype=torch.bool)
-        if local is None
-        else opt._sharding.gather(named[name], local)
-        for name, local in opt.plan.weights.items()
+        name: sharding.gather(named[name], torch.ones_like(s.weight, dtype=torch.bool) if local is None else local)
+        for (name, local), s in zip(weights.items(), shards, strict=True)
     }
 
 
@@ -71,20 +77,30 @@ def on(device: torch.device, batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[
     return batch[0].to(device), batch[1].to(device)
 
 
-def train(world: World, backend: str, cases: list[Case]) -> list[dict[str, Any]]:
+def train(world: World, backend: Any, cases: list[Case], **kwargs: Any) -> list[dict[str, Any]]:
     results = []
     for case in cases:
         model = freeze_batchnorm(small_network(case.family))
         blocks = [stage.block for stage in model.stages]
         device = world.device
-        distributed = distribute(model, blocks, backend, world)
+        distributed, base = place(
+            model,
+            blocks,
+            backend,
+            world,
+            lambda model=model, case=case: case.make_optimizer(model),
+            batch_size=BATCH // world.size // case.accumulation,
+            accumulation=case.accumulation,
+            max_grad_norm=case.clip,
+            **kwargs,
+        )
         opt = SparseSAM(
             distributed,
-            case.make_optimizer(distributed),
+            base,
             rho=RHO,
             mask=case.make_mask(),
             norm=case.norm,
-            max_grad_norm=CLIP,
+            max_grad_norm=case.clip,
         )
         data = batches(STEPS, BATCH)
         if isinstance(opt.mask, Scored):
@@ -95,8 +111,11 @@ def train(world: World, backend: str, cases: list[Case]) -> list[dict[str, Any]]
             masks.append(whole_mask(opt))
             micro = [part(own, i, case.accumulation) for i in range(case.accumulation)]
             losses.append(world.sum(opt.step(loss_fn, *micro)) / world.size)
+        parameters = opt._parameters
+        shards = opt.sharding.shards(list(parameters.values()))
         weights = {
-            name: p.full_tensor() if hasattr(p, "full_tensor") else p.detach() for name, p in opt._parameters.items()
+            name: opt.sharding.gather(p, shard.weight)
+            for (name, p), shard in zip(parameters.items(), shards, strict=True)
         }
         results.append({"weights": weights, "masks": masks, "losses": torch.stack(losses)})
     return results
@@ -108,7 +127,7 @@ def largest_difference(case: Case, result: dict[str, Any], tolerance: float = TO
     optimizer = case.make_optimizer(model)
     for batch, mask, loss in zip(batches(STEPS, BATCH), result["masks"], result["losses"], strict=True):
         expected = reference_step(
-            model, optimizer, loss_fn, batch, rho=RHO, mask=mask, norm=case.norm, max_grad_norm=CLIP
+            model, optimizer, loss_fn, batch, rho=RHO, mask=mask, norm=case.norm, max_grad_norm=case.clip
         )
         assert loss.item() == pytest.approx(expected.item(), abs=tolerance)
     weights = dict(model.named_parameters())
@@ -123,6 +142,7 @@ def largest_difference(case: Case, result: dict[str, Any], tolerance: float = TO
         ("ddp", 2),
         pytest.param("fsdp2", 2, marks=pytest.mark.slow),
         pytest.param("fsdp2", 3, marks=pytest.mark.slow),
+        *(pytest.param(f"zero{stage}", 2, marks=pytest.mark.slow) for stage in range(4)),
     ],
 )
 def test_equals_the_reference_on_the_concatenated_batch(backend: str, size: int) -> None:

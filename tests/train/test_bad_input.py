@@ -32,6 +32,11 @@ CASES = {
     "model.num_classes=3": "label 3 is outside the model's 3 classes; set model.num_classes to 4",
     "data.train=nowhere.beton": "nowhere.beton",
     "sharding.backend=fsdp2": "sharding.backend: backend fsdp2 without a launcher",
+    "sharding.backend=zero2": "sharding.backend: backend zero2 without a launcher",
+    "sharding.deepspeed={zero_optimization: {}}": "deepspeed: is for the backends zero0 to zero3, and backend is auto",
+    "sharding={backend: zero1, deepspeed: {gradient_clipping: 1}}": "gradient_clipping: .*clip_grad_norm says",
+    "sharding={backend: zero1, deepspeed: {zero_optimization: {stage: 2}}}": "stage: .*sharding.backend says it",
+    "sharding.backend=zero3\noptimizer.name=lamb": "optimizer.name lamb may look at whole tensors",
     "checkpoint.resume=nowhere": "checkpoint.resume: nowhere is not a checkpoint",
     "train.epoch=3": "train.epoch.*epochs",
     "perturbation={rho: 0.1, norm: dense, mask: {pattern: depth}}": "norm: dense needs the gradient of the prefix",
@@ -47,7 +52,7 @@ def test_the_message_names_what_was_given_and_what_would_work(
     import re
 
     config = write_config(tmp_path / "run.yaml", data)
-    line = mistake(capsys, "--config", str(config), override)
+    line = mistake(capsys, "--config", str(config), *override.split("\n"))
     assert re.search(message, line), line
     assert {p.name for p in tmp_path.iterdir()} <= {"run.yaml", "mlflow.db"}
 

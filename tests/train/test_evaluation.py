@@ -70,7 +70,7 @@ def test_every_image_counts_once_on_any_number_of_processes(
 def _average(world: World, backend: str) -> list[torch.Tensor]:
     staged = small_network("vit")
     module = distribute(staged, [s.block for s in staged.stages], backend, world)
-    average = AveragedWeights(staged.model, 0.75, sharding_of(module).publish)
+    average = AveragedWeights(staged.model, 0.75, sharding_of(module))
     x = torch.ones(2, 3, 32, 32)
     module.eval()
     with torch.no_grad():

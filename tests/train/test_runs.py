@@ -12,6 +12,7 @@ import mlflow
 import pytest
 
 from tests.support.processes import run
+from tests.support.ranks import free_port
 from tests.support.runs import RESNET, differing, ssam_scale, write_config
 
 METHODS: dict[str, Any] = {
@@ -108,14 +109,15 @@ def test_the_printed_configuration_is_the_run(data: Path, tmp_path: Path, capsys
     assert capsys.readouterr().out == printed
 
 
-def launch(processes: int, config: Path, *overrides: str) -> str:
-    torchrun = Path(sys.executable).parent / "torchrun"
+def launch(processes: int, config: Path, *overrides: str, launcher: str = "torchrun") -> str:
+    options = {
+        "torchrun": ["--standalone", "--nproc_per_node", str(processes)],
+        "deepspeed": ["--num_gpus", str(processes), "--master_port", str(free_port())],
+    }
     done = run(
         [
-            torchrun,
-            "--standalone",
-            "--nproc_per_node",
-            str(processes),
+            Path(sys.executable).parent / launcher,
+            *options[launcher],
             "launch/train.py",
             "--config",
             config,
@@ -128,19 +130,21 @@ def launch(processes: int, config: Path, *overrides: str) -> str:
     return done.stdout
 
 
+# A ViT, because BatchNorm normalises by the batch of each process.
+VIT = {
+    "name": "vit_tiny_patch16_224",
+    "num_classes": 4,
+    "kwargs": {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2},
+}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["ssam-element", "ssam-depth"])
 def test_one_process_ddp_and_fsdp2_train_the_same_weights(method: str, data: Path, tmp_path: Path) -> None:
-    # A ViT, because BatchNorm normalises by the batch of each process.
-    vit = {
-        "name": "vit_tiny_patch16_224",
-        "num_classes": 4,
-        "kwargs": {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2},
-    }
     config = write_config(
         tmp_path / "run.yaml",
         data,
-        model=vit,
+        model=VIT,
         perturbation=METHODS[method],
         train={"epochs": 2, "ema_decay": 0.5, "accumulation": 1},
         optimizer={"name": "sgd", "clip_grad_norm": 1.0},
@@ -179,3 +183,38 @@ def test_resuming_equals_never_having_stopped_on_two_processes(data: Path, tmp_p
     shutil.rmtree(checkpoints / "epoch_0002")
     launch(2, config, "checkpoint.resume=auto")
     assert differing(tmp_path / "uninterrupted", checkpoints / "epoch_0003") == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", range(4))
+def test_zero_trains_the_same_weights_and_checkpoints_go_both_ways(stage: int, data: Path, tmp_path: Path) -> None:
+    config = write_config(
+        tmp_path / "run.yaml",
+        data,
+        model=VIT,
+        # As many samples as a batch has: of fewer, two processes would take the first of each one's half.
+        perturbation={"rho": 0.05, "norm": "dense", "mask": {"pattern": "element", "samples": 12}},
+        train={"epochs": 2, "ema_decay": 0.5, "accumulation": 2},
+        # A large eps: AdamW divides by the root of its second moment, also where that is a float's rounding.
+        optimizer={"name": "adamw", "lr": 1e-3, "clip_grad_norm": 0.5, "kwargs": {"eps": 1e-3}},
+    )
+    zero = f"sharding.backend=zero{stage}"
+    train("--config", str(config), f"checkpoint.directory={tmp_path}/single")
+    launch(2, config, f"checkpoint.directory={tmp_path}/zero", zero)
+    assert differing(tmp_path / "single/epoch_0002", tmp_path / "zero/epoch_0002", 2e-6) == []
+    went_on = f"checkpoint.directory={tmp_path}/went_on"
+    launch(2, config, went_on, zero, f"checkpoint.resume={tmp_path}/single/epoch_0001")
+    assert differing(tmp_path / "single/epoch_0002", tmp_path / "went_on/epoch_0002", 2e-6) == []
+    train("--config", str(config), went_on, f"checkpoint.resume={tmp_path}/zero/epoch_0001")
+    assert differing(tmp_path / "single/epoch_0002", tmp_path / "went_on/epoch_0002", 2e-6) == []
+
+
+@pytest.mark.slow
+def test_deepspeeds_launcher_and_configuration_file(data: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path / "run.yaml", data, model=VIT, perturbation=METHODS["ssam-depth"])
+    train("--config", str(config), f"checkpoint.directory={tmp_path}/single")
+    file = tmp_path / "zero.json"
+    file.write_text('{"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 1e2}}')
+    arguments = ["--deepspeed", "--deepspeed_config", str(file), f"checkpoint.directory={tmp_path}/zero"]
+    launch(2, config, *arguments, launcher="deepspeed")
+    assert differing(tmp_path / "single/epoch_0002", tmp_path / "zero/epoch_0002", 2e-6) == []
