@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -28,6 +28,11 @@ class Layout:
     def total(self) -> int:
         """All elements."""
         return sum(self.numels.values())
+
+    def only(self, names: Collection[str]) -> Layout:
+        """The layout of a part of the parameters."""
+        numels = {name: numel for name, numel in self.numels.items() if name in names}
+        return Layout(numels, {name: self.stages[name] for name in numels}, self.depth)
 
 
 @dataclass(frozen=True)

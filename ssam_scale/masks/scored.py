@@ -85,6 +85,6 @@ class Scored:
             raise ValueError(f"sparsity {self.sparsity} leaves nothing of {layout.total} weights to perturb")
         self._plan = Plan(0, chosen, perturbed)
 
-    def restore(self, plan: Plan) -> None:
-        """Take a plan that was saved instead of a refresh's."""
+    def restore(self, plan: Plan | None) -> None:
+        """Take a plan that was saved, of before the first refresh if None, instead of a refresh's."""
         self._plan = plan

@@ -8,14 +8,19 @@ import torch
 from torch import Tensor
 
 _TINY = 1e-7  # of the papers' code: keeps a vanishing gradient from dividing by zero
+_ETA = 0.01  # of the ASAM paper: lets weights at zero be perturbed, too
 
 
-def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
-    """Σ x² over all elements of `tensors`: float32 of shape (), zero for none."""
+def at_least_fp32(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """`tensors`, those of less than 32 bits as float32 copies."""
+    return [t.float() if t.element_size() < 4 else t for t in tensors]
+
+
+def squares(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Σ x² of each tensor: float32 of shape (number of tensors,)."""
     if not tensors:
-        return torch.zeros(())
-    norms = torch._foreach_norm(list(tensors), 2, dtype=torch.float32)
-    return torch.stack(norms).square_().sum()
+        return torch.zeros(0, device=device)
+    return torch.stack(torch._foreach_norm(list(tensors), 2, dtype=torch.float32)).square_()
 
 
 def mask_(gradients: Sequence[Tensor], masks: Sequence[Tensor | None]) -> None:
@@ -25,12 +30,31 @@ def mask_(gradients: Sequence[Tensor], masks: Sequence[Tensor | None]) -> None:
         torch._foreach_mul_([g for g, _ in masked], [m for _, m in masked])
 
 
-def scale_to_radius_(gradients: Sequence[Tensor], rho: float, norm: Tensor) -> None:
-    """Gradients become ε = ρ · g / (‖·‖ + 1e-7) in place (arXiv 2210.05177, equation 5, with m in g).
+def adaptive_scales(weights: Sequence[Tensor]) -> list[Tensor]:
+    """T = |w| + η, the scale that makes sharpness independent of rescaling weights (ASAM, arXiv 2102.11600, eq. 3)."""
+    scales = at_least_fp32(torch._foreach_abs(list(weights)))
+    torch._foreach_add_(scales, _ETA)
+    return scales
+
+
+def scale_to_radius_(gradients: Sequence[Tensor], radii: Sequence[float], reach: Tensor | float, norm: Tensor) -> None:
+    """Gradients become ε = ρ · κ · g / (‖·‖ + 1e-7) in place (arXiv 2210.05177, equation 5, with m in g).
+
+    Where the norm is not finite they become zeros: there is no direction to go. That is decided without asking the
+    device: zero is what the bit pattern of anything, not-a-number included, becomes when multiplied by 0.
 
     Args:
         gradients: m ⊙ g.
-        rho: the radius ρ.
+        radii: ρ of each gradient.
+        reach: κ, the share of the radius to go, of shape ().
         norm: the norm divided by, of shape ().
     """
-    torch._foreach_mul_(list(gradients), rho / (norm + _TINY))
+    if not gradients:
+        return
+    scale = reach / (norm + _TINY)
+    for radius in set(radii):
+        torch._foreach_mul_([g for g, r in zip(gradients, radii, strict=True) if r == radius], radius * scale)
+    patterns = {4: torch.int32, 8: torch.int64}
+    for size, integer in patterns.items():
+        if same := [g.view(integer) for g in gradients if g.element_size() == size]:
+            torch._foreach_mul_(same, norm.isfinite().to(integer))

@@ -42,14 +42,24 @@ class Passes:
         cut: index of the first perturbed block.
         loss_fn: mean loss of a batch, given the forward to use.
         batches: the micro-batches of this process.
+        backward: accumulates the gradients of a loss.
         phases: who measures.
     """
 
-    def __init__(self, sharding: Sharding, cut: int, loss_fn: LossFn, batches: Sequence[Any], phases: Phases) -> None:
+    def __init__(
+        self,
+        sharding: Sharding,
+        cut: int,
+        loss_fn: LossFn,
+        batches: Sequence[Any],
+        backward: Callable[[Tensor], None],
+        phases: Phases,
+    ) -> None:
         self._sharding = sharding
         self._cut = cut
         self._loss_fn = loss_fn
         self._batches = batches
+        self._backward = backward
         self._phases = phases
         self._prefix: tuple[Any, Tensor] | None = None
 
@@ -74,7 +84,7 @@ class Passes:
             with self._sharding.micro_batch(last=index == len(self._batches) - 1):
                 loss = self._loss_fn(forward, batch) / len(self._batches)
                 with self._phases(backward_phase):
-                    self._sharding.backward(loss)
+                    self._backward(loss)
             losses.append(loss.detach())
         return torch.stack(losses).sum()
 

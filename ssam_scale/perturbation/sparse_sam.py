@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
-from ssam_scale.masks import Dense, Depth, Mask, Plan, Scored, add_squares
+from ssam_scale.masks import Dense, Depth, Mask, Plan, Scored
 from ssam_scale.sharding import sharding_of
 
-from .arithmetic import mask_, scale_to_radius_, sum_of_squares
-from .batchnorm import evaluation_mode, frozen_statistics
+from .around import AroundOptimizer
+from .ascent import Ascent, Norm
+from .batchnorm import frozen_statistics
+from .fisher import fisher_scores
 from .passes import LossFn, Passes, without_gradient
 from .phases import Phases, no_phases
-from .pool import samples_of, weight_pool
+from .pool import weight_pool
+from .radius import ConstantRadius, RadiusSchedule
+from .state import SparseState, restore_masks, whole_masks
 
 
-class SparseSAM(torch.optim.Optimizer):
+class SparseSAM(AroundOptimizer):
     """Perturb the masked weights towards higher loss, take the gradient there, step the base optimizer from w.
 
         opt = SparseSAM(model, torch.optim.SGD(model.parameters(), lr=0.1), rho=0.05, mask=Depth())
@@ -37,24 +41,35 @@ class SparseSAM(torch.optim.Optimizer):
         opt.step()
 
     The perturbation is ε = ρ · (m ⊙ g) / ‖g‖ (`norm="dense"`, SSAM, arXiv 2210.05177) or ρ · (m ⊙ g) / ‖m ⊙ g‖
-    (`norm="masked"`, all that a sparse ascent can know), g the gradient of the global batch. The weights come back by
-    copy, also when the second pass raises. `param_groups` and `state` are the base optimizer's.
+    (`norm="masked"`, all that a sparse ascent can know) or ρ · κ · (m ⊙ g) / ‖m ⊙ g‖ (`norm="calibrated"`: the dense
+    norm's length, by a share κ = ‖m ⊙ g‖ / ‖g‖ measured now and then), g the gradient of the global batch. It is
+    computed in float32; the weights come back by copy, also when the second pass raises. Where the ascent gradient is
+    not finite there is no perturbation, and the step is the base optimizer's.
+
+    `param_groups` and `state` are the base optimizer's, and every group has its own `rho`; a group whose rho is 0 is
+    left alone. `steps` counts the steps with an ascent due; `step(None)` by itself counts nothing.
 
     Args:
         model: a module, `DistributedDataParallel`, an FSDP2 root or a DeepSpeed engine, each plain or around a
             `StagedModel` (which a mask with a cut needs); or parameters, for the closure form on one process.
         base_optimizer: an optimizer over parameters of `model`; these are the weights that can be perturbed. With a
             DeepSpeed engine, the one it was given or the one it returned.
-        rho: radius ρ ≥ 0; with 0 there is no ascent and each step is the base optimizer's.
+        rho: radius ρ ≥ 0 of the groups that do not say their own; with 0 everywhere there is no ascent and each step
+            is the base optimizer's.
         mask: which weights are perturbed; None: all of them.
         norm: what the gradient is divided by.
+        adaptive: perturb weights in proportion to their magnitude (ASAM, arXiv 2102.11600).
+        calibrate_every: steps between two dense ascents of `norm="calibrated"`; None: only after a refresh.
+        schedule: factor on ρ over time.
         max_grad_norm: the descent gradient is clipped to this norm. A DeepSpeed engine clips to its own
             `gradient_clipping`; None accepts that.
+        scaler: scales the losses given with batches, for float16, and skips steps whose descent gradient is not finite;
+            by hand, use it as with any optimizer (`scaler.step(opt)`). A DeepSpeed engine has its own.
         phases: measures the parts of the step.
 
     Raises:
-        ValueError: rho is negative, the optimizer has parameters that are not the model's, or the model's sharding is
-            not supported.
+        ValueError: an argument is out of its range, the optimizer has parameters that are not the model's, or the
+            model's sharding is not supported.
     """
 
     def __init__(
@@ -64,58 +79,63 @@ class SparseSAM(torch.optim.Optimizer):
         *,
         rho: float = 0.05,
         mask: Mask | None = None,
-        norm: Literal["dense", "masked"] = "masked",
+        norm: Norm = "masked",
+        adaptive: bool = False,
+        calibrate_every: int | None = 100,
+        schedule: RadiusSchedule | None = None,
         max_grad_norm: float | None = None,
+        scaler: torch.amp.GradScaler | None = None,
         phases: Phases = no_phases,
     ) -> None:
-        if rho < 0.0:
+        if not 0.0 <= rho < math.inf:
             raise ValueError(f"rho is {rho}; a radius of at least 0 is needed")
-        if norm not in ("dense", "masked"):
-            raise ValueError(f"norm is {norm!r}; 'dense' or 'masked' is needed")
+        if norm not in get_args(Norm):
+            raise ValueError(f"norm is {norm!r}; one of {', '.join(get_args(Norm))} is needed")
         if norm == "dense" and isinstance(mask, Depth):
             raise ValueError(
-                "norm 'dense' needs the gradient of the prefix, which a Depth mask never computes; use 'masked'"
+                "norm 'dense' needs the gradient of the prefix, which a Depth mask never computes; use 'masked', or "
+                "'calibrated' for the same length"
             )
         self.sharding = sharding_of(model if isinstance(model, nn.Module) else nn.ParameterList(model))
-        base_optimizer, trained = self.sharding.trained(base_optimizer, max_grad_norm)
-        super().__init__(base_optimizer.param_groups, base_optimizer.defaults)
-        self.base_optimizer = base_optimizer
-        self.rho = rho
+        base_optimizer, _ = self.sharding.trained(base_optimizer, max_grad_norm)
+        if scaler is not None and not self.sharding.takes_scaler:
+            raise ValueError("a DeepSpeed engine scales losses itself: leave scaler at None")
+        super().__init__(base_optimizer, rho=rho)
         self.mask: Mask = mask if mask is not None else Dense()
-        self.norm = norm
         self.max_grad_norm = max_grad_norm
+        self.scaler = scaler
         self.steps = 0
+        self._schedule = schedule if schedule is not None else ConstantRadius()
         self._phases = phases
-        self._parameters, self._layout = weight_pool(self.sharding, trained)
+        self._norm: Norm = norm
+        self._adaptive, self._calibrate_every = adaptive, calibrate_every
+        self._look_at_groups()
 
-    # Asked for each time, because loading a state gives an optimizer new lists and dictionaries.
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The base optimizer's."""
-        return self.base_optimizer.param_groups if "base_optimizer" in self.__dict__ else self._given_groups
-
-    @param_groups.setter
-    def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        self._given_groups = groups  # torch's constructor
-
-    @property
-    def state(self) -> Any:
-        """The base optimizer's."""
-        return self.base_optimizer.state
-
-    @state.setter
-    def state(self, state: Any) -> None:
-        pass  # torch's constructor
+    def _look_at_groups(self) -> None:
+        if bad := [group["rho"] for group in self.param_groups if not 0.0 <= group["rho"] < math.inf]:
+            raise ValueError(f"the rho of a parameter group is {bad[0]}; a radius of at least 0 is needed")
+        self.pool = weight_pool(self.sharding, self.sharding.trained(self.base_optimizer, self.max_grad_norm)[1])
+        self._ascent = Ascent(self.sharding, self.pool.parameters, self._norm, self._adaptive, self._calibrate_every)
 
     @property
     def plan(self) -> Plan:
         """What the next step perturbs."""
-        return self.mask.plan(self._layout, self.steps)
+        return self.mask.plan(self.pool.eligible(self.param_groups), self.steps)
+
+    @property
+    def radii(self) -> list[float]:
+        """ρ of the next step, by parameter group."""
+        return [group["rho"] * self._schedule(self.steps, group) for group in self.param_groups]
 
     @property
     def density(self) -> float:
-        """The share of the weights that the next step perturbs; 0 where rho is 0."""
-        return self.plan.perturbed / self._layout.total if self.rho else 0.0
+        """The share of the weights that the next step perturbs; 0 where there is no radius."""
+        return self.plan.perturbed / self.pool.layout.total if any(self.radii) else 0.0
+
+    @property
+    def skipped(self) -> int:
+        """How many steps had no perturbation because the ascent gradient was not finite. Waits for the device."""
+        return int(self._ascent.skipped)
 
     @torch.no_grad()
     def step(self, closure: Callable[..., Any] | None = None, *batches: Any) -> Any:
@@ -136,10 +156,10 @@ class SparseSAM(torch.optim.Optimizer):
         else:
             loss = self._step_closure(closure)
         with self._phases("optimizer"):
-            self.sharding.step(self.base_optimizer, self.max_grad_norm)
+            self.sharding.step(self.base_optimizer, self.max_grad_norm, self.scaler if batches else None)
             if closure is not None:
                 self.zero_grad()
-        self.steps += 1
+                self.steps += 1
         return loss
 
     @contextmanager
@@ -147,29 +167,44 @@ class SparseSAM(torch.optim.Optimizer):
         """The weights are w + ε inside and w again afterwards, bit for bit, whatever happens inside.
 
         The ascent gradient is taken from `.grad`, which is empty inside at first and holds the descent gradient at the
-        end. On DDP and FSDP2 it must have been reduced, as a synchronised backward leaves it.
+        end. On DDP and FSDP2 it must have been reduced, as a synchronised backward leaves it. A gradient that a
+        `GradScaler` has scaled will do: the length of ε does not depend on it.
         """
+        with self._perturbed(self.plan, dense=True):
+            yield
+        self.steps += 1
+
+    @contextmanager
+    def _perturbed(self, plan: Plan, *, dense: bool) -> Iterator[None]:
         with self._phases("perturb"), torch.no_grad():
-            weights, epsilon = self._perturbation()
-            backup = [w.clone() for w in weights]
+            radii = self.radii
+            by_name = {name: radii[self.pool.group_of[name]] for name in plan.weights}
+            weights, epsilon = self._ascent.perturbation(plan, by_name, self.steps, dense=dense)
+            changing = self.sharding.exposed([self.pool.parameters[name] for name in plan.weights])
+            backup = [w.clone() for w in changing]
         try:
             with self._phases("perturb"), torch.no_grad():
                 torch._foreach_add_(weights, epsilon)
                 del epsilon
                 self.zero_grad()
-                self._publish()
+                self.sharding.publish()
+                self._forget_copies()
             yield
         finally:
+            # Nothing in here waits for another process: this may be the only one that failed.
             with self._phases("perturb"), torch.no_grad():
-                torch._foreach_copy_(weights, backup)
-                self._publish()
+                torch._foreach_copy_(changing, backup)
+                self._forget_copies()
+
+    def _forget_copies(self) -> None:
+        self.sharding.forget_copies()
+        # Autocast remembers the low-precision copies of weights until its outermost context ends, which may be around
+        # the whole step.
+        torch.clear_autocast_cache()
 
     @torch.no_grad()
     def refresh(self, loss_fn: LossFn, *batches: Any) -> None:
-        """Choose the weights anew by the Fisher score of `batches`: Σ over samples of the squared per-sample gradient.
-
-        Runs in evaluation mode and leaves no trace in the model. Every process scores the samples of all processes, one
-        at a time, which makes the result the same under any sharding at the price of small passes only.
+        """Choose the weights anew by the Fisher score of `batches` (`fisher_scores`). Collective.
 
         Args:
             loss_fn: mean loss of a batch, given the forward to use; called with batches of one sample.
@@ -185,23 +220,12 @@ class SparseSAM(torch.optim.Optimizer):
             raise TypeError(f"a {type(self.mask).__name__} mask is not chosen by scores: there is nothing to refresh")
         if not batches:
             raise ValueError("refresh needs at least one batch of samples")
-        parameters = list(self._parameters.values())
-        scores = [torch.zeros_like(s.weight, dtype=torch.float32) for s in self.sharding.shards(parameters)]
-        module = self.sharding.ascent_module
-        self.zero_grad()
-        try:
-            with evaluation_mode(self.sharding.network):
-                for batch in batches:
-                    everyone = tree_map(self.sharding.gather_samples, batch)
-                    for sample in samples_of(everyone):
-                        with torch.enable_grad(), self.sharding.micro_batch(last=True):
-                            self.sharding.backward(loss_fn(module, sample))
-                        add_squares(scores, self.sharding.gradients(parameters))
-                        self.zero_grad()
-        finally:
-            self.zero_grad()
-            self.sharding.publish()
-        self.mask.select(self._layout, dict(zip(self._parameters, scores, strict=True)), self.sharding)
+        eligible = self.pool.eligible(self.param_groups)
+        parameters = [self.pool.parameters[name] for name in eligible.numels]
+        scale = 1024.0 if self.scaler is not None else 1.0  # the choice does not depend on a common factor
+        scores = fisher_scores(self.sharding, self.base_optimizer, parameters, loss_fn, batches, scale=scale)
+        self.mask.select(eligible, dict(zip(eligible.numels, scores, strict=True)), self.sharding)
+        self._ascent.uncalibrate()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients of the base optimizer's parameters, also where a backend keeps its own."""
@@ -209,108 +233,87 @@ class SparseSAM(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters of the model to the base optimizer and to the weights that can be perturbed."""
-        if not hasattr(self, "base_optimizer"):  # torch's constructor, before there is anything to add to
-            super().add_param_group(param_group)
-            return
-        self.base_optimizer.add_param_group(param_group)
-        trained = self.sharding.trained(self.base_optimizer, self.max_grad_norm)[1]
-        self._parameters, self._layout = weight_pool(self.sharding, trained)
+        super().add_param_group(param_group)
+        if hasattr(self, "_ascent"):
+            skipped = self._ascent.skipped
+            self._look_at_groups()
+            self._ascent.skipped = skipped
 
     def state_dict(self) -> dict[str, Any]:
-        """The base optimizer's state, the step count, and the mask (whole tensors: collective where they are sharded).
+        """The base optimizer's state and `sparse_state`. Collective where weights are sharded.
 
-        With DeepSpeed's stages 1 to 3 the base optimizer's state is this process's flat pieces and belongs to the
-        engine: save with `engine.save_checkpoint(..., client_state=opt.sparse_state())` instead.
+        Raises:
+            RuntimeError: DeepSpeed's stages 1 to 3 keep the base optimizer's state; says what to call instead.
         """
-        return {**self.base_optimizer.state_dict(), "sparse_sam": self.sparse_state()}
+        return {**self.sharding.state_dict(self.base_optimizer), "sparse_sam": self.sparse_state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take back what `state_dict` returned, on any number of processes."""
+        """Take back what `state_dict` returned, on any number of processes.
+
+        What `torch.distributed.checkpoint` hands over has no `sparse_sam`: save and load `opt.sparse` beside it.
+        """
         own = dict(state_dict)
-        self.load_sparse_state(own.pop("sparse_sam"))
-        self.base_optimizer.load_state_dict(own)
+        sparse = own.pop("sparse_sam", None)
+        self.sharding.load_state_dict(self.base_optimizer, own)
+        self.complete_groups()
+        if sparse is not None:
+            self.load_sparse_state(sparse)
+
+    @property
+    def sparse(self) -> SparseState:
+        """`sparse_state` as a Stateful, for `torch.distributed.checkpoint.save({..., "sparse": opt.sparse})`."""
+        return SparseState(self)
 
     def sparse_state(self) -> dict[str, Any]:
-        """What SparseSAM itself must remember: `steps`, and of a scored mask `perturbed` and `mask`.
+        """What SparseSAM itself must remember, in tensors that mean the same on any number of processes. Collective.
 
-        `mask` has whole boolean tensors by parameter name, None for a tensor perturbed as a whole. Collective.
+        `steps` and `skipped` (int64, shape ()); `calibrated`, the step of the last calibration (−1: due), and `shares`
+        (float32, one a parameter), the calibration; and `mask`, booleans by parameter name, of a mask chosen by scores.
         """
-        plan = self.mask.selected if isinstance(self.mask, Scored) else None
-        if plan is None:
-            return {"steps": self.steps}
-        mask = {
-            name: None if local is None else self.sharding.gather(self._parameters[name], local)
-            for name, local in plan.weights.items()
-        }
-        return {"steps": self.steps, "perturbed": plan.perturbed, "mask": mask}
+        masks = whole_masks(self.sharding, self.pool.parameters, self.mask)
+        return {"steps": torch.tensor(self.steps), **self._ascent.state(), "mask": masks}
 
     def load_sparse_state(self, state: dict[str, Any]) -> None:
         """Take back what `sparse_state` returned, on any number of processes.
 
         Raises:
-            ValueError: the state has a mask and this optimizer's mask is not chosen by scores.
+            ValueError: the state is of another mask or of other parameters.
         """
+        restore_masks(self.sharding, self.pool.parameters, self.mask, state["mask"])
+        self._ascent.load_state(state)
         self.steps = int(state["steps"])
-        if "mask" not in state:
-            return
-        if not isinstance(self.mask, Scored):
-            raise ValueError(
-                f"the saved state has a mask chosen by scores, this optimizer a {type(self.mask).__name__}"
-            )
-        local: dict[str, Tensor | None] = {
-            name: None if whole is None else self.sharding.scatter(self._parameters[name], whole)
-            for name, whole in state["mask"].items()
-        }
-        self.mask.restore(Plan(0, local, int(state["perturbed"])))
-
-    def _publish(self) -> None:
-        self.sharding.publish()
-        # Autocast remembers the low-precision copies of weights until its outermost context ends, which may be around
-        # the whole step.
-        torch.clear_autocast_cache()
 
     def _step_closure(self, closure: Callable[[], Any]) -> Any:
         with torch.enable_grad():
-            if self.rho == 0.0:
+            if not any(self.radii):
                 return closure()
             loss = closure()
-            with self.perturbed(), frozen_statistics(self.sharding.network):
+            with self._perturbed(self.plan, dense=True), frozen_statistics(self.sharding.network):
                 closure()
         return loss
 
     def _step_batches(self, loss_fn: LossFn, batches: tuple[Any, ...]) -> Tensor:
-        plan = self.plan
         self.zero_grad()  # what an exception in an earlier step left behind
-        passes = Passes(self.sharding, plan.cut if self.rho else 0, loss_fn, batches, self._phases)
+        sharding, perturbs = self.sharding, any(self.radii)
+        plan = self.plan if perturbs else Plan(0, {}, 0)
+        dense = self._ascent.needs_all(self.steps)
+        passes = Passes(sharding, 0 if dense else plan.cut, loss_fn, batches, self._backward, self._phases)
         with torch.enable_grad():
-            if self.rho == 0.0:
+            if not perturbs:
                 return passes.descend(statistics=True)
-            with without_gradient(self._elided(plan)):
+            with without_gradient([] if dense else self._elided(plan)):
                 loss = passes.ascend()
             with self._phases("ascent backward"):
-                needed = self._parameters if self.norm == "dense" else plan.weights
-                self.sharding.reduce_ascent([self._parameters[name] for name in needed])
-            with self.perturbed():
+                needed = self.pool.parameters if dense else plan.weights
+                sharding.reduce_ascent([self.pool.parameters[name] for name in needed])
+            with self._perturbed(plan, dense=dense):
                 passes.descend(statistics=False)
         return loss
 
+    def _backward(self, loss: Tensor) -> None:
+        self.sharding.backward(loss if self.scaler is None else self.scaler.scale(loss))
+
     def _elided(self, plan: Plan) -> list[nn.Parameter]:
         """The parameters of the suffix whose ascent gradient nobody needs; the prefix is cut off by itself."""
-        if self.norm == "dense":
-            return []
-        stages = self._layout.stages
-        return [p for name, p in self._parameters.items() if name not in plan.weights and stages[name] >= plan.cut]
-
-    def _perturbation(self) -> tuple[list[Tensor], list[Tensor]]:
-        """The local tensors to perturb and their ε, made in place of their gradients."""
-        plan = self.plan
-        perturbed = [self._parameters[name] for name in plan.weights]
-        gradients = self.sharding.gradients(perturbed)
-        if self.norm == "dense":
-            squares = sum_of_squares(self.sharding.gradients(list(self._parameters.values())))
-        mask_(gradients, list(plan.weights.values()))
-        if self.norm == "masked":
-            squares = sum_of_squares(gradients)
-        norm = self.sharding.sum_over_shards(squares).sqrt()
-        scale_to_radius_(gradients, self.rho, norm)
-        return [shard.weight for shard in self.sharding.shards(perturbed)], gradients
+        stages = self.pool.layout.stages
+        return [p for name, p in self.pool.parameters.items() if name not in plan.weights and stages[name] >= plan.cut]

@@ -39,6 +39,7 @@ class Sharding(Protocol):
         descent_module: what the descent pass is run on.
         shards_each: number of processes that one copy of the weights is spread over.
         shard_index: which of them this process is.
+        takes_scaler: whether `step` takes a GradScaler.
     """
 
     network: nn.Module
@@ -46,11 +47,12 @@ class Sharding(Protocol):
     descent_module: nn.Module
     shards_each: int
     shard_index: int
+    takes_scaler: bool
 
     def trained(
         self, optimizer: torch.optim.Optimizer, max_grad_norm: float | None
-    ) -> tuple[torch.optim.Optimizer, list[nn.Parameter]]:
-        """The torch optimizer that `optimizer` is or wraps, and the model's parameters that it steps.
+    ) -> tuple[torch.optim.Optimizer, list[list[nn.Parameter]]]:
+        """The torch optimizer that `optimizer` is or wraps, and the model's parameters that it steps, by group.
 
         Raises:
             ValueError: `optimizer` is not this model's, or the backend does not clip gradients to `max_grad_norm`.
@@ -74,8 +76,16 @@ class Sharding(Protocol):
     def clear_gradients(self, optimizer: torch.optim.Optimizer) -> None:
         """Forget every gradient, wherever the backend keeps it."""
 
-    def step(self, optimizer: torch.optim.Optimizer, max_grad_norm: float | None) -> None:
-        """Clip the gradients and step, both as `trained` agreed to."""
+    def step(
+        self, optimizer: torch.optim.Optimizer, max_grad_norm: float | None, scaler: torch.amp.GradScaler | None
+    ) -> None:
+        """Clip the gradients and step, both as `trained` agreed to.
+
+        Args:
+            optimizer: as `trained` returned it.
+            max_grad_norm: as `trained` was given it.
+            scaler: what the losses were scaled by; it may skip the step.
+        """
 
     def sum_over_shards(self, value: Tensor) -> Tensor:
         """`value` summed, in place, over the processes that share one copy of the weights."""
@@ -89,8 +99,27 @@ class Sharding(Protocol):
     def scatter(self, parameter: nn.Parameter, whole: Tensor) -> Tensor:
         """The part of `whole` that lies in the place of this process's shard of `parameter`."""
 
+    def exposed(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+        """What changes on this process when the shards of `parameters` are written to and published.
+
+        Who puts all of it back, and forgets copies, has undone both without a word to the other processes.
+        """
+
     def publish(self) -> None:
-        """Make the next forward use the shards as they are now."""
+        """Make the next forward on every process use the shards as they are now. Collective."""
+
+    def forget_copies(self) -> None:
+        """Drop copies of weights, such as gathered ones, that were made before the weights changed. Not collective."""
+
+    def state_dict(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """`optimizer`'s state in torch's form.
+
+        Raises:
+            RuntimeError: it has none that means the model's parameters.
+        """
+
+    def load_state_dict(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` returned."""
 
     def whole_shape(self, parameter: nn.Parameter) -> torch.Size:
         """The shape of `parameter` over all processes."""
@@ -118,11 +147,13 @@ class Sharding(Protocol):
 class Autograd:
     """What backends have in common whose gradients are autograd's and whose weights are the optimizer's own."""
 
+    takes_scaler = True
+
     def trained(
         self, optimizer: torch.optim.Optimizer, max_grad_norm: float | None
-    ) -> tuple[torch.optim.Optimizer, list[nn.Parameter]]:
+    ) -> tuple[torch.optim.Optimizer, list[list[nn.Parameter]]]:
         """The optimizer itself and its parameters that are not frozen."""
-        return optimizer, [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+        return optimizer, [[p for p in group["params"] if p.requires_grad] for group in optimizer.param_groups]
 
     def backward(self, loss: Tensor) -> None:
         """Autograd's."""
@@ -132,11 +163,28 @@ class Autograd:
         """Drop `.grad`."""
         optimizer.zero_grad(set_to_none=True)
 
-    def step(self, optimizer: torch.optim.Optimizer, max_grad_norm: float | None) -> None:
+    def step(
+        self, optimizer: torch.optim.Optimizer, max_grad_norm: float | None, scaler: torch.amp.GradScaler | None
+    ) -> None:
         """Clip the norm of all gradients together, then step."""
+        if scaler is not None:
+            scaler.unscale_(optimizer)
         if max_grad_norm is not None:
-            nn.utils.clip_grad_norm_(self.trained(optimizer, max_grad_norm)[1], max_grad_norm)
-        optimizer.step()
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+        if scaler is None:
+            optimizer.step()
+        else:
+            scaler.step(optimizer)
+            scaler.update()
+
+    def state_dict(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """The optimizer's own."""
+        return optimizer.state_dict()
+
+    def load_state_dict(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+        """The optimizer's own."""
+        optimizer.load_state_dict(state)
 
     def whole_shape(self, parameter: nn.Parameter) -> torch.Size:
         """Its shape."""
@@ -182,8 +230,15 @@ class Unsharded(Autograd):
         """`whole`: all of it is local."""
         return whole
 
+    def exposed(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+        """The parameters themselves."""
+        return [p.detach() for p in parameters]
+
     def publish(self) -> None:
         """Nothing to do: the forward reads the very tensors that were written."""
+
+    def forget_copies(self) -> None:
+        """There are none."""
 
 
 def all_gather_samples(samples: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -30,7 +30,7 @@ class FSDP2(Autograd):
     def __init__(self, module: nn.Module) -> None:
         self.network = self.ascent_module = self.descent_module = module
         self._units = [m for m in module.modules() if isinstance(m, FSDPModule)]
-        self.publish()  # after a forward without a backward the root shows its gathered weights as its parameters
+        self.forget_copies()  # after a forward without a backward the root shows its gathered weights as its parameters
         meshes = set()
         for name, p in module.named_parameters():
             if not isinstance(p, DTensor) or p.device_mesh.ndim != 1 or p.placements != (ShardPlacement(0),):
@@ -99,8 +99,16 @@ class FSDP2(Autograd):
         local = _local(parameter)
         return whole.reshape(-1)[start : start + local.numel()].reshape(local.shape)
 
+    def exposed(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+        """The local rows of each parameter."""
+        return [_local(p) for p in parameters]
+
     def publish(self) -> None:
-        """Free every gathered copy, so that the next forward gathers anew."""
+        """The next forward gathers the shards anew."""
+        self.forget_copies()
+
+    def forget_copies(self) -> None:
+        """Free every gathered copy."""
         for unit in self._units:
             unit.reshard()
 

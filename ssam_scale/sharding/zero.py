@@ -101,6 +101,8 @@ def _check_setup(engine: Any) -> None:
 class Driven:
     """What all stages have in common: forward, backward and step are the engine's."""
 
+    takes_scaler = False
+
     def __init__(self, engine: Any) -> None:
         self._engine = engine
         self.network: nn.Module = engine.module
@@ -109,8 +111,8 @@ class Driven:
 
     def trained(
         self, optimizer: torch.optim.Optimizer, max_grad_norm: float | None
-    ) -> tuple[torch.optim.Optimizer, list[nn.Parameter]]:
-        """The optimizer that the engine steps, and the model's parameters that it was given."""
+    ) -> tuple[torch.optim.Optimizer, list[list[nn.Parameter]]]:
+        """The optimizer that the engine steps, and the model's parameters that it was given, by group."""
         engine = self._engine
         if optimizer is not engine.optimizer and optimizer is not engine.basic_optimizer:
             raise ValueError("the optimizer is not the one that the DeepSpeed engine was initialised with")
@@ -120,11 +122,14 @@ class Driven:
                 f"max_grad_norm is {max_grad_norm} but the DeepSpeed engine clips, with gradient_clipping {clipping}; "
                 "set it in the DeepSpeed configuration (0.0 is off; left out it is 1.0) and leave max_grad_norm at None"
             )
-        return engine.basic_optimizer, self._parameters()
+        return engine.basic_optimizer, self._trained_groups()
+
+    def _trained_groups(self) -> list[list[nn.Parameter]]:
+        groups = self._engine.basic_optimizer.param_groups
+        return [[p for p in group["params"] if p.requires_grad] for group in groups]
 
     def _parameters(self) -> list[nn.Parameter]:
-        groups = self._engine.basic_optimizer.param_groups
-        return [p for group in groups for p in group["params"] if p.requires_grad]
+        return [p for group in self._trained_groups() for p in group]
 
     @contextmanager
     def micro_batch(self, *, last: bool) -> Iterator[None]:
@@ -139,7 +144,9 @@ class Driven:
     def reduce_ascent(self, parameters: Sequence[nn.Parameter]) -> None:
         """The engine reduced them in the backward."""
 
-    def step(self, optimizer: torch.optim.Optimizer, max_grad_norm: float | None) -> None:
+    def step(
+        self, optimizer: torch.optim.Optimizer, max_grad_norm: float | None, scaler: torch.amp.GradScaler | None
+    ) -> None:
         """The engine's step: it clips, steps the optimizer, and gathers the weights."""
         self._engine.step()
 
@@ -169,8 +176,8 @@ class Spread(Driven):
 
     def trained(
         self, optimizer: torch.optim.Optimizer, max_grad_norm: float | None
-    ) -> tuple[torch.optim.Optimizer, list[nn.Parameter]]:
-        """The optimizer that the engine steps, and the model's parameters that it was given."""
+    ) -> tuple[torch.optim.Optimizer, list[list[nn.Parameter]]]:
+        """The optimizer that the engine steps, and the model's parameters that it was given, by group."""
         if len(self._engine.basic_optimizer.param_groups) != self._groups:
             raise ValueError("DeepSpeed takes parameter groups only before deepspeed.initialize")
         return super().trained(optimizer, max_grad_norm)
@@ -202,6 +209,17 @@ class Spread(Driven):
         """The local run."""
         [shard] = self.shards([parameter])
         return whole.reshape(-1)[shard.start : shard.start + shard.weight.numel()]
+
+    def state_dict(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """Refused: the optimizer sees flat pieces."""
+        raise RuntimeError(
+            "the optimizer's state belongs to the DeepSpeed engine: call engine.save_checkpoint(..., "
+            "client_state=opt.sparse_state()), and engine.load_checkpoint with opt.load_sparse_state"
+        )
+
+    def load_state_dict(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+        """Refused, as `state_dict`."""
+        self.state_dict(optimizer)
 
     def whole_state(
         self, network: nn.Module, optimizer: torch.optim.Optimizer
@@ -258,8 +276,16 @@ class Spread(Driven):
             optimizer.param_groups[group].update({key: value for key, value in saved.items() if key != "params"})
         self.publish()
 
+    def exposed(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+        """What changes on this process when the shards of `parameters` are written to and published."""
+        raise NotImplementedError
+
     def publish(self) -> None:
-        """Make the next forward use the shards as they are now."""
+        """Make the next forward on every process use the shards as they are now."""
+        raise NotImplementedError
+
+    def forget_copies(self) -> None:
+        """Drop copies of weights that were made before the weights changed."""
         raise NotImplementedError
 
     def whole_shape(self, parameter: nn.Parameter) -> torch.Size:

@@ -37,8 +37,8 @@ class ZeRO12(Spread):
         super().__init__(engine, _INTERNALS)
         self._group = {id(p): index for index, group in enumerate(self._zero.bit16_groups) for p in group}
 
-    def _parameters(self) -> list[nn.Parameter]:
-        return [p for group in self._zero.bit16_groups for p in group]
+    def _trained_groups(self) -> list[list[nn.Parameter]]:
+        return [list(group) for group in self._zero.bit16_groups]
 
     def _run(self, parameter: nn.Parameter) -> tuple[int, int, int]:
         """Of the local run: its start in this process's part, its start in the parameter, its length.
@@ -105,6 +105,13 @@ class ZeRO12(Spread):
         for kept in (self._zero.averaged_gradients, self._zero.all_grad_tensors):
             for group in kept:
                 kept[group] = None
+
+    def exposed(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+        """The whole parameters: every process holds all of them."""
+        return [p.detach() for p in parameters]
+
+    def forget_copies(self) -> None:
+        """There are none: a forward reads the flat buffers."""
 
     def publish(self) -> None:
         """Gather every process's part into the flat buffers, as at the end of the optimizer's step."""

@@ -52,8 +52,11 @@ class ZeRO3(Spread):
                 self._place[id(p)] = index, start
                 start += p.ds_tensor.numel()
 
-    def _parameters(self) -> list[nn.Parameter]:
-        return [p for group in self._zero.fp16_groups for p in group]
+    def _trained_groups(self) -> list[list[nn.Parameter]]:
+        groups: list[list[nn.Parameter]] = [[] for _ in range(self._groups)]
+        for index, sub_group in enumerate(self._zero.fp16_groups):
+            groups[self._zero.sub_group_to_group_id[index]] += sub_group
+        return groups
 
     def whole_shape(self, parameter: nn.Parameter) -> torch.Size:
         """Its shape when it is gathered."""
@@ -84,8 +87,18 @@ class ZeRO3(Spread):
         self._zero.zero_grad()
         self._zero.grad_partitions_flat_buffer.zero_()
 
+    def exposed(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+        """The local runs, and what stays gathered."""
+        mine = {id(p) for p in parameters}
+        kept = [p.detach() for p in self._zero.persistent_parameters if id(p) in mine]
+        return [shard.weight for shard in self.shards(parameters)] + kept
+
     def publish(self) -> None:
         """Free every gathered copy; gather again what DeepSpeed keeps gathered."""
-        self._zero.empty_partition_cache()
+        self.forget_copies()
         if kept := self._zero.persistent_parameters:
             kept[0].all_gather(kept)
+
+    def forget_copies(self) -> None:
+        """Free every gathered copy that is not kept."""
+        self._zero.empty_partition_cache()

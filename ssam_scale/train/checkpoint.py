@@ -4,8 +4,8 @@
         model.safetensors       weights and buffers under timm's names: timm loads this file as it is
         optimizer.safetensors   state of the base optimizer, `<parameter>|<entry>`
         average.safetensors     averaged weights, with an EMA
-        mask.safetensors        which weights are perturbed, with a mask chosen by scores
-        state.json              epoch, step, model, configuration, the optimizer's numbers
+        sparse.safetensors      steps, calibration and, with a mask chosen by scores, which weights are perturbed
+        state.json              epoch, step, model, configuration, the optimizer's numbers, the loss scale
 
 Tensors are whole, so a run goes on under another backend or number of processes. A checkpoint appears under its name
 only when it is complete: it is written beside it and renamed.
@@ -33,7 +33,8 @@ from ssam_scale.sharding import World
 
 from .average import AveragedWeights
 
-_FORMAT = 1
+_FORMAT = 2
+_MASK = "mask."
 _NAME = re.compile(r"epoch_(\d+)")
 
 
@@ -111,7 +112,8 @@ def save(
     """
     model, optimizer = opt.sharding.whole_state(network, opt.base_optimizer)
     sparse = opt.sparse_state()
-    files: dict[str, dict[str, Tensor]] = {"model": model}
+    masks = {_MASK + name: whole for name, whole in sparse.pop("mask").items()}
+    files: dict[str, dict[str, Tensor]] = {"model": model, "sparse": sparse | masks}
     files["optimizer"] = {
         f"{name}|{entry}": value
         for name, entries in optimizer.get("state", {}).items()
@@ -124,9 +126,6 @@ def save(
         name: {entry: value for entry, value in entries.items() if not isinstance(value, Tensor)}
         for name, entries in optimizer.get("state", {}).items()
     }
-    mask = sparse.pop("mask", None)
-    if mask is not None:
-        files["mask"] = {name: whole for name, whole in mask.items() if whole is not None}
     state = {
         "format": _FORMAT,
         "progress": vars(progress),
@@ -135,8 +134,7 @@ def save(
         "optimizer": config.optimizer.name,
         "optimizer_numbers": {name: entries for name, entries in numbers.items() if entries},
         "param_groups": optimizer.get("param_groups", []),
-        "sparse": sparse,
-        "whole_tensors": None if mask is None else [name for name, whole in mask.items() if whole is None],
+        "loss_scale": opt.scaler.state_dict() if opt.scaler is not None else None,
         "config": config.model_dump(mode="json"),
     }
     failure = _write(config, progress.epoch, files, state) if world.first else ""
@@ -159,6 +157,8 @@ def load(
     """
     try:
         state = json.loads((path / "state.json").read_text())
+        if state["format"] != _FORMAT:
+            raise ValueError(f"it has format {state['format']}, this version of ssam_scale reads format {_FORMAT}")
         files = {p.stem: load_file(p) for p in path.glob("*.safetensors")}
         progress = Progress(**state["progress"])
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
@@ -175,11 +175,10 @@ def load(
     # A run is what its configuration says: weight decay, momentum and the like may be changed on resuming.
     for group, options in zip(opt.param_groups, configured, strict=True):
         group.update(options)
-    sparse = state["sparse"]
-    if state["whole_tensors"] is not None:
-        device = next(network.parameters()).device
-        chosen = {name: t.to(device) for name, t in files.get("mask", {}).items()}
-        sparse["mask"] = chosen | dict.fromkeys(state["whole_tensors"])
+    if opt.scaler is not None and state["loss_scale"] is not None:
+        opt.scaler.load_state_dict(state["loss_scale"])
+    mask = {name.removeprefix(_MASK): t for name, t in files["sparse"].items() if name.startswith(_MASK)}
+    sparse = {name: t for name, t in files["sparse"].items() if not name.startswith(_MASK)} | {"mask": mask}
     try:
         opt.load_sparse_state(sparse)
     except ValueError as error:

@@ -65,7 +65,7 @@ CASES = [
 
 def whole_mask(opt: SparseSAM) -> dict[str, torch.Tensor]:
     """The plan of the next step spelled out for every weight."""
-    named, sharding, weights = opt._parameters, opt.sharding, opt.plan.weights
+    named, sharding, weights = opt.pool.parameters, opt.sharding, opt.plan.weights
     shards = sharding.shards([named[name] for name in weights])
     return {
         name: sharding.gather(named[name], torch.ones_like(s.weight, dtype=torch.bool) if local is None else local)
@@ -111,7 +111,7 @@ def train(world: World, backend: Any, cases: list[Case], **kwargs: Any) -> list[
             masks.append(whole_mask(opt))
             micro = [part(own, i, case.accumulation) for i in range(case.accumulation)]
             losses.append(world.sum(opt.step(loss_fn, *micro)) / world.size)
-        parameters = opt._parameters
+        parameters = opt.pool.parameters
         shards = opt.sharding.shards(list(parameters.values()))
         weights = {
             name: opt.sharding.gather(p, shard.weight)

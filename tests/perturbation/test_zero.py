@@ -71,7 +71,7 @@ SETTINGS: list[tuple[int, dict[str, Any]]] = [
 ]
 PICKED = [
     Case("resnet", "moving cut"),
-    Case("vit", "tensor", accumulation=3),
+    Case("vit", "tensor", accumulation=2),
     Case("vit", "element", norm="dense", accumulation=2, optimizer="adamw"),
     Case("vit", "dense", clip=0.2, groups=2),
 ]

@@ -1,0 +1,56 @@
+"""An optimizer around another one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+class AroundOptimizer(torch.optim.Optimizer):
+    """A torch optimizer whose parameter groups and state are the base optimizer's.
+
+    They are asked for each time, because loading a state gives an optimizer new lists and dictionaries.
+
+    Args:
+        base_optimizer: whose.
+        options: defaults of what every group has beside the base optimizer's options.
+    """
+
+    def __init__(self, base_optimizer: torch.optim.Optimizer, **options: Any) -> None:
+        super().__init__(base_optimizer.param_groups, base_optimizer.defaults | options)
+        self.base_optimizer = base_optimizer
+        self._own_options = tuple(options)
+        self.complete_groups()
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The base optimizer's."""
+        return self.base_optimizer.param_groups if "base_optimizer" in self.__dict__ else self._given_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self._given_groups = groups  # torch's constructor
+
+    @property
+    def state(self) -> Any:
+        """The base optimizer's."""
+        return self.base_optimizer.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        pass  # torch's constructor
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the base optimizer."""
+        if "base_optimizer" not in self.__dict__:  # torch's constructor, before there is anything to add to
+            super().add_param_group(param_group)
+            return
+        self.base_optimizer.add_param_group(param_group)
+        self.complete_groups()
+
+    def complete_groups(self) -> None:
+        """Give groups that were added or saved by the base optimizer alone the options that it does not know."""
+        for group in self.param_groups:
+            for option in self._own_options:
+                group.setdefault(option, self.defaults[option])

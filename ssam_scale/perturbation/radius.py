@@ -1,0 +1,74 @@
+"""How the radius ρ changes over training: a factor on each parameter group's own `rho`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+
+class RadiusSchedule(Protocol):
+    """A function of the step and the parameter group, so that nothing of it has to be saved."""
+
+    def __call__(self, step: int, group: Mapping[str, Any]) -> float:
+        """The factor on `group["rho"]` at step number `step`, from 0."""
+
+
+@dataclass(frozen=True)
+class ConstantRadius:
+    """ρ as it is."""
+
+    def __call__(self, step: int, group: Mapping[str, Any]) -> float:
+        """1."""
+        return 1.0
+
+
+@dataclass(frozen=True)
+class CosineRadius:
+    """From ρ to `final` · ρ along half a cosine.
+
+    Attributes:
+        steps: optimizer steps of the way; afterwards it stays at the end.
+        final: factor at the end, at least 0; above 1 the radius grows.
+    """
+
+    steps: int
+    final: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.final < 0.0:
+            raise ValueError(f"steps is {self.steps} and final {self.final}; at least 1 and at least 0 are needed")
+
+    def __call__(self, step: int, group: Mapping[str, Any]) -> float:
+        """final + (1 − final) · (1 + cos(π · step / steps)) / 2."""
+        progress = min(step, self.steps) / self.steps
+        return self.final + (1.0 - self.final) * (1.0 + math.cos(math.pi * progress)) / 2.0
+
+
+@dataclass(frozen=True)
+class TiedRadius:
+    """ρ follows each group's learning rate: as in GSAM (arXiv 2203.08065, section 5) the two fall together.
+
+    Attributes:
+        final: factor where the learning rate is 0, at least 0.
+    """
+
+    final: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.final < 0.0:
+            raise ValueError(f"final is {self.final}; at least 0 is needed")
+
+    def __call__(self, step: int, group: Mapping[str, Any]) -> float:
+        """final + (1 − final) · lr / initial_lr.
+
+        Raises:
+            ValueError: nothing has said what the learning rate was at first.
+        """
+        if "initial_lr" not in group:
+            raise ValueError(
+                "TiedRadius needs the group's `initial_lr`, which a learning-rate scheduler notes: build the scheduler "
+                "before the first step"
+            )
+        return self.final + (1.0 - self.final) * float(group["lr"]) / float(group["initial_lr"])
