@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, TypeAlias
 
@@ -34,7 +33,7 @@ class Ascent:
 
     Attributes:
         skipped: number of steps without a perturbation because the gradient was not finite, int64 of shape ().
-        shares: of ‖g‖² by parameter, float32; not a number before the first calibration.
+        shares: of ‖g‖² by parameter, float32; −1 before the first calibration.
         calibrated: the step of the last calibration, −1 when one is due.
 
     Raises:
@@ -59,7 +58,7 @@ class Ascent:
         self._index = {name: i for i, name in enumerate(parameters)}
         self._device = next(iter(parameters.values())).device if parameters else torch.device("cpu")
         self.skipped = torch.zeros((), dtype=torch.int64, device=self._device)
-        self.shares = torch.full((len(parameters),), math.nan, device=self._device)
+        self.shares = torch.full((len(parameters),), -1.0, device=self._device)
         self.calibrated = -1
 
     def uncalibrate(self) -> None:
@@ -150,7 +149,7 @@ class Ascent:
             return torch.ones((), device=self._device)
         share = self.shares[self._places(plan.weights)].sum()
         # No calibration worked yet: go as far as the masked norm does.
-        return torch.where(share.isnan(), torch.ones_like(share), share.sqrt())
+        return torch.where(share < 0.0, torch.ones_like(share), share.abs().sqrt())
 
     def _places(self, names: Iterable[str]) -> Tensor:
         return torch.tensor([self._index[name] for name in names], dtype=torch.int64).to(self._device)
