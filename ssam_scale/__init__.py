@@ -9,19 +9,32 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .errors import UserError
     from .masks import Dense, Depth, Scored
-    from .perturbation import SparseSAM, Stage, StagedModel
+    from .perturbation import CosineRadius, SparseSAM, Stage, StagedModel, TiedRadius
 
 __version__ = "0.1.0"
-__all__ = ["Dense", "Depth", "Scored", "SparseSAM", "Stage", "StagedModel", "UserError", "__version__"]
+__all__ = [
+    "CosineRadius",
+    "Dense",
+    "Depth",
+    "Scored",
+    "SparseSAM",
+    "Stage",
+    "StagedModel",
+    "TiedRadius",
+    "UserError",
+    "__version__",
+]
 
 # Imported when first used: a command that only reads a configuration should not wait seconds for torch.
 _HOMES = {
+    "CosineRadius": "perturbation",
     "Dense": "masks",
     "Depth": "masks",
     "Scored": "masks",
     "SparseSAM": "perturbation",
     "Stage": "perturbation",
     "StagedModel": "perturbation",
+    "TiedRadius": "perturbation",
     "UserError": "errors",
 }
 

@@ -1,7 +1,21 @@
 """The step: which gradient is taken where, and what comes back exactly as it was."""
 
+from .ascent import Norm
 from .phases import Phase, Phases, no_phases
+from .radius import ConstantRadius, CosineRadius, RadiusSchedule, TiedRadius
 from .sparse_sam import SparseSAM
 from .stages import Stage, StagedModel
 
-__all__ = ["Phase", "Phases", "SparseSAM", "Stage", "StagedModel", "no_phases"]
+__all__ = [
+    "ConstantRadius",
+    "CosineRadius",
+    "Norm",
+    "Phase",
+    "Phases",
+    "RadiusSchedule",
+    "SparseSAM",
+    "Stage",
+    "StagedModel",
+    "TiedRadius",
+    "no_phases",
+]

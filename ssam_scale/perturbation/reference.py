@@ -14,27 +14,68 @@ from torch import Tensor, nn
 from .batchnorm import frozen_statistics
 
 
+def reference_gradient(
+    model: nn.Module, loss_fn: Callable[[nn.Module, Any], Tensor], batch: Any, *, adaptive: bool = False
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss and, by parameter name, its gradient: float32, zeros where there is none, times |w| + 0.01 if adaptive.
+
+    Args:
+        model: the network.
+        loss_fn: mean loss of the model on a batch.
+        batch: the whole global batch.
+        adaptive: in the coordinates of ASAM (arXiv 2102.11600, equation 3).
+    """
+    model.zero_grad()
+    loss = loss_fn(model, batch)
+    loss.backward()
+    gradient = {
+        name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    }
+    model.zero_grad()
+    gradient = {name: g.float() for name, g in gradient.items()}
+    if adaptive:
+        weights = dict(model.named_parameters())
+        gradient = {name: g * (weights[name].detach().float().abs() + 0.01) for name, g in gradient.items()}
+    return loss.detach(), gradient
+
+
+def masked_by(gradient: Mapping[str, Tensor], mask: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """m ⊙ g; what has no mask is not perturbed."""
+    return {n: g * mask[n].to(g.dtype) if n in mask else torch.zeros_like(g) for n, g in gradient.items()}
+
+
+def length_of(gradient: Mapping[str, Tensor]) -> Tensor:
+    """The norm of all tensors together, summed in float64."""
+    return torch.stack([(g.double() ** 2).sum() for g in gradient.values()]).sum().sqrt()
+
+
 def reference_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     loss_fn: Callable[[nn.Module, Any], Tensor],
     batch: Any,
     *,
-    rho: float,
+    rho: float | Mapping[str, float],
     mask: Mapping[str, Tensor],
     norm: Literal["dense", "masked"],
+    adaptive: bool = False,
     max_grad_norm: float | None = None,
 ) -> Tensor:
     """One step of masked SAM: ε = ρ · (m ⊙ g) / ‖·‖, then the base optimizer with the gradient at w + ε.
+
+    With `adaptive`, T = |w| + 0.01: ε = ρ · T (m ⊙ T g) / ‖·‖, the norm being that of T g or m ⊙ T g.
 
     Args:
         model: the network; its parameters are stepped in place.
         optimizer: the base optimizer.
         loss_fn: mean loss of the model on a batch.
         batch: the whole global batch.
-        rho: radius of the perturbation; with 0 the result is the base optimizer's.
+        rho: radius of the perturbation, or one for each parameter by name; with 0 the result is the base optimizer's.
         mask: 1 for perturbed, by parameter name and of its shape; what is missing counts as zeros.
         norm: divide by ‖g‖ (dense) or ‖m ⊙ g‖ (masked).
+        adaptive: perturb weights in proportion to their magnitude.
         max_grad_norm: the descent gradient is clipped to this norm.
 
     Returns:
@@ -42,17 +83,14 @@ def reference_step(
     """
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     before = {name: p.detach().clone() for name, p in named.items()}
-
-    optimizer.zero_grad()
-    loss = loss_fn(model, batch)
-    loss.backward()
-    gradient = {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in named.items()}
-    masked = {n: g * mask[n].to(g.dtype) if n in mask else torch.zeros_like(g) for n, g in gradient.items()}
-    divisor = gradient if norm == "dense" else masked
-    length = torch.stack([(g.double() ** 2).sum() for g in divisor.values()]).sum().sqrt()
+    loss, gradient = reference_gradient(model, loss_fn, batch, adaptive=adaptive)
+    masked = masked_by(gradient, mask)
+    length = length_of(gradient if norm == "dense" else masked)
     with torch.no_grad():
         for name, p in named.items():
-            p.copy_(before[name] + (rho / (length + 1e-7)).float() * masked[name])
+            radius = rho[name] if isinstance(rho, Mapping) else rho
+            scale = before[name].float().abs() + 0.01 if adaptive else 1.0
+            p.copy_(before[name] + (radius / (length + 1e-7)).float() * scale * masked[name])
 
     optimizer.zero_grad()
     with frozen_statistics(model):
@@ -64,4 +102,4 @@ def reference_step(
         torch.nn.utils.clip_grad_norm_(named.values(), max_grad_norm)
     optimizer.step()
     optimizer.zero_grad()
-    return loss.detach()
+    return loss
