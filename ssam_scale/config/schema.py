@@ -179,9 +179,20 @@ class Sharding(Section):
     backend: Literal["auto", "single", "ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3"] = Field(
         "auto", description="auto: single on one process, ddp on several; zero0 to zero3: stages of DeepSpeed's ZeRO"
     )
+    replicas: int = Field(
+        1,
+        ge=1,
+        description="copies of the weights that fsdp2 keeps: 1 shards over all processes, n over n groups (HSDP)",
+    )
     deepspeed: dict[str, Any] = Field(
         default_factory=dict, description="sections of DeepSpeed's configuration, for the backends zero0 to zero3"
     )
+
+    @model_validator(mode="after")
+    def _only_fsdp_replicates(self) -> Sharding:
+        if self.replicas > 1 and self.backend != "fsdp2":
+            raise ValueError(f"replicas: is for the backend fsdp2, and backend is {self.backend}")
+        return self
 
     @model_validator(mode="after")
     def _only_deepspeeds_own(self) -> Sharding:

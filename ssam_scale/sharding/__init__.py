@@ -56,6 +56,7 @@ def distribute(
     blocks: Sequence[nn.Module],
     backend: Literal["single", "ddp", "fsdp2"],
     world: World,
+    replicas: int = 1,
 ) -> nn.Module:
     """Distribute `module` over the processes of `world`: the returned module is the one to train.
 
@@ -64,10 +65,12 @@ def distribute(
         blocks: submodules that FSDP2 gathers and frees as one unit.
         backend: how.
         world: over whom.
+        replicas: copies of the weights that FSDP2 keeps, each spread over world size / replicas processes (HSDP).
 
     Raises:
-        ValueError: the backend does not go with the number of processes.
+        ValueError: the backend or the number of replicas does not go with the number of processes.
     """
+    _check_replicas(backend, replicas)
     if backend == "single" and world.size > 1:
         raise ValueError(f"backend single on {world.size} processes; use ddp or fsdp2")
     if backend != "single" and not dist.is_initialized():
@@ -78,7 +81,7 @@ def distribute(
     if backend == "ddp":
         ids = [world.device.index] if world.device.type == "cuda" else None
         return DistributedDataParallel(module, device_ids=ids, **without_buffer_sync())
-    return shard_fsdp2(module, blocks, world.device)
+    return shard_fsdp2(module, blocks, world.device, replicas)
 
 
 def place(
@@ -88,6 +91,7 @@ def place(
     world: World,
     make_optimizer: Callable[[], torch.optim.Optimizer],
     *,
+    replicas: int = 1,
     batch_size: int = 1,
     accumulation: int = 1,
     max_grad_norm: float | None = None,
@@ -101,17 +105,20 @@ def place(
         backend: how.
         world: over whom.
         make_optimizer: builds the base optimizer over the module's parameters, as they are when it is called.
+        replicas: copies of the weights that FSDP2 keeps, as `distribute` takes it.
         batch_size: samples of one micro-batch on one process; DeepSpeed wants to know.
         accumulation: micro-batches in one step; DeepSpeed wants to know.
         max_grad_norm: what the descent gradient will be clipped to; DeepSpeed clips itself.
         deepspeed: sections of DeepSpeed's configuration beside those that say the same as the other arguments.
 
     Raises:
-        ValueError: the backend does not go with the number of processes, or DeepSpeed does not take its configuration.
+        ValueError: the backend or the number of replicas does not go with the number of processes, or DeepSpeed does
+            not take its configuration.
     """
     if not backend.startswith("zero"):
-        placed = distribute(module, blocks, backend, world)  # type: ignore[arg-type]
+        placed = distribute(module, blocks, backend, world, replicas)  # type: ignore[arg-type]
         return placed, make_optimizer()
+    _check_replicas(backend, replicas)
     if not dist.is_initialized():
         raise ValueError(
             f"backend {backend} without a launcher; use single, or start the processes with deepspeed or torchrun"
@@ -130,3 +137,12 @@ def place(
         config=deepspeed,
     )
     return engine, optimizer
+
+
+def _check_replicas(backend: Backend, replicas: int) -> None:
+    if replicas < 1:
+        raise ValueError(f"replicas is {replicas}; at least 1 is needed")
+    if replicas > 1 and backend != "fsdp2":
+        raise ValueError(
+            f"{replicas} replicas with backend {backend}; only fsdp2 spreads several copies of the weights"
+        )

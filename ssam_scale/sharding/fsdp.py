@@ -1,4 +1,7 @@
-"""FSDP2: every parameter is split along its first dimension over the processes of a mesh."""
+"""FSDP2: every parameter is split along its first dimension over a group of processes.
+
+There may be several such groups that each hold all of the weights (HSDP): the mesh has a dimension for the copies then.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Placement, Replicate
 from torch.distributed.tensor import Shard as ShardPlacement
 
 from .base import Autograd, Shard, all_gather_samples
+
+_LAYOUTS: dict[int, tuple[Placement, ...]] = {1: (ShardPlacement(0),), 2: (Replicate(), ShardPlacement(0))}
 
 
 class FSDP2(Autograd):
@@ -24,7 +29,7 @@ class FSDP2(Autograd):
     keeps them between forwards) would go on computing with old ones: `publish` frees every gathered copy.
 
     Raises:
-        ValueError: a parameter is not split along dimension 0 of a one-dimensional mesh.
+        ValueError: a parameter is not split along dimension 0, over the one or the last of two mesh dimensions.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -33,17 +38,21 @@ class FSDP2(Autograd):
         self.forget_copies()  # after a forward without a backward the root shows its gathered weights as its parameters
         meshes = set()
         for name, p in module.named_parameters():
-            if not isinstance(p, DTensor) or p.device_mesh.ndim != 1 or p.placements != (ShardPlacement(0),):
-                where = (
-                    f"{p.placements} on mesh {tuple(p.device_mesh.shape)}" if isinstance(p, DTensor) else "not sharded"
+            if not isinstance(p, DTensor):
+                raise ValueError(f"parameter {name} is not sharded; call fully_shard without ignored_params")
+            if p.placements != _LAYOUTS.get(p.device_mesh.ndim):
+                raise ValueError(
+                    f"parameter {name} is {p.placements} on mesh {tuple(p.device_mesh.shape)}; supported are "
+                    "(Shard(0),) on one dimension and (Replicate(), Shard(0)) on two"
                 )
-                raise ValueError(f"parameter {name} is {where}; supported is Shard(0) on a one-dimensional mesh")
             meshes.add(p.device_mesh)
         if len(meshes) != 1:
             raise ValueError(f"the model's parameters lie on {len(meshes)} meshes; supported is one")
         self._mesh: DeviceMesh = meshes.pop()
-        self.shards_each = self._mesh.size()
-        self.shard_index = self._mesh.get_local_rank()
+        self._layout = _LAYOUTS[self._mesh.ndim]
+        self._over = self._mesh.ndim - 1  # the mesh dimension that one copy of the weights is spread over
+        self.shards_each = self._mesh.size(self._over)
+        self.shard_index = self._mesh.get_local_rank(self._over)
 
     def shards(self, parameters: Sequence[nn.Parameter]) -> list[Shard]:
         """The local rows of each parameter."""
@@ -73,20 +82,22 @@ class FSDP2(Autograd):
             root.set_requires_gradient_sync(True)
 
     def sum_over_shards(self, value: Tensor) -> Tensor:
-        """An all-reduce over the mesh."""
-        dist.all_reduce(value, group=self._mesh.get_group())
+        """An all-reduce over the processes of one copy."""
+        dist.all_reduce(value, group=self._mesh.get_group(self._over))
         return value
 
     def gather_samples(self, samples: Tensor) -> Tensor:
-        """An all-gather over the mesh."""
-        return all_gather_samples(samples, self._mesh.get_group())
+        """An all-gather over the processes of one copy, then one over the copies."""
+        for dimension in reversed(range(self._mesh.ndim)):
+            samples = all_gather_samples(samples, self._mesh.get_group(dimension))
+        return samples
 
     def gather(self, parameter: nn.Parameter, local: Tensor) -> Tensor:
-        """An all-gather over the mesh."""
+        """An all-gather over the processes of one copy."""
         spread = DTensor.from_local(
             local,
             self._mesh,
-            (ShardPlacement(0),),
+            self._layout,
             run_check=False,
             shape=parameter.shape,
             stride=torch.empty(parameter.shape, device="meta").stride(),
@@ -119,15 +130,26 @@ def _local(tensor: Tensor) -> Tensor:
         return tensor.to_local()
 
 
-def shard_fsdp2(module: nn.Module, blocks: Sequence[nn.Module], device: torch.device) -> nn.Module:
+def shard_fsdp2(module: nn.Module, blocks: Sequence[nn.Module], device: torch.device, replicas: int = 1) -> nn.Module:
     """`fully_shard` each block and then `module` itself over all processes, in place.
 
     Args:
         module: the model on `device`, the same on every process.
         blocks: submodules that are gathered and freed as one unit.
         device: where the shards live.
+        replicas: copies of the weights, each spread over as many processes of consecutive ranks.
+
+    Raises:
+        ValueError: the number of processes is not a multiple of `replicas`.
     """
-    mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
+    size = dist.get_world_size()
+    if size % replicas:
+        raise ValueError(f"{size} processes cannot hold {replicas} replicas; use a multiple of {replicas} processes")
+    if replicas == 1:
+        mesh = dist.init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))
+    else:
+        shape = (replicas, size // replicas)
+        mesh = dist.init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
     for block in blocks:
         if block is not module:
             fully_shard(block, mesh=mesh)

@@ -110,6 +110,7 @@ def build(config: Config, world: World, phases: Phases) -> Parts:
             backend,
             world,
             lambda: _base_optimizer(config, network),
+            replicas=config.sharding.replicas,
             batch_size=config.data.batch_size // per_step,
             accumulation=config.train.accumulation,
             max_grad_norm=clip,

@@ -97,6 +97,8 @@ def configs(draw: st.DrawFn) -> Config:
     if mask and "cut" in mask:
         mask["cut"] = sorted(mask["cut"]) if mask["policy"] == "rotate" else [mask["cut"][0]] * 2
         data["perturbation"]["norm"] = "masked"
+    if data["sharding"]["backend"] != "fsdp2":
+        data["sharding"]["replicas"] = 1
     if data["sharding"]["backend"].startswith("zero"):
         data["optimizer"] |= {"name": "sgd", "kwargs": {}}
     else:
