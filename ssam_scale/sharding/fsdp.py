@@ -26,15 +26,26 @@ class FSDP2(Autograd):
     """A root module on which `fully_shard` was called.
 
     The step writes to the local shards behind FSDP's back, so a module that still holds gathered weights (the root
-    keeps them between forwards) would go on computing with old ones: `publish` frees every gathered copy.
+    keeps them between forwards, and a unit whose forward raised) would go on computing with old ones: `publish` frees
+    every gathered copy.
 
     Raises:
-        ValueError: a parameter is not split along dimension 0, over the one or the last of two mesh dimensions.
+        ValueError: `module` is only a part of what is sharded, or a parameter is not split along dimension 0, over the
+            one or the last of two mesh dimensions.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.network = self.ascent_module = self.descent_module = module
-        self._units = [m for m in module.modules() if isinstance(m, FSDPModule)]
+        assert isinstance(module, FSDPModule)
+        self._root: FSDPModule = module
+        self._state = module._get_fsdp_state()
+        # FSDP would do this in the first forward, and would take the dtype to reduce in from the parameters that are
+        # trainable there; in an ascent those of a whole unit may be frozen.
+        self._state._lazy_init()
+        if not self._state._is_root:
+            raise ValueError(
+                "the model is a part of a larger FSDP2 model: give the root that fully_shard was called on"
+            )
         self.forget_copies()  # after a forward without a backward the root shows its gathered weights as its parameters
         meshes = set()
         for name, p in module.named_parameters():
@@ -74,12 +85,22 @@ class FSDP2(Autograd):
     @contextmanager
     def micro_batch(self, *, last: bool) -> Iterator[None]:
         """Gradients stay unsharded until the last micro-batch."""
-        root = self._units[0]
-        root.set_requires_gradient_sync(last)
+        self._root.set_requires_gradient_sync(last)
         try:
             yield
         finally:
-            root.set_requires_gradient_sync(True)
+            self._root.set_requires_gradient_sync(True)
+
+    def clear_gradients(self, optimizer: torch.optim.Optimizer) -> None:
+        """Drop `.grad`, and what an accumulation that was broken off has left unsharded."""
+        super().clear_gradients(optimizer)
+        self.forget_copies()
+        for state in self._state._state_ctx.all_states:
+            for group in state._fsdp_param_groups:
+                for parameter in group.fsdp_params:
+                    parameter.unsharded_accumulated_grad = None
+                    if hasattr(parameter, "_unsharded_param"):  # there is none before the first forward
+                        parameter._unsharded_param.grad = None
 
     def sum_over_shards(self, value: Tensor) -> Tensor:
         """An all-reduce over the processes of one copy."""
@@ -119,9 +140,8 @@ class FSDP2(Autograd):
         self.forget_copies()
 
     def forget_copies(self) -> None:
-        """Free every gathered copy."""
-        for unit in self._units:
-            unit.reshard()
+        """Free every gathered copy. `reshard` would not do: it leaves those of a forward that raised."""
+        self._root.reset_iter_state()
 
 
 def _local(tensor: Tensor) -> Tensor:
