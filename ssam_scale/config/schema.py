@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from .deepspeed import SAID_ELSEWHERE, WEIGHT_BY_WEIGHT
+
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
@@ -141,36 +143,31 @@ class Perturbation(Section):
     """The ascent step of SAM: how far, and which weights."""
 
     rho: float = Field(gt=0.0, description="radius of the perturbation")
-    norm: Literal["dense", "masked"] = Field(
-        "masked",
-        description="what the gradient is divided by: the norm of all of it (the papers) or of the masked part",
+    rho_schedule: Literal["constant", "cosine", "lr"] = Field(
+        "constant", description="rho over the run: constant, along half a cosine, or in step with the learning rate"
     )
+    rho_final: float = Field(0.0, ge=0.0, description="share of rho at the cosine's end, or where the rate is 0")
+    norm: Literal["dense", "masked", "calibrated"] = Field(
+        "masked",
+        description="what the gradient is divided by: the norm of all of it (the papers), or of the masked part; "
+        "calibrated: of the masked part, shortened to the length that dense would give",
+    )
+    calibrate_every: int | None = Field(
+        100, ge=1, description="steps between two dense ascents of norm calibrated; null: only after a refresh"
+    )
+    adaptive: bool = Field(False, description="perturb weights in proportion to their magnitude (ASAM)")
     mask: Mask | None = Field(None, description="which weights are perturbed; null: all of them (dense SAM)")
 
     @model_validator(mode="after")
     def _affordable(self) -> Perturbation:
         if self.norm == "dense" and isinstance(self.mask, DepthMask):
             raise ValueError(
-                "norm: dense needs the gradient of the prefix, and pattern depth computes none; use masked"
+                "norm: dense needs the gradient of the prefix, and pattern depth computes none; use masked, or "
+                "calibrated for the same length"
             )
+        if self.rho_final and self.rho_schedule == "constant":
+            raise ValueError(f"rho_final {self.rho_final} needs a rho_schedule, cosine or lr; constant has no end")
         return self
-
-
-# Keys of DeepSpeed's configuration that other keys of ours, or the step itself, decide.
-_SAID_ELSEWHERE = {
-    "train_batch_size": "data.batch_size says it",
-    "train_micro_batch_size_per_gpu": "data.batch_size and train.accumulation say it",
-    "gradient_accumulation_steps": "train.accumulation says it",
-    "managed_gradient_accumulation": "each step tells DeepSpeed where its accumulation ends",
-    "gradient_clipping": "optimizer.clip_grad_norm says it",
-    "optimizer": "optimizer.name and its neighbours say it",
-    "scheduler": "schedule.name and its neighbours say it",
-    "zero_allow_untested_optimizer": "it is always on",
-    "fp16": "train.precision says it",
-    "bf16": "train.precision says it",
-    "amp": "train.precision says it",
-    "torch_autocast": "train.precision says it",
-}
 
 
 class Sharding(Section):
@@ -199,8 +196,8 @@ class Sharding(Section):
         if self.deepspeed and not self.backend.startswith("zero"):
             raise ValueError(f"deepspeed: is for the backends zero0 to zero3, and backend is {self.backend}")
         for key in self.deepspeed:
-            if key in _SAID_ELSEWHERE:
-                raise ValueError(f"deepspeed.{key}: leave it out, {_SAID_ELSEWHERE[key]}")
+            if key in SAID_ELSEWHERE:
+                raise ValueError(f"deepspeed.{key}: leave it out, {SAID_ELSEWHERE[key]}")
         zero = self.deepspeed.get("zero_optimization", {})
         if not isinstance(zero, dict):
             raise ValueError("deepspeed.zero_optimization: must be a section with keys of its own")
@@ -213,7 +210,9 @@ class Train(Section):
     """How long, how precisely, from where."""
 
     epochs: int = Field(ge=1, description="passes over the training images")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast, weights stay fp32")
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp32", description="bf16, fp16: autocast, weights stay fp32; fp16 with loss scaling"
+    )
     accumulation: int = Field(1, ge=1, description="micro-batches whose gradients make one step")
     ema_decay: float | None = Field(None, gt=0.0, lt=1.0, description="decay per step of the averaged weights")
     seed: int = Field(0, ge=0, description="seed of weights, order, augmentation and masks")
@@ -236,15 +235,6 @@ class Tracking(Section):
     experiment: str = Field("ssam_scale", description="MLflow experiment")
     run_name: str | None = Field(None, description="MLflow run name; null: made from the method and the model")
     log_every: int = Field(50, ge=1, description="steps between two records of loss, learning rate and phase times")
-
-
-# timm's optimizers whose step for one weight depends on that weight alone. Beside those that look at whole tensors
-# (LAMB, LARS, AdamP, Muon, Adafactor), the cautious variants do not: they scale by a mean over the tensor.
-_WEIGHT_BY_WEIGHT = {
-    "sgd", "nesterov", "momentum", "sgdw", "nesterovw", "fusedsgd", "adam", "adamw", "adamwlegacy", "fusedadam",
-    "fusedadamw", "adamax", "nadam", "nadamlegacy", "nadamw", "radam", "radamw", "radabelief", "adabelief", "adadelta",
-    "adan", "adanw", "adopt", "adoptw", "laprop", "lion", "madgrad", "madgradw", "rmsprop", "rmsproptf", "rmsproptfw",
-}  # fmt: skip
 
 
 class Config(Section):
@@ -281,11 +271,20 @@ class Config(Section):
     def _weight_by_weight(self) -> Config:
         backend, name = self.sharding.backend, self.optimizer.name.lower()
         cautious = bool(self.optimizer.kwargs.get("caution"))
-        if backend in ("zero1", "zero2", "zero3") and (name not in _WEIGHT_BY_WEIGHT or cautious):
+        if backend in ("zero1", "zero2", "zero3") and (name not in WEIGHT_BY_WEIGHT or cautious):
             raise ValueError(
                 f"optimizer.name {name}{' with caution' if cautious else ''} may look at whole tensors, and "
                 f"sharding.backend {backend} hands it flat pieces; use sgd, adamw, lion or another that treats every "
                 "weight alike, or the backends ddp, fsdp2 or zero0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _scaled(self) -> Config:
+        if self.train.precision == "fp16" and self.sharding.backend.startswith("zero"):
+            raise ValueError(
+                f"train.precision fp16 needs loss scaling, which sharding.backend {self.sharding.backend} leaves to "
+                "DeepSpeed's own fp16; use bf16, or the backends ddp or fsdp2"
             )
         return self
 

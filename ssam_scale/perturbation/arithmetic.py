@@ -32,6 +32,8 @@ def mask_(gradients: Sequence[Tensor], masks: Sequence[Tensor | None]) -> None:
 
 def adaptive_scales(weights: Sequence[Tensor]) -> list[Tensor]:
     """T = |w| + η, the scale that makes sharpness independent of rescaling weights (ASAM, arXiv 2102.11600, eq. 3)."""
+    if not weights:
+        return []
     scales = at_least_fp32(torch._foreach_abs(list(weights)))
     torch._foreach_add_(scales, _ETA)
     return scales

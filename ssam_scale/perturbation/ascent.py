@@ -124,7 +124,7 @@ class Ascent:
         """‖g‖² of every parameter on this process, `chosen` being the gradients of what the plan names."""
         others = [p for name, p in self._parameters.items() if name not in plan.weights]
         gradients = at_least_fp32(self._sharding.gradients(others))
-        if self.adaptive:
+        if self.adaptive and others:
             scales = adaptive_scales([shard.weight for shard in self._sharding.shards(others)])
             gradients = list(torch._foreach_mul(gradients, scales))
         result = torch.empty(len(self._parameters), device=self._device)

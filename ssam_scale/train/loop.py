@@ -18,7 +18,7 @@ from ssam_scale.data import Batch
 from ssam_scale.errors import UserError
 from ssam_scale.masks import Mask, Scored
 from ssam_scale.models import average_statistics
-from ssam_scale.perturbation import no_phases
+from ssam_scale.perturbation import SparseSAM, no_phases
 from ssam_scale.sharding import World
 from ssam_scale.tracking.phases import PhaseTimer
 from ssam_scale.tracking.run import Run, open_run
@@ -116,7 +116,7 @@ def _train_epoch(
             parts.scheduler.step_update(step)
             with phases("data"):
                 micro = [parts.mix(*next(batches)) for _ in range(config.train.accumulation)]
-            density = parts.opt.density
+            density, radius = parts.opt.density, max(parts.opt.radii)
             loss = parts.opt.step(loss_fn, *micro)
             if parts.average is not None:
                 parts.average.update()
@@ -124,7 +124,7 @@ def _train_epoch(
             progress.advance()
             window.add(loss, density)
             if (step + 1) % config.tracking.log_every == 0 or index == parts.steps_per_epoch - 1:
-                window.close(step + 1, parts.opt.param_groups[0]["lr"])
+                window.close(step + 1, parts.opt, radius)
 
 
 def _refreshed(config: Config, world: World, parts: Parts, epoch: int, run: Run | None) -> Generator[Batch, None, None]:
@@ -179,8 +179,9 @@ class _Window:
         self._losses.append(loss)
         self._densities.append(density)
 
-    def close(self, step: int, lr: float) -> None:
-        """Record the steps since the last record; collective."""
+    def close(self, step: int, opt: SparseSAM, radius: float) -> None:
+        """Record the steps since the last record, the last of which had this radius; collective."""
+        lr = opt.param_groups[0]["lr"]
         loss = float(self._world.sum(torch.stack(self._losses).mean())) / self._world.size
         if not math.isfinite(loss):
             raise UserError(
@@ -195,6 +196,10 @@ class _Window:
             images_per_step=self._config.data.batch_size,
             step=step,
         )
+        if self._config.perturbation is not None:
+            self._run.log({"perturbation/rho": radius, "perturbation/skipped": opt.skipped}, step)
+        if opt.scaler is not None:
+            self._run.log({"train/loss_scale": opt.scaler.get_scale()}, step)
         self._progress.show(f"loss {loss:.3f}, lr {lr:.2g}, {self._config.data.batch_size / times.step:.0f} images/s")
         self._losses.clear()
         self._densities.clear()

@@ -17,11 +17,12 @@ from ssam_scale.data import ImageLoader, eval_loader, train_loader
 from ssam_scale.errors import UserError
 from ssam_scale.masks import Depth, Mask, Scored
 from ssam_scale.models import build_model, stages_of
-from ssam_scale.perturbation import Phases, SparseSAM
+from ssam_scale.perturbation import ConstantRadius, CosineRadius, Phases, RadiusSchedule, SparseSAM, TiedRadius
 from ssam_scale.sharding import World, place
 
 from .average import AveragedWeights
 
+_PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Transform = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -116,17 +117,18 @@ def build(config: Config, world: World, phases: Phases) -> Parts:
             max_grad_norm=clip,
             deepspeed=config.sharding.deepspeed,
         )
-        opt = SparseSAM(module, base, **_perturbation(config), max_grad_norm=clip, phases=phases)
+        scaler = torch.amp.GradScaler(world.device.type) if config.train.precision == "fp16" else None
+        steps = len(train) // config.train.accumulation
+        how = _perturbation(config, steps)
+        opt = SparseSAM(module, base, **how, max_grad_norm=clip, scaler=scaler, phases=phases)
     except ValueError as error:
         raise UserError(f"sharding.backend: {error}") from error
-    steps = len(train) // config.train.accumulation
     average = None
     if config.train.ema_decay is not None:
         average = AveragedWeights(network, config.train.ema_decay, opt.sharding)
-    precision = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-    return Parts(
-        module, network, opt, _scheduler(config, base, steps), average, train, val, _mix(config), precision, steps
-    )
+    precision = _PRECISIONS[config.train.precision]
+    scheduler = _scheduler(config, base, steps)
+    return Parts(module, network, opt, scheduler, average, train, val, _mix(config), precision, steps)
 
 
 def soft_loss(config: Config, precision: torch.dtype) -> Callable[[Any, tuple[Tensor, Tensor]], Tensor]:
@@ -141,7 +143,7 @@ def soft_loss(config: Config, precision: torch.dtype) -> Callable[[Any, tuple[Te
     return loss_fn
 
 
-def _perturbation(config: Config) -> dict[str, Any]:
+def _perturbation(config: Config, steps_per_epoch: int) -> dict[str, Any]:
     section: Perturbation | None = config.perturbation
     if section is None:
         return {"rho": 0.0}
@@ -150,7 +152,19 @@ def _perturbation(config: Config) -> dict[str, Any]:
         mask = Depth(section.mask.cut, seed=config.train.seed)
     elif section.mask is not None:
         mask = Scored(section.mask.pattern, section.mask.sparsity)
-    return {"rho": section.rho, "norm": section.norm, "mask": mask}
+    schedule: RadiusSchedule = ConstantRadius()
+    if section.rho_schedule == "cosine":
+        schedule = CosineRadius(config.train.epochs * steps_per_epoch, section.rho_final)
+    elif section.rho_schedule == "lr":
+        schedule = TiedRadius(section.rho_final)
+    return {
+        "rho": section.rho,
+        "norm": section.norm,
+        "mask": mask,
+        "adaptive": section.adaptive,
+        "calibrate_every": section.calibrate_every,
+        "schedule": schedule,
+    }
 
 
 def _base_optimizer(config: Config, network: nn.Module) -> torch.optim.Optimizer:

@@ -70,7 +70,7 @@ def swap(old: str, new: str) -> str:
         ),
         (
             SMALL + "  precision: fp31\n",
-            'given.yaml:18: train.precision: must be fp32 or bf16, given "fp31"; did you mean fp32?',
+            'given.yaml:18: train.precision: must be fp32, bf16 or fp16, given "fp31"; did you mean fp32?',
         ),
         (SMALL + "loss: 3\n", "given.yaml:18: loss: must be a section with keys of its own, given 3"),
         (
@@ -93,7 +93,16 @@ def swap(old: str, new: str) -> str:
         (
             swap("  rho: 0.2", "  norm: dense\n  rho: 0.2"),
             "given.yaml:12: perturbation: norm: dense needs the gradient of the prefix, "
-            "and pattern depth computes none; use masked",
+            "and pattern depth computes none; use masked, or calibrated for the same length",
+        ),
+        (
+            swap("  rho: 0.2", "  rho_final: 0.5\n  rho: 0.2"),
+            "given.yaml:12: perturbation: rho_final 0.5 needs a rho_schedule, cosine or lr; constant has no end",
+        ),
+        (
+            SMALL + "  precision: fp16\nsharding: {backend: zero2}\n",
+            "given.yaml:18, given.yaml:19: train.precision fp16 needs loss scaling, which sharding.backend zero2 "
+            "leaves to DeepSpeed's own fp16; use bf16, or the backends ddp or fsdp2",
         ),
         (
             SMALL + "  accumulation: 3\n",

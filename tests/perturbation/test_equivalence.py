@@ -155,17 +155,16 @@ def train(world: World, backend: Any, cases: list[Case], **kwargs: Any) -> list[
             losses.append(world.sum(opt.step(case.loss_fn, *micro)) / world.size)
             if scheduler is not None:
                 scheduler.step()
-        weights, state = opt.sharding.whole_state(model.model, opt.base_optimizer)
-        names = opt.pool.parameters
+        named, sharding = opt.pool.parameters, opt.sharding
+        shards = sharding.shards(list(named.values()))
+        weights = {n: sharding.gather(p, s.weight) for (n, p), s in zip(named.items(), shards, strict=True)}
+        _, state = sharding.whole_state(model.model, opt.base_optimizer)
+        entries = {f"{n}|{entry}": v for n, own in state.get("state", {}).items() for entry, v in own.items()}
         results.append(
             {
-                "weights": {n: w for n, w in weights.items() if n in names},
-                "state": {
-                    f"{name}|{entry}": value
-                    for name, entries in state["state"].items()
-                    for entry, value in entries.items()
-                    if isinstance(value, torch.Tensor) and value.ndim  # not the step count
-                },
+                "weights": weights,
+                # Without the step count. Some backends give the whole state to the first rank only.
+                "state": {name: v for name, v in entries.items() if isinstance(v, torch.Tensor) and v.ndim},
                 "masks": masks,
                 "losses": torch.stack(losses),
             }
@@ -245,9 +244,8 @@ def check(backends: list[str], cases: list[Case], ranks: list[Any]) -> None:
             worst[case.precision] = max(worst.get(case.precision, 0.0), difference)
             assert difference <= tolerance(case), f"{backend} × {len(ranks)}, {case} differs by {difference:.1e}"
             for other in ranks[1:]:
-                for kind in ("weights", "state"):
-                    mine, theirs = ranks[0][i][j][kind], other[i][j][kind]
-                    assert all(torch.equal(theirs[name], value) for name, value in mine.items())
+                mine, theirs = ranks[0][i][j]["weights"], other[i][j]["weights"]
+                assert all(torch.equal(theirs[name], weight) for name, weight in mine.items())
         figures = ", ".join(f"{str(p).removeprefix('torch.')} {d:.1e}" for p, d in worst.items())
         print(f"{backend} × {len(ranks)}: largest difference {figures}")
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import mlflow
 import pytest
+import yaml
 
 from tests.support.processes import run
 from tests.support.ranks import free_port
@@ -19,8 +20,15 @@ METHODS: dict[str, Any] = {
     "base": None,
     "sam": {"rho": 0.05},
     "ssam-element": {"rho": 0.05, "norm": "dense", "mask": {"pattern": "element", "samples": 8, "refresh_epochs": 2}},
-    "ssam-tensor": {"rho": 0.05, "mask": {"pattern": "tensor", "samples": 8}},
-    "ssam-depth": {"rho": 0.05, "mask": {"pattern": "depth"}},
+    "ssam-tensor": {"rho": 0.05, "norm": "calibrated", "mask": {"pattern": "tensor", "samples": 8}},
+    "ssam-depth": {
+        "rho": 0.05,
+        "rho_schedule": "cosine",
+        "norm": "calibrated",
+        "calibrate_every": 3,
+        "adaptive": True,
+        "mask": {"pattern": "depth"},
+    },
 }
 EVERYTHING = {
     "loss": {"mixup": 0.2, "cutmix": 1.0, "label_smoothing": 0.1},
@@ -65,6 +73,31 @@ def test_resuming_equals_never_having_stopped(
     assert 0 <= one.data.metrics["val/top1"] <= one.data.metrics["val/top5"] <= 100
 
 
+def test_a_float16_run_resumes_with_its_loss_scale_and_a_radius_tied_to_the_rate(data: Path, tmp_path: Path) -> None:
+    config = write_config(
+        tmp_path / "run.yaml",
+        data,
+        model=VIT,
+        perturbation={"rho": 0.1, "rho_schedule": "lr", "rho_final": 0.5},
+        train={"epochs": 2, "precision": "fp16"},
+    )
+    checkpoints = tmp_path / "checkpoints"
+    train("--config", str(config))
+    shutil.move(checkpoints / "epoch_0002", tmp_path / "uninterrupted")
+    scale = json.loads((tmp_path / "uninterrupted/state.json").read_text())["loss_scale"]
+    assert scale["scale"] > 1.0
+    train("--config", str(config), "--resume", "auto")
+    assert differing(tmp_path / "uninterrupted", checkpoints / "epoch_0002") == []
+    (one,) = runs_of(tmp_path)
+    history = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").get_metric_history
+    radii = {m.step: m.value for m in history(one.info.run_id, "perturbation/rho")}
+    rates = {m.step: m.value for m in history(one.info.run_id, "train/lr")}
+    peak = config_of(config)["optimizer"]["lr"]
+    assert radii == {step: pytest.approx(0.1 * (0.5 + 0.5 * rate / peak)) for step, rate in rates.items()}
+    assert one.data.metrics["train/loss_scale"] == scale["scale"]
+    assert "perturbation/skipped" in one.data.metrics
+
+
 def test_a_finished_run_resumed_again_does_nothing(data: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path / "run.yaml", data)
     train("--config", str(config), "train.epochs=1")
@@ -107,6 +140,11 @@ def test_the_printed_configuration_is_the_run(data: Path, tmp_path: Path, capsys
     (tmp_path / "again.yaml").write_text(printed)
     train("--config", str(tmp_path / "again.yaml"), "--print-config")
     assert capsys.readouterr().out == printed
+
+
+def config_of(path: Path) -> dict[str, Any]:
+    loaded: dict[str, Any] = yaml.safe_load(path.read_text())
+    return loaded
 
 
 def launch(processes: int, config: Path, *overrides: str, launcher: str = "torchrun") -> str:
