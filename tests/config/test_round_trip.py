@@ -96,11 +96,14 @@ def configs(draw: st.DrawFn) -> Config:
     mask = (data["perturbation"] or {}).get("mask")
     if mask and "cut" in mask:
         mask["cut"] = sorted(mask["cut"]) if mask["policy"] == "rotate" else [mask["cut"][0]] * 2
-        data["perturbation"]["norm"] = "masked"
+        data["perturbation"]["norm"] = "calibrated"
+    if (data["perturbation"] or {}).get("rho_schedule") == "constant":
+        data["perturbation"]["rho_final"] = 0.0
     if data["sharding"]["backend"] != "fsdp2":
         data["sharding"]["replicas"] = 1
     if data["sharding"]["backend"].startswith("zero"):
         data["optimizer"] |= {"name": "sgd", "kwargs": {}}
+        data["train"]["precision"] = "bf16"
     else:
         data["sharding"]["deepspeed"] = {}
     return Config.model_validate(data)
