@@ -56,14 +56,16 @@ class Ascent:
         self._sharding = sharding
         self._parameters = parameters
         self._index = {name: i for i, name in enumerate(parameters)}
+        self._placed: dict[tuple[str, ...], Tensor] = {}
         self._device = next(iter(parameters.values())).device if parameters else torch.device("cpu")
         self.skipped = torch.zeros((), dtype=torch.int64, device=self._device)
         self.shares = torch.full((len(parameters),), -1.0, device=self._device)
         self.calibrated = -1
 
     def uncalibrate(self) -> None:
-        """Calibrate in the next step."""
+        """Calibrate in the next step: the mask is another one."""
         self.calibrated = -1
+        self._placed.clear()
 
     def state(self) -> dict[str, Tensor]:
         """What `load_state` takes."""
@@ -152,4 +154,8 @@ class Ascent:
         return torch.where(share < 0.0, torch.ones_like(share), share.abs().sqrt())
 
     def _places(self, names: Iterable[str]) -> Tensor:
-        return torch.tensor([self._index[name] for name in names], dtype=torch.int64).to(self._device)
+        """Indices of parameters on the device; kept, because sending them makes the host wait for the device."""
+        key = tuple(names)
+        if key not in self._placed:
+            self._placed[key] = torch.tensor([self._index[n] for n in key], dtype=torch.int64, device=self._device)
+        return self._placed[key]
