@@ -1,15 +1,18 @@
-"""Building a DeepSpeed engine for SparseSAM."""
+"""A DeepSpeed engine: building one, refusing one, driving one. All of it through public calls."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import deepspeed
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .base import all_gather_samples
 
 
 def zero_engine(
@@ -34,17 +37,26 @@ def zero_engine(
         config: further sections of DeepSpeed's configuration.
 
     Raises:
-        ValueError: DeepSpeed does not take the configuration.
+        ValueError: DeepSpeed does not take the configuration, or it sets what the other arguments say.
     """
     sections = dict(config or {})
-    settings = {
-        "steps_per_print": sys.maxsize,  # one line every ten steps otherwise
-        **sections,
+    zero = dict(sections.pop("zero_optimization", {}))
+    said = {
         "train_micro_batch_size_per_gpu": batch_size,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": max_grad_norm or 0.0,  # left out it is 1.0 since 0.19.3
         "zero_allow_untested_optimizer": True,
-        "zero_optimization": {**sections.get("zero_optimization", {}), "stage": stage},
+    }
+    twice = [key for key in sections if key in {*said, "optimizer"}]
+    if "stage" in zero:
+        twice.append("zero_optimization.stage")
+    if twice:
+        raise ValueError(f"leave {', '.join(twice)} out of DeepSpeed's configuration: other arguments say it")
+    settings = {
+        "steps_per_print": sys.maxsize,  # one line every ten steps otherwise
+        **sections,
+        **said,
+        "zero_optimization": {**zero, "stage": stage},
     }
     try:
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
@@ -84,3 +96,103 @@ class _OuterAutocast:
 
     def _leave(self, module: nn.Module, inputs: Any, output: Any) -> None:
         self._inside.close()
+
+
+def check_setup(engine: Any) -> None:
+    """Refuse what has not been tried or cannot work.
+
+    Raises:
+        ValueError: lists the settings.
+    """
+
+    def on(offload: Any) -> bool:
+        return offload is not None and offload.device != "none"
+
+    wrapped = engine.optimizer is not engine.basic_optimizer
+    base = getattr(engine.optimizer, "optimizer", None) if wrapped else engine.basic_optimizer
+    refused = {
+        "an engine without an optimizer": engine.basic_optimizer is None,
+        "an optimizer that DeepSpeed replaces by one of its own (Adagrad)": base is not engine.basic_optimizer,
+        "a pipeline engine": isinstance(engine, deepspeed.PipelineEngine),
+        "model, tensor, sequence or expert parallelism": engine.seq_dp_world_size != dist.get_world_size()
+        or engine.dp_world_size != dist.get_world_size()
+        or engine.has_moe_layers,
+        # github.com/deepspeedai/DeepSpeed/pull/8393: it unscales gradients of a loss that it has not scaled.
+        "fp16 with ZeRO stage 0, where DeepSpeed does not scale the loss (stage 1 does)": engine.fp16_enabled()
+        and engine.zero_optimization_stage() == 0,
+        "managed_gradient_accumulation: false": not engine.managed_gradient_accumulation(),
+        "zero_optimization.offload_optimizer": on(engine.zero_offload_optimizer()),
+        "zero_optimization.offload_param": on(engine.zero_offload_param()),
+        "zero_optimization.zero_hpz_partition_size above 1": engine.zero_hpz_partition_size() > 1,
+        "zero_optimization.zero_quantized_weights": engine.zero_quantized_weights(),
+        "zero_optimization.zero_quantized_gradients": engine.zero_quantized_gradients(),
+        "zero_optimization.zenflow": engine.zenflow_config() is not None,
+        "compile.deepcompile": engine.is_deepcompile_enabled(),
+        # Its timers may be started once a backward, and a backward through a shared prefix starts them twice.
+        "wall_clock_breakdown": engine.wall_clock_breakdown(),
+    }
+    if reasons := [name for name, found in refused.items() if found]:
+        raise ValueError(f"SparseSAM on a DeepSpeed engine does not support {'; '.join(reasons)}")
+
+
+class Driven:
+    """What all stages have in common: forward, backward and step are the engine's."""
+
+    takes_scaler = False
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+        self.network: nn.Module = engine.module
+        self.ascent_module: nn.Module = engine
+        self.descent_module: nn.Module = engine
+
+    def groups(self) -> list[list[nn.Parameter]]:
+        """The model's parameters that the optimizer steps, by group."""
+        groups = self._engine.basic_optimizer.param_groups
+        return [[p for p in group["params"] if p.requires_grad] for group in groups]
+
+    def trained(
+        self, optimizer: torch.optim.Optimizer, max_grad_norm: float | None
+    ) -> tuple[torch.optim.Optimizer, list[list[nn.Parameter]]]:
+        """The optimizer that the engine steps, and the model's parameters that it was given, by group."""
+        engine = self._engine
+        if optimizer is not engine.optimizer and optimizer is not engine.basic_optimizer:
+            raise ValueError("the optimizer is not the one that the DeepSpeed engine was initialised with")
+        clipping = engine.gradient_clipping()
+        if max_grad_norm is not None and max_grad_norm != clipping:
+            raise ValueError(
+                f"max_grad_norm is {max_grad_norm} but the DeepSpeed engine clips, with gradient_clipping {clipping}; "
+                "set it in the DeepSpeed configuration (0.0 is off; left out it is 1.0) and leave max_grad_norm at None"
+            )
+        groups = self.groups()
+        if len(engine.basic_optimizer.param_groups) != len(groups):
+            raise ValueError("DeepSpeed takes parameter groups only before deepspeed.initialize")
+        return engine.basic_optimizer, groups
+
+    @contextmanager
+    def micro_batch(self, *, last: bool) -> Iterator[None]:
+        """The engine is told where accumulation ends, instead of counting calls of `step`."""
+        self._engine.set_gradient_accumulation_boundary(last)
+        yield
+
+    def backward(self, loss: Tensor) -> None:
+        """The engine's; the loss is already divided by the number of micro-batches."""
+        self._engine.backward(loss, scale_wrt_gas=False)
+
+    def reduce_ascent(self, parameters: Sequence[nn.Parameter]) -> None:
+        """The engine reduced them in the backward."""
+
+    def clear_gradients(self, optimizer: torch.optim.Optimizer) -> None:
+        """Drop `.grad`."""
+        self._engine.zero_grad()
+
+    def step(
+        self, optimizer: torch.optim.Optimizer, max_grad_norm: float | None, scaler: torch.amp.GradScaler | None
+    ) -> None:
+        """The engine's step: it clips, steps the optimizer, and gathers the weights."""
+        self._engine.step()
+
+    def gather_samples(self, samples: Tensor) -> Tensor:
+        """An all-gather over all processes."""
+        assert dist.group.WORLD is not None
+        return all_gather_samples(samples, dist.group.WORLD)

@@ -6,12 +6,12 @@
 | 1, 2 | optimizer state; in 2, gradients | own part of a flat gradient | parameters, which are views of a flat buffer |
 | 3 | the weights too | own part of each parameter's | whole parameters, gathered from the parts |
 
-Stages 1 to 3 keep the weights that the optimizer steps apart from those that the forward uses. Only the latter are
-perturbed, and put back by copy: the optimizer never sees w + ε.
+Except for stage 0 in fp32, the optimizer steps weights that are kept apart from those that the forward uses. Only the
+latter are perturbed, and put back by copy: the optimizer never sees w + ε. In bf16 and fp16 that makes it the usual
+training with float32 master weights; a loss scale is in all gradients alike, and ε does not depend on it.
 
-DeepSpeed has no public calls for most of this. What is used of its internals is listed on top of `zero12` and `zero3`,
-with the reason, and looked for when a backend is constructed: another DeepSpeed fails there and not in the middle of
-training.
+DeepSpeed has no public calls for most of this. What is used of its internals is listed below, with the reason, and
+looked for when a backend is constructed: another DeepSpeed fails there and not in the middle of training.
 
 Stages 1 to 3 hand flat pieces to the optimizer. One that treats every weight alike (SGD, AdamW, Lion) steps as anywhere
 else; one that looks at whole tensors (LAMB, LARS, AdamP, Muon) computes something else.
@@ -25,12 +25,50 @@ from typing import Any
 
 import deepspeed
 import torch
-import torch.distributed as dist
+from deepspeed.utils import safe_get_local_grad
 from torch import Tensor, nn
 
-from .base import Shard, Sharding, Unsharded, all_gather_samples
+from .base import Shard, Sharding, Unsharded
+from .engine import Driven, check_setup
+from .masters import FlatBuffers, FlatShards, Master, MasterWeights
 
 VERSIONS = ((0, 19, 8), (0, 20, 0))  # from, up to but without
+
+# Internals by the class that DeepSpeed wraps the optimizer in.
+_LOW_PRECISION_0 = {
+    "fp16_groups": "which parameters are trained, by group; the optimizer's own groups hold float32 copies instead",
+    "fp32_groups": "these copies: they key the optimizer's state, and loading writes them",
+}
+_BACKWARD = {"exit_backward": "a backward through a shared prefix enters two engine outputs but leaves one"}
+_STAGES_1_2 = _BACKWARD | {
+    "bit16_groups": "which parameters are trained, by group; the optimizer's own groups hold flat parts instead",
+    "bit16_groups_flat": "the flat buffers that the parameters are views of: a parameter's place is its address in one",
+    "parallel_partitioned_bit16_groups": "the parts of the flat buffers: this process perturbs its own",
+    "single_partition_of_fp32_groups": "what the optimizer steps: it keys the optimizer's state, and loading writes it",
+    "averaged_gradients": "this process's part of the reduced gradient; safe_get_full_grad would gather all of it",
+    "all_grad_tensors": "accumulates over backwards; without dropping it the descent gradient adds to the ascent's",
+}
+_STAGE_1_BF16_FP32 = _BACKWARD | {  # bf16 with data_types.grad_accum_dtype fp32; the first four as above
+    "bf16_groups": "as bit16_groups",
+    "bf16_groups_flat": "as bit16_groups_flat",
+    "bf16_partitioned_groups": "as parallel_partitioned_bit16_groups",
+    "fp32_groups_flat_partition": "as single_partition_of_fp32_groups",
+    "fp32_groups_gradient_flat_partition": "this process's part of the reduced gradient",
+    "immediate_grad_update": "without it a backward through a shared prefix forgets the gradients of the suffix",
+}
+_STAGE_3 = _BACKWARD | {
+    "fp16_groups": "which parameters are trained; the optimizer's own groups are empty between steps",
+    "fp32_partitioned_groups_flat": "what the optimizer steps: it keys the optimizer's state, and loading writes it",
+    "sub_group_to_group_id": "the parameter group of what the optimizer steps",
+    "grad_partitions_flat_buffer": "keeps gradients of earlier passes, which parameters that a pass leaves out show",
+    "empty_partition_cache": "frees gathered weights; the engine's method of that name collects garbage each time too",
+    "persistent_parameters": "small parameters that DeepSpeed gathers together, to keep them, after each change",
+}
+_STAGE_3_PARAMETER = {
+    "ds_tensor": "the local part, padded to the same length everywhere; public calls reach the float32 master only",
+    "ds_shape": "shape of the whole, which also tells weights from padding",
+    "all_gather": "gathers the persistent parameters, as at the end of the optimizer's step",
+}
 
 
 def zero_sharding(engine: Any) -> Sharding:
@@ -43,256 +81,234 @@ def zero_sharding(engine: Any) -> Sharding:
         ValueError: the engine is set up in a way that is not supported; names the setting.
         RuntimeError: this DeepSpeed is not one whose internals are known.
     """
-    _check_setup(engine)
-    stage = engine.zero_optimization_stage()
-    if stage == 0:
+    _check_internals(engine, {})
+    check_setup(engine)
+    if engine.optimizer is engine.basic_optimizer:
         return ZeRO0(engine)
-    if stage == 3:
-        from .zero3 import ZeRO3
-
+    wrapper = type(engine.optimizer).__name__
+    if wrapper == "FP16_UnfusedOptimizer":
+        return ZeRO0LowPrecision(engine)
+    if wrapper == "DeepSpeedZeroOptimizer":
+        return ZeRO12(engine)
+    if wrapper == "BF16_Optimizer":
+        return ZeRO1BF16(engine)
+    if wrapper == "DeepSpeedZeroOptimizer_Stage3":
         return ZeRO3(engine)
-    from .zero12 import ZeRO12
-
-    return ZeRO12(engine)
+    raise ValueError(f"SparseSAM on a DeepSpeed engine does not support its {wrapper}")
 
 
-def check_internals(optimizer: Any, internals: Mapping[str, str]) -> None:
+def _check_internals(owner: Any, internals: Mapping[str, str]) -> None:
     """Fail, once and with a list, where DeepSpeed is not the one that this file was written for."""
-    known, version = VERSIONS, deepspeed.__version__
     numbers = (deepspeed.__version_major__, deepspeed.__version_minor__, deepspeed.__version_patch__)
-    missing = [name for name in internals if not hasattr(optimizer, name)]
-    if missing or not known[0] <= numbers < known[1]:
-        low, high = (".".join(map(str, bound)) for bound in known)
-        what = f"; {type(optimizer).__name__} lacks {', '.join(missing)}" if missing else ""
-        raise RuntimeError(f"DeepSpeed {version} is not supported: at least {low} and below {high} is needed{what}")
-
-
-def _check_setup(engine: Any) -> None:
-    def on(offload: Any) -> bool:
-        return offload is not None and offload.device != "none"
-
-    wrapped = engine.optimizer is not engine.basic_optimizer
-    base = getattr(engine.optimizer, "optimizer", None) if wrapped else engine.basic_optimizer
-    refused = {
-        "an engine without an optimizer": engine.basic_optimizer is None,
-        "an optimizer that DeepSpeed replaces by one of its own (Adagrad)": base is not engine.basic_optimizer,
-        "a pipeline engine": isinstance(engine, deepspeed.PipelineEngine),
-        "model, tensor, sequence or expert parallelism": engine.seq_dp_world_size != dist.get_world_size()
-        or engine.dp_world_size != dist.get_world_size()
-        or engine.has_moe_layers,
-        "fp16 (bf16 has the same size and needs no loss scaling)": engine.fp16_enabled(),
-        "bf16 with ZeRO stage 0, or stage 1 with fp32 gradient accumulation": engine.bfloat16_enabled()
-        and (not wrapped or type(engine.optimizer).__name__ == "BF16_Optimizer"),
-        "managed_gradient_accumulation: false": not engine.managed_gradient_accumulation(),
-        "zero_optimization.offload_optimizer": on(engine.zero_offload_optimizer()),
-        "zero_optimization.offload_param": on(engine.zero_offload_param()),
-        "zero_optimization.zero_hpz_partition_size above 1": engine.zero_hpz_partition_size() > 1,
-        "zero_optimization.zero_quantized_weights": engine.zero_quantized_weights(),
-        "zero_optimization.zero_quantized_gradients": engine.zero_quantized_gradients(),
-        "zero_optimization.zenflow": engine.zenflow_config() is not None,
-        "compile.deepcompile": engine.is_deepcompile_enabled(),
-        # Its timers may be started once a backward, and a backward through a shared prefix starts them twice.
-        "wall_clock_breakdown": engine.wall_clock_breakdown(),
-    }
-    if reasons := [name for name, found in refused.items() if found]:
-        raise ValueError(f"SparseSAM on a DeepSpeed engine does not support {'; '.join(reasons)}")
-
-
-class Driven:
-    """What all stages have in common: forward, backward and step are the engine's."""
-
-    takes_scaler = False
-
-    def __init__(self, engine: Any) -> None:
-        self._engine = engine
-        self.network: nn.Module = engine.module
-        self.ascent_module: nn.Module = engine
-        self.descent_module: nn.Module = engine
-
-    def trained(
-        self, optimizer: torch.optim.Optimizer, max_grad_norm: float | None
-    ) -> tuple[torch.optim.Optimizer, list[list[nn.Parameter]]]:
-        """The optimizer that the engine steps, and the model's parameters that it was given, by group."""
-        engine = self._engine
-        if optimizer is not engine.optimizer and optimizer is not engine.basic_optimizer:
-            raise ValueError("the optimizer is not the one that the DeepSpeed engine was initialised with")
-        clipping = engine.gradient_clipping()
-        if max_grad_norm is not None and max_grad_norm != clipping:
-            raise ValueError(
-                f"max_grad_norm is {max_grad_norm} but the DeepSpeed engine clips, with gradient_clipping {clipping}; "
-                "set it in the DeepSpeed configuration (0.0 is off; left out it is 1.0) and leave max_grad_norm at None"
-            )
-        return engine.basic_optimizer, self._trained_groups()
-
-    def _trained_groups(self) -> list[list[nn.Parameter]]:
-        groups = self._engine.basic_optimizer.param_groups
-        return [[p for p in group["params"] if p.requires_grad] for group in groups]
-
-    def _parameters(self) -> list[nn.Parameter]:
-        return [p for group in self._trained_groups() for p in group]
-
-    @contextmanager
-    def micro_batch(self, *, last: bool) -> Iterator[None]:
-        """The engine is told where accumulation ends, instead of counting calls of `step`."""
-        self._engine.set_gradient_accumulation_boundary(last)
-        yield
-
-    def backward(self, loss: Tensor) -> None:
-        """The engine's; the loss is already divided by the number of micro-batches."""
-        self._engine.backward(loss, scale_wrt_gas=False)
-
-    def reduce_ascent(self, parameters: Sequence[nn.Parameter]) -> None:
-        """The engine reduced them in the backward."""
-
-    def step(
-        self, optimizer: torch.optim.Optimizer, max_grad_norm: float | None, scaler: torch.amp.GradScaler | None
-    ) -> None:
-        """The engine's step: it clips, steps the optimizer, and gathers the weights."""
-        self._engine.step()
-
-    def gather_samples(self, samples: Tensor) -> Tensor:
-        """An all-gather over all processes."""
-        assert dist.group.WORLD is not None
-        return all_gather_samples(samples, dist.group.WORLD)
+    missing = [name for name in internals if not hasattr(owner, name)]
+    if missing or not VERSIONS[0] <= numbers < VERSIONS[1]:
+        low, high = (".".join(map(str, bound)) for bound in VERSIONS)
+        what = f"; {type(owner).__name__} lacks {', '.join(missing)}" if missing else ""
+        raise RuntimeError(
+            f"DeepSpeed {deepspeed.__version__} is not supported: at least {low} and below {high} is needed{what}"
+        )
 
 
 class ZeRO0(Driven, Unsharded):
-    """Stage 0: every process holds everything, in the places where autograd has it."""
+    """Stage 0 in fp32: everything is where autograd has it."""
 
-    def clear_gradients(self, optimizer: torch.optim.Optimizer) -> None:
-        """Drop `.grad`."""
-        self._engine.zero_grad()
+
+class ZeRO0LowPrecision(Driven, MasterWeights, Unsharded):
+    """Stage 0 in bf16: everything is where autograd has it, but the optimizer steps float32 copies."""
+
+    def __init__(self, engine: Any) -> None:
+        super().__init__(engine)
+        _check_internals(engine.optimizer, _LOW_PRECISION_0)
+        self._wrapper = engine.optimizer
+
+    def groups(self) -> list[list[nn.Parameter]]:
+        """The model's parameters that the optimizer steps copies of, by group."""
+        return [list(group) for group in self._wrapper.fp16_groups]
+
+    def master(self, parameter: nn.Parameter) -> Master:
+        """The copy, whole."""
+        for index, (group, copies) in enumerate(zip(self._wrapper.fp16_groups, self._wrapper.fp32_groups, strict=True)):
+            for p, copy in zip(group, copies, strict=True):
+                if p is parameter:
+                    return Master(copy, 0, copy.numel(), index)
+        raise KeyError("not a parameter of the optimizer")
 
 
 class Spread(Driven):
-    """What stages 1 to 3 have in common: a shard is one run of elements of a row-major parameter."""
+    """What stages 1 to 3 have in common."""
 
     def __init__(self, engine: Any, internals: Mapping[str, str]) -> None:
         super().__init__(engine)
+        _check_internals(engine.optimizer, internals)
         self._zero = engine.optimizer
-        check_internals(self._zero, internals)
-        self.shards_each, self.shard_index = dist.get_world_size(), dist.get_rank()
-        self._groups = len(engine.basic_optimizer.param_groups)
+        self._interrupted = False
 
-    def trained(
-        self, optimizer: torch.optim.Optimizer, max_grad_norm: float | None
-    ) -> tuple[torch.optim.Optimizer, list[list[nn.Parameter]]]:
-        """The optimizer that the engine steps, and the model's parameters that it was given, by group."""
-        if len(self._engine.basic_optimizer.param_groups) != self._groups:
-            raise ValueError("DeepSpeed takes parameter groups only before deepspeed.initialize")
-        return super().trained(optimizer, max_grad_norm)
+    @contextmanager
+    def micro_batch(self, *, last: bool) -> Iterator[None]:
+        """As at all stages.
 
-    def shards(self, parameters: Sequence[nn.Parameter]) -> list[Shard]:
-        """The local run of each parameter, flat."""
-        raise NotImplementedError
+        Raises:
+            RuntimeError: an earlier backward raised, and its half-done reductions cannot be taken back.
+        """
+        if self._interrupted:
+            raise RuntimeError(
+                "an exception interrupted a backward pass, after which DeepSpeed cannot go on: the weights are as they "
+                "were, so save a checkpoint and load it into a new engine"
+            )
+        with super().micro_batch(last=last):
+            yield
 
     def backward(self, loss: Tensor) -> None:
         """The engine's."""
+        self._interrupted = True
         super().backward(loss)
+        self._interrupted = False
         self._zero.exit_backward()  # does nothing after a backward that left as often as it entered
 
-    def sum_over_shards(self, value: Tensor) -> Tensor:
-        """An all-reduce over all processes."""
-        dist.all_reduce(value)
-        return value
 
-    def gather(self, parameter: nn.Parameter, local: Tensor) -> Tensor:
-        """An all-reduce of the whole, which is zero outside of the local run."""
-        [shard] = self.shards([parameter])
-        dtype = torch.uint8 if local.dtype == torch.bool else local.dtype
-        whole = torch.zeros(shard.numel, dtype=dtype, device=local.device)
-        whole[shard.start : shard.start + local.numel()] = local.to(dtype)
-        dist.all_reduce(whole)
-        return whole.to(local.dtype).reshape(self.whole_shape(parameter))
+class ZeRO12(FlatBuffers, Spread):
+    """Stages 1 and 2."""
 
-    def scatter(self, parameter: nn.Parameter, whole: Tensor) -> Tensor:
-        """The local run."""
-        [shard] = self.shards([parameter])
-        return whole.reshape(-1)[shard.start : shard.start + shard.weight.numel()]
+    def __init__(self, engine: Any) -> None:
+        Spread.__init__(self, engine, _STAGES_1_2)
+        zero = engine.optimizer
+        parts, stepped = zero.parallel_partitioned_bit16_groups, zero.single_partition_of_fp32_groups
+        FlatBuffers.__init__(self, zero.bit16_groups, zero.bit16_groups_flat, parts, stepped)
 
-    def state_dict(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """Refused: the optimizer sees flat pieces."""
-        raise RuntimeError(
-            "the optimizer's state belongs to the DeepSpeed engine: call engine.save_checkpoint(..., "
-            "client_state=opt.sparse_state()), and engine.load_checkpoint with opt.load_sparse_state"
-        )
+    def gradients(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+        """The local run of each parameter's reduced gradient."""
+        pieces: dict[int, dict[int, Tensor]] = {}
+        result = []
+        for p in parameters:
+            group = self._group[id(p)]
+            in_part, _, length = self._run(p)
+            if group not in pieces:
+                pieces[group] = self._pieces(group)
+            piece = pieces[group].get(in_part) if length else None
+            result.append(self._own_part(group).new_zeros(length) if piece is None else piece)
+        return result
 
-    def load_state_dict(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-        """Refused, as `state_dict`."""
-        self.state_dict(optimizer)
+    def _pieces(self, group: int) -> dict[int, Tensor]:
+        """The pieces that make this process's part of a group's gradient, one a parameter, by where they start."""
+        pieces: dict[int, Tensor] = {}
+        start = 0
+        for piece in self._zero.averaged_gradients.get(group) or ():
+            pieces[start] = piece.reshape(-1)
+            start += piece.numel()
+        return pieces
 
-    def whole_state(
-        self, network: nn.Module, optimizer: torch.optim.Optimizer
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Gathers one tensor after the other."""
-        named = {id(p): name for name, p in network.named_parameters()}
-        stepped = {id(p): self._stepped(p) for p in self._parameters()}
-        weights = {}
-        for name, t in network.state_dict(keep_vars=True).items():
-            if id(t) in stepped:
-                pieces, start, length, _ = stepped[id(t)]
-                weights[name] = self.gather(t, pieces.detach().narrow(0, start, length)).cpu()
-            elif isinstance(t, nn.Parameter):
-                weights[name] = self.gather(t, self.shards([t])[0].weight).cpu()
-            else:
-                weights[name] = t.cpu().clone()
-        state: dict[str, dict[str, Any]] = {}
-        groups = [{**group, "params": []} for group in optimizer.param_groups]
-        for p in self._parameters():
-            pieces, start, length, group = stepped[id(p)]
-            groups[group]["params"].append(named[id(p)])
-            state[named[id(p)]] = {
-                # What is shaped like the pieces belongs to single weights, anything else to all of them (a step count).
-                entry: self.gather(p, value.narrow(0, start, length)).cpu()
-                if isinstance(value, Tensor) and value.shape == pieces.shape
-                else value
-                for entry, value in optimizer.state.get(pieces, {}).items()
-            }
-        return weights, {"state": state, "param_groups": groups}
+    def clear_gradients(self, optimizer: torch.optim.Optimizer) -> None:
+        """Forget `.grad` and the reduced gradient, which a second backward would be added to."""
+        self._zero.zero_grad()
+        for kept in (self._zero.averaged_gradients, self._zero.all_grad_tensors):
+            for group in kept:
+                kept[group] = None
 
-    def load_whole_state(
-        self, network: nn.Module, optimizer: torch.optim.Optimizer, weights: dict[str, Any], state: dict[str, Any]
-    ) -> None:
-        """Writes to what the optimizer steps and to what a forward reads."""
-        for name, t in network.state_dict(keep_vars=True).items():
-            if isinstance(t, nn.Parameter):
-                local = self.shards([t])[0].weight
-                local.copy_(self.scatter(t, weights[name]))
-            else:
-                t.copy_(weights[name])
-        named = {id(p): name for name, p in network.named_parameters()}
-        for p in self._parameters():
-            name, (pieces, start, length, group) = named[id(p)], self._stepped(p)
-            with torch.no_grad():
-                pieces.narrow(0, start, length).copy_(self.scatter(p, weights[name]))
-            for entry, value in state["state"].get(name, {}).items():
-                mine = optimizer.state[pieces]
-                if isinstance(value, Tensor) and value.shape == self.whole_shape(p):
-                    mine.setdefault(entry, torch.zeros_like(pieces, dtype=value.dtype, requires_grad=False))
-                    mine[entry].narrow(0, start, length).copy_(self.scatter(p, value))
-                else:
-                    mine[entry] = value
-            saved = next(g for g in state["param_groups"] if name in g["params"])
-            optimizer.param_groups[group].update({key: value for key, value in saved.items() if key != "params"})
-        self.publish()
 
-    def exposed(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
-        """What changes on this process when the shards of `parameters` are written to and published."""
-        raise NotImplementedError
+class ZeRO1BF16(FlatBuffers, Spread):
+    """Stage 1 in bf16 with gradients accumulated in float32.
 
-    def publish(self) -> None:
-        """Make the next forward on every process use the shards as they are now."""
-        raise NotImplementedError
+    Raises:
+        ValueError: gradients are not accumulated at once.
+    """
 
-    def forget_copies(self) -> None:
-        """Drop copies of weights that were made before the weights changed."""
-        raise NotImplementedError
+    def __init__(self, engine: Any) -> None:
+        Spread.__init__(self, engine, _STAGE_1_BF16_FP32)
+        zero = engine.optimizer
+        parts, stepped = zero.bf16_partitioned_groups, zero.fp32_groups_flat_partition
+        FlatBuffers.__init__(self, zero.bf16_groups, zero.bf16_groups_flat, parts, stepped)
+        if not zero.immediate_grad_update:
+            raise ValueError(
+                "SparseSAM on a DeepSpeed engine with bf16, ZeRO stage 1 and fp32 gradient accumulation needs "
+                "bf16.immediate_grad_update: true"
+            )
+
+    def gradients(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+        """The local run of each parameter's reduced gradient."""
+        result = []
+        for p in parameters:
+            in_part, _, length = self._run(p)
+            part = self._zero.fp32_groups_gradient_flat_partition[self._group[id(p)]]
+            result.append(part.narrow(0, in_part, length))
+        return result
+
+    def clear_gradients(self, optimizer: torch.optim.Optimizer) -> None:
+        """Drop `.grad` and zero what it was accumulated in."""
+        self._zero.zero_grad()
+
+
+class ZeRO3(FlatShards, Spread):
+    """Stage 3: every parameter is cut into equal runs, and whole only while a module computes."""
+
+    def __init__(self, engine: Any) -> None:
+        Spread.__init__(self, engine, _STAGE_3)
+        FlatShards.__init__(self)
+        for p in next(iter(self._zero.fp16_groups), [])[:1]:
+            _check_internals(p, _STAGE_3_PARAMETER)
+        self._number = len(engine.basic_optimizer.param_groups)
+        self._place: dict[int, tuple[int, int]] = {}  # of each parameter: its sub-group, and where it starts in it
+        for index, group in enumerate(self._zero.fp16_groups):
+            start = 0
+            for p in group:
+                self._place[id(p)] = index, start
+                start += p.ds_tensor.numel()
+
+    def groups(self) -> list[list[nn.Parameter]]:
+        """The parameters of all sub-groups, by group."""
+        groups: list[list[nn.Parameter]] = [[] for _ in range(self._number)]
+        for index, sub_group in enumerate(self._zero.fp16_groups):
+            groups[self._zero.sub_group_to_group_id[index]] += sub_group
+        return groups
+
+    @contextmanager
+    def micro_batch(self, *, last: bool) -> Iterator[None]:
+        """Frees what is left gathered when an exception ends it: the next forward would start from there."""
+        try:
+            with super().micro_batch(last=last):
+                yield
+        except BaseException:
+            self.forget_copies()
+            raise
+
+    def shards(self, parameters: Sequence[nn.Parameter]) -> list[Shard]:
+        """The local run of each parameter, flat, without the padding at its end."""
+        result = []
+        for p in parameters:
+            part, numel = p.ds_tensor.detach(), self.whole_shape(p).numel()  # type: ignore[attr-defined]
+            start = min(self.shard_index * part.numel(), numel)
+            result.append(Shard(part[: min(part.numel(), numel - start)], start, numel))
+        return result
+
+    def gradients(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+        """The local run of each parameter's reduced gradient."""
+        lengths = [shard.weight.numel() for shard in self.shards(parameters)]
+        return [safe_get_local_grad(p)[:length] for p, length in zip(parameters, lengths, strict=True)]
 
     def whole_shape(self, parameter: nn.Parameter) -> torch.Size:
-        """Its shape."""
-        return parameter.shape
+        """Its shape when it is gathered."""
+        return torch.Size(parameter.ds_shape)  # type: ignore[attr-defined]
 
-    def _stepped(self, parameter: nn.Parameter) -> tuple[Tensor, int, int, int]:
-        """What the optimizer steps: a flat float32 tensor of pieces of parameters, start and length of the local run
-        of this one in it, and the index of its parameter group."""
-        raise NotImplementedError
+    def master(self, parameter: nn.Parameter) -> Master:
+        """The run in the copy of its sub-group."""
+        index, start = self._place[id(parameter)]
+        [shard] = self.shards([parameter])
+        stepped = self._zero.fp32_partitioned_groups_flat[index]
+        return Master(stepped, start, shard.weight.numel(), self._zero.sub_group_to_group_id[index])
+
+    def clear_gradients(self, optimizer: torch.optim.Optimizer) -> None:
+        """Forget `.grad` and zero the local gradients: a pass overwrites only those that it computes."""
+        self._zero.zero_grad()
+        self._zero.grad_partitions_flat_buffer.zero_()
+
+    def exposed(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+        """The local runs: every gathered copy of them is made anew after `forget_copies`."""
+        return [shard.weight for shard in self.shards(parameters)]
+
+    def publish(self) -> None:
+        """Gather what DeepSpeed keeps gathered; anything else is gathered where it is used."""
+        if kept := self._zero.persistent_parameters:
+            kept[0].all_gather(kept)
+
+    def forget_copies(self) -> None:
+        """Free every gathered copy, kept ones too, which a forward then gathers again."""
+        self._zero.empty_partition_cache()

@@ -1,0 +1,243 @@
+"""Weights of which the optimizer steps a copy: where its parts lie, and what a checkpoint holds of them.
+
+A checkpoint is the same as everywhere else: the copy's weights, which are the more precise ones, and its state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .base import Shard, Sharding
+
+
+@dataclass(frozen=True)
+class Master:
+    """What the optimizer steps in the place of this process's part of one parameter.
+
+    Attributes:
+        tensor: what the optimizer was given, which its state has as key; may hold parts of other parameters, too.
+        start: where the part begins in it.
+        length: elements of the part.
+        group: index of the parameter group.
+    """
+
+    tensor: Tensor
+    start: int
+    length: int
+    group: int
+
+    def part(self, like: Tensor) -> Tensor:
+        """The part of this parameter in `like`, which is shaped as `tensor`."""
+        return like if self.length == like.numel() else like.narrow(0, self.start, self.length)
+
+
+class HasMasters(Sharding, Protocol):
+    """A backend that perturbs one copy of the weights while the optimizer steps another."""
+
+    def groups(self) -> list[list[nn.Parameter]]:
+        """The model's parameters that the optimizer steps, by group."""
+
+    def master(self, parameter: nn.Parameter) -> Master:
+        """What the optimizer steps in the place of `parameter`."""
+
+
+class MasterWeights:
+    """Checkpoints of a backend that `HasMasters`."""
+
+    def state_dict(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """Refused: the optimizer does not know the model's parameters.
+
+        Raises:
+            RuntimeError: always; says what to call instead.
+        """
+        raise RuntimeError(
+            "the optimizer's state belongs to the DeepSpeed engine: call engine.save_checkpoint(..., "
+            "client_state=opt.sparse_state()), and engine.load_checkpoint with opt.load_sparse_state"
+        )
+
+    def load_state_dict(self: Sharding, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+        """Refused, as `state_dict`."""
+        self.state_dict(optimizer)
+
+    def whole_state(
+        self: HasMasters, network: nn.Module, optimizer: torch.optim.Optimizer
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Gathers one tensor after the other; of trained weights, what the optimizer steps."""
+        masters = {id(p): self.master(p) for group in self.groups() for p in group}
+        weights = {}
+        for name, t in network.state_dict(keep_vars=True).items():
+            if (master := masters.get(id(t))) is not None:
+                weights[name] = self.gather(t, master.part(master.tensor.detach())).cpu().clone()
+            elif isinstance(t, nn.Parameter):
+                weights[name] = self.gather(t, self.shards([t])[0].weight).cpu().clone()
+            else:
+                weights[name] = t.cpu().clone()
+        state: dict[str, dict[str, Any]] = {}
+        groups = [{**group, "params": []} for group in optimizer.param_groups]
+        for name, p in network.named_parameters():
+            if (master := masters.get(id(p))) is None:
+                continue
+            groups[master.group]["params"].append(name)
+            state[name] = {
+                # What is shaped like the master belongs to single weights, anything else to all of them (a step count).
+                entry: self.gather(p, master.part(value)).cpu().clone()
+                if isinstance(value, Tensor) and value.shape == master.tensor.shape
+                else value
+                for entry, value in optimizer.state.get(master.tensor, {}).items()
+            }
+        return weights, {"state": state, "param_groups": groups}
+
+    @torch.no_grad()
+    def load_whole_state(
+        self: HasMasters,
+        network: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        weights: dict[str, Any],
+        state: dict[str, Any],
+    ) -> None:
+        """Writes to what the optimizer steps and to what a forward reads."""
+        for name, t in network.state_dict(keep_vars=True).items():
+            if isinstance(t, nn.Parameter):
+                self.shards([t])[0].weight.copy_(self.scatter(t, weights[name]))
+            else:
+                t.copy_(weights[name])
+        group_of = {name: group for group in state["param_groups"] for name in group["params"]}
+        trained = {id(p) for group in self.groups() for p in group}
+        for name, p in network.named_parameters():
+            if id(p) not in trained:
+                continue
+            master = self.master(p)
+            master.part(master.tensor).copy_(self.scatter(p, weights[name]))
+            mine = optimizer.state[master.tensor]
+            for entry, value in state["state"].get(name, {}).items():
+                # The step count of a parameter of shape () has its shape, too.
+                if isinstance(value, Tensor) and value.shape == self.whole_shape(p) and entry != "step":
+                    mine.setdefault(entry, torch.zeros_like(master.tensor, dtype=value.dtype, requires_grad=False))
+                    master.part(mine[entry]).copy_(self.scatter(p, value))
+                else:
+                    mine[entry] = value
+            saved = group_of[name].items()
+            optimizer.param_groups[master.group].update({key: value for key, value in saved if key != "params"})
+        self.forget_copies()
+        self.publish()
+
+
+class FlatShards(MasterWeights):
+    """What ZeRO's stages 1 to 3 have in common: a shard is one run of elements of a row-major parameter."""
+
+    def __init__(self) -> None:
+        self.shards_each, self.shard_index = dist.get_world_size(), dist.get_rank()
+
+    def sum_over_shards(self, value: Tensor) -> Tensor:
+        """An all-reduce over all processes."""
+        dist.all_reduce(value)
+        return value
+
+    def gather(self: Sharding, parameter: nn.Parameter, local: Tensor) -> Tensor:
+        """An all-reduce of the whole, which is zero outside of the local run."""
+        [shard] = self.shards([parameter])
+        return _gather_runs(shard, local).reshape(self.whole_shape(parameter))
+
+    def scatter(self: Sharding, parameter: nn.Parameter, whole: Tensor) -> Tensor:
+        """The local run."""
+        [shard] = self.shards([parameter])
+        return whole.reshape(-1)[shard.start : shard.start + shard.weight.numel()]
+
+
+def _gather_runs(shard: Shard, local: Tensor) -> Tensor:
+    dtype = torch.uint8 if local.dtype == torch.bool else local.dtype
+    whole = torch.zeros(shard.numel, dtype=dtype, device=local.device)
+    whole[shard.start : shard.start + local.numel()] = local.to(dtype)
+    dist.all_reduce(whole)
+    return whole.to(local.dtype)
+
+
+class FlatBuffers(FlatShards):
+    """The parameters of a group are views of one flat buffer, of which each process steps one part.
+
+    Args:
+        groups: the parameters, by group.
+        buffers: of each group.
+        parts: of each buffer, one a process.
+        stepped: what the optimizer steps in the place of this process's part, by group.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[Sequence[nn.Parameter]],
+        buffers: Sequence[Tensor],
+        parts: Sequence[Sequence[Tensor]],
+        stepped: Sequence[Tensor],
+    ) -> None:
+        super().__init__()
+        self._groups, self._buffers, self._parts, self._stepped = groups, buffers, parts, stepped
+        self._group = {id(p): index for index, group in enumerate(groups) for p in group}
+
+    def groups(self) -> list[list[nn.Parameter]]:
+        """The parameters in the flat buffers, by group."""
+        return [list(group) for group in self._groups]
+
+    def _run(self, parameter: nn.Parameter) -> tuple[int, int, int]:
+        """Of the local run: its start in this process's part, its start in the parameter, its length.
+
+        The place of a parameter is read off its address: with round_robin_gradients the order in the flat buffer is not
+        that of the group.
+        """
+        group = self._group[id(parameter)]
+        buffer, own = self._buffers[group], self._own_part(group)
+        place = (parameter.data_ptr() - buffer.data_ptr()) // buffer.element_size()
+        part = (own.data_ptr() - buffer.data_ptr()) // buffer.element_size()
+        start, end = max(place, part), min(place + parameter.numel(), part + own.numel())
+        if start >= end:
+            return 0, 0 if part < place else parameter.numel(), 0
+        return start - part, start - place, end - start
+
+    def _own_part(self, group: int) -> Tensor:
+        return self._parts[group][self.shard_index].detach()
+
+    def shards(self, parameters: Sequence[nn.Parameter]) -> list[Shard]:
+        """The local run of each parameter, flat; a frozen one is whole everywhere."""
+        result = []
+        for p in parameters:
+            if id(p) not in self._group:
+                result.append(Shard(p.detach().reshape(-1), 0, p.numel()))
+                continue
+            in_part, in_parameter, length = self._run(p)
+            own = self._own_part(self._group[id(p)])
+            result.append(Shard(own.narrow(0, in_part, length), in_parameter, p.numel()))
+        return result
+
+    def gather(self, parameter: nn.Parameter, local: Tensor) -> Tensor:
+        """An all-reduce of the whole, unless it is frozen."""
+        if id(parameter) not in self._group:
+            return local.reshape(parameter.shape)
+        [shard] = self.shards([parameter])
+        return _gather_runs(shard, local).reshape(parameter.shape)
+
+    def whole_shape(self, parameter: nn.Parameter) -> torch.Size:
+        """Its shape."""
+        return parameter.shape
+
+    def master(self, parameter: nn.Parameter) -> Master:
+        """The run in the copy of this process's part."""
+        group = self._group[id(parameter)]
+        in_part, _, length = self._run(parameter)
+        return Master(self._stepped[group], in_part, length, group)
+
+    def exposed(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+        """The whole parameters: every process holds all of them."""
+        return [p.detach() for p in parameters]
+
+    def publish(self) -> None:
+        """Gather every process's part into the flat buffers."""
+        for group, buffer in enumerate(self._buffers):
+            dist.all_gather_single(buffer.detach(), self._own_part(group))
+
+    def forget_copies(self) -> None:
+        """There are none: a forward reads the flat buffers."""
