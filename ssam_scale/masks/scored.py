@@ -79,7 +79,8 @@ class Scored:
         else:
             sums = sharding.sum_over_shards(torch.stack([s.double().sum() for s in scores.values()]))
             means = {name: s / layout.numels[name] for name, s in zip(scores, sums.tolist(), strict=True)}
-            chosen = dict.fromkeys(greedy_tensors(means, layout.numels, k))
+            taken = set(greedy_tensors(means, layout.numels, k))
+            chosen = {name: None for name in scores if name in taken}  # in the order in which a saved choice comes back
             perturbed = sum(layout.numels[name] for name in chosen)
         if not perturbed:
             raise ValueError(f"sparsity {self.sparsity} leaves nothing of {layout.total} weights to perturb")

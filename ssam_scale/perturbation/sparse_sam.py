@@ -279,7 +279,8 @@ class SparseSAM(AroundOptimizer):
         Raises:
             ValueError: the state is of another mask or of other parameters.
         """
-        restore_masks(self.sharding, self.pool.parameters, self.mask, state["mask"])
+        eligible = self.pool.eligible(self.param_groups).numels
+        restore_masks(self.sharding, self.pool.parameters, self.mask, state["mask"], eligible)
         self._ascent.load_state(state)
         self.steps = int(state["steps"])
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 import torch
@@ -33,9 +33,21 @@ def whole_masks(sharding: Sharding, parameters: Mapping[str, nn.Parameter], mask
 
 
 def restore_masks(
-    sharding: Sharding, parameters: Mapping[str, nn.Parameter], mask: Mask, saved: Mapping[str, Tensor]
+    sharding: Sharding,
+    parameters: Mapping[str, nn.Parameter],
+    mask: Mask,
+    saved: Mapping[str, Tensor],
+    eligible: Container[str],
 ) -> None:
     """Take back what `whole_masks` returned, on any number of processes.
+
+    Args:
+        sharding: where the weights live.
+        parameters: all that are trained, by name.
+        mask: given its choice back.
+        saved: the choice, by the names of `parameters`.
+        eligible: names of those that a mask may choose from; what is not among them, and of which nothing is chosen, is
+            left out of the plan, so that no ascent gradient is computed for it.
 
     Raises:
         ValueError: it is of another mask or of other parameters.
@@ -58,12 +70,18 @@ def restore_masks(
                 f"the saved mask of {name} has shape {tuple(whole.shape)}, pattern {mask.pattern} needs {tuple(shape)}"
             )
         if mask.pattern == "element":
-            weights[name] = sharding.scatter(p, whole).to(p.device)
-            perturbed += int(whole.sum())
+            count = int(whole.sum())
+            if count or name in eligible:
+                weights[name] = sharding.scatter(p, whole).to(p.device)
+                perturbed += count
         elif whole:
             weights[name] = None
             perturbed += sharding.whole_shape(p).numel()
     mask.restore(Plan(0, weights, perturbed) if perturbed else None)
+
+
+# Numbered in what is saved: new ones go to the end.
+_PATTERNS = ("not chosen by scores", "of pattern element", "of pattern tensor")
 
 
 class SparseState:
@@ -74,9 +92,21 @@ class SparseState:
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors only, under the same keys at any time."""
-        state: dict[str, Any] = self._optimizer.sparse_state()
-        return state
+        return {**self._optimizer.sparse_state(), "pattern": torch.tensor(self._pattern())}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take back what `state_dict` returned."""
-        self._optimizer.load_sparse_state(state_dict)
+        """Take back what `state_dict` returned.
+
+        Raises:
+            ValueError: the state is of another mask or of other parameters.
+        """
+        state = dict(state_dict)
+        # What is loaded is what this optimizer has keys for: masks that it has none for would be dropped in silence.
+        if (saved := int(state.pop("pattern"))) != self._pattern():
+            mine = _PATTERNS[self._pattern()]
+            raise ValueError(f"the saved state has a mask {_PATTERNS[saved]}, this optimizer one {mine}")
+        self._optimizer.load_sparse_state(state)
+
+    def _pattern(self) -> int:
+        mask = self._optimizer.mask
+        return _PATTERNS.index(f"of pattern {mask.pattern}") if isinstance(mask, Scored) else 0
