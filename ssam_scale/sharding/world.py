@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ssam_scale.errors import UserError
 
-_TIMEOUT = timedelta(minutes=10)  # a rank that waits longer for another one ends the job instead of hanging it
+# A rank that waits longer for another one ends the job instead of hanging it.
+TIMEOUT = timedelta(minutes=10)
 
 
 @dataclass(frozen=True)
@@ -45,10 +46,13 @@ class World:
 
 
 @contextmanager
-def join_world() -> Iterator[World]:
+def join_world(timeout: timedelta = TIMEOUT) -> Iterator[World]:
     """Join the processes that torchrun or deepspeed started; alone without their environment variables.
 
     Uses NCCL on CUDA and gloo on the CPU.
+
+    Args:
+        timeout: a collective that waits longer for another process raises.
 
     Raises:
         UserError: processes were started without telling them of each other, or there are more of them than GPUs.
@@ -75,12 +79,17 @@ def join_world() -> Iterator[World]:
         yield world
         return
     if device.type == "cuda":
-        dist.init_process_group("nccl", timeout=_TIMEOUT, device_id=device)
+        dist.init_process_group("nccl", timeout=timeout, device_id=device)
     else:
-        dist.init_process_group("gloo", timeout=_TIMEOUT)
+        dist.init_process_group("gloo", timeout=timeout)
+    failed = True
     try:
         yield world
+        failed = False
     finally:
-        # gloo may abort the process at exit while wrappers of the group (DDP's reducer, FSDP's states) are alive.
-        gc.collect()
-        dist.destroy_process_group()
+        # Destroying an NCCL group waits for the collectives under way. After an exception the other processes may never
+        # come to them, and NCCL's watchdog would end this process before it could say what went wrong.
+        if not (failed and device.type == "cuda"):
+            # gloo may abort the process at exit while wrappers of the group (DDP's reducer, FSDP's states) are alive.
+            gc.collect()
+            dist.destroy_process_group()

@@ -1,0 +1,213 @@
+"""An exception inside a step, on one rank alone or on all: the weights are w, and no rank waits for ever.
+
+What happens on one rank alone ends the job: the other ranks cannot finish their collectives. So every such case is a
+pair of real processes whose ends are looked at one by one, and every process writes down, when `step` has raised,
+whether its own weights are w.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from contextlib import ExitStack
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ssam_scale import Depth, SparseSAM
+from ssam_scale.sharding import World, join_world, place
+from tests.support.networks import batches, freeze_batchnorm, loss_fn, part, small_network
+from tests.support.processes import daemon
+from tests.support.ranks import free_port, run_ranks
+
+ROOT = Path(__file__).parents[2]
+BATCH = 8
+MESSAGE = "raised on purpose"
+COLLECTIVE_TIMEOUT = timedelta(seconds=20)
+# An upper bound for a pair of processes: imports, perhaps DeepSpeed's compilation, two steps, the collective timeout.
+# Generous, because ending a process in the middle of that compilation leaves a lock that stops every later one.
+PAIR_ENDS_WITHIN_S = 600.0
+
+ASCENT = "in the ascent's loss, before the forward"
+BEFORE = "in the descent's loss, before the forward"
+AFTER = "in the descent's loss, after the forward"
+BLOCK = "in the forward of a block, in the descent"
+BACKWARD = "in the backward of a block, in the descent"
+LINGERS = f"{BEFORE}, and the process lives on"
+
+
+class Failing:
+    """A loss function that raises at one point of a step of one micro-batch, once; only where it is `armed`."""
+
+    def __init__(self, where: str, block: nn.Module, *, armed: bool) -> None:
+        self._where = where
+        self._armed = armed
+        self._calls = 0
+        block.register_forward_pre_hook(self._before_block)
+        block.register_full_backward_pre_hook(self._before_block_backward)
+
+    def __call__(self, forward: Any, batch: Any) -> Tensor:
+        self._calls += 1
+        if self._calls == 1:
+            self._raise_if(ASCENT)
+            return loss_fn(forward, batch)
+        self._raise_if(BEFORE, LINGERS)
+        loss = loss_fn(forward, batch)
+        self._raise_if(AFTER)
+        return loss
+
+    def _before_block(self, block: nn.Module, inputs: Any) -> None:
+        if self._calls == 2:
+            self._raise_if(BLOCK)
+
+    def _before_block_backward(self, block: nn.Module, gradients: Any) -> None:
+        if self._calls == 2:
+            self._raise_if(BACKWARD)
+
+    def _raise_if(self, *where: str) -> None:
+        if self._armed and self._where in where:
+            self._armed = False
+            raise ArithmeticError(MESSAGE)
+
+
+def sparse_sam(world: World, backend: str) -> tuple[SparseSAM, nn.Module]:
+    """The optimizer of a new ViT, and the ViT's last block, which is in the suffix of the mask's cut.
+
+    Args:
+        world: the processes.
+        backend: as `place` takes it, or `hsdp`, which is FSDP2 with a copy of the weights on every process.
+    """
+    model = freeze_batchnorm(small_network("vit"))
+    blocks = [stage.block for stage in model.stages]
+
+    def sgd() -> torch.optim.Optimizer:
+        return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+
+    kind: Any = "fsdp2" if backend == "hsdp" else backend
+    replicas = world.size if backend == "hsdp" else 1
+    placed, base = place(model, blocks, kind, world, sgd, replicas=replicas, batch_size=BATCH // world.size)
+    return SparseSAM(placed, base, rho=0.5, mask=Depth((0.5, 0.5))), blocks[-1]
+
+
+class Snapshot:
+    """The weights of this process at one time. Taking it and asking it involve no other process."""
+
+    def __init__(self, opt: SparseSAM) -> None:
+        self._opt = opt
+        self._shards, self._exposed = ([w.clone() for w in tensors] for tensors in _weights(opt))
+
+    def holds(self, other: SparseSAM | None = None, *, copies: bool = True) -> bool:
+        """Whether these are, bit for bit, the weights of the optimizer now, or of `other`.
+
+        Args:
+            other: whose weights to compare instead.
+            copies: compare also what a perturbation changes beside the shards, unless it has been freed, as gathered
+                weights of stage 3 are.
+        """
+        shards, exposed = _weights(other or self._opt)
+        return all(torch.equal(a, b) for a, b in zip(shards, self._shards, strict=True)) and all(
+            not copies or a.numel() == 0 or torch.equal(a, b) for a, b in zip(exposed, self._exposed, strict=True)
+        )
+
+
+def _weights(opt: SparseSAM) -> tuple[list[Tensor], list[Tensor]]:
+    """The shards of this process, and everything on it that a perturbation changes."""
+    parameters = list(opt.pool.parameters.values())
+    return [shard.weight for shard in opt.sharding.shards(parameters)], opt.sharding.exposed(parameters)
+
+
+def fail_alone(backend: str, where: str, folder: Path) -> None:
+    """One process of a pair: a step as usual, then one in which rank 1 raises."""
+    torch.set_num_threads(1)
+    with join_world(COLLECTIVE_TIMEOUT) as world:
+        opt, block = sparse_sam(world, backend)
+        first, second = (part(batch, world.rank, world.size) for batch in batches(2, BATCH))
+        opt.step(loss_fn, first)
+        before = Snapshot(opt)
+        try:
+            opt.step(Failing(where, block, armed=world.rank == 1), second)
+        except Exception as error:
+            # Stage 3 frees gathered weights only after the gathers under way, and so does not where the peer is gone.
+            record = {"error": repr(error), "restored": before.holds(copies=backend != "zero3")}
+            (folder / f"{world.rank}.json").write_text(json.dumps(record))
+            deadline = time.monotonic() + PAIR_ENDS_WITHIN_S
+            while where == LINGERS and not (folder / "0.json").exists() and time.monotonic() < deadline:
+                time.sleep(0.2)
+            raise
+
+
+def _all_fail(world: World, cases: list[tuple[str, str]]) -> list[str]:
+    """What did not hold after an exception on all ranks."""
+    wrong = []
+    first, second, third = (part(batch, world.rank, world.size) for batch in batches(3, BATCH))
+    for backend, where in cases:
+        (opt, block), (undisturbed, _) = sparse_sam(world, backend), sparse_sam(world, backend)
+        for each in (opt, undisturbed):
+            each.step(loss_fn, first)
+        before = Snapshot(opt)
+        with pytest.raises(ArithmeticError, match=MESSAGE):
+            opt.step(Failing(where, block, armed=True), second)
+        if not before.holds():
+            wrong.append(f"{backend}, {where}: the weights are not w")
+        for batch in (second, third):
+            for each in (opt, undisturbed):
+                each.step(loss_fn, batch)
+        if not Snapshot(opt).holds(undisturbed):
+            wrong.append(f"{backend}, {where}: the next steps differ")
+    return wrong
+
+
+# What else ZeRO must bear stands in test_zero.
+ALL = [
+    *(("ddp", where) for where in (ASCENT, BEFORE, BLOCK)),
+    *((backend, where) for backend in ("fsdp2", "hsdp") for where in (ASCENT, BEFORE, AFTER, BLOCK, BACKWARD)),
+    *((f"zero{stage}", BLOCK) for stage in range(4)),
+]
+
+
+@pytest.mark.slow
+def test_after_an_exception_on_all_ranks_the_next_steps_are_as_if_nothing_had_happened() -> None:
+    assert run_ranks(2, _all_fail, ALL) == [[], []]
+
+
+# Raised before the descent's forward, this leaves a rank at w + ε while the other one waits in a collective: every
+# backend. Where else it happens matters to those whose hooks run around forward and backward. In most cases the process
+# that raised ends, which its peer notices at once; in one it lives on, and only the timeout can end the wait.
+ALONE = [
+    *((backend, BEFORE) for backend in ("ddp", "hsdp", "zero0", "zero1", "zero2", "zero3")),
+    ("fsdp2", LINGERS),
+    *((backend, where) for backend in ("fsdp2", "zero3") for where in (ASCENT, AFTER, BLOCK)),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("backend", "where"), ALONE)
+def test_one_rank_that_raises_alone_ends_the_job_with_the_weights_at_w_everywhere(
+    backend: str, where: str, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "tests.perturbation.test_failures", backend, where, str(tmp_path)]
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    logs = [tmp_path / f"{rank}.log" for rank in range(2)]
+    with ExitStack() as stack:
+        ranks = []
+        for rank, log in enumerate(logs):
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": str(ROOT)}
+            ranks.append(stack.enter_context(daemon(command, log, shared | own)))
+        deadline = time.monotonic() + PAIR_ENDS_WITHIN_S
+        codes = [process.wait(deadline - time.monotonic()) for process in ranks]
+    said = [log.read_text() for log in logs]
+    assert 0 not in codes
+    assert f"ArithmeticError: {MESSAGE}" in said[1]
+    for rank in range(2):
+        assert (tmp_path / f"{rank}.json").exists(), said[rank]
+        record = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert record["restored"], f"rank {rank} is not at w after {record['error']}"
+
+
+if __name__ == "__main__":
+    fail_alone(sys.argv[1], sys.argv[2], Path(sys.argv[3]))
