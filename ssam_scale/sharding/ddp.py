@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
@@ -53,8 +54,9 @@ class DDP(Unsharded):
         """One averaging all-reduce per dtype over the gradients of `parameters`."""
         by_dtype: dict[object, list[nn.Parameter]] = {}
         for p in parameters:
-            if p.grad is not None:
-                by_dtype.setdefault(p.grad.dtype, []).append(p)
+            if p.grad is None:  # here, but perhaps not on another process, and all reduce the same
+                p.grad = torch.zeros_like(p)
+            by_dtype.setdefault(p.grad.dtype, []).append(p)
         for group in by_dtype.values():
             gradients = [p.grad for p in group if p.grad is not None]
             flat = _flatten_dense_tensors(gradients)
