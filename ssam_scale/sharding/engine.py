@@ -136,12 +136,19 @@ def check_setup(engine: Any) -> None:
 
 
 class Driven:
-    """What all stages have in common: forward, backward and step are the engine's."""
+    """What all stages have in common: forward, backward and step are the engine's.
+
+    Attributes:
+        outlives_interruption: whether the engine can go on after an exception inside a backward; else its reductions
+            are half done, and nothing takes them back.
+    """
 
     takes_scaler = False
+    outlives_interruption = True
 
     def __init__(self, engine: Any) -> None:
         self._engine = engine
+        self._interrupted = False
         self.network: nn.Module = engine.module
         self.ascent_module: nn.Module = engine
         self.descent_module: nn.Module = engine
@@ -171,13 +178,24 @@ class Driven:
 
     @contextmanager
     def micro_batch(self, *, last: bool) -> Iterator[None]:
-        """The engine is told where accumulation ends, instead of counting calls of `step`."""
+        """The engine is told where accumulation ends, instead of counting calls of `step`.
+
+        Raises:
+            RuntimeError: the engine cannot go on.
+        """
+        if self._interrupted and not self.outlives_interruption:
+            raise RuntimeError(
+                "an exception interrupted a backward pass, after which this DeepSpeed engine cannot go on: the weights "
+                "are as they were, so save a checkpoint and load it into a new engine"
+            )
         self._engine.set_gradient_accumulation_boundary(last)
         yield
 
     def backward(self, loss: Tensor) -> None:
         """The engine's; the loss is already divided by the number of micro-batches."""
+        self._interrupted = True
         self._engine.backward(loss, scale_wrt_gas=False)
+        self._interrupted = False
 
     def reduce_ascent(self, parameters: Sequence[nn.Parameter]) -> None:
         """The engine reduced them in the backward."""

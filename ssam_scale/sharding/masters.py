@@ -116,8 +116,7 @@ class MasterWeights:
             master.part(master.tensor).copy_(self.scatter(p, weights[name]))
             mine = optimizer.state[master.tensor]
             for entry, value in state["state"].get(name, {}).items():
-                # The step count of a parameter of shape () has its shape, too.
-                if isinstance(value, Tensor) and value.shape == self.whole_shape(p) and entry != "step":
+                if isinstance(value, Tensor) and value.shape == self.whole_shape(p):
                     mine.setdefault(entry, torch.zeros_like(master.tensor, dtype=value.dtype, requires_grad=False))
                     master.part(mine[entry]).copy_(self.scatter(p, value))
                 else:
@@ -148,6 +147,10 @@ class FlatShards(MasterWeights):
         """The local run."""
         [shard] = self.shards([parameter])
         return whole.reshape(-1)[shard.start : shard.start + shard.weight.numel()]
+
+    def exposed(self: Sharding, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+        """The local runs: copies of them are made anew after `forget_copies`."""
+        return [shard.weight for shard in self.shards(parameters)]
 
 
 def _gather_runs(shard: Shard, local: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ import deepspeed
 import torch
 from deepspeed.utils import safe_get_local_grad
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from .base import Shard, Sharding, Unsharded
 from .engine import Driven, check_setup
@@ -62,12 +63,12 @@ _STAGE_3 = _BACKWARD | {
     "sub_group_to_group_id": "the parameter group of what the optimizer steps",
     "grad_partitions_flat_buffer": "keeps gradients of earlier passes, which parameters that a pass leaves out show",
     "empty_partition_cache": "frees gathered weights; the engine's method of that name collects garbage each time too",
-    "persistent_parameters": "small parameters that DeepSpeed gathers together, to keep them, after each change",
+    "persistent_parameters": "small parameters that DeepSpeed keeps gathered between steps",
 }
 _STAGE_3_PARAMETER = {
     "ds_tensor": "the local part, padded to the same length everywhere; public calls reach the float32 master only",
     "ds_shape": "shape of the whole, which also tells weights from padding",
-    "all_gather": "gathers the persistent parameters, as at the end of the optimizer's step",
+    "all_gather": "gathers the persistent parameters together, as at the end of the optimizer's step",
 }
 
 
@@ -119,50 +120,35 @@ class ZeRO0LowPrecision(Driven, MasterWeights, Unsharded):
     def __init__(self, engine: Any) -> None:
         super().__init__(engine)
         _check_internals(engine.optimizer, _LOW_PRECISION_0)
-        self._wrapper = engine.optimizer
+        self._groups = engine.optimizer.fp16_groups
+        self._masters = {
+            id(p): Master(master, 0, master.numel(), index)
+            for index, groups in enumerate(zip(self._groups, engine.optimizer.fp32_groups, strict=True))
+            for p, master in zip(*groups, strict=True)
+        }
 
     def groups(self) -> list[list[nn.Parameter]]:
         """The model's parameters that the optimizer steps copies of, by group."""
-        return [list(group) for group in self._wrapper.fp16_groups]
+        return [list(group) for group in self._groups]
 
     def master(self, parameter: nn.Parameter) -> Master:
         """The copy, whole."""
-        for index, (group, copies) in enumerate(zip(self._wrapper.fp16_groups, self._wrapper.fp32_groups, strict=True)):
-            for p, copy in zip(group, copies, strict=True):
-                if p is parameter:
-                    return Master(copy, 0, copy.numel(), index)
-        raise KeyError("not a parameter of the optimizer")
+        return self._masters[id(parameter)]
 
 
 class Spread(Driven):
     """What stages 1 to 3 have in common."""
 
+    outlives_interruption = False
+
     def __init__(self, engine: Any, internals: Mapping[str, str]) -> None:
         super().__init__(engine)
         _check_internals(engine.optimizer, internals)
         self._zero = engine.optimizer
-        self._interrupted = False
-
-    @contextmanager
-    def micro_batch(self, *, last: bool) -> Iterator[None]:
-        """As at all stages.
-
-        Raises:
-            RuntimeError: an earlier backward raised, and its half-done reductions cannot be taken back.
-        """
-        if self._interrupted:
-            raise RuntimeError(
-                "an exception interrupted a backward pass, after which DeepSpeed cannot go on: the weights are as they "
-                "were, so save a checkpoint and load it into a new engine"
-            )
-        with super().micro_batch(last=last):
-            yield
 
     def backward(self, loss: Tensor) -> None:
         """The engine's."""
-        self._interrupted = True
         super().backward(loss)
-        self._interrupted = False
         self._zero.exit_backward()  # does nothing after a backward that left as often as it entered
 
 
@@ -177,13 +163,10 @@ class ZeRO12(FlatBuffers, Spread):
 
     def gradients(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
         """The local run of each parameter's reduced gradient."""
-        pieces: dict[int, dict[int, Tensor]] = {}
+        pieces = {group: self._pieces(group) for group in {self._group[id(p)] for p in parameters}}
         result = []
         for p in parameters:
-            group = self._group[id(p)]
-            in_part, _, length = self._run(p)
-            if group not in pieces:
-                pieces[group] = self._pieces(group)
+            group, (in_part, _, length) = self._group[id(p)], self._run(p)
             piece = pieces[group].get(in_part) if length else None
             result.append(self._own_part(group).new_zeros(length) if piece is None else piece)
         return result
@@ -246,6 +229,7 @@ class ZeRO3(FlatShards, Spread):
         for p in next(iter(self._zero.fp16_groups), [])[:1]:
             _check_internals(p, _STAGE_3_PARAMETER)
         self._number = len(engine.basic_optimizer.param_groups)
+        self._before_forward: RemovableHandle | None = None
         self._place: dict[int, tuple[int, int]] = {}  # of each parameter: its sub-group, and where it starts in it
         for index, group in enumerate(self._zero.fp16_groups):
             start = 0
@@ -297,18 +281,37 @@ class ZeRO3(FlatShards, Spread):
 
     def clear_gradients(self, optimizer: torch.optim.Optimizer) -> None:
         """Forget `.grad` and zero the local gradients: a pass overwrites only those that it computes."""
+        self._engine.zero_grad()  # on the CPU the optimizer's own stumbles over a `.grad` that an exception left
         self._zero.zero_grad()
         self._zero.grad_partitions_flat_buffer.zero_()
 
-    def exposed(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
-        """The local runs: every gathered copy of them is made anew after `forget_copies`."""
-        return [shard.weight for shard in self.shards(parameters)]
-
     def publish(self) -> None:
-        """Gather what DeepSpeed keeps gathered; anything else is gathered where it is used."""
-        if kept := self._zero.persistent_parameters:
-            kept[0].all_gather(kept)
+        """Nothing to do: each forward gathers what it uses."""
 
     def forget_copies(self) -> None:
-        """Free every gathered copy, kept ones too, which a forward then gathers again."""
+        """Free every gathered copy."""
         self._zero.empty_partition_cache()
+        self._keep_from_next_forward()
+
+    def step(
+        self, optimizer: torch.optim.Optimizer, max_grad_norm: float | None, scaler: torch.amp.GradScaler | None
+    ) -> None:
+        """The engine's, which frees every gathered copy, and if it skips the step gathers none again."""
+        super().step(optimizer, max_grad_norm, scaler)
+        self._keep_from_next_forward()
+
+    def _keep_from_next_forward(self) -> None:
+        """Gather what DeepSpeed keeps before the next forward, and not now, when other processes may have failed.
+
+        A forward that finds such a parameter missing gathers it, too, but where it is used outside of its own module,
+        as a `StagedModel` does, that adds it to a module whose use of parameters has been recorded: a tracing error.
+        """
+        if self._before_forward is None:
+            self._before_forward = self.network.register_forward_pre_hook(self._gather_kept, prepend=True)
+
+    def _gather_kept(self, *_: Any) -> None:
+        assert self._before_forward is not None
+        self._before_forward.remove()
+        self._before_forward = None
+        if kept := self._zero.persistent_parameters:
+            kept[0].all_gather(kept)  # those that are missing
