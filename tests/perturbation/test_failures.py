@@ -99,26 +99,16 @@ class Snapshot:
 
     def __init__(self, opt: SparseSAM) -> None:
         self._opt = opt
-        self._shards, self._exposed = ([w.clone() for w in tensors] for tensors in _weights(opt))
+        self._weights = [w.clone() for w in _weights(opt)]
 
-    def holds(self, other: SparseSAM | None = None, *, copies: bool = True) -> bool:
-        """Whether these are, bit for bit, the weights of the optimizer now, or of `other`.
-
-        Args:
-            other: whose weights to compare instead.
-            copies: compare also what a perturbation changes beside the shards, unless it has been freed, as gathered
-                weights of stage 3 are.
-        """
-        shards, exposed = _weights(other or self._opt)
-        return all(torch.equal(a, b) for a, b in zip(shards, self._shards, strict=True)) and all(
-            not copies or a.numel() == 0 or torch.equal(a, b) for a, b in zip(exposed, self._exposed, strict=True)
-        )
+    def holds(self, other: SparseSAM | None = None) -> bool:
+        """Whether these are, bit for bit, the weights of the optimizer now, or of `other`."""
+        return all(torch.equal(a, b) for a, b in zip(_weights(other or self._opt), self._weights, strict=True))
 
 
-def _weights(opt: SparseSAM) -> tuple[list[Tensor], list[Tensor]]:
-    """The shards of this process, and everything on it that a perturbation changes."""
-    parameters = list(opt.pool.parameters.values())
-    return [shard.weight for shard in opt.sharding.shards(parameters)], opt.sharding.exposed(parameters)
+def _weights(opt: SparseSAM) -> list[Tensor]:
+    """Everything that a perturbation changes on this process."""
+    return opt.sharding.exposed(list(opt.pool.parameters.values()))
 
 
 def fail_alone(backend: str, where: str, folder: Path) -> None:
@@ -132,8 +122,7 @@ def fail_alone(backend: str, where: str, folder: Path) -> None:
         try:
             opt.step(Failing(where, block, armed=world.rank == 1), second)
         except Exception as error:
-            # Stage 3 frees gathered weights only after the gathers under way, and so does not where the peer is gone.
-            record = {"error": repr(error), "restored": before.holds(copies=backend != "zero3")}
+            record = {"error": repr(error), "restored": before.holds()}
             (folder / f"{world.rank}.json").write_text(json.dumps(record))
             deadline = time.monotonic() + PAIR_ENDS_WITHIN_S
             while where == LINGERS and not (folder / "0.json").exists() and time.monotonic() < deadline:
