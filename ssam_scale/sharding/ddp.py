@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -46,9 +46,16 @@ class DDP(Unsharded):
         self._ddp = module
         self._group = module.process_group
 
-    def micro_batch(self, *, last: bool) -> AbstractContextManager[None]:
+    @contextmanager
+    def micro_batch(self, *, last: bool) -> Iterator[None]:
         """The reducer works in the last micro-batch only. It ignores passes on the inner module by itself."""
-        return nullcontext() if last else self._ddp.no_sync()
+        try:
+            with nullcontext() if last else self._ddp.no_sync():
+                yield
+        except BaseException:
+            # The reducer waits for the backward that its forward announced, and refuses the next forward until then.
+            self._ddp.reducer._reset_state()
+            raise
 
     def reduce_ascent(self, parameters: Sequence[nn.Parameter]) -> None:
         """One averaging all-reduce per dtype over the gradients of `parameters`."""

@@ -98,7 +98,9 @@ CASES = [
     Case("vit", "tensor", norm="calibrated", adaptive=True, optimizer="adamw"),
     Case("resnet", "dense", adaptive=True, schedule=TiedRadius(0.5)),
     Case("vit", "moving cut", precision=torch.bfloat16, accumulation=2),
-    Case("resnet", "element", precision=torch.bfloat16, optimizer="adamw"),
+    # Not the ResNet: without the statistics of the batch it is so badly conditioned that 0.2% more rho, far less than
+    # bf16 rounds, takes the weights 20% off their way.
+    Case("vit", "element", precision=torch.bfloat16, optimizer="adamw"),
 ]
 # On numbers of ranks that split the tensors unevenly or leave ranks with nothing of some: less of everything.
 FEW = [CASES[i] for i in (2, 9, 12, 15, 17, 18, 19)]

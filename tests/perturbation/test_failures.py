@@ -153,8 +153,7 @@ def _all_fail(world: World, cases: list[tuple[str, str]]) -> list[str]:
 
 # What else ZeRO must bear stands in test_zero.
 ALL = [
-    *(("ddp", where) for where in (ASCENT, BEFORE, BLOCK)),
-    *((backend, where) for backend in ("fsdp2", "hsdp") for where in (ASCENT, BEFORE, AFTER, BLOCK, BACKWARD)),
+    *((backend, where) for backend in ("ddp", "fsdp2", "hsdp") for where in (ASCENT, BEFORE, AFTER, BLOCK, BACKWARD)),
     *((f"zero{stage}", BLOCK) for stage in range(4)),
 ]
 
