@@ -122,7 +122,7 @@ def build(config: Config, world: World, phases: Phases) -> Parts:
         how = _perturbation(config, steps)
         opt = SparseSAM(module, base, **how, max_grad_norm=clip, scaler=scaler, phases=phases)
     except ValueError as error:
-        raise UserError(f"sharding.backend: {error}") from error
+        raise UserError(f"sharding: {error}") from error
     average = None
     if config.train.ema_decay is not None:
         average = AveragedWeights(network, config.train.ema_decay, opt.sharding)
