@@ -33,8 +33,8 @@ from .base import Shard, Sharding, Unsharded
 from .engine import Driven, check_setup
 from .masters import FlatBuffers, FlatShards, Master, MasterWeights
 
-# From, up to but without. 0.19.7 fails the tests: stage 3 over four processes is sporadically wrong there (2 of 25 runs;
-# none of 146 with 0.19.8), and bf16 with float32 accumulation stops where a gradient is not finite.
+# From, up to but without. 0.19.7 fails the tests: stage 3 over four processes is sporadically wrong (2 of 25 runs, and
+# none of 146 with 0.19.8), and bf16 with float32 accumulation raises where a gradient is not finite.
 VERSIONS = ((0, 19, 8), (0, 20, 0))
 
 # Internals by the class that DeepSpeed wraps the optimizer in.
