@@ -129,6 +129,8 @@ class Sharding(Protocol):
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """What a checkpoint holds, the same under every backend: whole tensors in CPU memory. Collective.
 
+        Only the first process is sure to get them, and they may be the live weights: write or copy them before a step.
+
         Args:
             network: the part of the model that names the parameters.
             optimizer: as `trained` returned it.
@@ -193,7 +195,7 @@ class Autograd:
     def whole_state(
         self, network: nn.Module, optimizer: torch.optim.Optimizer
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """By torch.distributed.checkpoint."""
+        """By torch.distributed.checkpoint, which gives the first process alone the tensors of sharded weights."""
         weights, state = get_state_dict(network, optimizer, options=_WHOLE)
         return dict(weights), dict(state)
 

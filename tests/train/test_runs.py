@@ -224,7 +224,7 @@ def test_resuming_equals_never_having_stopped_on_two_processes(data: Path, tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", range(4))
+@pytest.mark.parametrize("stage", [2, 3])
 def test_zero_trains_the_same_weights_and_checkpoints_go_both_ways(stage: int, data: Path, tmp_path: Path) -> None:
     config = write_config(
         tmp_path / "run.yaml",
