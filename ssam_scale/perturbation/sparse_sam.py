@@ -188,7 +188,7 @@ class SparseSAM(AroundOptimizer):
                 del epsilon
                 self.zero_grad()
                 self.sharding.publish()
-                self._forget_copies()
+                torch.clear_autocast_cache()
             yield
         finally:
             # Nothing in here waits for another process: this may be the only one that failed.

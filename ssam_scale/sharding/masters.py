@@ -123,7 +123,6 @@ class MasterWeights:
                     mine[entry] = value
             saved = group_of[name].items()
             optimizer.param_groups[master.group].update({key: value for key, value in saved if key != "params"})
-        self.forget_copies()
         self.publish()
 
 

@@ -288,7 +288,8 @@ class ZeRO3(FlatShards, Spread):
         self._zero.grad_partitions_flat_buffer.zero_()
 
     def publish(self) -> None:
-        """Nothing to do: each forward gathers what it uses."""
+        """Free every gathered copy, those that DeepSpeed keeps too: the next forward gathers what it uses."""
+        self.forget_copies()
 
     def forget_copies(self) -> None:
         """Free every gathered copy."""

@@ -1,0 +1,54 @@
+"""Averaged weights are what a forward uses while they are swapped in, wherever the weights live."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from ssam_scale.perturbation import SparseSAM
+from ssam_scale.sharding import World, place
+from ssam_scale.train.average import AveragedWeights
+from tests.support.networks import batches, freeze_batchnorm, loss_fn, part, small_network
+from tests.support.ranks import alone, run_ranks
+
+
+def _outputs(world: World, backends: list[Any]) -> list[list[torch.Tensor]]:
+    """After three steps: what the network computes with its weights, with the averaged ones, and with its own again."""
+    results = []
+    for backend in backends:
+        model = small_network("vit")
+        freeze_batchnorm(model)
+        module, base = place(
+            model,
+            [stage.block for stage in model.stages],
+            backend,
+            world,
+            lambda model=model: torch.optim.SGD(model.parameters(), lr=0.1),
+            batch_size=8 // world.size,
+        )
+        opt = SparseSAM(module, base, rho=0.05)
+        average = AveragedWeights(model.model, 0.5, opt.sharding)
+        for batch in batches(3, 8):
+            opt.step(loss_fn, part(batch, world.rank, world.size))
+            average.update()
+        images = batches(1, 4, seed=5)[0][0]
+        with torch.no_grad():
+            own = module(images)
+            with average.swapped_in():
+                averaged = module(images)
+            results.append([own.clone(), averaged.clone(), module(images).clone()])
+    return results
+
+
+@pytest.mark.slow
+def test_the_averaged_weights_are_the_same_on_every_backend() -> None:
+    [(own, averaged, again)] = alone(_outputs, ["single"])
+    assert torch.equal(own, again)
+    assert float((own - averaged).abs().max()) > 1e-3
+    # ZeRO's stage 3 keeps small parameters gathered between forwards: they must be gathered anew, both ways.
+    for there, there_averaged, there_again in run_ranks(2, _outputs, ["ddp", "fsdp2", "zero2", "zero3"])[0]:
+        torch.testing.assert_close(there, own, atol=2e-6, rtol=0)  # float32 steps, apart by their rounding
+        torch.testing.assert_close(there_averaged, averaged, atol=2e-6, rtol=0)
+        assert torch.equal(there, there_again)
