@@ -73,8 +73,10 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _mount() -> None:
+    from ssam_scale.bench.commands import app as bench_app
     from ssam_scale.data.commands import app as data_app
     from ssam_scale.tracking.commands import compare_command
 
     app.add_typer(data_app, name="data")
+    app.add_typer(bench_app, name="bench")
     app.command("compare")(compare_command)

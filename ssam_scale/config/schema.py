@@ -7,20 +7,13 @@ resolved values.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from .deepspeed import SAID_ELSEWHERE, WEIGHT_BY_WEIGHT
-
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
-
-
-class Section(BaseModel):
-    """A part of a configuration: immutable, and unknown keys are errors."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
+from .masks import DepthMask, ElementMask, Mask
+from .section import Section, Share
 
 class Model(Section):
     """The network, built by timm."""
@@ -96,47 +89,6 @@ class Schedule(Section):
     warmup_lr: float = Field(0.0, ge=0.0, description="learning rate at the first step of the warm-up")
     min_lr: float = Field(0.0, ge=0.0, description="learning rate that the decay ends at")
     kwargs: dict[str, Any] = Field(default_factory=dict, description="further arguments of the scheduler")
-
-
-class ScoredMask(Section):
-    """A mask that keeps what scores highest."""
-
-    pattern: Literal["element", "tensor"] = Field(description="granularity: single weights or whole tensors")
-    score: Literal["fisher"] = Field("fisher", description="what the mask is chosen by")
-    sparsity: float = Field(0.5, ge=0.0, lt=1.0, description="share of the weights that is not perturbed")
-    samples: int = Field(128, ge=1, description="images whose per-sample gradients make the Fisher score")
-    refresh_epochs: int = Field(1, ge=1, description="epochs between two refreshes of the mask")
-
-
-class DepthMask(Section):
-    """The suffix of the network from a cut on; the prefix before it runs once and serves both passes."""
-
-    pattern: Literal["depth"]
-    policy: Literal["fixed", "rotate"] = Field("rotate", description="rotate draws the cut anew each step")
-    cut: tuple[Share, Share] = Field(
-        (0.0, 1.0), description="depth of the cut as a share of the blocks: [lowest, highest], or one number"
-    )
-
-    @field_validator("cut", mode="before")
-    @classmethod
-    def _range(cls, value: Any) -> Any:
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            return (value, value)
-        return tuple(value) if isinstance(value, list) else value
-
-    @model_validator(mode="after")
-    def _consistent(self) -> DepthMask:
-        low, high = self.cut
-        if low > high:
-            raise ValueError(f"cut: the lowest depth {low} lies above the highest {high}; write [{high}, {low}]")
-        if self.policy == "fixed" and low != high:
-            raise ValueError(
-                f"cut: policy fixed takes one depth, given [{low}, {high}]; use policy: rotate for a range"
-            )
-        return self
-
-
-Mask = Annotated[ScoredMask | DepthMask, Field(discriminator="pattern")]
 
 
 class Perturbation(Section):
@@ -290,8 +242,10 @@ class Config(Section):
 
     @property
     def method(self) -> str:
-        """`base`, `sam` or `ssam-<pattern>`: what runs are compared by."""
+        """`base`, `sam`, `ssam-<pattern>` or `ssam-dynamic`: what runs are compared by."""
         if self.perturbation is None:
             return "base"
         mask = self.perturbation.mask
+        if isinstance(mask, ElementMask) and mask.dynamic is not None:
+            return "ssam-dynamic"
         return "sam" if mask is None else f"ssam-{mask.pattern}"

@@ -12,24 +12,13 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import llvmlite.binding  # type: ignore[import-untyped]
-import numba
 import numpy as np
 from numba import types
 
-_Function = TypeVar("_Function", bound=Callable[..., Any])
-
-
-def _compiled(function: _Function) -> _Function:
-    try:
-        result: _Function = numba.njit(nogil=True, error_model="numpy", cache=True)(function)
-    except RuntimeError:  # no folder to keep machine code in: neither beside this file nor in the user's cache
-        result = numba.njit(nogil=True, error_model="numpy")(function)
-    return result
-
+from ssam_scale.compiled import compiled
 
 # Constants of the SplitMix64 generator.
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -65,7 +54,7 @@ def bind(library: ctypes.CDLL) -> None:
         llvmlite.binding.add_symbol(f"ssam_scale_{name}", address)
 
 
-@_compiled
+@compiled
 def _mix(value: Any) -> Any:
     value = np.uint64(value) + _GOLDEN
     value = (value ^ (value >> np.uint64(30))) * _MIX_1
@@ -73,19 +62,19 @@ def _mix(value: Any) -> Any:
     return value ^ (value >> np.uint64(31))
 
 
-@_compiled
+@compiled
 def sample_key(seed: int, epoch: int, index: int) -> Any:
     """The uint64 that all draws for one image in one epoch come from."""
     return _mix(_mix(_mix(np.uint64(seed)) ^ np.uint64(epoch)) ^ np.uint64(index))
 
 
-@_compiled
+@compiled
 def uniform(key: Any, draw: int) -> float:
     """Draw number `draw` for this key, evenly distributed over [0, 1)."""
     return np.float64(_mix(np.uint64(key) + np.uint64(draw) * _GOLDEN) >> np.uint64(11)) * 2.0**-53
 
 
-@_compiled
+@compiled
 def random_crop(
     key: Any, height: int, width: int, scale_low: float, scale_high: float, ratio_low: float, ratio_high: float
 ) -> tuple[int, int, int, int]:
@@ -112,14 +101,14 @@ def random_crop(
     return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
 
 
-@_compiled
+@compiled
 def centre_crop(height: int, width: int, share: float) -> tuple[int, int, int, int]:
     """Top, left, height and width of the central square whose side is `share` of the image's shorter side."""
     side = max(1, int(share * min(height, width)))
     return (height - side) // 2, (width - side) // 2, side, side
 
 
-@_compiled
+@compiled
 def decode(
     data: Any,
     starts: Any,

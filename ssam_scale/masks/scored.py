@@ -1,91 +1,145 @@
-"""Masks that keep what scores highest, chosen anew whenever scores are given."""
+"""Masks that keep what scores highest: single weights, rows, tensors or blocks."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Literal
+from collections.abc import Mapping
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
 from ssam_scale.sharding import Sharding
 
-from .plan import Layout, Plan
-from .selection import greedy_tensors, top_k
+from .allocation import Allocation, erk, uniform
+from .chosen import Chosen, Score, Scores, Sparsity, check_one_of, check_sparsity, sparsity_at
+from .parts import Bits, Part, Rows
+from .plan import Layout
+from .selection import greedy_units, top_k, unit_means
+
+Pattern: TypeAlias = Literal["element", "row", "tensor", "block"]
 
 
-def add_squares(scores: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
-    """Add one sample's squared gradients to `scores` in place: the empirical Fisher (arXiv 2210.05177, equation 9)."""
-    torch._foreach_addcmul_(list(scores), list(gradients), list(gradients))
+class Scored(Chosen):
+    """The highest scores within a budget of int(N(1 − sparsity)) of N weights.
 
+    | pattern | perturbs | weights |
+    |---|---|---|
+    | `element` | single weights | exactly the budget |
+    | `row` | output channels: slices along the first dimension; of a vector, its elements | within the budget |
+    | `tensor` | whole parameters | within the budget |
+    | `block` | all parameters of a block (see `Layout.stages`) | within the budget |
 
-class Scored:
-    """The int(N(1 − sparsity)) highest scores of N weights (`element`), or whole tensors of highest mean (`tensor`).
+    Rows, tensors and blocks are taken in the order of their mean score, and one that does not fit into what is left of
+    the budget is passed over; so the density falls short by less than the smallest one left out. Equal scores go to
+    the earlier one.
 
     Scores come from `SparseSAM.refresh`; before the first one there is no plan.
 
     Args:
         pattern: granularity.
-        sparsity: share of the weights that is not perturbed, in [0, 1).
+        sparsity: share of the weights that is not perturbed, in [0, 1), or one that changes over time.
+        score: what decides; see `SparseSAM.refresh`.
+        allocation: of the budget to parameters, for `element` and `row`: `global`, wherever the scores are highest;
+            `uniform`, in proportion to their size; `erk` (see `allocation.erk`).
+        every: steps between two choices; None: once.
+        seed: of random scores.
 
     Raises:
-        ValueError: sparsity is outside [0, 1).
+        ValueError: sparsity is outside [0, 1), or the pattern has no such allocation.
     """
 
-    def __init__(self, pattern: Literal["element", "tensor"] = "element", sparsity: float = 0.5) -> None:
-        if not 0.0 <= sparsity < 1.0:
-            raise ValueError(f"sparsity is {sparsity}; a share in [0, 1) is needed")
+    def __init__(
+        self,
+        pattern: Pattern = "element",
+        sparsity: Sparsity = 0.5,
+        *,
+        score: Score = "fisher",
+        allocation: Allocation = "global",
+        every: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__((score,), every, seed)
+        check_one_of("pattern", pattern, get_args(Pattern))
+        check_one_of("allocation", allocation, get_args(Allocation))
+        check_sparsity(sparsity)
+        if allocation != "global" and pattern in ("tensor", "block"):
+            raise ValueError(f"allocation {allocation!r} shares out single weights or rows; pattern is {pattern!r}")
         self.pattern = pattern
         self.sparsity = sparsity
-        self._plan: Plan | None = None
+        self.allocation = allocation
+        self.kept_as = "bits" if pattern == "element" else "rows" if pattern == "row" else "whole"
 
-    @property
-    def selected(self) -> Plan | None:
-        """The plan of the last refresh."""
-        return self._plan
+    def __repr__(self) -> str:
+        return f"a mask of pattern {self.pattern} and sparsity {self.sparsity}"
 
-    def plan(self, layout: Layout, step: int) -> Plan:
-        """The last refresh's choice.
-
-        Raises:
-            RuntimeError: there was no refresh yet.
-        """
-        if self._plan is None:
-            raise RuntimeError(
-                "the mask has no scores yet: call SparseSAM.refresh(loss_fn, batch) before the first step"
-            )
-        return self._plan
-
-    def select(self, layout: Layout, scores: Mapping[str, Tensor], sharding: Sharding) -> None:
-        """Choose anew.
-
-        Args:
-            layout: the weights to choose from.
-            scores: local float32 scores of every parameter, shaped like its shard, by name.
-            sharding: over whom they are spread.
+    def check(self, layout: Layout) -> None:
+        """Blocks need a model in stages.
 
         Raises:
-            FloatingPointError: a tensor has a score that is not finite; the mask stays what it was.
-            ValueError: the sparsity leaves nothing to perturb.
+            ValueError: there is one block only.
         """
-        bad = torch.stack([(~s.isfinite()).any() for s in scores.values()]).int()
-        if broken := [name for name, b in zip(scores, sharding.sum_over_shards(bad).tolist(), strict=True) if b]:
-            raise FloatingPointError(f"scores of {broken[0]} are not finite ({len(broken)} of {len(bad)} tensors)")
-        k = int(layout.total * (1.0 - self.sparsity))
-        chosen: dict[str, Tensor | None]
+        if self.pattern == "block" and layout.depth == 1:
+            raise ValueError("pattern 'block' needs a model in stages: wrap it in StagedModel")
+
+    def choose(
+        self, layout: Layout, scores: Mapping[Score, Scores], sharding: Sharding, step: int
+    ) -> Mapping[str, Part | None]:
+        """See `Chosen`."""
+        budget = int(layout.total * (1.0 - sparsity_at(self.sparsity, step)))
+        [given] = scores.values()
         if self.pattern == "element":
-            chosen = dict(zip(scores, top_k(list(scores.values()), k, sharding), strict=True))
-            perturbed = k
+            return _elements(layout, given, self._budgets(layout, budget), sharding)
+        sizes = {name: self._unit(layout, name) for name in given}
+        means = dict(zip(given, _means(layout, given, list(sizes.values()), sharding), strict=True))
+        if self.pattern == "row":
+            return self._rows(layout, given, means, sizes, budget)
+        if self.pattern == "tensor":
+            units = {name: [name] for name in given}
         else:
-            sums = sharding.sum_over_shards(torch.stack([s.double().sum() for s in scores.values()]))
-            means = {name: s / layout.numels[name] for name, s in zip(scores, sums.tolist(), strict=True)}
-            taken = set(greedy_tensors(means, layout.numels, k))
-            chosen = {name: None for name in scores if name in taken}  # in the order in which a saved choice comes back
-            perturbed = sum(layout.numels[name] for name in chosen)
-        if not perturbed:
-            raise ValueError(f"sparsity {self.sparsity} leaves nothing of {layout.total} weights to perturb")
-        self._plan = Plan(0, chosen, perturbed)
+            units = {}
+            for name in given:
+                units.setdefault(str(layout.stages[name]), []).append(name)
+        numels = [sum(layout.numels[name] for name in names) for names in units.values()]
+        sums = [sum(float(means[name]) * layout.numels[name] for name in names) for names in units.values()]
+        order = torch.tensor([s / n for s, n in zip(sums, numels, strict=True)], dtype=torch.float64)
+        taken = greedy_units(order, torch.tensor(numels), budget)
+        names = {name for take, names in zip(taken.tolist(), units.values(), strict=True) if take for name in names}
+        return {name: None for name in given if name in names}
 
-    def restore(self, plan: Plan | None) -> None:
-        """Take a plan that was saved, of before the first refresh if None, instead of a refresh's."""
-        self._plan = plan
+    def _budgets(self, layout: Layout, budget: int) -> list[int]:
+        if self.allocation == "global":
+            return [budget]
+        if self.allocation == "uniform":
+            return uniform(list(layout.numels.values()), budget)
+        return erk(layout.shapes, budget)
+
+    def _unit(self, layout: Layout, name: str) -> int:
+        shape, numel = layout.shapes[name], layout.numels[name]
+        return numel // shape[0] if self.pattern == "row" and shape and numel else numel
+
+    def _rows(
+        self, layout: Layout, scores: Scores, means: Mapping[str, Tensor], sizes: Mapping[str, int], budget: int
+    ) -> Mapping[str, Part | None]:
+        budgets = self._budgets(layout, budget)
+        lengths = [len(m) for m in means.values()]
+        each = torch.cat([torch.full((len(m),), sizes[name]) for name, m in means.items()])
+        if len(budgets) == 1:
+            keep = greedy_units(torch.cat(list(means.values())), each, budget).split(lengths)
+        else:
+            triples = zip(means.values(), each.split(lengths), budgets, strict=True)
+            keep = tuple(greedy_units(m, size, k) for m, size, k in triples)
+        return {
+            name: Rows(kept, sizes[name], layout.starts.get(name, 0), s.numel(), s.device)
+            for (name, s), kept in zip(scores.items(), keep, strict=True)
+        }
+
+
+def _means(layout: Layout, scores: Scores, sizes: list[int], sharding: Sharding) -> list[Tensor]:
+    starts = [layout.starts.get(name, 0) for name in scores]
+    return unit_means(list(scores.values()), starts, [layout.numels[name] for name in scores], sizes, sharding)
+
+
+def _elements(layout: Layout, scores: Scores, budgets: list[int], sharding: Sharding) -> dict[str, Part | None]:
+    segments = None if len(budgets) == 1 else list(range(len(budgets)))
+    packed = top_k(list(scores.values()), budgets, sharding, segments=segments)
+    return {name: Bits(bits, s.numel()) for (name, s), bits in zip(scores.items(), packed, strict=True)}

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from ssam_scale.masks import Part
 
 _TINY = 1e-7  # of the papers' code: keeps a vanishing gradient from dividing by zero
 _ETA = 0.01  # of the ASAM paper: lets weights at zero be perturbed, too
@@ -23,11 +26,33 @@ def squares(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     return torch.stack(torch._foreach_norm(list(tensors), 2, dtype=torch.float32)).square_()
 
 
-def mask_(gradients: Sequence[Tensor], masks: Sequence[Tensor | None]) -> None:
-    """Gradients become m ⊙ g in place; a mask of None stands for ones."""
-    masked = [(g, m) for g, m in zip(gradients, masks, strict=True) if m is not None]
-    if masked:
-        torch._foreach_mul_([g for g, _ in masked], [m for _, m in masked])
+def taken(tensors: Sequence[Tensor], parts: Sequence[Part | None]) -> list[Tensor]:
+    """Copies of what `parts` names of `tensors`; None stands for everything."""
+    return [t.clone() if part is None else part.take(t) for t, part in zip(tensors, parts, strict=True)]
+
+
+def put_(tensors: Sequence[Tensor], parts: Sequence[Part | None], values: Sequence[Tensor]) -> None:
+    """Write `values`, as `taken` returned them, to their places."""
+    _whole(torch._foreach_copy_, tensors, parts, values)
+    for t, part, value in zip(tensors, parts, values, strict=True):
+        if part is not None:
+            part.put(t, value)
+
+
+def add_(tensors: Sequence[Tensor], parts: Sequence[Part | None], values: Sequence[Tensor]) -> None:
+    """Add `values`, as `taken` would return them, to what is in their places."""
+    _whole(torch._foreach_add_, tensors, parts, values)
+    for t, part, value in zip(tensors, parts, values, strict=True):
+        if part is not None:
+            part.put(t, part.take(t).add_(value))
+
+
+def _whole(
+    function: Callable[..., Any], tensors: Sequence[Tensor], parts: Sequence[Part | None], values: Sequence[Tensor]
+) -> None:
+    whole = [(t, value) for t, part, value in zip(tensors, parts, values, strict=True) if part is None]
+    if whole:
+        function([t for t, _ in whole], [value for _, value in whole])
 
 
 def adaptive_scales(weights: Sequence[Tensor]) -> list[Tensor]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from ssam_scale.masks import Plan
 from ssam_scale.sharding import Sharding
 
-from .arithmetic import adaptive_scales, at_least_fp32, mask_, scale_to_radius_, squares
+from .arithmetic import adaptive_scales, at_least_fp32, scale_to_radius_, squares
 
 Norm: TypeAlias = Literal["dense", "masked", "calibrated"]
 
@@ -32,12 +33,13 @@ class Ascent:
         calibrate_every: steps between two dense passes of the calibrated norm; None: only when it has to.
 
     Attributes:
+        kappa: ‖m ⊙ g‖ / ‖g‖ of the last step where both were known, float32 of shape (); not a number before.
         skipped: number of steps without a perturbation because the gradient was not finite, int64 of shape ().
         shares: of ‖g‖² by parameter, float32; −1 before the first calibration.
         calibrated: the step of the last calibration, −1 when one is due.
 
     Raises:
-        ValueError: `calibrate_every` is not positive.
+        ValueError: the norm is none of these, or `calibrate_every` is not positive.
     """
 
     def __init__(
@@ -48,6 +50,8 @@ class Ascent:
         adaptive: bool,
         calibrate_every: int | None,
     ) -> None:
+        if norm not in get_args(Norm):
+            raise ValueError(f"norm is {norm!r}; one of {', '.join(get_args(Norm))} is needed")
         if calibrate_every is not None and calibrate_every < 1:
             raise ValueError(f"calibrate_every is {calibrate_every}; at least 1, or None, is needed")
         self.norm = norm
@@ -59,6 +63,7 @@ class Ascent:
         self._placed: dict[tuple[str, ...], Tensor] = {}
         self._device = next(iter(parameters.values())).device if parameters else torch.device("cpu")
         self.skipped = torch.zeros((), dtype=torch.int64, device=self._device)
+        self.kappa = torch.full((), math.nan, device=self._device)
         self.shares = torch.full((len(parameters),), -1.0, device=self._device)
         self.calibrated = -1
 
@@ -91,10 +96,9 @@ class Ascent:
             return self.norm == "dense"
         return self.calibrated < 0 or (self._every is not None and step - self.calibrated >= self._every)
 
-    def perturbation(
-        self, plan: Plan, radii: Mapping[str, float], step: int, *, dense: bool
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """The local tensors to perturb, and ε for each. Fp32 gradients are overwritten.
+    def perturbation(self, plan: Plan, radii: Mapping[str, float], step: int, *, dense: bool) -> list[Tensor]:
+        """ε of each parameter in the plan, of the elements that it perturbs alone: float32, where there is a `Part` of
+        shape (its count,), else shaped like the shard. Fp32 gradients are overwritten: ε takes their memory.
 
         Args:
             plan: what to perturb.
@@ -103,52 +107,88 @@ class Ascent:
             dense: whether there is a gradient of every parameter, or only of what is perturbed.
         """
         chosen = [self._parameters[name] for name in plan.weights]
-        weights = [shard.weight for shard in self._sharding.shards(chosen)]
-        gradients = at_least_fp32(self._sharding.gradients(chosen))
-        scales = adaptive_scales(weights) if self.adaptive else []
+        parts = list(plan.weights.values())
+        gradients = self._sharding.gradients(chosen)
+        weights = [shard.weight for shard in self._sharding.shards(chosen)] if self.adaptive else []
+        everything = self._all_squares(plan, gradients, weights) if self._sees_more(plan, dense) else None
+        epsilon = at_least_fp32([g if m is None else m.compact(g) for g, m in zip(gradients, parts, strict=True)])
+        del gradients
+        scales = adaptive_scales([w if m is None else m.take(w) for w, m in zip(weights, parts, strict=False)])
         if scales:
-            torch._foreach_mul_(gradients, scales)
-        dense = dense and self.norm != "masked"
-        everything = self._all_squares(plan, gradients) if dense else None
-        mask_(gradients, list(plan.weights.values()))
-        masked = squares(gradients, self._device)
-        if everything is None:
-            norm, reach = self._sharding.sum_over_shards(masked.sum()).sqrt(), self._reach(plan)
-        else:
-            norm, reach = self._norm_of_all(plan, everything, masked, step), torch.ones((), device=self._device)
+            torch._foreach_mul_(epsilon, scales)
+        masked = squares(epsilon, self._device)
+        calibrates = dense and self.norm == "calibrated"
+        norm, reach = self._norm_and_reach(plan, masked, everything, step if calibrates else None)
         if scales:
-            torch._foreach_mul_(gradients, scales)
-        scale_to_radius_(gradients, [radii[name] for name in plan.weights], reach, norm)
+            torch._foreach_mul_(epsilon, scales)
+        scale_to_radius_(epsilon, [radii[name] for name in plan.weights], reach, norm)
         self.skipped += ~norm.isfinite()
-        return weights, gradients
+        return epsilon
 
-    def _all_squares(self, plan: Plan, chosen: Sequence[Tensor]) -> Tensor:
-        """‖g‖² of every parameter on this process, `chosen` being the gradients of what the plan names."""
-        others = [p for name, p in self._parameters.items() if name not in plan.weights]
-        gradients = at_least_fp32(self._sharding.gradients(others))
-        if self.adaptive and others:
-            scales = adaptive_scales([shard.weight for shard in self._sharding.shards(others)])
-            gradients = list(torch._foreach_mul(gradients, scales))
-        result = torch.empty(len(self._parameters), device=self._device)
-        result[self._places(n for n in self._parameters if n not in plan.weights)] = squares(gradients, self._device)
-        result[self._places(plan.weights)] = squares(chosen, self._device)
+    def _sees_more(self, plan: Plan, dense: bool) -> bool:
+        """Whether there are gradients of all weights, and to look at those that are not perturbed, too.
+
+        A mask of single weights or rows has them whatever the norm, and then they cost one more look to know κ.
+        """
+        if self.norm != "masked":
+            return dense
+        partly = any(part is not None for part in plan.weights.values())
+        everywhere = plan.weights.keys() == self._parameters.keys()
+        return partly if everywhere else dense
+
+    def _all_squares(self, plan: Plan, chosen: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+        """‖g‖² of every parameter on this process; `chosen` and `weights` are of what the plan names."""
+        names = [name for name in self._parameters if name not in plan.weights]
+        others = [self._parameters[name] for name in names]
+        gradients = [*chosen, *self._sharding.gradients(others)]
+        if self.adaptive:
+            weights = [*weights, *(shard.weight for shard in self._sharding.shards(others))]
+            # One after the other, so that the products never exist together.
+            each = [
+                squares([g * adaptive_scales([w])[0]], self._device) for g, w in zip(gradients, weights, strict=True)
+            ]
+            of_each = torch.cat(each)
+        else:
+            of_each = squares(gradients, self._device)
+        result = torch.empty_like(of_each)
+        result[self._places([*plan.weights, *names])] = of_each
         return result
 
-    def _norm_of_all(self, plan: Plan, everything: Tensor, masked: Tensor, step: int) -> Tensor:
-        """‖g‖; calibrates by the way."""
-        if self.norm == "dense":
-            return self._sharding.sum_over_shards(everything.sum()).sqrt()
-        norm = everything.sum()
-        everything[self._places(plan.weights)] = masked
-        both = self._sharding.sum_over_shards(torch.cat((everything, norm[None])))
-        shares, square = both[:-1], both[-1]
-        self.shares.copy_(torch.where(square.isfinite() & (square > 0), shares / square, self.shares))
-        self.calibrated = step
-        return square.sqrt()
+    def _norm_and_reach(
+        self, plan: Plan, masked: Tensor, everything: Tensor | None, calibrates: int | None
+    ) -> tuple[Tensor, Tensor | float]:
+        """What to divide by, and how far to go; notes κ by the way.
 
-    def _reach(self, plan: Plan) -> Tensor:
+        Args:
+            plan: what to perturb.
+            masked: ‖m ⊙ g‖² of each parameter in the plan, on this process.
+            everything: ‖g‖² of every parameter on this process, if there is a gradient of all.
+            calibrates: number of the step if this one calibrates.
+        """
+        sums = [masked.sum()[None]]
+        if everything is not None:
+            sums.append(everything.sum()[None])
+            if calibrates is not None:
+                shares = everything.clone()
+                shares[self._places(plan.weights)] = masked
+                sums.append(shares)
+        both = self._sharding.sum_over_shards(torch.cat(sums))
+        if everything is not None:
+            self.kappa = (both[0] / both[1]).sqrt()
+        if calibrates is not None:
+            usable = both[1].isfinite() & (both[1] > 0)
+            self.shares.copy_(torch.where(usable, both[2:] / both[1], self.shares))
+            self.calibrated = calibrates
+        if self.norm == "dense" or calibrates is not None:
+            return both[1].sqrt(), 1.0
+        reach = self._reach(plan)
+        if everything is None and isinstance(reach, Tensor):
+            self.kappa = reach
+        return both[0].sqrt(), reach
+
+    def _reach(self, plan: Plan) -> Tensor | float:
         if self.norm != "calibrated":
-            return torch.ones((), device=self._device)
+            return 1.0
         share = self.shares[self._places(plan.weights)].sum()
         # No calibration worked yet: go as far as the masked norm does.
         return torch.where(share < 0.0, torch.ones_like(share), share.abs().sqrt())

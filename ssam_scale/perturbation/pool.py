@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -27,10 +27,15 @@ class WeightPool:
     parameters: dict[str, nn.Parameter]
     layout: Layout
     group_of: dict[str, int]
+    _eligible: dict[tuple[bool, ...], Layout] = field(default_factory=dict, repr=False)  # asked for in every step
 
     def eligible(self, groups: Sequence[Mapping[str, Any]]) -> Layout:
         """The weights that a mask may choose from: those of the groups that are not left alone."""
-        return self.layout.only({name for name, index in self.group_of.items() if groups[index]["rho"] > 0.0})
+        allowed = tuple(group["rho"] > 0.0 for group in groups)
+        if allowed not in self._eligible:
+            names = {name for name, index in self.group_of.items() if allowed[index]}
+            self._eligible[allowed] = self.layout.only(names)
+        return self._eligible[allowed]
 
 
 def weight_pool(sharding: Sharding, groups: Sequence[Sequence[nn.Parameter]]) -> WeightPool:
@@ -49,6 +54,30 @@ def weight_pool(sharding: Sharding, groups: Sequence[Sequence[nn.Parameter]]) ->
         first_use, depth = module.stage_of_parameters(), len(module.stages)
     else:
         first_use, depth = dict.fromkeys(parameters, 0), 1
-    numels = [shard.numel for shard in sharding.shards(list(parameters.values()))]
-    layout = Layout(dict(zip(parameters, numels, strict=True)), {name: first_use[name] for name in parameters}, depth)
+    shards = sharding.shards(list(parameters.values()))
+    contracted, norms = _roles(network)
+    layout = Layout(
+        {name: tuple(sharding.whole_shape(p)) for name, p in parameters.items()},
+        {name: first_use[name] for name in parameters},
+        depth,
+        {name: shard.start for name, shard in zip(parameters, shards, strict=True)},
+        frozenset(name for name, p in parameters.items() if id(p) in contracted),
+        frozenset(name for name, p in parameters.items() if id(p) in norms),
+    )
     return WeightPool(parameters, layout, {name: group_of[id(p)] for name, p in parameters.items()})
+
+
+def _roles(network: nn.Module) -> tuple[set[int], set[int]]:
+    """The weights of linear layers and convolutions, and the parameters of normalization layers, by identity."""
+    contracted: set[int] = set()
+    norms: set[int] = set()
+    for module in network.modules():
+        own = dict(module.named_parameters(recurse=False))
+        if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            contracted.add(id(own.get("weight")))
+        elif isinstance(module, nn.MultiheadAttention):
+            contracted.add(id(own.get("in_proj_weight")))
+        # Many models bring normalization layers of their own, which have nothing in common but the name.
+        elif "norm" in type(module).__name__.lower():
+            norms |= {id(p) for p in own.values()}
+    return contracted, norms

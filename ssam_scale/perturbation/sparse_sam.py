@@ -5,23 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ssam_scale.masks import Dense, Depth, Mask, Plan, Scored
+from ssam_scale.masks import Chosen, Dense, Depth, Mask, Plan
 from ssam_scale.sharding import sharding_of
 
+from .arithmetic import add_, put_, taken
 from .around import AroundOptimizer
 from .ascent import Ascent, Norm
 from .batchnorm import frozen_statistics
-from .fisher import fisher_scores
+from .choice import Choice, SparseState
 from .passes import LossFn, Passes, without_gradient
 from .phases import Phases, no_phases
 from .pool import weight_pool
 from .radius import ConstantRadius, RadiusSchedule
-from .state import SparseState, restore_masks, whole_masks
 
 
 class SparseSAM(AroundOptimizer):
@@ -89,8 +89,6 @@ class SparseSAM(AroundOptimizer):
     ) -> None:
         if not 0.0 <= rho < math.inf:
             raise ValueError(f"rho is {rho}; a radius of at least 0 is needed")
-        if norm not in get_args(Norm):
-            raise ValueError(f"norm is {norm!r}; one of {', '.join(get_args(Norm))} is needed")
         if norm == "dense" and isinstance(mask, Depth):
             raise ValueError(
                 "norm 'dense' needs the gradient of the prefix, which a Depth mask never computes; use 'masked', or "
@@ -107,14 +105,15 @@ class SparseSAM(AroundOptimizer):
         self.steps = 0
         self._schedule = schedule if schedule is not None else ConstantRadius()
         self._phases = phases
-        self._norm: Norm = norm
-        self._adaptive, self._calibrate_every = adaptive, calibrate_every
+        self._norm, self._adaptive, self._calibrate_every = norm, adaptive, calibrate_every
         self._look_at_groups()
 
     def _look_at_groups(self) -> None:
         if bad := [group["rho"] for group in self.param_groups if not 0.0 <= group["rho"] < math.inf]:
             raise ValueError(f"the rho of a parameter group is {bad[0]}; a radius of at least 0 is needed")
         self.pool = weight_pool(self.sharding, self.sharding.trained(self.base_optimizer, self.max_grad_norm)[1])
+        self.mask.check(self.pool.eligible(self.param_groups))
+        self._choice = Choice(self.sharding, self.pool.parameters, self.mask, getattr(self, "_choice", None))
         self._ascent = Ascent(self.sharding, self.pool.parameters, self._norm, self._adaptive, self._calibrate_every)
 
     @property
@@ -156,6 +155,7 @@ class SparseSAM(AroundOptimizer):
         else:
             loss = self._step_closure(closure)
         with self._phases("optimizer"):
+            self._choice.accumulate(self.scaler if batches else None)
             self.sharding.step(self.base_optimizer, self.max_grad_norm, self.scaler if batches else None)
             if closure is not None:
                 self.zero_grad()
@@ -179,52 +179,54 @@ class SparseSAM(AroundOptimizer):
         with self._phases("perturb"), torch.no_grad():
             radii = self.radii
             by_name = {name: radii[self.pool.group_of[name]] for name in plan.weights}
-            weights, epsilon = self._ascent.perturbation(plan, by_name, self.steps, dense=dense)
-            changing = self.sharding.exposed([self.pool.parameters[name] for name in plan.weights])
-            backup = [w.clone() for w in changing]
+            epsilon = self._ascent.perturbation(plan, by_name, self.steps, dense=dense)
+            perturbed = [self.pool.parameters[name] for name in plan.weights]
+            changing, changed = self.sharding.exposed(perturbed), self._choice.exposed(plan)
+            backup = taken(changing, changed)
         try:
             with self._phases("perturb"), torch.no_grad():
-                torch._foreach_add_(weights, epsilon)
+                add_([shard.weight for shard in self.sharding.shards(perturbed)], list(plan.weights.values()), epsilon)
                 del epsilon
                 self.zero_grad()
                 self.sharding.publish()
+                # It remembers low-precision copies until its outermost context ends, which may be around the step.
                 torch.clear_autocast_cache()
             yield
         finally:
             # Nothing in here waits for another process: this may be the only one that failed.
             with self._phases("perturb"), torch.no_grad():
-                torch._foreach_copy_(changing, backup)
-                self._forget_copies()
+                put_(changing, changed, backup)
+                self.sharding.forget_copies()
+                torch.clear_autocast_cache()
 
-    def _forget_copies(self) -> None:
-        self.sharding.forget_copies()
-        # Autocast remembers the low-precision copies of weights until its outermost context ends, which may be around
-        # the whole step.
-        torch.clear_autocast_cache()
+    @property
+    def kappa(self) -> Tensor:
+        """‖m ⊙ g‖ / ‖g‖ of the last step that knew both, float32 of shape (); not a number before."""
+        return self._ascent.kappa
+
+    @property
+    def refresh_is_due(self) -> bool:
+        """Whether the mask is to be chosen anew before the next step: see `every` of such masks."""
+        return isinstance(self.mask, Chosen) and self.mask.is_due(self.steps)
 
     @torch.no_grad()
-    def refresh(self, loss_fn: LossFn, *batches: Any) -> None:
-        """Choose the weights anew by the Fisher score of `batches` (`fisher_scores`). Collective.
+    def refresh(self, loss_fn: LossFn | None = None, *batches: Any, samples: int | None = None) -> None:
+        """Choose the weights anew, by the scores that the mask wants (`masks.Score`). Collective.
 
         Args:
             loss_fn: mean loss of a batch, given the forward to use; called with batches of one sample.
             batches: this process's samples: tensors, or nested containers of tensors, whose first dimension counts
                 samples; the same number of them on every process.
+            samples: how many are used of all processes' together, in their order; None: all.
 
         Raises:
             TypeError: the mask is not chosen by scores.
             FloatingPointError: a score is not finite; the mask stays what it was.
-            ValueError: there is no sample, or the mask selects nothing.
+            ValueError: there are fewer samples than are to be used, or the mask selects nothing; it stays what it was.
         """
-        if not isinstance(self.mask, Scored):
-            raise TypeError(f"a {type(self.mask).__name__} mask is not chosen by scores: there is nothing to refresh")
-        if not batches:
-            raise ValueError("refresh needs at least one batch of samples")
-        eligible = self.pool.eligible(self.param_groups)
-        parameters = [self.pool.parameters[name] for name in eligible.numels]
         scale = 1024.0 if self.scaler is not None else 1.0  # the choice does not depend on a common factor
-        scores = fisher_scores(self.sharding, self.base_optimizer, parameters, loss_fn, batches, scale=scale)
-        self.mask.select(eligible, dict(zip(eligible.numels, scores, strict=True)), self.sharding)
+        layout = self.pool.eligible(self.param_groups)
+        self._choice.refresh(layout, self.base_optimizer, loss_fn, batches, samples, self.steps, scale)
         self._ascent.uncalibrate()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -268,10 +270,9 @@ class SparseSAM(AroundOptimizer):
         """What SparseSAM itself must remember, in tensors that mean the same on any number of processes. Collective.
 
         `steps` and `skipped` (int64, shape ()); `calibrated`, the step of the last calibration (−1: due), and `shares`
-        (float32, one a parameter), the calibration; and `mask`, booleans by parameter name, of a mask chosen by scores.
+        (float32, one a parameter), the calibration; and of a mask chosen by scores, `Choice.state`.
         """
-        masks = whole_masks(self.sharding, self.pool.parameters, self.mask)
-        return {"steps": torch.tensor(self.steps), **self._ascent.state(), "mask": masks}
+        return {"steps": torch.tensor(self.steps), **self._ascent.state(), **self._choice.state()}
 
     def load_sparse_state(self, state: dict[str, Any]) -> None:
         """Take back what `sparse_state` returned, on any number of processes.
@@ -279,8 +280,7 @@ class SparseSAM(AroundOptimizer):
         Raises:
             ValueError: the state is of another mask or of other parameters.
         """
-        eligible = self.pool.eligible(self.param_groups).numels
-        restore_masks(self.sharding, self.pool.parameters, self.mask, state["mask"], eligible)
+        self._choice.load_state(state, self.pool.layout)
         self._ascent.load_state(state)
         self.steps = int(state["steps"])
 
@@ -296,7 +296,7 @@ class SparseSAM(AroundOptimizer):
     def _step_batches(self, loss_fn: LossFn, batches: tuple[Any, ...]) -> Tensor:
         self.zero_grad()  # what an exception in an earlier step left behind
         sharding, perturbs = self.sharding, any(self.radii)
-        plan = self.plan if perturbs else Plan(0, {}, 0)
+        plan = self.plan if perturbs else Plan(0, {}, {})
         dense = self._ascent.needs_all(self.steps)
         passes = Passes(sharding, 0 if dense else plan.cut, loss_fn, batches, self._backward, self._phases)
         with torch.enable_grad():

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+
+from .peers import Peers
+from .watched import Take, taken
 
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -40,6 +42,8 @@ class Sharding(Protocol):
         shards_each: number of processes that one copy of the weights is spread over.
         shard_index: which of them this process is.
         takes_scaler: whether `step` takes a GradScaler.
+        peers: the processes that a batch is spread over.
+        exposes_whole: whether `exposed` are whole parameters where `shards` are parts of them.
     """
 
     network: nn.Module
@@ -48,6 +52,8 @@ class Sharding(Protocol):
     shards_each: int
     shard_index: int
     takes_scaler: bool
+    peers: Peers
+    exposes_whole: bool
 
     def trained(
         self, optimizer: torch.optim.Optimizer, max_grad_norm: float | None
@@ -73,6 +79,23 @@ class Sharding(Protocol):
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradients of a scalar `loss` that was computed by one of the modules."""
 
+    def loss_scale(self) -> float:
+        """What `backward` multiplies a loss by."""
+
+    def watched(self, parameters: Sequence[nn.Parameter], take: Take) -> AbstractContextManager[None]:
+        """Backwards inside, through `ascent_module`, show this process's gradients before any reduction. Collective.
+
+        Whether they are also reduced and kept is up to the backend: clear them before and after, and ask for neither
+        gradients nor shards inside.
+
+        Args:
+            parameters: that require a gradient.
+            take: called as `take(index, gradient)`, in the order of the backward, with the gradient of all of
+                `parameters[index]`; not called for a parameter that the loss does not depend on, and several times for
+                one that reentrant checkpointing uses several times, whose gradient is the sum. May keep the gradient
+                but not write to it.
+        """
+
     def clear_gradients(self, optimizer: torch.optim.Optimizer) -> None:
         """Forget every gradient, wherever the backend keeps it."""
 
@@ -89,9 +112,6 @@ class Sharding(Protocol):
 
     def sum_over_shards(self, value: Tensor) -> Tensor:
         """`value` summed, in place, over the processes that share one copy of the weights."""
-
-    def gather_samples(self, samples: Tensor) -> Tensor:
-        """The samples of all data-parallel processes, along the first dimension; equally many from each."""
 
     def gather(self, parameter: nn.Parameter, local: Tensor) -> Tensor:
         """The whole tensor, shaped like `parameter`, of which every process holds `local` in the place of its shard."""
@@ -150,6 +170,7 @@ class Autograd:
     """What backends have in common whose gradients are autograd's and whose weights are the optimizer's own."""
 
     takes_scaler = True
+    exposes_whole = False
 
     def trained(
         self, optimizer: torch.optim.Optimizer, max_grad_norm: float | None
@@ -160,6 +181,10 @@ class Autograd:
     def backward(self, loss: Tensor) -> None:
         """Autograd's."""
         loss.backward()
+
+    def loss_scale(self) -> float:
+        """1: a GradScaler is not the backend's."""
+        return 1.0
 
     def clear_gradients(self, optimizer: torch.optim.Optimizer) -> None:
         """Drop `.grad`."""
@@ -220,6 +245,10 @@ class Unsharded(Autograd):
         """Each parameter's `.grad`."""
         return [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
 
+    def watched(self, parameters: Sequence[nn.Parameter], take: Take) -> AbstractContextManager[None]:
+        """Takes them away from `.grad`."""
+        return taken(parameters, take)
+
     def sum_over_shards(self, value: Tensor) -> Tensor:
         """`value`: nothing is spread."""
         return value
@@ -241,10 +270,3 @@ class Unsharded(Autograd):
 
     def forget_copies(self) -> None:
         """There are none."""
-
-
-def all_gather_samples(samples: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """`samples` of every process of `group`, concatenated in the order of their ranks."""
-    parts = [torch.empty_like(samples) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(parts, samples.contiguous(), group=group)
-    return torch.cat(parts)

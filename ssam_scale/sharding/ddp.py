@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.nn.parallel import DistributedDataParallel
 
-from .base import Unsharded, all_gather_samples
+from .base import Unsharded
+from .peers import Peers
 
 
 def without_buffer_sync() -> dict[str, Any]:
@@ -45,6 +46,7 @@ class DDP(Unsharded):
         self.descent_module: nn.Module = module
         self._ddp = module
         self._group = module.process_group
+        self.peers = Peers(self._group)
 
     @contextmanager
     def micro_batch(self, *, last: bool) -> Iterator[None]:
@@ -71,7 +73,3 @@ class DDP(Unsharded):
             dist.all_reduce(flat, group=self._group)
             for p, reduced in zip(group, _unflatten_dense_tensors(flat, gradients), strict=True):
                 p.grad = reduced
-
-    def gather_samples(self, samples: Tensor) -> Tensor:
-        """An all-gather over DDP's processes."""
-        return all_gather_samples(samples, self._group)

@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .base import all_gather_samples
+from .peers import Peers
+from .watched import Take, aligned, seen
 
 
 def zero_engine(
@@ -144,6 +145,7 @@ class Driven:
     """
 
     takes_scaler = False
+    exposes_whole = False
     outlives_interruption = True
 
     def __init__(self, engine: Any) -> None:
@@ -152,6 +154,7 @@ class Driven:
         self.network: nn.Module = engine.module
         self.ascent_module: nn.Module = engine
         self.descent_module: nn.Module = engine
+        self.peers = Peers(dist.group.WORLD)
 
     def groups(self) -> list[list[nn.Parameter]]:
         """The model's parameters that the optimizer steps, by group."""
@@ -197,6 +200,27 @@ class Driven:
         self._engine.backward(loss, scale_wrt_gas=False)
         self._interrupted = False
 
+    def loss_scale(self) -> float:
+        """The engine's in fp16, else 1."""
+        scale = getattr(self._engine.optimizer, "scale_if_loss", None)
+        if scale is None:
+            return 1.0
+        with torch.enable_grad():  # it scales only what can be differentiated
+            return float(scale(torch.ones((), requires_grad=True) * 1.0).detach())
+
+    @contextmanager
+    def watched(self, parameters: Sequence[nn.Parameter], take: Take) -> Iterator[None]:
+        """Sees them before the engine does, which reduces them as in any backward. Keeps whose turn `step` is.
+
+        Views of a flat buffer stand elsewhere inside, so do not ask for shards there.
+        """
+        boundary = getattr(self._engine, "_is_gradient_accumulation_boundary", True)  # None: the engine counts
+        try:
+            with aligned(self.network.parameters() if self.exposes_whole else []), seen(parameters, take):
+                yield
+        finally:
+            self._engine.set_gradient_accumulation_boundary(boundary)
+
     def reduce_ascent(self, parameters: Sequence[nn.Parameter]) -> None:
         """The engine reduced them in the backward."""
 
@@ -209,8 +233,3 @@ class Driven:
     ) -> None:
         """The engine's step: it clips, steps the optimizer, and gathers the weights."""
         self._engine.step()
-
-    def gather_samples(self, samples: Tensor) -> Tensor:
-        """An all-gather over all processes."""
-        assert dist.group.WORLD is not None
-        return all_gather_samples(samples, dist.group.WORLD)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,7 +18,9 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Placement, Replicate
 from torch.distributed.tensor import Shard as ShardPlacement
 
-from .base import Autograd, Shard, all_gather_samples
+from .base import Autograd, Shard
+from .peers import Peers
+from .watched import Take, taken
 
 _LAYOUTS: dict[int, tuple[Placement, ...]] = {1: (ShardPlacement(0),), 2: (Replicate(), ShardPlacement(0))}
 
@@ -64,6 +67,7 @@ class FSDP2(Autograd):
         self._over = self._mesh.ndim - 1  # the mesh dimension that one copy of the weights is spread over
         self.shards_each = self._mesh.size(self._over)
         self.shard_index = self._mesh.get_local_rank(self._over)
+        self.peers = Peers(_group_of_all(self._mesh))
 
     def shards(self, parameters: Sequence[nn.Parameter]) -> list[Shard]:
         """The local rows of each parameter."""
@@ -91,27 +95,38 @@ class FSDP2(Autograd):
         finally:
             self._root.set_requires_gradient_sync(True)
 
+    @contextmanager
+    def watched(self, parameters: Sequence[nn.Parameter], take: Take) -> Iterator[None]:
+        """Takes them away from the whole parameters that the backward accumulates in: FSDP finds nothing to reduce."""
+        kept = list(self._kept())
+        if not all(hasattr(one, "_unsharded_param") for one in kept):  # there is none before the first forward
+            for module in self._root.modules():  # type: ignore[attr-defined]
+                if isinstance(module, FSDPModule):
+                    module.unshard()
+                    module.reshard()
+        whole = {id(one.sharded_param): one._unsharded_param for one in kept}
+        with taken([whole[id(p)] for p in parameters], take):
+            yield
+
+    def _kept(self) -> Iterator[Any]:
+        """What FSDP keeps of each parameter."""
+        for state in self._state._state_ctx.all_states:
+            for group in state._fsdp_param_groups:
+                yield from group.fsdp_params
+
     def clear_gradients(self, optimizer: torch.optim.Optimizer) -> None:
         """Drop `.grad`, and what an accumulation that was broken off has left unsharded."""
         super().clear_gradients(optimizer)
         self.forget_copies()
-        for state in self._state._state_ctx.all_states:
-            for group in state._fsdp_param_groups:
-                for parameter in group.fsdp_params:
-                    parameter.unsharded_accumulated_grad = None
-                    if hasattr(parameter, "_unsharded_param"):  # there is none before the first forward
-                        parameter._unsharded_param.grad = None
+        for one in self._kept():
+            one.unsharded_accumulated_grad = None
+            if hasattr(one, "_unsharded_param"):  # there is none before the first forward
+                one._unsharded_param.grad = None
 
     def sum_over_shards(self, value: Tensor) -> Tensor:
         """An all-reduce over the processes of one copy."""
         dist.all_reduce(value, group=self._mesh.get_group(self._over))
         return value
-
-    def gather_samples(self, samples: Tensor) -> Tensor:
-        """An all-gather over the processes of one copy, then one over the copies."""
-        for dimension in reversed(range(self._mesh.ndim)):
-            samples = all_gather_samples(samples, self._mesh.get_group(dimension))
-        return samples
 
     def gather(self, parameter: nn.Parameter, local: Tensor) -> Tensor:
         """An all-gather over the processes of one copy."""
@@ -142,6 +157,16 @@ class FSDP2(Autograd):
     def forget_copies(self) -> None:
         """Free every gathered copy. `reshard` would not do: it leaves those of a forward that raised."""
         self._root.reset_iter_state()
+
+
+def _group_of_all(mesh: DeviceMesh) -> dist.ProcessGroup:
+    """All processes of `mesh`, in the order of their ranks where these are all that there are."""
+    if mesh.ndim == 1:
+        return mesh.get_group()
+    if mesh.size() == dist.get_world_size():
+        assert dist.group.WORLD is not None
+        return dist.group.WORLD
+    return mesh._flatten().get_group()
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -129,6 +129,8 @@ class MasterWeights:
 class FlatShards(MasterWeights):
     """What ZeRO's stages 1 to 3 have in common: a shard is one run of elements of a row-major parameter."""
 
+    exposes_whole = False
+
     def __init__(self) -> None:
         self.shards_each, self.shard_index = dist.get_world_size(), dist.get_rank()
 
@@ -169,6 +171,8 @@ class FlatBuffers(FlatShards):
         parts: of each buffer, one a process.
         stepped: what the optimizer steps in the place of this process's part, by group.
     """
+
+    exposes_whole = True
 
     def __init__(
         self,

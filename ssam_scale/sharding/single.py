@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
-from torch import Tensor, nn
+from torch import nn
 
 from .base import Unsharded
+from .peers import Peers
 
 
 class Single(Unsharded):
@@ -13,6 +14,7 @@ class Single(Unsharded):
 
     def __init__(self, module: nn.Module) -> None:
         self.network = self.ascent_module = self.descent_module = module
+        self.peers = Peers()
 
     def micro_batch(self, *, last: bool) -> AbstractContextManager[None]:
         """Gradients accumulate in `.grad` by themselves."""
@@ -20,7 +22,3 @@ class Single(Unsharded):
 
     def reduce_ascent(self, parameters: Sequence[nn.Parameter]) -> None:
         """There is no other process."""
-
-    def gather_samples(self, samples: Tensor) -> Tensor:
-        """`samples`."""
-        return samples

@@ -1,51 +1,170 @@
-"""The k highest of scores that are spread over processes."""
+"""The highest of scores that are spread over processes, and means of units that are."""
 
 from __future__ import annotations
 
 import math
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
-from ssam_scale.masks import Depth, Layout, Scored
-from ssam_scale.masks.selection import greedy_tensors, top_k
+from ssam_scale.masks import radix, selection, units
+from ssam_scale.masks.selection import greedy_units, top_k, unit_means
 from ssam_scale.sharding import World, sharding_of
 from ssam_scale.sharding.fsdp import shard_fsdp2
 from tests.support.ranks import run_ranks
 
 ALONE = sharding_of(nn.Linear(1, 1))
 
+both_ways = pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "chunked"])
 
-def by_sorting(scores: list[torch.Tensor], k: int) -> list[torch.Tensor]:
-    """The definition: sort all scores, the highest first, equal ones by position."""
+
+@contextmanager
+def reading(compiled: bool, chunk: int = radix.CHUNK) -> Iterator[None]:
+    """Scores in CPU memory are read by compiled loops or as those on other devices, in several threads and chunks."""
+    threads = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(radix, "CHUNK", chunk)
+        patch.setattr(units, "CHUNK", chunk)
+        if not compiled:
+            patch.setattr(selection, "keys_of", radix.ChunkedKeys)
+            patch.setattr(units, "_add_compiled", units._add_chunked)
+        torch.set_num_threads(3)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+
+
+def pack(bits: Sequence[bool]) -> Tensor:
+    packed = torch.zeros((len(bits) + 7) // 8, dtype=torch.uint8)
+    for i, bit in enumerate(bits):
+        packed[i // 8] |= int(bit) << i % 8
+    return packed
+
+
+def unpack(packed: Tensor, like: Tensor) -> Tensor:
+    bits = (packed.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8)) & 1
+    return bits.bool().reshape(-1)[: like.numel()].reshape(like.shape)
+
+
+def by_sorting(
+    scores: Sequence[Sequence[float]], k: Sequence[int], segments: Sequence[int], live: Sequence[Sequence[bool]]
+) -> list[Tensor]:
+    """The definition: sort a segment's candidates, the highest first, equal ones by position."""
+    masks = [[False] * len(s) for s in scores]
+    for segment, count in enumerate(k):
+        places = [(t, i) for t, s in enumerate(scores) for i in range(len(s)) if segments[t] == segment and live[t][i]]
+        for t, i in sorted(places, key=lambda place: -scores[place[0]][place[1]])[:count]:
+            masks[t][i] = True
+    return [pack(m) for m in masks]
+
+
+numbers = st.floats(width=32, allow_nan=False) | st.sampled_from(
+    [0.0, -0.0, 1.0, 2.0**-149, -(2.0**-149), -1.0, 3.4e38, math.inf, -math.inf]
+)
+
+
+def as_float32(values: list[float]) -> list[float]:
+    return torch.tensor(values, dtype=torch.float32).tolist()
+
+
+@both_ways
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.lists(numbers, max_size=30).map(as_float32), min_size=1, max_size=5), st.data())
+def test_equals_sorting(compiled: bool, values: list[list[float]], data: st.DataObject) -> None:
+    count = data.draw(st.sampled_from([1, 1, 2, 40]))
+    segments = data.draw(st.lists(st.integers(0, count - 1), min_size=len(values), max_size=len(values)))
+    live = [[True] * len(v) for v in values]
+    if masked := data.draw(st.booleans()):
+        live = [data.draw(st.lists(st.booleans(), min_size=len(v), max_size=len(v))) for v in values]
+    available = [sum(sum(bits) for bits, s in zip(live, segments, strict=True) if s == n) for n in range(count)]
+    k = [data.draw(st.integers(0, a)) for a in available]
+    with reading(compiled, chunk=8):
+        masks = top_k(
+            [torch.tensor(v) for v in values],
+            k,
+            ALONE,
+            segments=None if count == 1 else segments,
+            candidates=[pack(bits) for bits in live] if masked else None,
+        )
+    expected = by_sorting(values, k, segments, live)
+    assert all(m.dtype == torch.uint8 and torch.equal(m, e) for m, e in zip(masks, expected, strict=True))
+
+
+@both_ways
+@pytest.mark.parametrize("ties", [False, True])
+def test_many_chunks_equal_torch_sort(compiled: bool, ties: bool) -> None:
+    generator = torch.Generator().manual_seed(1)
+    scores = [
+        torch.randn(shape, generator=generator).square() for shape in [(700, 301), (3,), (64, 3, 7, 7), (90_001,)]
+    ]
+    if ties:
+        scores = [(s * 4).round() for s in scores]
     flat = torch.cat([s.reshape(-1) for s in scores])
-    order = sorted(range(len(flat)), key=lambda i: (-float(flat[i]), i))
-    mask = torch.zeros(len(flat), dtype=torch.bool)
-    mask[order[:k]] = True
-    return [m.reshape(s.shape) for m, s in zip(mask.split([s.numel() for s in scores]), scores, strict=True)]
+    k = len(flat) // 2
+    expected = torch.zeros(len(flat), dtype=torch.bool)
+    expected[torch.sort(flat, descending=True, stable=True).indices[:k]] = True
+    with reading(compiled, chunk=2**14):
+        masks = top_k(scores, [k], ALONE)
+    chosen = [unpack(m, s) for m, s in zip(masks, scores, strict=True)]
+    assert torch.equal(torch.cat([c.reshape(-1) for c in chosen]), expected)
 
 
-finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
-ties = st.sampled_from([0.0, -0.0, 1.0, 1e-45, -1.0, 3.4e38])
+@both_ways
+def test_a_processor_that_flushes_denormals_chooses_the_same(compiled: bool) -> None:
+    scores = torch.arange(40) * torch.tensor(1, dtype=torch.int32).view(torch.float32)
+    torch.set_flush_denormal(True)
+    try:
+        with reading(compiled):
+            [mask] = top_k([scores], [10], ALONE)
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(unpack(mask, scores), torch.arange(40) >= 30)
 
 
-@settings(max_examples=200, deadline=None)
-@given(st.lists(st.lists(finite | ties, min_size=0, max_size=12), min_size=1, max_size=4), st.data())
-def test_equals_sorting(values: list[list[float]], data: st.DataObject) -> None:
-    scores = [torch.tensor(v, dtype=torch.float32) for v in values]
-    k = data.draw(st.integers(0, sum(map(len, values))))
-    masks = top_k(scores, k, ALONE)
-    assert sum(int(m.sum()) for m in masks) == k
-    assert all(torch.equal(a, b) for a, b in zip(masks, by_sorting(scores, k), strict=True))
+@both_ways
+def test_scores_that_do_not_lie_in_one_piece(compiled: bool) -> None:
+    scores = torch.arange(60.0).reshape(6, 10).t()
+    with reading(compiled):
+        [mask] = top_k([scores], [7], ALONE)
+    assert torch.equal(unpack(mask, scores), scores >= 53)
+
+
+@pytest.mark.parametrize(
+    ("k", "message"),
+    [
+        ([5, 3], "k of segment 0 is 5; 0 to 4 can be chosen"),
+        ([4, -1], "k of segment 1 is -1; 0 to 3 can be chosen"),
+    ],
+)
+def test_budgets_out_of_range_are_named(k: list[int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        top_k([torch.ones(4), torch.ones(3)], k, ALONE, segments=[0, 1])
+
+
+def test_what_cannot_be_given() -> None:
+    with pytest.raises(ValueError, match="k is 1; 0 to 0 can be chosen"):
+        top_k([], [1], ALONE)
+    assert top_k([], [0], ALONE) == []
+    with pytest.raises(ValueError, match="k is 5; 0 to 2 can be chosen"):
+        top_k([torch.ones(4)], [5], ALONE, candidates=[pack([True, False, True, False])])
+    with pytest.raises(TypeError, match="float32 is needed"):
+        top_k([torch.ones(4, dtype=torch.bfloat16)], [1], ALONE)
 
 
 SHAPES = [(5, 3), (1,), (4, 2, 2), (2,), (7,)]
+SIZE = sum(math.prod(shape) for shape in SHAPES)
 
 
-def _scores(kind: str) -> list[torch.Tensor]:
+def _scores(kind: str) -> list[Tensor]:
     generator = torch.Generator().manual_seed(5)
     if kind == "ties":
         return [torch.randint(3, shape, generator=generator).float() for shape in SHAPES]
@@ -54,79 +173,166 @@ def _scores(kind: str) -> list[torch.Tensor]:
     return [torch.randn(shape, generator=generator) for shape in SHAPES]
 
 
-def _select_on_shards(world: World) -> dict[str, list[list[torch.Tensor]]]:
+def _dead(kind: str) -> list[Tensor]:
+    return [s <= 0.0 for s in _scores("random" if kind != "random" else "ties")]
+
+
+def _budgets(k: int) -> list[int]:
+    return [min(k, math.prod(shape)) for shape in SHAPES]
+
+
+def _on_shards(world: World) -> dict[str, list[list[Tensor]]]:
     model = nn.ParameterList([nn.Parameter(torch.zeros(shape)) for shape in SHAPES])
     shard_fsdp2(model, [], world.device)
     sharding, parameters = sharding_of(model), list(model.parameters())
-    result: dict[str, list[list[torch.Tensor]]] = {}
+    result: dict[str, list[list[Tensor]]] = {}
+
+    def select(kind: str, what: str, k: list[int], **options: Any) -> None:
+        local = [sharding.scatter(p, s).reshape(-1) for p, s in zip(parameters, _scores(kind), strict=True)]
+        masks = [unpack(m, s) for m, s in zip(top_k(local, k, sharding, **options), local, strict=True)]
+        result.setdefault(f"{kind} {what}", []).append(masks)
+
     for kind in ("ties", "equal", "random"):
-        whole = _scores(kind)
-        local = [sharding.scatter(p, s) for p, s in zip(parameters, whole, strict=True)]
-        for k in range(sum(s.numel() for s in whole) + 1):
-            masks = top_k(local, k, sharding)
-            gathered = [sharding.gather(p, m) for p, m in zip(parameters, masks, strict=True)]
-            result.setdefault(kind, []).append(gathered)
+        dead = [sharding.scatter(p, d) for p, d in zip(parameters, _dead(kind), strict=True)]
+        candidates = [pack(d.reshape(-1).tolist()) for d in dead]
+        for k in range(SIZE + 1):
+            select(kind, "all", [k])
+        for k in range(int(sum(d.sum() for d in _dead(kind))) + 1):
+            select(kind, "some", [k], candidates=candidates)
+        for k in range(17):
+            select(kind, "each", _budgets(k), segments=range(len(SHAPES)))
+    with pytest.raises(ValueError, match=f"k is {SIZE + 1}; 0 to {SIZE} can be chosen"):
+        select("ties", "too many", [SIZE + 1])
     return result
 
 
-@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)])
-def test_shards_uneven_or_empty_choose_what_one_process_chooses(size: int) -> None:
-    for rank in run_ranks(size, _select_on_shards):
-        for kind, chosen in rank.items():
-            for k, masks in enumerate(chosen):
-                expected = by_sorting(_scores(kind), k)
-                assert all(torch.equal(a, b) for a, b in zip(masks, expected, strict=True)), (kind, k)
+UNITS = [(7, 30), (1, 700), (50, 1), (3, 128), (2, 5)]  # number and size, by tensor
+NUMELS = [n * size for n, size in UNITS]
+SIZES = [size for _, size in UNITS]
 
 
-@given(st.lists(st.tuples(st.floats(0, 10), st.integers(1, 50)), min_size=1, max_size=12), st.integers(0, 200))
-def test_greedy_tensors_fit_and_nothing_better_was_left_out(tensors: list[tuple[float, int]], k: int) -> None:
-    means = {str(i): mean for i, (mean, _) in enumerate(tensors)}
-    numels = {str(i): numel for i, (_, numel) in enumerate(tensors)}
-    chosen = greedy_tensors(means, numels, k)
-    held = sum(numels[name] for name in chosen)
-    assert held <= k
-    for name in set(means) - set(chosen):
-        better = sum(numels[c] for c in chosen if means[c] >= means[name])
-        assert better + numels[name] > k, "a tensor that fitted in its turn was passed over"
+def _unit_scores() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    return [torch.randn(numel, generator=generator) ** 3 for numel in NUMELS]
 
 
-@given(st.floats(0, 0.999), st.lists(st.integers(1, 40), min_size=1, max_size=5))
-def test_density_is_exact(sparsity: float, sizes: list[int]) -> None:
-    names = {str(i): n for i, n in enumerate(sizes)}
-    layout = Layout(names, dict.fromkeys(names, 0), 1)
-    expected = int(sum(sizes) * (1 - sparsity))
-    mask = Scored("element", sparsity)
-    scores = {name: torch.rand(n) for name, n in names.items()}
-    if not expected:
-        with pytest.raises(ValueError, match="nothing"):
-            mask.select(layout, scores, ALONE)
-        return
-    mask.select(layout, scores, ALONE)
-    plan = mask.plan(layout, 0)
-    assert plan.perturbed == sum(int(m.sum()) for m in plan.weights.values()) == expected
+class Joined:
+    """All processes of a test as those that flat runs of weights are spread over."""
+
+    def __init__(self, world: World) -> None:
+        self.shards_each, self.shard_index = world.size, world.rank
+
+    def sum_over_shards(self, value: Tensor) -> Tensor:
+        dist.all_reduce(value)
+        return value
 
 
-def test_scores_that_are_not_finite_are_named_and_leave_the_mask() -> None:
-    layout = Layout({"a": 3, "b": 3}, {"a": 0, "b": 0}, 1)
-    mask = Scored("element", 0.5)
-    mask.select(layout, {"a": torch.ones(3), "b": torch.zeros(3)}, ALONE)
-    before = mask.selected
-    with pytest.raises(FloatingPointError, match="scores of b"):
-        mask.select(layout, {"a": torch.ones(3), "b": torch.tensor([0.0, math.nan, 1.0])}, ALONE)
-    assert mask.selected is before
+def _with_cuts(world: World) -> list[dict[str, Any]]:
+    draw = random.Random(3)  # the same cuts on every process
+    result = []
+    for case in range(40):
+        starts, local = [], []
+        for scores in _unit_scores():
+            cuts = sorted(draw.randint(0, scores.numel()) for _ in range(world.size - 1))
+            edges = [0, *cuts, scores.numel()]
+            starts.append(edges[world.rank])
+            local.append(scores[edges[world.rank] : edges[world.rank + 1]])
+        k = draw.randint(0, sum(NUMELS))
+        with reading(compiled=case % 2 == 0, chunk=64):
+            means = unit_means(local, starts, NUMELS, SIZES, Joined(world))
+            masks = top_k([s.round() for s in local], [k], Joined(world))
+        result.append({"means": means, "k": k, "masks": [unpack(m, s) for m, s in zip(masks, local, strict=True)]})
+    return result
 
 
-def test_a_moving_cut_is_a_function_of_seed_and_step_and_uniform() -> None:
-    layout = Layout({f"{i}": 1 for i in range(8)}, {f"{i}": i for i in range(8)}, 8)
-    mask, again = Depth(seed=4), Depth(seed=4)
-    cuts = [mask.plan(layout, step).cut for step in range(4000)]
-    assert cuts[::-1] == [again.plan(layout, step).cut for step in reversed(range(4000))]
-    assert cuts != [Depth(seed=5).plan(layout, step).cut for step in range(4000)]
-    counts = [cuts.count(c) for c in range(8)]
-    assert sum(counts) == 4000
-    # Each count is binomial with mean 500 and deviation 21.
-    assert all(abs(count - 500) < 5 * 21 for count in counts)
-    for step in range(20):
-        plan = mask.plan(layout, step)
-        assert set(plan.weights) == {str(i) for i in range(plan.cut, 8)}
-        assert plan.perturbed == 8 - plan.cut
+def _on_rank(world: World) -> tuple[Any, Any]:
+    return _on_shards(world), _with_cuts(world)
+
+
+@pytest.fixture(
+    scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)]
+)
+def ranks(request: pytest.FixtureRequest) -> list[tuple[Any, Any]]:
+    """What `_on_rank` returned on each of some processes."""
+    return run_ranks(request.param, _on_rank)
+
+
+def joined(parts: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """The whole tensors whose shards each process has."""
+    return [torch.cat(list(shards)) for shards in zip(*parts, strict=True)]
+
+
+def test_shards_uneven_or_empty_choose_what_one_process_chooses(ranks: list[tuple[Any, Any]]) -> None:
+    shards = [on_shards for on_shards, _ in ranks]
+    assert len(shards[0]) == 9
+    for name in shards[0]:
+        kind, what = name.split()
+        scores = [s.reshape(-1).tolist() for s in _scores(kind)]
+        live = [d.reshape(-1).tolist() if what == "some" else [True] * d.numel() for d in _dead(kind)]
+        segments = list(range(len(SHAPES))) if what == "each" else [0] * len(SHAPES)
+        for k, parts in enumerate(zip(*(rank[name] for rank in shards), strict=True)):
+            expected = by_sorting(scores, _budgets(k) if what == "each" else [k], segments, live)
+            masks = [pack(m.tolist()) for m in joined(parts)]
+            assert all(torch.equal(a, b) for a, b in zip(masks, expected, strict=True)), (name, k)
+
+
+def test_flat_runs_cut_anywhere_give_the_same_bits(ranks: list[tuple[Any, Any]]) -> None:
+    scores = _unit_scores()
+    rounded = [s.round() for s in scores]
+    expected = unit_means(scores, [0] * len(UNITS), NUMELS, SIZES, ALONE)
+    cases = list(zip(*(with_cuts for _, with_cuts in ranks), strict=True))
+    assert len(cases) == 40
+    for case in cases:
+        for rank in case:
+            assert all(torch.equal(a, b) for a, b in zip(rank["means"], expected, strict=True))
+        masks = joined([rank["masks"] for rank in case])
+        whole = top_k(rounded, [case[0]["k"]], ALONE)
+        assert all(torch.equal(m, unpack(w, m)) for m, w in zip(masks, whole, strict=True))
+
+
+@both_ways
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(
+        st.integers(1, 40).flatmap(
+            lambda size: st.lists(
+                st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=size, max_size=size),
+                min_size=1,
+                max_size=5,
+            )
+        ),
+        min_size=1,
+        max_size=4,
+    ),
+    st.sampled_from([8, 2**20]),
+)
+def test_means_are_the_means(compiled: bool, tensors: list[list[list[float]]], chunk: int) -> None:
+    scores = [torch.tensor(rows) for rows in tensors]
+    numels, sizes = [s.numel() for s in scores], [s.shape[1] for s in scores]
+    with reading(compiled, chunk):
+        means = unit_means(scores, [0] * len(scores), numels, sizes, ALONE)
+    for score, size, mean in zip(scores, sizes, means, strict=True):
+        assert mean.dtype == torch.float64
+        resolution = float(score.abs().max()) * 2.0 ** (math.ceil(math.log2(size)) - 62)
+        for row, m in zip(score.tolist(), mean.tolist(), strict=True):
+            exact = math.fsum(row) / size
+            assert abs(m - exact) <= resolution + 2.0**-51 * abs(exact)
+
+
+def test_means_of_nothing_and_of_zeros() -> None:
+    means = unit_means([torch.zeros(4), torch.zeros(0)], [0, 0], [4, 0], [2, 0], ALONE)
+    assert [m.tolist() for m in means] == [[0.0, 0.0], []]
+    assert unit_means([], [], [], [], ALONE) == []
+    with pytest.raises(ValueError, match="a tensor of 4 elements is not made of units of 3"):
+        unit_means([torch.zeros(4)], [0], [4], [3], ALONE)
+
+
+@given(st.lists(st.tuples(st.floats(0, 10), st.integers(0, 50)), max_size=12), st.integers(0, 200))
+def test_greedy_units_fit_and_each_was_taken_in_its_turn_or_did_not_fit(drawn: list[tuple[float, int]], k: int) -> None:
+    means = torch.tensor([mean for mean, _ in drawn], dtype=torch.float64)
+    chosen = greedy_units(means, torch.tensor([numel for _, numel in drawn], dtype=torch.int64), k)
+    left = k
+    for i in sorted(range(len(drawn)), key=lambda i: -drawn[i][0]):  # the definition, one after the other
+        assert bool(chosen[i]) == (drawn[i][1] <= left)
+        left -= drawn[i][1] if chosen[i] else 0
+    assert left >= 0

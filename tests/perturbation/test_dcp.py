@@ -13,7 +13,8 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 
 from ssam_scale import Scored, SparseSAM
 from ssam_scale.sharding import World, distribute
-from tests.perturbation.test_equivalence import BATCH, CLIP, RHO, TOLERANCE, Case, whole_mask
+from tests.perturbation.test_equivalence import BATCH, CLIP, RHO, TOLERANCE, Case
+from tests.support.masks import whole_mask
 from tests.support.networks import batches, freeze_batchnorm, loss_fn, part, small_network
 from tests.support.ranks import alone, run_ranks
 
@@ -54,7 +55,11 @@ def look(opt: SparseSAM) -> dict[str, Any]:
             local = value.to_local() if hasattr(value, "to_local") else value
             state[f"{name}|{entry}"] = sharding.gather(p, local).clone() if value.ndim else value.clone()
     sparse = opt.sparse_state()
-    return {"state": state, "mask": whole_mask(opt), "numbers": {k: v for k, v in sparse.items() if k != "mask"}}
+    return {
+        "state": state,
+        "mask": whole_mask(opt),
+        "numbers": {k: v for k, v in sparse.items() if isinstance(v, Tensor)},
+    }
 
 
 def load(module: nn.Module, opt: SparseSAM, path: Path) -> None:
@@ -159,7 +164,7 @@ def test_on_other_numbers_of_ranks_it_goes_on_with_the_same_masks_weights_and_mo
 
 def test_the_state_of_another_mask_is_refused(two: Any, folder: Path) -> None:
     _, dense = make(World(), Case("vit", "dense"), seed=0)
-    with pytest.raises(ValueError, match="has a mask of pattern element, this optimizer one not chosen by scores"):
+    with pytest.raises(ValueError, match="has a mask of single weights, this optimizer one not chosen by scores"):
         dcp.load({"sparse": dense.sparse}, checkpoint_id=folder / "element")
     # What has other keys or shapes, torch.distributed.checkpoint itself refuses, and names.
     _, tensor = make(World(), Case("vit", "tensor"), seed=0)

@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 
 from ssam_scale import CosineRadius, TiedRadius
-from ssam_scale.masks import Dense, Depth, Mask, Scored
+from ssam_scale.masks import NM, Chosen, Dense, Depth, Dynamic, Mask, Named, Norms, Scored
 from ssam_scale.perturbation import RadiusSchedule, SparseSAM
 from ssam_scale.perturbation.reference import length_of, masked_by, reference_gradient, reference_step
 from ssam_scale.sharding import World, place
+from tests.support.masks import whole_mask
 from tests.support.networks import batches, freeze_batchnorm, part, small_network
 from tests.support.ranks import alone, run_ranks
 
@@ -47,6 +48,12 @@ class Case:
             "dense": Dense(),
             "element": Scored("element", 0.5),
             "tensor": Scored("tensor", 0.7),
+            "row": Scored("row", 0.6),
+            "block": Scored("block", 0.5, score="gradient"),
+            "1:4": NM(1, 4, indivisible="unperturbed", score="weight"),
+            "norm": Norms(),
+            "named": Named(r"attn\.", "head"),
+            "dynamic": Dynamic(0.3, steps=10, grow="fisher"),
             "fixed cut": Depth((0.5, 0.5)),
             "moving cut": Depth((0.0, 1.0), seed=3),
         }[self.mask]
@@ -98,22 +105,20 @@ CASES = [
     Case("vit", "tensor", norm="calibrated", adaptive=True, optimizer="adamw"),
     Case("resnet", "dense", adaptive=True, schedule=TiedRadius(0.5)),
     Case("vit", "moving cut", precision=torch.bfloat16, accumulation=2),
+    Case("resnet", "row", norm="dense", accumulation=2),
+    Case("vit", "row", adaptive=True, rho=(RHO, 0.0)),
+    Case("resnet", "1:4", optimizer="adamw"),
+    Case("vit", "1:4", norm="calibrated"),
+    Case("vit", "dynamic", accumulation=2),
+    Case("vit", "block"),
+    Case("resnet", "norm"),
+    Case("vit", "named", norm="calibrated"),
     # Not the ResNet: without the statistics of the batch it is so badly conditioned that 0.2% more rho, far less than
     # bf16 rounds, takes the weights 20% off their way.
     Case("vit", "element", precision=torch.bfloat16, optimizer="adamw"),
 ]
 # Less of everything, where the number of ranks splits tensors unevenly or leaves ranks with nothing of some.
-FEW = [CASES[i] for i in (2, 12, 15, 17, 18, 19)]
-
-
-def whole_mask(opt: SparseSAM) -> dict[str, torch.Tensor]:
-    """The plan of the next step spelled out for every weight."""
-    named, sharding, weights = opt.pool.parameters, opt.sharding, opt.plan.weights
-    shards = sharding.shards([named[name] for name in weights])
-    return {
-        name: sharding.gather(named[name], torch.ones_like(s.weight, dtype=torch.bool) if local is None else local)
-        for (name, local), s in zip(weights.items(), shards, strict=True)
-    }
+FEW = [CASES[i] for i in (2, 12, 15, 17, 18, 19, 21, 22, 24)]
 
 
 def on(device: torch.device, batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -146,7 +151,7 @@ def train(world: World, backend: Any, cases: list[Case], **kwargs: Any) -> list[
         )
         opt = case.make_sam(distributed, base)
         scheduler = halved(opt.base_optimizer) if case.schedule else None
-        if isinstance(opt.mask, Scored):
+        for _ in range(3 if isinstance(opt.mask, Dynamic) else isinstance(opt.mask, Chosen)):
             seen = on(world.device, part(batches(1, BATCH, seed=7)[0], world.rank, world.size))
             opt.refresh(case.loss_fn, seen)
         losses, masks = [], []

@@ -19,7 +19,6 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from ssam_scale import Depth, Scored, SparseSAM
-from ssam_scale.masks import Plan
 from ssam_scale.perturbation.reference import length_of, reference_step
 from ssam_scale.sharding import World, distribute, sharding_of
 from tests.perturbation.test_equivalence import (
@@ -218,7 +217,7 @@ def mask_from_a_state(world: World) -> bool:
     for opt in (first, second):
         last_block = {name: n for name, n in opt.pool.layout.numels.items() if name.startswith("blocks.3.")}
         assert isinstance(opt.mask, Scored)
-        opt.mask.restore(Plan(0, dict.fromkeys(last_block), sum(last_block.values())))
+        opt.mask.restore(opt.pool.layout, dict.fromkeys(last_block), list(last_block.values()), 0)
         opt.step(case.loss_fn, batch)
     return same(whole(first), whole(second))
 

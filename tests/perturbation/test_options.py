@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ssam_scale import CosineRadius, Depth, Scored, SparseSAM, TiedRadius
 from ssam_scale.perturbation.arithmetic import scale_to_radius_, squares
 from ssam_scale.perturbation.reference import length_of, masked_by, reference_gradient
+from tests.support.masks import whole_mask
 from tests.support.networks import batches, freeze_batchnorm, loss_fn, small_network
 
 BATCH = batches(1, 8)[0]
@@ -149,7 +150,7 @@ def test_the_calibrated_norm_goes_as_far_as_the_dense_norm_would_have(mask: Any,
     opt = SparseSAM(model, sgd(model), rho=0.3, mask=mask, norm="calibrated", calibrate_every=None, adaptive=adaptive)
     if isinstance(mask, Scored):
         opt.refresh(loss_fn, BATCH)
-    chosen = {n: torch.ones_like(model.model.get_parameter(n)) if m is None else m for n, m in opt.plan.weights.items()}
+    chosen = whole_mask(opt)
     _, gradient = reference_gradient(model.model, loss_fn, BATCH, adaptive=adaptive)
     share = float(length_of(masked_by(gradient, chosen)) / length_of(gradient))
     assert 0.2 < share < 0.99
@@ -223,7 +224,7 @@ def test_everything_needed_to_go_on_survives_a_state_dict() -> None:
     base_only = make(vit())
     base_only.load_state_dict(base_only.base_optimizer.state_dict())
     assert base_only.radii == [0.2, 0.1]
-    with pytest.raises(ValueError, match="pattern tensor needs"):
+    with pytest.raises(ValueError, match=r"a mask of pattern tensor and sparsity 0\.5 needs"):
         SparseSAM(other, sgd(other), mask=Scored("tensor", 0.5)).load_sparse_state(saved["sparse_sam"])
     with pytest.raises(ValueError, match="this optimizer a Depth"):
         SparseSAM(other, sgd(other), mask=Depth()).load_sparse_state(saved["sparse_sam"])
@@ -311,7 +312,7 @@ def test_a_scaled_refresh_chooses_the_same_weights() -> None:
     for scaler in (None, torch.amp.GradScaler("cpu")):
         opt = SparseSAM(model, sgd(model), mask=Scored("element", 0.5), scaler=scaler)
         opt.refresh(loss_fn, BATCH)
-        plans.append(opt.plan.weights)
+        plans.append(whole_mask(opt))
     assert all(torch.equal(mask, plans[1][name]) for name, mask in plans[0].items())
 
 
@@ -383,7 +384,7 @@ def test_weights_of_two_bytes_are_moved_in_float32_and_come_back_bit_for_bit() -
     opt.refresh(loss_fn, batch)
     before = weights(model)
     gradient = reference_gradient(model.model, loss_fn, batch)[1]
-    masked = masked_by(gradient, opt.plan.weights)
+    masked = masked_by(gradient, whole_mask(opt))
     loss_fn(model, batch).backward()
     with opt.perturbed():
         inside = weights(model)

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ssam_scale import Dense, Depth, Scored, SparseSAM
 from ssam_scale.perturbation.reference import reference_step
 from ssam_scale.sharding import World, distribute
+from tests.support.masks import whole_mask
 from tests.support.networks import batches, freeze_batchnorm, loss_fn, part, small_network
 from tests.support.ranks import run_ranks
 
@@ -214,7 +215,9 @@ def test_the_fisher_score_is_the_sum_of_squared_per_sample_gradients() -> None:
     expected[flat.sort(descending=True, stable=True).indices[:k]] = True
     opt = SparseSAM(model, sgd(model), mask=Scored("element", 0.5))
     opt.refresh(loss_fn, (images, labels))
-    mine = torch.cat([m.reshape(-1) for m in opt.plan.weights.values()])
+    chosen = whole_mask(opt)  # without tensors of which nothing is
+    nothing = {n: torch.zeros(p.shape, dtype=torch.bool) for n, p in model.model.named_parameters()}
+    mine = torch.cat([m.reshape(-1) for m in (nothing | chosen).values()])
     assert int(mine.sum()) == opt.plan.perturbed == k
     # The two ways of computing a gradient round differently, which may exchange weights right at the threshold.
     assert int((mine != expected).sum()) <= k // 1000

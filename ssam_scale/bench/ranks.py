@@ -1,0 +1,65 @@
+"""Processes of this machine, started for one measurement."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import signal
+import tempfile
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from ssam_scale.errors import UserError
+
+_TIMEOUT = timedelta(minutes=60)
+
+
+def _entry(rank: int, function: Callable[..., Any], size: int, folder: str, args: tuple[Any, ...]) -> None:
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", rank % torch.cuda.device_count()) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    # NCCL refuses two processes on one GPU; gloo takes them.
+    backend = "nccl" if cuda and size <= torch.cuda.device_count() else "gloo"
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // size))
+    if size > 1:
+        store = dist.FileStore(f"{folder}/store", size)  # no port that another program may take in the meantime
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_TIMEOUT)
+    result = function(rank, size, device, *args)
+    if rank == 0:
+        Path(folder, "result.json").write_text(json.dumps(result))
+    if size > 1:
+        gc.collect()
+        dist.destroy_process_group()
+
+
+def on_ranks(size: int, function: Callable[..., Any], *args: Any) -> Any:
+    """What `function(rank, size, device, *args)` returns on the first of `size` new processes.
+
+    They share this machine's cores, and its GPUs if there are any; more than one are joined in a process group.
+
+    Args:
+        size: number of processes.
+        function: importable; its result can be written as JSON.
+        args: what else it is given; can be pickled.
+
+    Raises:
+        UserError: a process was killed, as one is that asks for more memory than there is.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            mp.start_processes(_entry, (function, size, folder, args), nprocs=size, start_method="spawn")
+        except mp.ProcessExitedException as error:
+            if error.signal_name != signal.SIGKILL.name:
+                raise
+            raise UserError(
+                f"process {error.error_index} of {size} was killed; does this machine have the memory for so many?"
+            ) from None
+        return json.loads(Path(folder, "result.json").read_text())

@@ -1,0 +1,239 @@
+"""The sections below `perturbation.mask`: which weights are perturbed, one section for each pattern."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import Field, field_validator, model_validator
+
+from .section import Section, Share
+
+Score: TypeAlias = Literal["fisher", "gradient", "accumulated", "weight", "random"]
+Sparsity: TypeAlias = Annotated[float, Field(ge=0.0, lt=1.0)]
+OfSamples: TypeAlias = Literal["fisher", "gradient"]
+
+
+class DynamicChoice(Section):
+    """SSAM-D: each refresh drops some of the perturbed weights and grows others (arXiv 2210.05177)."""
+
+    drop_rate: Share = Field(
+        0.5, description="share dropped by a refresh at the start; falls to 0 along half a cosine over the run"
+    )
+    drop: Score = Field("gradient", description="score of which the lowest are dropped; choices as of score")
+    grow: Score = Field("random", description="score of which the highest are grown; choices as of score")
+
+
+class _Drifting(Section):
+    """Declares `dynamic` before `score`, whose default depends on it."""
+
+    pattern: str
+    dynamic: DynamicChoice | None = Field(None, description="SSAM-D, a choice that drifts; null: the highest scores")
+
+
+class ChosenMask(Section):
+    """What the masks have in common that are chosen by scores."""
+
+    pattern: str
+    score: Score | None = Field(
+        default_factory=lambda data: None if data.get("dynamic") else "fisher",
+        description="what is highest is perturbed: fisher or gradient (of samples), accumulated (from the descent "
+        "gradients of the steps so far), weight (magnitude), random; null with dynamic",
+    )
+    samples: int = Field(128, ge=1, description="images that fisher and gradient scores are computed from")
+    labels: Literal["data", "sampled"] = Field(
+        "data", description="labels of fisher scores: those of the data, or sampled from what the model predicts"
+    )
+    refresh_steps: int | None = Field(None, ge=1, description="steps between two refreshes of the mask")
+    refresh_epochs: int | None = Field(
+        default_factory=lambda data: None if data.get("refresh_steps") else 1,
+        ge=1,
+        description="epochs between two refreshes of the mask; both null: chosen once and kept",
+    )
+
+    @property
+    def scores(self) -> tuple[Score, ...]:
+        """All that the mask is chosen by."""
+        return () if self.score is None else (self.score,)
+
+    @property
+    def by_samples(self) -> tuple[OfSamples, ...]:
+        """Those of its scores that are computed from samples."""
+        return tuple(s for s in self.scores if s == "fisher" or s == "gradient")
+
+    @property
+    def is_refreshed(self) -> bool:
+        """Whether it is chosen more than once."""
+        return self.refresh_steps is not None or self.refresh_epochs is not None
+
+    @model_validator(mode="after")
+    def _one_rhythm(self) -> ChosenMask:
+        if self.refresh_steps is not None and self.refresh_epochs is not None:
+            raise ValueError(
+                f"refresh_steps {self.refresh_steps} and refresh_epochs {self.refresh_epochs} cannot both be; leave "
+                "one of them out, or set it to null"
+            )
+        if self.score == "accumulated" and not self.is_refreshed:
+            raise ValueError(
+                "score: accumulated needs refreshes, as there is nothing yet when the mask is chosen first; give "
+                "refresh_epochs or refresh_steps"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _labelled(self) -> ChosenMask:
+        if self.labels == "sampled" and self.by_samples != ("fisher",):
+            named = " and ".join(self.scores) or "none"
+            raise ValueError(f"labels: sampled is for score fisher, and the mask is chosen by {named}; use data")
+        return self
+
+
+class _WithinBudget(ChosenMask):
+    """Masks that have a sparsity of their own."""
+
+    sparsity: Sparsity = Field(0.5, description="share of the weights that is not perturbed")
+    sparsity_final: Sparsity | None = Field(
+        None, description="sparsity at the end of the run, reached along half a cosine; null: it stays the same"
+    )
+
+    @model_validator(mode="after")
+    def _moving(self) -> _WithinBudget:
+        if self.sparsity_final is not None and not self.is_refreshed:
+            raise ValueError("sparsity_final: takes refreshes to get there; give refresh_epochs or refresh_steps")
+        return self
+
+
+Allocation: TypeAlias = Literal["global", "uniform", "erk"]
+_ALLOCATION = (
+    "how densities differ between layers: global (by the scores alone), uniform (not), erk (small layers denser)"
+)
+
+
+class ElementMask(_WithinBudget, _Drifting):
+    """Single weights: those that score highest, or a choice that drifts."""
+
+    pattern: Literal["element"] = Field(description="single weights")
+    allocation: Allocation = Field("global", description=_ALLOCATION)
+
+    @property
+    def scores(self) -> tuple[Score, ...]:
+        """All that the mask is chosen by."""
+        if self.dynamic is None:
+            return super().scores
+        return tuple(dict.fromkeys((self.dynamic.drop, self.dynamic.grow)))
+
+    @model_validator(mode="after")
+    def _one_choice(self) -> ElementMask:
+        if self.dynamic is None:
+            if self.score is None:
+                raise ValueError("score: null is for dynamic; without it, name a score")
+            return self
+        if self.score is not None:
+            raise ValueError("score: leave it out with dynamic, whose drop and grow say what the mask is chosen by")
+        if self.allocation != "global":
+            raise ValueError(f"allocation: {self.allocation} is for a choice by score; dynamic has global only")
+        if not self.is_refreshed:
+            raise ValueError("dynamic: drops and grows at refreshes; give refresh_epochs or refresh_steps")
+        return self
+
+
+class _ByScore(ChosenMask):
+    """Masks that always have a score."""
+
+    @field_validator("score")
+    @classmethod
+    def _given(cls, value: Score | None) -> Score:
+        if value is None:
+            raise ValueError("must be a score; leave it out for fisher")
+        return value
+
+
+class RowMask(_WithinBudget, _ByScore):
+    """Output channels: slices of a weight along its first dimension."""
+
+    pattern: Literal["row"] = Field(description="output channels, by their mean score")
+    allocation: Allocation = Field("global", description=_ALLOCATION)
+
+
+class UnitMask(_WithinBudget, _ByScore):
+    """Whole tensors or whole blocks."""
+
+    pattern: Literal["tensor", "block"] = Field(description="whole tensors or whole blocks, by their mean score")
+
+
+class NMMask(_ByScore):
+    """N of every M consecutive input features of linear layers and convolutions."""
+
+    pattern: Literal["nm"] = Field(description="n of every m consecutive input features (channels)")
+    n: int = Field(2, ge=1, description="perturbed weights of each group")
+    m: int = Field(4, ge=1, description="weights of a group")
+    others: Literal["perturbed", "unperturbed"] = Field(
+        "perturbed", description="what becomes of biases, normalization layers and embeddings"
+    )
+    indivisible: Literal["refused", "perturbed", "unperturbed"] = Field(
+        "refused", description="what becomes of weights whose input features do not make groups of m"
+    )
+
+    @model_validator(mode="after")
+    def _some_of_all(self) -> NMMask:
+        if self.n > self.m:
+            raise ValueError(f"n: {self.n} of every {self.m} cannot be; n must not be more than m")
+        return self
+
+
+class DepthMask(Section):
+    """The suffix of the network from a cut on; the prefix before it runs once and serves both passes."""
+
+    pattern: Literal["depth"] = Field(description="all weights from a depth of the network on")
+    policy: Literal["fixed", "rotate"] = Field("rotate", description="rotate draws the cut anew each step")
+    cut: tuple[Share, Share] = Field(
+        (0.0, 1.0), description="depth of the cut as a share of the blocks: [lowest, highest], or one number"
+    )
+
+    @field_validator("cut", mode="before")
+    @classmethod
+    def _range(cls, value: Any) -> Any:
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return (value, value)
+        return tuple(value) if isinstance(value, list) else value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DepthMask:
+        low, high = self.cut
+        if low > high:
+            raise ValueError(f"cut: the lowest depth {low} lies above the highest {high}; write [{high}, {low}]")
+        if self.policy == "fixed" and low != high:
+            raise ValueError(
+                f"cut: policy fixed takes one depth, given [{low}, {high}]; use policy: rotate for a range"
+            )
+        return self
+
+
+class NormMask(Section):
+    """The normalization layers alone (SAM-ON, arXiv 2306.04226)."""
+
+    pattern: Literal["norm"] = Field(description="weights and biases of normalization layers")
+
+
+class NamedMask(Section):
+    """Whole parameters, by name."""
+
+    pattern: Literal["named"] = Field(description="parameters whose names match")
+    parameters: tuple[str, ...] = Field(
+        min_length=1, description="regular expressions, each searched for anywhere in a name; one match is enough"
+    )
+
+    @field_validator("parameters")
+    @classmethod
+    def _compiled(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for expression in value:
+            try:
+                re.compile(expression)
+            except re.error as error:
+                raise ValueError(f'"{expression}" is not a regular expression: {error}') from error
+        return value
+
+
+Mask: TypeAlias = Annotated[
+    ElementMask | RowMask | UnitMask | NMMask | DepthMask | NormMask | NamedMask, Field(discriminator="pattern")
+]

@@ -1,0 +1,108 @@
+"""SSAM-D: drop some of the perturbed weights and grow others, at every refresh (arXiv 2210.05177, section 4.3)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ssam_scale.sharding import Sharding
+
+from .chosen import Chosen, Score, Scores, Sparsity, check_sparsity, sparsity_at
+from .parts import Bits, Part, pack
+from .plan import Layout
+from .selection import top_k
+
+
+class Dynamic(Chosen):
+    """Single weights: a random choice of int(N(1 − sparsity)) of N that drifts.
+
+    With L weights live, a refresh at step t drops all but the int(L(1 − d(1 + cos(π t / steps)) / 2)) of highest `drop`
+    score and grows as many of highest `grow` score as the budget then lacks, among those that were not live: what is
+    dropped does not return at once. Where fewer were not live than were to be dropped, fewer are dropped; so the
+    density is exact at every sparsity.
+
+    Args:
+        sparsity: share of the weights that is not perturbed, in [0, 1), or one that changes over time.
+        steps: of the run, over which the drop rate falls from d to 0.
+        drop_rate: d, in [0, 1].
+        drop: score of which the lowest are dropped.
+        grow: score of which the highest are grown.
+        every: steps between two refreshes.
+        seed: of random scores and of the first choice.
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        sparsity: Sparsity = 0.5,
+        *,
+        steps: int,
+        drop_rate: float = 0.5,
+        drop: Score = "gradient",
+        grow: Score = "random",
+        every: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(tuple(dict.fromkeys((drop, grow))), every, seed)
+        check_sparsity(sparsity)
+        if steps < 1:
+            raise ValueError(f"steps is {steps}; at least 1 is needed")
+        if not 0.0 <= drop_rate <= 1.0:
+            raise ValueError(f"drop_rate is {drop_rate}; a share in [0, 1] is needed")
+        self.sparsity = sparsity
+        self.steps = steps
+        self.drop_rate = drop_rate
+        self.drop: Score = drop
+        self.grow: Score = grow
+
+    def __repr__(self) -> str:
+        return f"a dynamic mask of sparsity {self.sparsity}"
+
+    def wanted(self) -> Sequence[Score]:
+        """Random ones for the first choice."""
+        return ("random",) if self.selected is None else self.kinds
+
+    def choose(
+        self, layout: Layout, scores: Mapping[Score, Scores], sharding: Sharding, step: int
+    ) -> Mapping[str, Part | None]:
+        """See `Chosen`."""
+        budget = int(layout.total * (1.0 - sparsity_at(self.sparsity, step)))
+        names = list(next(iter(scores.values())))
+        if self.selected is None:
+            chosen = top_k(list(scores["random"].values()), [budget], sharding)
+        else:
+            live = [self._live(name, s) for name, s in scores[self.drop].items()]
+            dead = [
+                ~bits & pack(torch.ones_like(s, dtype=torch.bool))
+                for bits, s in zip(live, scores[self.drop].values(), strict=True)
+            ]
+            kept = self._kept(layout.total, budget, step)
+            keep = top_k(list(scores[self.drop].values()), [kept], sharding, candidates=live)
+            grown = top_k(list(scores[self.grow].values()), [budget - kept], sharding, candidates=dead)
+            chosen = [one | other for one, other in zip(keep, grown, strict=True)]
+        shards = next(iter(scores.values()))
+        return {name: Bits(bits, shards[name].numel()) for name, bits in zip(names, chosen, strict=True)}
+
+    def _kept(self, total: int, budget: int, step: int) -> int:
+        """How many of those that are live stay."""
+        assert self.selected is not None
+        live = self.selected.perturbed
+        rate = self.drop_rate * 0.5 * (1.0 + math.cos(math.pi * min(step / self.steps, 1.0)))
+        grown = budget - int(live * (1.0 - rate))
+        return min(budget - min(grown, total - live), live, budget)
+
+    def _live(self, name: str, scores: Tensor) -> Tensor:
+        """The packed choice so far of a shard."""
+        assert self.selected is not None
+        if name not in self.selected.weights:
+            return pack(torch.zeros_like(scores, dtype=torch.bool))
+        part = self.selected.weights[name]
+        if part is None:
+            return pack(torch.ones_like(scores, dtype=torch.bool))
+        assert isinstance(part, Bits)
+        return part.packed

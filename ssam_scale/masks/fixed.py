@@ -1,0 +1,110 @@
+"""Masks that nobody has to score: all weights, a suffix of the network, normalization layers, parameters by name."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterable
+
+from .plan import Layout, Plan
+
+
+def whole(layout: Layout, names: Iterable[str], cut: int = 0) -> Plan:
+    """The plan of perturbing all of the parameters `names`, in the order of `layout`."""
+    wanted = set(names)
+    counts = {name: numel for name, numel in layout.numels.items() if name in wanted}
+    return Plan(cut, dict.fromkeys(counts), counts)
+
+
+class Dense:
+    """All weights: dense SAM."""
+
+    def check(self, layout: Layout) -> None:
+        """Anything will do."""
+
+    def plan(self, layout: Layout, step: int) -> Plan:
+        """Everything, from the first block on."""
+        return whole(layout, layout.shapes)
+
+
+class Depth:
+    """All weights from a cut on, drawn uniformly anew at each step (a moving cut) or fixed.
+
+    Args:
+        cut: lowest and highest depth of the cut as shares of the number of blocks, in [0, 1]. A share s stands for the
+            block of index round(s · blocks), at most the last; equal shares fix the cut.
+        seed: of the draws. The draw is a function of seed and step alone, so every process makes the same one and a
+            resumed run continues the sequence.
+
+    Raises:
+        ValueError: shares outside [0, 1] or in the wrong order.
+    """
+
+    def __init__(self, cut: tuple[float, float] = (0.0, 1.0), seed: int = 0) -> None:
+        if not 0.0 <= cut[0] <= cut[1] <= 1.0:
+            raise ValueError(f"cut is {cut}; two shares in [0, 1], the smaller first, are needed")
+        self.cut = cut
+        self.seed = seed
+
+    def check(self, layout: Layout) -> None:
+        """Anything will do."""
+
+    def plan(self, layout: Layout, step: int) -> Plan:
+        """The suffix of this step's cut."""
+        low, high = (min(round(share * layout.depth), layout.depth - 1) for share in self.cut)
+        cut = random.Random(f"cut {self.seed} {step}").randint(low, high)
+        return whole(layout, (name for name in layout.shapes if layout.stages[name] >= cut), cut)
+
+
+class Named:
+    """Parameters whose names match regular expressions, whole.
+
+    Args:
+        patterns: searched for anywhere in a name, as `re.search` does; one match is enough.
+
+    Raises:
+        ValueError: there is no pattern, or one is not a regular expression.
+    """
+
+    def __init__(self, *patterns: str) -> None:
+        if not patterns:
+            raise ValueError("no pattern of parameter names is given; at least one is needed")
+        self._patterns = {}
+        for pattern in patterns:
+            try:
+                self._patterns[pattern] = re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
+
+    def check(self, layout: Layout) -> None:
+        """Every pattern must match.
+
+        Raises:
+            ValueError: one matches no parameter.
+        """
+        for pattern, compiled in self._patterns.items():
+            if not any(compiled.search(name) for name in layout.shapes):
+                names = list(layout.shapes)
+                some = ", ".join(names[:3]) + (f", … {names[-1]}" if len(names) > 3 else "")
+                raise ValueError(f"pattern {pattern!r} matches none of the {len(names)} parameters: {some}")
+
+    def plan(self, layout: Layout, step: int) -> Plan:
+        """What matches."""
+        return whole(layout, (n for n in layout.shapes if any(p.search(n) for p in self._patterns.values())))
+
+
+class Norms:
+    """The normalization layers alone: SAM-ON (arXiv 2306.04226)."""
+
+    def check(self, layout: Layout) -> None:
+        """There must be one.
+
+        Raises:
+            ValueError: there is none.
+        """
+        if not layout.norms & layout.shapes.keys():
+            raise ValueError("the model has no normalization layer with weights that could be perturbed")
+
+    def plan(self, layout: Layout, step: int) -> Plan:
+        """Their weights and biases."""
+        return whole(layout, layout.norms)

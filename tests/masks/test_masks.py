@@ -1,0 +1,71 @@
+"""What is perturbed: masks chosen by scores, and the moving cut."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, get_args
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from ssam_scale.masks import Depth, Layout, Scored
+from ssam_scale.masks.allocation import Allocation
+from ssam_scale.sharding import sharding_of
+
+ALLOCATIONS = get_args(Allocation)
+ALONE = sharding_of(nn.Linear(1, 1))
+
+
+def one(values: dict[str, torch.Tensor]) -> dict[Any, dict[str, torch.Tensor]]:
+    return {"fisher": values}
+
+
+@given(st.floats(0, 0.999), st.lists(st.integers(1, 40), min_size=1, max_size=5), st.sampled_from(ALLOCATIONS))
+def test_the_density_of_single_weights_is_exact(sparsity: float, sizes: list[int], allocation: Any) -> None:
+    shapes = {str(i): (n,) for i, n in enumerate(sizes)}
+    layout = Layout(shapes, dict.fromkeys(shapes, 0), 1)
+    expected = int(sum(sizes) * (1 - sparsity))
+    mask = Scored("element", sparsity, allocation=allocation)
+    scores = {name: torch.rand(n) for name, n in shapes.items()}
+    if not expected:
+        with pytest.raises(ValueError, match="leaves nothing"):
+            mask.select(layout, one(scores), ALONE, 0)
+        return
+    mask.select(layout, one(scores), ALONE, 0)
+    plan = mask.plan(layout, 0)
+    counts = {n: layout.numels[n] if part is None else part.count for n, part in plan.weights.items()}
+    assert plan.perturbed == sum(counts.values()) == expected
+    assert dict(plan.counts) == counts
+    assert all(counts.values()), "what is not perturbed at all must not be named: it would be paid for"
+
+
+def test_scores_that_are_not_finite_are_named_and_leave_the_mask() -> None:
+    layout = Layout({"a": (3,), "b": (3,)}, {"a": 0, "b": 0}, 1)
+    mask = Scored("element", 0.5)
+    mask.select(layout, one({"a": torch.ones(3), "b": torch.zeros(3)}), ALONE, 0)
+    before = mask.selected
+    with pytest.raises(FloatingPointError, match="scores of b"):
+        mask.select(layout, one({"a": torch.ones(3), "b": torch.tensor([0.0, math.nan, 1.0])}), ALONE, 1)
+    assert mask.selected is before
+    # A sum that overflows is not a score that is not finite.
+    mask.select(layout, one({"a": torch.full((3,), 3e38), "b": torch.zeros(3)}), ALONE, 1)
+    assert list(mask.plan(layout, 1).weights) == ["a"]
+
+
+def test_a_moving_cut_is_a_function_of_seed_and_step_and_uniform() -> None:
+    layout = Layout({f"{i}": (1,) for i in range(8)}, {f"{i}": i for i in range(8)}, 8)
+    mask, again = Depth(seed=4), Depth(seed=4)
+    cuts = [mask.plan(layout, step).cut for step in range(4000)]
+    assert cuts[::-1] == [again.plan(layout, step).cut for step in reversed(range(4000))]
+    assert cuts != [Depth(seed=5).plan(layout, step).cut for step in range(4000)]
+    counts = [cuts.count(c) for c in range(8)]
+    assert sum(counts) == 4000
+    # Each count is binomial with mean 500 and deviation 21.
+    assert all(abs(count - 500) < 5 * 21 for count in counts)
+    for step in range(20):
+        plan = mask.plan(layout, step)
+        assert set(plan.weights) == {str(i) for i in range(plan.cut, 8)}
+        assert plan.perturbed == 8 - plan.cut
