@@ -17,7 +17,7 @@ _CHUNK = 1 << 22  # elements that another device than the CPU works on at a time
 
 
 class Part(Protocol):
-    """Some elements of a contiguous tensor, in row-major order.
+    """Some elements of a tensor, in row-major order whatever its strides.
 
     Attributes:
         count: how many.
@@ -31,7 +31,7 @@ class Part(Protocol):
         """The elements of `source`, of shape (count,)."""
 
     def compact(self, source: Tensor) -> Tensor:
-        """The elements of `source`, moved to the front of its own memory, which is returned: of shape (count,)."""
+        """The elements of `source`, of shape (count,), in the front of its own memory where that is row-major."""
 
     def put(self, target: Tensor, values: Tensor) -> None:
         """Write `values`, of shape (count,), to the elements of `target`."""
@@ -51,7 +51,7 @@ class Bits:
     def __init__(self, packed: Tensor, numel: int) -> None:
         self.packed = packed
         self.numel = numel
-        if packed.is_cpu:
+        if _streams(packed):
             self.count = popcount(packed)
         else:  # asked for once, so that no step has to wait for the device
             self._chunks = [popcount(chunk) for chunk in packed.split(_CHUNK // 8)]
@@ -63,11 +63,13 @@ class Bits:
 
     def compact(self, source: Tensor) -> Tensor:
         """See `Part`."""
+        if not source.is_contiguous():
+            return self.take(source)
         flat = source.view(-1)
         return self._move_out(flat, flat[: self.count])
 
     def _move_out(self, flat: Tensor, out: Tensor) -> Tensor:
-        if flat.is_cpu:
+        if _streams(flat):
             _take(_array(flat), self.packed.numpy(), _array(out))
             return out
         filled = 0
@@ -79,14 +81,15 @@ class Bits:
 
     def put(self, target: Tensor, values: Tensor) -> None:
         """See `Part`."""
-        flat = target.view(-1)
-        if flat.is_cpu:
+        flat = target.reshape(-1)
+        if _streams(flat):
             _put(_array(flat), self.packed.numpy(), _array(values))
-            return
-        taken = 0
-        for start, index in self._indices():
-            flat[start : start + _CHUNK].index_copy_(0, index, values[taken : taken + len(index)])
-            taken += len(index)
+        else:
+            taken = 0
+            for start, index in self._indices():
+                flat[start : start + _CHUNK].index_copy_(0, index, values[taken : taken + len(index)])
+                taken += len(index)
+        _copy_back(flat, target)
 
     def _indices(self) -> list[tuple[int, Tensor]]:
         """Of each chunk: where it starts and, from there, the indices of the elements."""
@@ -128,6 +131,8 @@ class Rows:
 
     def compact(self, source: Tensor) -> Tensor:
         """See `Part`."""
+        if not source.is_contiguous():
+            return self.take(source)
         flat = source.view(-1)
         return self._move_out(flat, flat[: self.count])
 
@@ -147,7 +152,7 @@ class Rows:
 
     def put(self, target: Tensor, values: Tensor) -> None:
         """See `Part`."""
-        flat = target.view(-1)
+        flat = target.reshape(-1)
         head = self._head * self._head_kept
         tail = head + len(self._rows) * self.size
         if head:
@@ -156,6 +161,7 @@ class Rows:
             self._body(flat).index_copy_(0, self._rows, values[head:tail].view(-1, self.size))
         if self._tail_kept:
             flat[self._tail :] = values[tail:]
+        _copy_back(flat, target)
 
     def _body(self, flat: Tensor) -> Tensor:
         return flat[self._head : self._tail].view(-1, self.size)
@@ -187,6 +193,17 @@ def popcount(packed: Tensor) -> int:
     pairs = packed - ((packed >> 1) & 0x55)
     fours = (pairs & 0x33) + ((pairs >> 2) & 0x33)
     return int(((fours + (fours >> 4)) & 0x0F).sum(dtype=torch.int64))
+
+
+def _streams(tensor: Tensor) -> bool:
+    """Whether compiled code works on `tensor`."""
+    return tensor.is_cpu
+
+
+def _copy_back(flat: Tensor, target: Tensor) -> None:
+    """Undo that a tensor in another order than row-major (channels last) had to be copied to be flat."""
+    if not target.is_contiguous():
+        target.copy_(flat.view(target.shape))
 
 
 def _array(tensor: Tensor) -> np.ndarray:
