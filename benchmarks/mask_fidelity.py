@@ -77,21 +77,20 @@ def scores_of(
     scores: dict[str, list[Tensor]] = {}
     seconds: dict[str, float] = {}
 
-    def by_samples(name: str, kind: Any, loss: Any, batch: Any, samples: int) -> None:
+    def by_samples(names: dict[Any, str], loss: Any, batch: Any, samples: int) -> None:
         start = time.perf_counter()
-        scores[name] = per_sample_scores(
-            sharding, optimizer, parameters, loss, [batch], kinds=[kind], samples=samples, seed=seed
-        )[kind]
-        seconds[name] = time.perf_counter() - start
+        found = per_sample_scores(
+            sharding, optimizer, parameters, loss, [batch], kinds=list(names), samples=samples, seed=seed
+        )
+        for kind, name in names.items():
+            scores[name] = found[kind]
+            seconds[name] = time.perf_counter() - start
 
-    by_samples(REFERENCES[0], "fisher", loss_fn, first, 1024)
-    by_samples(REFERENCES[1], "fisher", loss_fn, first, 128)
-    by_samples(OTHERS, "fisher", loss_fn, other, 1024)
-    by_samples("Fisher, 128 other samples", "fisher", loss_fn, other, 128)
-    for samples in (1024, 128):
-        by_samples(f"Fisher of sampled labels, {samples:,}", "fisher", sampled_label_loss, first, samples)
-    for samples in (1024, 128):
-        by_samples(f"gradient, {samples:,} samples", "gradient", loss_fn, first, samples)
+    by_samples({"fisher": REFERENCES[0], "gradient": "gradient, 1,024 samples"}, loss_fn, first, 1024)
+    by_samples({"fisher": REFERENCES[1], "gradient": "gradient, 128 samples"}, loss_fn, first, 128)
+    by_samples({"fisher": OTHERS}, loss_fn, other, 1024)
+    by_samples({"fisher": "Fisher, sampled labels, 1,024 samples"}, sampled_label_loss, first, 1024)
+    by_samples({"fisher": "Fisher, sampled labels, 128 samples"}, sampled_label_loss, first, 128)
     scores |= {name: list(average.scores) for name, average in averages.items()}
     scores["weight"] = weight_scores(sharding, parameters)
     scores["random"] = random_scores(sharding, parameters, seed)
@@ -129,7 +128,7 @@ def run(
     import timm
 
     torch.manual_seed(seed)
-    model = timm.create_model("resnet18", num_classes=10, in_chans=1, channels=CHANNELS, stem_width=16)
+    model = timm.create_model("resnet10t", num_classes=10, in_chans=1, channels=CHANNELS, stem_width=16)
     train, test = fashion("train"), fashion("t10k")
     some = torch.randperm(len(train[0]))[:images]
     data = train[0][some], train[1][some]
@@ -189,7 +188,7 @@ def markdown(
     parts = [
         "# Masks by other scores than the Fisher score of single samples",
         "",
-        f"ResNet-18 of {weights:,} weights (channels {CHANNELS}) on {options.images:,} images of Fashion-MNIST, "
+        f"ResNet-10-T of {weights:,} weights (channels {CHANNELS}) on {options.images:,} images of Fashion-MNIST, "
         f"{options.epochs} epochs of SGD",
         f"(batch {BATCH}, lr {LR} with cosine decay, momentum {MOMENTUM}, weight decay {WEIGHT_DECAY}), without SAM; "
         f"mean ± standard deviation over {options.seeds} seeds. The overlap is the share of the weights chosen by the",
@@ -205,11 +204,11 @@ def markdown(
     commit = git.get("git_commit", "unknown") + (" with changes" if git.get("git_dirty") == "true" else "")
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "timm"))
     given = sys.argv[1:]
-    costs = ", ".join(f"{name}: {s:.1f} s" for name, s in seconds.items() if "other" not in name)
+    costs = ", ".join(f"{name}: {seconds[name]:.1f} s" for name in REFERENCES)
     return "\n".join(
         [
             *parts,
-            f"Time of one score in the last run: {costs}; the rest take no pass.",
+            f"Time of one score in the last run: {costs}. The averages, weight and random take no pass.",
             "",
             f"- command: `{shlex.join(['python', 'benchmarks/mask_fidelity.py', *given])}`",
             f"- commit: {commit}",

@@ -24,6 +24,12 @@ class DynamicChoice(Section):
     grow: Score = Field("random", description="score of which the highest are grown; choices as of score")
 
 
+_SCORE = (
+    "the highest are perturbed, by: fisher, gradient (both of samples), accumulated (squared descent gradients of the "
+    "steps so far), weight (magnitude), random"
+)
+
+
 class _Drifting(Section):
     """Declares `dynamic` before `score`, whose default depends on it."""
 
@@ -37,10 +43,13 @@ class ChosenMask(Section):
     pattern: str
     score: Score | None = Field(
         default_factory=lambda data: None if data.get("dynamic") else "fisher",
-        description="what is highest is perturbed: fisher or gradient (of samples), accumulated (from the descent "
-        "gradients of the steps so far), weight (magnitude), random; null with dynamic",
+        description=f"{_SCORE}; null with dynamic",
     )
-    samples: int = Field(128, ge=1, description="images that fisher and gradient scores are computed from")
+    samples: int = Field(
+        128,
+        ge=1,
+        description="images that fisher and gradient scores are of; late in an epoch at most what is left of it",
+    )
     labels: Literal["data", "sampled"] = Field(
         "data", description="labels of fisher scores: those of the data, or sampled from what the model predicts"
     )
@@ -140,22 +149,17 @@ class ElementMask(_WithinBudget, _Drifting):
 class _ByScore(ChosenMask):
     """Masks that always have a score."""
 
-    @field_validator("score")
-    @classmethod
-    def _given(cls, value: Score | None) -> Score:
-        if value is None:
-            raise ValueError("must be a score; leave it out for fisher")
-        return value
+    score: Score = Field("fisher", description=_SCORE)
 
 
-class RowMask(_WithinBudget, _ByScore):
+class RowMask(_ByScore, _WithinBudget):
     """Output channels: slices of a weight along its first dimension."""
 
     pattern: Literal["row"] = Field(description="output channels, by their mean score")
     allocation: Allocation = Field("global", description=_ALLOCATION)
 
 
-class UnitMask(_WithinBudget, _ByScore):
+class UnitMask(_ByScore, _WithinBudget):
     """Whole tensors or whole blocks."""
 
     pattern: Literal["tensor", "block"] = Field(description="whole tensors or whole blocks, by their mean score")

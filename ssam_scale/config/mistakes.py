@@ -38,6 +38,8 @@ def describe(error: ValidationError, values: dict[str, Any], origins: Origins) -
                 lines += _untagged(path, here, detail, values, origins, meant)
             case "missing" if path in meant:
                 pass
+            case "default_factory_not_called":  # only because of another mistake
+                pass
             case "missing" if isinstance(path[-1], int):
                 lines.append(f"{_origin(path, origins)}: {_dotted(path[:-1])}: item number {path[-1] + 1} is missing")
             case "missing":

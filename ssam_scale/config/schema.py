@@ -15,6 +15,7 @@ from .deepspeed import SAID_ELSEWHERE, WEIGHT_BY_WEIGHT
 from .masks import DepthMask, ElementMask, Mask
 from .section import Section, Share
 
+
 class Model(Section):
     """The network, built by timm."""
 

@@ -34,7 +34,7 @@ class Row:
     """Runs that differ only in their seed.
 
     Attributes:
-        method: `base`, `sam` or `ssam-<pattern>`.
+        method: `base`, `sam`, `ssam-<pattern>` or `ssam-dynamic`.
         model: timm's name.
         mask: which weights are perturbed, in words; empty for the base optimizer.
         settings: parameters that tell this row from others of the same method, mask and model; empty if none is needed.
@@ -252,7 +252,8 @@ def _density(group: _Group) -> float | None:
     if group.method == "sam":
         return 1.0
     sparsity = group.params.get("perturbation.mask.sparsity")
-    return None if sparsity is None else 1.0 - float(sparsity)
+    final = group.params.get("perturbation.mask.sparsity_final", "null")
+    return 1.0 - float(sparsity) if sparsity is not None and final == "null" else None
 
 
 def _mask(group: _Group) -> str:
@@ -262,10 +263,20 @@ def _mask(group: _Group) -> str:
     mask = {key[len(prefix) :]: value for key, value in group.params.items() if key.startswith(prefix)}
     if "pattern" not in mask:
         return "dense"
-    words = [mask["pattern"], *(mask[key] for key in ("score", "policy") if key in mask)]
+    words = [f"{mask['n']}:{mask['m']}" if "n" in mask else mask["pattern"]]
+    if "dynamic.drop" in mask:
+        words = ["dynamic", f"{mask['dynamic.drop']}/{mask['dynamic.grow']}"]
+    elif "score" in mask:
+        words.append(("sampled " if mask.get("labels") == "sampled" else "") + mask["score"])
+    words += [mask[key] for key in ("policy",) if key in mask]
+    words += [mask[key] for key in ("allocation",) if mask.get(key, "global") != "global"]
     if "cut" in mask:
         low, high = json.loads(mask["cut"])
         words.append(f"{low:g}" if low == high else f"{low:g}–{high:g}")
+    if mask.get("refresh_epochs") == mask.get("refresh_steps") == "null":
+        words.append("chosen once")
+    if "parameters" in mask:
+        words += json.loads(mask["parameters"])
     return " ".join(words)
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
+import math
 import time
 from array import array
 from collections.abc import Mapping, Sequence
@@ -18,9 +18,12 @@ from ssam_scale.config.schema import Config
 from ssam_scale.errors import UserError
 from ssam_scale.tracking import peers, watch
 from ssam_scale.tracking.environment import environment_tags, world_size
+from ssam_scale.tracking.outcome import lasting, outcome
+from ssam_scale.tracking.params import cut, flatten, plain
 from ssam_scale.tracking.phases import PhaseSummary
-from ssam_scale.tracking.signals import Terminated, Unwinding
-from ssam_scale.tracking.store import experiment_id, one_line, open_store, without_password
+from ssam_scale.tracking.recorder import TABLE, LayerRecorder
+from ssam_scale.tracking.signals import Unwinding
+from ssam_scale.tracking.store import experiment_id, one_line, open_store, text_artifact, without_password
 from ssam_scale.tracking.writer import MetricWriter
 
 _log = logging.getLogger(__name__)
@@ -29,10 +32,11 @@ _log = logging.getLogger(__name__)
 WARMUP_STEPS = 10
 
 # Limits of MLflow's stores.
-_PARAM_CHARACTERS, _PARAMS_AT_ONCE, _TAG_CHARACTERS = 6000, 100, 8000
+_PARAMS_AT_ONCE, _TAG_CHARACTERS = 100, 8000
 
 # How long the last metrics may take. Launchers kill for good 30 s after they ask politely.
 _FLUSH_S = {"FINISHED": 60.0, "FAILED": 20.0, "KILLED": 5.0}
+_FINISH_S = {"FINISHED": 60.0, "FAILED": 6.0, "KILLED": 3.0}  # and the last table and picture
 
 
 def open_run(
@@ -56,36 +60,11 @@ def open_run(
     return Run(config, enabled, resume_run_id, dict(extra_tags or {}))
 
 
-def flatten(config: Config) -> dict[str, str]:
-    """Parameters of a run: dotted key to value; lists as JSON, absence as `null`."""
-    flat: dict[str, str] = {}
-
-    def visit(prefix: str, value: Any) -> None:
-        if isinstance(value, dict) and value:
-            for key, inner in value.items():
-                visit(f"{prefix}.{key}" if prefix else key, inner)
-        else:
-            flat[prefix] = value if isinstance(value, str) else json.dumps(value)
-
-    visit("", _plain(config))
-    return {key: _cut(value, _PARAM_CHARACTERS) for key, value in flat.items()}
-
-
-def _plain(config: Config) -> dict[str, Any]:
-    values = config.model_dump(mode="json")
-    values["tracking"]["uri"] = without_password(values["tracking"]["uri"])
-    return values
-
-
 def _trimmed_mean(times: Sequence[float]) -> float:
     """The mean without the lowest and the highest tenth."""
     tenth = len(times) // 10
     kept = sorted(times)[tenth : len(times) - tenth]
     return sum(kept) / len(kept)
-
-
-def _cut(text: str, length: int) -> str:
-    return text if len(text) <= length else text[: length - 1] + "…"
 
 
 class Run:
@@ -97,6 +76,7 @@ class Run:
         self._resume_run_id, self._extra_tags = resume_run_id, extra_tags
         self._client: Any = None
         self._writer: MetricWriter | None = None
+        self._layers: LayerRecorder | None = None
         self._watcher: Popen[bytes] | None = None
         self._unwinding = Unwinding(self._mark_stuck if enabled else None)
         self._step_times = array("d")
@@ -158,10 +138,42 @@ class Run:
             metrics["mask/density"] = sum(densities) / len(densities)
         self.log(metrics, step)
 
-    def log_refresh(self, *, seconds: float, step: int) -> None:
-        """Record that the mask was chosen anew before `step`, which is part of what the method costs."""
+    def log_refresh(
+        self,
+        *,
+        seconds: float,
+        step: int,
+        density: float | None = None,
+        turnover: float = math.nan,
+        samples: int | None = None,
+    ) -> None:
+        """Record that the mask was chosen anew before the step after `step`, which is part of what the method costs.
+
+        Args:
+            seconds: how long it took.
+            step: steps done.
+            density: share of all weights that the mask perturbs.
+            turnover: share of them that the mask before did not perturb; not a number for the first.
+            samples: images that were scored, if the scores are of samples.
+        """
         self._refresh_seconds += seconds
-        self.log({"time/refresh": seconds}, step)
+        metrics = {"time/refresh": seconds, "mask/density": density, "mask/turnover": turnover, "mask/samples": samples}
+        known = {key: value for key, value in metrics.items() if value is not None and not math.isnan(value)}
+        self.log(known, step)
+
+    def log_layers(self, counts: Mapping[str, float], sizes: Mapping[str, int], *, step: int, steps: str) -> None:
+        """Record how much of each layer is perturbed: a column of `mask/density.csv` and of the heat map beside it.
+
+        Returns at once. The files are written in the background, at the latest when the run ends.
+
+        Args:
+            counts: perturbed weights of each parameter that has any, over all processes; or their mean over steps.
+            sizes: all weights of each parameter, in the network's order.
+            step: steps done.
+            steps: what `step` is, in the words of the heat map.
+        """
+        if self._layers is not None:
+            self._layers.add(counts, sizes, step, steps)
 
     def log_evaluation(self, *, top1: float, top5: float, loss: float, epoch: float, step: int) -> None:
         """Record an evaluation: accuracies in percent, mean loss, after `epoch` epochs."""
@@ -212,7 +224,7 @@ class Run:
         if backend == "auto":
             backend = "single" if world == 1 else "ddp"
         tags = {"method": config.method, "backend": backend} | environment_tags() | self._extra_tags
-        tags = {key: _cut(value, _TAG_CHARACTERS) for key, value in tags.items()}
+        tags = {key: cut(value, _TAG_CHARACTERS) for key, value in tags.items()}
         known = self._resume(tags) if self._resume_run_id else None
         if known is None:
             if self._resume_run_id:
@@ -222,7 +234,9 @@ class Run:
             self.id = self._client.create_run(experiment, tags=tags, run_name=name).info.run_id
         self._watcher = watch.start(uri, str(self.id), tags["process"])
         self._log_config(known or {})
-        self._writer = MetricWriter(lambda metrics: self._client.log_batch(self.id, metrics=metrics), _lasting)
+        table = text_artifact(self._client, str(self.id), TABLE) if known is not None else None
+        self._layers = LayerRecorder(self.log_artifact, table)
+        self._writer = MetricWriter(lambda metrics: self._client.log_batch(self.id, metrics=metrics), lasting)
 
     def _resume(self, tags: dict[str, str]) -> dict[str, str] | None:
         """Reopen the run to be resumed; its parameters, or None if the store has no such run."""
@@ -250,13 +264,13 @@ class Run:
             if key not in known:
                 params.append(Param(key, value))
             elif known[key] != value:
-                changed.append(RunTag(f"changed.{key}", _cut(value, _TAG_CHARACTERS)))
+                changed.append(RunTag(f"changed.{key}", cut(value, _TAG_CHARACTERS)))
         for start in range(0, len(params), _PARAMS_AT_ONCE):
             self._client.log_batch(self.id, params=params[start : start + _PARAMS_AT_ONCE])
         for start in range(0, len(changed), _PARAMS_AT_ONCE):
             self._client.log_batch(self.id, tags=changed[start : start + _PARAMS_AT_ONCE])
         try:
-            self._client.log_text(self.id, yaml.safe_dump(_plain(self._config), sort_keys=False), "config.yaml")
+            self._client.log_text(self.id, yaml.safe_dump(plain(self._config), sort_keys=False), "config.yaml")
         except Exception as error:
             uri = without_password(self._config.tracking.uri)
             raise UserError(f"tracking.uri {uri}: its artifacts cannot be written: {one_line(error)}") from error
@@ -270,10 +284,13 @@ class Run:
         # Marking the run takes moments; a second signal in the meantime would leave it marked as running for ever.
         self._unwinding.shield()
         try:
-            status, line = _outcome(error)
+            status, line = outcome(error)
             if status != "FINISHED":
                 peers.leave_note(status, line)
                 status, line = peers.read_note() or (status, line)
+            if self._layers is not None:
+                self._layers.close(_FINISH_S[status])
+                self._layers = None
             if self._writer is not None:
                 unsent = self._writer.close(_FLUSH_S[status])
                 if unsent:
@@ -294,22 +311,3 @@ class Run:
             self._client.set_terminated(self.id, status)
         except Exception as error:  # the training is over; its result does not depend on the tracking store
             _log.warning("run %s could not be marked %s: %s", self.id, status, one_line(error))
-
-
-def _outcome(error: BaseException | None) -> tuple[str, str]:
-    """MLflow's status, and why in one line."""
-    if error is None or (isinstance(error, SystemExit) and not error.code):
-        return "FINISHED", ""
-    if isinstance(error, Terminated):
-        return "KILLED", error.signal_name
-    if isinstance(error, KeyboardInterrupt):
-        return "KILLED", "SIGINT"
-    if isinstance(error, UserError):
-        return "FAILED", one_line(error)
-    return "FAILED", f"{type(error).__name__}: {one_line(error)}"
-
-
-def _lasting(error: Exception) -> bool:
-    """Whether sending again is useless: the request itself is refused, rather than the store being away."""
-    status = getattr(error, "get_http_status_code", lambda: 503)()
-    return 400 <= status < 500 and status not in (408, 429)

@@ -4,7 +4,8 @@
         model.safetensors       weights and buffers under timm's names: timm loads this file as it is
         optimizer.safetensors   state of the base optimizer, `<parameter>|<entry>`
         average.safetensors     averaged weights, with an EMA
-        sparse.safetensors      steps, calibration and, with a mask chosen by scores, which weights are perturbed
+        sparse.safetensors      steps, calibration and, with a mask chosen by scores, when it was chosen last,
+                                `mask.<parameter>` and `accumulated.<parameter>`: see `SparseSAM.sparse_state`
         state.json              epoch, step, model, configuration, the optimizer's numbers, the loss scale
 
 Tensors are whole, so a run goes on under another backend or number of processes. A checkpoint appears under its name
@@ -33,8 +34,8 @@ from ssam_scale.sharding import World
 
 from .average import AveragedWeights
 
-_FORMAT = 2
-_MASK = "mask."
+_FORMAT = 3
+_BY_PARAMETER = ("mask", "accumulated")  # what of the perturbation's state is by parameter
 _NAME = re.compile(r"epoch_(\d+)")
 
 
@@ -111,9 +112,7 @@ def save(
         UserError: the folder cannot be written; what was there is untouched and nothing half-written remains.
     """
     model, optimizer = opt.sharding.whole_state(network, opt.base_optimizer)
-    sparse = opt.sparse_state()
-    masks = {_MASK + name: whole for name, whole in sparse.pop("mask").items()}
-    files: dict[str, dict[str, Tensor]] = {"model": model, "sparse": sparse | masks}
+    files: dict[str, dict[str, Tensor]] = {"model": model, "sparse": _flat(opt.sparse_state())}
     files["optimizer"] = {
         f"{name}|{entry}": value
         for name, entries in optimizer.get("state", {}).items()
@@ -177,15 +176,35 @@ def load(
         group.update(options)
     if opt.scaler is not None and state["loss_scale"] is not None:
         opt.scaler.load_state_dict(state["loss_scale"])
-    mask = {name.removeprefix(_MASK): t for name, t in files["sparse"].items() if name.startswith(_MASK)}
-    sparse = {name: t for name, t in files["sparse"].items() if not name.startswith(_MASK)} | {"mask": mask}
     try:
-        opt.load_sparse_state(sparse)
+        opt.load_sparse_state(_nested(files["sparse"], opt))
     except ValueError as error:
         raise UserError(f"checkpoint {path}: {error}; perturbation.mask must be the one it was saved with") from error
     if average is not None:
         average.load(files["average"])
     return progress
+
+
+def _flat(sparse: dict[str, Any]) -> dict[str, Tensor]:
+    """The perturbation's state with what is by parameter under dotted names."""
+    flat = {name: value for name, value in sparse.items() if name not in _BY_PARAMETER}
+    return flat | {f"{kind}.{name}": tensor for kind in _BY_PARAMETER for name, tensor in sparse[kind].items()}
+
+
+def _nested(flat: dict[str, Tensor], opt: SparseSAM) -> dict[str, Any]:
+    """What `_flat` was given, where `opt` can take it."""
+    result: dict[str, Any] = {kind: {} for kind in _BY_PARAMETER}
+    # In the network's order, by which norms are summed up; the file has its own.
+    place = {name: index for index, name in enumerate(opt.pool.parameters)}
+    for key in sorted(flat, key=lambda key: place.get(key.partition(".")[2], -1)):
+        kind, dot, name = key.partition(".")
+        if not dot:
+            result[key] = flat[key]
+        elif kind == "accumulated" and name in place:
+            result[kind][name] = flat[key].to(opt.pool.parameters[name].device)
+        else:
+            result[kind][name] = flat[key]
+    return result
 
 
 def _check(

@@ -5,18 +5,13 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Generator, Iterator
 from contextlib import closing
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ssam_scale.config.schema import Config, ScoredMask
-from ssam_scale.data import Batch
+from ssam_scale.config.schema import Config
 from ssam_scale.errors import UserError
-from ssam_scale.masks import Mask, Scored
 from ssam_scale.models import average_statistics
 from ssam_scale.perturbation import SparseSAM, no_phases
 from ssam_scale.sharding import World
@@ -25,6 +20,7 @@ from ssam_scale.tracking.run import Run, open_run
 
 from . import checkpoint
 from .evaluation import Evaluation, evaluate
+from .masks import DrawnLayers, EpochBatches, fewest_samples, refresh_if_due, track_fixed_layers
 from .progress import StepProgress
 from .setup import Parts, build, soft_loss
 
@@ -54,6 +50,13 @@ def train(config: Config, world: World) -> None:
             f"{config.method} {config.model.name}: {config.train.epochs} epochs of {parts.steps_per_epoch} steps of "
             f"{config.data.batch_size} images on {world.size} process(es), {world.device.type}"
         )
+        fewest = fewest_samples(config, parts.steps_per_epoch, parts.train.images * world.size)
+        if fewest is not None:
+            progress.say(
+                f"perturbation.mask.samples: a refresh near the end of an epoch scores what is left of it, {fewest} "
+                "images at the least (metric mask/samples)"
+            )
+        track_fixed_layers(config, parts.opt, run)
         if path is not None:
             progress.say(f"resumed from {path} after epoch {start.epoch}")
         for epoch in range(start.epoch, config.train.epochs):
@@ -89,7 +92,8 @@ def dry_run(config: Config, world: World) -> str:
     if (path := checkpoint.resolve(config)) is not None:
         checkpoint.load(path, config, parts.network, parts.opt, parts.average)
     parts.train.set_epoch(0)
-    with closing(_refreshed(config, world, parts, 0, None)) as batches:
+    with closing(EpochBatches(parts.train)) as batches:
+        refresh_if_due(config, world, parts.opt, batches, None)
         micro = [parts.mix(*next(batches)) for _ in range(config.train.accumulation)]
         parts.scheduler.step_update(0)
         loss = parts.opt.step(soft_loss(config, parts.precision), *micro)
@@ -110,13 +114,16 @@ def _train_epoch(
     parts.module.train()
     loss_fn = soft_loss(config, parts.precision)
     window = _Window(config, world, phases, run, progress)
-    with closing(_refreshed(config, world, parts, epoch, run)) as batches:
+    drawn = DrawnLayers(config)
+    with closing(EpochBatches(parts.train)) as batches:
         for index in range(parts.steps_per_epoch):
             step = epoch * parts.steps_per_epoch + index
             parts.scheduler.step_update(step)
+            refresh_if_due(config, world, parts.opt, batches, run)
             with phases("data"):
                 micro = [parts.mix(*next(batches)) for _ in range(config.train.accumulation)]
             density, radius = parts.opt.density, max(parts.opt.radii)
+            drawn.add(parts.opt)
             loss = parts.opt.step(loss_fn, *micro)
             if parts.average is not None:
                 parts.average.update()
@@ -125,45 +132,7 @@ def _train_epoch(
             window.add(loss, density)
             if (step + 1) % config.tracking.log_every == 0 or index == parts.steps_per_epoch - 1:
                 window.close(step + 1, parts.opt, radius)
-
-
-def _refreshed(config: Config, world: World, parts: Parts, epoch: int, run: Run | None) -> Generator[Batch, None, None]:
-    """The epoch's batches, after the mask was chosen by the first of them where it is due."""
-    section = config.perturbation.mask if config.perturbation is not None else None
-    seen: list[Batch] = []
-    batches = iter(parts.train)
-    if isinstance(section, ScoredMask) and _refresh_is_due(section, parts.opt.mask, epoch):
-        each = -(-section.samples // world.size)
-        while sum(len(batch[1]) for batch in seen) < each:
-            seen.append(next(batches))
-        began = time.monotonic()
-        parts.opt.refresh(_true_label_loss, *_first(seen, each))
-        if run is not None:
-            run.log_refresh(seconds=time.monotonic() - began, step=epoch * parts.steps_per_epoch)
-    return _in_turn(seen, batches)
-
-
-def _in_turn(seen: list[Batch], batches: Generator[Batch, None, None]) -> Generator[Batch, None, None]:
-    with closing(batches):
-        yield from seen
-        yield from batches
-
-
-def _refresh_is_due(section: ScoredMask, mask: Mask, epoch: int) -> bool:
-    return isinstance(mask, Scored) and (mask.selected is None or epoch % section.refresh_epochs == 0)
-
-
-def _first(batches: list[Batch], samples: int) -> Iterator[Batch]:
-    """The first `samples` samples of `batches`."""
-    for images, labels in batches:
-        if samples > 0:
-            yield Batch(images[:samples], labels[:samples])
-        samples -= len(labels)
-
-
-def _true_label_loss(forward: Any, batch: Batch) -> Tensor:
-    """The loss of the empirical Fisher: true labels, neither mixed nor smoothed."""
-    return F.cross_entropy(forward(batch[0]).float(), batch[1])
+    drawn.record(parts.opt, run, (epoch + 1) * parts.steps_per_epoch)
 
 
 class _Window:
@@ -198,6 +167,9 @@ class _Window:
         )
         if self._config.perturbation is not None:
             self._run.log({"perturbation/rho": radius, "perturbation/skipped": opt.skipped}, step)
+            kappa = float(opt.kappa)
+            if not math.isnan(kappa):  # not known, or the gradient was not finite
+                self._run.log({"perturbation/kappa": kappa}, step)
         if opt.scaler is not None:
             self._run.log({"train/loss_scale": opt.scaler.get_scale()}, step)
         self._progress.show(f"loss {loss:.3f}, lr {lr:.2g}, {self._config.data.batch_size / times.step:.0f} images/s")

@@ -6,21 +6,23 @@ import difflib
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from traceback import walk_tb
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssam_scale.config.schema import Config, DepthMask, Perturbation, ScoredMask
+from ssam_scale.config.masks import DepthMask, UnitMask
+from ssam_scale.config.schema import Config, Perturbation
 from ssam_scale.data import ImageLoader, eval_loader, train_loader
 from ssam_scale.errors import UserError
-from ssam_scale.masks import Depth, Mask, Scored
 from ssam_scale.models import build_model, stages_of
 from ssam_scale.perturbation import ConstantRadius, CosineRadius, Phases, RadiusSchedule, SparseSAM, TiedRadius
 from ssam_scale.sharding import World, place
 
 from .average import AveragedWeights
+from .masks import build_mask, chosen_section
 
 _PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Transform = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -75,7 +77,7 @@ def build(config: Config, world: World, phases: Phases) -> Parts:
     torch.manual_seed(config.train.seed)
     staged_model = build_model(config)
     mask = config.perturbation.mask if config.perturbation is not None else None
-    if isinstance(mask, DepthMask):
+    if isinstance(mask, DepthMask) or (isinstance(mask, UnitMask) and mask.pattern == "block"):
         stages_of(staged_model.model)  # says which families can be cut
     if world.device.type == "cuda":
         staged_model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -97,8 +99,9 @@ def build(config: Config, world: World, phases: Phases) -> Parts:
         device=world.device,
         num_classes=config.model.num_classes,
     )
-    if isinstance(mask, ScoredMask) and mask.samples > (images := train.images * world.size):
-        raise UserError(f"perturbation.mask.samples {mask.samples}: an epoch has only {images} images")
+    chosen, images = chosen_section(config), train.images * world.size
+    if chosen is not None and chosen.by_samples and chosen.samples > images:
+        raise UserError(f"perturbation.mask.samples {chosen.samples}: an epoch has only {images} images")
     backend = config.sharding.backend
     if backend == "auto":
         backend = "ddp" if world.size > 1 else "single"
@@ -117,12 +120,20 @@ def build(config: Config, world: World, phases: Phases) -> Parts:
             max_grad_norm=clip,
             deepspeed=config.sharding.deepspeed,
         )
-        scaler = torch.amp.GradScaler(world.device.type) if config.train.precision == "fp16" else None
-        steps = len(train) // config.train.accumulation
-        how = _perturbation(config, steps)
-        opt = SparseSAM(module, base, **how, max_grad_norm=clip, scaler=scaler, phases=phases)
     except ValueError as error:
         raise UserError(f"sharding: {error}") from error
+    scaler = torch.amp.GradScaler(world.device.type) if config.train.precision == "fp16" else None
+    steps = len(train) // config.train.accumulation
+    how = _perturbation(config, steps)
+    built = how["mask"]
+    try:
+        opt = SparseSAM(module, base, **how, max_grad_norm=clip, scaler=scaler, phases=phases)
+    except ValueError as error:
+        # The mask looks at the weights in the constructor; all else that can be wrong there is with the backend.
+        by_mask = built is not None and any(
+            frame.f_locals.get("self") is built for frame, _ in walk_tb(error.__traceback__)
+        )
+        raise UserError(f"{'perturbation.mask' if by_mask else 'sharding'}: {error}") from error
     average = None
     if config.train.ema_decay is not None:
         average = AveragedWeights(network, config.train.ema_decay, opt.sharding)
@@ -146,12 +157,7 @@ def soft_loss(config: Config, precision: torch.dtype) -> Callable[[Any, tuple[Te
 def _perturbation(config: Config, steps_per_epoch: int) -> dict[str, Any]:
     section: Perturbation | None = config.perturbation
     if section is None:
-        return {"rho": 0.0}
-    mask: Mask | None = None
-    if isinstance(section.mask, DepthMask):
-        mask = Depth(section.mask.cut, seed=config.train.seed)
-    elif section.mask is not None:
-        mask = Scored(section.mask.pattern, section.mask.sparsity)
+        return {"rho": 0.0, "mask": None}
     schedule: RadiusSchedule = ConstantRadius()
     if section.rho_schedule == "cosine":
         schedule = CosineRadius(config.train.epochs * steps_per_epoch, section.rho_final)
@@ -160,7 +166,7 @@ def _perturbation(config: Config, steps_per_epoch: int) -> dict[str, Any]:
     return {
         "rho": section.rho,
         "norm": section.norm,
-        "mask": mask,
+        "mask": build_mask(config, steps_per_epoch),
         "adaptive": section.adaptive,
         "calibrate_every": section.calibrate_every,
         "schedule": schedule,

@@ -65,7 +65,8 @@ def swap(old: str, new: str) -> str:
         ),
         (
             swap("pattern: depth", "pattern: dept"),
-            'given.yaml:14: perturbation.mask.pattern: must be element, tensor or depth, given "dept"; '
+            "given.yaml:14: perturbation.mask.pattern: must be element, row, tensor, block, nm, depth, norm or named, "
+            'given "dept"; '
             "did you mean depth?",
         ),
         (
@@ -82,7 +83,8 @@ def swap(old: str, new: str) -> str:
         (SMALL.replace("optimizer:\n  lr: 0.1\n", ""), "given.yaml: optimizer is missing"),
         (
             SMALL.replace("    pattern: depth\n    cut: [0.25, 0.75]", "    {}"),
-            "given.yaml:13: perturbation.mask.pattern is missing; it is element, tensor or depth",
+            "given.yaml:13: perturbation.mask.pattern is missing; it is element, row, tensor, "
+            "block, nm, depth, norm or named",
         ),
         # combinations
         (
@@ -174,6 +176,69 @@ def test_in_the_file(complaint, text, message):
 def test_in_an_override(complaint, override, message):
     said = complaint(SMALL, [override])
     assert said == message or said.startswith(f"{message} while "), said
+
+
+MASKS = {
+    # keys of other patterns
+    "{pattern: row, dynamic: {}}": '.dynamic: unknown key for pattern "row", which has pattern, score, samples, '
+    "labels, refresh_steps, refresh_epochs, sparsity, sparsity_final, allocation",
+    "{pattern: tensor, allocation: erk}": '.allocation: unknown key for pattern "tensor", which has pattern, score, '
+    "samples, labels, refresh_steps, refresh_epochs, sparsity, sparsity_final",
+    "{pattern: norm, sparsity: 0.5}": '.sparsity: unknown key for pattern "norm", which has pattern',
+    "{pattern: nm, sparsity: 0.5}": '.sparsity: unknown key for pattern "nm", which has pattern, score, samples, '
+    "labels, refresh_steps, refresh_epochs, n, m, others, indivisible",
+    "{pattern: element, dynamic: {drop_rte: 1}}": ".dynamic.drop_rte: unknown key; did you mean "
+    "perturbation.mask.dynamic.drop_rate?",
+    # values
+    "{pattern: element, score: fishr}": ".score: must be fisher, gradient, accumulated, weight or random, "
+    'given "fishr"; did you mean fisher?',
+    "{pattern: row, score: null}": ".score: must be fisher, gradient, accumulated, weight or random, given null",
+    "{pattern: block, sparsity: 1}": ".sparsity: must be less than 1, given 1",
+    "{pattern: element, sparsity_final: 1.0}": ".sparsity_final: must be less than 1, given 1.0",
+    "{pattern: element, sparsity_final: -0.1}": ".sparsity_final: must be greater than or equal to 0, given -0.1",
+    "{pattern: row, allocation: 0.5}": ".allocation: must be global, uniform or erk, given 0.5",
+    "{pattern: element, samples: 0}": ".samples: must be greater than or equal to 1, given 0",
+    "{pattern: element, labels: true}": ".labels: must be data or sampled, given true",
+    "{pattern: tensor, refresh_steps: 0}": ".refresh_steps: must be greater than or equal to 1, given 0",
+    "{pattern: tensor, refresh_epochs: 0.5}": ".refresh_epochs: must be a whole number, given 0.5",
+    "{pattern: element, dynamic: 0.5}": ".dynamic: must be a section with keys of its own, given 0.5",
+    "{pattern: element, dynamic: {drop_rate: 2}}": ".dynamic.drop_rate: must be less than or equal to 1, given 2",
+    "{pattern: element, dynamic: {grow: best}}": ".dynamic.grow: must be fisher, gradient, accumulated, weight or "
+    'random, given "best"',
+    "{pattern: nm, n: 0}": ".n: must be greater than or equal to 1, given 0",
+    "{pattern: nm, others: 1}": ".others: must be perturbed or unperturbed, given 1",
+    "{pattern: nm, indivisible: padded}": '.indivisible: must be refused, perturbed or unperturbed, given "padded"',
+    "{pattern: named}": ".parameters is missing",
+    "{pattern: named, parameters: norm}": '.parameters: must be a list, given "norm"',
+    "{pattern: named, parameters: []}": ".parameters: must have at least 1 item, not 0, given []",
+    "{pattern: named, parameters: [norm, 'a(']}": '.parameters: "a(" is not a regular expression: missing ), '
+    'unterminated subpattern at position 1, given ["norm", "a("]',
+    # combinations
+    "{pattern: row, refresh_epochs: 1, refresh_steps: 5}": ": refresh_steps 5 and refresh_epochs 1 cannot both be; "
+    "leave one of them out, or set it to null",
+    "{pattern: element, dynamic: {}, score: fisher}": ": score: leave it out with dynamic, whose drop and grow say "
+    "what the mask is chosen by",
+    "{pattern: element, score: null}": ": score: null is for dynamic; without it, name a score",
+    "{pattern: element, dynamic: {}, allocation: erk}": ": allocation: erk is for a choice by score; dynamic has "
+    "global only",
+    "{pattern: element, dynamic: {}, refresh_epochs: null}": ": dynamic: drops and grows at refreshes; give "
+    "refresh_epochs or refresh_steps",
+    "{pattern: block, sparsity_final: 0.9, refresh_epochs: null}": ": sparsity_final: takes refreshes to get there; "
+    "give refresh_epochs or refresh_steps",
+    "{pattern: nm, score: accumulated, refresh_epochs: null}": ": score: accumulated needs refreshes, as there is "
+    "nothing yet when the mask is chosen first; give refresh_epochs or refresh_steps",
+    "{pattern: tensor, score: weight, labels: sampled}": ": labels: sampled is for score fisher, and the mask is "
+    "chosen by weight; use data",
+    "{pattern: element, dynamic: {}, labels: sampled}": ": labels: sampled is for score fisher, and the mask is "
+    "chosen by gradient and random; use data",
+    "{pattern: nm, n: 5}": ": n: 5 of every 4 cannot be; n must not be more than m",
+}
+
+
+@pytest.mark.parametrize(("mask", "message"), MASKS.items(), ids=MASKS)
+def test_in_a_mask(complaint, mask, message):
+    override = f"perturbation.mask={mask}"
+    assert complaint(SMALL, [override]) == f"override {override}: perturbation.mask{message}"
 
 
 def test_several_are_told_together(complaint):

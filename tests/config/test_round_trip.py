@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import types
 import typing
 from pathlib import Path
@@ -49,6 +50,8 @@ def values(annotation: Any, metadata: list[Any]) -> st.SearchStrategy[Any]:
         return st.one_of([values(argument, metadata) for argument in arguments])
     if origin is typing.Literal:
         return st.sampled_from(arguments)
+    if origin is tuple and arguments[-1] is Ellipsis:
+        return st.lists(values(arguments[0], []), min_size=1, max_size=3).map(tuple)
     if origin is tuple:
         return st.tuples(*[values(argument, []) for argument in arguments])
     if origin is dict:
@@ -97,6 +100,10 @@ def configs(draw: st.DrawFn) -> Config:
     if mask and "cut" in mask:
         mask["cut"] = sorted(mask["cut"]) if mask["policy"] == "rotate" else [mask["cut"][0]] * 2
         data["perturbation"]["norm"] = "calibrated"
+    if mask and "refresh_steps" in mask:
+        _chosen(mask)
+    if mask and "parameters" in mask:
+        mask["parameters"] = tuple(re.escape(text) for text in mask["parameters"])
     if (data["perturbation"] or {}).get("rho_schedule") == "constant":
         data["perturbation"]["rho_final"] = 0.0
     if data["sharding"]["backend"] != "fsdp2":
@@ -107,6 +114,20 @@ def configs(draw: st.DrawFn) -> Config:
     else:
         data["sharding"]["deepspeed"] = {}
     return Config.model_validate(data)
+
+
+def _chosen(mask: dict[str, Any]) -> None:
+    if mask.get("dynamic"):
+        mask |= {"score": None, "allocation": "global"}
+    elif mask["score"] is None:
+        mask["score"] = "random"
+    moves = mask.get("dynamic") or mask["score"] == "accumulated" or mask.get("sparsity_final") is not None
+    if mask["refresh_steps"] is not None or (moves and mask["refresh_epochs"] is None):
+        mask |= {"refresh_steps": mask["refresh_steps"] or 7, "refresh_epochs": None}
+    if mask["score"] != "fisher":
+        mask["labels"] = "data"
+    if "n" in mask:
+        mask["n"], mask["m"] = sorted((mask["n"], mask["m"]))
 
 
 @relaxed
@@ -139,9 +160,22 @@ def test_overrides_equal_the_file(tmp_path, config):
     assert load(small, overrides) == config
 
 
-def test_every_key_is_explained(small):
-    lines = [line for line in dump(load(small)).splitlines() if "  #" not in line]
-    assert lines == ["    pattern: depth"]
+MASKS = {
+    "element": "{pattern: element}",
+    "dynamic": "{pattern: element, dynamic: {}}",
+    "row": "{pattern: row}",
+    "block": "{pattern: block}",
+    "nm": "{pattern: nm}",
+    "depth": "{pattern: depth}",
+    "norm": "{pattern: norm}",
+    "named": "{pattern: named, parameters: [norm]}",
+}
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_every_key_is_explained(small, mask):
+    printed = dump(load(small, [f"perturbation.mask={mask}"]))
+    assert [line for line in printed.splitlines() if "  #" not in line] == []
 
 
 # ---- typos
@@ -157,30 +191,34 @@ def edits(key: str) -> set[str]:
     return result - {key, ""}
 
 
-def full() -> dict[str, Any]:
-    """A configuration in which every key of one pattern of masks is given."""
-    text = SMALL.replace("    pattern: depth\n    cut: [0.25, 0.75]\n", "    pattern: element\n")
-    data: dict[str, Any] = yaml.safe_load(text)
-    return Config.model_validate(data).model_dump(mode="json")
+def full(key: str) -> dict[str, Any]:
+    """A configuration in which `key` and all that may stand beside it are given."""
+    for mask in MASKS.values():
+        text = SMALL.replace("    pattern: depth\n    cut: [0.25, 0.75]\n", f"    {mask}\n")
+        data = Config.model_validate(yaml.safe_load(text)).model_dump(mode="json")
+        around = data
+        for part in key.split(".")[:-1]:
+            around = around.get(part) or {}
+        if key.rpartition(".")[2] in around:
+            return data
+    raise AssertionError(key)
 
 
-KEYS = [
-    key
-    for key in dotted_names()
-    if not key.startswith("perturbation.mask.") or key.split(".")[-1] not in ("policy", "cut")
-]
+# Of a name of one letter, every other letter is as near as any.
+KEYS = [key for key in dotted_names() if len(key.rpartition(".")[2]) > 1]
 
 
 @settings(relaxed, max_examples=8)
 @pytest.mark.parametrize("key", KEYS)
 @given(st.data())
 def test_a_typo_names_the_key(tmp_path, key, data):
-    config = full()
+    config = full(key)
     *above, name = key.split(".")
     around = config
     for part in above:
         around = around[part]
-    typo = data.draw(st.sampled_from(sorted(edits(name) - set(around))))
+    others = set().union(*(edits(other) for other in around if other != name))
+    typo = data.draw(st.sampled_from(sorted(edits(name) - set(around) - others)))
     changed = {typo if k == name else k: v for k, v in around.items()}
     around.clear()
     around.update(changed)
@@ -208,6 +246,40 @@ def test_numbers(read, given, value):
 @pytest.mark.parametrize("word", ["on", "off", "yes", "No", "y", "1:30", "2026-11-21", "1_000", "0x10", ".nan", "1e"])
 def test_words(read, word):
     assert read(SMALL, [f"tracking.run_name={word}"]).tracking.run_name == word
+
+
+def test_masks(read):
+    def mask(text):
+        return read(SMALL, [f"perturbation.mask={text}"]).perturbation.mask
+
+    assert (mask("{pattern: element}").score, mask("{pattern: element}").refresh_epochs) == ("fisher", 1)
+    by_steps = mask("{pattern: row, refresh_steps: 50, allocation: erk}")
+    assert (by_steps.refresh_steps, by_steps.refresh_epochs, by_steps.allocation) == (50, None, "erk")
+    assert mask("{pattern: block, refresh_epochs: null, refresh_steps: 3}").is_refreshed
+    assert not mask("{pattern: tensor, refresh_epochs: null}").is_refreshed
+    drifting = mask("{pattern: element, dynamic: {grow: fisher}, sparsity: 0.8}")
+    assert (drifting.score, drifting.scores, drifting.by_samples) == (
+        None,
+        ("gradient", "fisher"),
+        ("gradient", "fisher"),
+    )
+    assert mask("{pattern: element, labels: sampled}").by_samples == ("fisher",)
+    assert mask("{pattern: nm, score: weight}").by_samples == ()
+    assert (mask("{pattern: nm}").n, mask("{pattern: nm}").m) == (2, 4)
+    assert mask("{pattern: named, parameters: [a, b.*c]}").parameters == ("a", "b.*c")
+
+
+@pytest.mark.parametrize(
+    ("mask", "method"),
+    [
+        ("{pattern: element, dynamic: {}}", "ssam-dynamic"),
+        ("{pattern: nm, n: 1}", "ssam-nm"),
+        ("{pattern: norm}", "ssam-norm"),
+        ("null", "sam"),
+    ],
+)
+def test_methods(read, mask, method):
+    assert read(SMALL, [f"perturbation.mask={mask}"]).method == method
 
 
 def test_null_and_sections(read):

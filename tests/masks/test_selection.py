@@ -160,6 +160,31 @@ def test_what_cannot_be_given() -> None:
         top_k([torch.ones(4, dtype=torch.bfloat16)], [1], ALONE)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("ties", [False, True])
+def test_a_gpu_chooses_and_averages_as_the_cpu_does(ties: bool) -> None:
+    generator = torch.Generator().manual_seed(4)
+    scores = [torch.randn(shape, generator=generator) for shape in [(1500, 1000), (3,), (0,), (96, 3, 7, 7)]]
+    if ties:
+        scores = [(s * 2).round() for s in scores]
+    live = [torch.randint(256, ((s.numel() + 7) // 8,), generator=generator, dtype=torch.uint8) for s in scores]
+    live[1] &= 7
+    on_gpu = [s.cuda() for s in scores]
+    for k, segments, candidates in (
+        ([700_000], None, None),
+        ([300_000], None, live),
+        ([1000, 1, 0, 7000], [0, 1, 2, 3], None),
+    ):
+        expected = top_k(scores, k, ALONE, segments=segments, candidates=candidates)
+        given = None if candidates is None else [c.cuda() for c in candidates]
+        masks = top_k(on_gpu, k, ALONE, segments=segments, candidates=given)
+        assert all(m.is_cuda and torch.equal(m.cpu(), e) for m, e in zip(masks, expected, strict=True))
+    numels, sizes = [s.numel() for s in scores], [1000, 3, 1, 147]
+    expected = unit_means(scores, [0] * 4, numels, sizes, ALONE)
+    assert all(map(torch.equal, unit_means(on_gpu, [0] * 4, numels, sizes, ALONE), expected))
+
+
 SHAPES = [(5, 3), (1,), (4, 2, 2), (2,), (7,)]
 SIZE = sum(math.prod(shape) for shape in SHAPES)
 

@@ -41,6 +41,11 @@ CASES = {
     "train.epoch=3": "train.epoch.*epochs",
     "perturbation={rho: 0.1, norm: dense, mask: {pattern: depth}}": "norm: dense needs the gradient of the prefix",
     "perturbation={rho: 0.1, mask: {pattern: element, samples: 100}}": "samples 100: an epoch has only 48 images",
+    "perturbation={rho: 0.1, mask: {pattern: nm, samples: 8}}": "perturbation.mask: conv1.weight has 3 input features, "
+    r"which do not make groups of 4 \(1 of 21 weights\)",
+    "perturbation={rho: 0.1, mask: {pattern: named, parameters: [layer, lyer]}}": "perturbation.mask: pattern 'lyer' "
+    "matches none of the 62 parameters: conv1.weight",
+    "perturbation={rho: 0.1, mask: {pattern: named, parameters: ['[']}}": r'mask.parameters: "\[" is not a regular',
     "tracking.uri=sqlite:////proc/nowhere/mlflow.db": "/proc/nowhere",
 }
 
@@ -57,12 +62,15 @@ def test_the_message_names_what_was_given_and_what_would_work(
     assert {p.name for p in tmp_path.iterdir()} <= {"run.yaml", "mlflow.db"}
 
 
-def test_depth_on_a_model_without_stages(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("pattern", ["depth", "block"])
+def test_blocks_of_a_model_without_stages(
+    pattern: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = write_config(
         tmp_path / "run.yaml",
         data,
         model={"name": "mobilenetv3_small_050", "num_classes": 4},
-        perturbation={"rho": 0.1, "mask": {"pattern": "depth"}},
+        perturbation={"rho": 0.1, "mask": {"pattern": pattern}},
     )
     assert "MobileNetV3 has no stages to cut between" in mistake(capsys, "--config", str(config))
 
@@ -106,6 +114,32 @@ def test_checkpoints_that_do_not_fit(trained: Path, tmp_path: Path, capsys: pyte
     assert "broken cannot be read" in mistake(capsys, "--config", str(trained), "--resume", str(broken))
     (broken / "state.json").write_text("{")
     assert "broken cannot be read" in mistake(capsys, "--config", str(trained), "--resume", str(broken))
+
+
+def test_a_mask_that_leaves_nothing(data: Path, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mask = {"pattern": "block", "score": "random", "sparsity": 0.9999}
+    config = write_config(home / "run.yaml", data, perturbation={"rho": 0.1, "mask": mask})
+    line = mistake(capsys, "--config", str(config))
+    assert "perturbation.mask: a mask of pattern block and sparsity 0.9999 leaves nothing of" in line
+
+
+def test_checkpoints_of_other_masks(data: Path, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mask = {"pattern": "element", "score": "weight"}
+    config = write_config(home / "run.yaml", data, perturbation={"rho": 0.1, "mask": mask})
+    assert ssam_scale("train", "--config", config, "train.epochs=1") == 0
+    capsys.readouterr()
+    resume = ("--config", str(config), "--resume", "auto")
+    line = mistake(capsys, *resume, "perturbation.mask.pattern=row")
+    assert "is of a ssam-element run, this is a ssam-row run" in line
+    assert "is of a ssam-element run, this is a ssam-dynamic run" in mistake(
+        capsys, *resume, "perturbation.mask={pattern: element, dynamic: {}, samples: 8}"
+    )
+    line = mistake(capsys, *resume, "perturbation.mask.score=accumulated")
+    assert "epoch_0001: the saved state has no accumulated scores" in line
+    assert line.endswith("perturbation.mask must be the one it was saved with")
+    state = home / "checkpoints/epoch_0001/state.json"
+    state.write_text(state.read_text().replace('"format": 3', '"format": 2'))
+    assert "it has format 2, this version of ssam_scale reads format 3" in mistake(capsys, *resume)
 
 
 @pytest.mark.slow

@@ -30,6 +30,11 @@ METHODS: dict[str, Any] = {
         "mask": {"pattern": "depth"},
     },
 }
+# Masks that remember more than which weights they perturb; refreshed within epochs, too.
+DRIFTING: dict[str, Any] = {"pattern": "element", "dynamic": {"grow": "fisher"}, "samples": 8, "refresh_steps": 3}
+ACCUMULATED: dict[str, Any] = {"pattern": "row", "score": "accumulated", "sparsity_final": 0.9, "refresh_steps": 3}
+METHODS["ssam-dynamic"] = {"rho": 0.05, "norm": "calibrated", "mask": DRIFTING}
+METHODS["ssam-row"] = {"rho": 0.05, "mask": ACCUMULATED}
 EVERYTHING = {
     "loss": {"mixup": 0.2, "cutmix": 1.0, "label_smoothing": 0.1},
     "train": {"epochs": 3, "accumulation": 2, "ema_decay": 0.9},
@@ -71,6 +76,9 @@ def test_resuming_equals_never_having_stopped(
     by_step = {rate.step: rate.value for rate in rates}
     assert by_step[12] < 0.1 * by_step[4]
     assert 0 <= one.data.metrics["val/top1"] <= one.data.metrics["val/top5"] <= 100
+    if "refresh_steps" in str(METHODS[method]):  # and so were the records of its layers
+        table = f"mlartifacts/ssam_scale/{one.info.run_id}/artifacts/mask/density.csv"
+        assert (tmp_path / table).read_text().partition("\n")[0] == "parameter,weights,0,3,6,9"
 
 
 def test_a_float16_run_resumes_with_its_loss_scale_and_a_radius_tied_to_the_rate(data: Path, tmp_path: Path) -> None:
@@ -187,9 +195,6 @@ def test_one_process_ddp_and_fsdp2_train_the_same_weights(method: str, data: Pat
         train={"epochs": 2, "ema_decay": 0.5, "accumulation": 1},
         optimizer={"name": "sgd", "clip_grad_norm": 1.0},
     )
-    if method == "ssam-element":
-        # As many samples as a batch has: of fewer, two processes take the first of each one's half.
-        config.write_text(config.read_text().replace("samples: 8", "samples: 12"))
     train("--config", str(config), f"checkpoint.directory={tmp_path}/single")
     for backend in ("ddp", "fsdp2"):
         launch(2, config, f"checkpoint.directory={tmp_path}/{backend}", f"sharding.backend={backend}")
@@ -230,8 +235,7 @@ def test_zero_trains_the_same_weights_and_checkpoints_go_both_ways(stage: int, d
         tmp_path / "run.yaml",
         data,
         model=VIT,
-        # As many samples as a batch has: of fewer, two processes would take the first of each one's half.
-        perturbation={"rho": 0.05, "norm": "dense", "mask": {"pattern": "element", "samples": 12}},
+        perturbation={"rho": 0.05, "norm": "dense", "mask": {"pattern": "element", "samples": 8}},
         train={"epochs": 2, "ema_decay": 0.5, "accumulation": 2},
         # A large eps: AdamW divides by the root of its second moment, also where that is a float's rounding.
         optimizer={"name": "adamw", "lr": 1e-3, "clip_grad_norm": 0.5, "kwargs": {"eps": 1e-3}},

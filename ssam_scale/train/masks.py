@@ -1,0 +1,207 @@
+"""The configured mask: made from its section, chosen anew when it is due, by the images that are trained on next."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from ssam_scale.config.masks import ChosenMask, DepthMask, ElementMask, NamedMask, NMMask, NormMask, RowMask
+from ssam_scale.config.schema import Config
+from ssam_scale.data import Batch, ImageLoader
+from ssam_scale.errors import UserError
+from ssam_scale.masks import NM, Annealed, Chosen, Depth, Dynamic, Mask, Named, Norms, Scored
+from ssam_scale.perturbation import SparseSAM
+from ssam_scale.perturbation.scores import sampled_label_loss
+from ssam_scale.sharding import World
+from ssam_scale.tracking.run import Run
+
+
+def build_mask(config: Config, steps_per_epoch: int) -> Mask | None:
+    """The mask that the configuration describes; None: all weights.
+
+    Args:
+        config: of the run.
+        steps_per_epoch: optimizer steps in one epoch.
+    """
+    section = config.perturbation.mask if config.perturbation is not None else None
+    seed, steps = config.train.seed, config.train.epochs * steps_per_epoch
+    if section is None:
+        return None
+    if isinstance(section, DepthMask):
+        return Depth(section.cut, seed=seed)
+    if isinstance(section, NormMask):
+        return Norms()
+    if isinstance(section, NamedMask):
+        return Named(*section.parameters)
+    every = section.refresh_steps
+    if section.refresh_epochs is not None:
+        every = section.refresh_epochs * steps_per_epoch
+    if isinstance(section, NMMask):
+        return NM(
+            section.n,
+            section.m,
+            score=section.score,
+            others=section.others,
+            indivisible=section.indivisible,
+            every=every,
+            seed=seed,
+        )
+    sparsity: float | Annealed = section.sparsity
+    if section.sparsity_final is not None:
+        sparsity = Annealed(section.sparsity, section.sparsity_final, steps)
+    if isinstance(section, ElementMask) and section.dynamic is not None:
+        how = section.dynamic
+        return Dynamic(
+            sparsity, steps=steps, drop_rate=how.drop_rate, drop=how.drop, grow=how.grow, every=every, seed=seed
+        )
+    allocation = section.allocation if isinstance(section, (ElementMask, RowMask)) else "global"
+    assert section.score is not None  # only `dynamic` has none
+    return Scored(section.pattern, sparsity, score=section.score, allocation=allocation, every=every, seed=seed)
+
+
+def chosen_section(config: Config) -> ChosenMask | None:
+    """The mask's section, if it is chosen by scores."""
+    section = config.perturbation.mask if config.perturbation is not None else None
+    return section if isinstance(section, ChosenMask) else None
+
+
+def track_fixed_layers(config: Config, opt: SparseSAM, run: Run) -> None:
+    """Record what a mask perturbs of each layer that is neither chosen by scores nor drawn."""
+    section = config.perturbation.mask if config.perturbation is not None else None
+    if section is not None and chosen_section(config) is None and not _is_drawn(config):
+        run.log_layers(opt.plan.counts, opt.pool.layout.numels, step=0, steps="the same in every step")
+
+
+class DrawnLayers:
+    """What a mask that is drawn in each step perturbs of each layer, on average over an epoch.
+
+    Args:
+        config: of the run; with another mask everything in here does nothing.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self._wanted = _is_drawn(config)
+        self._sums: dict[str, int] = {}
+        self._steps = 0
+
+    def add(self, opt: SparseSAM) -> None:
+        """Note the next step."""
+        if not self._wanted:
+            return
+        self._steps += 1
+        counts: Mapping[str, int] = opt.plan.counts if any(opt.radii) else {}
+        for name, count in counts.items():
+            self._sums[name] = self._sums.get(name, 0) + count
+
+    def record(self, opt: SparseSAM, run: Run, step: int) -> None:
+        """Record the epoch that ends with `step`."""
+        if self._steps:
+            means = {name: total / self._steps for name, total in self._sums.items()}
+            run.log_layers(means, opt.pool.layout.numels, step=step, steps="mean over the epoch that ends with step")
+
+
+def _is_drawn(config: Config) -> bool:
+    section = config.perturbation.mask if config.perturbation is not None else None
+    return isinstance(section, DepthMask) and section.policy == "rotate"
+
+
+def fewest_samples(config: Config, steps_per_epoch: int, images: int) -> int | None:
+    """How few images a refresh of the run may find left in its epoch; None where no refresh misses any.
+
+    A refresh is by the images that are trained on next, up to the end of the epoch. Those that begin an epoch have all
+    of it, those by `refresh_steps` may come late.
+
+    Args:
+        config: of the run.
+        steps_per_epoch: optimizer steps in one epoch.
+        images: in one epoch, over all processes.
+    """
+    section = chosen_section(config)
+    if section is None or not section.by_samples or section.refresh_steps is None:
+        return None
+    steps = range(0, config.train.epochs * steps_per_epoch, section.refresh_steps)
+    fewest = images - max(step % steps_per_epoch for step in steps) * config.data.batch_size
+    return fewest if fewest < section.samples else None
+
+
+class EpochBatches:
+    """One epoch's batches of this process, which can be looked at before they are taken.
+
+    Args:
+        loader: of the training images, its epoch chosen.
+    """
+
+    def __init__(self, loader: ImageLoader) -> None:
+        self._coming = iter(loader)
+        self._seen: deque[Batch] = deque()
+
+    def __next__(self) -> Batch:
+        return self._seen.popleft() if self._seen else next(self._coming)
+
+    def ahead(self, samples: int) -> list[Batch]:
+        """The next batches, which stay where they are: as many as hold `samples`, or all that the epoch has left."""
+        while sum(len(batch.labels) for batch in self._seen) < samples:
+            batch = next(self._coming, None)
+            if batch is None:
+                break
+            self._seen.append(batch)
+        taken: list[Batch] = []
+        while samples > 0 and len(taken) < len(self._seen):
+            taken.append(self._seen[len(taken)])
+            samples -= len(taken[-1].labels)
+        return taken
+
+    def close(self) -> None:
+        """End the loader's iteration."""
+        self._coming.close()
+
+
+def refresh_if_due(config: Config, world: World, opt: SparseSAM, batches: EpochBatches, run: Run | None) -> None:
+    """Choose the mask anew before the next step, where that is due. Collective.
+
+    Scores of samples are of the images that the following steps train on, as the loader gives them: neither mixed nor
+    smoothed. Fewer than `samples` are left at the end of an epoch; then it is those.
+
+    Raises:
+        UserError: the scores are not finite, or nothing would be perturbed.
+    """
+    section, mask = chosen_section(config), opt.mask
+    if section is None or not isinstance(mask, Chosen) or not opt.refresh_is_due:
+        return
+    coming: list[Batch] = []
+    samples = None
+    if {"fisher", "gradient"} & set(mask.wanted()):
+        # The processes' batches are of one size.
+        coming = batches.ahead(-(-section.samples // world.size))
+        samples = min(section.samples, sum(len(batch.labels) for batch in coming) * world.size)
+    began = time.monotonic()
+    try:
+        opt.refresh(_LOSSES[section.labels], *coming, samples=samples)
+    except ValueError as error:
+        raise UserError(f"perturbation.mask: {error}") from error
+    except FloatingPointError as error:
+        raise UserError(
+            f"perturbation.mask: {error} before step {opt.steps + 1}; a lower optimizer.lr or perturbation.rho may help"
+        ) from error
+    if run is not None:
+        run.log_refresh(
+            seconds=time.monotonic() - began,
+            step=opt.steps,
+            density=opt.plan.perturbed / opt.pool.layout.total,
+            turnover=mask.turnover,
+            samples=samples,
+        )
+        run.log_layers(opt.plan.counts, opt.pool.layout.numels, step=opt.steps, steps="refreshed after step")
+
+
+def _data_label_loss(forward: Any, batch: Batch) -> Tensor:
+    """The loss of the empirical Fisher: true labels, neither mixed nor smoothed."""
+    return F.cross_entropy(forward(batch[0]).float(), batch[1])
+
+
+_LOSSES: dict[str, Callable[[Any, Any], Tensor]] = {"data": _data_label_loss, "sampled": sampled_label_loss}
