@@ -135,7 +135,7 @@ def _all(fact: bool, device: torch.device, size: int) -> bool:
     return not int(wrong)
 
 
-def _measure(rank: int, size: int, device: torch.device, total: int, repeats: int) -> list[dict[str, Any]]:
+def _measure(rank: int, size: int, device: torch.device, total: int, repeats: int, means: bool) -> list[dict[str, Any]]:
     """The rows of one number of processes, on each of them."""
     common = {
         "scores": total,
@@ -183,7 +183,8 @@ def _measure(rank: int, size: int, device: torch.device, total: int, repeats: in
                 "topk_collective_bytes": plain_sent,
             }
         )
-    rows.append({"what": "unit_means", **common, **_measure_means(rank, size, device, total, repeats)})
+    if means:
+        rows.append({"what": "unit_means", **common, **_measure_means(rank, size, device, total, repeats)})
     return rows
 
 
@@ -216,8 +217,10 @@ def _measure_means(rank: int, size: int, device: torch.device, total: int, repea
     }
 
 
-def bench_masks(scores: int, ranks: Sequence[int], repeats: int) -> list[dict[str, Any]]:
+def bench_masks(scores: int, ranks: Sequence[int], repeats: int, means: bool = False) -> list[dict[str, Any]]:
     """Rows of what choosing half of `scores` costs, for each number of processes in `ranks`.
+
+    With `means` also the means over rows that coarser masks are chosen by, which have no `torch.topk` beside them.
 
     Times are medians of `repeats`, taken in turns with the alternative, each until the slowest process is done. Memory
     is what one call takes at its peak beyond the scores, masks included, per local weight, on the first process
@@ -228,4 +231,4 @@ def bench_masks(scores: int, ranks: Sequence[int], repeats: int) -> list[dict[st
     Raises:
         UserError: the memory does not suffice.
     """
-    return [row for size in ranks for row in on_ranks(size, _measure, scores, repeats)]
+    return [row for size in ranks for row in on_ranks(size, _measure, scores, repeats, means)]

@@ -14,6 +14,7 @@ from torch import Tensor
 from ssam_scale.compiled import compiled
 
 _CHUNK = 1 << 22  # elements that another device than the CPU works on at a time; their indices are the temporary
+_ROWS_CHUNK = 1 << 20  # elements of rows that are moved together
 
 
 class Part(Protocol):
@@ -35,6 +36,9 @@ class Part(Protocol):
 
     def put(self, target: Tensor, values: Tensor) -> None:
         """Write `values`, of shape (count,), to the elements of `target`."""
+
+    def add(self, target: Tensor, values: Tensor) -> None:
+        """Add `values`, of shape (count,) and at least as precise as `target`, to its elements, rounding once."""
 
     def booleans(self) -> Tensor:
         """True for the elements: shape (numel,)."""
@@ -91,6 +95,13 @@ class Bits:
                 taken += len(index)
         _copy_back(flat, target)
 
+    def add(self, target: Tensor, values: Tensor) -> None:
+        """See `Part`."""
+        if _streams(target) and target.is_contiguous() and target.dtype == values.dtype == torch.float32:
+            _add(target.view(-1).numpy(), self.packed.numpy(), values.numpy())
+        else:
+            self.put(target, self.take(target).add_(values))
+
     def _indices(self) -> list[tuple[int, Tensor]]:
         """Of each chunk: where it starts and, from there, the indices of the elements."""
         return [
@@ -122,8 +133,8 @@ class Rows:
         self._tail = self._head + rows * size
         self._head_kept = bool(self._head and keep[start // size])
         self._tail_kept = bool(self._tail < numel and keep[first + rows])
-        self._rows = keep[first : first + rows].nonzero().view(-1).to(device)
-        self.count = self._head * self._head_kept + len(self._rows) * size + (numel - self._tail) * self._tail_kept
+        self.rows = keep[first : first + rows].nonzero().view(-1).to(device)
+        self.count = self._head * self._head_kept + len(self.rows) * size + (numel - self._tail) * self._tail_kept
 
     def take(self, source: Tensor) -> Tensor:
         """See `Part`."""
@@ -142,7 +153,7 @@ class Rows:
             filled = self._head
             out[:filled] = flat[:filled]
         body = self._body(flat)
-        for rows in self._rows.split(max(1, _CHUNK // self.size)):
+        for rows in self.rows.split(max(1, _ROWS_CHUNK // self.size)):
             values = body.index_select(0, rows).view(-1)
             out[filled : filled + len(values)] = values
             filled += len(values)
@@ -154,21 +165,25 @@ class Rows:
         """See `Part`."""
         flat = target.reshape(-1)
         head = self._head * self._head_kept
-        tail = head + len(self._rows) * self.size
+        tail = head + len(self.rows) * self.size
         if head:
             flat[:head] = values[:head]
-        if len(self._rows):
-            self._body(flat).index_copy_(0, self._rows, values[head:tail].view(-1, self.size))
+        if len(self.rows):
+            self._body(flat).index_copy_(0, self.rows, values[head:tail].view(-1, self.size))
         if self._tail_kept:
             flat[self._tail :] = values[tail:]
         _copy_back(flat, target)
+
+    def add(self, target: Tensor, values: Tensor) -> None:
+        """See `Part`."""
+        self.put(target, self.take(target).add_(values))
 
     def _body(self, flat: Tensor) -> Tensor:
         return flat[self._head : self._tail].view(-1, self.size)
 
     def booleans(self) -> Tensor:
         """See `Part`."""
-        result = torch.zeros(self.numel, dtype=torch.bool, device=self._rows.device)
+        result = torch.zeros(self.numel, dtype=torch.bool, device=self.rows.device)
         self.put(result, torch.ones(self.count, dtype=torch.bool, device=result.device))
         return result
 
@@ -240,4 +255,19 @@ def _put(target: np.ndarray, packed: np.ndarray, values: np.ndarray) -> None:
             bit = (byte >> j) & 1
             place = 8 * i + j
             target[place] = values[min(taken, last)] if bit else target[place]
+            taken += bit
+
+
+@compiled
+def _add(target: np.ndarray, packed: np.ndarray, values: np.ndarray) -> None:
+    taken = 0
+    last = len(values) - 1
+    for i in range(len(packed)):
+        byte = packed[i]
+        if byte == 0:
+            continue
+        for j in range(min(8, len(target) - 8 * i)):
+            bit = (byte >> j) & 1
+            place = 8 * i + j
+            target[place] = target[place] + values[min(taken, last)] if bit else target[place]
             taken += bit

@@ -44,7 +44,7 @@ def add_(tensors: Sequence[Tensor], parts: Sequence[Part | None], values: Sequen
     _whole(torch._foreach_add_, tensors, parts, values)
     for t, part, value in zip(tensors, parts, values, strict=True):
         if part is not None:
-            part.put(t, part.take(t).add_(value))
+            part.add(t, value)
 
 
 def _whole(

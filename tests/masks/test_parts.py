@@ -23,6 +23,7 @@ def _way(request: pytest.FixtureRequest) -> Iterator[None]:
         if request.param == "in chunks":
             patch.setattr(parts, "_streams", lambda tensor: False)
             patch.setattr(parts, "_CHUNK", 16)
+            patch.setattr(parts, "_ROWS_CHUNK", 16)
         yield
 
 
@@ -37,6 +38,11 @@ def check(part: Part, booleans: Tensor, dtype: torch.dtype) -> None:
     expected = source.clone()
     expected[booleans] = values
     assert torch.equal(target, expected)
+    if dtype != torch.float64:
+        summands = torch.randn(part.count)
+        part.add(target, summands)
+        expected[booleans] = (expected[booleans].float() + summands).to(dtype)
+        assert torch.equal(target, expected)
     memory = source.clone()
     compacted = part.compact(memory)
     assert torch.equal(compacted, source[booleans])

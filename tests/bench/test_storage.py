@@ -1,0 +1,36 @@
+"""`ssam-scale bench storage`, run as its users run it, on few weights."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+
+def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "ssam_scale", "bench", "storage", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def test_masks_take_a_bit_a_weight_or_less_and_weights_come_back() -> None:
+    result = bench("--weights", "3000000", "--json")
+    assert result.returncode == 0, result.stderr
+    rows = {row["what"]: row for row in json.loads(result.stdout)}
+    assert all(row["exact"] and row["weights"] == 3_000_000 for row in rows.values())
+    for what, density in (("dense", 1.0), ("element 50%", 0.5), ("element 90%", 0.1)):
+        assert rows[what]["density"] == pytest.approx(density, abs=1e-6)
+    for what in ("row 50%", "tensor 50%"):
+        assert 0.4 < rows[what]["density"] <= 0.5
+    kept = {what: row["persistent_bytes_per_weight"] for what, row in rows.items()}
+    assert kept["dense"] == kept["tensor 50%"] == 0.0
+    # 152 tensors may each end within a byte.
+    assert kept["element 50%"] == kept["element 90%"] == pytest.approx(1 / 8, abs=152 / 3_000_000)
+    assert kept["row 50%"] < 9 / 512
+
+
+def test_too_few_weights_are_the_users_mistake() -> None:
+    result = bench("--weights", "7")
+    assert result.returncode == 2
+    assert result.stderr == "ssam-scale: error: --weights is 7; at least 1000 are needed\n"
