@@ -213,7 +213,7 @@ def markdown(
             f"- command: `{shlex.join(['python', 'benchmarks/mask_fidelity.py', *given])}`",
             f"- commit: {commit}",
             f"- versions: Python {sys.version.split()[0]}, {versions}",
-            f"- hardware: {hardware_tags()['hardware']}, {torch.get_num_threads()} threads",
+            f"- hardware: {hardware_tags()['hardware']}, threads: {torch.get_num_threads()}",
             "",
         ]
     )
@@ -223,8 +223,9 @@ def main() -> None:
     """Train, compare, print, write."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--seeds", type=int, default=3, help="number of runs (default: %(default)s)")
-    parser.add_argument("--epochs", type=int, default=6, help="at least 2 (default: %(default)s)")
-    parser.add_argument("--images", type=int, default=12_000, help="training images (default: %(default)s)")
+    parser.add_argument("--epochs", type=int, default=5, help="at least 2 (default: %(default)s)")
+    parser.add_argument("--images", type=int, default=8_000, help="training images (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="of torch (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=RESULTS, help="the Markdown file (default: %(default)s)")
     options = parser.parse_args()
     if not FOLDER.is_dir():
@@ -232,6 +233,7 @@ def main() -> None:
     if options.epochs < 2 or options.seeds < 1 or not 2048 <= options.images <= 60_000:
         parser.error("at least 2 epochs, 1 seed and 2,048 to 60,000 images are needed")
     ensure_torchvision()
+    torch.set_num_threads(options.threads)
     console = Console()
     runs = [run(seed, options.epochs, options.images, console.print) for seed in range(options.seeds)]
     tables = []

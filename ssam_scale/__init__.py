@@ -8,14 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .errors import UserError
-    from .masks import Dense, Depth, Scored
-    from .perturbation import CosineRadius, SparseSAM, Stage, StagedModel, TiedRadius
+    from .masks import NM, Annealed, Dense, Depth, Dynamic, Named, Norms, Scored
+    from .perturbation import CosineRadius, SparseSAM, Stage, StagedModel, TiedRadius, sampled_label_loss
 
 __version__ = "0.1.0"
 __all__ = [
+    "NM",
+    "Annealed",
     "CosineRadius",
     "Dense",
     "Depth",
+    "Dynamic",
+    "Named",
+    "Norms",
     "Scored",
     "SparseSAM",
     "Stage",
@@ -23,19 +28,26 @@ __all__ = [
     "TiedRadius",
     "UserError",
     "__version__",
+    "sampled_label_loss",
 ]
 
 # Imported when first used: a command that only reads a configuration should not wait seconds for torch.
 _HOMES = {
+    "Annealed": "masks",
     "CosineRadius": "perturbation",
     "Dense": "masks",
     "Depth": "masks",
+    "Dynamic": "masks",
+    "NM": "masks",
+    "Named": "masks",
+    "Norms": "masks",
     "Scored": "masks",
     "SparseSAM": "perturbation",
     "Stage": "perturbation",
     "StagedModel": "perturbation",
     "TiedRadius": "perturbation",
     "UserError": "errors",
+    "sampled_label_loss": "perturbation",
 }
 
 

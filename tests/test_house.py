@@ -23,7 +23,7 @@ FLOORS = [
     "sharding",
     "config",
 ]
-OWNERS = {"mlflow": "tracking", "ffcv": "data", "deepspeed": "sharding"}
+OWNERS = {"mlflow": "tracking", "matplotlib": "tracking", "ffcv": "data", "deepspeed": "sharding"}
 MODULES = sorted(ROOT.rglob("*.py"))
 
 

@@ -77,7 +77,7 @@ class NM(Chosen):
             features = layout.shapes[odd[0]][1]
             raise ValueError(
                 f"{odd[0]} has {features} input features, which do not make groups of {self.m} ({len(odd)} of "
-                f"{len(weights)} weights): choose another m, or say indivisible='perturbed' or 'unperturbed'"
+                f"{len(weights)} weights): choose another m, or let indivisible be perturbed or unperturbed"
             )
         if len(odd) == len(weights):
             raise ValueError(

@@ -81,8 +81,8 @@ def stages_of(model: nn.Module) -> list[Stage]:
     if make is None:
         known = ", ".join(family.__name__ for family in _FAMILIES)
         raise UserError(
-            f"{type(model).__name__} has no stages to cut between: pattern depth works on {known} and on a StagedModel "
-            "built from stages of your own; the patterns element and tensor work on any model"
+            f"{type(model).__name__} has no stages: the patterns depth and block work on {known} and on a "
+            "StagedModel built from stages of your own; the others work on any model"
         )
     return make(model)
 

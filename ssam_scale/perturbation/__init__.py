@@ -3,6 +3,7 @@
 from .ascent import Norm
 from .phases import Phase, Phases, no_phases
 from .radius import ConstantRadius, CosineRadius, RadiusSchedule, TiedRadius
+from .scores import sampled_label_loss
 from .sparse_sam import SparseSAM
 from .stages import Stage, StagedModel
 
@@ -18,4 +19,5 @@ __all__ = [
     "StagedModel",
     "TiedRadius",
     "no_phases",
+    "sampled_label_loss",
 ]

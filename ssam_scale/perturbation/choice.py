@@ -75,7 +75,7 @@ class Choice:
             raise TypeError(f"a {type(mask).__name__} mask is not chosen by scores: there is nothing to refresh")
         names = list(layout.shapes)
         parameters = [self._parameters[name] for name in names]
-        seed = mask.seed + step
+        seed = mask.seed * 2**32 + step
         wanted = mask.wanted()
         scores: dict[Score, list[Tensor]] = {}
         by_sample: list[Literal["fisher", "gradient"]] = [k for k in wanted if k == "fisher" or k == "gradient"]
@@ -186,9 +186,9 @@ class Choice:
             raise ValueError(f"the saved state {has} accumulated scores, {mask} needs {mine}")
         parts: dict[str, Part | None] = {}
         counts: list[int] = []
-        for name, flags in saved.items():
-            if count := self._count(name, flags):
-                parts[name] = self._local(name, flags)
+        for name in self._parameters:  # in the order of a choice, in which norms are summed up
+            if count := self._count(name, saved[name]):
+                parts[name] = self._local(name, saved[name])
                 counts.append(count)
         mask.restore(layout, parts, counts, int(state["chosen_at"]))
         self._expose(mask)

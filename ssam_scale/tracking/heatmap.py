@@ -43,7 +43,7 @@ def figure(densities: LayerDensities, steps: str) -> Any:
     axes = result.add_subplot()
     image = axes.imshow(
         [[column[row] for column in densities.columns] for row in range(rows)],
-        cmap=colormaps["viridis"].with_extremes(under="0.85"),
+        cmap=colormaps["viridis"].with_extremes(under="#d9d9d9"),
         norm=Normalize(1e-9, 1.0),  # so that 0 is below the scale
         aspect="auto",
         interpolation="nearest",

@@ -17,7 +17,13 @@ from tests.support.networks import batches, freeze_batchnorm, loss_fn, part, sma
 from tests.support.ranks import alone, run_ranks
 
 BATCH, SAMPLES = 12, 5  # 12 divides over 1 to 4 processes, 5 samples over none but one
-BACKENDS = ("ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3")
+# All of this is the same on all of these with 1, 2, 3 and 4 processes; to save time, some of it has been left out.
+WORK = {
+    1: [("ddp", "vit"), ("zero1", "vit"), ("zero3", "vit")],
+    2: [("ddp", "vit"), ("fsdp2", "resnet"), ("zero2", "vit")],
+    3: [*((backend, "vit") for backend in ("ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3")), ("zero3", "resnet")],
+    4: [("fsdp2", "vit"), ("zero1", "resnet")],
+}
 MASKS: dict[str, Callable[[], Chosen]] = {
     "element fisher": lambda: Scored("element", 0.5),
     "element gradient, uniform": lambda: Scored("element", 0.8, score="gradient", allocation="uniform"),
@@ -64,14 +70,16 @@ def everywhere(world: World, work: list[tuple[str, str]]) -> list[dict[str, str]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [1, 2, 3, 4])
+@pytest.mark.parametrize("size", WORK)
 def test_masks_depend_neither_on_the_backend_nor_on_the_number_of_processes(size: int) -> None:
-    work = [(backend, "vit") for backend in BACKENDS] + [("fsdp2", "resnet"), ("zero1", "resnet"), ("zero3", "resnet")]
-    expected = {family: alone(hashes, "single", family) for family in ("vit", "resnet")}
-    assert len({h for family in expected.values() for h in family.values()}) == 2 * len(MASKS)
+    work = WORK[size]
+    expected = {family: alone(hashes, "single", family) for family in {family for _, family in work}}
+    for family in expected.values():
+        assert len(set(family.values())) == len(MASKS)
     for rank in run_ranks(size, everywhere, work):
         for (backend, family), result in zip(work, rank, strict=True):
             assert result == expected[family], (backend, family)
-    print(f"\n{size} × {', '.join(BACKENDS)}: as on one process")  # pytest -s
-    for name, digest in expected["vit"].items():
-        print(f"  {name:28} {digest}")
+    for family, digests in expected.items():  # pytest -s
+        print(f"\n{family} on {size} × {', '.join(b for b, f in work if f == family)}: as on one process")
+        for name, digest in digests.items():
+            print(f"  {name:28} {digest}")

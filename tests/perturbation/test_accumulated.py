@@ -74,6 +74,7 @@ def test_one_process() -> None:
     check(alone(accumulate, ["single"]))
 
 
+@pytest.mark.slow
 def test_ddp_and_fsdp2() -> None:
     for results in run_ranks(2, accumulate, ["ddp", "fsdp2"]):
         check(results)

@@ -257,29 +257,21 @@ def check(work: dict[str, list[Case]], ranks: list[Any]) -> None:
         print(f"{backend} × {len(ranks)}: largest difference {figures}")
 
 
-ZERO = [f"zero{stage}" for stage in range(4)]
-
-
 def test_one_process_equals_the_reference() -> None:
     work = {"single": CASES}
     check(work, [alone(train_all, work)])
 
 
+# Every number of ranks with every backend holds; to save time, what differs in little is left out.
+WORK: dict[int, dict[str, list[Case]]] = {
+    1: {"fsdp2": FEW, "zero3": FEW},
+    2: {"fsdp2": CASES, "zero3": CASES, "ddp": FEW, "zero0": FEW, "zero1": FEW, "zero2": FEW},
+    3: {"ddp": FEW, "fsdp2": FEW, "zero1": FEW, "zero3": FEW},
+    4: {"fsdp2": FEW, "zero2": FEW},
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [1, 2, 3, 4])
+@pytest.mark.parametrize("size", WORK)
 def test_ranks_equal_the_reference_on_the_concatenated_batch(size: int) -> None:
-    # Of stages that differ in little, one has all cases.
-    everything = ["ddp", "fsdp2", "zero1", "zero3"] if size == 2 else []
-    work = {backend: CASES if backend in everything else FEW for backend in ("ddp", "fsdp2", *ZERO)}
-    check(work, run_ranks(size, train_all, work))
-
-
-@pytest.mark.slow
-def test_masks_do_not_depend_on_the_backend() -> None:
-    scored = [case for case in CASES if case.mask in ("element", "tensor")][:2]
-    expected = alone(train, "single", scored)
-    for results in run_ranks(3, train_all, dict.fromkeys(("ddp", "fsdp2", *ZERO), scored))[0]:
-        for mine, other in zip(expected, results, strict=True):
-            first, second = mine["masks"][0], other["masks"][0]
-            assert first.keys() == second.keys()
-            assert all(torch.equal(first[name], second[name]) for name in first)
+    check(WORK[size], run_ranks(size, train_all, WORK[size]))

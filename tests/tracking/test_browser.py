@@ -17,6 +17,7 @@ from tests.support.browser import chromium, mlflow_ui
 pytestmark = pytest.mark.slow
 
 PATIENCE_S = 120
+SIZES = {f"layer{i}.conv.weight": 1000 * 10**i for i in range(5)}
 
 
 def record(config: Config, *, top1: float, step_s: float, fail: bool = False) -> str:
@@ -24,6 +25,9 @@ def record(config: Config, *, top1: float, step_s: float, fail: bool = False) ->
     try:
         with open_run(config, enabled=True) as run:
             for step in range(50, 501, 50):
+                if config.perturbation is not None and config.perturbation.mask is not None:
+                    counts = {name: size * step / 500 for name, size in SIZES.items() if "0" not in name}
+                    run.log_layers(counts, SIZES, step=step, steps="mean over the epoch that ends with step")
                 window = PhaseSummary({"data": 0.01, "descent forward": 0.4 * step_s}, (step_s,) * 50)
                 run.log_window(window, loss=2.3 - step / 500, lr=0.1, images_per_step=64, step=step)
             if fail:
@@ -62,7 +66,7 @@ def test_the_printed_address_shows_the_runs(config: Callable[..., Config], uri: 
             except TimeoutException:
                 pytest.fail(f"{browser.current_url} does not show {missing}")
             finally:
-                browser.save_screenshot(str(tmp_path / f"{texts[0]}.png"))
+                browser.save_screenshot(str(tmp_path / f"page {texts[0]}.png"))
 
         # The last line that the command prints, with the port of this test's server for the one it suggests.
         fragment = interface_lines(uri, "ssam_scale")[-1].partition("#")[2]
@@ -76,3 +80,15 @@ def test_the_printed_address_shows_the_runs(config: Callable[..., Config], uri: 
         }.items():
             browser.get(f"{address}/#{path}/{depth}{tab}?{query.partition('&')[0]}")
             page_shows(*texts)
+        # Of files in folders there is no address: they are clicked on.
+        for word, texts in {
+            "mask": ("density.csv", "density.png"),
+            "density.csv": ("layer4.conv.weight", "10000000"),
+            "density.png": (),
+        }.items():
+            browser.find_element(By.XPATH, f"//*[text()='{word}']").click()
+            page_shows(*texts, "config.yaml")
+        WebDriverWait(browser, PATIENCE_S).until(
+            lambda _: max((i.size["width"] for i in browser.find_elements(By.TAG_NAME, "img")), default=0) > 200
+        )
+        browser.save_screenshot(str(tmp_path / "heat map.png"))

@@ -107,6 +107,43 @@ def test_the_quickstart_table(config: MakeConfig, uri: str, finish: Finish) -> N
     ]
 
 
+@pytest.mark.parametrize(
+    ("mask", "method", "words", "density"),
+    [
+        ({"pattern": "nm", "n": 1, "samples": 8}, "ssam-nm", "1:4 fisher", None),
+        ({"pattern": "row", "score": "gradient", "allocation": "erk"}, "ssam-row", "row gradient erk", 0.5),
+        ({"pattern": "element", "labels": "sampled"}, "ssam-element", "element sampled fisher", 0.5),
+        ({"pattern": "element", "dynamic": {}, "sparsity": 0.8}, "ssam-dynamic", "dynamic gradient/random", 0.2),
+        (
+            {"pattern": "element", "score": "accumulated", "sparsity_final": 0.9},
+            "ssam-element",
+            "element accumulated",
+            None,
+        ),
+        ({"pattern": "block", "refresh_epochs": None}, "ssam-block", "block fisher chosen once", 0.5),
+        ({"pattern": "tensor", "refresh_steps": 9}, "ssam-tensor", "tensor fisher", 0.5),
+        ({"pattern": "norm"}, "ssam-norm", "norm", None),
+        ({"pattern": "named", "parameters": ["fc", "a.*b"]}, "ssam-named", "named fc a.*b", None),
+        ({"pattern": "depth", "policy": "fixed", "cut": 0.5}, "ssam-depth", "depth fixed 0.5", None),
+    ],
+)
+def test_every_mask_in_words(
+    config: MakeConfig,
+    uri: str,
+    finish: Finish,
+    mask: dict[str, Any],
+    method: str,
+    words: str,
+    density: float | None,
+) -> None:
+    values = config("sam").model_dump(mode="json")
+    values["perturbation"]["mask"] = mask
+    finish(Config.model_validate(values), top1=80.0, ms=100.0)
+    (row,) = compare(uri, "ssam_scale")
+    assert (row.method, row.mask) == (method, words)
+    assert row.density == (None if density is None else pytest.approx(density))
+
+
 def test_only_the_latest_finished_run_of_a_seed_counts(config: MakeConfig, uri: str, finish: Finish) -> None:
     finish(config("base", seed=0), top1=1.0, ms=1.0)
     latest = finish(config("base", seed=0), top1=80.0, ms=100.0)

@@ -42,9 +42,9 @@ CASES = {
     "perturbation={rho: 0.1, norm: dense, mask: {pattern: depth}}": "norm: dense needs the gradient of the prefix",
     "perturbation={rho: 0.1, mask: {pattern: element, samples: 100}}": "samples 100: an epoch has only 48 images",
     "perturbation={rho: 0.1, mask: {pattern: nm, samples: 8}}": "perturbation.mask: conv1.weight has 3 input features, "
-    r"which do not make groups of 4 \(1 of 21 weights\)",
+    r"which do not make groups of 4 \(1 of 22 weights\)",
     "perturbation={rho: 0.1, mask: {pattern: named, parameters: [layer, lyer]}}": "perturbation.mask: pattern 'lyer' "
-    "matches none of the 62 parameters: conv1.weight",
+    "matches none of the 65 parameters: conv1.weight",
     "perturbation={rho: 0.1, mask: {pattern: named, parameters: ['[']}}": r'mask.parameters: "\[" is not a regular',
     "tracking.uri=sqlite:////proc/nowhere/mlflow.db": "/proc/nowhere",
 }
