@@ -89,3 +89,30 @@ def test_the_order_is_row_major_whatever_the_strides() -> None:
         part.put(source, -values)
         assert torch.equal(source, expected)
         assert source.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.gpu
+def test_a_gpu_moves_what_the_cpu_moves_without_the_host_waiting() -> None:
+    booleans = torch.rand(3000, 7, generator=torch.Generator().manual_seed(0)) < 0.3
+    rows = torch.rand(3000, generator=torch.Generator().manual_seed(1)) < 0.3
+    source = torch.randn(3000, 7)
+    there = source.cuda()
+    for here, part in (
+        (Bits(pack(booleans), 21000), Bits(pack(booleans).cuda(), 21000)),
+        (Rows(rows, 7, 3, 20990, torch.device("cpu")), Rows(rows, 7, 3, 20990, torch.device("cuda"))),
+    ):
+        start = source.numel() - here.numel
+        mine, theirs = source.view(-1)[start:].clone(), there.view(-1)[start:].clone()
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            values = part.take(theirs)
+            part.put(theirs, values * 2)
+            part.add(theirs, values)
+            compacted = part.compact(theirs.clone())
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        here.put(mine, here.take(mine) * 2)
+        here.add(mine, values.cpu())
+        assert torch.equal(theirs.cpu(), mine)
+        assert torch.equal(compacted.cpu(), here.take(mine))

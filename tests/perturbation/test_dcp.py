@@ -11,7 +11,8 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from ssam_scale import Scored, SparseSAM
+from ssam_scale import SparseSAM
+from ssam_scale.masks import Chosen, Dynamic
 from ssam_scale.sharding import World, distribute
 from tests.perturbation.test_equivalence import BATCH, CLIP, RHO, TOLERANCE, Case
 from tests.support.masks import whole_mask
@@ -27,6 +28,9 @@ pytestmark = [
 CASES = {
     "element": Case("vit", "element", rho=(RHO, 0.0)),
     "tensor": Case("vit", "tensor", optimizer="adamw"),
+    "row": Case("vit", "row"),
+    "dynamic": Case("vit", "dynamic"),
+    "accumulated": Case("vit", "accumulated"),
     # Calibrates in steps 0 and 3 of 5: saved after step 1, it has to remember when and how.
     "calibrated": Case("vit", "moving cut", norm="calibrated", rho=(RHO, RHO / 2)),
 }
@@ -41,8 +45,11 @@ def make(world: World, case: Case, seed: int) -> tuple[nn.Module, SparseSAM]:
 
 
 def steps(world: World, opt: SparseSAM, first: int, last: int) -> None:
-    for batch in batches(last, BATCH)[first:]:
-        opt.step(loss_fn, part(batch, world.rank, world.size))
+    for step, batch in enumerate(batches(last, BATCH)[first:], first):
+        own = part(batch, world.rank, world.size)
+        if isinstance(opt.mask, Dynamic) and step == BEFORE:
+            opt.refresh(loss_fn, own)
+        opt.step(loss_fn, own)
 
 
 def look(opt: SparseSAM) -> dict[str, Any]:
@@ -75,7 +82,7 @@ def save(world: World, folder: Path) -> dict[str, Any]:
     results = {}
     for name, case in CASES.items():
         module, opt = make(world, case, seed=0)
-        if isinstance(opt.mask, Scored):
+        if isinstance(opt.mask, Chosen):
             opt.refresh(loss_fn, part(batches(1, BATCH, seed=7)[0], world.rank, world.size))
         steps(world, opt, 0, BEFORE)
         saved = look(opt)

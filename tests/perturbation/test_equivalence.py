@@ -49,6 +49,7 @@ class Case:
             "element": Scored("element", 0.5),
             "tensor": Scored("tensor", 0.7),
             "row": Scored("row", 0.6),
+            "accumulated": Scored("element", 0.5, score="accumulated"),
             "block": Scored("block", 0.5, score="gradient"),
             "1:4": NM(1, 4, indivisible="unperturbed", score="weight"),
             "norm": Norms(),

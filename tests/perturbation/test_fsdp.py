@@ -99,7 +99,7 @@ def hsdp(world: World) -> dict[str, Any]:
 
     sharding = sharding_of(distribute(small_network("vit"), [], "fsdp2", world, replicas=2))
     assert (sharding.shards_each, sharding.shard_index) == (2, world.rank % 2)
-    assert sharding.gather_samples(torch.tensor([world.rank])).tolist() == [0, 1, 2, 3]
+    assert sharding.peers.tell(world.rank) == [0, 1, 2, 3]
     assert sharding.sum_over_shards(torch.tensor(world.rank)).item() == {0: 1, 1: 5}[world.rank // 2]
     flat = sharding_of(distribute(small_network("vit"), [], "fsdp2", world))
     sizes = [shard.weight.numel() for shard in flat.shards(list(flat.network.parameters()))]

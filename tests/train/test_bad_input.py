@@ -72,7 +72,7 @@ def test_blocks_of_a_model_without_stages(
         model={"name": "mobilenetv3_small_050", "num_classes": 4},
         perturbation={"rho": 0.1, "mask": {"pattern": pattern}},
     )
-    assert "MobileNetV3 has no stages to cut between" in mistake(capsys, "--config", str(config))
+    assert "MobileNetV3 has no stages: the patterns depth and block work on" in mistake(capsys, "--config", str(config))
 
 
 def test_an_image_size_the_model_cannot_take(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
