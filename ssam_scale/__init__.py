@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .errors import UserError
     from .masks import NM, Annealed, Dense, Depth, Dynamic, Named, Norms, Scored
-    from .perturbation import CosineRadius, SparseSAM, Stage, StagedModel, TiedRadius, sampled_label_loss
+    from .perturbation import (
+        CosineRadius,
+        Interval,
+        SparseSAM,
+        Stage,
+        StagedModel,
+        TiedRadius,
+        Window,
+        sampled_label_loss,
+    )
 
 __version__ = "0.1.0"
 __all__ = [
@@ -19,6 +28,7 @@ __all__ = [
     "Dense",
     "Depth",
     "Dynamic",
+    "Interval",
     "Named",
     "Norms",
     "Scored",
@@ -27,6 +37,7 @@ __all__ = [
     "StagedModel",
     "TiedRadius",
     "UserError",
+    "Window",
     "__version__",
     "sampled_label_loss",
 ]
@@ -38,6 +49,7 @@ _HOMES = {
     "Dense": "masks",
     "Depth": "masks",
     "Dynamic": "masks",
+    "Interval": "perturbation",
     "NM": "masks",
     "Named": "masks",
     "Norms": "masks",
@@ -47,6 +59,7 @@ _HOMES = {
     "StagedModel": "perturbation",
     "TiedRadius": "perturbation",
     "UserError": "errors",
+    "Window": "perturbation",
     "sampled_label_loss": "perturbation",
 }
 

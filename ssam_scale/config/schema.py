@@ -109,7 +109,23 @@ class Perturbation(Section):
         100, ge=1, description="steps between two dense ascents of norm calibrated; null: only after a refresh"
     )
     adaptive: bool = Field(False, description="perturb weights in proportion to their magnitude (ASAM)")
+    fraction: float = Field(
+        1.0, gt=0.0, le=1.0, description="share of each micro-batch in the ascent, its first images; at least one"
+    )
+    interval: int = Field(
+        1, ge=1, description="steps from one ascent to the next; those between are the base optimizer's"
+    )
+    window: tuple[Share, Share] = Field(
+        (0.0, 1.0), description="part of the run that has ascents: shares of its steps, [first, last]"
+    )
     mask: Mask | None = Field(None, description="which weights are perturbed; null: all of them (dense SAM)")
+
+    @field_validator("window")
+    @classmethod
+    def _not_empty(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if value[0] >= value[1]:
+            raise ValueError("must be two shares, the smaller first")
+        return value
 
     @model_validator(mode="after")
     def _affordable(self) -> Perturbation:

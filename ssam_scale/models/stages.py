@@ -1,4 +1,4 @@
-"""The stages of timm's families: one residual or transformer block each.
+"""The stages of timm's families: one residual, transformer or ConvNeXt block each.
 
 What comes before the first block (stem, embeddings) belongs to the first stage, what comes after the last (norm,
 pooling, head) to the last.
@@ -7,8 +7,9 @@ pooling, head) to the last.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from timm.models.convnext import ConvNeXt
 from timm.models.resnet import ResNet
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -65,9 +66,24 @@ def _vision_transformer_stages(model: VisionTransformer) -> list[Stage]:
     return _with_ends(blocks, stem, head, ("norm", "attn_pool", "fc_norm", "head"))
 
 
+def _convnext_stages(model: ConvNeXt) -> list[Stage]:
+    stages = []
+    for i, stage in enumerate(model.stages):
+        for j, block in enumerate(stage.blocks):
+            # What makes a stage's feature maps smaller goes with its first block.
+            before, owns = ([stage.downsample], (f"stages.{i}.downsample",)) if j == 0 else ([], ())
+            stages.append(Stage(f"stages.{i}.blocks.{j}", block, _chain(*before, block), owns))
+    first, last = stages[0], stages[-1]
+    stages[0] = replace(first, forward=_chain(model.stem, first.forward))
+    head = _chain(stages[-1].forward, model.norm_pre, model.forward_head)
+    stages[-1] = replace(stages[-1], forward=head, owns=(*last.owns, "norm_pre", "head"))
+    return stages
+
+
 _FAMILIES: dict[type[nn.Module], Callable[..., list[Stage]]] = {
     ResNet: _resnet_stages,
     VisionTransformer: _vision_transformer_stages,
+    ConvNeXt: _convnext_stages,
 }
 
 

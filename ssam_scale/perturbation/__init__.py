@@ -2,7 +2,7 @@
 
 from .ascent import Norm
 from .phases import Phase, Phases, no_phases
-from .radius import ConstantRadius, CosineRadius, RadiusSchedule, TiedRadius
+from .radius import ConstantRadius, CosineRadius, Interval, RadiusSchedule, TiedRadius, Window
 from .scores import sampled_label_loss
 from .sparse_sam import SparseSAM
 from .stages import Stage, StagedModel
@@ -10,6 +10,7 @@ from .stages import Stage, StagedModel
 __all__ = [
     "ConstantRadius",
     "CosineRadius",
+    "Interval",
     "Norm",
     "Phase",
     "Phases",
@@ -18,6 +19,7 @@ __all__ = [
     "Stage",
     "StagedModel",
     "TiedRadius",
+    "Window",
     "no_phases",
     "sampled_label_loss",
 ]

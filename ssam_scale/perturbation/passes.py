@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from ssam_scale.sharding import Sharding
 
@@ -37,13 +38,17 @@ class Passes:
     and used with its graph in the descent. With several micro-batches the graphs of all prefixes would have to be kept,
     which is the memory that accumulation saves; then the ascent runs the prefix without a graph instead.
 
+    With a `fraction` below 1 the ascent sees the first samples of each micro-batch. A prefix that is shared runs on all
+    of them, and the ascent goes on from the first rows of its output.
+
     Args:
         sharding: what to run.
         cut: index of the first perturbed block.
         loss_fn: mean loss of a batch, given the forward to use.
         batches: the micro-batches of this process.
-        backward: accumulates the gradients of a loss.
+        scaler: scales the losses, if there is one.
         phases: who measures.
+        fraction: share of each micro-batch's samples in the ascent, rounded down, at least one.
     """
 
     def __init__(
@@ -52,20 +57,23 @@ class Passes:
         cut: int,
         loss_fn: LossFn,
         batches: Sequence[Any],
-        backward: Callable[[Tensor], None],
+        scaler: torch.amp.GradScaler | None,
         phases: Phases,
+        fraction: float = 1.0,
     ) -> None:
         self._sharding = sharding
         self._cut = cut
         self._loss_fn = loss_fn
         self._batches = batches
-        self._backward = backward
+        self._scaler = scaler
         self._phases = phases
+        self._fraction = fraction
+        self._wholes: dict[int, Tensor] = {}  # the tensors that the ascent sees the first rows of, by identity of those
         self._prefix: tuple[Any, Tensor] | None = None
 
     def ascend(self) -> Tensor:
         """Forward and backward at w over all micro-batches; gradients are left reduced. Returns the mean loss."""
-        return self._run(self._ascent_forward, "ascent backward")
+        return self._run(self._ascent_forward, "ascent backward", self._first_samples)
 
     def descend(self, *, statistics: bool) -> Tensor:
         """Forward and backward at the weights as they are, with the gradient of every parameter; returns the mean loss.
@@ -78,13 +86,27 @@ class Passes:
         with frozen_statistics(self._sharding.network):
             return self._run(self._descent_forward, "descent backward")
 
-    def _run(self, forward: Forward, backward_phase: Phase) -> Tensor:
+    def _first_samples(self, batch: Any) -> Any:
+        """What the ascent sees of a micro-batch."""
+        if self._fraction == 1.0:
+            return batch
+        self._wholes = {}
+        return tree_map_only(Tensor, self._first_rows, batch)
+
+    def _first_rows(self, leaf: Tensor) -> Tensor:
+        if not leaf.ndim:
+            return leaf
+        rows = leaf[: max(1, int(len(leaf) * self._fraction))]
+        self._wholes[id(rows)] = leaf
+        return rows
+
+    def _run(self, forward: Forward, backward_phase: Phase, seen: Callable[[Any], Any] = lambda batch: batch) -> Tensor:
         losses = []
         for index, batch in enumerate(self._batches):
             with self._sharding.micro_batch(last=index == len(self._batches) - 1):
-                loss = self._loss_fn(forward, batch) / len(self._batches)
+                loss = self._loss_fn(forward, seen(batch)) / len(self._batches)
                 with self._phases(backward_phase):
-                    self._backward(loss)
+                    self._sharding.backward(loss if self._scaler is None else self._scaler.scale(loss))
             losses.append(loss.detach())
         return torch.stack(losses).sum()
 
@@ -95,13 +117,14 @@ class Passes:
                 return module(x, *args, **kwargs)
         shared = len(self._batches) == 1
         with self._phases("descent forward" if shared else "ascent forward"), torch.set_grad_enabled(shared):
-            hidden = module(x, stop=self._cut)
+            whole = self._wholes.get(id(x), x) if shared else x
+            hidden = module(whole, stop=self._cut)
         if shared:
             if self._prefix is not None:
                 raise ValueError("the loss function called `forward` twice; with a cut, concatenate the inputs instead")
-            self._prefix = (x, hidden)
+            self._prefix = (whole, hidden)
         with self._phases("ascent forward"):
-            return module(hidden.detach(), start=self._cut)
+            return module(hidden.detach()[: len(x)], start=self._cut)
 
     def _descent_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         module = self._sharding.descent_module

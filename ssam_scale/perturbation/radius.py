@@ -72,3 +72,48 @@ class TiedRadius:
                 "before the first step"
             )
         return self.final + (1.0 - self.final) * float(group["lr"]) / float(group["initial_lr"])
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An ascent in one step of every `every`, the first; the others are steps of the base optimizer, and cost one.
+
+    Attributes:
+        every: steps from one ascent to the next.
+        schedule: of the radius in the steps that have one.
+    """
+
+    every: int
+    schedule: RadiusSchedule = ConstantRadius()
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise ValueError(f"every is {self.every}; at least 1 is needed")
+
+    def __call__(self, step: int, group: Mapping[str, Any]) -> float:
+        """0 between ascents."""
+        return self.schedule(step, group) if step % self.every == 0 else 0.0
+
+
+@dataclass(frozen=True)
+class Window:
+    """Ascents in a part of the run only: after a warm-up, or in its last phase.
+
+    Attributes:
+        start: first step with an ascent.
+        stop: first step without one again; None: the run's end.
+        schedule: of the radius in the steps that have one.
+    """
+
+    start: int = 0
+    stop: int | None = None
+    schedule: RadiusSchedule = ConstantRadius()
+
+    def __post_init__(self) -> None:
+        if self.start < 0 or (self.stop is not None and self.stop <= self.start):
+            raise ValueError(f"start is {self.start} and stop {self.stop}; 0 <= start < stop is needed")
+
+    def __call__(self, step: int, group: Mapping[str, Any]) -> float:
+        """0 outside."""
+        inside = self.start <= step and (self.stop is None or step < self.stop)
+        return self.schedule(step, group) if inside else 0.0

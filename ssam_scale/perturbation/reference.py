@@ -62,6 +62,7 @@ def reference_step(
     norm: Literal["dense", "masked"],
     adaptive: bool = False,
     max_grad_norm: float | None = None,
+    ascent_batch: Any | None = None,
 ) -> Tensor:
     """One step of masked SAM: ε = ρ · (m ⊙ g) / ‖·‖, then the base optimizer with the gradient at w + ε.
 
@@ -77,13 +78,15 @@ def reference_step(
         norm: divide by ‖g‖ (dense) or ‖m ⊙ g‖ (masked).
         adaptive: perturb weights in proportion to their magnitude.
         max_grad_norm: the descent gradient is clipped to this norm.
+        ascent_batch: the part of the batch that the ascent sees; None: all of it.
 
     Returns:
         The loss at w.
     """
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     before = {name: p.detach().clone() for name, p in named.items()}
-    loss, gradient = reference_gradient(model, loss_fn, batch, adaptive=adaptive)
+    seen = batch if ascent_batch is None else ascent_batch
+    loss, gradient = reference_gradient(model, loss_fn, seen, adaptive=adaptive)
     masked = masked_by(gradient, mask)
     length = length_of(gradient if norm == "dense" else masked)
     with torch.no_grad():

@@ -60,7 +60,8 @@ class SparseSAM(AroundOptimizer):
         norm: what the gradient is divided by.
         adaptive: perturb weights in proportion to their magnitude (ASAM, arXiv 2102.11600).
         calibrate_every: steps between two dense ascents of `norm="calibrated"`; None: only after a refresh.
-        schedule: factor on ρ over time.
+        fraction: share of each batch in the ascent, in (0, 1]: its first samples (m-sharpness is that of so many then).
+        schedule: factor on ρ over time; 0 makes a step the base optimizer's (`Interval`, `Window`).
         max_grad_norm: the descent gradient is clipped to this norm. A DeepSpeed engine clips to its own
             `gradient_clipping`; None accepts that.
         scaler: scales the losses given with batches, for float16, and skips steps whose descent gradient is not finite;
@@ -82,6 +83,7 @@ class SparseSAM(AroundOptimizer):
         norm: Norm = "masked",
         adaptive: bool = False,
         calibrate_every: int | None = 100,
+        fraction: float = 1.0,
         schedule: RadiusSchedule | None = None,
         max_grad_norm: float | None = None,
         scaler: torch.amp.GradScaler | None = None,
@@ -89,6 +91,8 @@ class SparseSAM(AroundOptimizer):
     ) -> None:
         if not 0.0 <= rho < math.inf:
             raise ValueError(f"rho is {rho}; a radius of at least 0 is needed")
+        if not 0.0 < fraction <= 1.0:
+            raise ValueError(f"fraction is {fraction}; a share in (0, 1] is needed")
         if norm == "dense" and isinstance(mask, Depth):
             raise ValueError(
                 "norm 'dense' needs the gradient of the prefix, which a Depth mask never computes; use 'masked', or "
@@ -100,8 +104,7 @@ class SparseSAM(AroundOptimizer):
             raise ValueError("a DeepSpeed engine scales losses itself: leave scaler at None")
         super().__init__(base_optimizer, rho=rho)
         self.mask: Mask = mask if mask is not None else Dense()
-        self.max_grad_norm = max_grad_norm
-        self.scaler = scaler
+        self.max_grad_norm, self.scaler, self.fraction = max_grad_norm, scaler, fraction
         self.steps = 0
         self._schedule = schedule if schedule is not None else ConstantRadius()
         self._phases = phases
@@ -146,7 +149,7 @@ class SparseSAM(AroundOptimizer):
             batches: the micro-batches of this process, of equal size.
 
         Returns:
-            The loss at w (over this process's batches, detached), or what the closure returned at w.
+            The loss at w (over what this process's ascent saw, detached), or what the closure returned at w.
         """
         if closure is None:
             loss = None
@@ -295,10 +298,10 @@ class SparseSAM(AroundOptimizer):
 
     def _step_batches(self, loss_fn: LossFn, batches: tuple[Any, ...]) -> Tensor:
         self.zero_grad()  # what an exception in an earlier step left behind
-        sharding, perturbs = self.sharding, any(self.radii)
+        sharding, perturbs, dense = self.sharding, any(self.radii), self._ascent.needs_all(self.steps)
         plan = self.plan if perturbs else Plan(0, {}, {})
-        dense = self._ascent.needs_all(self.steps)
-        passes = Passes(sharding, 0 if dense else plan.cut, loss_fn, batches, self._backward, self._phases)
+        cut = 0 if dense else plan.cut
+        passes = Passes(sharding, cut, loss_fn, batches, self.scaler, self._phases, self.fraction)
         with torch.enable_grad():
             if not perturbs:
                 return passes.descend(statistics=True)
@@ -310,9 +313,6 @@ class SparseSAM(AroundOptimizer):
             with self._perturbed(plan, dense=dense):
                 passes.descend(statistics=False)
         return loss
-
-    def _backward(self, loss: Tensor) -> None:
-        self.sharding.backward(loss if self.scaler is None else self.scaler.scale(loss))
 
     def _elided(self, plan: Plan) -> list[nn.Parameter]:
         """The parameters of the suffix whose ascent gradient nobody needs; the prefix is cut off by itself."""

@@ -18,7 +18,16 @@ from ssam_scale.config.schema import Config, Perturbation
 from ssam_scale.data import ImageLoader, eval_loader, train_loader
 from ssam_scale.errors import UserError
 from ssam_scale.models import build_model, stages_of
-from ssam_scale.perturbation import ConstantRadius, CosineRadius, Phases, RadiusSchedule, SparseSAM, TiedRadius
+from ssam_scale.perturbation import (
+    ConstantRadius,
+    CosineRadius,
+    Interval,
+    Phases,
+    RadiusSchedule,
+    SparseSAM,
+    TiedRadius,
+    Window,
+)
 from ssam_scale.sharding import World, place
 
 from .average import AveragedWeights
@@ -159,16 +168,25 @@ def _perturbation(config: Config, steps_per_epoch: int) -> dict[str, Any]:
     if section is None:
         return {"rho": 0.0, "mask": None}
     schedule: RadiusSchedule = ConstantRadius()
+    steps = config.train.epochs * steps_per_epoch
     if section.rho_schedule == "cosine":
-        schedule = CosineRadius(config.train.epochs * steps_per_epoch, section.rho_final)
+        schedule = CosineRadius(steps, section.rho_final)
     elif section.rho_schedule == "lr":
         schedule = TiedRadius(section.rho_final)
+    first, last = (round(share * steps) for share in section.window)
+    if first == last:
+        raise UserError(f"perturbation.window {list(section.window)} holds none of the run's {steps} steps")
+    if section.interval > 1:
+        schedule = Interval(section.interval, schedule)
+    if (first, last) != (0, steps):
+        schedule = Window(first, last, schedule)
     return {
         "rho": section.rho,
         "norm": section.norm,
         "mask": build_mask(config, steps_per_epoch),
         "adaptive": section.adaptive,
         "calibrate_every": section.calibrate_every,
+        "fraction": section.fraction,
         "schedule": schedule,
     }
 

@@ -102,6 +102,14 @@ def swap(old: str, new: str) -> str:
             "given.yaml:12: perturbation: rho_final 0.5 needs a rho_schedule, cosine or lr; constant has no end",
         ),
         (
+            swap("  rho: 0.2", "  fraction: 0.0\n  rho: 0.2"),
+            "given.yaml:12: perturbation.fraction: must be greater than 0, given 0.0",
+        ),
+        (
+            swap("  rho: 0.2", "  window: [0.5, 0.5]\n  rho: 0.2"),
+            "given.yaml:12: perturbation.window: must be two shares, the smaller first, given [0.5, 0.5]",
+        ),
+        (
             SMALL + "  precision: fp16\nsharding: {backend: zero2}\n",
             "given.yaml:18, given.yaml:19: train.precision fp16 needs loss scaling, which sharding.backend zero2 "
             "leaves to DeepSpeed's own fp16; use bf16, or the backends ddp or fsdp2",

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ssam_scale import CosineRadius, Depth, Scored, SparseSAM, TiedRadius
+from ssam_scale import CosineRadius, Depth, Interval, Scored, SparseSAM, TiedRadius, Window
 from ssam_scale.perturbation.arithmetic import scale_to_radius_, squares
 from ssam_scale.perturbation.reference import length_of, masked_by, reference_gradient
 from tests.support.masks import whole_mask
@@ -420,3 +420,63 @@ def test_squares_of_nothing_are_nothing() -> None:
     device = torch.device("cpu")
     assert squares([], device).shape == (0,)
     assert squares([torch.zeros(0), torch.tensor([3.0, 4.0])], device).tolist() == pytest.approx([0.0, 25.0])
+
+
+def test_a_fraction_of_the_batch_costs_a_fraction_of_the_ascent() -> None:
+    model = vit()
+
+    def flops(**options: Any) -> int:
+        opt = SparseSAM(model, sgd(model), **options)
+        if opt.refresh_is_due:
+            opt.refresh(loss_fn, BATCH)
+        with FlopCounterMode(display=False) as counter:
+            opt.step(loss_fn, BATCH)
+        return counter.get_total_flops()
+
+    base, whole = flops(rho=0.0), flops()
+    assert whole == 2 * base
+    assert flops(fraction=0.5) == base + base // 2
+    cut = Depth((0.5, 0.5))
+    suffix = flops(mask=cut) - base
+    assert flops(mask=cut, fraction=0.25) == base + suffix // 4
+    seen = []
+
+    def watch(forward: Any, batch: Any) -> Tensor:
+        seen.append(len(batch[1]))
+        return loss_fn(forward, batch)
+
+    SparseSAM(model, sgd(model), fraction=0.3).step(watch, BATCH)
+    SparseSAM(model, sgd(model), fraction=0.01).step(watch, BATCH)
+    assert seen == [2, 8, 1, 8]
+    with pytest.raises(ValueError, match=r"fraction is 0\.0; a share in \(0, 1\] is needed"):
+        SparseSAM(model, sgd(model), fraction=0.0)
+
+
+def test_a_shared_prefix_updates_its_statistics_once_with_the_whole_batch() -> None:
+    model, expected = small_network("resnet"), small_network("resnet")
+    batch = batches(1, 8)[0]
+    SparseSAM(model, sgd(model), mask=Depth((0.5, 0.5)), fraction=0.25).step(loss_fn, batch)
+    expected(batch[0])
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        assert torch.equal(getattr(model.model.bn1, name), getattr(expected.model.bn1, name))
+    assert model.model.layer4[1].bn2.num_batches_tracked == 1
+
+
+def test_intervals_and_windows_leave_the_other_steps_to_the_base_optimizer() -> None:
+    model = vit()
+    opt = SparseSAM(model, sgd(model), rho=0.3, schedule=Interval(3, Window(3, 7, CosineRadius(9))))
+    radii = []
+    for _ in range(9):
+        [radius] = opt.radii
+        radii.append(radius)
+        assert opt.density == float(radius > 0)
+        with FlopCounterMode(display=False) as counter:
+            opt.step(loss_fn, BATCH)
+        radii.append(counter.get_total_flops())
+    once = min(radii[1::2])
+    assert radii[1::2] == [once * (2 if step in (3, 6) else 1) for step in range(9)]
+    expected = [0.3 * CosineRadius(9)(step, {}) if step in (3, 6) else 0.0 for step in range(9)]
+    assert radii[::2] == pytest.approx(expected)
+    for wrong in (lambda: Interval(0), lambda: Window(3, 3), lambda: Window(-1)):
+        with pytest.raises(ValueError, match="needed"):
+            wrong()

@@ -15,12 +15,15 @@ IMAGE, CLASSES = 32, 10
 
 
 def small_network(family: str, seed: int = 0, **kwargs: Any) -> StagedModel:
-    """A timm ResNet (8 blocks, BatchNorm) or ViT (4 blocks) of about 40,000 weights, in stages."""
+    """A timm ResNet (8 blocks, BatchNorm), ConvNeXt (5 blocks) or ViT (4) of some 10,000 weights, in stages."""
     import timm
 
     torch.manual_seed(seed)
     if family == "resnet":
         model = timm.create_model("resnet18", num_classes=CLASSES, channels=(8, 8, 16, 24), stem_width=8, **kwargs)
+    elif family == "convnext":
+        kwargs = {"depths": (1, 1, 2, 1), "dims": (16, 16, 24, 32), "patch_size": 2, "ls_init_value": 0.5, **kwargs}
+        model = timm.create_model("convnext_atto", num_classes=CLASSES, **kwargs)
     else:
         model = timm.create_model(
             "vit_tiny_patch16_224",

@@ -11,7 +11,7 @@ from tests.support.images import make_image_folder
 from tests.support.runs import ssam_scale
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-MODELS = {"resnet50": "resnet50", "vit_b": "vit_base_patch16_224"}
+MODELS = {"resnet50": "resnet50", "vit_b": "vit_base_patch16_224", "convnext_t": "convnext_tiny"}
 IMAGES, CLASSES = 64, 1000
 
 
@@ -57,6 +57,7 @@ def overrides(imagenet: Path, home: Path) -> list[str]:
     [
         # Pixels and Fisher samples are fewer; all else is as in the file.
         ("resnet50", "ssam-element", ["perturbation.mask.samples=8", "data.resolution=96", "data.eval_resolution=96"]),
+        ("convnext_t", "ssam-depth", ["data.resolution=64", "data.eval_resolution=64"]),
         ("vit_b", "ssam-depth", ["data.resolution=64", "data.eval_resolution=64", "model.kwargs.img_size=64"]),
     ],
 )
@@ -77,7 +78,7 @@ def test_it_dry_runs_and_trains_an_epoch(
     assert (tmp_path / "checkpoints/epoch_0001/model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("name", ["resnet50", "vit_b", "quickstart"])
+@pytest.mark.parametrize("name", ["resnet50", "vit_b", "convnext_t", "quickstart"])
 def test_the_file_is_valid(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     path = CONFIGS / f"{name}.yaml"
     assert ssam_scale("train", "--config", path, "--print-config") == 0

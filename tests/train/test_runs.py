@@ -27,6 +27,8 @@ METHODS: dict[str, Any] = {
         "norm": "calibrated",
         "calibrate_every": 3,
         "adaptive": True,
+        "fraction": 0.5,
+        "window": [0.0, 0.8],
         "mask": {"pattern": "depth"},
     },
 }
@@ -34,7 +36,7 @@ METHODS: dict[str, Any] = {
 DRIFTING: dict[str, Any] = {"pattern": "element", "dynamic": {"grow": "fisher"}, "samples": 8, "refresh_steps": 3}
 ACCUMULATED: dict[str, Any] = {"pattern": "row", "score": "accumulated", "sparsity_final": 0.9, "refresh_steps": 3}
 METHODS["ssam-dynamic"] = {"rho": 0.05, "norm": "calibrated", "mask": DRIFTING}
-METHODS["ssam-row"] = {"rho": 0.05, "mask": ACCUMULATED}
+METHODS["ssam-row"] = {"rho": 0.05, "interval": 2, "mask": ACCUMULATED}
 EVERYTHING = {
     "loss": {"mixup": 0.2, "cutmix": 1.0, "label_smoothing": 0.1},
     "train": {"epochs": 3, "accumulation": 2, "ema_decay": 0.9},
