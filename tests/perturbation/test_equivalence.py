@@ -282,10 +282,10 @@ def test_one_process_equals_the_reference() -> None:
 
 # Every number of ranks with every backend holds; to save time, what differs in little is left out.
 WORK: dict[int, dict[str, list[Case]]] = {
-    1: {"fsdp2": FEW, "zero3": FEW},
-    2: {"fsdp2": CASES, "zero3": CASES, "ddp": FEW, "zero0": FEW, "zero1": FEW, "zero2": FEW},
-    3: {"ddp": FEW, "fsdp2": FEW, "zero1": FEW, "zero3": FEW},
-    4: {"fsdp2": FEW, "zero2": FEW},
+    1: {"fsdp2": FEW},
+    2: {"fsdp2": CASES, "zero3": CASES, "ddp": FEW, "zero1": FEW},
+    3: {"fsdp2": FEW, "zero3": FEW},
+    4: {"zero0": FEW[:3], "zero2": FEW},
 }
 
 
