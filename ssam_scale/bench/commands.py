@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -11,9 +12,21 @@ from rich.table import Table
 
 from ssam_scale.errors import UserError
 
+if TYPE_CHECKING:
+    from ssam_scale.bench.networks import Setting
+
 app = typer.Typer(help="Measure parts of the package on this machine.", no_args_is_help=True)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print rows as JSON.")]
+Models = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="timm models, of families that have stages; may be given several times. [resnet50 and vit_small]"
+    ),
+]
+Resolution = Annotated[int | None, typer.Option(help="Side of the images, pixels. [96; 224 on a GPU]")]
+Plans = Annotated[list[str] | None, typer.Option(help="Only these beside `base`; may be given several times. [all]")]
+BatchSize = Annotated[int | None, typer.Option(help="Images of a step. [8; 128 on a GPU]")]
 
 # Width of tables that go to a file or a pipe, where there is no terminal to ask.
 _PIPE_COLUMNS = 160
@@ -57,6 +70,69 @@ def storage_command(
     _show(rows, _STORAGE, rows[0]["device"], as_json)
 
 
+@app.command("steps")
+def steps_command(
+    models: Models = None,
+    plans: Plans = None,
+    repeats: Annotated[int, typer.Option(help="Rounds of every plan, of which the median counts.")] = 10,
+    resolution: Resolution = None,
+    batch_size: BatchSize = None,
+    as_json: AsJson = False,
+) -> None:
+    """Time of a step by plan over the base optimizer's, in turns, and what the cost model predicts."""
+    from ssam_scale.bench.plans import chosen_ways
+    from ssam_scale.bench.steps import bench_steps
+
+    compared = chosen_ways(plans)
+    settings = _settings(models, repeats, resolution, batch_size)
+    rows = [row for setting in settings for row in bench_steps(setting, repeats, compared)]
+    _show(rows, _STEPS, _caption(rows), as_json, "plan")
+
+
+@app.command("memory")
+def memory_command(
+    models: Models = None,
+    plans: Plans = None,
+    repeats: Annotated[int, typer.Option(help="Steps of every plan, of which the median counts.")] = 3,
+    resolution: Resolution = None,
+    batch_size: BatchSize = None,
+    as_json: AsJson = False,
+) -> None:
+    """Peak memory of a step by plan over the base optimizer's, each in a new process."""
+    from ssam_scale.bench.peak import bench_peak
+    from ssam_scale.bench.plans import chosen_ways
+
+    compared = chosen_ways(plans)
+    settings = _settings(models, repeats, resolution, batch_size)
+    rows = [row for setting in settings for row in bench_peak(setting, repeats, compared)]
+    _show(rows, _PEAK, _caption(rows), as_json, "plan")
+
+
+def _settings(models: list[str] | None, repeats: int, resolution: int | None, batch_size: int | None) -> list[Setting]:
+    """One a model; all are looked at before the first is measured."""
+    from ssam_scale.bench.networks import DEFAULT_MODELS, setting_of
+
+    # Half of a batch is a plan of its own, and normalization over a batch needs two images.
+    for option, value, least in (("repeats", repeats, 1), ("resolution", resolution, 1), ("batch-size", batch_size, 4)):
+        if value is not None and value < least:
+            raise UserError(f"--{option} is {value}; at least {least} {'is' if least == 1 else 'are'} needed")
+    settings = [setting_of(model, resolution, batch_size) for model in models or DEFAULT_MODELS]
+    for setting in settings:
+        setting.check()
+    return settings
+
+
+def _caption(rows: list[dict[str, Any]]) -> str:
+    first = rows[0]
+    side, versions = first["resolution"], first["versions"]
+    caption = (
+        f"{first['hardware']}, {first['threads']} threads; batches of {first['batch_size']} images of {side} × {side}, "
+        f"{first['precision']}; medians of {first['repeats']}; torch {versions['torch']}, timm {versions['timm']}"
+    )
+    missing = importlib.util.find_spec("pytorch_optimizer") is None
+    return caption + ("; pytorch_optimizer is not installed and left out" if missing else "")
+
+
 Columns = dict[str, tuple[str, float, str]]  # title: key of a row, factor, format
 _MASKS: Columns = {
     "scores": ("scores", 1, ",d"),
@@ -79,15 +155,43 @@ _STORAGE: Columns = {
     "transient bytes per weight": ("transient_bytes_per_weight", 1.0, ".3f"),
     "transient / (density × weights)": ("transient_over_perturbed", 1.0, ".3f"),
 }
+_STEPS: Columns = {
+    "model": ("model", 1, ""),
+    "density": ("density", 1.0, ".3f"),
+    "t": ("suffix_share", 1.0, ".3f"),
+    "f": ("fraction", 1.0, ".2g"),
+    "ms": ("seconds", 1e3, ",.1f"),
+    "iqr": ("seconds_iqr", 1e3, ",.1f"),
+    "time / base": ("time_over_base", 1.0, ".3f"),
+    "iqr ": ("time_over_base_iqr", 1.0, ".3f"),
+    "predicted": ("predicted_over_base", 1.0, ".3f"),
+    "at most": ("target_over_base", 1.0, ".3f"),
+}
+_PEAK: Columns = {
+    "model": ("model", 1, ""),
+    "density": ("density", 1.0, ".3f"),
+    "kept MiB": ("persistent_bytes", 2**-20, ",.1f"),
+    "in the step MiB": ("step_bytes", 2**-20, ",.1f"),
+    "peak MiB": ("peak_bytes", 2**-20, ",.1f"),
+    "peak / base": ("peak_over_base", 1.0, ".3f"),
+}
 
 
-def _show(rows: list[dict[str, Any]], columns: Columns, caption: str, as_json: bool) -> None:
-    """Print rows as JSON, or as a table in which a dash stands for what was not measured."""
+def _show(rows: list[dict[str, Any]], columns: Columns, caption: str, as_json: bool, name: str = "what") -> None:
+    """Print rows as JSON, or as a table in which a dash stands for what was not measured.
+
+    Args:
+        rows: what was measured.
+        columns: what a table shows of them.
+        caption: below a table.
+        as_json: print JSON.
+        name: key of a table's first column.
+    """
     if as_json:
         print(json.dumps(rows, indent=2))
         return
     table = Table(caption=caption, caption_justify="left")
-    table.add_column("what")
+    table.add_column(name)
     for title in columns:
         table.add_column(title, justify="right")
     for row in rows:
@@ -98,7 +202,7 @@ def _show(rows: list[dict[str, Any]], columns: Columns, caption: str, as_json: b
                 shown.append("yes" if value else "NO")
             else:
                 shown.append("—" if value is None else format(factor * value, form))
-        table.add_row(row["what"], *shown)
+        table.add_row(row[name], *shown)
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=_PIPE_COLUMNS)

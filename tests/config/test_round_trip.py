@@ -104,6 +104,10 @@ def configs(draw: st.DrawFn) -> Config:
         _chosen(mask)
     if mask and "parameters" in mask:
         mask["parameters"] = tuple(re.escape(text) for text in mask["parameters"])
+    if data["perturbation"] and len(set(window := data["perturbation"]["window"])) == 2:
+        data["perturbation"]["window"] = tuple(sorted(window))
+    elif data["perturbation"]:
+        data["perturbation"]["window"] = (0.0, 1.0)
     if (data["perturbation"] or {}).get("rho_schedule") == "constant":
         data["perturbation"]["rho_final"] = 0.0
     if data["sharding"]["backend"] != "fsdp2":

@@ -203,7 +203,8 @@ def test_scores_are_the_definition(family: str) -> None:
     assert all(not expected["fisher"][n].any() for n in expected["fisher"] if n.startswith("unused"))
 
 
-@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("size", WHOLE)
 def test_ddp_and_fsdp2_have_the_bits_of_one_process(size: int) -> None:
     check(size, WHOLE[size])
 

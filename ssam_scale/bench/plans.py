@@ -1,0 +1,216 @@
+"""The ways of taking a step that are compared: the base optimizer, SAM as others have it, and our plans."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssam_scale.errors import UserError
+from ssam_scale.masks import Chosen, Dense, Depth, Mask, Norms, Scored
+from ssam_scale.perturbation import Interval, SparseSAM, StagedModel
+
+from .networks import Batch, Setting
+from .predict import StepShape
+
+_RHO, _LR, _MOMENTUM = 0.05, 1e-3, 0.9
+
+# Draws of the moving cut in one round of all plans.
+_DRAWS = 4
+
+Step = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way of taking a step.
+
+    Attributes:
+        name: short and unique.
+        mask: of our plans; None: not ours.
+        fraction: share of the batch in the ascent pass.
+        interval: steps from one ascent to the next.
+        steps: how many are taken in turn before the next way's: a whole period, or several draws.
+        has_cut: whether the blocks before a cut are left alone, for which there is a bound on the time.
+    """
+
+    name: str
+    mask: Callable[[], Mask] | None
+    fraction: float = 1.0
+    interval: int = 1
+    steps: int = 1
+    has_cut: bool = False
+
+    def target(self, suffix_share: float) -> float | None:
+        """The highest time over the base step's that we want, where we want one."""
+        if self.name == "sam":
+            return 2.05
+        return 1.10 * (1.0 + suffix_share * self.fraction) if self.has_cut else None
+
+
+def _ours() -> list[Way]:
+    cuts = [
+        Way(f"cut {cut}{name}", partial(Depth, (cut, cut)), fraction, has_cut=True)
+        for cut in (0.25, 0.5, 0.75)
+        for name, fraction in (("", 1.0), (", fraction 0.5", 0.5))
+    ]
+    masks = [
+        Way("moving cut", Depth, steps=_DRAWS, has_cut=True),
+        Way("tensor 50%", partial(Scored, "tensor", 0.5, score="random")),
+        Way("block 50%", partial(Scored, "block", 0.5, score="random")),
+        Way("norm", Norms),
+        Way("element 50%", partial(Scored, "element", 0.5, score="random")),
+    ]
+    intervals = [Way(f"interval {k}", Dense, interval=k, steps=k) for k in (2, 5)]
+    return [Way("sam", Dense), *cuts, *masks, *intervals]
+
+
+def ways() -> list[Way]:
+    """All of them, the base optimizer first; pytorch_optimizer's where it is installed."""
+    theirs = [Way("textbook", None)]
+    if importlib.util.find_spec("pytorch_optimizer") is not None:
+        theirs.append(Way("pytorch_optimizer", None))
+    ours = _ours()
+    return [Way("base", None), ours[0], *theirs, *ours[1:]]
+
+
+def chosen_ways(names: Sequence[str] | None) -> list[Way]:
+    """Those of these names, and the base optimizer; None: all.
+
+    Raises:
+        UserError: there is none of such a name.
+    """
+    known = {way.name: way for way in ways()}
+    for name in names or ():
+        if name not in known:
+            raise UserError(f"--plans: there is no plan {name!r}; there are {', '.join(map(repr, known))}")
+    return [way for way in known.values() if names is None or way.name == "base" or way.name in names]
+
+
+class Running:
+    """A way at work on its own copy of the network.
+
+    Args:
+        way: how to step.
+        setting: on what.
+        network: the setting's, and nobody else's.
+    """
+
+    def __init__(self, way: Way, setting: Setting, network: StagedModel) -> None:
+        self.way = way
+        self.network = network
+        self.batch = setting.batch()
+        self._stages = self.network.stage_of_parameters()
+        self._numels = {name: p.numel() for name, p in self.network.model.named_parameters()}
+        self.opt: SparseSAM | None = None
+        self.optimizer: torch.optim.Optimizer
+        if way.mask is None:
+            self.optimizer, self.step = _THEIRS[way.name](self.network, setting, self.batch)
+        else:
+            self.opt = _sparse_sam(self.network, way)
+            self.optimizer = self.opt.base_optimizer
+            self.step = partial(self.opt.step, setting.loss_fn, self.batch)
+
+    def shape(self) -> StepShape:
+        """What the next step is going to perturb."""
+        depth, everything = len(self.network.stages), sum(self._numels.values())
+        if self.opt is None:
+            perturbs = self.way.name != "base"
+            return StepShape(0, (float(perturbs),) * depth, everything if perturbs else 0)
+        if not any(self.opt.radii):
+            return StepShape(0, (0.0,) * depth, 0)
+        plan = self.opt.plan
+        whole, kept = [0] * depth, [0] * depth
+        for name, numel in self._numels.items():
+            whole[self._stages[name]] += numel
+            kept[self._stages[name]] += numel if name in plan.weights else 0
+        shares = tuple(k / w if w else 0.0 for k, w in zip(kept, whole, strict=True))
+        return StepShape(plan.cut, shares, plan.perturbed, self.way.fraction)
+
+    @property
+    def weights(self) -> int:
+        """Number of the network's weights."""
+        return sum(self._numels.values())
+
+
+def sgd(network: StagedModel) -> torch.optim.Optimizer:
+    """The base optimizer of every way."""
+    return torch.optim.SGD(network.parameters(), lr=_LR, momentum=_MOMENTUM)
+
+
+def _sparse_sam(network: StagedModel, way: Way) -> SparseSAM:
+    assert way.mask is not None
+    mask, schedule = way.mask(), Interval(way.interval) if way.interval > 1 else None
+    opt = SparseSAM(network, sgd(network), rho=_RHO, mask=mask, fraction=way.fraction, schedule=schedule)
+    if isinstance(mask, Chosen):
+        opt.refresh()  # at random, which needs no samples
+    return opt
+
+
+def _base(network: StagedModel, setting: Setting, batch: Batch) -> tuple[torch.optim.Optimizer, Step]:
+    """SGD with momentum alone."""
+    optimizer = sgd(network)
+
+    def step() -> None:
+        setting.loss_fn(network, batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return optimizer, step
+
+
+def _textbook(network: StagedModel, setting: Setting, batch: Batch) -> tuple[torch.optim.Optimizer, Step]:
+    """Algorithm 1 of the SAM paper (arXiv 2010.01412) as tutorials have it: two full passes, loops over parameters."""
+    optimizer = sgd(network)
+    parameters = list(network.parameters())
+
+    def step() -> None:
+        setting.loss_fn(network, batch).backward()
+        with torch.no_grad():
+            norm = torch.stack([p.grad.norm() for p in parameters if p.grad is not None]).norm()
+            old: list[Tensor] = []
+            for p in parameters:
+                assert p.grad is not None
+                old.append(p.clone())
+                p.add_(p.grad * (_RHO / (norm + 1e-12)))
+        optimizer.zero_grad()
+        setting.loss_fn(network, batch).backward()
+        with torch.no_grad():
+            for p, before in zip(parameters, old, strict=True):
+                p.copy_(before)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return optimizer, step
+
+
+def _pytorch_optimizer(network: StagedModel, setting: Setting, batch: Batch) -> tuple[torch.optim.Optimizer, Step]:
+    """The SAM of the package of that name, as its docstring shows."""
+    sam = importlib.import_module("pytorch_optimizer").SAM
+    optimizer = sam(network.parameters(), torch.optim.SGD, rho=_RHO, lr=_LR, momentum=_MOMENTUM)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = setting.loss_fn(network, batch)
+        loss.backward()
+        return loss
+
+    def step() -> None:
+        optimizer.zero_grad()
+        closure()
+        optimizer.step(closure)
+
+    return optimizer, step
+
+
+_THEIRS: dict[str, Callable[[StagedModel, Setting, Batch], tuple[torch.optim.Optimizer, Step]]] = {
+    "base": _base,
+    "textbook": _textbook,
+    "pytorch_optimizer": _pytorch_optimizer,
+}

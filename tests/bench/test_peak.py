@@ -1,0 +1,59 @@
+"""`ssam-scale bench memory`, run as its users run it, on a small network."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from ssam_scale.bench.networks import setting_of
+from ssam_scale.bench.peak import has_one_peak
+from ssam_scale.bench.plans import ways
+
+SMALL = ["--models", "test_vit", "--resolution", "32", "--batch-size", "4", "--repeats", "1"]
+
+
+def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "ssam_scale", "bench", "memory", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=600)
+
+
+def check(text: str, expected: list[str]) -> None:
+    rows = {row["plan"]: row for row in json.loads(text)}
+    assert list(rows) == expected
+    weights = sum(p.numel() for p in setting_of("test_vit", 32, 4).network().parameters())
+    for name, row in rows.items():
+        # Weights and momentum in float32, four images and labels; a bit a weight for masks of single weights.
+        mask = weights / 8 if name == "element 50%" else 0.0
+        assert row["persistent_bytes"] == pytest.approx(8 * weights + 4 * (3 * 32 * 32 * 4 + 8) + mask, abs=200)
+        assert row["model"] == "test_vit"
+        if row["peak_bytes"] is None:  # this system does not tell
+            continue
+        assert row["peak_bytes"] == row["persistent_bytes"] + row["step_bytes"]
+        assert row["peak_over_base"] == row["peak_bytes"] / rows["base"]["peak_bytes"]
+        assert row["step_bytes"] > 4 * weights * 0.5  # at least the gradients, but for pages that were there before
+    assert rows["base"]["density"] == 0.0
+    assert rows["base"]["peak_over_base"] in (1.0, None)
+
+
+@pytest.mark.slow
+def test_rows_add_up() -> None:
+    result = bench(*SMALL, "--plans", "element 50%", "--plans", "moving cut", "--json")
+    assert result.returncode == 0, result.stderr
+    check(result.stdout, ["base", "element 50%"])
+
+
+@pytest.mark.slow
+def test_every_plan_has_its_row() -> None:
+    result = bench(*SMALL, "--json")
+    assert result.returncode == 0, result.stderr
+    check(result.stdout, [way.name for way in ways() if has_one_peak(way)])
+
+
+@pytest.mark.slow
+def test_a_table_for_people() -> None:
+    result = bench(*SMALL, "--plans", "sam")
+    assert result.returncode == 0, result.stderr
+    assert "peak / base" in result.stdout
