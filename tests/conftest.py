@@ -1,6 +1,17 @@
 """What holds for every test."""
 
 import os
+from collections.abc import Iterable
 
 # The networks here are too small to gain from a second thread, and waiting threads take the cores from other processes.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+
+
+def pytest_collection_modifyitems(items: Iterable[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

@@ -161,7 +161,6 @@ def test_what_cannot_be_given() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("ties", [False, True])
 def test_a_gpu_chooses_and_averages_as_the_cpu_does(ties: bool) -> None:
     generator = torch.Generator().manual_seed(4)

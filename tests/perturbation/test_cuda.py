@@ -37,10 +37,7 @@ from tests.perturbation.test_equivalence import (
 from tests.support.networks import batches, loss_fn, small_network
 from tests.support.ranks import free_port
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 
 BACKENDS = ["single", "ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3"]
 MOVING_CUT = Case("vit", "moving cut")

@@ -210,8 +210,6 @@ def test_agrees_with_an_independent_clock() -> None:
 def test_cuda_events_cover_the_kernel_and_not_the_launch() -> None:
     import torch
 
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
     torch.cuda._sleep(1000)  # the context and the first launch take long and are not what is timed
     torch.cuda.synchronize()
     timer = PhaseTimer("cuda")
