@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .perturbation import (
         CosineRadius,
         Interval,
+        Levers,
         SparseSAM,
         Stage,
         StagedModel,
@@ -29,6 +30,7 @@ __all__ = [
     "Depth",
     "Dynamic",
     "Interval",
+    "Levers",
     "Named",
     "Norms",
     "Scored",
@@ -50,6 +52,7 @@ _HOMES = {
     "Depth": "masks",
     "Dynamic": "masks",
     "Interval": "perturbation",
+    "Levers": "perturbation",
     "NM": "masks",
     "Named": "masks",
     "Norms": "masks",

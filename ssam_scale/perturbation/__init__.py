@@ -1,6 +1,7 @@
 """The step: which gradient is taken where, and what comes back exactly as it was."""
 
 from .ascent import Norm
+from .levers import Levers
 from .phases import Phase, Phases, no_phases
 from .radius import ConstantRadius, CosineRadius, Interval, RadiusSchedule, TiedRadius, Window
 from .scores import sampled_label_loss
@@ -11,6 +12,7 @@ __all__ = [
     "ConstantRadius",
     "CosineRadius",
     "Interval",
+    "Levers",
     "Norm",
     "Phase",
     "Phases",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from ssam_scale.masks import Chosen, Dense, Depth, Mask, Plan
 from ssam_scale.sharding import sharding_of
 
-from .arithmetic import add_, put_, taken
 from .around import AroundOptimizer
 from .ascent import Ascent, Norm
 from .batchnorm import frozen_statistics
 from .choice import Choice, SparseState
+from .levers import Levers
 from .passes import LossFn, Passes, without_gradient
+from .perturber import Perturber
 from .phases import Phases, no_phases
 from .pool import weight_pool
 from .radius import ConstantRadius, RadiusSchedule
@@ -62,6 +63,7 @@ class SparseSAM(AroundOptimizer):
         calibrate_every: steps between two dense ascents of `norm="calibrated"`; None: only after a refresh.
         fraction: share of each batch in the ascent, in (0, 1]: its first samples (m-sharpness is that of so many then).
         schedule: factor on ρ over time; 0 makes a step the base optimizer's (`Interval`, `Window`).
+        levers: which savings are made; None: those that cost nothing.
         max_grad_norm: the descent gradient is clipped to this norm. A DeepSpeed engine clips to its own
             `gradient_clipping`; None accepts that.
         scaler: scales the losses given with batches, for float16, and skips steps whose descent gradient is not finite;
@@ -85,6 +87,7 @@ class SparseSAM(AroundOptimizer):
         calibrate_every: int | None = 100,
         fraction: float = 1.0,
         schedule: RadiusSchedule | None = None,
+        levers: Levers | None = None,
         max_grad_norm: float | None = None,
         scaler: torch.amp.GradScaler | None = None,
         phases: Phases = no_phases,
@@ -105,6 +108,7 @@ class SparseSAM(AroundOptimizer):
         super().__init__(base_optimizer, rho=rho)
         self.mask: Mask = mask if mask is not None else Dense()
         self.max_grad_norm, self.scaler, self.fraction = max_grad_norm, scaler, fraction
+        self.levers = levers if levers is not None else Levers()
         self.steps = 0
         self._schedule = schedule if schedule is not None else ConstantRadius()
         self._phases = phases
@@ -118,6 +122,9 @@ class SparseSAM(AroundOptimizer):
         self.mask.check(self.pool.eligible(self.param_groups))
         self._choice = Choice(self.sharding, self.pool.parameters, self.mask, getattr(self, "_choice", None))
         self._ascent = Ascent(self.sharding, self.pool.parameters, self._norm, self._adaptive, self._calibrate_every)
+        self._perturber = Perturber(
+            self.sharding, self.pool, self._choice, self._ascent, self.base_optimizer, self._phases
+        )
 
     @property
     def plan(self) -> Plan:
@@ -177,30 +184,10 @@ class SparseSAM(AroundOptimizer):
             yield
         self.steps += 1
 
-    @contextmanager
-    def _perturbed(self, plan: Plan, *, dense: bool) -> Iterator[None]:
-        with self._phases("perturb"), torch.no_grad():
-            radii = self.radii
-            by_name = {name: radii[self.pool.group_of[name]] for name in plan.weights}
-            epsilon = self._ascent.perturbation(plan, by_name, self.steps, dense=dense)
-            perturbed = [self.pool.parameters[name] for name in plan.weights]
-            changing, changed = self.sharding.exposed(perturbed), self._choice.exposed(plan)
-            backup = taken(changing, changed)
-        try:
-            with self._phases("perturb"), torch.no_grad():
-                add_([shard.weight for shard in self.sharding.shards(perturbed)], list(plan.weights.values()), epsilon)
-                del epsilon
-                self.zero_grad()
-                self.sharding.publish()
-                # It remembers low-precision copies until its outermost context ends, which may be around the step.
-                torch.clear_autocast_cache()
-            yield
-        finally:
-            # Nothing in here waits for another process: this may be the only one that failed.
-            with self._phases("perturb"), torch.no_grad():
-                put_(changing, changed, backup)
-                self.sharding.forget_copies()
-                torch.clear_autocast_cache()
+    def _perturbed(self, plan: Plan, *, dense: bool) -> AbstractContextManager[list[Tensor]]:
+        radii = self.radii
+        by_name = {name: radii[self.pool.group_of[name]] for name in plan.weights}
+        return self._perturber(plan, by_name, self.steps, dense=dense)
 
     @property
     def kappa(self) -> Tensor:
@@ -300,12 +287,12 @@ class SparseSAM(AroundOptimizer):
         self.zero_grad()  # what an exception in an earlier step left behind
         sharding, perturbs, dense = self.sharding, any(self.radii), self._ascent.needs_all(self.steps)
         plan = self.plan if perturbs else Plan(0, {}, {})
-        cut = 0 if dense else plan.cut
+        cut = 0 if dense or not self.levers.share_prefix else plan.cut
         passes = Passes(sharding, cut, loss_fn, batches, self.scaler, self._phases, self.fraction)
         with torch.enable_grad():
             if not perturbs:
                 return passes.descend(statistics=True)
-            with without_gradient([] if dense else self._elided(plan)):
+            with without_gradient(self._elided(plan, cut) if self.levers.elide and not dense else []):
                 loss = passes.ascend()
             with self._phases("ascent backward"):
                 needed = self.pool.parameters if dense else plan.weights
@@ -314,7 +301,7 @@ class SparseSAM(AroundOptimizer):
                 passes.descend(statistics=False)
         return loss
 
-    def _elided(self, plan: Plan) -> list[nn.Parameter]:
+    def _elided(self, plan: Plan, cut: int) -> list[nn.Parameter]:
         """The parameters of the suffix whose ascent gradient nobody needs; the prefix is cut off by itself."""
         stages = self.pool.layout.stages
-        return [p for name, p in self.pool.parameters.items() if name not in plan.weights and stages[name] >= plan.cut]
+        return [p for name, p in self.pool.parameters.items() if name not in plan.weights and stages[name] >= cut]

@@ -1,0 +1,29 @@
+"""Which savings a step makes for what its mask leaves alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Levers:
+    """What a step leaves out because its mask leaves weights alone. Each works by itself.
+
+    None of the first four changes what a step computes. A lever that a backend has no use for does nothing there.
+
+    Attributes:
+        elide: no ascent gradient of what is not perturbed: not of whole tensors, nor of rows of linear layers and
+            convolutions. It is neither computed nor reduced, and nothing is saved for it in the forward.
+        share_prefix: the blocks before the first perturbed one run once and serve both passes.
+        pack: of the ascent gradient, and of perturbed weights, only what is perturbed is sent to other processes.
+        keep_gathered: sharded weights that are not perturbed stay gathered from the ascent pass to the descent pass,
+            which saves sending them again and costs the memory of them.
+        within_shard_group: with several copies of sharded weights (HSDP) each copy climbs by the gradient of its own
+            part of the batch, without a word to the others: sharpness of so many samples (m-sharpness).
+    """
+
+    elide: bool = True
+    share_prefix: bool = True
+    pack: bool = True
+    keep_gathered: bool = False
+    within_shard_group: bool = False
