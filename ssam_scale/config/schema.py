@@ -92,6 +92,20 @@ class Schedule(Section):
     kwargs: dict[str, Any] = Field(default_factory=dict, description="further arguments of the scheduler")
 
 
+class Levers(Section):
+    """Savings for what a mask leaves alone, each by itself."""
+
+    elide: bool = Field(True, description="no ascent gradient of what is not perturbed is computed")
+    share_prefix: bool = Field(True, description="blocks before the first perturbed one run once a step")
+    pack: bool = Field(True, description="only perturbed values of ascent gradients and weights are sent")
+    keep_gathered: bool = Field(
+        False, description="fsdp2: weights left alone stay gathered between the passes, at the cost of their memory"
+    )
+    within_shard_group: bool = Field(
+        False, description="fsdp2 with replicas: each copy of the weights climbs by its own part of the batch"
+    )
+
+
 class Perturbation(Section):
     """The ascent step of SAM: how far, and which weights."""
 
@@ -115,6 +129,13 @@ class Perturbation(Section):
     interval: int = Field(
         1, ge=1, description="steps from one ascent to the next; those between are the base optimizer's"
     )
+    reuse: float = Field(
+        0.0,
+        ge=0.0,
+        description="with an interval above 1: how much of what the last ascent brought is added to the gradients "
+        "between, relative to them (alpha of LookSAM)",
+    )
+    levers: Levers = Levers.model_validate({})
     window: tuple[Share, Share] = Field(
         (0.0, 1.0), description="part of the run that has ascents: shares of its steps, [first, last]"
     )
@@ -136,6 +157,12 @@ class Perturbation(Section):
             )
         if self.rho_final and self.rho_schedule == "constant":
             raise ValueError(f"rho_final {self.rho_final} needs a rho_schedule, cosine or lr; constant has no end")
+        if self.reuse and self.interval == 1:
+            raise ValueError(
+                f"reuse {self.reuse} needs an interval above 1: with an ascent in each step none is between"
+            )
+        if self.reuse and self.adaptive:
+            raise ValueError("reuse knows the gradient by the perturbation, which adaptive distorts; use one of them")
         return self
 
 
@@ -254,6 +281,22 @@ class Config(Section):
             raise ValueError(
                 f"train.precision fp16 needs loss scaling, which sharding.backend {self.sharding.backend} leaves to "
                 "DeepSpeed's own fp16; use bf16, or the backends ddp or fsdp2"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _levers_of_fsdp(self) -> Config:
+        if self.perturbation is None:
+            return self
+        levers, sharding = self.perturbation.levers, self.sharding
+        if levers.keep_gathered and sharding.backend != "fsdp2":
+            raise ValueError(
+                f"perturbation.levers.keep_gathered is for sharding.backend fsdp2, and it is {sharding.backend}"
+            )
+        if levers.within_shard_group and sharding.replicas == 1:
+            raise ValueError(
+                "perturbation.levers.within_shard_group needs sharding.replicas above 1 (and the backend fsdp2): there "
+                "is one shard group only"
             )
         return self
 

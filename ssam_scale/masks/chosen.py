@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ssam_scale.sharding import Sharding
 
+from .fixed import first_block
 from .parts import Bits, Part, Rows, popcount
 from .plan import Layout, Plan
 
@@ -173,11 +174,16 @@ class Chosen:
         self.selected = self._simplest(layout, parts, counts) if parts else None
         self.chosen_at = chosen_at
 
-    @staticmethod
-    def _simplest(layout: Layout, parts: Mapping[str, Part | None], counts: Sequence[int]) -> Plan:
-        """The plan, in which a part that is everything is None: the same for a choice made and one restored."""
+    def _simplest(self, layout: Layout, parts: Mapping[str, Part | None], counts: Sequence[int]) -> Plan:
+        """The plan, in which a part that is everything is None: the same for a choice made and one restored.
+
+        Whole tensors may leave the first blocks alone. Single weights and rows are practically everywhere, and count as
+        that, so that nobody has to give both passes the same input for nothing.
+        """
         by_name = dict(zip(parts, counts, strict=True))
         weights = {name: None if by_name[name] == layout.numels[name] else part for name, part in parts.items()}
+        if self.kept_as == "whole":
+            return Plan(first_block(layout, parts), weights, by_name, may_cut=layout.depth > 1)
         return Plan(0, weights, by_name)
 
 

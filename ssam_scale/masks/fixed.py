@@ -5,15 +5,22 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 
 from .plan import Layout, Plan
 
 
-def whole(layout: Layout, names: Iterable[str], cut: int = 0) -> Plan:
-    """The plan of perturbing all of the parameters `names`, in the order of `layout`."""
+def whole(layout: Layout, names: Iterable[str]) -> Plan:
+    """The plan of perturbing all of the parameters `names`, always, in the order of `layout`."""
     wanted = set(names)
     counts = {name: numel for name, numel in layout.numels.items() if name in wanted}
-    return Plan(cut, dict.fromkeys(counts), counts)
+    cut = first_block(layout, counts)
+    return Plan(cut, dict.fromkeys(counts), counts, may_cut=cut > 0)
+
+
+def first_block(layout: Layout, names: Iterable[str]) -> int:
+    """The index of the first block that uses one of the parameters `names`; 0 without any."""
+    return min((layout.stages[name] for name in names), default=0)
 
 
 class Dense:
@@ -53,7 +60,8 @@ class Depth:
         """The suffix of this step's cut."""
         low, high = (min(round(share * layout.depth), layout.depth - 1) for share in self.cut)
         cut = random.Random(f"cut {self.seed} {step}").randint(low, high)
-        return whole(layout, (name for name in layout.shapes if layout.stages[name] >= cut), cut)
+        plan = whole(layout, (name for name in layout.shapes if layout.stages[name] >= cut))
+        return replace(plan, cut=cut, may_cut=high > 0)
 
 
 class Named:

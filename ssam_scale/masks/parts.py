@@ -123,17 +123,25 @@ class Rows:
         start: row-major position in the whole parameter of the tensor's first element.
         numel: elements of the tensor, which may begin and end within a row.
         device: where the tensor is.
+
+    Attributes:
+        kept: indices of the rows of the whole parameter, on `device`.
+        kept_share: how many of them, in [0, 1].
     """
 
     def __init__(self, keep: Tensor, size: int, start: int, numel: int, device: torch.device) -> None:
         self.keep, self.size, self.start, self.numel, self.device = keep, size, start, numel, device
+        kept = keep.nonzero().view(-1)
+        self.kept = kept.to(device)
+        self.kept_share = len(kept) / max(len(keep), 1)
         first = -(-start // size)  # the first row that begins in here
         self._head = min(first * size - start, numel)
         rows = (numel - self._head) // size
         self._tail = self._head + rows * size
         self._head_kept = bool(self._head and keep[start // size])
         self._tail_kept = bool(self._tail < numel and keep[first + rows])
-        self.rows = keep[first : first + rows].nonzero().view(-1).to(device)
+        begin, end = torch.searchsorted(kept, torch.tensor([first, first + rows])).tolist()
+        self.rows = self.kept[begin:end] - first if first else self.kept[begin:end]  # of the body
         self.count = self._head * self._head_kept + len(self.rows) * size + (numel - self._tail) * self._tail_kept
 
     def take(self, source: Tensor) -> Tensor:

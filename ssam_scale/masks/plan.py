@@ -56,11 +56,13 @@ class Plan:
         weights: what is perturbed of each parameter's local shard, by name; None: all of it. What is not named is not
             perturbed anywhere and needs no ascent gradient.
         counts: how many weights of each parameter in `weights` are perturbed, over all processes.
+        may_cut: whether `cut` is above 0 here or may be in another step.
     """
 
     cut: int
     weights: Mapping[str, Part | None]
     counts: Mapping[str, int]
+    may_cut: bool = False
 
     @property
     def perturbed(self) -> int:

@@ -67,8 +67,7 @@ def adaptive_scales(weights: Sequence[Tensor]) -> list[Tensor]:
 def scale_to_radius_(gradients: Sequence[Tensor], radii: Sequence[float], reach: Tensor | float, norm: Tensor) -> None:
     """Gradients become ε = ρ · κ · g / (‖·‖ + 1e-7) in place (arXiv 2210.05177, equation 5, with m in g).
 
-    Where the norm is not finite they become zeros: there is no direction to go. That is decided without asking the
-    device: zero is what the bit pattern of anything, not-a-number included, becomes when multiplied by 0.
+    Where the norm is not finite they become zeros: there is no direction to go.
 
     Args:
         gradients: m ⊙ g.
@@ -81,7 +80,15 @@ def scale_to_radius_(gradients: Sequence[Tensor], radii: Sequence[float], reach:
     scale = reach / (norm + _TINY)
     for radius in set(radii):
         torch._foreach_mul_([g for g, r in zip(gradients, radii, strict=True) if r == radius], radius * scale)
-    patterns = {4: torch.int32, 8: torch.int64}
-    for size, integer in patterns.items():
-        if same := [g.view(integer) for g in gradients if g.element_size() == size]:
-            torch._foreach_mul_(same, norm.isfinite().to(integer))
+    zero_unless_(gradients, norm.isfinite())
+
+
+def zero_unless_(tensors: Sequence[Tensor], condition: Tensor) -> None:
+    """Zeros in the place of everything in `tensors` (of 4 or 8 bytes an element) unless `condition`, of shape ().
+
+    Decided without asking the device: zero is what the bit pattern of anything, not-a-number included, becomes when
+    multiplied by 0.
+    """
+    for size, integer in {4: torch.int32, 8: torch.int64}.items():
+        if same := [t.view(integer) for t in tensors if t.element_size() == size]:
+            torch._foreach_mul_(same, condition.to(integer))

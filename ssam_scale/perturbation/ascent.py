@@ -15,6 +15,8 @@ from ssam_scale.sharding import Sharding
 from .arithmetic import adaptive_scales, at_least_fp32, scale_to_radius_, squares
 
 Norm: TypeAlias = Literal["dense", "masked", "calibrated"]
+Known: TypeAlias = Literal["all", "named", "perturbed"]
+"""What there is a gradient of: all weights, all of the parameters in the plan, or only what it perturbs of them."""
 
 
 class Ascent:
@@ -30,7 +32,8 @@ class Ascent:
         parameters: all that are trained, by name.
         norm: what the gradient is divided by.
         adaptive: perturb weights in proportion to their magnitude (ASAM, arXiv 2102.11600).
-        calibrate_every: steps between two dense passes of the calibrated norm; None: only when it has to.
+        calibrate_every: steps between two looks at the whole gradient: the dense passes of the calibrated norm, and the
+            passes by which κ of single weights and rows is known; None: only when it has to.
 
     Attributes:
         kappa: ‖m ⊙ g‖ / ‖g‖ of the last step where both were known, float32 of shape (); not a number before.
@@ -90,13 +93,19 @@ class Ascent:
         self.shares.copy_(state["shares"])
         self.calibrated = int(state["calibrated"])
 
-    def needs_all(self, step: int) -> bool:
-        """Whether step number `step` needs the gradient of every parameter, perturbed or not."""
-        if self.norm != "calibrated":
-            return self.norm == "dense"
-        return self.calibrated < 0 or (self._every is not None and step - self.calibrated >= self._every)
+    def needs_all(self, plan: Plan, step: int) -> bool:
+        """Whether step number `step` needs the gradient of every parameter, perturbed or not.
 
-    def perturbation(self, plan: Plan, radii: Mapping[str, float], step: int, *, dense: bool) -> list[Tensor]:
+        The masked norm does not, but for κ it looks at it now and then where the ascent has most of it anyway.
+        """
+        every = self._every
+        if self.norm == "masked":
+            return every is not None and step % every == 0 and _takes_parts(plan)
+        if self.norm == "dense":
+            return True
+        return self.calibrated < 0 or (every is not None and step - self.calibrated >= every)
+
+    def perturbation(self, plan: Plan, radii: Mapping[str, float], step: int, known: Known) -> list[Tensor]:
         """ε of each parameter in the plan, of the elements that it perturbs alone: float32, where there is a `Part` of
         shape (its count,), else shaped like the shard. Fp32 gradients are overwritten: ε takes their memory.
 
@@ -104,20 +113,20 @@ class Ascent:
             plan: what to perturb.
             radii: ρ by parameter.
             step: number of the step, from 0.
-            dense: whether there is a gradient of every parameter, or only of what is perturbed.
+            known: what there is a gradient of.
         """
         chosen = [self._parameters[name] for name in plan.weights]
         parts = list(plan.weights.values())
         gradients = self._sharding.gradients(chosen)
         weights = [shard.weight for shard in self._sharding.shards(chosen)] if self.adaptive else []
-        everything = self._all_squares(plan, gradients, weights) if self._sees_more(plan, dense) else None
+        everything = self._all_squares(plan, gradients, weights) if self._sees_more(plan, known) else None
         epsilon = at_least_fp32([g if m is None else m.compact(g) for g, m in zip(gradients, parts, strict=True)])
         del gradients
         scales = adaptive_scales([w if m is None else m.take(w) for w, m in zip(weights, parts, strict=False)])
         if scales:
             torch._foreach_mul_(epsilon, scales)
         masked = squares(epsilon, self._device)
-        calibrates = dense and self.norm == "calibrated"
+        calibrates = known == "all" and self.norm == "calibrated"
         norm, reach = self._norm_and_reach(plan, masked, everything, step if calibrates else None)
         if scales:
             torch._foreach_mul_(epsilon, scales)
@@ -125,16 +134,14 @@ class Ascent:
         self.skipped += ~norm.isfinite()
         return epsilon
 
-    def _sees_more(self, plan: Plan, dense: bool) -> bool:
+    def _sees_more(self, plan: Plan, known: Known) -> bool:
         """Whether there are gradients of all weights, and to look at those that are not perturbed, too.
 
-        A mask of single weights or rows has them whatever the norm, and then they cost one more look to know κ.
+        Where they are there anyway they cost one more look to know κ, also if the norm has no use for it.
         """
-        if self.norm != "masked":
-            return dense
-        partly = any(part is not None for part in plan.weights.values())
-        everywhere = plan.weights.keys() == self._parameters.keys()
-        return partly if everywhere else dense
+        if self.norm != "masked" or plan.weights.keys() != self._parameters.keys():
+            return known == "all"
+        return known != "perturbed" and _takes_parts(plan)
 
     def _all_squares(self, plan: Plan, chosen: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
         """‖g‖² of every parameter on this process; `chosen` and `weights` are of what the plan names."""
@@ -199,3 +206,8 @@ class Ascent:
         if key not in self._placed:
             self._placed[key] = torch.tensor([self._index[n] for n in key], dtype=torch.int64, device=self._device)
         return self._placed[key]
+
+
+def _takes_parts(plan: Plan) -> bool:
+    """Whether it perturbs single weights or rows."""
+    return any(part is not None for part in plan.weights.values())

@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from ssam_scale.masks import Layout
 from ssam_scale.sharding import Sharding
 
+from .elision import row_layers
 from .stages import StagedModel
 
 
@@ -22,12 +24,19 @@ class WeightPool:
         parameters: by their name in the network, in the network's order.
         layout: their sizes and stages.
         group_of: index of the parameter group of each, by name.
+        layers: those that can compute the gradient of some rows of their weight, by its name.
     """
 
     parameters: dict[str, nn.Parameter]
     layout: Layout
     group_of: dict[str, int]
+    layers: dict[str, nn.Module]
     _eligible: dict[tuple[bool, ...], Layout] = field(default_factory=dict, repr=False)  # asked for in every step
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights live."""
+        return next((p.device for p in self.parameters.values()), torch.device("cpu"))
 
     def eligible(self, groups: Sequence[Mapping[str, Any]]) -> Layout:
         """The weights that a mask may choose from: those of the groups that are not left alone."""
@@ -64,7 +73,13 @@ def weight_pool(sharding: Sharding, groups: Sequence[Sequence[nn.Parameter]]) ->
         frozenset(name for name, p in parameters.items() if id(p) in contracted),
         frozenset(name for name, p in parameters.items() if id(p) in norms),
     )
-    return WeightPool(parameters, layout, {name: group_of[id(p)] for name, p in parameters.items()})
+    layers = row_layers(network)
+    return WeightPool(
+        parameters,
+        layout,
+        {name: group_of[id(p)] for name, p in parameters.items()},
+        {name: layers[id(p)] for name, p in parameters.items() if id(p) in layers},
+    )
 
 
 def _roles(network: nn.Module) -> tuple[set[int], set[int]]:

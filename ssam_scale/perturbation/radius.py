@@ -81,14 +81,19 @@ class Interval:
     Attributes:
         every: steps from one ascent to the next.
         schedule: of the radius in the steps that have one.
+        reuse: how much of what the last ascent brought is added to the gradient of the others, relative to it: α of
+            LookSAM (see `reuse.Reuse`). With 0 they are the base optimizer's.
     """
 
     every: int
     schedule: RadiusSchedule = ConstantRadius()
+    reuse: float = 0.0
 
     def __post_init__(self) -> None:
         if self.every < 1:
             raise ValueError(f"every is {self.every}; at least 1 is needed")
+        if not 0.0 <= self.reuse < math.inf:
+            raise ValueError(f"reuse is {self.reuse}; at least 0 is needed")
 
     def __call__(self, step: int, group: Mapping[str, Any]) -> float:
         """0 between ascents."""
@@ -117,3 +122,20 @@ class Window:
         """0 outside."""
         inside = self.start <= step and (self.stop is None or step < self.stop)
         return self.schedule(step, group) if inside else 0.0
+
+
+def reuse_at(schedule: RadiusSchedule, step: int) -> float:
+    """α of LookSAM at step number `step`; 0 where there is an ascent, or what one brought is not reused."""
+    if isinstance(schedule, Window):
+        inside = schedule.start <= step and (schedule.stop is None or step < schedule.stop)
+        return reuse_at(schedule.schedule, step) if inside else 0.0
+    if isinstance(schedule, Interval):
+        return schedule.reuse if step % schedule.every else reuse_at(schedule.schedule, step)
+    return 0.0
+
+
+def reuses(schedule: RadiusSchedule) -> bool:
+    """Whether any step does."""
+    if isinstance(schedule, Interval) and schedule.every > 1 and schedule.reuse > 0.0:
+        return True
+    return isinstance(schedule, (Interval, Window)) and reuses(schedule.schedule)

@@ -66,6 +66,8 @@ def reference_step(
 ) -> Tensor:
     """One step of masked SAM: ε = ρ · (m ⊙ g) / ‖·‖, then the base optimizer with the gradient at w + ε.
 
+    Both passes draw the same random numbers, from the CPU's generator.
+
     With `adaptive`, T = |w| + 0.01: ε = ρ · T (m ⊙ T g) / ‖·‖, the norm being that of T g or m ⊙ T g.
 
     Args:
@@ -85,7 +87,7 @@ def reference_step(
     """
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     before = {name: p.detach().clone() for name, p in named.items()}
-    seen = batch if ascent_batch is None else ascent_batch
+    seen, random = batch if ascent_batch is None else ascent_batch, torch.get_rng_state()
     loss, gradient = reference_gradient(model, loss_fn, seen, adaptive=adaptive)
     masked = masked_by(gradient, mask)
     length = length_of(gradient if norm == "dense" else masked)
@@ -96,6 +98,7 @@ def reference_step(
             p.copy_(before[name] + (radius / (length + 1e-7)).float() * scale * masked[name])
 
     optimizer.zero_grad()
+    torch.set_rng_state(random)
     with frozen_statistics(model):
         loss_fn(model, batch).backward()
     with torch.no_grad():

@@ -14,15 +14,17 @@ from ssam_scale.masks import Chosen, Dense, Depth, Mask, Plan
 from ssam_scale.sharding import sharding_of
 
 from .around import AroundOptimizer
-from .ascent import Ascent, Norm
+from .ascent import Ascent, Known, Norm
 from .batchnorm import frozen_statistics
 from .choice import Choice, SparseState
+from .climb import Climb
 from .levers import Levers
-from .passes import LossFn, Passes, without_gradient
-from .perturber import Perturber
+from .passes import LossFn, Passes
 from .phases import Phases, no_phases
 from .pool import weight_pool
-from .radius import ConstantRadius, RadiusSchedule
+from .radius import ConstantRadius, RadiusSchedule, reuse_at, reuses
+from .randomness import RandomState
+from .reuse import Reuse
 
 
 class SparseSAM(AroundOptimizer):
@@ -60,7 +62,8 @@ class SparseSAM(AroundOptimizer):
         mask: which weights are perturbed; None: all of them.
         norm: what the gradient is divided by.
         adaptive: perturb weights in proportion to their magnitude (ASAM, arXiv 2102.11600).
-        calibrate_every: steps between two dense ascents of `norm="calibrated"`; None: only after a refresh.
+        calibrate_every: steps between two dense ascents of `norm="calibrated"`, and of masks of single weights and rows
+            between two looks at the whole gradient, for `kappa`; None: only after a refresh.
         fraction: share of each batch in the ascent, in (0, 1]: its first samples (m-sharpness is that of so many then).
         schedule: factor on ρ over time; 0 makes a step the base optimizer's (`Interval`, `Window`).
         levers: which savings are made; None: those that cost nothing.
@@ -101,6 +104,8 @@ class SparseSAM(AroundOptimizer):
                 "norm 'dense' needs the gradient of the prefix, which a Depth mask never computes; use 'masked', or "
                 "'calibrated' for the same length"
             )
+        if adaptive and schedule is not None and reuses(schedule):
+            raise ValueError("reuse between ascents knows the gradient by the perturbation, which adaptive distorts")
         self.sharding = sharding_of(model if isinstance(model, nn.Module) else nn.ParameterList(model))
         base_optimizer, _ = self.sharding.trained(base_optimizer, max_grad_norm)
         if scaler is not None and not self.sharding.takes_scaler:
@@ -122,9 +127,10 @@ class SparseSAM(AroundOptimizer):
         self.mask.check(self.pool.eligible(self.param_groups))
         self._choice = Choice(self.sharding, self.pool.parameters, self.mask, getattr(self, "_choice", None))
         self._ascent = Ascent(self.sharding, self.pool.parameters, self._norm, self._adaptive, self._calibrate_every)
-        self._perturber = Perturber(
-            self.sharding, self.pool, self._choice, self._ascent, self.base_optimizer, self._phases
+        self._climb = Climb(
+            self.sharding, self.pool, self._choice, self._ascent, self.base_optimizer, self.levers, self._phases
         )
+        self._reuse = Reuse(self.sharding, self.pool.parameters) if reuses(self._schedule) else None
 
     @property
     def plan(self) -> Plan:
@@ -166,6 +172,8 @@ class SparseSAM(AroundOptimizer):
             loss = self._step_closure(closure)
         with self._phases("optimizer"):
             self._choice.accumulate(self.scaler if batches else None)
+            if self._reuse is not None and closure is not None and (alpha := reuse_at(self._schedule, self.steps)):
+                self._reuse.add(alpha)
             self.sharding.step(self.base_optimizer, self.max_grad_norm, self.scaler if batches else None)
             if closure is not None:
                 self.zero_grad()
@@ -180,14 +188,14 @@ class SparseSAM(AroundOptimizer):
         end. On DDP and FSDP2 it must have been reduced, as a synchronised backward leaves it. A gradient that a
         `GradScaler` has scaled will do: the length of ε does not depend on it.
         """
-        with self._perturbed(self.plan, dense=True):
+        with self._perturbed(self.plan, "all"):
             yield
         self.steps += 1
 
-    def _perturbed(self, plan: Plan, *, dense: bool) -> AbstractContextManager[list[Tensor]]:
+    def _perturbed(self, plan: Plan, known: Known) -> AbstractContextManager[list[Tensor]]:
         radii = self.radii
         by_name = {name: radii[self.pool.group_of[name]] for name in plan.weights}
-        return self._perturber(plan, by_name, self.steps, dense=dense)
+        return self._climb.perturbed(plan, by_name, self.steps, known, keep=self._reuse is not None)
 
     @property
     def kappa(self) -> Tensor:
@@ -260,9 +268,11 @@ class SparseSAM(AroundOptimizer):
         """What SparseSAM itself must remember, in tensors that mean the same on any number of processes. Collective.
 
         `steps` and `skipped` (int64, shape ()); `calibrated`, the step of the last calibration (−1: due), and `shares`
-        (float32, one a parameter), the calibration; and of a mask chosen by scores, `Choice.state`.
+        (float32, one a parameter), the calibration; of a mask chosen by scores, `Choice.state`; and `reused`, by
+        parameter, `Reuse.state`.
         """
-        return {"steps": torch.tensor(self.steps), **self._ascent.state(), **self._choice.state()}
+        reused = self._reuse.state() if self._reuse is not None else {}
+        return {"steps": torch.tensor(self.steps), **self._ascent.state(), **self._choice.state(), "reused": reused}
 
     def load_sparse_state(self, state: dict[str, Any]) -> None:
         """Take back what `sparse_state` returned, on any number of processes.
@@ -272,36 +282,36 @@ class SparseSAM(AroundOptimizer):
         """
         self._choice.load_state(state, self.pool.layout)
         self._ascent.load_state(state)
+        if self._reuse is not None:
+            self._reuse.load(state.get("reused", {}))
         self.steps = int(state["steps"])
 
     def _step_closure(self, closure: Callable[[], Any]) -> Any:
         with torch.enable_grad():
             if not any(self.radii):
                 return closure()
+            random = RandomState.now(self.pool.device)
             loss = closure()
-            with self._perturbed(self.plan, dense=True), frozen_statistics(self.sharding.network):
+            plan = self.plan
+            with self._perturbed(plan, "all") as epsilon, frozen_statistics(self.sharding.network):
+                random.restore()
                 closure()
+        if self._reuse is not None:
+            self._reuse.note(plan, epsilon)
         return loss
 
     def _step_batches(self, loss_fn: LossFn, batches: tuple[Any, ...]) -> Tensor:
         self.zero_grad()  # what an exception in an earlier step left behind
-        sharding, perturbs, dense = self.sharding, any(self.radii), self._ascent.needs_all(self.steps)
-        plan = self.plan if perturbs else Plan(0, {}, {})
-        cut = 0 if dense or not self.levers.share_prefix else plan.cut
-        passes = Passes(sharding, cut, loss_fn, batches, self.scaler, self._phases, self.fraction)
+        plan = self.plan if any(self.radii) else Plan(0, {}, {})
+        shares = self.levers.share_prefix and self._norm != "dense" and plan.may_cut
+        cut = plan.cut if shares and not self._ascent.needs_all(plan, self.steps) else 0
+        passes = Passes(self.sharding, cut, loss_fn, batches, self.scaler, self._phases, self.fraction, may_cut=shares)
         with torch.enable_grad():
-            if not perturbs:
+            if not plan.weights:
                 return passes.descend(statistics=True)
-            with without_gradient(self._elided(plan, cut) if self.levers.elide and not dense else []):
-                loss = passes.ascend()
-            with self._phases("ascent backward"):
-                needed = self.pool.parameters if dense else plan.weights
-                sharding.reduce_ascent([self.pool.parameters[name] for name in needed])
-            with self._perturbed(plan, dense=dense):
+            loss, known = self._climb.ascend(plan, passes, self.steps)
+            with self._perturbed(plan, known) as epsilon:
                 passes.descend(statistics=False)
+        if self._reuse is not None:
+            self._reuse.note(plan, epsilon)
         return loss
-
-    def _elided(self, plan: Plan, cut: int) -> list[nn.Parameter]:
-        """The parameters of the suffix whose ascent gradient nobody needs; the prefix is cut off by itself."""
-        stages = self.pool.layout.stages
-        return [p for name, p in self.pool.parameters.items() if name not in plan.weights and stages[name] >= cut]

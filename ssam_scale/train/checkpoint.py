@@ -5,7 +5,8 @@
         optimizer.safetensors   state of the base optimizer, `<parameter>|<entry>`
         average.safetensors     averaged weights, with an EMA
         sparse.safetensors      steps, calibration and, with a mask chosen by scores, when it was chosen last,
-                                `mask.<parameter>` and `accumulated.<parameter>`: see `SparseSAM.sparse_state`
+                                `mask.<parameter>`, `accumulated.<parameter>` and `reused.<parameter>`: see
+                                `SparseSAM.sparse_state`
         state.json              epoch, step, model, configuration, the optimizer's numbers, the loss scale
 
 Tensors are whole, so a run goes on under another backend or number of processes. A checkpoint appears under its name
@@ -35,7 +36,7 @@ from ssam_scale.sharding import World
 from .average import AveragedWeights
 
 _FORMAT = 3
-_BY_PARAMETER = ("mask", "accumulated")  # what of the perturbation's state is by parameter
+_BY_PARAMETER = ("mask", "accumulated", "reused")  # what of the perturbation's state is by parameter
 _NAME = re.compile(r"epoch_(\d+)")
 
 
@@ -200,7 +201,7 @@ def _nested(flat: dict[str, Tensor], opt: SparseSAM) -> dict[str, Any]:
         kind, dot, name = key.partition(".")
         if not dot:
             result[key] = flat[key]
-        elif kind == "accumulated" and name in place:
+        elif kind != "mask" and name in place:
             result[kind][name] = flat[key].to(opt.pool.parameters[name].device)
         else:
             result[kind][name] = flat[key]

@@ -22,6 +22,7 @@ from ssam_scale.perturbation import (
     ConstantRadius,
     CosineRadius,
     Interval,
+    Levers,
     Phases,
     RadiusSchedule,
     SparseSAM,
@@ -177,7 +178,7 @@ def _perturbation(config: Config, steps_per_epoch: int) -> dict[str, Any]:
     if first == last:
         raise UserError(f"perturbation.window {list(section.window)} holds none of the run's {steps} steps")
     if section.interval > 1:
-        schedule = Interval(section.interval, schedule)
+        schedule = Interval(section.interval, schedule, section.reuse)
     if (first, last) != (0, steps):
         schedule = Window(first, last, schedule)
     return {
@@ -187,6 +188,7 @@ def _perturbation(config: Config, steps_per_epoch: int) -> dict[str, Any]:
         "adaptive": section.adaptive,
         "calibrate_every": section.calibrate_every,
         "fraction": section.fraction,
+        "levers": Levers(**section.levers.model_dump()),
         "schedule": schedule,
     }
 

@@ -112,6 +112,11 @@ def configs(draw: st.DrawFn) -> Config:
         data["perturbation"]["rho_final"] = 0.0
     if data["sharding"]["backend"] != "fsdp2":
         data["sharding"]["replicas"] = 1
+    if perturbation := data["perturbation"]:
+        if perturbation["interval"] == 1 or perturbation["adaptive"]:
+            perturbation["reuse"] = 0.0
+        perturbation["levers"]["keep_gathered"] &= data["sharding"]["backend"] == "fsdp2"
+        perturbation["levers"]["within_shard_group"] &= data["sharding"]["replicas"] > 1
     if data["sharding"]["backend"].startswith("zero"):
         data["optimizer"] |= {"name": "sgd", "kwargs": {}}
         data["train"]["precision"] = "bf16"

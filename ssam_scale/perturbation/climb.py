@@ -1,4 +1,4 @@
-"""The weights at w + ε for a while, and at w again afterwards."""
+"""From w to w + ε, with no more work than the plan asks for, and back to w."""
 
 from __future__ import annotations
 
@@ -8,18 +8,21 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from ssam_scale.masks import Plan
+from ssam_scale.masks import Plan, Rows
 from ssam_scale.sharding import Sharding
 
 from .arithmetic import add_, put_, taken
-from .ascent import Ascent
+from .ascent import Ascent, Known
 from .choice import Choice
+from .elision import only_rows, without_gradient
+from .levers import Levers
+from .passes import Passes
 from .phases import Phases
 from .pool import WeightPool
 
 
-class Perturber:
-    """Perturbs by the ascent gradient that the backend holds.
+class Climb:
+    """The ascent pass, and the perturbation that follows from it.
 
     Args:
         sharding: where the weights live.
@@ -27,6 +30,7 @@ class Perturber:
         choice: the mask at work.
         ascent: makes ε.
         optimizer: of the weights, whose gradients are dropped in between.
+        levers: which savings are made.
         phases: measures.
     """
 
@@ -37,14 +41,39 @@ class Perturber:
         choice: Choice,
         ascent: Ascent,
         optimizer: torch.optim.Optimizer,
+        levers: Levers,
         phases: Phases,
     ) -> None:
         self._sharding, self._pool, self._choice, self._ascent = sharding, pool, choice, ascent
-        self._optimizer, self._phases = optimizer, phases
+        self._optimizer, self._levers, self._phases = optimizer, levers, phases
+
+    def ascend(self, plan: Plan, passes: Passes, step: int) -> tuple[Tensor, Known]:
+        """The ascent pass at w.
+
+        Args:
+            plan: what is going to be perturbed.
+            passes: of this step.
+            step: its number, from 0.
+
+        Returns:
+            The loss, and what there is a reduced gradient of.
+        """
+        sharding, parameters, stages = self._sharding, self._pool.parameters, self._pool.layout.stages
+        dense = self._ascent.needs_all(plan, step)
+        narrow = self._levers.elide and not dense
+        elided = [p for n, p in parameters.items() if n not in plan.weights and stages[n] >= passes.cut]
+        layers = self._pool.layers if narrow else {}
+        # What lies before the cut is cut off by itself.
+        with without_gradient(elided if narrow else []), only_rows(layers, plan.weights):
+            loss = passes.ascend()
+        with self._phases("ascent backward"):
+            sharding.reduce_ascent([parameters[name] for name in (parameters if dense else plan.weights)])
+        partly = any(isinstance(part, Rows) and name in layers for name, part in plan.weights.items())
+        return loss, "all" if dense else "perturbed" if partly else "named"
 
     @contextmanager
-    def __call__(
-        self, plan: Plan, radii: Mapping[str, float], step: int, *, dense: bool, keep: bool = False
+    def perturbed(
+        self, plan: Plan, radii: Mapping[str, float], step: int, known: Known, *, keep: bool = False
     ) -> Iterator[list[Tensor]]:
         """The weights are w + ε inside and w again afterwards, bit for bit, whatever happens inside.
 
@@ -52,12 +81,12 @@ class Perturber:
             plan: what to perturb.
             radii: ρ by parameter.
             step: number of the step, from 0.
-            dense: whether there is the whole gradient of every parameter, or only of what is perturbed.
+            known: what there is a gradient of.
             keep: whether to yield ε, as `Ascent.perturbation` makes it, and not nothing.
         """
         sharding = self._sharding
         with self._phases("perturb"), torch.no_grad():
-            epsilon = self._ascent.perturbation(plan, radii, step, dense=dense)
+            epsilon = self._ascent.perturbation(plan, radii, step, known)
             perturbed = [self._pool.parameters[name] for name in plan.weights]
             changing, changed = sharding.exposed(perturbed), self._choice.exposed(plan)
             backup = taken(changing, changed)

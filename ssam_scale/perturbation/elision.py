@@ -1,0 +1,158 @@
+"""Gradients that nobody needs are not computed: those of whole parameters, and those of rows of a layer's weight."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ssam_scale.masks import Part, Rows
+
+# Above this share of a layer's rows, moving the gradient of the kept ones together costs more than it saves.
+_MOST_ROWS = 0.9
+
+
+@contextmanager
+def without_gradient(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Forwards inside keep no graph towards `parameters`, so their gradient is neither computed nor saved for."""
+    for p in parameters:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in parameters:
+            p.requires_grad_(True)
+
+
+def row_layers(network: nn.Module) -> dict[int, nn.Module]:
+    """The layers whose weight's gradient can be computed for some rows only, by identity of the weight.
+
+    Linear layers and convolutions of torch's own, not subclasses, whose forward may be another one; padded with zeros;
+    not grouped, or by channel; with a weight that no other module uses.
+    """
+    users: dict[int, list[nn.Module]] = {}
+    for module in network.modules():
+        for p in module._parameters.values():
+            if p is not None:
+                users.setdefault(id(p), []).append(module)
+    return {key: modules[0] for key, modules in users.items() if len(modules) == 1 and _knows(modules[0], key)}
+
+
+def _knows(layer: nn.Module, weight: int) -> bool:
+    if type(layer) is nn.Linear:
+        return id(layer.weight) == weight
+    if type(layer) not in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
+        return False
+    plain = layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+    by_channel = layer.groups == layer.in_channels == layer.out_channels
+    return bool(id(layer.weight) == weight and plain and (layer.groups == 1 or by_channel))
+
+
+@contextmanager
+def only_rows(layers: Mapping[str, nn.Module], weights: Mapping[str, Part | None]) -> Iterator[None]:
+    """Backwards inside compute, of a layer's weight, the gradient of its perturbed rows; that of others is zero.
+
+    What is computed is the same to the last bit or two: a matrix product of fewer rows may add in another order. Code
+    that is compiled computes all rows.
+
+    Args:
+        layers: that can (`row_layers`), by name of their weight.
+        weights: what is perturbed, by name, as `Plan.weights`.
+    """
+    changed = []
+    for name, part in weights.items():
+        layer = layers.get(name)
+        # One whose forward is somebody's own keeps it.
+        if isinstance(part, Rows) and part.kept_share <= _MOST_ROWS and layer and "forward" not in vars(layer):
+            layer.forward = partial(_forward, layer, part)
+            changed.append(layer)
+    try:
+        yield
+    finally:
+        for layer in changed:
+            del layer.forward
+
+
+def _forward(layer: Any, part: Rows, x: Tensor) -> Tensor:
+    """The layer's forward, its weight's gradient being computed for the rows of `part` only."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        result: Tensor = type(layer).forward(layer, x)
+        return result
+    operands = _as_autocast(x, layer.weight, layer.bias)
+    if isinstance(layer, nn.Linear):
+        return _Linear.apply(*operands, part.kept)
+    how = (layer.stride, layer.padding, layer.dilation, layer.groups)
+    return _Convolution.apply(*operands, part.kept, how)
+
+
+def _as_autocast(*tensors: Tensor | None) -> list[Tensor | None]:
+    """What an operator that autocast runs in low precision is given."""
+    kind = next(t for t in tensors if t is not None).device.type
+    if not torch.is_autocast_enabled(kind):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(kind)
+    return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
+
+
+def _spread(rows: Tensor, kept: Tensor, like: Tensor) -> Tensor:
+    """`rows` in their places in a tensor shaped like `like`, and zeros."""
+    return torch.zeros_like(like).index_copy_(0, kept, rows)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, kept: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, kept)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, kept = ctx.saved_tensors
+        [g] = upstream
+        flat = g.reshape(-1, g.shape[-1])
+        of_x = g @ weight if ctx.needs_input_grad[0] else None
+        rows = flat.index_select(1, kept).t() @ x.reshape(-1, x.shape[-1])
+        of_bias = flat.sum(0) if ctx.needs_input_grad[2] else None
+        return of_x, _spread(rows, kept, weight), of_bias, None
+
+
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, kept: Tensor, how: Any) -> Tensor:
+        ctx.save_for_backward(x, weight, kept)
+        ctx.how = how
+        stride, padding, dilation, groups = how
+        none = (0,) * len(stride)
+        return torch.convolution(x, weight, bias, stride, padding, dilation, False, none, groups)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, kept = ctx.saved_tensors
+        [g] = upstream
+        stride, padding, dilation, groups = ctx.how
+        none = [0] * len(stride)
+
+        def gradients(g: Tensor, x: Tensor, weight: Tensor, groups: int, wanted: list[bool]) -> list[Tensor | None]:
+            sizes = [weight.shape[0]]
+            return list(
+                torch.ops.aten.convolution_backward(
+                    g, x, weight, sizes, stride, padding, dilation, False, none, groups, wanted
+                )
+            )
+
+        of_x, of_bias = None, None
+        if ctx.needs_input_grad[0]:
+            of_x = gradients(g, x, weight, groups, [True, False, False])[0]
+        if ctx.needs_input_grad[2]:
+            of_bias = g.sum([0, *range(2, g.ndim)])
+        by_channel = groups > 1
+        seen = x.index_select(1, kept) if by_channel else x
+        g_rows, w_rows = g.index_select(1, kept), weight.index_select(0, kept)
+        rows = gradients(g_rows, seen, w_rows, len(kept) if by_channel else 1, [False, True, False])[1]
+        assert rows is not None
+        return of_x, _spread(rows, kept, weight), of_bias, None, None
