@@ -93,7 +93,7 @@ class Climb:
         try:
             with self._phases("perturb"), torch.no_grad():
                 add_([shard.weight for shard in sharding.shards(perturbed)], list(plan.weights.values()), epsilon)
-                kept = epsilon if keep else []
+                kept = [e.clone() for e in epsilon] if keep else []  # ε may lie where the next gradient will
                 del epsilon
                 sharding.clear_gradients(self._optimizer)
                 sharding.publish()
