@@ -68,3 +68,14 @@ def test_a_tensor_mask_compiles_each_block_for_its_own_tensors_and_not_anew_in_e
         # two for the refresh: its batch has another size, and it is in evaluation mode.
         assert graphs() <= 4 + 1 + 2
     assert largest_difference(case.plain(), result) <= TOLERANCE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mask", ["row", "late"])
+def test_compiled_blocks_compute_all_rows_and_are_compiled_a_few_times_however_long_training_goes(mask: str) -> None:
+    case = Compiled("vit", mask, compiler="aot_eager")
+    with counting_graphs() as graphs:
+        [result] = train(World(), "single", [case])
+        # As for a tensor mask; and the ascent in which a row mask looks at all, which is the descent's graph.
+        assert graphs() <= 4 + 2 + 2
+    assert largest_difference(case.plain(), result) <= TOLERANCE
