@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ssam_scale.masks import Chosen, Dense, Depth, Mask, Plan
-from ssam_scale.sharding import sharding_of
+from ssam_scale.sharding import Needed, sharding_of
 
 from .around import AroundOptimizer
 from .ascent import Ascent, Norm
@@ -292,11 +292,9 @@ class SparseSAM(AroundOptimizer):
         with torch.enable_grad():
             if not perturbs:
                 return passes.descend(statistics=True)
-            with without_gradient(self._elided(plan, cut) if self.levers.elide and not dense else []):
+            elided = self._elided(plan, cut) if self.levers.elide and not dense else []
+            with without_gradient(elided), self._communicating(plan, dense):
                 loss = passes.ascend()
-            with self._phases("ascent backward"):
-                needed = self.pool.parameters if dense else plan.weights
-                sharding.reduce_ascent([self.pool.parameters[name] for name in needed])
             with self._perturbed(plan, dense=dense):
                 passes.descend(statistics=False)
         return loss
@@ -305,3 +303,15 @@ class SparseSAM(AroundOptimizer):
         """The parameters of the suffix whose ascent gradient nobody needs; the prefix is cut off by itself."""
         stages = self.pool.layout.stages
         return [p for name, p in self.pool.parameters.items() if name not in plan.weights and stages[name] >= cut]
+
+    def _communicating(self, plan: Plan, dense: bool) -> AbstractContextManager[None]:
+        """Surrounds an ascent: what of it is sent to other processes."""
+        every, levers = self.pool.parameters, self.levers
+        needed = every if dense else plan.weights
+        sent = Needed(
+            [every[name] for name in needed],
+            [plan.weights[name] if levers.pack and not dense else None for name in needed],
+            [p for name, p in every.items() if name not in plan.weights] if levers.keep_gathered else [],
+            levers.within_shard_group,
+        )
+        return self.sharding.ascent(sent)

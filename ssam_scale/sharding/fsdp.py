@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate
 from torch.distributed.tensor import Shard as ShardPlacement
 
 from .base import Autograd, Shard
+from .needs import Needed, Written
 from .peers import Peers
 from .watched import Take, taken
 
@@ -83,8 +84,9 @@ class FSDP2(Autograd):
         """The local rows of each parameter's reduced gradient."""
         return [torch.zeros_like(_local(p)) if p.grad is None else _local(p.grad) for p in parameters]
 
-    def reduce_ascent(self, parameters: Sequence[nn.Parameter]) -> None:
-        """FSDP reduced them during the backward, and only those that a pass left a gradient for."""
+    def ascent(self, needed: Needed) -> AbstractContextManager[None]:
+        """FSDP averages gradients in the backward, those that there are."""
+        return nullcontext()
 
     @contextmanager
     def micro_batch(self, *, last: bool) -> Iterator[None]:
@@ -150,7 +152,7 @@ class FSDP2(Autograd):
         """The local rows of each parameter."""
         return [_local(p) for p in parameters]
 
-    def publish(self) -> None:
+    def publish(self, written: Written | None = None) -> None:
         """The next forward gathers the shards anew."""
         self.forget_copies()
 

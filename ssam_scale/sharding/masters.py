@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .base import Shard, Sharding
+from .needs import Written
 
 
 @dataclass(frozen=True)
@@ -240,7 +241,7 @@ class FlatBuffers(FlatShards):
         """The whole parameters: every process holds all of them."""
         return [p.detach() for p in parameters]
 
-    def publish(self) -> None:
+    def publish(self, written: Written | None = None) -> None:
         """Gather every process's part into the flat buffers."""
         for group, buffer in enumerate(self._buffers):
             dist.all_gather_single(buffer.detach(), self._own_part(group))
