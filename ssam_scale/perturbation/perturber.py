@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ssam_scale.masks import Plan
-from ssam_scale.sharding import Sharding
+from ssam_scale.sharding import Sharding, Written
 
 from .arithmetic import add_, put_, taken
 from .ascent import Ascent
@@ -28,6 +28,7 @@ class Perturber:
         ascent: makes ε.
         optimizer: of the weights, whose gradients are dropped in between.
         phases: measures.
+        pack: whether to send other processes no more than the weights that were perturbed.
     """
 
     def __init__(
@@ -38,9 +39,10 @@ class Perturber:
         ascent: Ascent,
         optimizer: torch.optim.Optimizer,
         phases: Phases,
+        pack: bool,
     ) -> None:
         self._sharding, self._pool, self._choice, self._ascent = sharding, pool, choice, ascent
-        self._optimizer, self._phases = optimizer, phases
+        self._optimizer, self._phases, self._pack = optimizer, phases, pack
 
     @contextmanager
     def __call__(
@@ -56,18 +58,22 @@ class Perturber:
             keep: whether to yield ε, as `Ascent.perturbation` makes it, and not nothing.
         """
         sharding = self._sharding
-        with self._phases("perturb"), torch.no_grad():
-            epsilon = self._ascent.perturbation(plan, radii, step, dense=dense)
-            perturbed = [self._pool.parameters[name] for name in plan.weights]
-            changing, changed = sharding.exposed(perturbed), self._choice.exposed(plan)
-            backup = taken(changing, changed)
+        try:
+            with self._phases("perturb"), torch.no_grad():
+                epsilon = self._ascent.perturbation(plan, radii, step, dense=dense)
+                perturbed = [self._pool.parameters[name] for name in plan.weights]
+                changing, changed = sharding.exposed(perturbed), self._choice.exposed(plan)
+                backup = taken(changing, changed)
+        except BaseException:
+            sharding.forget_copies()  # an ascent may have left some for the descent
+            raise
         try:
             with self._phases("perturb"), torch.no_grad():
                 add_([shard.weight for shard in sharding.shards(perturbed)], list(plan.weights.values()), epsilon)
                 kept = epsilon if keep else []
                 del epsilon
                 sharding.clear_gradients(self._optimizer)
-                sharding.publish()
+                sharding.publish(Written(perturbed, list(plan.weights.values()), changed) if self._pack else None)
                 # It remembers low-precision copies until its outermost context ends, which may be around the step.
                 torch.clear_autocast_cache()
             yield kept

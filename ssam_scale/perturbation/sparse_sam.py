@@ -123,7 +123,7 @@ class SparseSAM(AroundOptimizer):
         self._choice = Choice(self.sharding, self.pool.parameters, self.mask, getattr(self, "_choice", None))
         self._ascent = Ascent(self.sharding, self.pool.parameters, self._norm, self._adaptive, self._calibrate_every)
         self._perturber = Perturber(
-            self.sharding, self.pool, self._choice, self._ascent, self.base_optimizer, self._phases
+            self.sharding, self.pool, self._choice, self._ascent, self.base_optimizer, self._phases, self.levers.pack
         )
 
     @property
