@@ -6,8 +6,8 @@ There may be several such groups that each hold all of the weights (HSDP): the m
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Sequence, Set
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo
 from torch.distributed.tensor import DTensor, Placement, Replicate
 from torch.distributed.tensor import Shard as ShardPlacement
 
@@ -50,6 +51,7 @@ class FSDP2(Autograd):
             raise ValueError(
                 "the model is a part of a larger FSDP2 model: give the root that fully_shard was called on"
             )
+        self._staying: list[Any] = []  # units that stay gathered while the weights are perturbed
         self.forget_copies()  # after a forward without a backward the root shows its gathered weights as its parameters
         meshes = set()
         for name, p in module.named_parameters():
@@ -84,9 +86,15 @@ class FSDP2(Autograd):
         """The local rows of each parameter's reduced gradient."""
         return [torch.zeros_like(_local(p)) if p.grad is None else _local(p.grad) for p in parameters]
 
-    def ascent(self, needed: Needed) -> AbstractContextManager[None]:
-        """FSDP averages gradients in the backward, those that there are."""
-        return nullcontext()
+    @contextmanager
+    def ascent(self, needed: Needed) -> Iterator[None]:
+        """FSDP averages gradients in the backward, those that there are, over as many processes as it is told of."""
+        kept = {id(p) for p in needed.kept}
+        staying = [unit for unit in self._units() if kept and _consists_of(unit, kept)]
+        alone = self._units() if needed.within_shard_group and self._over else []
+        with _within_shard_groups(alone), _gathered_to_stay(staying):
+            yield
+        self._staying = staying
 
     @contextmanager
     def micro_batch(self, *, last: bool) -> Iterator[None]:
@@ -110,16 +118,19 @@ class FSDP2(Autograd):
         with taken([whole[id(p)] for p in parameters], take):
             yield
 
+    def _units(self) -> list[Any]:
+        """What FSDP gathers and frees together."""
+        return [unit for state in self._state._state_ctx.all_states for unit in state._fsdp_param_groups]
+
     def _kept(self) -> Iterator[Any]:
         """What FSDP keeps of each parameter."""
-        for state in self._state._state_ctx.all_states:
-            for group in state._fsdp_param_groups:
-                yield from group.fsdp_params
+        for unit in self._units():
+            yield from unit.fsdp_params
 
     def clear_gradients(self, optimizer: torch.optim.Optimizer) -> None:
         """Drop `.grad`, and what an accumulation that was broken off has left unsharded."""
         super().clear_gradients(optimizer)
-        self.forget_copies()
+        self.publish()
         for one in self._kept():
             one.unsharded_accumulated_grad = None
             if hasattr(one, "_unsharded_param"):  # there is none before the first forward
@@ -153,12 +164,61 @@ class FSDP2(Autograd):
         return [_local(p) for p in parameters]
 
     def publish(self, written: Written | None = None) -> None:
-        """The next forward gathers the shards anew."""
-        self.forget_copies()
+        """Free every gathered copy but those that an ascent kept: the next forward gathers the rest anew."""
+        if not self._staying:
+            self.forget_copies()
+            return
+        for unit in self._units():
+            if unit not in self._staying:
+                unit.reshard()
+            elif unit.is_unsharded:
+                for one in unit.fsdp_params:  # whether a gradient is wanted is only noted when a unit is gathered
+                    one.to_unsharded()
 
     def forget_copies(self) -> None:
         """Free every gathered copy. `reshard` would not do: it leaves those of a forward that raised."""
+        self._staying = []
         self._root.reset_iter_state()
+
+
+def _consists_of(unit: Any, parameters: Set[int]) -> bool:
+    """Whether a unit has no other trained parameters than these, given by identity."""
+    sharded = [one.sharded_param for one in unit.fsdp_params]
+    return all(id(p) in parameters or not p.requires_grad for p in sharded)
+
+
+@contextmanager
+def _gathered_to_stay(units: Sequence[Any]) -> Iterator[None]:
+    """What forwards and backwards inside gather of `units` they do not free."""
+    before = [(unit, unit.post_forward_mesh_info, unit.reshard_after_backward) for unit in units]
+    try:
+        for unit in units:
+            unit.post_forward_mesh_info, unit.reshard_after_backward = None, False
+        yield
+    finally:
+        for unit, *settings in before:
+            unit.post_forward_mesh_info, unit.reshard_after_backward = settings
+
+
+@contextmanager
+def _within_shard_groups(units: Sequence[Any]) -> Iterator[None]:
+    """Forwards and backwards inside know of one copy of the weights only.
+
+    `set_requires_all_reduce(False)` is for accumulation: it leaves no `.grad`, and its sums, in which parameters cannot
+    be told apart, are added to what the next backward reduces.
+    """
+    before = [(unit, unit.mesh_info, unit.post_forward_mesh_info) for unit in units]
+    try:
+        for unit, every, after_forward in before:
+            one = FSDPMeshInfo(every.mesh, shard_mesh_dim=every.shard_mesh_dim)
+            one.reduce_scatter_process_group = every.reduce_scatter_process_group
+            unit.mesh_info = one
+            if after_forward is every:
+                unit.post_forward_mesh_info = one
+        yield
+    finally:
+        for unit, *settings in before:
+            unit.mesh_info, unit.post_forward_mesh_info = settings
 
 
 def _group_of_all(mesh: DeviceMesh) -> dist.ProcessGroup:
