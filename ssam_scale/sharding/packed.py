@@ -12,8 +12,8 @@ from torch import Tensor
 
 from .needs import Elements
 
-# An all-gather sends as much of each process as of the one that has most. A broadcast by each sends what there is, in more
-# messages: where all have about the same an all-gather is better.
+# An all-gather sends as much of each process as of the one that has most. A broadcast by each sends what there is, in
+# more messages: where all have about the same an all-gather is better.
 _EVEN = 1.01
 
 
