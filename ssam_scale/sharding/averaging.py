@@ -115,6 +115,11 @@ class Averaging:
             for handle in handles:
                 handle.remove()
 
+    @property
+    def under_way(self) -> bool:
+        """Whether a message has been sent and has not come back."""
+        return any(bucket.work is not None and not bucket.work.is_completed() for bucket in self._buckets)
+
     def begin_last(self) -> None:
         """The next backward is the last one: what it leaves is sent."""
         self._last = True

@@ -48,6 +48,7 @@ class DDP(Unsharded):
         self.peers = Peers(self._group)
         self.packs = self.peers.size > 1
         self._averaging: Averaging | None = None
+        self._given_up: list[Averaging] = []  # not waited for, but their memory is still written to
 
     @contextmanager
     def micro_batch(self, *, last: bool) -> Iterator[None]:
@@ -68,10 +69,14 @@ class DDP(Unsharded):
         if self.peers.size == 1:
             yield
             return
-        self._averaging = Averaging(needed, self._group)
+        self._given_up = [averaging for averaging in self._given_up if averaging.under_way]
+        self._averaging = averaging = Averaging(needed, self._group)
         try:
-            with self._averaging.listening():
+            with averaging.listening():
                 yield
+        except BaseException:
+            self._given_up.append(averaging)
+            raise
         finally:
             self._averaging = None
 
