@@ -120,7 +120,9 @@ class SparseSAM(AroundOptimizer):
             raise ValueError(f"the rho of a parameter group is {bad[0]}; a radius of at least 0 is needed")
         self.pool = weight_pool(self.sharding, self.sharding.trained(self.base_optimizer, self.max_grad_norm)[1])
         self.mask.check(self.pool.eligible(self.param_groups))
-        self._choice = Choice(self.sharding, self.pool.parameters, self.mask, getattr(self, "_choice", None))
+        self._choice = Choice(
+            self.sharding, self.pool.parameters, self.mask, getattr(self, "_choice", None), self.levers.pack
+        )
         self._ascent = Ascent(self.sharding, self.pool.parameters, self._norm, self._adaptive, self._calibrate_every)
         self._perturber = Perturber(
             self.sharding, self.pool, self._choice, self._ascent, self.base_optimizer, self._phases, self.levers.pack
@@ -307,11 +309,9 @@ class SparseSAM(AroundOptimizer):
     def _communicating(self, plan: Plan, dense: bool) -> AbstractContextManager[None]:
         """Surrounds an ascent: what of it is sent to other processes."""
         every, levers = self.pool.parameters, self.levers
-        needed = every if dense else plan.weights
-        sent = Needed(
-            [every[name] for name in needed],
-            [plan.weights[name] if levers.pack and not dense else None for name in needed],
-            [p for name, p in every.items() if name not in plan.weights] if levers.keep_gathered else [],
-            levers.within_shard_group,
-        )
-        return self.sharding.ascent(sent)
+        needed = [every[name] for name in (every if dense else plan.weights)]
+        local, whole = list(plan.weights.values()), self._choice.whole(plan)
+        if dense or not levers.pack:
+            local = whole = [None] * len(needed)
+        kept = [p for name, p in every.items() if name not in plan.weights] if levers.keep_gathered else []
+        return self.sharding.ascent(Needed(needed, local, whole, kept, levers.within_shard_group))

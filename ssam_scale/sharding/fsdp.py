@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -20,8 +21,10 @@ from torch.distributed.tensor import DTensor, Placement, Replicate
 from torch.distributed.tensor import Shard as ShardPlacement
 
 from .base import Autograd, Shard
-from .needs import Needed, Written
+from .needs import Elements, Needed, Written
+from .packed import RunCounts
 from .peers import Peers
+from .scatter import PackedReduceScatter, Slot
 from .watched import Take, taken
 
 _LAYOUTS: dict[int, tuple[Placement, ...]] = {1: (ShardPlacement(0),), 2: (Replicate(), ShardPlacement(0))}
@@ -70,15 +73,15 @@ class FSDP2(Autograd):
         self._over = self._mesh.ndim - 1  # the mesh dimension that one copy of the weights is spread over
         self.shards_each = self._mesh.size(self._over)
         self.shard_index = self._mesh.get_local_rank(self._over)
+        self.packs = self.shards_each > 1
+        self._counts = RunCounts()
         self.peers = Peers(_group_of_all(self._mesh))
 
     def shards(self, parameters: Sequence[nn.Parameter]) -> list[Shard]:
         """The local rows of each parameter."""
         result = []
         for p in parameters:
-            rows, row_size = p.shape[0] if p.ndim else 1, math.prod(p.shape[1:])
-            # FSDP2 splits like torch.chunk: equal parts, the last ones short or empty.
-            start = min(self.shard_index * -(-rows // self.shards_each), rows) * row_size
+            start = min(self.shard_index * self._rows_each(p), p.numel())
             result.append(Shard(_local(p), start, p.numel()))
         return result
 
@@ -92,9 +95,38 @@ class FSDP2(Autograd):
         kept = {id(p) for p in needed.kept}
         staying = [unit for unit in self._units() if kept and _consists_of(unit, kept)]
         alone = self._units() if needed.within_shard_group and self._over else []
-        with _within_shard_groups(alone), _gathered_to_stay(staying):
+        with _within_shard_groups(alone), _gathered_to_stay(staying), _scattering(self._packed(needed)):
             yield
         self._staying = staying
+
+    def _packed(self, needed: Needed) -> list[tuple[Any, list[Slot]]]:
+        """The units of whose gradients not everything is needed, and what is."""
+        parts = {
+            id(p): (local, whole)
+            for p, local, whole in zip(needed.parameters, needed.parts, needed.whole, strict=True)
+            if whole is not None
+        }
+        if not parts or self.shards_each == 1:
+            return []
+        packed = []
+        for unit in self._units():
+            trained = [one.sharded_param for one in unit.fsdp_params if one.sharded_param.requires_grad]
+            if any(id(p) in parts for p in trained):
+                packed.append((unit, [self._slot(p, *parts.get(id(p), (None, None))) for p in trained]))
+        return packed
+
+    def _slot(self, parameter: nn.Parameter, local: Elements | None, whole: Elements | None) -> Slot:
+        """What is sent of a parameter's gradient."""
+        numel, room = parameter.numel(), self._rows_each(parameter)
+        starts = [min(process * room, numel) for process in range(self.shards_each + 1)]
+        lengths = [end - start for start, end in pairwise(starts)]
+        runs = list(zip(range(self.shards_each), starts, lengths, strict=False))
+        return Slot(numel, room, lengths, whole, local, self._counts(whole, runs))
+
+    def _rows_each(self, parameter: nn.Parameter) -> int:
+        """Elements of the largest shard. FSDP2 splits like torch.chunk: equal parts, the last ones short or empty."""
+        rows, row_size = parameter.shape[0] if parameter.ndim else 1, math.prod(parameter.shape[1:])
+        return -(-rows // self.shards_each) * row_size
 
     @contextmanager
     def micro_batch(self, *, last: bool) -> Iterator[None]:
@@ -198,6 +230,21 @@ def _gathered_to_stay(units: Sequence[Any]) -> Iterator[None]:
     finally:
         for unit, *settings in before:
             unit.post_forward_mesh_info, unit.reshard_after_backward = settings
+
+
+@contextmanager
+def _scattering(packed: Sequence[tuple[Any, Sequence[Slot]]]) -> Iterator[None]:
+    """Backwards inside send no more than `packed` of the units named there."""
+    before = [(unit, unit._reduce_scatter_comm) for unit, _ in packed]
+    try:
+        for unit, slots in packed:
+            unit._reduce_scatter_comm = PackedReduceScatter(
+                unit._reduce_scatter_comm, slots, unit.mesh_info.shard_mesh_rank
+            )
+        yield
+    finally:
+        for unit, usual in before:
+            unit._reduce_scatter_comm = usual
 
 
 @contextmanager

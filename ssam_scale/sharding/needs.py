@@ -37,6 +37,7 @@ class Needed:
     Attributes:
         parameters: whose gradients.
         parts: which elements of each one's local gradient; None: all of them.
+        whole: which elements of each one's whole gradient those of all processes are.
         kept: parameters that are not perturbed: sharded units of none but these (and frozen ones) stay gathered from
             the ascent until `Sharding.forget_copies` is called. Empty: nothing stays.
         within_shard_group: where there are several copies of sharded weights, whether gradients are averaged over the
@@ -45,6 +46,7 @@ class Needed:
 
     parameters: Sequence[nn.Parameter]
     parts: Sequence[Elements | None]
+    whole: Sequence[Elements | None]
     kept: Sequence[nn.Parameter] = ()
     within_shard_group: bool = False
 

@@ -34,17 +34,37 @@ class Spread:
     own: Elements | None
 
 
+class RunCounts:
+    """How many elements of each run are wanted. Counting makes the host wait for the device: once for each mask."""
+
+    def __init__(self) -> None:
+        self._known: WeakKeyDictionary[Elements, list[int]] = WeakKeyDictionary()
+
+    def __call__(self, wanted: Elements | None, runs: Sequence[tuple[int, int, int]]) -> list[int]:
+        """The numbers.
+
+        Args:
+            wanted: elements of one parameter, always the same one; None: all of them.
+            runs: (process, start, length) of runs of it.
+        """
+        if wanted is None:
+            return [length for _, _, length in runs]
+        if (known := self._known.get(wanted)) is None:
+            flags = wanted.booleans()
+            known = self._known[wanted] = [int(flags[start : start + length].sum()) for _, start, length in runs]
+        return known
+
+
 class Packing:
     """Exchanges what was written to between all processes."""
 
     def __init__(self) -> None:
-        # Counting makes the host wait for the device, so it is done once for each mask.
-        self._counts: WeakKeyDictionary[Elements, list[int]] = WeakKeyDictionary()
+        self._counts = RunCounts()
 
     def exchange(self, spreads: Sequence[Spread]) -> None:
         """Every process's elements of `spreads`, all of one dtype, become what they are on their own. Collective."""
         rank, size = dist.get_rank(), dist.get_world_size()
-        counts = [self._counts_of(spread) for spread in spreads]
+        counts = [self._counts(spread.written, spread.runs) for spread in spreads]
         of_process = [0] * size
         for spread, numbers in zip(spreads, counts, strict=True):
             for (process, _, _), number in zip(spread.runs, numbers, strict=True):
@@ -69,16 +89,6 @@ class Packing:
             for work in sending:
                 work.wait()
         _put(spreads, counts, received)
-
-    def _counts_of(self, spread: Spread) -> list[int]:
-        """How many elements of each run were written to."""
-        if spread.written is None:
-            return [length for _, _, length in spread.runs]
-        if (known := self._counts.get(spread.written)) is None:
-            flags = spread.written.booleans()
-            known = [int(flags[start : start + length].sum()) for _, start, length in spread.runs]
-            self._counts[spread.written] = known
-        return known
 
 
 def _own(spread: Spread, rank: int) -> list[Tensor]:

@@ -196,6 +196,8 @@ DDP = [
 ZERO1 = [Pulled("vit", "element"), Pulled("vit", "element", levers=UNPACKED), Pulled("resnet", "row", accumulation=2)]
 FSDP2 = [
     Pulled("vit", "block", levers=GATHERED),
+    Pulled("vit", "element"),
+    Pulled("vit", "element", levers=UNPACKED),
     Pulled("vit", "moving cut", levers=GATHERED),
     Pulled("resnet", "moving cut", levers=Levers(keep_gathered=True, share_prefix=False, elide=False), accumulation=2),
 ]
@@ -208,7 +210,7 @@ TRAFFIC = {
         Pulled("vit", "tensor"),
         Pulled("vit", "element", levers=UNPACKED),
     ],
-    "fsdp2": [FSDP2[0], Pulled("vit", "block")],
+    "fsdp2": [FSDP2[0], Pulled("vit", "block"), Pulled("vit", "dense"), FSDP2[1], FSDP2[2]],
 }
 
 
@@ -258,8 +260,16 @@ def test_zero_publishes_what_is_perturbed(two: Any) -> None:
     assert unpacked == dense
 
 
+def test_fsdp_scatters_of_an_element_mask_what_is_perturbed_padded_to_the_process_that_has_most(two: Any) -> None:
+    dense, packed, unpacked = (case[0]["scatter"] for case in two[0]["traffic"]["fsdp2"][2:])
+    print(f"fsdp2, ascent's reduce-scatters: dense {dense}, element 50% {packed} and unpacked {unpacked} bytes")
+    assert packed <= (0.5 + 0.1) * dense  # the tensors are tiny, and spread over the processes by rows
+    assert unpacked > 0.9 * dense
+    assert [case[2]["scatter"] for case in two[0]["traffic"]["fsdp2"][2:]] == [dense] * 3
+
+
 def test_units_kept_gathered_are_not_gathered_in_the_descents_forward(two: Any) -> None:
-    kept, freed = two[0]["traffic"]["fsdp2"]
+    kept, freed, *_ = two[0]["traffic"]["fsdp2"]
     print(f"fsdp2, ascent, descent's forward, rest: kept gathered {kept}, freed {freed}")
     assert kept[1]["gather"] < freed[1]["gather"]
     assert kept[0]["gather"] < freed[0]["gather"]
