@@ -67,7 +67,9 @@ class Choice:
         return self.whole(plan) if self._sharding.exposes_whole else list(plan.weights.values())
 
     def whole(self, plan: Plan) -> list[Part | None]:
-        """The plan's parts of whole parameters, of those that this process knows; else those of its shards."""
+        """The plan's parts of whole parameters; where this process knows those of its shards only, None for each."""
+        if self._wholes is None and self._sharding.shards_each > 1:
+            return [None] * len(plan.weights)
         parts = plan.weights if self._wholes is None else self._wholes
         return [parts[name] for name in plan.weights]
 

@@ -93,7 +93,7 @@ class Packing:
 
 def _own(spread: Spread, rank: int) -> list[Tensor]:
     runs = [spread.whole[start : start + length] for process, start, length in spread.runs if process == rank]
-    return [run if spread.own is None else spread.own.take(run) for run in runs]
+    return [run if spread.written is None or spread.own is None else spread.own.take(run) for run in runs]
 
 
 def _put(spreads: Sequence[Spread], counts: Sequence[Sequence[int]], received: Sequence[Tensor]) -> None:
