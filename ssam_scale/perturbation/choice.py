@@ -24,15 +24,23 @@ class Choice:
         parameters: all that are trained, by name.
         mask: any; one that is not chosen by scores has nothing to refresh and nothing to remember.
         before: what was at work on fewer of these parameters, and has accumulated scores of them.
+        pack: whether other processes are sent no more than what is perturbed.
     """
 
     def __init__(
-        self, sharding: Sharding, parameters: Mapping[str, nn.Parameter], mask: Mask, before: Choice | None = None
+        self,
+        sharding: Sharding,
+        parameters: Mapping[str, nn.Parameter],
+        mask: Mask,
+        before: Choice | None = None,
+        pack: bool = True,
     ) -> None:
         self._sharding = sharding
         self._parameters = parameters
         self._mask = mask
-        self._exposed: Mapping[str, Part | None] | None = None
+        # Where a process knows more than its shard of a mask: each costs it a bit for every weight of the model.
+        self._wants_whole = sharding.shards_each > 1 and (sharding.exposes_whole or (sharding.packs and pack))
+        self._wholes: Mapping[str, Part | None] | None = None
         self.accumulated = None
         if isinstance(mask, Chosen) and "accumulated" in mask.kinds:
             self.accumulated = AccumulatedFisher(sharding, list(parameters.values()))
@@ -56,7 +64,13 @@ class Choice:
 
     def exposed(self, plan: Plan) -> list[Part | None]:
         """What changes, when a plan's weights are perturbed, of what the backend exposes on this process."""
-        parts = plan.weights if self._exposed is None else self._exposed
+        return self.whole(plan) if self._sharding.exposes_whole else list(plan.weights.values())
+
+    def whole(self, plan: Plan) -> list[Part | None]:
+        """The plan's parts of whole parameters; where this process knows those of its shards only, None for each."""
+        if self._wholes is None and self._sharding.shards_each > 1:
+            return [None] * len(plan.weights)
+        parts = plan.weights if self._wholes is None else self._wholes
         return [parts[name] for name in plan.weights]
 
     def refresh(
@@ -107,10 +121,10 @@ class Choice:
         self._expose(mask)
 
     def _expose(self, mask: Chosen) -> None:
-        """Where more than the shard changes on this process, learn which weights those are. Collective."""
-        self._exposed = None
-        if mask.selected is not None and self._sharding.exposes_whole:
-            self._exposed = {name: self._whole(name, part) for name, part in mask.selected.weights.items()}
+        """Where more than the shard changes on this process, or is sent, learn which weights those are. Collective."""
+        self._wholes = None
+        if mask.selected is not None and self._wants_whole:
+            self._wholes = {name: self._whole(name, part) for name, part in mask.selected.weights.items()}
 
     def _whole(self, name: str, part: Part | None) -> Part | None:
         """The part of the whole parameter, of which every process has one of its shard. Collective."""

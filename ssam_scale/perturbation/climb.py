@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor
 
 from ssam_scale.masks import Plan, Rows
-from ssam_scale.sharding import Sharding
+from ssam_scale.sharding import Needed, Sharding, Written
 
 from .arithmetic import add_, put_, taken
 from .ascent import Ascent, Known
@@ -58,18 +58,27 @@ class Climb:
         Returns:
             The loss, and what there is a reduced gradient of.
         """
-        sharding, parameters, stages = self._sharding, self._pool.parameters, self._pool.layout.stages
+        parameters, stages, levers = self._pool.parameters, self._pool.layout.stages, self._levers
         dense = self._ascent.needs_all(plan, step)
-        narrow = self._levers.elide and not dense
+        narrow = levers.elide and not dense
         elided = [p for n, p in parameters.items() if n not in plan.weights and stages[n] >= passes.cut]
         layers = self._pool.layers if narrow else {}
         # What lies before the cut is cut off by itself.
-        with without_gradient(elided if narrow else []), only_rows(layers, plan.weights):
+        with without_gradient(elided if narrow else []), only_rows(layers, plan.weights), self._sending(plan, dense):
             loss = passes.ascend()
-        with self._phases("ascent backward"):
-            sharding.reduce_ascent([parameters[name] for name in (parameters if dense else plan.weights)])
         partly = any(isinstance(part, Rows) and name in layers for name, part in plan.weights.items())
-        return loss, "all" if dense else "perturbed" if partly else "named"
+        packed = levers.pack and self._sharding.packs and any(part is not None for part in plan.weights.values())
+        return loss, "all" if dense else "perturbed" if partly or packed else "named"
+
+    def _sending(self, plan: Plan, dense: bool) -> AbstractContextManager[None]:
+        """Surrounds an ascent: what of it is sent to other processes."""
+        every, levers = self._pool.parameters, self._levers
+        needed = [every[name] for name in (every if dense else plan.weights)]
+        local, whole = list(plan.weights.values()), self._choice.whole(plan)
+        if dense or not levers.pack:
+            local = whole = [None] * len(needed)
+        kept = [p for name, p in every.items() if name not in plan.weights] if levers.keep_gathered else []
+        return self._sharding.ascent(Needed(needed, local, whole, kept, levers.within_shard_group))
 
     @contextmanager
     def perturbed(
@@ -85,18 +94,24 @@ class Climb:
             keep: whether to yield ε, as `Ascent.perturbation` makes it, and not nothing.
         """
         sharding = self._sharding
-        with self._phases("perturb"), torch.no_grad():
-            epsilon = self._ascent.perturbation(plan, radii, step, known)
-            perturbed = [self._pool.parameters[name] for name in plan.weights]
-            changing, changed = sharding.exposed(perturbed), self._choice.exposed(plan)
-            backup = taken(changing, changed)
+        try:
+            with self._phases("perturb"), torch.no_grad():
+                epsilon = self._ascent.perturbation(plan, radii, step, known)
+                perturbed = [self._pool.parameters[name] for name in plan.weights]
+                changing, changed = sharding.exposed(perturbed), self._choice.exposed(plan)
+                backup = taken(changing, changed)
+        except BaseException:
+            sharding.forget_copies()  # an ascent may have left some for the descent
+            raise
         try:
             with self._phases("perturb"), torch.no_grad():
                 add_([shard.weight for shard in sharding.shards(perturbed)], list(plan.weights.values()), epsilon)
                 kept = [e.clone() for e in epsilon] if keep else []  # ε may lie where the next gradient will
                 del epsilon
                 sharding.clear_gradients(self._optimizer)
-                sharding.publish()
+                sharding.publish(
+                    Written(perturbed, list(plan.weights.values()), changed) if self._levers.pack else None
+                )
                 # It remembers low-precision copies until its outermost context ends, which may be around the step.
                 torch.clear_autocast_cache()
             yield kept

@@ -125,7 +125,9 @@ class SparseSAM(AroundOptimizer):
             raise ValueError(f"the rho of a parameter group is {bad[0]}; a radius of at least 0 is needed")
         self.pool = weight_pool(self.sharding, self.sharding.trained(self.base_optimizer, self.max_grad_norm)[1])
         self.mask.check(self.pool.eligible(self.param_groups))
-        self._choice = Choice(self.sharding, self.pool.parameters, self.mask, getattr(self, "_choice", None))
+        self._choice = Choice(
+            self.sharding, self.pool.parameters, self.mask, getattr(self, "_choice", None), self.levers.pack
+        )
         self._ascent = Ascent(self.sharding, self.pool.parameters, self._norm, self._adaptive, self._calibrate_every)
         self._climb = Climb(
             self.sharding, self.pool, self._choice, self._ascent, self.base_optimizer, self.levers, self._phases

@@ -15,11 +15,23 @@ from torch.nn.parallel import DistributedDataParallel
 from .base import Shard, Sharding
 from .ddp import DDP, without_buffer_sync
 from .fsdp import FSDP2, shard_fsdp2
+from .needs import Needed, Written
 from .peers import Peers
 from .single import Single
 from .world import World, join_world
 
-__all__ = ["Peers", "Shard", "Sharding", "World", "distribute", "join_world", "place", "sharding_of"]
+__all__ = [
+    "Needed",
+    "Peers",
+    "Shard",
+    "Sharding",
+    "World",
+    "Written",
+    "distribute",
+    "join_world",
+    "place",
+    "sharding_of",
+]
 
 Backend = Literal["single", "ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3"]
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
+from .needs import Needed, Written
 from .peers import Peers
 from .watched import Take, taken
 
@@ -44,6 +45,7 @@ class Sharding(Protocol):
         takes_scaler: whether `step` takes a GradScaler.
         peers: the processes that a batch is spread over.
         exposes_whole: whether `exposed` are whole parameters where `shards` are parts of them.
+        packs: whether `ascent` averages nothing but the elements that it is asked for.
     """
 
     network: nn.Module
@@ -54,6 +56,7 @@ class Sharding(Protocol):
     takes_scaler: bool
     peers: Peers
     exposes_whole: bool
+    packs: bool
 
     def trained(
         self, optimizer: torch.optim.Optimizer, max_grad_norm: float | None
@@ -70,8 +73,12 @@ class Sharding(Protocol):
     def gradients(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
         """The local gradients of `parameters`, shaped like their shards; zeros where a pass left none."""
 
-    def reduce_ascent(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Average over the data-parallel processes what a backward through `ascent_module` left unreduced."""
+    def ascent(self, needed: Needed) -> AbstractContextManager[None]:
+        """Surrounds the micro-batches of an ascent pass, which go through `ascent_module`. Collective.
+
+        After it `gradients` are averages over the data-parallel processes: those that are needed, and the others are
+        not defined. Nor are, where `packs`, the elements that are not needed.
+        """
 
     def micro_batch(self, *, last: bool) -> AbstractContextManager[None]:
         """Surrounds forward and backward of one micro-batch; gradients are reduced in the last one."""
@@ -125,8 +132,12 @@ class Sharding(Protocol):
         Who puts all of it back, and forgets copies, has undone both without a word to the other processes.
         """
 
-    def publish(self) -> None:
-        """Make the next forward on every process use the shards as they are now. Collective."""
+    def publish(self, written: Written | None = None) -> None:
+        """Make the next forward on every process use the shards as they are now. Collective.
+
+        Args:
+            written: what has changed since all processes agreed; None: perhaps everything.
+        """
 
     def forget_copies(self) -> None:
         """Drop copies of weights, such as gathered ones, that were made before the weights changed. Not collective."""
@@ -171,6 +182,7 @@ class Autograd:
 
     takes_scaler = True
     exposes_whole = False
+    packs = False
 
     def trained(
         self, optimizer: torch.optim.Optimizer, max_grad_norm: float | None
@@ -265,7 +277,7 @@ class Unsharded(Autograd):
         """The parameters themselves."""
         return [p.detach() for p in parameters]
 
-    def publish(self) -> None:
+    def publish(self, written: Written | None = None) -> None:
         """Nothing to do: the forward reads the very tensors that were written."""
 
     def forget_copies(self) -> None:

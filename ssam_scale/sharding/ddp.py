@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
-import torch
-import torch.distributed as dist
-from torch import nn
-from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from .averaging import Averaging
 from .base import Unsharded
+from .needs import Needed
 from .peers import Peers
 
 
@@ -47,10 +46,15 @@ class DDP(Unsharded):
         self._ddp = module
         self._group = module.process_group
         self.peers = Peers(self._group)
+        self.packs = self.peers.size > 1
+        self._averaging: Averaging | None = None
+        self._given_up: list[Averaging] = []  # not waited for, but their memory is still written to
 
     @contextmanager
     def micro_batch(self, *, last: bool) -> Iterator[None]:
         """The reducer works in the last micro-batch only. It ignores passes on the inner module by itself."""
+        if last and self._averaging is not None:
+            self._averaging.begin_last()
         try:
             with nullcontext() if last else self._ddp.no_sync():
                 yield
@@ -59,17 +63,25 @@ class DDP(Unsharded):
             self._ddp.reducer._reset_state()
             raise
 
-    def reduce_ascent(self, parameters: Sequence[nn.Parameter]) -> None:
-        """One averaging all-reduce per dtype over the gradients of `parameters`."""
-        by_dtype: dict[object, list[nn.Parameter]] = {}
-        for p in parameters:
-            if p.grad is None:  # here, but perhaps not on another process, and all reduce the same
-                p.grad = torch.zeros_like(p)
-            by_dtype.setdefault(p.grad.dtype, []).append(p)
-        for group in by_dtype.values():
-            gradients = [p.grad for p in group if p.grad is not None]
-            flat = _flatten_dense_tensors(gradients)
-            flat.div_(dist.get_world_size(self._group))
-            dist.all_reduce(flat, group=self._group)
-            for p, reduced in zip(group, _unflatten_dense_tensors(flat, gradients), strict=True):
-                p.grad = reduced
+    @contextmanager
+    def ascent(self, needed: Needed) -> Iterator[None]:
+        """Averaging all-reduces of no more than the parts, under way while the last backward still goes on."""
+        if self.peers.size == 1:
+            yield
+            return
+        self._given_up = [averaging for averaging in self._given_up if averaging.under_way]
+        self._averaging = averaging = Averaging(needed, self._group)
+        try:
+            with averaging.listening():
+                yield
+        except BaseException:
+            self._given_up.append(averaging)
+            raise
+        finally:
+            self._averaging = None
+
+    def backward(self, loss: Tensor) -> None:
+        """Autograd's, and in an ascent the end of averaging."""
+        super().backward(loss)
+        if self._averaging is not None:
+            self._averaging.finish()

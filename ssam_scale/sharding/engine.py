@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import deepspeed
@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .needs import Needed
 from .peers import Peers
 from .watched import Take, aligned, seen
 
@@ -146,6 +147,7 @@ class Driven:
 
     takes_scaler = False
     exposes_whole = False
+    packs = False
     outlives_interruption = True
 
     def __init__(self, engine: Any) -> None:
@@ -221,8 +223,9 @@ class Driven:
         finally:
             self._engine.set_gradient_accumulation_boundary(boundary)
 
-    def reduce_ascent(self, parameters: Sequence[nn.Parameter]) -> None:
-        """The engine reduced them in the backward."""
+    def ascent(self, needed: Needed) -> AbstractContextManager[None]:
+        """The engine averages gradients in the backward, all that there are."""
+        return nullcontext()
 
     def clear_gradients(self, optimizer: torch.optim.Optimizer) -> None:
         """Drop `.grad`."""

@@ -6,8 +6,9 @@ There may be several such groups that each hold all of the weights (HSDP): the m
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -15,11 +16,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo
 from torch.distributed.tensor import DTensor, Placement, Replicate
 from torch.distributed.tensor import Shard as ShardPlacement
 
 from .base import Autograd, Shard
+from .needs import Elements, Needed, Written
+from .packed import RunCounts
 from .peers import Peers
+from .scatter import PackedReduceScatter, Slot
 from .watched import Take, taken
 
 _LAYOUTS: dict[int, tuple[Placement, ...]] = {1: (ShardPlacement(0),), 2: (Replicate(), ShardPlacement(0))}
@@ -49,6 +54,7 @@ class FSDP2(Autograd):
             raise ValueError(
                 "the model is a part of a larger FSDP2 model: give the root that fully_shard was called on"
             )
+        self._staying: list[Any] = []  # units that stay gathered while the weights are perturbed
         self.forget_copies()  # after a forward without a backward the root shows its gathered weights as its parameters
         meshes = set()
         for name, p in module.named_parameters():
@@ -67,15 +73,15 @@ class FSDP2(Autograd):
         self._over = self._mesh.ndim - 1  # the mesh dimension that one copy of the weights is spread over
         self.shards_each = self._mesh.size(self._over)
         self.shard_index = self._mesh.get_local_rank(self._over)
+        self.packs = self.shards_each > 1
+        self._counts = RunCounts()
         self.peers = Peers(_group_of_all(self._mesh))
 
     def shards(self, parameters: Sequence[nn.Parameter]) -> list[Shard]:
         """The local rows of each parameter."""
         result = []
         for p in parameters:
-            rows, row_size = p.shape[0] if p.ndim else 1, math.prod(p.shape[1:])
-            # FSDP2 splits like torch.chunk: equal parts, the last ones short or empty.
-            start = min(self.shard_index * -(-rows // self.shards_each), rows) * row_size
+            start = min(self.shard_index * self._rows_each(p), p.numel())
             result.append(Shard(_local(p), start, p.numel()))
         return result
 
@@ -83,8 +89,44 @@ class FSDP2(Autograd):
         """The local rows of each parameter's reduced gradient."""
         return [torch.zeros_like(_local(p)) if p.grad is None else _local(p.grad) for p in parameters]
 
-    def reduce_ascent(self, parameters: Sequence[nn.Parameter]) -> None:
-        """FSDP reduced them during the backward, and only those that a pass left a gradient for."""
+    @contextmanager
+    def ascent(self, needed: Needed) -> Iterator[None]:
+        """FSDP averages gradients in the backward, those that there are, over as many processes as it is told of."""
+        kept = {id(p) for p in needed.kept}
+        staying = [unit for unit in self._units() if kept and _consists_of(unit, kept)]
+        alone = self._units() if needed.within_shard_group and self._over else []
+        with _within_shard_groups(alone), _gathered_to_stay(staying), _scattering(self._packed(needed)):
+            yield
+        self._staying = staying
+
+    def _packed(self, needed: Needed) -> list[tuple[Any, list[Slot]]]:
+        """The units of whose gradients not everything is needed, and what is."""
+        parts = {
+            id(p): (local, whole)
+            for p, local, whole in zip(needed.parameters, needed.parts, needed.whole, strict=True)
+            if whole is not None
+        }
+        if not parts or self.shards_each == 1:
+            return []
+        packed = []
+        for unit in self._units():
+            trained = [one.sharded_param for one in unit.fsdp_params if one.sharded_param.requires_grad]
+            if any(id(p) in parts for p in trained):
+                packed.append((unit, [self._slot(p, *parts.get(id(p), (None, None))) for p in trained]))
+        return packed
+
+    def _slot(self, parameter: nn.Parameter, local: Elements | None, whole: Elements | None) -> Slot:
+        """What is sent of a parameter's gradient."""
+        numel, room = parameter.numel(), self._rows_each(parameter)
+        starts = [min(process * room, numel) for process in range(self.shards_each + 1)]
+        lengths = [end - start for start, end in pairwise(starts)]
+        runs = list(zip(range(self.shards_each), starts, lengths, strict=False))
+        return Slot(numel, room, lengths, whole, local, self._counts(whole, runs))
+
+    def _rows_each(self, parameter: nn.Parameter) -> int:
+        """Elements of the largest shard. FSDP2 splits like torch.chunk: equal parts, the last ones short or empty."""
+        rows, row_size = parameter.shape[0] if parameter.ndim else 1, math.prod(parameter.shape[1:])
+        return -(-rows // self.shards_each) * row_size
 
     @contextmanager
     def micro_batch(self, *, last: bool) -> Iterator[None]:
@@ -108,16 +150,19 @@ class FSDP2(Autograd):
         with taken([whole[id(p)] for p in parameters], take):
             yield
 
+    def _units(self) -> list[Any]:
+        """What FSDP gathers and frees together."""
+        return [unit for state in self._state._state_ctx.all_states for unit in state._fsdp_param_groups]
+
     def _kept(self) -> Iterator[Any]:
         """What FSDP keeps of each parameter."""
-        for state in self._state._state_ctx.all_states:
-            for group in state._fsdp_param_groups:
-                yield from group.fsdp_params
+        for unit in self._units():
+            yield from unit.fsdp_params
 
     def clear_gradients(self, optimizer: torch.optim.Optimizer) -> None:
         """Drop `.grad`, and what an accumulation that was broken off has left unsharded."""
         super().clear_gradients(optimizer)
-        self.forget_copies()
+        self.publish()
         for one in self._kept():
             one.unsharded_accumulated_grad = None
             if hasattr(one, "_unsharded_param"):  # there is none before the first forward
@@ -150,13 +195,77 @@ class FSDP2(Autograd):
         """The local rows of each parameter."""
         return [_local(p) for p in parameters]
 
-    def publish(self) -> None:
-        """The next forward gathers the shards anew."""
-        self.forget_copies()
+    def publish(self, written: Written | None = None) -> None:
+        """Free every gathered copy but those that an ascent kept: the next forward gathers the rest anew."""
+        if not self._staying:
+            self.forget_copies()
+            return
+        for unit in self._units():
+            if unit not in self._staying:
+                unit.reshard()
+            elif unit.is_unsharded:
+                for one in unit.fsdp_params:  # whether a gradient is wanted is only noted when a unit is gathered
+                    one.to_unsharded()
 
     def forget_copies(self) -> None:
         """Free every gathered copy. `reshard` would not do: it leaves those of a forward that raised."""
+        self._staying = []
         self._root.reset_iter_state()
+
+
+def _consists_of(unit: Any, parameters: Set[int]) -> bool:
+    """Whether a unit has no other trained parameters than these, given by identity."""
+    sharded = [one.sharded_param for one in unit.fsdp_params]
+    return all(id(p) in parameters or not p.requires_grad for p in sharded)
+
+
+@contextmanager
+def _gathered_to_stay(units: Sequence[Any]) -> Iterator[None]:
+    """What forwards and backwards inside gather of `units` they do not free."""
+    before = [(unit, unit.post_forward_mesh_info, unit.reshard_after_backward) for unit in units]
+    try:
+        for unit in units:
+            unit.post_forward_mesh_info, unit.reshard_after_backward = None, False
+        yield
+    finally:
+        for unit, *settings in before:
+            unit.post_forward_mesh_info, unit.reshard_after_backward = settings
+
+
+@contextmanager
+def _scattering(packed: Sequence[tuple[Any, Sequence[Slot]]]) -> Iterator[None]:
+    """Backwards inside send no more than `packed` of the units named there."""
+    before = [(unit, unit._reduce_scatter_comm) for unit, _ in packed]
+    try:
+        for unit, slots in packed:
+            unit._reduce_scatter_comm = PackedReduceScatter(
+                unit._reduce_scatter_comm, slots, unit.mesh_info.shard_mesh_rank
+            )
+        yield
+    finally:
+        for unit, usual in before:
+            unit._reduce_scatter_comm = usual
+
+
+@contextmanager
+def _within_shard_groups(units: Sequence[Any]) -> Iterator[None]:
+    """Forwards and backwards inside know of one copy of the weights only.
+
+    `set_requires_all_reduce(False)` is for accumulation: it leaves no `.grad`, and its sums, in which parameters cannot
+    be told apart, are added to what the next backward reduces.
+    """
+    before = [(unit, unit.mesh_info, unit.post_forward_mesh_info) for unit in units]
+    try:
+        for unit, every, after_forward in before:
+            one = FSDPMeshInfo(every.mesh, shard_mesh_dim=every.shard_mesh_dim)
+            one.reduce_scatter_process_group = every.reduce_scatter_process_group
+            unit.mesh_info = one
+            if after_forward is every:
+                unit.post_forward_mesh_info = one
+        yield
+    finally:
+        for unit, *settings in before:
+            unit.mesh_info, unit.post_forward_mesh_info = settings
 
 
 def _group_of_all(mesh: DeviceMesh) -> dist.ProcessGroup:

@@ -14,6 +14,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .base import Shard, Sharding
+from .needs import Written
+from .packed import Packing, Spread
 
 
 @dataclass(frozen=True)
@@ -183,6 +185,7 @@ class FlatBuffers(FlatShards):
     ) -> None:
         super().__init__()
         self._groups, self._buffers, self._parts, self._stepped = groups, buffers, parts, stepped
+        self._packing = Packing()
         self._group = {id(p): index for index, group in enumerate(groups) for p in group}
 
     def groups(self) -> list[list[nn.Parameter]]:
@@ -240,10 +243,37 @@ class FlatBuffers(FlatShards):
         """The whole parameters: every process holds all of them."""
         return [p.detach() for p in parameters]
 
-    def publish(self) -> None:
-        """Gather every process's part into the flat buffers."""
+    def publish(self, written: Written | None = None) -> None:
+        """Gather into the flat buffers every process's part, or what was written to of it."""
         for group, buffer in enumerate(self._buffers):
-            dist.all_gather_single(buffer.detach(), self._own_part(group))
+            changes = self._changes(group, written) if written is not None else None
+            if changes is None:
+                dist.all_gather_single(buffer.detach(), self._own_part(group))
+            else:
+                self._packing.exchange(changes)
+
+    def _changes(self, group: int, written: Written) -> list[Spread] | None:
+        """What was written to of a group; None where it is everything."""
+        of_group = [i for i, p in enumerate(written.parameters) if self._group.get(id(p)) == group]
+        if len(of_group) == len(self._groups[group]) and all(written.whole[i] is None for i in of_group):
+            return None
+        return [
+            Spread(p.detach().view(-1), self._runs(p), written.whole[i], written.local[i])
+            for i in of_group
+            for p in [written.parameters[i]]
+        ]
+
+    def _runs(self, parameter: nn.Parameter) -> list[tuple[int, int, int]]:
+        """(process, start, length) of the runs of a parameter that lie in one process's part each, in their order."""
+        group = self._group[id(parameter)]
+        buffer, length = self._buffers[group], self._own_part(group).numel()
+        place = (parameter.data_ptr() - buffer.data_ptr()) // buffer.element_size()
+        end = place + parameter.numel()
+        result = []
+        for process in range(place // length, -(-end // length)):
+            first, last = max(place, process * length), min(end, (process + 1) * length)
+            result.append((process, first - place, last - first))
+        return result
 
     def forget_copies(self) -> None:
         """There are none: a forward reads the flat buffers."""

@@ -1,11 +1,11 @@
 """One process that holds everything."""
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 from torch import nn
 
 from .base import Unsharded
+from .needs import Needed
 from .peers import Peers
 
 
@@ -20,5 +20,6 @@ class Single(Unsharded):
         """Gradients accumulate in `.grad` by themselves."""
         return nullcontext()
 
-    def reduce_ascent(self, parameters: Sequence[nn.Parameter]) -> None:
+    def ascent(self, needed: Needed) -> AbstractContextManager[None]:
         """There is no other process."""
+        return nullcontext()

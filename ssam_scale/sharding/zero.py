@@ -32,9 +32,10 @@ from torch.utils.hooks import RemovableHandle
 from .base import Shard, Sharding, Unsharded
 from .engine import Driven, check_setup
 from .masters import FlatBuffers, FlatShards, Master, MasterWeights
+from .needs import Written
 
-# From, up to but without. 0.19.7 fails the tests: stage 3 over four processes is sporadically wrong (2 of 25 runs, and
-# none of 146 with 0.19.8), and bf16 with float32 accumulation raises where a gradient is not finite.
+# From, up to but without. 0.19.7 fails the tests: stage 3 on four processes is sporadically wrong (2 of 25 runs, none
+# of 146 with 0.19.8), and bf16 with float32 accumulation raises where a gradient is not finite.
 VERSIONS = ((0, 19, 8), (0, 20, 0))
 
 # Internals by the class that DeepSpeed wraps the optimizer in.
@@ -230,7 +231,6 @@ class ZeRO3(FlatShards, Spread):
         FlatShards.__init__(self)
         for p in next(iter(self._zero.fp16_groups), [])[:1]:
             _check_internals(p, _STAGE_3_PARAMETER)
-        self._number = len(engine.basic_optimizer.param_groups)
         self._before_forward: RemovableHandle | None = None
         self._place: dict[int, tuple[int, int]] = {}  # of each parameter: its sub-group, and where it starts in it
         for index, group in enumerate(self._zero.fp16_groups):
@@ -241,7 +241,7 @@ class ZeRO3(FlatShards, Spread):
 
     def groups(self) -> list[list[nn.Parameter]]:
         """The parameters of all sub-groups, by group."""
-        groups: list[list[nn.Parameter]] = [[] for _ in range(self._number)]
+        groups: list[list[nn.Parameter]] = [[] for _ in self._engine.basic_optimizer.param_groups]
         for index, sub_group in enumerate(self._zero.fp16_groups):
             groups[self._zero.sub_group_to_group_id[index]] += sub_group
         return groups
@@ -287,7 +287,7 @@ class ZeRO3(FlatShards, Spread):
         self._zero.zero_grad()
         self._zero.grad_partitions_flat_buffer.zero_()
 
-    def publish(self) -> None:
+    def publish(self, written: Written | None = None) -> None:
         """Free every gathered copy, those that DeepSpeed keeps too: the next forward gathers what it uses."""
         self.forget_copies()
 

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from ssam_scale import Depth, SparseSAM
-from ssam_scale.sharding import World, join_world, place
+from ssam_scale.perturbation import Levers
+from ssam_scale.sharding import World, averaging, join_world, place
 from tests.support.networks import batches, freeze_batchnorm, loss_fn, part, small_network
 from tests.support.processes import daemon
 from tests.support.ranks import free_port, run_ranks
@@ -34,6 +35,7 @@ COLLECTIVE_TIMEOUT = timedelta(seconds=20)
 PAIR_ENDS_WITHIN_S = 600.0
 
 ASCENT = "in the ascent's loss, before the forward"
+CLIMBING = "in the backward of a block, in the ascent"
 BEFORE = "in the descent's loss, before the forward"
 AFTER = "in the descent's loss, after the forward"
 BLOCK = "in the forward of a block, in the descent"
@@ -66,8 +68,7 @@ class Failing:
             self._raise_if(BLOCK)
 
     def _before_block_backward(self, block: nn.Module, gradients: Any) -> None:
-        if self._calls == 2:
-            self._raise_if(BACKWARD)
+        self._raise_if(CLIMBING if self._calls == 1 else BACKWARD)
 
     def _raise_if(self, *where: str) -> None:
         if self._armed and self._where in where:
@@ -88,10 +89,12 @@ def sparse_sam(world: World, backend: str) -> tuple[SparseSAM, nn.Module]:
     def sgd() -> torch.optim.Optimizer:
         return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
 
+    averaging._BUCKET_BYTES = 2000  # so that some of an ascent's are on their way when its backward raises
     kind: Any = "fsdp2" if backend == "hsdp" else backend
     replicas = world.size if backend == "hsdp" else 1
     placed, base = place(model, blocks, kind, world, sgd, replicas=replicas, batch_size=BATCH // world.size)
-    return SparseSAM(placed, base, rho=0.5, mask=Depth((0.5, 0.5))), blocks[-1]
+    levers = Levers(keep_gathered=backend == "fsdp2")
+    return SparseSAM(placed, base, rho=0.5, mask=Depth((0.5, 0.5)), levers=levers), blocks[-1]
 
 
 class Snapshot:
@@ -154,6 +157,7 @@ def _all_fail(world: World, cases: list[tuple[str, str]]) -> list[str]:
 # What else ZeRO must bear stands in test_zero.
 ALL = [
     *((backend, where) for backend in ("ddp", "fsdp2", "hsdp") for where in (ASCENT, BEFORE, AFTER, BLOCK, BACKWARD)),
+    ("ddp", CLIMBING),
     *((f"zero{stage}", BLOCK) for stage in range(4)),
 ]
 
@@ -168,6 +172,7 @@ def test_after_an_exception_on_all_ranks_the_next_steps_are_as_if_nothing_had_ha
 # that raised ends, which its peer notices at once; in one it lives on, and only the timeout can end the wait.
 ALONE = [
     *((backend, BEFORE) for backend in ("ddp", "hsdp", "zero0", "zero1", "zero2", "zero3")),
+    ("ddp", CLIMBING),
     ("fsdp2", LINGERS),
     *((backend, where) for backend in ("fsdp2", "zero3") for where in (ASCENT, AFTER, BLOCK)),
 ]
