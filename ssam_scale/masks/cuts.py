@@ -73,7 +73,7 @@ class Depth:
     def check(self, layout: Layout) -> None:
         """Anything will do."""
 
-    def range(self, depth: int, step: int) -> range:
+    def cuts(self, depth: int, step: int) -> range:
         """The cuts that step number `step` may draw, of a network of `depth` blocks."""
         shares = self.cut(step) if isinstance(self.cut, AnnealedCut) else self.cut
         low, high = (min(round(share * depth), depth - 1) for share in shares)
@@ -81,7 +81,7 @@ class Depth:
 
     def probabilities(self, depth: int, step: int) -> list[float]:
         """Of the cut at each of `depth` blocks, in step number `step`; they add up to 1."""
-        cuts = self.range(depth, step)
+        cuts = self.cuts(depth, step)
         return [1.0 / len(cuts) if cut in cuts else 0.0 for cut in range(depth)]
 
     def plan(self, layout: Layout, step: int) -> Plan:
@@ -96,8 +96,10 @@ class DepthByCost(Refreshed, Depth):
 
     The probability of cut c is proportional to F(c) / T(c) within the range: F(c) is the Fisher mass of the weights
     from block c on (the sum over samples of squared per-sample gradients, added up over these weights), measured by
-    `SparseSAM.refresh`, and T(c) the time of an ascent with that cut. So per millisecond of ascent more of the Fisher
-    mass is perturbed than by uniform draws, where mass and compute lie in different places.
+    `SparseSAM.refresh`, and T(c) the time of an ascent with that cut. The expected mass over the expected time is then
+    never below that of uniform draws from the range (by Cauchy and Schwarz; equal only where F / T is the same
+    everywhere). It is not the highest there is: that of one fixed cut, or of none, may be higher, and perturbs less or
+    costs more.
 
     Nothing corrects for the unequal probabilities. A weight in block b is perturbed in the share of the steps in which
     the cut is not behind b, whatever the distribution; under this one that share is another than under uniform draws,
@@ -182,7 +184,7 @@ class DepthByCost(Refreshed, Depth):
             raise RuntimeError("the mask has no times yet: set mask.seconds = ascent_seconds(opt, loss_fn, batch)")
         if self.masses is None:
             raise RuntimeError("the mask has no scores yet: call SparseSAM.refresh(loss_fn, batch) before a step")
-        worth = by_worth(from_blocks(self.masses), self._seconds, self.range(depth, step))
+        worth = by_worth(from_blocks(self.masses), self._seconds, self.cuts(depth, step))
         if worth is None:  # a range that moves to where nothing has any mass
             return super().probabilities(depth, step)
         return worth
@@ -197,7 +199,7 @@ class DepthByCost(Refreshed, Depth):
         masses = [0.0] * layout.depth
         for name, mean, numel in zip(fisher, means, numels, strict=True):
             masses[layout.stages[name]] += float(mean.sum()) * numel
-        low, *_ = cuts = self.range(layout.depth, step)
+        low, *_ = cuts = self.cuts(layout.depth, step)
         if not any(masses[low:]):
             raise ValueError(f"the Fisher mass of the weights from block {low} on is 0; cuts {cuts} are worth nothing")
         self.masses = tuple(masses)

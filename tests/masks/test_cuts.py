@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from ssam_scale.masks import AnnealedCut, Depth, DepthByCost, Layout, from_blocks
+from ssam_scale.masks.cuts import by_worth
 from ssam_scale.sharding import sharding_of
 
 BLOCKS = 8
@@ -87,6 +88,17 @@ def test_probabilities_by_cost_are_fisher_mass_of_the_suffix_over_its_time() -> 
     assert sum(probabilities) == pytest.approx(1.0, rel=1e-12)
     assert max(probabilities) > 2 * min(p for p in probabilities if p), "or the frequencies show nothing"
     check_frequencies(drawn(mask, 4000), probabilities)
+
+
+@given(st.lists(st.tuples(st.floats(0.0, 1e3), st.floats(1e-3, 1e3)), min_size=1, max_size=20))
+def test_mass_over_time_is_never_below_that_of_uniform_draws(blocks: list[tuple[float, float]]) -> None:
+    masses, seconds = (from_blocks(values) for values in zip(*blocks, strict=True))
+    probabilities = by_worth(masses, seconds, range(len(blocks)))
+    if probabilities is None:
+        assert not any(masses)
+        return
+    mass, time = (sum(p * v for p, v in zip(probabilities, x, strict=True)) for x in (masses, seconds))
+    assert mass / time >= sum(masses) / sum(seconds) * (1 - 1e-9)
 
 
 def test_the_unit_of_time_and_the_number_of_samples_do_not_matter() -> None:
