@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .errors import UserError
-    from .masks import NM, Annealed, Dense, Depth, Dynamic, Named, Norms, Scored
+    from .masks import NM, Annealed, AnnealedCut, Dense, Depth, DepthByCost, Dynamic, Named, Norms, Scored
     from .perturbation import (
         CosineRadius,
         Interval,
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         StagedModel,
         TiedRadius,
         Window,
+        ascent_seconds,
         sampled_label_loss,
     )
 
@@ -25,9 +26,11 @@ __version__ = "0.1.0"
 __all__ = [
     "NM",
     "Annealed",
+    "AnnealedCut",
     "CosineRadius",
     "Dense",
     "Depth",
+    "DepthByCost",
     "Dynamic",
     "Interval",
     "Levers",
@@ -41,15 +44,18 @@ __all__ = [
     "UserError",
     "Window",
     "__version__",
+    "ascent_seconds",
     "sampled_label_loss",
 ]
 
 # Imported when first used: a command that only reads a configuration should not wait seconds for torch.
 _HOMES = {
     "Annealed": "masks",
+    "AnnealedCut": "masks",
     "CosineRadius": "perturbation",
     "Dense": "masks",
     "Depth": "masks",
+    "DepthByCost": "masks",
     "Dynamic": "masks",
     "Interval": "perturbation",
     "Levers": "perturbation",
@@ -63,6 +69,7 @@ _HOMES = {
     "TiedRadius": "perturbation",
     "UserError": "errors",
     "Window": "perturbation",
+    "ascent_seconds": "perturbation",
     "sampled_label_loss": "perturbation",
 }
 

@@ -37,14 +37,19 @@ class _Drifting(Section):
     dynamic: DynamicChoice | None = Field(None, description="SSAM-D, a choice that drifts; null: the highest scores")
 
 
-class ChosenMask(Section):
-    """What the masks have in common that are chosen by scores."""
+class _ByAnyScore(Section):
+    """Declares `score` before the refreshes."""
 
     pattern: str
     score: Score | None = Field(
         default_factory=lambda data: None if data.get("dynamic") else "fisher",
         description=f"{_SCORE}; null with dynamic",
     )
+
+
+class RefreshedMask(Section):
+    """What the masks have in common that are refreshed by scores."""
+
     samples: int = Field(
         128,
         ge=1,
@@ -63,7 +68,7 @@ class ChosenMask(Section):
     @property
     def scores(self) -> tuple[Score, ...]:
         """All that the mask is chosen by."""
-        return () if self.score is None else (self.score,)
+        return ()
 
     @property
     def by_samples(self) -> tuple[OfSamples, ...]:
@@ -76,12 +81,25 @@ class ChosenMask(Section):
         return self.refresh_steps is not None or self.refresh_epochs is not None
 
     @model_validator(mode="after")
-    def _one_rhythm(self) -> ChosenMask:
+    def _one_rhythm(self) -> RefreshedMask:
         if self.refresh_steps is not None and self.refresh_epochs is not None:
             raise ValueError(
                 f"refresh_steps {self.refresh_steps} and refresh_epochs {self.refresh_epochs} cannot both be; leave "
                 "one of them out, or set it to null"
             )
+        return self
+
+
+class ChosenMask(RefreshedMask, _ByAnyScore):
+    """What the masks have in common that are chosen by scores."""
+
+    @property
+    def scores(self) -> tuple[Score, ...]:
+        """All that the mask is chosen by."""
+        return () if self.score is None else (self.score,)
+
+    @model_validator(mode="after")
+    def _accumulates(self) -> ChosenMask:
         if self.score == "accumulated" and not self.is_refreshed:
             raise ValueError(
                 "score: accumulated needs refreshes, as there is nothing yet when the mask is chosen first; give "
@@ -185,31 +203,81 @@ class NMMask(_ByScore):
         return self
 
 
-class DepthMask(Section):
-    """The suffix of the network from a cut on; the prefix before it runs once and serves both passes."""
+class _Drawn(Section):
+    """Declares `draw` before the refreshes, whose default depends on it."""
 
-    pattern: Literal["depth"] = Field(description="all weights from a depth of the network on")
+    pattern: str
     policy: Literal["fixed", "rotate"] = Field("rotate", description="rotate draws the cut anew each step")
     cut: tuple[Share, Share] = Field(
         (0.0, 1.0), description="depth of the cut as a share of the blocks: [lowest, highest], or one number"
     )
+    draw: Literal["uniform", "annealed", "cost"] = Field(
+        "uniform",
+        description="how policy rotate draws the cut: uniform; annealed: uniform in a range that moves; cost: by the "
+        "Fisher mass of what is perturbed over the time of the ascent",
+    )
+    cut_final: tuple[Share, Share] | None = Field(
+        None, description="with draw annealed, cut at the end of the run, reached along half a cosine"
+    )
 
-    @field_validator("cut", mode="before")
+    @field_validator("cut", "cut_final", mode="before")
     @classmethod
     def _range(cls, value: Any) -> Any:
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             return (value, value)
         return tuple(value) if isinstance(value, list) else value
 
+
+class DepthMask(RefreshedMask, _Drawn):
+    """The suffix of the network from a cut on; the prefix before it runs once and serves both passes."""
+
+    pattern: Literal["depth"] = Field(description="all weights from a depth of the network on")
+    samples: int = Field(
+        128, ge=1, description="with draw cost, images of the Fisher mass; late in an epoch at most what is left of it"
+    )
+    labels: Literal["data", "sampled"] = Field(
+        "data", description="labels of the Fisher mass: those of the data, or sampled from what the model predicts"
+    )
+    refresh_steps: int | None = Field(
+        None, ge=1, description="with draw cost, steps between two measurements of the Fisher mass"
+    )
+    refresh_epochs: int | None = Field(
+        default_factory=lambda data: 1 if data.get("draw") == "cost" and not data.get("refresh_steps") else None,
+        ge=1,
+        description="with draw cost, epochs between two measurements of the Fisher mass; both null: measured once",
+    )
+
+    @property
+    def scores(self) -> tuple[Score, ...]:
+        """What the draws are by."""
+        return ("fisher",) if self.draw == "cost" else ()
+
     @model_validator(mode="after")
     def _consistent(self) -> DepthMask:
+        for key, cut in (("cut", self.cut), ("cut_final", self.cut_final or (0.0, 1.0))):
+            low, high = cut
+            if low > high:
+                raise ValueError(f"{key}: the lowest depth {low} lies above the highest {high}; write [{high}, {low}]")
         low, high = self.cut
-        if low > high:
-            raise ValueError(f"cut: the lowest depth {low} lies above the highest {high}; write [{high}, {low}]")
         if self.policy == "fixed" and low != high:
             raise ValueError(
                 f"cut: policy fixed takes one depth, given [{low}, {high}]; use policy: rotate for a range"
             )
+        if self.policy == "fixed" and self.draw != "uniform":
+            raise ValueError(f"draw: {self.draw} is for policy rotate; policy fixed draws nothing")
+        return self
+
+    @model_validator(mode="after")
+    def _drawn(self) -> DepthMask:
+        if self.draw == "annealed" and self.cut_final is None:
+            raise ValueError("draw: annealed moves from cut to cut_final; give cut_final")
+        if self.draw != "annealed" and self.cut_final is not None:
+            raise ValueError(f"cut_final: is for draw annealed, and draw is {self.draw}")
+        if self.draw != "cost" and self.is_refreshed:
+            key = "refresh_steps" if self.refresh_steps is not None else "refresh_epochs"
+            raise ValueError(f"{key}: is for draw cost, and draw is {self.draw}, which measures nothing")
+        if self.draw != "cost" and self.labels != "data":
+            raise ValueError(f"labels: {self.labels} is for draw cost, and draw is {self.draw}")
         return self
 
 

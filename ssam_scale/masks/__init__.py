@@ -1,8 +1,9 @@
 """Which weights are perturbed."""
 
-from .chosen import Annealed, Chosen, Score, Scores
+from .chosen import Annealed, Chosen, Refreshed, Score, Scores
+from .cuts import AnnealedCut, Depth, DepthByCost, from_blocks
 from .dynamic import Dynamic
-from .fixed import Dense, Depth, Named, Norms
+from .fixed import Dense, Named, Norms
 from .nm import NM
 from .parts import Bits, Part, Rows, pack, popcount, unpack
 from .plan import Layout, Mask, Plan
@@ -11,10 +12,12 @@ from .scored import Scored
 __all__ = [
     "NM",
     "Annealed",
+    "AnnealedCut",
     "Bits",
     "Chosen",
     "Dense",
     "Depth",
+    "DepthByCost",
     "Dynamic",
     "Layout",
     "Mask",
@@ -22,10 +25,12 @@ __all__ = [
     "Norms",
     "Part",
     "Plan",
+    "Refreshed",
     "Rows",
     "Score",
     "Scored",
     "Scores",
+    "from_blocks",
     "pack",
     "popcount",
     "unpack",

@@ -30,6 +30,11 @@ Scores: TypeAlias = Mapping[str, Tensor]
 """Local float32 scores of every parameter, shaped like its shard, by name and in the model's order."""
 
 
+def along_half_cosine(first: float, last: float, done: float) -> float:
+    """Where something is that moves from `first` to `last`, once a share `done` of its way in time has passed."""
+    return last + (first - last) * 0.5 * (1.0 + math.cos(math.pi * min(done, 1.0)))
+
+
 class Annealed:
     """A sparsity that moves along half a cosine from `first` to `last` over `steps` steps, and stays there.
 
@@ -46,8 +51,7 @@ class Annealed:
 
     def __call__(self, step: int) -> float:
         """The sparsity of a mask that is chosen at `step`."""
-        done = min(step / self.steps, 1.0)
-        return self.last + (self.first - self.last) * 0.5 * (1.0 + math.cos(math.pi * done))
+        return along_half_cosine(self.first, self.last, step / self.steps)
 
 
 Sparsity: TypeAlias = float | Annealed
@@ -70,25 +74,24 @@ def check_sparsity(sparsity: Sparsity) -> None:
         raise ValueError(f"sparsity is {sparsity}; a share in [0, 1) is needed")
 
 
-class Chosen:
-    """A mask whose plan is the last choice that was made by scores.
+class Refreshed:
+    """A mask that scores decide about: made by them when it is refreshed, and kept until the next refresh.
 
     Args:
-        kinds: every score that a choice may ever need.
-        every: steps between two choices; None: choose once and keep it, unless told otherwise.
+        kinds: every score that a refresh may ever need.
+        every: steps between two refreshes; None: make it once and keep it, unless told otherwise.
         seed: of random scores.
 
     Attributes:
-        kept_as: what a saved choice is, of each parameter: packed bits, a flag for each row, or one for the whole.
-        selected: the plan of the last choice; None before the first.
-        chosen_at: the step before which it was made; -1 before the first.
-        turnover: share of its weights that the choice before did not have; not a number for the first.
+        kept_as: what is saved of it: of each parameter packed bits, a flag for each row, or one for the whole; or what
+            it draws cuts by.
+        chosen_at: the step before which it was refreshed last; -1 before the first refresh.
 
     Raises:
         ValueError: `every` is not positive.
     """
 
-    kept_as: Literal["bits", "rows", "whole"] = "bits"
+    kept_as: Literal["bits", "rows", "whole", "cuts"] = "bits"
 
     def __init__(self, kinds: Sequence[Score], every: int | None, seed: int) -> None:
         for kind in kinds:
@@ -98,8 +101,53 @@ class Chosen:
         self.kinds = kinds
         self.every = every
         self.seed = seed
-        self.selected: Plan | None = None
         self.chosen_at = -1
+
+    def is_due(self, step: int) -> bool:
+        """Whether to refresh before step number `step`."""
+        if self.chosen_at < 0:
+            return True
+        return self.every is not None and step % self.every == 0 and step != self.chosen_at
+
+    def wanted(self) -> Sequence[Score]:
+        """The scores that the next refresh needs. Until something has accumulated, it is made at random instead."""
+        return ("random",) if self.chosen_at < 0 and "accumulated" in self.kinds else self.kinds
+
+    def select(self, layout: Layout, scores: Mapping[Score, Scores], sharding: Sharding, step: int) -> None:
+        """Refresh before step number `step`. Collective.
+
+        Args:
+            layout: the weights to choose from.
+            scores: what `wanted` named.
+            sharding: over whom they are spread.
+            step: number of the next step.
+
+        Raises:
+            FloatingPointError: a tensor has a score that is not finite; the mask stays what it was.
+            ValueError: nothing would be perturbed; the mask stays what it was.
+        """
+        raise NotImplementedError
+
+
+class Chosen(Refreshed):
+    """A mask whose plan is the last choice that was made by scores.
+
+    Args:
+        kinds: every score that a choice may ever need.
+        every: steps between two choices; None: choose once and keep it, unless told otherwise.
+        seed: of random scores.
+
+    Attributes:
+        selected: the plan of the last choice; None before the first.
+        turnover: share of its weights that the choice before did not have; not a number for the first.
+
+    Raises:
+        ValueError: `every` is not positive.
+    """
+
+    def __init__(self, kinds: Sequence[Score], every: int | None, seed: int) -> None:
+        super().__init__(kinds, every, seed)
+        self.selected: Plan | None = None
         self.turnover = math.nan
 
     def check(self, layout: Layout) -> None:
@@ -117,16 +165,6 @@ class Chosen:
             )
         return self.selected
 
-    def is_due(self, step: int) -> bool:
-        """Whether to choose before step number `step`."""
-        if self.selected is None:
-            return True
-        return self.every is not None and step % self.every == 0 and step != self.chosen_at
-
-    def wanted(self) -> Sequence[Score]:
-        """The scores that the next choice needs. Until something has accumulated, it is made at random instead."""
-        return ("random",) if self.selected is None and "accumulated" in self.kinds else self.kinds
-
     def choose(
         self, layout: Layout, scores: Mapping[Score, Scores], sharding: Sharding, step: int
     ) -> Mapping[str, Part | None]:
@@ -134,20 +172,9 @@ class Chosen:
         raise NotImplementedError
 
     def select(self, layout: Layout, scores: Mapping[Score, Scores], sharding: Sharding, step: int) -> None:
-        """Choose anew before step number `step`. Collective.
-
-        Args:
-            layout: the weights to choose from.
-            scores: what `wanted` named.
-            sharding: over whom they are spread.
-            step: number of the next step.
-
-        Raises:
-            FloatingPointError: a tensor has a score that is not finite; the mask stays what it was.
-            ValueError: nothing would be perturbed; the mask stays what it was.
-        """
+        """See `Refreshed`."""
         for kind, by_name in scores.items():
-            _check_finite(kind, by_name, sharding)
+            check_finite(kind, by_name, sharding)
         parts = self.choose(layout, scores, sharding, step)
         shards = {name: s.numel() for name, s in next(iter(scores.values())).items()}
         device = next(iter(next(iter(scores.values())).values())).device
@@ -187,7 +214,8 @@ class Chosen:
         return Plan(0, weights, by_name)
 
 
-def _check_finite(kind: str, scores: Scores, sharding: Sharding) -> None:
+def check_finite(kind: str, scores: Scores, sharding: Sharding) -> None:
+    """Raise a FloatingPointError that names the first tensor with a score that is not finite. Collective."""
     # A sum is not finite where one of its terms is not, and costs no temporary; the terms of a sum that overflows are
     # looked at themselves.
     bad = torch.stack([~s.sum().isfinite() for s in scores.values()]).int()

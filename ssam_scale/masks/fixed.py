@@ -1,11 +1,9 @@
-"""Masks that nobody has to score: all weights, a suffix of the network, normalization layers, parameters by name."""
+"""Masks that nobody has to score: all weights, normalization layers, parameters by name."""
 
 from __future__ import annotations
 
-import random
 import re
 from collections.abc import Iterable
-from dataclasses import replace
 
 from .plan import Layout, Plan
 
@@ -32,36 +30,6 @@ class Dense:
     def plan(self, layout: Layout, step: int) -> Plan:
         """Everything, from the first block on."""
         return whole(layout, layout.shapes)
-
-
-class Depth:
-    """All weights from a cut on, drawn uniformly anew at each step (a moving cut) or fixed.
-
-    Args:
-        cut: lowest and highest depth of the cut as shares of the number of blocks, in [0, 1]. A share s stands for the
-            block of index round(s · blocks), at most the last; equal shares fix the cut.
-        seed: of the draws. The draw is a function of seed and step alone, so every process makes the same one and a
-            resumed run continues the sequence.
-
-    Raises:
-        ValueError: shares outside [0, 1] or in the wrong order.
-    """
-
-    def __init__(self, cut: tuple[float, float] = (0.0, 1.0), seed: int = 0) -> None:
-        if not 0.0 <= cut[0] <= cut[1] <= 1.0:
-            raise ValueError(f"cut is {cut}; two shares in [0, 1], the smaller first, are needed")
-        self.cut = cut
-        self.seed = seed
-
-    def check(self, layout: Layout) -> None:
-        """Anything will do."""
-
-    def plan(self, layout: Layout, step: int) -> Plan:
-        """The suffix of this step's cut."""
-        low, high = (min(round(share * layout.depth), layout.depth - 1) for share in self.cut)
-        cut = random.Random(f"cut {self.seed} {step}").randint(low, high)
-        plan = whole(layout, (name for name in layout.shapes if layout.stages[name] >= cut))
-        return replace(plan, cut=cut, may_cut=high > 0)
 
 
 class Named:

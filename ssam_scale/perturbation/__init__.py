@@ -1,6 +1,7 @@
 """The step: which gradient is taken where, and what comes back exactly as it was."""
 
 from .ascent import Norm
+from .costs import ascent_seconds
 from .levers import Levers
 from .phases import Phase, Phases, no_phases
 from .radius import ConstantRadius, CosineRadius, Interval, RadiusSchedule, TiedRadius, Window
@@ -22,6 +23,7 @@ __all__ = [
     "StagedModel",
     "TiedRadius",
     "Window",
+    "ascent_seconds",
     "no_phases",
     "sampled_label_loss",
 ]

@@ -8,7 +8,22 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ssam_scale.masks import Bits, Chosen, Layout, Mask, Part, Plan, Rows, Score, Scores, pack, popcount, unpack
+from ssam_scale.masks import (
+    Bits,
+    Chosen,
+    DepthByCost,
+    Layout,
+    Mask,
+    Part,
+    Plan,
+    Refreshed,
+    Rows,
+    Score,
+    Scores,
+    pack,
+    popcount,
+    unpack,
+)
 from ssam_scale.sharding import Sharding
 
 from .accumulated import AccumulatedFisher
@@ -85,7 +100,7 @@ class Choice:
     ) -> None:
         """Choose anew; see `SparseSAM.refresh`."""
         mask = self._mask
-        if not isinstance(mask, Chosen):
+        if not isinstance(mask, Refreshed):
             raise TypeError(f"a {type(mask).__name__} mask is not chosen by scores: there is nothing to refresh")
         names = list(layout.shapes)
         parameters = [self._parameters[name] for name in names]
@@ -120,10 +135,10 @@ class Choice:
         mask.select(layout, by_name, self._sharding, step)
         self._expose(mask)
 
-    def _expose(self, mask: Chosen) -> None:
+    def _expose(self, mask: Refreshed) -> None:
         """Where more than the shard changes on this process, or is sent, learn which weights those are. Collective."""
         self._wholes = None
-        if mask.selected is not None and self._wants_whole:
+        if isinstance(mask, Chosen) and mask.selected is not None and self._wants_whole:
             self._wholes = {name: self._whole(name, part) for name, part in mask.selected.weights.items()}
 
     def _whole(self, name: str, part: Part | None) -> Part | None:
@@ -141,12 +156,15 @@ class Choice:
         """Tensors that mean the same under every sharding, under the same names at any time. Collective.
 
         `chosen_at`; `mask`, by parameter: `Bits.packed` of the whole parameter, or a flag for each row, or one; and
-        `accumulated`, by parameter: float32, whole; both empty where the mask has none.
+        `accumulated`, by parameter: float32, whole; both empty where the mask has none. And of a mask drawn by cost
+        alone, `DepthByCost.state`.
         """
         mask = self._mask
-        result: dict[str, Any] = {"chosen_at": torch.tensor(-1), "mask": {}, "accumulated": {}}
+        chosen_at = mask.chosen_at if isinstance(mask, Refreshed) else -1
+        result: dict[str, Any] = {"chosen_at": torch.tensor(chosen_at), "mask": {}, "accumulated": {}}
+        if isinstance(mask, DepthByCost):
+            result |= mask.state()
         if isinstance(mask, Chosen):
-            result["chosen_at"] = torch.tensor(mask.chosen_at)
             weights = mask.selected.weights if mask.selected is not None else {}
             for name, p in self._parameters.items():
                 # Before the first choice everything is False, so that there is a tensor to load into from the start.
@@ -181,9 +199,14 @@ class Choice:
             ValueError: the state is of another mask or of other parameters; nothing was loaded then.
         """
         mask, saved = self._mask, state["mask"]
+        if saved and not isinstance(mask, Chosen):
+            raise ValueError(f"the saved state has a mask chosen by scores, this optimizer a {type(mask).__name__}")
+        if isinstance(mask, DepthByCost):
+            mask.restore(state, int(state["chosen_at"]))
+            return
+        if "fisher_mass" in state:
+            raise ValueError(f"the saved state has a moving cut drawn by cost, this optimizer a {type(mask).__name__}")
         if not isinstance(mask, Chosen):
-            if saved:
-                raise ValueError(f"the saved state has a mask chosen by scores, this optimizer a {type(mask).__name__}")
             return
         if saved.keys() != self._parameters.keys():
             odd = sorted(saved.keys() ^ self._parameters.keys())
@@ -231,7 +254,13 @@ class Choice:
 
 
 # Numbered in what is saved: new ones go to the end.
-_KEPT = {None: "not chosen by scores", "bits": "of single weights", "rows": "of rows", "whole": "of whole tensors"}
+_KEPT = {
+    None: "not chosen by scores",
+    "bits": "of single weights",
+    "rows": "of rows",
+    "whole": "of whole tensors",
+    "cuts": "drawn by cost",
+}
 
 
 class SparseState:
@@ -259,4 +288,4 @@ class SparseState:
 
     def _kept_as(self) -> int:
         mask = self._optimizer.mask
-        return list(_KEPT).index(mask.kept_as if isinstance(mask, Chosen) else None)
+        return list(_KEPT).index(mask.kept_as if isinstance(mask, Refreshed) else None)

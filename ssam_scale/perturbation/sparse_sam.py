@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ssam_scale.masks import Chosen, Dense, Depth, Mask, Plan
+from ssam_scale.masks import Dense, Depth, Mask, Plan, Refreshed
 from ssam_scale.sharding import sharding_of
 
 from .around import AroundOptimizer
@@ -207,7 +207,7 @@ class SparseSAM(AroundOptimizer):
     @property
     def refresh_is_due(self) -> bool:
         """Whether the mask is to be chosen anew before the next step: see `every` of such masks."""
-        return isinstance(self.mask, Chosen) and self.mask.is_due(self.steps)
+        return isinstance(self.mask, Refreshed) and self.mask.is_due(self.steps)
 
     @torch.no_grad()
     def refresh(self, loss_fn: LossFn | None = None, *batches: Any, samples: int | None = None) -> None:

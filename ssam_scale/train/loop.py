@@ -19,6 +19,7 @@ from ssam_scale.tracking.phases import PhaseTimer
 from ssam_scale.tracking.run import Run, open_run
 
 from . import checkpoint
+from .cuts import time_ascents
 from .evaluation import Evaluation, evaluate
 from .masks import DrawnLayers, EpochBatches, fewest_samples, refresh_if_due, track_fixed_layers
 from .progress import StepProgress
@@ -93,6 +94,7 @@ def dry_run(config: Config, world: World) -> str:
         checkpoint.load(path, config, parts.network, parts.opt, parts.average)
     parts.train.set_epoch(0)
     with closing(EpochBatches(parts.train)) as batches:
+        time_ascents(config, world, parts, batches)
         refresh_if_due(config, world, parts.opt, batches, None)
         micro = [parts.mix(*next(batches)) for _ in range(config.train.accumulation)]
         parts.scheduler.step_update(0)
@@ -116,6 +118,7 @@ def _train_epoch(
     window = _Window(config, world, phases, run, progress)
     drawn = DrawnLayers(config)
     with closing(EpochBatches(parts.train)) as batches:
+        time_ascents(config, world, parts, batches)
         for index in range(parts.steps_per_epoch):
             step = epoch * parts.steps_per_epoch + index
             parts.scheduler.step_update(step)

@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
+import csv
+import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssam_scale.config.masks import ChosenMask, DepthMask, ElementMask, NamedMask, NMMask, NormMask, RowMask
+from ssam_scale.config.masks import DepthMask, ElementMask, NamedMask, NMMask, NormMask, RefreshedMask, RowMask
 from ssam_scale.config.schema import Config
 from ssam_scale.data import Batch, ImageLoader
 from ssam_scale.errors import UserError
-from ssam_scale.masks import NM, Annealed, Chosen, Depth, Dynamic, Mask, Named, Norms, Scored
+from ssam_scale.masks import (
+    NM,
+    Annealed,
+    AnnealedCut,
+    Chosen,
+    Depth,
+    DepthByCost,
+    Dynamic,
+    Mask,
+    Named,
+    Norms,
+    Refreshed,
+    Scored,
+)
 from ssam_scale.perturbation import SparseSAM
 from ssam_scale.perturbation.scores import sampled_label_loss
 from ssam_scale.sharding import World
@@ -32,8 +48,6 @@ def build_mask(config: Config, steps_per_epoch: int) -> Mask | None:
     seed, steps = config.train.seed, config.train.epochs * steps_per_epoch
     if section is None:
         return None
-    if isinstance(section, DepthMask):
-        return Depth(section.cut, seed=seed)
     if isinstance(section, NormMask):
         return Norms()
     if isinstance(section, NamedMask):
@@ -41,6 +55,12 @@ def build_mask(config: Config, steps_per_epoch: int) -> Mask | None:
     every = section.refresh_steps
     if section.refresh_epochs is not None:
         every = section.refresh_epochs * steps_per_epoch
+    if isinstance(section, DepthMask):
+        if section.draw == "cost":
+            return DepthByCost(section.cut, every=every, seed=seed)
+        if section.cut_final is not None:
+            return Depth(AnnealedCut(section.cut, section.cut_final, steps), seed=seed)
+        return Depth(section.cut, seed=seed)
     if isinstance(section, NMMask):
         return NM(
             section.n,
@@ -64,10 +84,10 @@ def build_mask(config: Config, steps_per_epoch: int) -> Mask | None:
     return Scored(section.pattern, sparsity, score=section.score, allocation=allocation, every=every, seed=seed)
 
 
-def chosen_section(config: Config) -> ChosenMask | None:
-    """The mask's section, if it is chosen by scores."""
+def chosen_section(config: Config) -> RefreshedMask | None:
+    """The mask's section, if scores decide about it."""
     section = config.perturbation.mask if config.perturbation is not None else None
-    return section if isinstance(section, ChosenMask) else None
+    return section if isinstance(section, RefreshedMask) and section.scores else None
 
 
 def track_fixed_layers(config: Config, opt: SparseSAM, run: Run) -> None:
@@ -170,8 +190,9 @@ def refresh_if_due(config: Config, world: World, opt: SparseSAM, batches: EpochB
     Raises:
         UserError: the scores are not finite, or nothing would be perturbed.
     """
-    section, mask = chosen_section(config), opt.mask
-    if section is None or not isinstance(mask, Chosen) or not opt.refresh_is_due:
+    section = chosen_section(config)
+    mask: object = opt.mask
+    if section is None or not isinstance(mask, Refreshed) or not opt.refresh_is_due:
         return
     coming: list[Batch] = []
     samples = None
@@ -188,15 +209,36 @@ def refresh_if_due(config: Config, world: World, opt: SparseSAM, batches: EpochB
         raise UserError(
             f"perturbation.mask: {error} before step {opt.steps + 1}; a lower optimizer.lr or perturbation.rho may help"
         ) from error
-    if run is not None:
+    if run is None:
+        return
+    seconds = time.monotonic() - began
+    if isinstance(mask, DepthByCost):
+        run.log_refresh(seconds=seconds, step=opt.steps, samples=samples)
+        _log_cuts(mask, opt, run)
+    elif isinstance(mask, Chosen):
         run.log_refresh(
-            seconds=time.monotonic() - began,
+            seconds=seconds,
             step=opt.steps,
             density=opt.plan.perturbed / opt.pool.layout.total,
             turnover=mask.turnover,
             samples=samples,
         )
         run.log_layers(opt.plan.counts, opt.pool.layout.numels, step=opt.steps, steps="refreshed after step")
+
+
+def _log_cuts(mask: DepthByCost, opt: SparseSAM, run: Run) -> None:
+    """Store what the next steps' cuts are drawn by as `mask/cuts/step_<steps done>.csv`: a row for each block."""
+    assert mask.masses is not None
+    assert mask.seconds is not None
+    probabilities = mask.probabilities(opt.pool.layout.depth, opt.steps)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"step_{opt.steps:08d}.csv"
+        with path.open("w", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(["block", "fisher_mass", "ascent_seconds", "probability"])
+            rows = zip(mask.masses, mask.seconds, probabilities, strict=True)
+            writer.writerows([block, *(f"{value:.6g}" for value in row)] for block, row in enumerate(rows))
+        run.log_artifact(path, "mask/cuts")
 
 
 def _data_label_loss(forward: Any, batch: Batch) -> Tensor:

@@ -37,7 +37,7 @@ def swap(old: str, new: str) -> str:
         (
             swap("    cut: [0.25, 0.75]", "    sparsity: 0.5"),
             'given.yaml:15: perturbation.mask.sparsity: unknown key for pattern "depth", '
-            "which has pattern, policy, cut",
+            "which has pattern, policy, cut, draw, cut_final, samples, labels, refresh_steps, refresh_epochs",
         ),
         (
             SMALL + "  zzz: 3\n",
@@ -240,6 +240,19 @@ MASKS = {
     "{pattern: element, dynamic: {}, labels: sampled}": ": labels: sampled is for score fisher, and the mask is "
     "chosen by gradient and random; use data",
     "{pattern: nm, n: 5}": ": n: 5 of every 4 cannot be; n must not be more than m",
+    # draws of a moving cut
+    "{pattern: depth, draw: costs}": '.draw: must be uniform, annealed or cost, given "costs"; did you mean cost?',
+    "{pattern: depth, draw: annealed}": ": draw: annealed moves from cut to cut_final; give cut_final",
+    "{pattern: depth, cut_final: 0.5}": ": cut_final: is for draw annealed, and draw is uniform",
+    "{pattern: depth, draw: annealed, cut_final: [1, 0.5]}": ": cut_final: the lowest depth 1.0 lies above the "
+    "highest 0.5; write [0.5, 1.0]",
+    "{pattern: depth, policy: fixed, cut: 0.5, draw: cost}": ": draw: cost is for policy rotate; policy fixed draws "
+    "nothing",
+    "{pattern: depth, refresh_epochs: 1}": ": refresh_epochs: is for draw cost, and draw is uniform, which measures "
+    "nothing",
+    "{pattern: depth, labels: sampled}": ": labels: sampled is for draw cost, and draw is uniform",
+    "{pattern: depth, draw: cost, refresh_epochs: 1, refresh_steps: 5}": ": refresh_steps 5 and refresh_epochs 1 "
+    "cannot both be; leave one of them out, or set it to null",
 }
 
 

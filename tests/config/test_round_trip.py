@@ -98,9 +98,9 @@ def configs(draw: st.DrawFn) -> Config:
         data["data"]["order"] = "random"
     mask = (data["perturbation"] or {}).get("mask")
     if mask and "cut" in mask:
-        mask["cut"] = sorted(mask["cut"]) if mask["policy"] == "rotate" else [mask["cut"][0]] * 2
+        _cut(mask)
         data["perturbation"]["norm"] = "calibrated"
-    if mask and "refresh_steps" in mask:
+    if mask and "score" in mask:
         _chosen(mask)
     if mask and "parameters" in mask:
         mask["parameters"] = tuple(re.escape(text) for text in mask["parameters"])
@@ -123,6 +123,17 @@ def configs(draw: st.DrawFn) -> Config:
     else:
         data["sharding"]["deepspeed"] = {}
     return Config.model_validate(data)
+
+
+def _cut(mask: dict[str, Any]) -> None:
+    if mask["policy"] == "fixed":
+        mask |= {"cut": [mask["cut"][0]] * 2, "draw": "uniform"}
+    mask["cut"] = sorted(mask["cut"])
+    mask["cut_final"] = sorted(mask["cut_final"] or (0.5, 1.0)) if mask["draw"] == "annealed" else None
+    if mask["draw"] != "cost":
+        mask |= {"labels": "data", "refresh_steps": None, "refresh_epochs": None}
+    elif mask["refresh_steps"] is not None:
+        mask["refresh_epochs"] = None
 
 
 def _chosen(mask: dict[str, Any]) -> None:
@@ -176,6 +187,8 @@ MASKS = {
     "block": "{pattern: block}",
     "nm": "{pattern: nm}",
     "depth": "{pattern: depth}",
+    "annealed": "{pattern: depth, draw: annealed, cut_final: 1}",
+    "cost": "{pattern: depth, draw: cost}",
     "norm": "{pattern: norm}",
     "named": "{pattern: named, parameters: [norm]}",
 }
@@ -275,6 +288,11 @@ def test_masks(read):
     assert mask("{pattern: element, labels: sampled}").by_samples == ("fisher",)
     assert mask("{pattern: nm, score: weight}").by_samples == ()
     assert (mask("{pattern: nm}").n, mask("{pattern: nm}").m) == (2, 4)
+    assert (mask("{pattern: depth}").draw, mask("{pattern: depth}").refresh_epochs) == ("uniform", None)
+    assert mask("{pattern: depth, draw: annealed, cut_final: 1}").cut_final == (1.0, 1.0)
+    by_cost = mask("{pattern: depth, draw: cost}")
+    assert (by_cost.refresh_epochs, by_cost.samples, by_cost.by_samples) == (1, 128, ("fisher",))
+    assert not mask("{pattern: depth, draw: cost, refresh_epochs: null}").is_refreshed
     assert mask("{pattern: named, parameters: [a, b.*c]}").parameters == ("a", "b.*c")
 
 

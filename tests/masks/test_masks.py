@@ -1,4 +1,4 @@
-"""What is perturbed: masks chosen by scores, and the moving cut."""
+"""What is perturbed: masks chosen by scores."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from ssam_scale.masks import Depth, Layout, Scored
+from ssam_scale.masks import Layout, Scored
 from ssam_scale.masks.allocation import Allocation
 from ssam_scale.sharding import sharding_of
 
@@ -53,19 +53,3 @@ def test_scores_that_are_not_finite_are_named_and_leave_the_mask() -> None:
     # A sum that overflows is not a score that is not finite.
     mask.select(layout, one({"a": torch.full((3,), 3e38), "b": torch.zeros(3)}), ALONE, 1)
     assert list(mask.plan(layout, 1).weights) == ["a"]
-
-
-def test_a_moving_cut_is_a_function_of_seed_and_step_and_uniform() -> None:
-    layout = Layout({f"{i}": (1,) for i in range(8)}, {f"{i}": i for i in range(8)}, 8)
-    mask, again = Depth(seed=4), Depth(seed=4)
-    cuts = [mask.plan(layout, step).cut for step in range(4000)]
-    assert cuts[::-1] == [again.plan(layout, step).cut for step in reversed(range(4000))]
-    assert cuts != [Depth(seed=5).plan(layout, step).cut for step in range(4000)]
-    counts = [cuts.count(c) for c in range(8)]
-    assert sum(counts) == 4000
-    # Each count is binomial with mean 500 and deviation 21.
-    assert all(abs(count - 500) < 5 * 21 for count in counts)
-    for step in range(20):
-        plan = mask.plan(layout, step)
-        assert set(plan.weights) == {str(i) for i in range(plan.cut, 8)}
-        assert plan.perturbed == 8 - plan.cut

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from ssam_scale import SparseSAM
-from ssam_scale.masks import Chosen, Dynamic
+from ssam_scale.masks import Dynamic, Refreshed
 from ssam_scale.sharding import World, distribute
 from tests.perturbation.test_equivalence import BATCH, CLIP, RHO, TOLERANCE, Case
 from tests.support.masks import whole_mask
@@ -30,6 +30,7 @@ CASES = {
     "tensor": Case("vit", "tensor", optimizer="adamw"),
     "row": Case("vit", "row"),
     "dynamic": Case("vit", "dynamic"),
+    "cut by cost": Case("vit", "cut by cost"),
     "accumulated": Case("vit", "accumulated"),
     # Calibrates in steps 0 and 3 of 5: saved after step 1, it has to remember when and how.
     "calibrated": Case("vit", "moving cut", norm="calibrated", rho=(RHO, RHO / 2)),
@@ -82,7 +83,7 @@ def save(world: World, folder: Path) -> dict[str, Any]:
     results = {}
     for name, case in CASES.items():
         module, opt = make(world, case, seed=0)
-        if isinstance(opt.mask, Chosen):
+        if isinstance(opt.mask, Refreshed):
             opt.refresh(loss_fn, part(batches(1, BATCH, seed=7)[0], world.rank, world.size))
         steps(world, opt, 0, BEFORE)
         saved = look(opt)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from ssam_scale import CosineRadius, Interval, TiedRadius, Window
-from ssam_scale.masks import NM, Chosen, Dense, Depth, Dynamic, Mask, Named, Norms, Scored
+from ssam_scale.masks import NM, Dense, Depth, DepthByCost, Dynamic, Mask, Named, Norms, Refreshed, Scored
 from ssam_scale.perturbation import RadiusSchedule, SparseSAM
 from ssam_scale.perturbation.reference import length_of, masked_by, reference_gradient, reference_step
 from ssam_scale.sharding import World, place
@@ -59,6 +59,7 @@ class Case:
             "dynamic": Dynamic(0.3, steps=10, grow="fisher"),
             "fixed cut": Depth((0.5, 0.5)),
             "moving cut": Depth((0.0, 1.0), seed=3),
+            "cut by cost": DepthByCost(seconds=(4.0, 3.0, 2.0, 1.0), seed=3),
         }[self.mask]
 
     def make_model(self) -> torch.nn.Module:
@@ -126,9 +127,10 @@ CASES = [
     # Not the ResNet: without the statistics of the batch it is so badly conditioned that 0.2% more rho, far less than
     # bf16 rounds, takes the weights 20% off their way.
     Case("vit", "element", precision=torch.bfloat16, optimizer="adamw"),
+    Case("vit", "cut by cost"),
 ]
 # Less of everything, where the number of ranks splits tensors unevenly or leaves ranks with nothing of some.
-FEW = [CASES[i] for i in (2, 12, 15, 17, 19, 21, 23, 25, 26, 28, 32)]
+FEW = [CASES[i] for i in (2, 12, 15, 17, 19, 21, 23, 25, 26, 28, 32, 35)]
 
 
 def on(device: torch.device, batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -161,7 +163,7 @@ def train(world: World, backend: Any, cases: list[Case], **kwargs: Any) -> list[
         )
         opt = case.make_sam(distributed, base)
         scheduler = halved(opt.base_optimizer) if case.schedule else None
-        for _ in range(3 if isinstance(opt.mask, Dynamic) else isinstance(opt.mask, Chosen)):
+        for _ in range(3 if isinstance(opt.mask, Dynamic) else isinstance(opt.mask, Refreshed)):
             seen = on(world.device, part(batches(1, BATCH, seed=7)[0], world.rank, world.size))
             opt.refresh(case.loss_fn, seen)
         losses, masks = [], []

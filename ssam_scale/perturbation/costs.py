@@ -1,0 +1,85 @@
+"""What an ascent costs by the place of its cut: measured, not modelled."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from .batchnorm import frozen_statistics
+from .passes import LossFn, Passes
+from .phases import Phase
+from .sparse_sam import SparseSAM
+
+_COUNTED = ("ascent forward", "ascent backward")
+
+
+class _Stopwatch:
+    """Adds up the seconds of an ascent's phases, of the device's own work."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self.seconds = 0.0
+
+    @contextmanager
+    def __call__(self, phase: Phase) -> Iterator[None]:
+        start = self._now()
+        yield
+        if phase in _COUNTED:
+            self.seconds += self._now() - start
+
+    def _now(self) -> float:
+        if self._cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+def ascent_seconds(opt: SparseSAM, loss_fn: LossFn, *batches: Any, repeats: int = 3) -> list[float]:
+    """The time of an ascent with the cut at each block: what `DepthByCost` wants to know. Collective.
+
+    Each is forward, backward and reduction of the suffix as a step makes them, over `batches` as micro-batches and with
+    the optimizer's `fraction`. As in a step, the prefix counts only where it is not shared with the descent, which is
+    with several micro-batches. All processes take part, and are told what the first one measured.
+
+    Costs (1 + repeats) · blocks ascents. Gradients are cleared before and after; weights, BatchNorm statistics and the
+    random state stay as they were.
+
+    Args:
+        opt: with a model in stages.
+        loss_fn: as `SparseSAM.step` takes it.
+        batches: the micro-batches of this process.
+        repeats: rounds over all cuts, after one to warm up. The least time counts: what disturbs one only adds to it.
+
+    Returns:
+        Seconds for the cut at each block, the same on every process.
+
+    Raises:
+        ValueError: `repeats` is not positive, or there is no batch.
+    """
+    if repeats < 1 or not batches:
+        raise ValueError(f"{len(batches)} batches and {repeats} repeats; at least 1 of each is needed")
+    sharding, layout = opt.sharding, opt.pool.layout
+    device = next(iter(opt.pool.parameters.values())).device
+    measured: list[list[float]] = [[] for _ in range(layout.depth)]
+    with (
+        frozen_statistics(sharding.network),
+        torch.random.fork_rng([torch.cuda.current_device()] if device.type == "cuda" else []),
+        torch.enable_grad(),
+    ):
+        for _ in range(1 + repeats):
+            for cut, seconds in enumerate(measured):
+                watch = _Stopwatch(device)
+                opt.zero_grad()
+                try:
+                    Passes(sharding, cut, loss_fn, batches, None, watch, opt.fraction).ascend()
+                    with watch("ascent backward"):
+                        sharding.reduce_ascent([p for n, p in opt.pool.parameters.items() if layout.stages[n] >= cut])
+                finally:
+                    opt.zero_grad()
+                seconds.append(watch.seconds)
+    own = [min(seconds[1:]) for seconds in measured]
+    first: list[float] = sharding.peers.tell(own)[0]
+    return first
