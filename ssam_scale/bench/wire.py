@@ -23,6 +23,8 @@ from .traffic import Traffic
 
 # FSDP2 learns the order of modules and DeepSpeed's stage 3 the trace of a step from the first ones.
 _WARM_UP = 2
+# With masks that change what a pass uses, stage 3 makes a new trace every other step.
+_ROUNDS = 2
 _WITHIN_SHARD_GROUP = "sam, within the shard group"
 
 
@@ -86,14 +88,14 @@ def _count(rank: int, size: int, device: torch.device, setting: Setting, jobs: S
         for _ in range(_WARM_UP):
             opt.step(setting.loss_fn, batch)
         with Traffic() as traffic:
-            for _ in range(way.steps):
+            for _ in range(_ROUNDS * way.steps):
                 densities.append(opt.density)
                 opt.step(setting.loss_fn, batch)
         found.append(
             {
                 "density": statistics.fmean(densities),
-                "bytes": {name: sent / way.steps for name, sent in traffic.bytes.items()},
-                "calls": sum(traffic.calls.values()) / way.steps,
+                "bytes": {name: sent / len(densities) for name, sent in traffic.bytes.items()},
+                "calls": sum(traffic.calls.values()) / len(densities),
             }
         )
         del opt

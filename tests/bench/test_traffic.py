@@ -93,9 +93,7 @@ def _both(world: World, backends: list[str]) -> dict[str, tuple[dict[str, int], 
         opt, batch = placed(SETTING, SPREADS[backend], world, way), SETTING.batch()
         for _ in range(2):
             opt.step(SETTING.loss_fn, batch)
-        with Traffic() as traffic:
-            opt.step(SETTING.loss_fn, batch)
-        with profile(activities=[ProfilerActivity.CPU]) as seen:
+        with profile(activities=[ProfilerActivity.CPU]) as seen, Traffic() as traffic:
             opt.step(SETTING.loss_fn, batch)
         transport = Counter(event.name for event in seen.events() or [] if event.name.startswith("gloo:"))
         found[backend] = dict(traffic.calls), dict(transport)
@@ -106,7 +104,7 @@ def _both(world: World, backends: list[str]) -> dict[str, tuple[dict[str, int], 
 @pytest.mark.slow
 def test_no_collective_of_a_backend_is_missed() -> None:
     """gloo itself, below all that could go past the recorder, has carried as many; a reduce_scatter as all_reduce."""
-    for calls, transport in run_ranks(2, _both, ["ddp", "fsdp2", "zero1", "zero3"])[0].values():
+    for calls, transport in run_ranks(2, _both, ["ddp", "fsdp2", "zero3"])[0].values():
         assert sum(calls.values()) == sum(transport.values()) > 0
         assert calls.get("all_gather", 0) == transport.get("gloo:all_gather", 0)
 
