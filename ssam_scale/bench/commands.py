@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from ssam_scale.errors import UserError
+
+from .table import Columns, show
 
 if TYPE_CHECKING:
     from ssam_scale.bench.networks import Setting
@@ -30,8 +29,6 @@ Resolution = Annotated[int | None, typer.Option(help="Side of the images, pixels
 Plans = Annotated[list[str] | None, typer.Option(help="Only these beside `base`; may be given several times. [all]")]
 BatchSize = Annotated[int | None, typer.Option(help="Images of a step. [8; 128 on a GPU]")]
 
-# Width of tables that go to a file or a pipe, where there is no terminal to ask.
-_PIPE_COLUMNS = 160
 _BYTES_RESOLUTION, _BYTES_BATCH = 32, 2
 
 
@@ -56,7 +53,7 @@ def masks_command(
         if value < 1:
             raise UserError(f"--{option} is {value}; at least 1 is needed")
     rows = bench_masks(scores, sizes, repeats, means)
-    _show(rows, _MASKS, f"{rows[0]['device']}; medians of {rows[0]['repeats']}", as_json)
+    show(rows, _MASKS, f"{rows[0]['device']}; medians of {rows[0]['repeats']}", as_json)
 
 
 @app.command("storage")
@@ -70,7 +67,7 @@ def storage_command(
     if weights < 1000:
         raise UserError(f"--weights is {weights}; at least 1000 are needed")
     rows = bench_storage(weights)
-    _show(rows, _STORAGE, rows[0]["device"], as_json)
+    show(rows, _STORAGE, rows[0]["device"], as_json)
 
 
 @app.command("steps")
@@ -134,7 +131,7 @@ def bytes_command(
     rows = [row for setting in settings for row in bench_bytes(setting, ranks, spreads, compared)]
     versions = rows[0]["versions"]
     caption = f"bytes that one process sends; torch {versions['torch']}, timm {versions['timm']}"
-    _show(rows, _BYTES, caption, as_json, "plan")
+    show(rows, _BYTES, caption, as_json, "plan")
 
 
 def _compare(
@@ -153,7 +150,7 @@ def _compare(
     compared = chosen_ways(plans, ways())
     settings = _settings(models, repeats, resolution, batch_size)
     rows = [row for setting in settings for row in bench(setting, repeats, compared)]
-    _show(rows, columns, _caption(rows), as_json, "plan")
+    show(rows, columns, _caption(rows), as_json, "plan")
 
 
 def _settings(models: list[str] | None, repeats: int, resolution: int | None, batch_size: int | None) -> list[Setting]:
@@ -181,7 +178,6 @@ def _caption(rows: list[dict[str, Any]]) -> str:
     return caption + ("; pytorch_optimizer is not installed and left out" if missing else "")
 
 
-Columns = dict[str, tuple[str, float, str]]  # title: key of a row, factor, format
 _MASKS: Columns = {
     "scores": ("scores", 1, ",d"),
     "ranks": ("ranks", 1, "d"),
@@ -235,35 +231,3 @@ _PEAK: Columns = {
     "peak MiB": ("peak_bytes", 2**-20, ",.1f"),
     "peak / base": ("peak_over_base", 1.0, ".3f"),
 }
-
-
-def _show(rows: list[dict[str, Any]], columns: Columns, caption: str, as_json: bool, name: str = "what") -> None:
-    """Print rows as JSON, or as a table in which a dash stands for what was not measured.
-
-    Args:
-        rows: what was measured.
-        columns: what a table shows of them.
-        caption: below a table.
-        as_json: print JSON.
-        name: key of a table's first column.
-    """
-    if as_json:
-        print(json.dumps(rows, indent=2))
-        return
-    table = Table(caption=caption, caption_justify="left")
-    table.add_column(name)
-    for title in columns:
-        table.add_column(title, justify="right")
-    for row in rows:
-        shown = []
-        for key, factor, form in columns.values():
-            value = row.get(key)
-            if isinstance(value, bool):
-                shown.append("yes" if value else "NO")
-            else:
-                shown.append("—" if value is None else format(factor * value, form))
-        table.add_row(row[name], *shown)
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=_PIPE_COLUMNS)
-    console.print(table)

@@ -41,6 +41,11 @@ class Footprint:
     activations: float
 
     @property
+    def model(self) -> float:
+        """Of the weights and what belongs to them, without what perturbing adds."""
+        return self.weights + self.gradients + self.optimizer + self.gathered
+
+    @property
     def total(self) -> float:
         """Of everything counted."""
         return sum(float(getattr(self, field.name)) for field in fields(self))

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from ssam_scale.errors import UserError
-from ssam_scale.masks import Chosen, Dense, Depth, Mask, Norms, Plan, Rows, Scored
+from ssam_scale.masks import Chosen, Dense, Depth, Mask, Norms, Scored
 from ssam_scale.masks.scored import Pattern
 from ssam_scale.perturbation import Interval, Levers, SparseSAM, StagedModel
 
 from .networks import Batch, Setting
 from .predict import StepShape
+from .shapes import ascent_of, weights_of
 
 _RHO, _LR, _MOMENTUM = 0.05, 1e-3, 0.9
 
@@ -139,8 +140,7 @@ class Running:
         self.way = way
         self.network = network
         self.batch = setting.batch()
-        self._stages = self.network.stage_of_parameters()
-        self._numels = {name: p.numel() for name, p in self.network.model.named_parameters()}
+        self._weights = weights_of(network)
         self.opt: SparseSAM | None = None
         self.optimizer: torch.optim.Optimizer
         if way.mask is None:
@@ -152,32 +152,17 @@ class Running:
 
     def shape(self) -> StepShape:
         """What the next step is going to perturb."""
-        depth, everything = len(self.network.stages), sum(self._numels.values())
+        depth = len(self.network.stages)
         if self.opt is None:
             perturbs = self.way.name != "base"
-            return StepShape(0, (float(perturbs),) * depth, everything if perturbs else 0)
-        if not any(self.opt.radii):
-            return StepShape(0, (0.0,) * depth, 0)
-        plan, levers = self.opt.plan, self.opt.levers
-        cut = plan.cut if levers.share_prefix else 0
-        return StepShape(cut, self._kept(plan, cut, elide=levers.elide), plan.perturbed, self.way.fraction)
-
-    def _kept(self, plan: Plan, cut: int, *, elide: bool) -> tuple[float, ...]:
-        """Of each stage, the share of its weights whose gradient the ascent computes."""
-        whole, kept = [0] * len(self.network.stages), [0] * len(self.network.stages)
-        for name, numel in self._numels.items():
-            stage = self._stages[name]
-            whole[stage] += numel
-            if stage < cut or (elide and name not in plan.weights):
-                continue
-            by_rows = elide and isinstance(plan.weights[name], Rows)
-            kept[stage] += plan.counts[name] if by_rows else numel
-        return tuple(k / w if w else 0.0 for k, w in zip(kept, whole, strict=True))
+            return StepShape(0, (float(perturbs),) * depth, self.weights if perturbs else 0)
+        levers = self.opt.levers
+        return ascent_of(self.opt, self._weights, dense=False, shares_prefix=levers.share_prefix).shape
 
     @property
     def weights(self) -> int:
         """Number of the network's weights."""
-        return sum(self._numels.values())
+        return sum(w.numel for w in self._weights.values())
 
 
 def sgd(network: StagedModel) -> torch.optim.Optimizer:

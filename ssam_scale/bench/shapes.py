@@ -34,7 +34,7 @@ def ascent_of(
         plan: another one than the next step's.
     """
     plan = opt.plan if plan is None else plan
-    depth = 1 + max(w.stage for w in weights.values())
+    depth = opt.pool.layout.depth
     if not any(opt.radii):
         return Ascent(share, StepShape(0, (0.0,) * depth, 0), {}, {})
     cut = plan.cut if shares_prefix and not dense else 0
