@@ -76,26 +76,22 @@ def cost_command(
     times: Annotated[Path | None, typer.Option(help="Take the times from this file; measure nothing.")] = None,
     save_times: Annotated[Path | None, typer.Option(help="Write the measured times to this file.")] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Also run one process of the largest job, with a pretended network.")
+        bool,
+        typer.Option("--dry-run", help="Instead, run one process of the largest job here, and compare what it sends."),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print rows as JSON.")] = False,
 ) -> None:
     """Predict time, bytes on the wire and memory of a step: base optimizer, dense SAM, the configured plan."""
     from ssam_scale.config import load
-    from ssam_scale.train.cost import Machines, show_cost
+    from ssam_scale.train.cost import Machines
+    from ssam_scale.train.cost_command import show_cost, show_rehearsal
 
     machines = Machines(gpus or [1, 8], gpus_per_node, 1e9 * node_bandwidth, 1e9 * network_bandwidth, scaling)
     resolved = load(config, overrides or [])
-    show_cost(
-        resolved,
-        machines,
-        images=images,
-        repeats=repeats,
-        times=times,
-        save=save_times,
-        dry_run=dry_run,
-        as_json=as_json,
-    )
+    if dry_run:
+        show_rehearsal(resolved, machines, as_json=as_json)
+    else:
+        show_cost(resolved, machines, images=images, repeats=repeats, times=times, save=save_times, as_json=as_json)
 
 
 def main(argv: list[str] | None = None) -> None:

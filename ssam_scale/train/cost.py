@@ -1,11 +1,10 @@
-"""`ssam-scale cost`: what the configured step would cost, on one GPU and on a cluster."""
+"""What the configured step would cost, on one GPU and on a cluster."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,24 +14,22 @@ from ssam_scale.bench.cost import Ascent, Cluster, Spreading, scaled, step_cost
 from ssam_scale.bench.footprint import footprint
 from ssam_scale.bench.measured import Measured
 from ssam_scale.bench.shapes import ascent_of, weights_of
-from ssam_scale.bench.table import Columns, show
 from ssam_scale.config.masks import ChosenMask, DepthMask, ElementMask
 from ssam_scale.config.schema import Config
 from ssam_scale.errors import UserError
-from ssam_scale.masks import Chosen
+from ssam_scale.masks import Chosen, Plan
 from ssam_scale.models import build_model
 from ssam_scale.perturbation import SparseSAM, StagedModel
 
 from .masks import build_mask
 from .setup import base_optimizer
-from .times import measured, state_bytes_per_weight
+from .times import state_bytes_per_weight
 
 # Of a moving cut, so many draws stand for all.
 _DRAWS = 64
 # The mask needs to know when its sparsity changes; no file is read to find out how long an epoch is.
 _STEPS_PER_EPOCH = 1000
 _RADIUS = 0.05
-_CPU_IMAGES, _CUDA_IMAGES = 8, 64
 
 
 @dataclass(frozen=True)
@@ -115,8 +112,16 @@ def configured_sam(config: Config, network: nn.Module, base: torch.optim.Optimiz
     return opt
 
 
-def ascents_of(config: Config, network: StagedModel, opt: SparseSAM) -> list[Ascent]:
-    """The kinds of steps that the configured plan has, and how often each comes."""
+def plans_of(config: Config, opt: SparseSAM) -> list[Plan]:
+    """What the configured mask perturbs: one plan, or many draws of a moving cut."""
+    section = config.perturbation
+    draws = _DRAWS if section is not None and isinstance(section.mask, DepthMask) else 1
+    layout = opt.pool.eligible(opt.param_groups)
+    return [opt.mask.plan(layout, opt.steps + draw) for draw in range(draws)]
+
+
+def ascents_of(config: Config, network: StagedModel, opt: SparseSAM, plans: Sequence[Plan]) -> list[Ascent]:
+    """The kinds of steps that the configured run has with these plans, each as often, and how often each comes."""
     section = config.perturbation
     if section is None:
         return []
@@ -124,17 +129,13 @@ def ascents_of(config: Config, network: StagedModel, opt: SparseSAM) -> list[Asc
     shares_prefix = opt.levers.share_prefix and config.train.accumulation == 1
     calibrations = 1.0 / section.calibrate_every if section.norm == "calibrated" and section.calibrate_every else 0.0
     dense = 1.0 if section.norm == "dense" else calibrations
-    often = (section.window[1] - section.window[0]) / section.interval
-    draws = _DRAWS if isinstance(section.mask, DepthMask) else 1
-    layout = opt.pool.eligible(opt.param_groups)
-    found = []
-    for draw in range(draws):
-        plan = opt.mask.plan(layout, opt.steps + draw)
-        for share, whole in ((1.0 - dense, False), (dense, True)):
-            if share:
-                share *= often / draws
-                found.append(ascent_of(opt, weights, dense=whole, shares_prefix=shares_prefix, share=share, plan=plan))
-    return found
+    often = (section.window[1] - section.window[0]) / section.interval / len(plans)
+    return [
+        ascent_of(opt, weights, dense=whole, shares_prefix=shares_prefix, share=share * often, plan=plan)
+        for plan in plans
+        for share, whole in ((1.0 - dense, False), (dense, True))
+        if share
+    ]
 
 
 def staged_model(config: Config) -> StagedModel:
@@ -155,7 +156,8 @@ def cost_rows(config: Config, found: Measured, machines: Machines) -> list[dict[
     """
     network = staged_model(config)
     weights, total = weights_of(network), found.weights
-    ours = ascents_of(config, network, configured_sam(config, network, base_optimizer(config, network.model)))
+    opt = configured_sam(config, network, base_optimizer(config, network.model))
+    ours = ascents_of(config, network, opt, plans_of(config, opt))
     dense_config = config.model_copy(update={"perturbation": None})
     dense = configured_sam(dense_config, network, base_optimizer(config, network.model))
     plans: dict[str, list[Ascent]] = {"base": [], "sam": [ascent_of(dense, weights, dense=True, shares_prefix=False)]}
@@ -219,53 +221,3 @@ def spreading_of(config: Config, cluster: Cluster) -> Spreading:
         return Spreading(backend, config.sharding.replicas, cluster)
     except ValueError as error:
         raise UserError(f"--gpus {cluster.gpus}: {error}") from error
-
-
-_COLUMNS: Columns = {
-    "GPUs": ("gpus", 1, "d"),
-    "images": ("images", 1, ",.4g"),
-    "density": ("density", 1, ".3f"),
-    "ms": ("seconds", 1e3, ",.1f"),
-    "unhidden ms": ("seconds_unhidden", 1e3, ",.1f"),
-    "ms / base": ("seconds_over_base", 1, ".3f"),
-    "MiB sent": ("bytes", 2**-20, ",.1f"),
-    "sent / base": ("bytes_over_base", 1, ".3f"),
-    "model GiB": ("memory_model", 2**-30, ".3f"),
-    "perturbing": ("memory_perturbing", 2**-30, ".3f"),
-    "activations": ("memory_activations", 2**-30, ".3f"),
-    "all": ("memory_total", 2**-30, ".3f"),
-}
-
-
-def show_cost(
-    config: Config,
-    machines: Machines,
-    *,
-    images: int | None,
-    repeats: int,
-    times: Path | None,
-    save: Path | None,
-    dry_run: bool,
-    as_json: bool,
-) -> None:
-    """Measure or read, predict, and print: the command.
-
-    Raises:
-        UserError: what is asked for makes no sense, or cannot be had.
-    """
-    machines.check()
-    for option, value, least in (("images", images, 4), ("repeats", repeats, 1)):
-        if value is not None and value < least:
-            raise UserError(f"--{option} is {value}; at least {least} {'is' if least == 1 else 'are'} needed")
-    for gpus in machines.gpus:
-        spreading_of(config, machines.cluster(gpus))
-    size = images or (_CUDA_IMAGES if torch.cuda.is_available() else _CPU_IMAGES)
-    found = measured(config, staged_model(config), images=size, repeats=repeats, times=times, save=save)
-    rows = cost_rows(config, found, machines)
-    caption = (
-        f"{found.model}, {found.precision}, measured with {found.images} images of {found.resolution} px on "
-        f"{found.hardware}; {machines.scaling} scaling; {machines.node_bandwidth / 1e9:g} GB/s inside a node of "
-        f"{machines.per_node}, {machines.network_bandwidth / 1e9:g} GB/s between nodes. A real step "
-        "lies between ms, with what is sent hidden as far as it can be, and unhidden ms. Memory is in GiB of one GPU"
-    )
-    show(rows, _COLUMNS, caption, as_json, "plan")
