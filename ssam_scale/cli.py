@@ -60,6 +60,40 @@ def train_command(
             train(resolved, world)
 
 
+@app.command("cost")
+def cost_command(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    gpus: Annotated[list[int] | None, typer.Option(help="GPUs; may be given several times. [1 and 8]")] = None,
+    gpus_per_node: Annotated[int, typer.Option(help="GPUs of one node.")] = 8,
+    node_bandwidth: Annotated[float, typer.Option(help="GB/s that a GPU sends inside of its node.")] = 300.0,
+    network_bandwidth: Annotated[float, typer.Option(help="GB/s that a GPU sends to another node.")] = 25.0,
+    scaling: Annotated[
+        str, typer.Option(help="weak: a GPU keeps the images that were measured; strong: it shares the batch.")
+    ] = "weak",
+    images: Annotated[int | None, typer.Option(help="Images of the pass that is measured. [8; 64 on a GPU]")] = None,
+    repeats: Annotated[int, typer.Option(help="Measurements, of which the median counts.")] = 5,
+    times: Annotated[Path | None, typer.Option(help="Take the times from this file; measure nothing.")] = None,
+    save_times: Annotated[Path | None, typer.Option(help="Write the measured times to this file.")] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Instead, run one process of the largest job here, and compare what it sends."),
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print rows as JSON.")] = False,
+) -> None:
+    """Predict time, bytes on the wire and memory of a step: base optimizer, dense SAM, the configured plan."""
+    from ssam_scale.config import load
+    from ssam_scale.train.cost import Machines
+    from ssam_scale.train.cost_command import show_cost, show_rehearsal
+
+    machines = Machines(gpus or [1, 8], gpus_per_node, 1e9 * node_bandwidth, 1e9 * network_bandwidth, scaling)
+    resolved = load(config, overrides or [])
+    if dry_run:
+        show_rehearsal(resolved, machines, as_json=as_json)
+    else:
+        show_cost(resolved, machines, images=images, repeats=repeats, times=times, save=save_times, as_json=as_json)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run `ssam-scale` with `argv` (the process's own arguments by default) and exit: 0 done, 2 the user's mistake."""
     try:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
-import json
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from ssam_scale.errors import UserError
 
+from .table import Columns, show
+
 if TYPE_CHECKING:
     from ssam_scale.bench.networks import Setting
+    from ssam_scale.bench.plans import Way
 
 app = typer.Typer(help="Measure parts of the package on this machine.", no_args_is_help=True)
 
@@ -28,8 +29,7 @@ Resolution = Annotated[int | None, typer.Option(help="Side of the images, pixels
 Plans = Annotated[list[str] | None, typer.Option(help="Only these beside `base`; may be given several times. [all]")]
 BatchSize = Annotated[int | None, typer.Option(help="Images of a step. [8; 128 on a GPU]")]
 
-# Width of tables that go to a file or a pipe, where there is no terminal to ask.
-_PIPE_COLUMNS = 160
+_BYTES_RESOLUTION, _BYTES_BATCH = 32, 2
 
 
 @app.callback()
@@ -53,7 +53,7 @@ def masks_command(
         if value < 1:
             raise UserError(f"--{option} is {value}; at least 1 is needed")
     rows = bench_masks(scores, sizes, repeats, means)
-    _show(rows, _MASKS, f"{rows[0]['device']}; medians of {rows[0]['repeats']}", as_json)
+    show(rows, _MASKS, f"{rows[0]['device']}; medians of {rows[0]['repeats']}", as_json)
 
 
 @app.command("storage")
@@ -67,7 +67,7 @@ def storage_command(
     if weights < 1000:
         raise UserError(f"--weights is {weights}; at least 1000 are needed")
     rows = bench_storage(weights)
-    _show(rows, _STORAGE, rows[0]["device"], as_json)
+    show(rows, _STORAGE, rows[0]["device"], as_json)
 
 
 @app.command("steps")
@@ -80,13 +80,9 @@ def steps_command(
     as_json: AsJson = False,
 ) -> None:
     """Time of a step by plan over the base optimizer's, in turns, and what the cost model predicts."""
-    from ssam_scale.bench.plans import chosen_ways
     from ssam_scale.bench.steps import bench_steps
 
-    compared = chosen_ways(plans)
-    settings = _settings(models, repeats, resolution, batch_size)
-    rows = [row for setting in settings for row in bench_steps(setting, repeats, compared)]
-    _show(rows, _STEPS, _caption(rows), as_json, "plan")
+    _compare(bench_steps, _STEPS, models, plans, repeats, resolution, batch_size, as_json)
 
 
 @app.command("memory")
@@ -100,12 +96,61 @@ def memory_command(
 ) -> None:
     """Peak memory of a step by plan over the base optimizer's, each in a new process."""
     from ssam_scale.bench.peak import bench_peak
-    from ssam_scale.bench.plans import chosen_ways
 
-    compared = chosen_ways(plans)
+    _compare(bench_peak, _PEAK, models, plans, repeats, resolution, batch_size, as_json)
+
+
+@app.command("bytes")
+def bytes_command(
+    models: Annotated[
+        list[str] | None,
+        typer.Option(help="timm models, of families that have stages; may be given several times. [vit_tiny]"),
+    ] = None,
+    plans: Annotated[
+        list[str] | None, typer.Option(help="Only these beside `base` and `sam`; may be given several times. [all]")
+    ] = None,
+    backends: Annotated[
+        list[str] | None,
+        typer.Option(help="ddp, fsdp2, hsdp (two copies), zero0 to zero3; may be given several times. [all]"),
+    ] = None,
+    ranks: Annotated[int, typer.Option(help="Processes that share or copy the weights; hsdp takes twice as many.")] = 2,
+    as_json: AsJson = False,
+) -> None:
+    """Bytes that a process sends in a step, by plan and backend, and those of the ascent over dense SAM's."""
+    from ssam_scale.bench.networks import setting_of
+    from ssam_scale.bench.plans import chosen_ways, spread_ways
+    from ssam_scale.bench.wire import bench_bytes, chosen_spreads
+
+    if ranks < 2:
+        raise UserError(f"--ranks is {ranks}; at least 2 are needed to send anything")
+    compared, spreads = chosen_ways(plans, spread_ways(), ("base", "sam")), chosen_spreads(backends)
+    # What is sent depends neither on the images nor on how many there are.
+    settings = [setting_of(model, _BYTES_RESOLUTION, _BYTES_BATCH) for model in models or ["vit_tiny"]]
+    for setting in settings:
+        setting.check()
+    rows = [row for setting in settings for row in bench_bytes(setting, ranks, spreads, compared)]
+    versions = rows[0]["versions"]
+    caption = f"bytes that one process sends; torch {versions['torch']}, timm {versions['timm']}"
+    show(rows, _BYTES, caption, as_json, "plan")
+
+
+def _compare(
+    bench: Callable[[Setting, int, Sequence[Way]], list[dict[str, Any]]],
+    columns: Columns,
+    models: list[str] | None,
+    plans: list[str] | None,
+    repeats: int,
+    resolution: int | None,
+    batch_size: int | None,
+    as_json: bool,
+) -> None:
+    """Measure each model under the plans on one process, and show it."""
+    from ssam_scale.bench.plans import chosen_ways, ways
+
+    compared = chosen_ways(plans, ways())
     settings = _settings(models, repeats, resolution, batch_size)
-    rows = [row for setting in settings for row in bench_peak(setting, repeats, compared)]
-    _show(rows, _PEAK, _caption(rows), as_json, "plan")
+    rows = [row for setting in settings for row in bench(setting, repeats, compared)]
+    show(rows, columns, _caption(rows), as_json, "plan")
 
 
 def _settings(models: list[str] | None, repeats: int, resolution: int | None, batch_size: int | None) -> list[Setting]:
@@ -133,7 +178,6 @@ def _caption(rows: list[dict[str, Any]]) -> str:
     return caption + ("; pytorch_optimizer is not installed and left out" if missing else "")
 
 
-Columns = dict[str, tuple[str, float, str]]  # title: key of a row, factor, format
 _MASKS: Columns = {
     "scores": ("scores", 1, ",d"),
     "ranks": ("ranks", 1, "d"),
@@ -167,6 +211,18 @@ _STEPS: Columns = {
     "predicted": ("predicted_over_base", 1.0, ".3f"),
     "at most": ("target_over_base", 1.0, ".3f"),
 }
+_BYTES: Columns = {
+    "model": ("model", 1, ""),
+    "backend": ("backend", 1, ""),
+    "processes": ("ranks", 1, "d"),
+    "density": ("density", 1.0, ".3f"),
+    "step KiB": ("step_bytes", 2**-10, ",.1f"),
+    "ascent KiB": ("ascent_bytes", 2**-10, ",.1f"),
+    "collectives": ("ascent_calls", 1.0, ".4g"),
+    "step / base": ("step_bytes_over_base", 1.0, ".3f"),
+    "ascent / dense": ("ascent_bytes_over_dense", 1.0, ".3f"),
+    "at most": ("target_over_dense", 1.0, ".3f"),
+}
 _PEAK: Columns = {
     "model": ("model", 1, ""),
     "density": ("density", 1.0, ".3f"),
@@ -175,35 +231,3 @@ _PEAK: Columns = {
     "peak MiB": ("peak_bytes", 2**-20, ",.1f"),
     "peak / base": ("peak_over_base", 1.0, ".3f"),
 }
-
-
-def _show(rows: list[dict[str, Any]], columns: Columns, caption: str, as_json: bool, name: str = "what") -> None:
-    """Print rows as JSON, or as a table in which a dash stands for what was not measured.
-
-    Args:
-        rows: what was measured.
-        columns: what a table shows of them.
-        caption: below a table.
-        as_json: print JSON.
-        name: key of a table's first column.
-    """
-    if as_json:
-        print(json.dumps(rows, indent=2))
-        return
-    table = Table(caption=caption, caption_justify="left")
-    table.add_column(name)
-    for title in columns:
-        table.add_column(title, justify="right")
-    for row in rows:
-        shown = []
-        for key, factor, form in columns.values():
-            value = row.get(key)
-            if isinstance(value, bool):
-                shown.append("yes" if value else "NO")
-            else:
-                shown.append("—" if value is None else format(factor * value, form))
-        table.add_row(row[name], *shown)
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=_PIPE_COLUMNS)
-    console.print(table)

@@ -20,7 +20,7 @@ DEFAULT_MODELS = ("resnet50", "vit_small")
 
 Batch = tuple[Tensor, Tensor]
 
-_SHORT_NAMES = {"vit_small": "vit_small_patch16_224"}
+_SHORT_NAMES = {"vit_small": "vit_small_patch16_224", "vit_tiny": "vit_tiny_patch16_224"}
 _CLASSES = 1000
 _CPU_RESOLUTION, _CPU_BATCH = 96, 8
 _CUDA_RESOLUTION, _CUDA_BATCH = 224, 128
@@ -33,7 +33,8 @@ class Setting:
     """On what steps are measured.
 
     Attributes:
-        model: a name that timm knows, of a family that has stages; `vit_small` stands for ViT-S/16.
+        model: a name that timm knows, of a family that has stages; `vit_small` stands for ViT-S/16,
+            `vit_tiny` for ViT-Ti/16.
         resolution: side of the images, pixels.
         batch_size: images of a step.
         device: where.

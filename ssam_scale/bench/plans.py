@@ -10,19 +10,26 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ssam_scale.errors import UserError
 from ssam_scale.masks import Chosen, Dense, Depth, Mask, Norms, Scored
-from ssam_scale.perturbation import Interval, SparseSAM, StagedModel
+from ssam_scale.masks.scored import Pattern
+from ssam_scale.perturbation import Interval, Levers, SparseSAM, StagedModel
 
 from .networks import Batch, Setting
 from .predict import StepShape
+from .shapes import ascent_of, weights_of
 
 _RHO, _LR, _MOMENTUM = 0.05, 1e-3, 0.9
 
 # Draws of the moving cut in one round of all plans.
 _DRAWS = 4
+
+# Masks of which a plan without one lever is measured, too.
+_ELIDED: tuple[Pattern, ...] = ("tensor", "block", "row")
+_PACKED: tuple[Pattern, ...] = ("element", "row")
+_KEPT: tuple[Pattern, ...] = ("tensor", "block")
 
 Step = Callable[[], Any]
 
@@ -38,6 +45,7 @@ class Way:
         interval: steps from one ascent to the next.
         steps: how many are taken in turn before the next way's: a whole period, or several draws.
         has_cut: whether the blocks before a cut are left alone, for which there is a bound on the time.
+        levers: which savings are made; None: those that cost nothing.
     """
 
     name: str
@@ -46,12 +54,17 @@ class Way:
     interval: int = 1
     steps: int = 1
     has_cut: bool = False
+    levers: Levers | None = None
 
     def target(self, suffix_share: float) -> float | None:
         """The highest time over the base step's that we want, where we want one."""
         if self.name == "sam":
             return 2.05
         return 1.10 * (1.0 + suffix_share * self.fraction) if self.has_cut else None
+
+
+def _random(pattern: Pattern) -> Callable[[], Mask]:
+    return partial(Scored, pattern, 0.5, score="random")
 
 
 def _ours() -> list[Way]:
@@ -62,17 +75,23 @@ def _ours() -> list[Way]:
     ]
     masks = [
         Way("moving cut", Depth, steps=_DRAWS, has_cut=True),
-        Way("tensor 50%", partial(Scored, "tensor", 0.5, score="random")),
-        Way("block 50%", partial(Scored, "block", 0.5, score="random")),
+        Way("tensor 50%", _random("tensor")),
+        Way("block 50%", _random("block")),
+        Way("row 50%", _random("row")),
         Way("norm", Norms),
-        Way("element 50%", partial(Scored, "element", 0.5, score="random")),
+        Way("element 50%", _random("element")),
+    ]
+    # What one lever contributes is what its plan costs without it.
+    singly = [
+        Way("cut 0.5, no shared prefix", partial(Depth, (0.5, 0.5)), levers=Levers(share_prefix=False)),
+        *(Way(f"{p} 50%, not elided", _random(p), levers=Levers(elide=False)) for p in _ELIDED),
     ]
     intervals = [Way(f"interval {k}", Dense, interval=k, steps=k) for k in (2, 5)]
-    return [Way("sam", Dense), *cuts, *masks, *intervals]
+    return [Way("sam", Dense), *cuts, *masks, *singly, *intervals]
 
 
 def ways() -> list[Way]:
-    """All of them, the base optimizer first; pytorch_optimizer's where it is installed."""
+    """All of them on one process, the base optimizer first; pytorch_optimizer's where it is installed."""
     theirs = [Way("textbook", None)]
     if importlib.util.find_spec("pytorch_optimizer") is not None:
         theirs.append(Way("pytorch_optimizer", None))
@@ -80,17 +99,32 @@ def ways() -> list[Way]:
     return [Way("base", None), ours[0], *theirs, *ours[1:]]
 
 
-def chosen_ways(names: Sequence[str] | None) -> list[Way]:
-    """Those of these names, and the base optimizer; None: all.
+def spread_ways() -> list[Way]:
+    """Those of several processes: where bytes depend on it, and with the levers that show there alone."""
+    singly = [
+        *(Way(f"{p} 50%, unpacked", _random(p), levers=Levers(pack=False)) for p in _PACKED),
+        *(Way(f"{p} 50%, kept gathered", _random(p), levers=Levers(keep_gathered=True)) for p in _KEPT),
+        Way("sam, within the shard group", Dense, levers=Levers(within_shard_group=True)),
+    ]
+    return [Way("base", None), *(way for way in _ours() if way.fraction == 1.0), *singly]
+
+
+def chosen_ways(names: Sequence[str] | None, among: Sequence[Way], always: Sequence[str] = ("base",)) -> list[Way]:
+    """Those of these names, and some that others are compared to; None: all.
+
+    Args:
+        names: of ways.
+        among: the ways that there are.
+        always: names of those that are there in any case.
 
     Raises:
         UserError: there is none of such a name.
     """
-    known = {way.name: way for way in ways()}
+    known = {way.name: way for way in among}
     for name in names or ():
         if name not in known:
             raise UserError(f"--plans: there is no plan {name!r}; there are {', '.join(map(repr, known))}")
-    return [way for way in known.values() if names is None or way.name == "base" or way.name in names]
+    return [way for way in known.values() if names is None or way.name in always or way.name in names]
 
 
 class Running:
@@ -106,37 +140,29 @@ class Running:
         self.way = way
         self.network = network
         self.batch = setting.batch()
-        self._stages = self.network.stage_of_parameters()
-        self._numels = {name: p.numel() for name, p in self.network.model.named_parameters()}
+        self._weights = weights_of(network)
         self.opt: SparseSAM | None = None
         self.optimizer: torch.optim.Optimizer
         if way.mask is None:
             self.optimizer, self.step = _THEIRS[way.name](self.network, setting, self.batch)
         else:
-            self.opt = _sparse_sam(self.network, way)
+            self.opt = sparse_sam(self.network, sgd(self.network), way)
             self.optimizer = self.opt.base_optimizer
             self.step = partial(self.opt.step, setting.loss_fn, self.batch)
 
     def shape(self) -> StepShape:
         """What the next step is going to perturb."""
-        depth, everything = len(self.network.stages), sum(self._numels.values())
+        depth = len(self.network.stages)
         if self.opt is None:
             perturbs = self.way.name != "base"
-            return StepShape(0, (float(perturbs),) * depth, everything if perturbs else 0)
-        if not any(self.opt.radii):
-            return StepShape(0, (0.0,) * depth, 0)
-        plan = self.opt.plan
-        whole, kept = [0] * depth, [0] * depth
-        for name, numel in self._numels.items():
-            whole[self._stages[name]] += numel
-            kept[self._stages[name]] += numel if name in plan.weights else 0
-        shares = tuple(k / w if w else 0.0 for k, w in zip(kept, whole, strict=True))
-        return StepShape(plan.cut, shares, plan.perturbed, self.way.fraction)
+            return StepShape(0, (float(perturbs),) * depth, self.weights if perturbs else 0)
+        levers = self.opt.levers
+        return ascent_of(self.opt, self._weights, dense=False, shares_prefix=levers.share_prefix).shape
 
     @property
     def weights(self) -> int:
         """Number of the network's weights."""
-        return sum(self._numels.values())
+        return sum(w.numel for w in self._weights.values())
 
 
 def sgd(network: StagedModel) -> torch.optim.Optimizer:
@@ -144,10 +170,18 @@ def sgd(network: StagedModel) -> torch.optim.Optimizer:
     return torch.optim.SGD(network.parameters(), lr=_LR, momentum=_MOMENTUM)
 
 
-def _sparse_sam(network: StagedModel, way: Way) -> SparseSAM:
-    assert way.mask is not None
-    mask, schedule = way.mask(), Interval(way.interval) if way.interval > 1 else None
-    opt = SparseSAM(network, sgd(network), rho=_RHO, mask=mask, fraction=way.fraction, schedule=schedule)
+def sparse_sam(model: nn.Module, base: torch.optim.Optimizer, way: Way) -> SparseSAM:
+    """The optimizer of one of our plans, or of the base optimizer alone (a radius of 0), on any backend.
+
+    Args:
+        model: as `SparseSAM` takes it.
+        base: its base optimizer.
+        way: `base`, or one with a mask.
+    """
+    mask = way.mask() if way.mask is not None else None
+    rho = _RHO if mask is not None else 0.0
+    schedule = Interval(way.interval) if way.interval > 1 else None
+    opt = SparseSAM(model, base, rho=rho, mask=mask, fraction=way.fraction, schedule=schedule, levers=way.levers)
     if isinstance(mask, Chosen):
         opt.refresh()  # at random, which needs no samples
     return opt

@@ -88,6 +88,11 @@ class StepShape:
         """Whether there is an ascent at all."""
         return any(self.kept)
 
+    @property
+    def first(self) -> int:
+        """The first stage that the ascent's backward goes through; of a shape with an ascent."""
+        return next(i for i, share in enumerate(self.kept) if share > 0.0)
+
 
 def pass_seconds(times: StepTimes) -> float:
     """The forward and backward of a whole pass; the images need no gradient."""
@@ -105,16 +110,26 @@ def suffix_share(times: StepTimes, cut: int) -> float:
     return sum(seconds[cut:]) / sum(seconds)
 
 
+def ascent_forward(times: StepTimes, shape: StepShape) -> float:
+    """The ascent's forward."""
+    return shape.fraction * sum(s.forward for s in times.stages[shape.cut :]) if shape.ascends else 0.0
+
+
+def ascent_backward(times: StepTimes, shape: StepShape) -> float:
+    """The ascent's backward."""
+    if not shape.ascends:
+        return 0.0
+    first = shape.first
+    return shape.fraction * sum(
+        times.stages[i].backward_for(shape.kept[i], first=i == first) for i in range(first, len(times.stages))
+    )
+
+
 def ascent_seconds(times: StepTimes, shape: StepShape) -> float:
     """Everything that the step pays beyond the base optimizer's step."""
     if not shape.ascends:
         return 0.0
-    first = next(i for i, share in enumerate(shape.kept) if share > 0.0)
-    forward = sum(s.forward for s in times.stages[shape.cut :])
-    backward = sum(
-        times.stages[i].backward_for(shape.kept[i], first=i == first) for i in range(first, len(times.stages))
-    )
-    return shape.fraction * (forward + backward) + times.perturb * shape.perturbed
+    return ascent_forward(times, shape) + ascent_backward(times, shape) + times.perturb * shape.perturbed
 
 
 def predicted_over_base(times: StepTimes, shapes: Sequence[StepShape]) -> float:

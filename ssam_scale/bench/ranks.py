@@ -29,6 +29,8 @@ def _entry(rank: int, function: Callable[..., Any], size: int, folder: str, args
     # NCCL refuses two processes on one GPU; gloo takes them.
     backend = "nccl" if cuda and size <= torch.cuda.device_count() else "gloo"
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // size))
+    # DeepSpeed looks for them, as a launcher sets them, although the processes are joined already.
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_SIZE": str(size)}
     if size > 1:
         store = dist.FileStore(f"{folder}/store", size)  # no port that another program may take in the meantime
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_TIMEOUT)

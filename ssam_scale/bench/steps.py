@@ -11,151 +11,22 @@ import dataclasses
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from ssam_scale.perturbation import SparseSAM, StagedModel
+from ssam_scale.perturbation import StagedModel
 from ssam_scale.tracking.environment import hardware_tags, versions
 
 from .networks import Setting
+from .parts import Parts
 from .plans import Running, Way, sgd
-from .predict import StageTimes, StepShape, StepTimes, base_seconds, predicted_over_base, suffix_share
+from .predict import StepShape, base_seconds, predicted_over_base, suffix_share
 
 _VERSIONS = ("python", "ssam_scale", "torch", "timm")
-# What the backward of a stage computes.
-_BOTH, _NO_WEIGHTS, _NO_INPUT = "both", "no weights", "no input"
-
 Kind = tuple[int, bool]  # of a step: its cut, and whether it has an ascent
-
-
-class _Clock:
-    """Times of a device: of its own work on a GPU, where the host runs ahead; else of the host."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
-
-    def now(self) -> Any:
-        if not self._cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def wait(self) -> None:
-        if self._cuda:
-            torch.cuda.synchronize()
-
-    def seconds(self, start: Any, end: Any) -> float:
-        """Between two times, after `wait`."""
-        return float(start.elapsed_time(end)) / 1e3 if self._cuda else end - start
-
-
-class _Parts:
-    """Measures the parts of a step on a copy of the network.
-
-    Args:
-        setting: on what.
-        network: the setting's, and nobody else's.
-    """
-
-    def __init__(self, setting: Setting, network: StagedModel) -> None:
-        self._setting = setting
-        self._network = network
-        self._batch = setting.batch()
-        self._clock = _Clock(setting.device)
-        self._optimizer = sgd(network)
-        self._opt = SparseSAM(network, self._optimizer)
-        self._weights = sum(p.numel() for p in network.parameters())
-        self._measured: list[StepTimes] = []
-
-    def measure(self) -> None:
-        """Once more."""
-        upstream: list[Tensor | None] = []
-        both = self._pass(_BOTH, upstream)
-        perturb = self._seconds(self._perturb)
-        no_weights = self._pass(_NO_WEIGHTS, upstream)
-        no_input = self._pass(_NO_INPUT, upstream)
-        optimizer = self._seconds(self._step)
-        stages = tuple(
-            StageTimes(forward, backward, no_weights[i][1], no_input[i][1])
-            for i, (forward, backward) in enumerate(both)
-        )
-        self._measured.append(StepTimes(stages, optimizer, perturb / self._weights))
-
-    def medians(self) -> StepTimes:
-        """Of all measurements but the first, which is a warm-up."""
-        kept = self._measured[1:]
-
-        def of(part: Callable[[StepTimes], float]) -> float:
-            return statistics.median(part(times) for times in kept)
-
-        stages = tuple(
-            StageTimes(*(of(lambda t, i=i, k=k: dataclasses.astuple(t.stages[i])[k]) for k in range(4)))  # type: ignore[misc]
-            for i in range(len(kept[0].stages))
-        )
-        return StepTimes(stages, of(lambda t: t.optimizer), of(lambda t: t.perturb))
-
-    def _pass(self, computes: str, upstream: list[Tensor | None]) -> list[tuple[float, float]]:
-        """Forward and backward of each stage by itself, on what the one before put out.
-
-        Args:
-            computes: which gradients.
-            upstream: of each stage's output, its gradient; filled if both gradients are computed, else used, because
-                without the gradients of inputs there is none.
-        """
-        clock, last = self._clock, len(self._network.stages) - 1
-        for p in self._network.parameters():
-            p.requires_grad_(computes != _NO_WEIGHTS)
-        hidden, inputs, outputs, marks = self._batch[0], [], [], []
-        for index in range(last + 1):
-            x = hidden.detach().requires_grad_(computes != _NO_INPUT)
-
-            def forward(x: Tensor, index: int = index) -> Tensor:
-                hidden: Tensor = self._network(x, start=index, stop=index + 1)
-                return hidden
-
-            start = clock.now()
-            if index < last:
-                with self._setting.autocast():
-                    hidden = forward(x)
-            else:
-                hidden = self._setting.loss_fn(forward, (x, self._batch[1]))
-            marks.append([start, clock.now()])
-            inputs.append(x)
-            outputs.append(hidden)
-        del hidden, x
-        gradients: list[Tensor | None] = [None] * (last + 1) if computes == _BOTH else upstream
-        for index in reversed(range(last + 1)):
-            output, x, start = outputs.pop(), inputs.pop(), clock.now()
-            output.backward(gradients[index])
-            marks[index] += [start, clock.now()]
-            if computes == _BOTH and index:
-                gradients[index - 1] = x.grad
-        if computes == _BOTH:
-            upstream[:] = gradients
-        for p in self._network.parameters():
-            p.requires_grad_(True)
-        clock.wait()
-        return [(clock.seconds(a, b), clock.seconds(c, d)) for a, b, c, d in marks]
-
-    def _seconds(self, work: Callable[[], None]) -> float:
-        start = self._clock.now()
-        work()
-        end = self._clock.now()
-        self._clock.wait()
-        return self._clock.seconds(start, end)
-
-    def _perturb(self) -> None:
-        with self._opt.perturbed():
-            pass
-
-    def _step(self) -> None:
-        self._optimizer.step()
-        self._optimizer.zero_grad()
 
 
 class _Steps:
@@ -229,7 +100,8 @@ def bench_steps(setting: Setting, repeats: int, compared: Sequence[Way]) -> list
     if setting.device.type == "cuda":
         torch.backends.cudnn.benchmark = True
     network = setting.network()
-    parts = _Parts(setting, copy.deepcopy(network))
+    copied = copy.deepcopy(network)
+    parts = Parts(setting, copied, setting.batch(), sgd(copied))
     each = [_Steps(way, setting, copy.deepcopy(network)) for way in compared]
     for done in range(repeats + 1):
         for steps in each:

@@ -34,7 +34,7 @@ from ssam_scale.sharding import World, place
 from .average import AveragedWeights
 from .masks import build_mask, chosen_section
 
-_PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Transform = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -123,7 +123,7 @@ def build(config: Config, world: World, phases: Phases) -> Parts:
             [s.block for s in staged_model.stages],
             backend,
             world,
-            lambda: _base_optimizer(config, network),
+            lambda: base_optimizer(config, network),
             replicas=config.sharding.replicas,
             batch_size=config.data.batch_size // per_step,
             accumulation=config.train.accumulation,
@@ -147,7 +147,7 @@ def build(config: Config, world: World, phases: Phases) -> Parts:
     average = None
     if config.train.ema_decay is not None:
         average = AveragedWeights(network, config.train.ema_decay, opt.sharding)
-    precision = _PRECISIONS[config.train.precision]
+    precision = PRECISIONS[config.train.precision]
     scheduler = _scheduler(config, base, steps)
     return Parts(module, network, opt, scheduler, average, train, val, _mix(config), precision, steps)
 
@@ -193,7 +193,12 @@ def _perturbation(config: Config, steps_per_epoch: int) -> dict[str, Any]:
     }
 
 
-def _base_optimizer(config: Config, network: nn.Module) -> torch.optim.Optimizer:
+def base_optimizer(config: Config, network: nn.Module) -> torch.optim.Optimizer:
+    """The configured base optimizer over a network's parameters.
+
+    Raises:
+        UserError: timm has no such optimizer, or does not take these arguments.
+    """
     from timm.optim import create_optimizer_v2, list_optimizers
 
     section = config.optimizer

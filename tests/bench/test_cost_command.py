@@ -1,0 +1,161 @@
+"""`ssam-scale cost`, run as its users run it, on a small network."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ssam_scale.bench.predict import StageTimes, StepTimes, base_seconds
+from ssam_scale.cli import main
+
+CONFIG = """
+model: {name: test_vit, num_classes: 10}
+data: {train: missing.beton, val: missing.beton, batch_size: 256, resolution: 32, eval_resolution: 32}
+optimizer: {name: adamw, lr: 1.0e-3}
+perturbation: {rho: 0.1, mask: {pattern: depth, policy: rotate}}
+train: {epochs: 2}
+"""
+ELEMENT = "perturbation.mask={pattern: element}"
+Row = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path: Path = tmp_path_factory.mktemp("cost")
+    (path / "run.yaml").write_text(CONFIG)
+    return path
+
+
+def run(folder: Path, capsys: pytest.CaptureFixture[str], *arguments: str) -> list[Row]:
+    """The rows of a command that succeeds; no data is there, so none is read."""
+    with pytest.raises(SystemExit) as ended:
+        main(["cost", "--config", str(folder / "run.yaml"), "--json", *arguments])
+    said = capsys.readouterr()
+    assert ended.value.code == 0, said.err
+    rows: list[Row] = json.loads(said.out)
+    return rows
+
+
+@pytest.fixture
+def times(folder: Path, capsys: pytest.CaptureFixture[str]) -> Path:
+    path = folder / "times.json"
+    if not path.exists():
+        run(folder, capsys, "--gpus", "1", "--images", "4", "--repeats", "1", "--save-times", str(path))
+    return path
+
+
+def test_times_measured_once_serve_every_question(
+    folder: Path, times: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved = json.loads(times.read_text())["times"]
+    stages = tuple(StageTimes(**stage) for stage in saved["stages"])
+    expected = base_seconds(StepTimes(stages, saved["optimizer"], saved["perturb"]))
+    rows = run(folder, capsys, "--times", str(times), "--gpus", "1", "--gpus", "64")
+    by = {(row["gpus"], row["plan"]): row for row in rows}
+    assert list(by) == [(gpus, plan) for gpus in (1, 64) for plan in ("base", "sam", "ssam-depth")]
+    assert by[1, "base"]["seconds"] == pytest.approx(expected)
+    assert by[1, "base"]["bytes"] == 0.0
+    for gpus in (1, 64):
+        base, sam, ours = (by[gpus, plan] for plan in ("base", "sam", "ssam-depth"))
+        assert base["seconds"] < ours["seconds"] < sam["seconds"] <= sam["seconds_unhidden"]
+        assert base["memory_perturbing"] == 0.0
+        assert base["memory_total"] < ours["memory_total"] <= sam["memory_total"]
+        assert (base["density"], sam["density"]) == (0.0, 1.0)
+        # AdamW keeps two numbers a weight.
+        assert base["memory_optimizer"] == 2 * base["memory_weights"]
+    assert by[64, "ssam-depth"]["bytes"] < by[64, "sam"]["bytes"] == 2 * by[64, "base"]["bytes"]
+
+
+def test_steps_without_an_ascent_and_on_part_of_the_batch_cost_less(
+    folder: Path, times: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def extra(*overrides: str) -> float:
+        rows = run(folder, capsys, "--times", str(times), "--gpus", "1", *overrides)
+        return float(rows[-1]["seconds"] - rows[0]["seconds"])
+
+    every = extra()
+    assert extra("perturbation.interval=4") == pytest.approx(every / 4)
+    assert extra("perturbation.window=[0.75, 1.0]") == pytest.approx(every / 4)
+    assert every / 2 * (1 - 1e-9) <= extra("perturbation.fraction=0.5") < every
+    assert every < extra("perturbation.norm=calibrated", "perturbation.calibrate_every=2")
+    # Several micro-batches run the prefix again.
+    rows = run(folder, capsys, "--times", str(times), "--gpus", "1", "train.accumulation=2")
+    assert rows[-1]["seconds"] - rows[0]["seconds"] > 2 * every
+
+
+def test_a_shared_batch_gets_smaller_with_every_gpu(
+    folder: Path, times: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = run(folder, capsys, "--times", str(times), "--scaling", "strong", "--gpus", "8", "--gpus", "64")
+    assert [row["images"] for row in rows] == [32.0] * 3 + [4.0] * 3
+    assert rows[3]["seconds"] < rows[0]["seconds"]
+
+
+@pytest.mark.parametrize("backend", ["ddp", "fsdp2"])
+@pytest.mark.parametrize(
+    "plan", ["perturbation.mask.cut=[0.5, 0.5]", "perturbation.mask={pattern: tensor}", "perturbation.norm=calibrated"]
+)
+def test_one_process_of_512_sends_and_holds_what_is_predicted(
+    plan: str, backend: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = run(folder, capsys, "--dry-run", "--gpus", "512", f"sharding.backend={backend}", plan)
+    assert rows[0]["plan"] == "base"
+    assert rows[1]["mask"] == ("by random scores" if "tensor" in plan else "as configured")
+    for row in rows:
+        assert row["gpus"] == 512
+        # The model leaves out sums of norms; what is held besides are numbers by the row.
+        assert row["predicted_sent"] == pytest.approx(row["sent"], rel=0.01)
+        assert row["predicted_held"] == pytest.approx(row["held"], rel=0.01)
+    assert rows[0]["sent"] < rows[1]["sent"] <= 2.01 * rows[0]["sent"]
+
+
+@pytest.mark.slow
+def test_copies_and_micro_batches_of_a_dry_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    how = ["sharding.backend=fsdp2", "sharding.replicas=8", "train.accumulation=2", ELEMENT]
+    rows = run(folder, capsys, "--dry-run", "--gpus", "64", *how)
+    for row in rows:
+        assert row["replicas"] == 8
+        assert row["predicted_sent"] == pytest.approx(row["sent"], rel=0.01)
+        assert row["predicted_held"] == pytest.approx(row["held"], rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--gpus", "0"], "--gpus is 0; at least 1 is needed"),
+        (["--gpus-per-node", "0"], "--gpus-per-node is 0; at least 1 is needed"),
+        (["--network-bandwidth", "-1"], "--network-bandwidth is -1; a positive number of GB/s is needed"),
+        (["--scaling", "square"], "--scaling is 'square'; there are weak and strong"),
+        (["--images", "3"], "--images is 3; at least 4 are needed"),
+        (["--gpus", "12", "sharding.backend=fsdp2", "sharding.replicas=8"], "12 GPUs cannot hold 8 replicas"),
+        (["--gpus", "8", "sharding.backend=single"], "backend single on 8 GPUs; use ddp or fsdp2"),
+        (["sharding.backend=zero2"], "the cost model knows single, ddp and fsdp2"),
+        (["--dry-run", "sharding.backend=zero2"], "the cost model knows single, ddp and fsdp2"),
+        (["--dry-run", "--gpus", "1", "sharding.backend=single"], "--dry-run: backend single sends nothing"),
+        (["--times", "nowhere.json"], "--times nowhere.json: No such file or directory"),
+        (["--times", "TIMES", "data.resolution=48"], "resolution is 32 there and 48 in the configuration"),
+        (["--times", "TIMES", "--scaling", "strong", "--gpus", "512"], "gives each GPU less than one image"),
+        (["--times", "run.yaml"], "not a file that --save-times wrote"),
+        (["model.name=test_vit9"], "knows no model 'test_vit9'"),
+    ],
+)
+def test_mistakes_are_the_users_in_one_line(
+    arguments: list[str],
+    message: str,
+    folder: Path,
+    times: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(folder)
+    given = [str(times) if part == "TIMES" else part for part in arguments]
+    with pytest.raises(SystemExit) as ended:
+        main(["cost", "--config", "run.yaml", *given])
+    said = capsys.readouterr()
+    assert ended.value.code == 2, said
+    assert message in said.err
+    assert said.err.count("\n") == 1
+    assert said.out == ""
