@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from ssam_scale.sharding import Needed
+
 from .batchnorm import frozen_statistics
 from .passes import LossFn, Passes
 from .phases import Phase
@@ -74,9 +76,10 @@ def ascent_seconds(opt: SparseSAM, loss_fn: LossFn, *batches: Any, repeats: int 
                 watch = _Stopwatch(device)
                 opt.zero_grad()
                 try:
-                    Passes(sharding, cut, loss_fn, batches, None, watch, opt.fraction).ascend()
-                    with watch("ascent backward"):
-                        sharding.reduce_ascent([p for n, p in opt.pool.parameters.items() if layout.stages[n] >= cut])
+                    suffix = [p for n, p in opt.pool.parameters.items() if layout.stages[n] >= cut]
+                    everything = [None] * len(suffix)
+                    with sharding.ascent(Needed(suffix, everything, everything)):
+                        Passes(sharding, cut, loss_fn, batches, None, watch, opt.fraction, may_cut=True).ascend()
                 finally:
                     opt.zero_grad()
                 seconds.append(watch.seconds)
