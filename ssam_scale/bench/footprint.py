@@ -13,7 +13,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 
-from .cost import FLOAT, Ascent, Spreading, Weight, Weights
+from .cluster import Spreading
+from .cost import FLOAT, Ascent, Weight, Weights
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from ssam_scale.bench.cost import Ascent, Cluster, Spreading, step_cost
+from ssam_scale.bench.cluster import Cluster, Spreading
+from ssam_scale.bench.cost import Ascent, step_cost
 from ssam_scale.bench.footprint import Activations, footprint
 from ssam_scale.bench.predict import StageTimes, StepTimes
 from ssam_scale.bench.rehearsal import Presumed, Rehearsed, pretended, rehearse

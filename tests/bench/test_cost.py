@@ -10,7 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ssam_scale.bench.cost import Ascent, Cluster, Spreading, Weight, Weights, scaled, step_cost
+from ssam_scale.bench.cluster import Cluster, Spreading
+from ssam_scale.bench.cost import Ascent, Weight, Weights, scaled, step_cost
 from ssam_scale.bench.footprint import Activations, footprint
 from ssam_scale.bench.networks import Setting
 from ssam_scale.bench.plans import spread_ways
