@@ -13,11 +13,11 @@ Taken for granted:
   the longer of the two. What it sends after a backward, as DDP's ascent does, is hidden behind nothing.
   `seconds_unhidden` is the sum of both, as if nothing were ever hidden. A real step lies between the two.
 - Weights, gradients and what is sent of them are float32.
-- DDP reduces all gradients in the descent, and in the ascent what is perturbed. FSDP2 gathers
-  every unit (block) for a forward and again for its backward, the root's own weights once, and reduces the gradients of
-  what is perturbed, padded to whole rows of each process, or of single weights and rows of weights to the process that is
-  sent most. With a shared prefix the root's weights are
-  gathered twice more, once for each of the suffix's passes. With several micro-batches it gathers again for each.
+- DDP reduces all gradients in the descent, and in the ascent what is perturbed. FSDP2 gathers every unit (block) for a
+  forward and again for its backward, the root's own weights once, and reduces the gradients of what is perturbed, padded
+  to whole rows of each process; of single weights and rows of weights, to the process that is sent most. With a shared
+  prefix the root's weights are gathered twice more, once for each of the suffix's passes. With several micro-batches it
+  gathers again for each.
 """
 
 from __future__ import annotations
