@@ -105,11 +105,10 @@ class Sent:
 
 @dataclass(frozen=True)
 class Leg:
-    """A part of a step: seconds of computing, what is sent, and whether the one hides behind the other."""
+    """A part of a step: seconds of computing, and what is sent meanwhile."""
 
     computes: float
     sends: tuple[Sent, ...] = ()
-    hides: bool = True
 
     @property
     def bytes(self) -> float:
@@ -119,4 +118,4 @@ class Leg:
     def seconds(self, cluster: Cluster, *, hidden: bool = True) -> float:
         """How long it takes, on these assumptions."""
         sending = sum(sent.seconds(cluster) for sent in self.sends)
-        return max(self.computes, sending) if hidden and self.hides else self.computes + sending
+        return max(self.computes, sending) if hidden else self.computes + sending

@@ -10,14 +10,13 @@ Taken for granted:
   its group: the one between nodes, if the group does not fit into a node of consecutive ranks. Latency is not counted,
   nor are collectives of a few numbers.
 - `seconds`: what a backend sends during a forward or backward is hidden behind it as far as that lasts, a leg taking
-  the longer of the two. What it sends after a backward, as DDP's ascent does, is hidden behind nothing.
-  `seconds_unhidden` is the sum of both, as if nothing were ever hidden. A real step lies between the two.
+  the longer of the two. `seconds_unhidden` is the sum, as if nothing were ever hidden. A real step lies between.
 - Weights, gradients and what is sent of them are float32.
-- DDP reduces all gradients in the descent, and in the ascent what is perturbed. FSDP2 gathers every unit (block) for a
-  forward and again for its backward, the root's own weights once, and reduces the gradients of what is perturbed, padded
-  to whole rows of each process; of single weights and rows of weights, to the process that is sent most. With a shared
-  prefix the root's weights are gathered twice more, once for each of the suffix's passes. With several micro-batches it
-  gathers again for each.
+- DDP reduces all gradients in the descent, and in the ascent what is perturbed, both while the backward goes on. FSDP2
+  gathers every unit (block) for a forward and again for its backward, the root's own weights once, and reduces the
+  gradients of what is perturbed, padded to whole rows of each process; of single weights and rows of weights, to the
+  process that is sent most. With a shared prefix the root's weights are gathered twice more, once for each of the
+  suffix's passes. With several micro-batches it gathers again for each.
 """
 
 from __future__ import annotations
@@ -73,6 +72,7 @@ class Ascent:
         reduced: elements of the gradients that the ascent needs, whole, by parameter.
         perturbed: perturbed elements by parameter.
         partly: whether single elements or rows of parameters are perturbed, whose ε is a copy.
+        singly: whether single elements are, which takes a bit for each.
         between: where backends send the perturbed elements of a gradient only: of a parameter of which some are, how
             many lie between each two neighbours of increasing positions. None: they send the whole.
         shares_prefix: whether the stages before the cut run once for both passes.
@@ -83,6 +83,7 @@ class Ascent:
     reduced: Mapping[str, int]
     perturbed: Mapping[str, int]
     partly: bool = False
+    singly: bool = False
     between: Between | None = None
     shares_prefix: bool = False
 
@@ -125,10 +126,11 @@ def ascent_legs(
     if ascent.shares_prefix:
         to_backward = (*to_backward, *_root_gathers(weights, spreading, 1))
     perturb = Leg(times.perturb * shape.perturbed / spreading.shards)
-    computing = ascent_backward(times, shape)
-    if spreading.backend == "ddp":
-        return [Leg(ascent_forward(times, shape)), Leg(computing, reduced, hides=False), perturb]
-    return [Leg(ascent_forward(times, shape), to_forward), Leg(computing, (*to_backward, *reduced)), perturb]
+    return [
+        Leg(ascent_forward(times, shape), to_forward),
+        Leg(ascent_backward(times, shape), (*to_backward, *reduced)),
+        perturb,
+    ]
 
 
 def _gathers(

@@ -49,8 +49,9 @@ def ascent_of(
         computed |= {name: plan.counts[name] for name, part in plan.weights.items() if isinstance(part, Rows)}
     shape = StepShape(cut, _shares(computed, weights, depth), plan.perturbed, opt.fraction)
     partly = any(part is not None for part in plan.weights.values())
+    singly = any(isinstance(part, Bits) for part in plan.weights.values())
     between = _between(plan) if partly and opt.levers.pack and not dense else None
-    return Ascent(share, shape, needed, plan.counts, partly, between, cut > 0)
+    return Ascent(share, shape, needed, plan.counts, partly, singly, between, cut > 0)
 
 
 def _between(plan: Plan) -> Between:
