@@ -10,27 +10,25 @@ Taken for granted:
   its group: the one between nodes, if the group does not fit into a node of consecutive ranks. Latency is not counted,
   nor are collectives of a few numbers.
 - `seconds`: what a backend sends during a forward or backward is hidden behind it as far as that lasts, a leg taking
-  the longer of the two. What it sends after a backward, as DDP's ascent does, is hidden behind nothing.
-  `seconds_unhidden` is the sum of both, as if nothing were ever hidden. A real step lies between the two.
+  the longer of the two. `seconds_unhidden` is the sum, as if nothing were ever hidden. A real step lies between.
 - Weights, gradients and what is sent of them are float32.
-- DDP reduces all gradients in the descent, and in the ascent what is perturbed (single weights packed). FSDP2 gathers
-  every unit (block) for a forward and again for its backward, the root's own weights once, and reduces the gradients of
-  what is perturbed; rows are padded to a multiple of the processes. With a shared prefix the root's weights are
-  gathered twice more, once for each of the suffix's passes. With several micro-batches it gathers again for each.
+- DDP reduces all gradients in the descent, and in the ascent what is perturbed, both while the backward goes on. FSDP2
+  gathers every unit (block) for a forward and again for its backward, the root's own weights once, and reduces the
+  gradients of what is perturbed, padded to whole rows of each process; of single weights and rows of weights, to the
+  process that is sent most. With a shared prefix the root's weights are gathered twice more, once for each of the
+  suffix's passes. With several micro-batches it gathers again for each.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
+from .cluster import Leg, Sent, Spreading
 from .predict import StepShape, StepTimes, ascent_backward, ascent_forward, pass_seconds
-from .traffic import ring_bytes
 
 FLOAT = 4  # bytes
-Placement = Literal["single", "ddp", "fsdp2"]
 
 
 @dataclass(frozen=True)
@@ -61,6 +59,9 @@ class Weight:
 Weights = Mapping[str, Weight]
 
 
+Between = Callable[[str, tuple[int, ...]], Sequence[int]]
+
+
 @dataclass(frozen=True)
 class Ascent:
     """What one kind of step does beyond the base optimizer's.
@@ -71,7 +72,9 @@ class Ascent:
         reduced: elements of the gradients that the ascent needs, whole, by parameter.
         perturbed: perturbed elements by parameter.
         partly: whether single elements or rows of parameters are perturbed, whose ε is a copy.
-        packs: whether a backend that can sends the perturbed elements of a gradient only.
+        singly: whether single elements are, which takes a bit for each.
+        between: where backends send the perturbed elements of a gradient only: of a parameter of which some are, how
+            many lie between each two neighbours of increasing positions. None: they send the whole.
         shares_prefix: whether the stages before the cut run once for both passes.
     """
 
@@ -80,120 +83,9 @@ class Ascent:
     reduced: Mapping[str, int]
     perturbed: Mapping[str, int]
     partly: bool = False
-    packs: bool = False
+    singly: bool = False
+    between: Between | None = None
     shares_prefix: bool = False
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """Where a step runs.
-
-    Attributes:
-        gpus: processes, one a GPU.
-        per_node: GPUs of one node.
-        node_bandwidth: bytes per second that one GPU sends inside of its node.
-        network_bandwidth: bytes per second that one GPU sends to another node.
-    """
-
-    gpus: int
-    per_node: int
-    node_bandwidth: float
-    network_bandwidth: float
-
-
-@dataclass(frozen=True)
-class Group:
-    """The processes of one collective.
-
-    Attributes:
-        size: how many they are.
-        leaves_node: whether some are on other nodes.
-    """
-
-    size: int
-    leaves_node: bool
-
-
-@dataclass(frozen=True)
-class Spreading:
-    """How the weights lie on a cluster.
-
-    Attributes:
-        backend: how.
-        replicas: copies of the weights that `fsdp2` keeps, each over consecutive ranks.
-        cluster: where.
-
-    Raises:
-        ValueError: the backend or the number of replicas does not go with the number of GPUs.
-    """
-
-    backend: Placement
-    replicas: int
-    cluster: Cluster
-
-    def __post_init__(self) -> None:
-        gpus = self.cluster.gpus
-        if self.backend == "single" and gpus > 1:
-            raise ValueError(f"backend single on {gpus} GPUs; use ddp or fsdp2")
-        if gpus % self.replicas:
-            raise ValueError(f"{gpus} GPUs cannot hold {self.replicas} replicas")
-
-    @property
-    def shards(self) -> int:
-        """Processes that one copy of the weights is spread over."""
-        return self.cluster.gpus // self.replicas if self.backend == "fsdp2" else 1
-
-    @property
-    def everyone(self) -> Group:
-        """All processes."""
-        return Group(self.cluster.gpus, self.cluster.gpus > self.cluster.per_node)
-
-    @property
-    def of_a_copy(self) -> Group:
-        """The processes of one copy."""
-        return Group(self.shards, self.shards > self.cluster.per_node)
-
-    @property
-    def of_a_shard(self) -> Group:
-        """The processes with the same part of different copies."""
-        return Group(self.replicas, self.cluster.gpus > self.cluster.per_node)
-
-
-@dataclass(frozen=True)
-class Sent:
-    """One collective, or several of a kind: the whole tensors' bytes together."""
-
-    collective: str
-    whole: float
-    group: Group
-
-    @property
-    def bytes(self) -> float:
-        """What each process sends."""
-        return ring_bytes(self.collective, self.whole, self.group.size)
-
-    def seconds(self, cluster: Cluster) -> float:
-        """Over the slowest link of the group."""
-        return self.bytes / (cluster.network_bandwidth if self.group.leaves_node else cluster.node_bandwidth)
-
-
-@dataclass(frozen=True)
-class Leg:
-    """A part of a step: seconds of computing, what is sent, and whether the one hides behind the other."""
-
-    computes: float
-    sends: tuple[Sent, ...] = ()
-    hides: bool = True
-
-    @property
-    def bytes(self) -> float:
-        """What each process sends."""
-        return sum(sent.bytes for sent in self.sends)
-
-    def seconds(self, cluster: Cluster, *, hidden: bool = True) -> float:
-        """How long it takes, on these assumptions."""
-        sending = sum(sent.seconds(cluster) for sent in self.sends)
-        return max(self.computes, sending) if hidden and self.hides else self.computes + sending
 
 
 def scaled(times: StepTimes, images: float) -> StepTimes:
@@ -224,8 +116,7 @@ def ascent_legs(
     shape = ascent.shape
     if not shape.ascends:
         return []
-    packs = ascent.packs and spreading.backend == "ddp"
-    reduced = _reductions(weights, ascent.perturbed if packs else ascent.reduced, spreading)
+    reduced = _reductions(weights, ascent.reduced, spreading, ascent.between)
     forward = {name for name, w in weights.items() if w.stage >= shape.cut}
     # FSDP2 gathers a unit ahead in a backward, one that does not need it, too; not across the cut of a shared prefix.
     ahead = 0 if ascent.shares_prefix else 1
@@ -235,10 +126,11 @@ def ascent_legs(
     if ascent.shares_prefix:
         to_backward = (*to_backward, *_root_gathers(weights, spreading, 1))
     perturb = Leg(times.perturb * shape.perturbed / spreading.shards)
-    computing = ascent_backward(times, shape)
-    if spreading.backend == "ddp":
-        return [Leg(ascent_forward(times, shape)), Leg(computing, reduced, hides=False), perturb]
-    return [Leg(ascent_forward(times, shape), to_forward), Leg(computing, (*to_backward, *reduced)), perturb]
+    return [
+        Leg(ascent_forward(times, shape), to_forward),
+        Leg(ascent_backward(times, shape), (*to_backward, *reduced)),
+        perturb,
+    ]
 
 
 def _gathers(
@@ -265,14 +157,36 @@ def _padded(weights: Iterable[Weight], spreading: Spreading) -> float:
     return float(FLOAT * sum(w.padded(spreading.shards) for w in weights))
 
 
-def _reductions(weights: Weights, reduced: Mapping[str, int], spreading: Spreading) -> tuple[Sent, ...]:
+def _reductions(
+    weights: Weights, reduced: Mapping[str, int], spreading: Spreading, between: Between | None = None
+) -> tuple[Sent, ...]:
     if spreading.backend == "single":
         return ()
     if spreading.backend == "ddp":
-        return (Sent("all_reduce", float(FLOAT * sum(reduced.values())), spreading.everyone),)
-    live = _padded((weights[name] for name, numel in reduced.items() if numel), spreading)
-    scattered = Sent("reduce_scatter", live, spreading.of_a_copy)
-    return (scattered, Sent("all_reduce", live / spreading.shards, spreading.of_a_shard))
+        sent = sum(n if between is None else sum(between(name, (0, n))) for name, n in reduced.items())
+        return (Sent("all_reduce", float(FLOAT * sent), spreading.everyone),)
+    units: dict[int | None, list[str]] = {}
+    for name, numel in reduced.items():
+        if numel:
+            units.setdefault(weights[name].unit, []).append(name)
+    scattered = sum(_scattered(weights, names, spreading.shards, between) for names in units.values())
+    live = _padded((weights[name] for names in units.values() for name in names), spreading)
+    return (
+        Sent("reduce_scatter", float(FLOAT * scattered), spreading.of_a_copy),
+        Sent("all_reduce", live / spreading.shards, spreading.of_a_shard),
+    )
+
+
+def _scattered(weights: Weights, names: Sequence[str], shards: int, between: Between | None) -> int:
+    """Elements of a unit's gradients over all processes, each sent as many as the one that is sent most."""
+    if between is None:
+        return sum(weights[name].padded(shards) for name in names)
+    totals = [0] * shards
+    for name in names:
+        w = weights[name]
+        bounds = tuple(min(i * w.padded(shards) // shards, w.numel) for i in range(shards + 1))
+        totals = [total + n for total, n in zip(totals, between(name, bounds), strict=True)]
+    return shards * max(totals)
 
 
 @dataclass(frozen=True)

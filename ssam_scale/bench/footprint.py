@@ -13,7 +13,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 
-from .cost import FLOAT, Ascent, Spreading, Weight, Weights
+from .cluster import Spreading
+from .cost import FLOAT, Ascent, Weight, Weights
 
 
 @dataclass(frozen=True)
@@ -73,13 +74,15 @@ def footprint(
     whole = sum(w.numel for w in weights.values())
     mine = sum(w.padded(shards) for w in weights.values()) / shards if spreading.backend == "fsdp2" else float(whole)
     perturbed = max((sum(a.perturbed.values()) for a in ascents), default=0) / shards
-    partly = any(a.partly for a in ascents)
+    partly, singly = any(a.partly for a in ascents), any(a.singly for a in ascents)
+    # Who packs what others are to be sent knows the mask of all of the weights.
+    known = mine + (whole if shards > 1 and any(a.between is not None for a in ascents) else 0)
     return Footprint(
         weights=FLOAT * mine,
         gradients=FLOAT * mine * (2 if spreading.backend == "ddp" else 1),
         optimizer=state_bytes_per_weight * mine,
         gathered=_gathered(weights.values(), spreading),
-        mask=mine / 8 if partly else 0.0,
+        mask=known / 8 if singly else 0.0,
         perturbation=FLOAT * perturbed * (2 if partly else 1),
         activations=activations.of(images),
     )

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Mapping
 
-from ssam_scale.masks import Plan, Rows
+import torch
+
+from ssam_scale.masks import Bits, Plan, Rows, unpack
 from ssam_scale.perturbation import SparseSAM, StagedModel
 
-from .cost import Ascent, Weight, Weights
+from .cost import Ascent, Between, Weight, Weights
 from .predict import StepShape
 
 
@@ -26,7 +30,7 @@ def ascent_of(
     """What the next step does beyond the base optimizer's.
 
     Args:
-        opt: the optimizer.
+        opt: the optimizer, on one process.
         weights: of its network before it was spread.
         dense: whether the ascent needs the gradient of every weight.
         shares_prefix: whether the stages before a cut run once for both passes.
@@ -45,8 +49,25 @@ def ascent_of(
         computed |= {name: plan.counts[name] for name, part in plan.weights.items() if isinstance(part, Rows)}
     shape = StepShape(cut, _shares(computed, weights, depth), plan.perturbed, opt.fraction)
     partly = any(part is not None for part in plan.weights.values())
-    packs = opt.levers.pack and not dense
-    return Ascent(share, shape, needed, plan.counts, partly, packs, cut > 0)
+    singly = any(isinstance(part, Bits) for part in plan.weights.values())
+    between = _between(plan) if partly and opt.levers.pack and not dense else None
+    return Ascent(share, shape, needed, plan.counts, partly, singly, between, cut > 0)
+
+
+def _between(plan: Plan) -> Between:
+    """See `Ascent.between`."""
+
+    @functools.cache
+    def between(name: str, bounds: tuple[int, ...]) -> list[int]:
+        part = plan.weights[name]
+        if part is None:
+            return [end - start for start, end in itertools.pairwise(bounds)]
+        assert isinstance(part, (Bits, Rows))
+        flags = unpack(part.packed) if isinstance(part, Bits) else part.keep.repeat_interleave(part.size)
+        before = torch.cat([torch.zeros(1, dtype=torch.int64), flags.cumsum(0).cpu()])
+        return before[torch.tensor(bounds)].diff().tolist()
+
+    return between
 
 
 def _shares(computed: Mapping[str, int], weights: Weights, depth: int) -> tuple[float, ...]:

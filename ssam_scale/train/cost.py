@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ssam_scale.bench.cost import Ascent, Cluster, Spreading, scaled, step_cost
+from ssam_scale.bench.cluster import Cluster, Spreading
+from ssam_scale.bench.cost import Ascent, scaled, step_cost
 from ssam_scale.bench.footprint import footprint
 from ssam_scale.bench.measured import Measured
 from ssam_scale.bench.shapes import ascent_of, weights_of

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from ssam_scale.bench.cost import Ascent, Cluster, Spreading, step_cost
+from ssam_scale.bench.cluster import Cluster, Spreading
+from ssam_scale.bench.cost import Ascent, step_cost
 from ssam_scale.bench.footprint import Activations, footprint
 from ssam_scale.bench.predict import StageTimes, StepTimes
 from ssam_scale.bench.rehearsal import Presumed, Rehearsed, pretended, rehearse
@@ -31,7 +32,8 @@ def rehearsal_rows(config: Config, cluster: Cluster) -> list[dict[str, Any]]:
 
     Of a plan whose steps differ, a step with an ascent; of a moving cut's draws, the one in the middle. `sent` and
     `predicted_sent` are bytes of a step; `held` and `predicted_held` the bytes of the process's weights, base
-    optimizer's state and mask. The mask of a choice by scores is one by random scores, and `mask` says so.
+    optimizer's state and mask. The mask of a choice by scores is one by random scores, and `mask` says so;
+    under FSDP2 what is sent of single weights and rows is not packed here, nor in `predicted_sent`.
 
     Raises:
         UserError: the configured backend cannot be pretended.
@@ -55,7 +57,9 @@ def rehearsal_rows(config: Config, cluster: Cluster) -> list[dict[str, Any]]:
     rows = []
     for name, ascents in plans.items():
         done = _rehearsed(config, spreading, mask, ascends=bool(ascents))
-        always = [replace(ascent, share=1.0) for ascent in ascents]
+        # Under FSDP2 a process needs to know the others' parts of a mask to pack what it sends them, and here are none.
+        packs = spreading.backend == "ddp"
+        always = [replace(a, share=1.0, between=a.between if packs else None) for a in ascents]
         cost = step_cost(nothing, weights, always, spreading, config.train.accumulation)
         memory = footprint(weights, always, spreading, state, Activations(0.0, 0.0), 0.0)
         rows.append(

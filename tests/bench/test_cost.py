@@ -10,7 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ssam_scale.bench.cost import Ascent, Cluster, Spreading, Weight, Weights, scaled, step_cost
+from ssam_scale.bench.cluster import Cluster, Spreading
+from ssam_scale.bench.cost import Ascent, Weight, Weights, scaled, step_cost
 from ssam_scale.bench.footprint import Activations, footprint
 from ssam_scale.bench.networks import Setting
 from ssam_scale.bench.plans import spread_ways
@@ -120,7 +121,7 @@ def test_fsdp2_holds_a_share_and_ddp_everything(given: tuple[Weights, Ascent], f
 
 def test_a_footprint_by_hand() -> None:
     weights = {"stem": Weight((10, 3), 0, None), "a": Weight((8, 4), 0, 0), "b": Weight((8, 4), 1, 1)}
-    half = Ascent(1.0, StepShape(0, (1.0, 1.0), 47), {}, {"a": 32, "b": 15}, partly=True)
+    half = Ascent(1.0, StepShape(0, (1.0, 1.0), 47), {}, {"a": 32, "b": 15}, partly=True, singly=True)
     ddp = footprint(weights, [half], Spreading("ddp", 1, Cluster(4, 8, 1.0, 1.0)), 8.0, Activations(5.0, 100.0), 2.0)
     # 94 weights; gradients and DDP's buckets; a backup and ε of 47 weights; a bit a weight.
     assert (ddp.weights, ddp.gradients, ddp.optimizer, ddp.gathered) == (376.0, 752.0, 752.0, 0.0)
