@@ -11,7 +11,7 @@ import gc
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -75,7 +75,7 @@ class Presumed:
                 name: None if part is None else _slice(part, layout.starts[name], self.lengths[name])
                 for name, part in self._whole.weights.items()
             }
-            self._mine = Plan(self._whole.cut, weights, self._whole.counts)
+            self._mine = replace(self._whole, weights=weights)
         return self._mine
 
 

@@ -73,11 +73,15 @@ class Machines:
 
 
 def random_scores(config: Config) -> Config:
-    """The configuration with a mask of the same size that needs no images: chosen at random where it is by scores."""
+    """The configuration with a mask of the same size that needs no images.
+
+    One that is chosen by scores is chosen at random; a cut is drawn uniformly, from the same depths, if it would be
+    drawn by what it costs.
+    """
     section = config.perturbation
-    if section is None or not isinstance(section.mask, ChosenMask):
+    if section is None or not isinstance(section.mask, (ChosenMask, DepthMask)):
         return config
-    how: dict[str, Any] = {"score": "random"}
+    how: dict[str, Any] = {"draw": "uniform"} if isinstance(section.mask, DepthMask) else {"score": "random"}
     if isinstance(section.mask, ElementMask):
         how["dynamic"] = None
     mask = section.mask.model_copy(update=how)
