@@ -22,6 +22,7 @@ _TIMEOUT = timedelta(minutes=60)
 
 
 def _entry(rank: int, function: Callable[..., Any], size: int, folder: str, args: tuple[Any, ...]) -> None:
+    os.dup2(2, 1)  # DeepSpeed logs to stdout, which is for the rows
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", rank % torch.cuda.device_count()) if cuda else torch.device("cpu")
     if cuda:
