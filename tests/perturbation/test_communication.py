@@ -210,7 +210,13 @@ TRAFFIC = {
         Pulled("vit", "tensor"),
         Pulled("vit", "element", levers=UNPACKED),
     ],
-    "fsdp2": [FSDP2[0], Pulled("vit", "block"), Pulled("vit", "dense"), FSDP2[1], FSDP2[2]],
+    # Without a cut, behind which nothing of the first blocks is gathered twice anyway.
+    "fsdp2": [
+        Pulled("vit", "block", levers=Levers(keep_gathered=True, share_prefix=False)),
+        Pulled("vit", "block", levers=Levers(share_prefix=False)),
+        Pulled("vit", "dense"),
+        *FSDP2[1:3],
+    ],
 }
 
 
