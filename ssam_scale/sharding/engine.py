@@ -236,3 +236,35 @@ class Driven:
     ) -> None:
         """The engine's step: it clips, steps the optimizer, and gathers the weights."""
         self._engine.step()
+
+
+class Whole(Driven):
+    """Stage 0: the engine averages a gradient of every parameter that requires one, and zeros where there is none.
+
+    An ascent that starts behind the first block has none of those before: while the engine looks for gradients, they
+    do not require any.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        super().__init__(engine)
+        self._left_out: list[nn.Parameter] = []
+
+    @contextmanager
+    def ascent(self, needed: Needed) -> Iterator[None]:
+        """The engine averages gradients in the backward, of no more than what is needed."""
+        wanted = {id(p) for p in needed.parameters}
+        self._left_out = [p for p in self.network.parameters() if p.requires_grad and id(p) not in wanted]
+        try:
+            yield
+        finally:
+            self._left_out = []
+
+    def backward(self, loss: Tensor) -> None:
+        """The engine's. The graph, which is there already, does not care what requires a gradient now."""
+        for p in self._left_out:
+            p.requires_grad_(False)
+        try:
+            super().backward(loss)
+        finally:
+            for p in self._left_out:
+                p.requires_grad_(True)

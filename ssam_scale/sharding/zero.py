@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .base import Shard, Sharding, Unsharded
-from .engine import Driven, check_setup
+from .engine import Driven, Whole, check_setup
 from .masters import FlatBuffers, FlatShards, Master, MasterWeights
 from .needs import Written
 
@@ -113,11 +113,11 @@ def _check_internals(owner: Any, internals: Mapping[str, str]) -> None:
         )
 
 
-class ZeRO0(Driven, Unsharded):
+class ZeRO0(Whole, Unsharded):
     """Stage 0 in fp32: everything is where autograd has it."""
 
 
-class ZeRO0LowPrecision(Driven, MasterWeights, Unsharded):
+class ZeRO0LowPrecision(Whole, MasterWeights, Unsharded):
     """Stage 0 in bf16: everything is where autograd has it, but the optimizer steps float32 copies."""
 
     def __init__(self, engine: Any) -> None:
