@@ -12,10 +12,6 @@ from torch import Tensor
 
 from .needs import Elements
 
-# An all-gather sends as much of each process as of the one that has most. A broadcast by each sends what there is, in
-# more messages: where all have about the same an all-gather is better.
-_EVEN = 1.01
-
 
 @dataclass(frozen=True)
 class Spread:
@@ -71,7 +67,9 @@ class Packing:
                 of_process[process] += number
         if not any(of_process):
             return
-        even = max(of_process) * size <= _EVEN * sum(of_process)
+        # A process passes on, in an all-gather, as much of each of the others as there is of the one that has most; in
+        # a broadcast by each, what there is.
+        even = max(of_process) * (size - 1) <= sum(of_process)
         widths = [max(of_process)] * size if even else of_process
         received = list(spreads[0].whole.new_empty(sum(widths)).split(widths))
         if own := [piece for spread in spreads for piece in _own(spread, rank)]:
