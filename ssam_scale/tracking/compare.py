@@ -256,6 +256,11 @@ def _density(group: _Group) -> float | None:
     return 1.0 - float(sparsity) if sparsity is not None and final == "null" else None
 
 
+def _range(cut: str) -> str:
+    low, high = json.loads(cut)
+    return f"{low:g}" if low == high else f"{low:g}–{high:g}"
+
+
 def _mask(group: _Group) -> str:
     if group.method == "base":
         return ""
@@ -271,9 +276,12 @@ def _mask(group: _Group) -> str:
     words += [mask[key] for key in ("policy",) if key in mask]
     words += [mask[key] for key in ("allocation",) if mask.get(key, "global") != "global"]
     if "cut" in mask:
-        low, high = json.loads(mask["cut"])
-        words.append(f"{low:g}" if low == high else f"{low:g}–{high:g}")
-    if mask.get("refresh_epochs") == mask.get("refresh_steps") == "null":
+        words.append(_range(mask["cut"]))
+    if mask.get("draw") == "annealed":
+        words.append(f"to {_range(mask['cut_final'])}")
+    elif mask.get("draw") == "cost":
+        words.append("by cost")
+    if mask.get("draw", "cost") == "cost" and mask.get("refresh_epochs") == mask.get("refresh_steps") == "null":
         words.append("chosen once")
     if "parameters" in mask:
         words += json.loads(mask["parameters"])

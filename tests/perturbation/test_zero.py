@@ -155,8 +155,8 @@ def _settings(world: World) -> list[Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [2, 3])
-def test_equals_the_reference_under_deepspeeds_own_settings(size: int) -> None:
+def test_equals_the_reference_under_deepspeeds_own_settings() -> None:
+    size = 3  # which splits everything unevenly
     ranks = run_ranks(size, _settings)
     for index, (stage, more) in enumerate(SETTINGS):
         differences = [largest_difference(case, ranks[0][index][i]) for i, case in enumerate(PICKED)]

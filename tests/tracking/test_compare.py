@@ -125,6 +125,13 @@ def test_the_quickstart_table(config: MakeConfig, uri: str, finish: Finish) -> N
         ({"pattern": "norm"}, "ssam-norm", "norm", None),
         ({"pattern": "named", "parameters": ["fc", "a.*b"]}, "ssam-named", "named fc a.*b", None),
         ({"pattern": "depth", "policy": "fixed", "cut": 0.5}, "ssam-depth", "depth fixed 0.5", None),
+        ({"pattern": "depth", "draw": "cost"}, "ssam-depth", "depth rotate 0–1 by cost", None),
+        (
+            {"pattern": "depth", "cut": [0.0, 0.5], "draw": "annealed", "cut_final": [0.5, 1.0]},
+            "ssam-depth",
+            "depth rotate 0–0.5 to 0.5–1",
+            None,
+        ),
     ],
 )
 def test_every_mask_in_words(
