@@ -12,36 +12,20 @@ import torch
 from torch import Tensor
 
 from ssam_scale.compiled import compiled
+from ssam_scale.sharding.needs import Elements
 
 _CHUNK = 1 << 22  # elements that another device than the CPU works on at a time; their indices are the temporary
 _ROWS_CHUNK = 1 << 20  # elements of rows that are moved together
 
 
-class Part(Protocol):
-    """Some elements of a tensor, in row-major order whatever its strides.
-
-    Attributes:
-        count: how many.
-        numel: elements of the tensor.
-    """
-
-    count: int
-    numel: int
-
-    def take(self, source: Tensor) -> Tensor:
-        """The elements of `source`, of shape (count,)."""
+class Part(Elements, Protocol):
+    """Some elements of a tensor, in row-major order whatever its strides."""
 
     def compact(self, source: Tensor) -> Tensor:
         """The elements of `source`, of shape (count,), in the front of its own memory where that is row-major."""
 
-    def put(self, target: Tensor, values: Tensor) -> None:
-        """Write `values`, of shape (count,), to the elements of `target`."""
-
     def add(self, target: Tensor, values: Tensor) -> None:
         """Add `values`, of shape (count,) and at least as precise as `target`, to its elements, rounding once."""
-
-    def booleans(self) -> Tensor:
-        """True for the elements: shape (numel,)."""
 
 
 class Bits:

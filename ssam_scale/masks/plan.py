@@ -65,6 +65,11 @@ class Plan:
     may_cut: bool = False
 
     @property
+    def takes_parts(self) -> bool:
+        """Whether it perturbs single weights or rows of a parameter, and not only whole ones."""
+        return any(part is not None for part in self.weights.values())
+
+    @property
     def perturbed(self) -> int:
         """Number of perturbed weights over all processes."""
         return sum(self.counts.values())

@@ -100,7 +100,7 @@ class Ascent:
         """
         every = self._every
         if self.norm == "masked":
-            return every is not None and step % every == 0 and _takes_parts(plan)
+            return every is not None and step % every == 0 and plan.takes_parts
         if self.norm == "dense":
             return True
         return self.calibrated < 0 or (every is not None and step - self.calibrated >= every)
@@ -141,7 +141,7 @@ class Ascent:
         """
         if self.norm != "masked" or plan.weights.keys() != self._parameters.keys():
             return known == "all"
-        return known != "perturbed" and _takes_parts(plan)
+        return known != "perturbed" and plan.takes_parts
 
     def _all_squares(self, plan: Plan, chosen: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
         """‖g‖² of every parameter on this process; `chosen` and `weights` are of what the plan names."""
@@ -206,8 +206,3 @@ class Ascent:
         if key not in self._placed:
             self._placed[key] = torch.tensor([self._index[n] for n in key], dtype=torch.int64, device=self._device)
         return self._placed[key]
-
-
-def _takes_parts(plan: Plan) -> bool:
-    """Whether it perturbs single weights or rows."""
-    return any(part is not None for part in plan.weights.values())

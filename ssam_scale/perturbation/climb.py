@@ -47,19 +47,18 @@ class Climb:
         self._sharding, self._pool, self._choice, self._ascent = sharding, pool, choice, ascent
         self._optimizer, self._levers, self._phases = optimizer, levers, phases
 
-    def ascend(self, plan: Plan, passes: Passes, step: int) -> tuple[Tensor, Known]:
+    def ascend(self, plan: Plan, passes: Passes, *, dense: bool) -> tuple[Tensor, Known]:
         """The ascent pass at w.
 
         Args:
             plan: what is going to be perturbed.
             passes: of this step.
-            step: its number, from 0.
+            dense: whether the gradient of every parameter is needed.
 
         Returns:
             The loss, and what there is a reduced gradient of.
         """
         parameters, stages, levers = self._pool.parameters, self._pool.layout.stages, self._levers
-        dense = self._ascent.needs_all(plan, step)
         narrow = levers.elide and not dense
         elided = [p for n, p in parameters.items() if n not in plan.weights and stages[n] >= passes.cut]
         layers = self._pool.layers if narrow else {}
@@ -67,7 +66,7 @@ class Climb:
         with without_gradient(elided if narrow else []), only_rows(layers, plan.weights), self._sending(plan, dense):
             loss = passes.ascend()
         partly = any(isinstance(part, Rows) and name in layers for name, part in plan.weights.items())
-        packed = levers.pack and self._sharding.packs and any(part is not None for part in plan.weights.values())
+        packed = levers.pack and self._sharding.packs and plan.takes_parts
         return loss, "all" if dense else "perturbed" if partly or packed else "named"
 
     def _sending(self, plan: Plan, dense: bool) -> AbstractContextManager[None]:

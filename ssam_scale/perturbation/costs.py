@@ -64,7 +64,7 @@ def ascent_seconds(opt: SparseSAM, loss_fn: LossFn, *batches: Any, repeats: int 
     if repeats < 1 or not batches:
         raise ValueError(f"{len(batches)} batches and {repeats} repeats; at least 1 of each is needed")
     sharding, layout = opt.sharding, opt.pool.layout
-    device = next(iter(opt.pool.parameters.values())).device
+    device = opt.pool.device
     measured: list[list[float]] = [[] for _ in range(layout.depth)]
     with (
         frozen_statistics(sharding.network),

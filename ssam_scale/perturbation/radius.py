@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from ssam_scale.masks.chosen import along_half_cosine
+
 
 class RadiusSchedule(Protocol):
     """A function of the step and the parameter group, so that nothing of it has to be saved."""
@@ -42,8 +44,7 @@ class CosineRadius:
 
     def __call__(self, step: int, group: Mapping[str, Any]) -> float:
         """final + (1 − final) · (1 + cos(π · step / steps)) / 2."""
-        progress = min(step, self.steps) / self.steps
-        return self.final + (1.0 - self.final) * (1.0 + math.cos(math.pi * progress)) / 2.0
+        return along_half_cosine(1.0, self.final, step / self.steps)
 
 
 @dataclass(frozen=True)
@@ -120,15 +121,17 @@ class Window:
 
     def __call__(self, step: int, group: Mapping[str, Any]) -> float:
         """0 outside."""
-        inside = self.start <= step and (self.stop is None or step < self.stop)
-        return self.schedule(step, group) if inside else 0.0
+        return self.schedule(step, group) if self.holds(step) else 0.0
+
+    def holds(self, step: int) -> bool:
+        """Whether step number `step` lies inside."""
+        return self.start <= step and (self.stop is None or step < self.stop)
 
 
 def reuse_at(schedule: RadiusSchedule, step: int) -> float:
     """α of LookSAM at step number `step`; 0 where there is an ascent, or what one brought is not reused."""
     if isinstance(schedule, Window):
-        inside = schedule.start <= step and (schedule.stop is None or step < schedule.stop)
-        return reuse_at(schedule.schedule, step) if inside else 0.0
+        return reuse_at(schedule.schedule, step) if schedule.holds(step) else 0.0
     if isinstance(schedule, Interval):
         return schedule.reuse if step % schedule.every else reuse_at(schedule.schedule, step)
     return 0.0

@@ -306,12 +306,13 @@ class SparseSAM(AroundOptimizer):
         self.zero_grad()  # what an exception in an earlier step left behind
         plan = self.plan if any(self.radii) else Plan(0, {}, {})
         shares = self.levers.share_prefix and self._norm != "dense" and plan.may_cut
-        cut = plan.cut if shares and not self._ascent.needs_all(plan, self.steps) else 0
+        dense = self._ascent.needs_all(plan, self.steps)
+        cut = plan.cut if shares and not dense else 0
         passes = Passes(self.sharding, cut, loss_fn, batches, self.scaler, self._phases, self.fraction, may_cut=shares)
         with torch.enable_grad():
             if not plan.weights:
                 return passes.descend(statistics=True)
-            loss, known = self._climb.ascend(plan, passes, self.steps)
+            loss, known = self._climb.ascend(plan, passes, dense=dense)
             with self._perturbed(plan, known) as epsilon:
                 passes.descend(statistics=False)
         if self._reuse is not None:
