@@ -22,8 +22,7 @@ from ssam_scale.masks import Chosen, Plan
 from ssam_scale.models import build_model
 from ssam_scale.perturbation import SparseSAM, StagedModel
 
-from .masks import build_mask
-from .setup import base_optimizer
+from .setup import base_optimizer, perturbation_options
 from .times import state_bytes_per_weight
 
 # Of a moving cut, so many draws stand for all.
@@ -98,17 +97,9 @@ def configured_sam(config: Config, network: nn.Module, base: torch.optim.Optimiz
     try:
         if section is None:
             return SparseSAM(network, base, rho=_RADIUS)
-        opt = SparseSAM(
-            network,
-            base,
-            rho=section.rho,
-            mask=build_mask(seen, _STEPS_PER_EPOCH),
-            norm=section.norm,
-            adaptive=section.adaptive,
-            calibrate_every=section.calibrate_every,
-            fraction=section.fraction,
-            max_grad_norm=config.optimizer.clip_grad_norm,
-        )
+        # Without the schedule: its step is to have an ascent.
+        options = {**perturbation_options(seen, _STEPS_PER_EPOCH), "schedule": None}
+        opt = SparseSAM(network, base, **options, max_grad_norm=config.optimizer.clip_grad_norm)
         opt.steps = config.train.epochs * _STEPS_PER_EPOCH // 2
         if isinstance(opt.mask, Chosen):
             opt.refresh()

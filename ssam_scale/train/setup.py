@@ -134,7 +134,7 @@ def build(config: Config, world: World, phases: Phases) -> Parts:
         raise UserError(f"sharding: {error}") from error
     scaler = torch.amp.GradScaler(world.device.type) if config.train.precision == "fp16" else None
     steps = len(train) // config.train.accumulation
-    how = _perturbation(config, steps)
+    how = perturbation_options(config, steps)
     built = how["mask"]
     try:
         opt = SparseSAM(module, base, **how, max_grad_norm=clip, scaler=scaler, phases=phases)
@@ -164,7 +164,12 @@ def soft_loss(config: Config, precision: torch.dtype) -> Callable[[Any, tuple[Te
     return loss_fn
 
 
-def _perturbation(config: Config, steps_per_epoch: int) -> dict[str, Any]:
+def perturbation_options(config: Config, steps_per_epoch: int) -> dict[str, Any]:
+    """The arguments of `SparseSAM` that the configuration's section on the perturbation says.
+
+    Raises:
+        UserError: its window holds no step.
+    """
     section: Perturbation | None = config.perturbation
     if section is None:
         return {"rho": 0.0, "mask": None}
