@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -43,14 +42,14 @@ def row_layers(network: nn.Module) -> dict[int, nn.Module]:
     return {key: modules[0] for key, modules in users.items() if len(modules) == 1 and _knows(modules[0], key)}
 
 
-def _knows(layer: nn.Module, weight: int) -> bool:
-    if type(layer) is nn.Linear:
-        return id(layer.weight) == weight
-    if type(layer) not in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
+def _knows(layer: Any, weight: int) -> bool:
+    if type(layer) not in _BY_ROWS or id(layer.weight) != weight:
         return False
+    if type(layer) is nn.Linear:
+        return True
     plain = layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
     by_channel = layer.groups == layer.in_channels == layer.out_channels
-    return bool(id(layer.weight) == weight and plain and (layer.groups == 1 or by_channel))
+    return bool(plain and (layer.groups == 1 or by_channel))
 
 
 @contextmanager
@@ -64,30 +63,50 @@ def only_rows(layers: Mapping[str, nn.Module], weights: Mapping[str, Part | None
         layers: that can (`row_layers`), by name of their weight.
         weights: what is perturbed, by name, as `Plan.weights`.
     """
-    changed = []
+    changed: list[tuple[Any, type[nn.Module]]] = []
     for name, part in weights.items():
-        layer = layers.get(name)
+        layer: Any = layers.get(name)
         # One whose forward is somebody's own keeps it.
-        if isinstance(part, Rows) and part.kept_share <= _MOST_ROWS and layer and "forward" not in vars(layer):
-            layer.forward = partial(_forward, layer, part)
-            changed.append(layer)
+        if isinstance(part, Rows) and layer is not None and "forward" not in vars(layer):
+            changed.append((layer, type(layer)))
+            layer._perturbed_rows = part
+            # Its class and not its forward: `torch.compile` asks for a module's class, the same in every block and
+            # step, and for the identity of a function, which made here would be another each time, and compiled anew.
+            layer.__class__ = _BY_ROWS[type(layer)]
     try:
         yield
     finally:
-        for layer in changed:
-            del layer.forward
+        for layer, own in changed:
+            layer.__class__ = own
+            del layer._perturbed_rows
 
 
-def _forward(layer: Any, part: Rows, x: Tensor) -> Tensor:
-    """The layer's forward, its weight's gradient being computed for the rows of `part` only."""
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        result: Tensor = type(layer).forward(layer, x)
-        return result
+class _ByRows(nn.Module):
+    """What a layer is during an ascent that perturbs some of its rows."""
+
+    _perturbed_rows: Rows
+
+    def forward(self, x: Tensor) -> Tensor:
+        # What is compiled may not look at the rows: it would be compiled for these and no others.
+        all_rows = torch.compiler.is_compiling() or not torch.is_grad_enabled()
+        if all_rows or self._perturbed_rows.kept_share > _MOST_ROWS:
+            result: Tensor = super().forward(x)
+            return result
+        return _by_rows(self, self._perturbed_rows.kept, x)
+
+
+def _by_rows(layer: Any, kept: Tensor, x: Tensor) -> Tensor:
     operands = _as_autocast(x, layer.weight, layer.bias)
     if isinstance(layer, nn.Linear):
-        return _Linear.apply(*operands, part.kept)
+        return _Linear.apply(*operands, kept)
     how = (layer.stride, layer.padding, layer.dilation, layer.groups)
-    return _Convolution.apply(*operands, part.kept, how)
+    return _Convolution.apply(*operands, kept, how)
+
+
+_BY_ROWS: dict[type[nn.Module], type[nn.Module]] = {
+    layer: type(f"{layer.__name__}ByRows", (_ByRows, layer), {})
+    for layer in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+}
 
 
 def _as_autocast(*tensors: Tensor | None) -> list[Tensor | None]:
