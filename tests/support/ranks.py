@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
+from ssam_scale.bench.ranks import start_method
 from ssam_scale.sharding import World, join_world
 
 
@@ -46,7 +47,8 @@ def _entry(rank: int, function: Callable[..., Any], size: int, port: int, folder
 def run_ranks(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """`function(world, *args)` on `size` new processes; their results (tensors in plain containers), by rank."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.start_processes(_entry, (function, size, free_port(), folder, args), nprocs=size, start_method="spawn")
+        given = (function, size, free_port(), folder, args)
+        mp.start_processes(_entry, given, nprocs=size, start_method=start_method())
         return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(size)]
 
 
