@@ -21,11 +21,11 @@ from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.slow
 
-# DeepSpeed keeps parameters of at most so many elements gathered between passes: none, those of one dimension, all.
-THRESHOLDS = (0, 300, 100_000)
+# DeepSpeed keeps parameters of at most so many elements gathered between passes: none or all of these.
+THRESHOLDS = (0, 100_000)
 MARGIN = 0.01
 # Each block is a twentieth to a fifth of all; a pass that gathers a weight twice is far above the margin.
-CUTS = Depth((0.25, 0.75))
+CUTS = Depth((0.25, 0.75), seed=3)
 
 
 @dataclass(frozen=True)
@@ -89,9 +89,9 @@ def two_ranks(world: World) -> dict[str, Any]:
         found[f"base {threshold}"] = steps_of(world, threshold, None, 3)
         found[f"dense {threshold}"] = steps_of(world, threshold, Dense(), 3)
         found[f"cut {threshold}"] = steps_of(world, threshold, Depth((0.5, 0.5)), 4)
-        found[f"moving {threshold}"] = steps_of(world, threshold, CUTS, 14)
-        found[f"kept {threshold}"] = steps_of(world, threshold, Scored("tensor", 0.5, score="random"), 4, GATHERED)
-    found["accumulated"] = steps_of(world, 300, CUTS, 10, micro=2)
+        found[f"moving {threshold}"] = steps_of(world, threshold, CUTS, 8)
+        found[f"kept {threshold}"] = steps_of(world, threshold, Scored("tensor", 0.5, score="random"), 3, GATHERED)
+    found["accumulated"] = steps_of(world, 300, CUTS, 8, micro=2)
     result: dict[str, Any] = {name: [vars(step) for step in steps] for name, steps in found.items()}
     gathered._MOST_KINDS = 2  # fewer than one step has
     return result | {"few": train(world, "zero3", FEW_KINDS)}
