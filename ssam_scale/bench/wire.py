@@ -113,7 +113,7 @@ def bench_bytes(setting: Setting, ranks: int, spreads: Sequence[str], compared: 
     same backend, whose one pass costs what a descent pass costs; both also by collective, and `step_calls` and
     `ascent_calls` the number of collectives. `ascent_bytes_over_dense` is the ratio to dense SAM's ascent and
     `target_over_dense` the most that we want: the density and one percent. Of plans whose steps differ, all are means
-    over a period or several draws.
+    over a period or several draws, each of which has been taken before.
 
     Args:
         setting: on what; one that `Setting.check` finds nothing wrong with. Its batch is each process's own.

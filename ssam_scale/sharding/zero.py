@@ -10,8 +10,8 @@ Except for stage 0 in fp32, the optimizer steps weights that are kept apart from
 latter are perturbed, and put back by copy: the optimizer never sees w + ε. In bf16 and fp16 that makes it the usual
 training with float32 master weights; a loss scale is in all gradients alike, and ε does not depend on it.
 
-DeepSpeed has no public calls for most of this. What is used of its internals is listed below, with the reason, and
-looked for when a backend is constructed: another DeepSpeed fails there and not in the middle of training.
+DeepSpeed has no public calls for most of this. What is used of its internals is listed below and in `gathered`, with the
+reason, and looked for when a backend is constructed: another DeepSpeed fails there and not in the middle of training.
 
 Stages 1 to 3 hand flat pieces to the optimizer. One that treats every weight alike (SGD, AdamW, Lion) steps as anywhere
 else; one that looks at whole tensors (LAMB, LARS, AdamP, Muon) computes something else.
