@@ -10,8 +10,9 @@ Except for stage 0 in fp32, the optimizer steps weights that are kept apart from
 latter are perturbed, and put back by copy: the optimizer never sees w + ε. In bf16 and fp16 that makes it the usual
 training with float32 master weights; a loss scale is in all gradients alike, and ε does not depend on it.
 
-DeepSpeed has no public calls for most of this. What is used of its internals is listed below and in `gathered`, with the
-reason, and looked for when a backend is constructed: another DeepSpeed fails there and not in the middle of training.
+DeepSpeed has no public calls for most of this. What is used of its internals is listed below and in `gathered`, with
+the reason, and looked for when a backend is constructed: another DeepSpeed fails there and not in the middle of
+training.
 
 Stages 1 to 3 hand flat pieces to the optimizer. One that treats every weight alike (SGD, AdamW, Lion) steps as anywhere
 else; one that looks at whole tensors (LAMB, LARS, AdamP, Muon) computes something else.
@@ -237,6 +238,7 @@ class ZeRO3(FlatShards, Spread):
         for p in next(iter(self._zero.fp16_groups), [])[:1]:
             _check_internals(p, _STAGE_3_PARAMETER | gathered.PARAMETER)
         self._gathered = gathered.Gathered.of(engine)
+        self._kept: set[int] = set()  # by identity, what an ascent has left gathered
         self._place: dict[int, tuple[int, int]] = {}  # of each parameter: its sub-group, and where it starts in it
         for index, group in enumerate(self._zero.fp16_groups):
             start = 0
@@ -294,14 +296,17 @@ class ZeRO3(FlatShards, Spread):
 
     def ascent(self, needed: Needed) -> AbstractContextManager[None]:
         """The engine averages gradients in the backward, all that there are. What is to be kept is not freed."""
+        self._kept = {id(p) for p in needed.kept}
         return self._gathered.held(needed.kept)
 
     def publish(self, written: Written | None = None) -> None:
         """Free the gathered copies of what was written to: the next forward gathers what it uses."""
-        self._gathered.free(None if written is None else written.parameters)
+        changed = self.network.parameters() if written is None else written.parameters
+        self._gathered.free([p for p in changed if id(p) not in self._kept])
 
     def forget_copies(self) -> None:
         """Free every gathered copy."""
+        self._kept = set()
         self._gathered.free()
 
     def step(

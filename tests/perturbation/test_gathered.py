@@ -99,7 +99,7 @@ def two_ranks(world: World) -> dict[str, Any]:
 
 FEW_KINDS = [
     Pulled("vit", "moving cut"),
-    Pulled("vit", "block", levers=GATHERED),
+    Pulled("vit", "block", levers=Levers(keep_gathered=True, pack=False)),
     Pulled("resnet", "tensor", levers=Levers(keep_gathered=True, share_prefix=False), accumulation=2),
 ]
 
