@@ -21,9 +21,10 @@ from .ranks import on_ranks
 from .steps import environment
 from .traffic import Traffic
 
-# FSDP2 learns the order of modules and DeepSpeed's stage 3 the trace of a step from the first ones.
+# FSDP2 learns the order of modules from the first steps. In the very first one a mask may look at the whole gradient.
 _WARM_UP = 2
-# With masks that change what a pass uses, stage 3 makes a new trace every other step.
+# Stage 3 records each kind of pass once and takes it up the second time: the same steps, with the same cuts, once more.
+_REPEATS = 3
 _ROUNDS = 2
 _WITHIN_SHARD_GROUP = "sam, within the shard group"
 
@@ -84,13 +85,15 @@ def _count(rank: int, size: int, device: torch.device, setting: Setting, jobs: S
     for spread, name in jobs:
         way = known[name]
         opt = placed(setting, SPREADS[spread], world, way)
-        densities = []
         for _ in range(_WARM_UP):
             opt.step(setting.loss_fn, batch)
-        with Traffic() as traffic:
-            for _ in range(_ROUNDS * way.steps):
-                densities.append(opt.density)
-                opt.step(setting.loss_fn, batch)
+        first = opt.steps
+        for _ in range(_REPEATS):
+            opt.steps, densities = first, []
+            with Traffic() as traffic:
+                for _ in range(_ROUNDS * way.steps):
+                    densities.append(opt.density)
+                    opt.step(setting.loss_fn, batch)
         found.append(
             {
                 "density": statistics.fmean(densities),
@@ -110,7 +113,7 @@ def bench_bytes(setting: Setting, ranks: int, spreads: Sequence[str], compared: 
     same backend, whose one pass costs what a descent pass costs; both also by collective, and `step_calls` and
     `ascent_calls` the number of collectives. `ascent_bytes_over_dense` is the ratio to dense SAM's ascent and
     `target_over_dense` the most that we want: the density and one percent. Of plans whose steps differ, all are means
-    over a period or several draws.
+    over a period or several draws, each of which has been taken before.
 
     Args:
         setting: on what; one that `Setting.check` finds nothing wrong with. Its batch is each process's own.

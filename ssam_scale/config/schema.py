@@ -99,7 +99,7 @@ class Levers(Section):
     share_prefix: bool = Field(True, description="blocks before the first perturbed one run once a step")
     pack: bool = Field(True, description="only perturbed values of ascent gradients and weights are sent")
     keep_gathered: bool = Field(
-        False, description="fsdp2: weights left alone stay gathered between the passes, at the cost of their memory"
+        False, description="fsdp2, zero3: weights left alone stay gathered between the passes, which takes their memory"
     )
     within_shard_group: bool = Field(
         False, description="fsdp2 with replicas: each copy of the weights climbs by its own part of the batch"
@@ -289,9 +289,10 @@ class Config(Section):
         if self.perturbation is None:
             return self
         levers, sharding = self.perturbation.levers, self.sharding
-        if levers.keep_gathered and sharding.backend != "fsdp2":
+        if levers.keep_gathered and sharding.backend not in ("fsdp2", "zero3"):
             raise ValueError(
-                f"perturbation.levers.keep_gathered is for sharding.backend fsdp2, and it is {sharding.backend}"
+                "perturbation.levers.keep_gathered is for sharding.backend fsdp2 or zero3, and it is "
+                f"{sharding.backend}"
             )
         if levers.within_shard_group and sharding.replicas == 1:
             raise ValueError(

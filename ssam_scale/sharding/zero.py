@@ -10,8 +10,9 @@ Except for stage 0 in fp32, the optimizer steps weights that are kept apart from
 latter are perturbed, and put back by copy: the optimizer never sees w + ε. In bf16 and fp16 that makes it the usual
 training with float32 master weights; a loss scale is in all gradients alike, and ε does not depend on it.
 
-DeepSpeed has no public calls for most of this. What is used of its internals is listed below, with the reason, and
-looked for when a backend is constructed: another DeepSpeed fails there and not in the middle of training.
+DeepSpeed has no public calls for most of this. What is used of its internals is listed below and in `gathered`, with
+the reason, and looked for when a backend is constructed: another DeepSpeed fails there and not in the middle of
+training.
 
 Stages 1 to 3 hand flat pieces to the optimizer. One that treats every weight alike (SGD, AdamW, Lion) steps as anywhere
 else; one that looks at whole tensors (LAMB, LARS, AdamP, Muon) computes something else.
@@ -20,19 +21,19 @@ else; one that looks at whole tensors (LAMB, LARS, AdamP, Muon) computes somethi
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import deepspeed
 import torch
 from deepspeed.utils import safe_get_local_grad
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
+from . import gathered
 from .base import Shard, Sharding, Unsharded
 from .engine import Driven, Whole, check_setup
 from .masters import FlatBuffers, FlatShards, Master, MasterWeights
-from .needs import Written
+from .needs import Needed, Written
 
 # From, up to but without. 0.19.7 fails the tests: stage 3 on four processes is sporadically wrong (2 of 25 runs, none
 # of 146 with 0.19.8), and bf16 with float32 accumulation raises where a gradient is not finite.
@@ -67,11 +68,12 @@ _STAGE_3 = _BACKWARD | {
     "grad_partitions_flat_buffer": "keeps gradients of earlier passes, which parameters that a pass leaves out show",
     "empty_partition_cache": "frees gathered weights; the engine's method of that name collects garbage each time too",
     "persistent_parameters": "small parameters that DeepSpeed keeps gathered between steps",
+    "parameter_offload": "gathers and frees weights; `gathered` says what of it is used",
 }
 _STAGE_3_PARAMETER = {
     "ds_tensor": "the local part, padded to the same length everywhere; public calls reach the float32 master only",
     "ds_shape": "shape of the whole, which also tells weights from padding",
-    "all_gather": "gathers the persistent parameters together, as at the end of the optimizer's step",
+    "ds_numel": "elements of the whole",
 }
 
 
@@ -229,9 +231,14 @@ class ZeRO3(FlatShards, Spread):
     def __init__(self, engine: Any) -> None:
         Spread.__init__(self, engine, _STAGE_3)
         FlatShards.__init__(self)
+        offload = self._zero.parameter_offload
+        _check_internals(offload, gathered.OFFLOAD)
+        _check_internals(offload.param_coordinator, gathered.COORDINATOR)
+        _check_internals(self.network, gathered.NETWORK)
         for p in next(iter(self._zero.fp16_groups), [])[:1]:
-            _check_internals(p, _STAGE_3_PARAMETER)
-        self._before_forward: RemovableHandle | None = None
+            _check_internals(p, _STAGE_3_PARAMETER | gathered.PARAMETER)
+        self._gathered = gathered.Gathered.of(engine)
+        self._kept: set[int] = set()  # by identity, what an ascent has left gathered
         self._place: dict[int, tuple[int, int]] = {}  # of each parameter: its sub-group, and where it starts in it
         for index, group in enumerate(self._zero.fp16_groups):
             start = 0
@@ -287,34 +294,24 @@ class ZeRO3(FlatShards, Spread):
         self._zero.zero_grad()
         self._zero.grad_partitions_flat_buffer.zero_()
 
+    def ascent(self, needed: Needed) -> AbstractContextManager[None]:
+        """The engine averages gradients in the backward, all that there are. What is to be kept is not freed."""
+        self._kept = {id(p) for p in needed.kept}
+        return self._gathered.held(needed.kept)
+
     def publish(self, written: Written | None = None) -> None:
-        """Free every gathered copy, those that DeepSpeed keeps too: the next forward gathers what it uses."""
-        self.forget_copies()
+        """Free the gathered copies of what was written to: the next forward gathers what it uses."""
+        changed = self.network.parameters() if written is None else written.parameters
+        self._gathered.free([p for p in changed if id(p) not in self._kept])
 
     def forget_copies(self) -> None:
         """Free every gathered copy."""
-        self._zero.empty_partition_cache()
-        self._keep_from_next_forward()
+        self._kept = set()
+        self._gathered.free()
 
     def step(
         self, optimizer: torch.optim.Optimizer, max_grad_norm: float | None, scaler: torch.amp.GradScaler | None
     ) -> None:
         """The engine's, which frees every gathered copy, and if it skips the step gathers none again."""
         super().step(optimizer, max_grad_norm, scaler)
-        self._keep_from_next_forward()
-
-    def _keep_from_next_forward(self) -> None:
-        """Gather what DeepSpeed keeps before the next forward, and not now, when other processes may have failed.
-
-        A forward that finds such a parameter missing gathers it, too, but where it is used outside of its own module,
-        as a `StagedModel` does, that adds it to a module whose use of parameters has been recorded: a tracing error.
-        """
-        if self._before_forward is None:
-            self._before_forward = self.network.register_forward_pre_hook(self._gather_kept, prepend=True)
-
-    def _gather_kept(self, *_: Any) -> None:
-        assert self._before_forward is not None
-        self._before_forward.remove()
-        self._before_forward = None
-        if kept := self._zero.persistent_parameters:
-            kept[0].all_gather(kept)  # those that are missing
+        self._gathered.misses_persistent()

@@ -93,7 +93,7 @@ def sparse_sam(world: World, backend: str) -> tuple[SparseSAM, nn.Module]:
     kind: Any = "fsdp2" if backend == "hsdp" else backend
     replicas = world.size if backend == "hsdp" else 1
     placed, base = place(model, blocks, kind, world, sgd, replicas=replicas, batch_size=BATCH // world.size)
-    levers = Levers(keep_gathered=backend == "fsdp2")
+    levers = Levers(keep_gathered=backend in ("fsdp2", "zero3"))
     return SparseSAM(placed, base, rho=0.5, mask=Depth((0.5, 0.5)), levers=levers), blocks[-1]
 
 
