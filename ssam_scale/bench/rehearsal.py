@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ssam_scale.masks import Bits, Layout, Part, Plan, Rows, pack, unpack
 from ssam_scale.perturbation import SparseSAM
-from ssam_scale.sharding import World
+from ssam_scale.sharding import World, leave_process_group
 
 from .traffic import Traffic
 
@@ -45,7 +45,7 @@ def pretended(size: int) -> Iterator[World]:
         yield World(0, size, torch.device("cpu"))
     finally:
         gc.collect()
-        dist.destroy_process_group()
+        leave_process_group()
 
 
 class Presumed:
@@ -92,7 +92,7 @@ class Rehearsed:
 
     Attributes:
         sent: bytes by collective, as `traffic` counts them.
-        weights: bytes of its part of the weights.
+        weights: bytes of the weights that it holds, and of copies that the optimizer steps instead of them.
         optimizer: bytes of the base optimizer's state.
         mask: bytes of the mask.
     """
@@ -125,9 +125,12 @@ def rehearse(opt: SparseSAM, loss_fn: Callable[..., Tensor], *batches: tuple[Ten
                 opt.step(loss_fn, *batches)
     states = (t for state in opt.base_optimizer.state.values() for t in state.values() if isinstance(t, Tensor))
     parts = opt.plan.weights.values() if any(opt.radii) else ()
+    held = [p for p in opt.sharding.exposed(parameters) if p.numel()]
+    own = {p.untyped_storage().data_ptr() for p in held}
+    stepped = [p for p in opt.base_optimizer.state if _local(p).untyped_storage().data_ptr() not in own]
     return Rehearsed(
         dict(traffic.bytes),
-        sum(shard.weight.nbytes for shard in shards),
+        sum(p.nbytes for p in (*held, *stepped)),
         sum(_local(t).nbytes for t in states if t.ndim),
         sum(part.packed.nbytes for part in parts if isinstance(part, Bits)),
     )

@@ -133,8 +133,10 @@ def test_copies_and_micro_batches_of_a_dry_run(folder: Path, capsys: pytest.Capt
         (["--images", "3"], "--images is 3; at least 4 are needed"),
         (["--gpus", "12", "sharding.backend=fsdp2", "sharding.replicas=8"], "12 GPUs cannot hold 8 replicas"),
         (["--gpus", "8", "sharding.backend=single"], "backend single on 8 GPUs; use ddp or fsdp2"),
-        (["sharding.backend=zero2"], "the cost model knows single, ddp and fsdp2"),
-        (["--dry-run", "sharding.backend=zero2"], "the cost model knows single, ddp and fsdp2"),
+        (
+            ["sharding.backend=zero3", "sharding.deepspeed={zero_optimization: {stage3_max_reuse_distance: far}}"],
+            "sharding.deepspeed.zero_optimization.stage3_max_reuse_distance is 'far'; a number is needed",
+        ),
         (["--dry-run", "--gpus", "1", "sharding.backend=single"], "--dry-run: backend single sends nothing"),
         (["--times", "nowhere.json"], "--times nowhere.json: No such file or directory"),
         (["--times", "TIMES", "data.resolution=48"], "resolution is 32 there and 48 in the configuration"),
