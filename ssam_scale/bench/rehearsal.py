@@ -8,6 +8,7 @@ holds, which collectives it calls, and on how much, is what it would be among th
 from __future__ import annotations
 
 import gc
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -41,9 +42,15 @@ def pretended(size: int) -> Iterator[World]:
     if dist.is_initialized():
         raise ValueError("this process is one of a real process group; run it alone")
     dist.init_process_group("fake", rank=0, world_size=size, store=FakeStore())
+    before = os.environ.get("LOCAL_RANK")
+    os.environ["LOCAL_RANK"] = "0"  # DeepSpeed looks there, and nowhere else
     try:
         yield World(0, size, torch.device("cpu"))
     finally:
+        if before is None:
+            del os.environ["LOCAL_RANK"]
+        else:
+            os.environ["LOCAL_RANK"] = before
         gc.collect()
         leave_process_group()
 

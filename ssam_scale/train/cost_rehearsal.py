@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import redirect_stdout
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -59,7 +61,10 @@ def rehearsal_rows(config: Config, cluster: Cluster) -> list[dict[str, Any]]:
     del network, base
     rows = []
     for name, ascents in plans.items():
-        done = _rehearsed(config, spreading, mask, ascends=bool(ascents))
+        try:
+            done = _rehearsed(config, spreading, mask, ascends=bool(ascents))
+        except ValueError as error:
+            raise UserError(f"sharding: {error}") from error
         # Where weights are spread a process needs to know the others' parts of a mask to pack what it sends them, and
         # here are none.
         packs = spreading.shards == 1
@@ -101,7 +106,8 @@ def _rehearsed(config: Config, spreading: Spreading, mask: Presumed, *, ascends:
         (torch.randn(_IMAGES, 3, side, side), torch.randint(config.model.num_classes, (_IMAGES,)))
         for _ in range(config.train.accumulation)
     ]
-    with pretended(spreading.cluster.gpus) as world:
+    # DeepSpeed tells its story on standard output, where the rows belong.
+    with redirect_stdout(sys.stderr), pretended(spreading.cluster.gpus) as world:
         staged = staged_model(config)
         blocks = [stage.block for stage in staged.stages]
         module, base = place(
