@@ -10,20 +10,26 @@ from __future__ import annotations
 import gc
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ssam_scale.masks import Bits, Layout, Part, Plan, Rows, pack, unpack
 from ssam_scale.perturbation import SparseSAM
 from ssam_scale.sharding import World, leave_process_group
 
-from .traffic import Traffic
+from .traffic import COLLECTIVES, Traffic
+
+_LARGEST = 1e3
 
 
 @contextmanager
@@ -53,6 +59,25 @@ def pretended(size: int) -> Iterator[World]:
             os.environ["LOCAL_RANK"] = before
         gc.collect()
         leave_process_group()
+
+
+class _Harmless(TorchDispatchMode):
+    """Where others would have sent something, there are numbers that a weight or gradient may have.
+
+    Else what happens to lie in memory is there, and DeepSpeed does not step where a gradient is not finite.
+    """
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # it comes back as operators on plain tensors
+        result = func(*args, **(kwargs or {}))
+        if getattr(func, "namespace", None) in COLLECTIVES:
+            for t in tree_leaves((args, kwargs, result)):
+                if isinstance(t, Tensor) and t.is_floating_point():
+                    t.masked_fill_(~(t.abs() < _LARGEST), 0.0)
+        return result
 
 
 class Presumed:
@@ -128,7 +153,7 @@ def rehearse(opt: SparseSAM, loss_fn: Callable[..., Tensor], *batches: tuple[Ten
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of gradients that are not finite, which here mean nothing
         for _ in range(3):  # DDP settles its buckets in the first two
-            with Traffic() as traffic:
+            with _Harmless(), Traffic() as traffic:
                 opt.step(loss_fn, *batches)
     states = (t for state in opt.base_optimizer.state.values() for t in state.values() if isinstance(t, Tensor))
     parts = opt.plan.weights.values() if any(opt.radii) else ()

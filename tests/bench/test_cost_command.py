@@ -148,7 +148,7 @@ def test_a_lever_changes_what_it_is_for(
         assert other[what] > usual[what], what
     for what in less:
         assert other[what] < usual[what], what
-    for what in {"seconds", "bytes", "memory_total"} - {"memory_total", *more, *less}:
+    for what in {"seconds", "bytes"} - {*more, *less}:
         assert other[what] == pytest.approx(usual[what]), what
 
 
@@ -163,9 +163,7 @@ def test_a_shared_batch_gets_smaller_with_every_gpu(
 SLOW = pytest.mark.slow
 
 
-@pytest.mark.parametrize(
-    "backend", ["ddp", "fsdp2", *(pytest.param(f"zero{stage}", marks=SLOW) for stage in (0, 1, 3))]
-)
+@pytest.mark.parametrize("backend", ["ddp", "fsdp2", *(pytest.param(f"zero{stage}", marks=SLOW) for stage in (1, 3))])
 @pytest.mark.parametrize(
     "plan", ["perturbation.mask.cut=[0.5, 0.5]", "perturbation.mask={pattern: tensor}", "perturbation.norm=calibrated"]
 )
