@@ -35,7 +35,8 @@ class ZeRO3Costs(Common):
         """Stages from the cut on, gathered; the gradients that there are, reduced; and small weights, gathered anew."""
         shape = ascent.shape
         again = (self._far & self._since(shape.first)) - self._staying(ascent)
-        freed = self._small & ascent.perturbed.keys() if ascent.levers.pack else self._small
+        some = ascent.levers.pack or ascent.levers.keep_gathered
+        freed = self._small & ascent.perturbed.keys() if some else self._small
         return InPass(
             self._gathers(self._large & self._since(shape.cut)),
             self._gathers(again) + self._scatters(ascent.computed),
@@ -91,9 +92,7 @@ class ZeRO3Costs(Common):
 
     def _staying(self, ascent: Ascent) -> frozenset[str]:
         """What is gathered once for the ascent and the descent's forward: what is not perturbed."""
-        if not (ascent.levers.keep_gathered and ascent.levers.pack):
-            return frozenset()
-        return self._large - ascent.perturbed.keys()
+        return self._large - ascent.perturbed.keys() if ascent.levers.keep_gathered else frozenset()
 
     def _prefix_stays(self, ascent: Ascent) -> bool:
         return ascent.levers.pack and 2 * self.numel <= self.spreading.zero.reuse
