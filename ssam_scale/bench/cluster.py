@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+
+from ssam_scale.sharding import Backend
 
 from .traffic import ring_bytes
-
-Placement = Literal["single", "ddp", "fsdp2"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +40,23 @@ class Group:
 
 
 @dataclass(frozen=True)
+class ZeroSettings:
+    """What of DeepSpeed's `zero_optimization` changes bytes or memory; its defaults.
+
+    Attributes:
+        reduce_bucket: elements of the buffer that stages 1 to 3 reduce gradients in.
+        persistent: elements of the largest parameter that stage 3 keeps gathered.
+        reuse: elements that are used between a parameter's forward and backward for stage 3 to free it.
+        prefetch: elements that stage 3 gathers ahead.
+    """
+
+    reduce_bucket: int = 500_000_000
+    persistent: int = 100_000
+    reuse: int = 1_000_000_000
+    prefetch: int = 50_000_000
+
+
+@dataclass(frozen=True)
 class Spreading:
     """How the weights lie on a cluster.
 
@@ -48,14 +64,16 @@ class Spreading:
         backend: how.
         replicas: copies of the weights that `fsdp2` keeps, each over consecutive ranks.
         cluster: where.
+        zero: settings of the backends `zero1` to `zero3`.
 
     Raises:
         ValueError: the backend or the number of replicas does not go with the number of GPUs.
     """
 
-    backend: Placement
+    backend: Backend
     replicas: int
     cluster: Cluster
+    zero: ZeroSettings = ZeroSettings()
 
     def __post_init__(self) -> None:
         gpus = self.cluster.gpus
@@ -66,8 +84,8 @@ class Spreading:
 
     @property
     def shards(self) -> int:
-        """Processes that one copy of the weights is spread over."""
-        return self.cluster.gpus // self.replicas if self.backend == "fsdp2" else 1
+        """Processes that perturbing one copy of the weights, and the optimizer's step, are spread over."""
+        return 1 if self.backend in ("single", "ddp", "zero0") else self.cluster.gpus // self.replicas
 
     @property
     def everyone(self) -> Group:

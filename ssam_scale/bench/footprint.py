@@ -1,20 +1,20 @@
 """What a step keeps in the memory of one GPU: pure arithmetic on shapes.
 
-Counted, in bytes: this process's part of the weights, of their gradients and of the base optimizer's state; the buckets
-that DDP reduces gradients in; what FSDP2 holds gathered at once (the root's weights, the unit at work and the one
-fetched ahead, and the gradient of a unit before it is reduced); the mask, a bit a weight where single weights are
-perturbed; the perturbed weights' backup, and ε where it is not in the place of the gradient; and the activations that
-one micro-batch keeps for its backward. Not counted: buffers, what a kernel works with, what an allocator wastes, and
-whatever the communication library needs.
+Counted, in bytes: this process's part of the weights, of their gradients and of the base optimizer's state; the buffers
+that gradients are reduced in; what is held gathered at once (`backends` says what that is); the mask, a bit a weight
+where single weights are perturbed; the perturbed weights' backup, and ε where it is not in the place of the gradient;
+what is kept for steps between two ascents; and the activations that one micro-batch keeps for its backward. Not
+counted: buffers, what a kernel works with, what an allocator wastes, and whatever the communication library needs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
+from .backends import costs_of
 from .cluster import Spreading
-from .cost import FLOAT, Ascent, Weight, Weights
+from .weights import FLOAT, Ascent, Weights
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,18 @@ class Footprint:
     gathered: float
     mask: float
     perturbation: float
+    reuse: float
     activations: float
 
     @property
     def model(self) -> float:
         """Of the weights and what belongs to them, without what perturbing adds."""
         return self.weights + self.gradients + self.optimizer + self.gathered
+
+    @property
+    def perturbing(self) -> float:
+        """Of what perturbing adds, but for weights that stay gathered for it."""
+        return self.mask + self.perturbation + self.reuse
 
     @property
     def total(self) -> float:
@@ -59,6 +65,7 @@ def footprint(
     state_bytes_per_weight: float,
     activations: Activations,
     images: float,
+    accumulation: int = 1,
 ) -> Footprint:
     """The memory of one GPU.
 
@@ -69,31 +76,16 @@ def footprint(
         state_bytes_per_weight: that the base optimizer keeps.
         activations: of a forward.
         images: of a micro-batch of one process.
+        accumulation: micro-batches of a step.
     """
-    shards = spreading.shards
-    whole = sum(w.numel for w in weights.values())
-    mine = sum(w.padded(shards) for w in weights.values()) / shards if spreading.backend == "fsdp2" else float(whole)
-    perturbed = max((sum(a.perturbed.values()) for a in ascents), default=0) / shards
-    partly, singly = any(a.partly for a in ascents), any(a.singly for a in ascents)
-    # Who packs what others are to be sent knows the mask of all of the weights.
-    known = mine + (whole if shards > 1 and any(a.between is not None for a in ascents) else 0)
+    held = costs_of(weights, spreading, accumulation).holds(ascents)
     return Footprint(
-        weights=FLOAT * mine,
-        gradients=FLOAT * mine * (2 if spreading.backend == "ddp" else 1),
-        optimizer=state_bytes_per_weight * mine,
-        gathered=_gathered(weights.values(), spreading),
-        mask=known / 8 if singly else 0.0,
-        perturbation=FLOAT * perturbed * (2 if partly else 1),
+        weights=held.weights,
+        gradients=held.gradients,
+        optimizer=state_bytes_per_weight * held.stepped / FLOAT,
+        gathered=held.gathered,
+        mask=held.mask,
+        perturbation=held.backup + held.epsilon,
+        reuse=held.reuse,
         activations=activations.of(images),
     )
-
-
-def _gathered(weights: Iterable[Weight], spreading: Spreading) -> float:
-    if spreading.backend != "fsdp2" or spreading.shards == 1:
-        return 0.0
-    units: dict[int | None, int] = {}
-    for w in weights:
-        units[w.unit] = units.get(w.unit, 0) + w.padded(spreading.shards)
-    root = units.pop(None, 0)
-    blocks = sorted(units.values(), reverse=True)
-    return float(FLOAT * (root + sum(blocks[:2]) + max([root, *blocks[:1]])))

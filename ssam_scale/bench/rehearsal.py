@@ -8,21 +8,28 @@ holds, which collectives it calls, and on how much, is what it would be among th
 from __future__ import annotations
 
 import gc
+import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ssam_scale.masks import Bits, Layout, Part, Plan, Rows, pack, unpack
 from ssam_scale.perturbation import SparseSAM
-from ssam_scale.sharding import World
+from ssam_scale.sharding import World, leave_process_group
 
-from .traffic import Traffic
+from .traffic import COLLECTIVES, Traffic
+
+_LARGEST = 1e3
 
 
 @contextmanager
@@ -41,11 +48,36 @@ def pretended(size: int) -> Iterator[World]:
     if dist.is_initialized():
         raise ValueError("this process is one of a real process group; run it alone")
     dist.init_process_group("fake", rank=0, world_size=size, store=FakeStore())
+    before = os.environ.get("LOCAL_RANK")
+    os.environ["LOCAL_RANK"] = "0"  # DeepSpeed looks there, and nowhere else
     try:
         yield World(0, size, torch.device("cpu"))
     finally:
+        if before is None:
+            del os.environ["LOCAL_RANK"]
+        else:
+            os.environ["LOCAL_RANK"] = before
         gc.collect()
-        dist.destroy_process_group()
+        leave_process_group()
+
+
+class _Harmless(TorchDispatchMode):
+    """Where others would have sent something, there are numbers that a weight or gradient may have.
+
+    Else what happens to lie in memory is there, and DeepSpeed does not step where a gradient is not finite.
+    """
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # it comes back as operators on plain tensors
+        result = func(*args, **(kwargs or {}))
+        if getattr(func, "namespace", None) in COLLECTIVES:
+            for t in tree_leaves((args, kwargs, result)):
+                if isinstance(t, Tensor) and t.is_floating_point():
+                    t.masked_fill_(~(t.abs() < _LARGEST), 0.0)
+        return result
 
 
 class Presumed:
@@ -92,7 +124,7 @@ class Rehearsed:
 
     Attributes:
         sent: bytes by collective, as `traffic` counts them.
-        weights: bytes of its part of the weights.
+        weights: bytes of the weights that it holds, and of copies that the optimizer steps instead of them.
         optimizer: bytes of the base optimizer's state.
         mask: bytes of the mask.
     """
@@ -121,13 +153,16 @@ def rehearse(opt: SparseSAM, loss_fn: Callable[..., Tensor], *batches: tuple[Ten
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of gradients that are not finite, which here mean nothing
         for _ in range(3):  # DDP settles its buckets in the first two
-            with Traffic() as traffic:
+            with _Harmless(), Traffic() as traffic:
                 opt.step(loss_fn, *batches)
     states = (t for state in opt.base_optimizer.state.values() for t in state.values() if isinstance(t, Tensor))
     parts = opt.plan.weights.values() if any(opt.radii) else ()
+    held = [p for p in opt.sharding.exposed(parameters) if p.numel()]
+    own = {p.untyped_storage().data_ptr() for p in held}
+    stepped = [p for p in opt.base_optimizer.state if _local(p).untyped_storage().data_ptr() not in own]
     return Rehearsed(
         dict(traffic.bytes),
-        sum(shard.weight.nbytes for shard in shards),
+        sum(p.nbytes for p in (*held, *stepped)),
         sum(_local(t).nbytes for t in states if t.ndim),
         sum(part.packed.nbytes for part in parts if isinstance(part, Bits)),
     )

@@ -11,16 +11,27 @@ import torch
 from ssam_scale.masks import Bits, Plan, Rows, unpack
 from ssam_scale.perturbation import SparseSAM, StagedModel
 
-from .cost import Ascent, Between, Weight, Weights
 from .predict import StepShape
+from .weights import Ascent, Between, Weight, Weights
 
 
-def weights_of(network: StagedModel) -> dict[str, Weight]:
-    """All parameters of a network before it is spread, by name."""
+def weights_of(network: StagedModel, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Weight]:
+    """All parameters of a network before it is spread, by name.
+
+    Args:
+        network: in stages.
+        optimizer: over its parameters, in their order; None: one with a single parameter group.
+    """
     units = {id(p): index for index, stage in enumerate(network.stages) for p in stage.block.parameters()}
+    groups = (
+        {}
+        if optimizer is None
+        else {id(p): index for index, group in enumerate(optimizer.param_groups) for p in group["params"]}
+    )
     stages = network.stage_of_parameters()
     return {
-        name: Weight(tuple(p.shape), stages[name], units.get(id(p))) for name, p in network.model.named_parameters()
+        name: Weight(tuple(p.shape), stages[name], units.get(id(p)), groups.get(id(p), 0))
+        for name, p in network.model.named_parameters()
     }
 
 
@@ -40,32 +51,47 @@ def ascent_of(
     plan = opt.plan if plan is None else plan
     depth = opt.pool.layout.depth
     if not any(opt.radii):
-        return Ascent(share, StepShape(0, (0.0,) * depth, 0), {}, {})
+        return Ascent(share, StepShape(0, (0.0,) * depth, 0), frozenset(), frozenset(), {})
     cut = plan.cut if shares_prefix and not dense else 0
     elide = opt.levers.elide and not dense
-    needed = {name: w.numel for name, w in weights.items() if dense or name in plan.weights}
-    computed = {name: w.numel for name, w in weights.items() if w.stage >= cut and (not elide or name in needed)}
+    needed = frozenset(name for name in weights if dense or name in plan.weights)
+    there = {name: w.numel for name, w in weights.items() if w.stage >= cut and (not elide or name in needed)}
+    computed = dict(there)
     if elide:  # of rows, only those are computed
         computed |= {name: plan.counts[name] for name, part in plan.weights.items() if isinstance(part, Rows)}
-    shape = StepShape(cut, _shares(computed, weights, depth), plan.perturbed, opt.fraction)
-    partly = any(part is not None for part in plan.weights.values())
-    singly = any(isinstance(part, Bits) for part in plan.weights.values())
-    between = _between(plan) if partly and opt.levers.pack and not dense else None
-    return Ascent(share, shape, needed, plan.counts, partly, singly, between, cut > 0)
+    return Ascent(
+        share,
+        StepShape(cut, _shares(computed, weights, depth), plan.perturbed, opt.fraction),
+        needed,
+        frozenset(there),
+        plan.counts,
+        partly=plan.takes_parts,
+        singly=any(isinstance(part, Bits) for part in plan.weights.values()),
+        between=_between(plan) if plan.takes_parts and opt.levers.pack else None,
+        dense=dense,
+        shares_prefix=cut > 0,
+        levers=opt.levers,
+    )
 
 
 def _between(plan: Plan) -> Between:
     """See `Ascent.between`."""
 
     @functools.cache
-    def between(name: str, bounds: tuple[int, ...]) -> list[int]:
+    def before(name: str) -> torch.Tensor | None:
+        """How many elements are perturbed before each position."""
         part = plan.weights[name]
         if part is None:
-            return [end - start for start, end in itertools.pairwise(bounds)]
+            return None
         assert isinstance(part, (Bits, Rows))
         flags = unpack(part.packed) if isinstance(part, Bits) else part.keep.repeat_interleave(part.size)
-        before = torch.cat([torch.zeros(1, dtype=torch.int64), flags.cumsum(0).cpu()])
-        return before[torch.tensor(bounds)].diff().tolist()
+        return torch.cat([torch.zeros(1, dtype=torch.int64), flags.cumsum(0).cpu()])
+
+    @functools.cache
+    def between(name: str, bounds: tuple[int, ...]) -> list[int]:
+        if (counts := before(name)) is None:
+            return [end - start for start, end in itertools.pairwise(bounds)]
+        return counts[torch.tensor(bounds)].diff().tolist()
 
     return between
 

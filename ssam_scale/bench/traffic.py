@@ -32,7 +32,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-_NAMESPACES = ("c10d", "_c10d_functional")
+# Namespaces of the dispatcher's operators.
+COLLECTIVES = ("c10d", "_c10d_functional")
 
 # Of the dispatcher's operators: the collective, and which argument holds the whole tensor; −1 counts the results.
 _WHOLE: dict[str, tuple[str, int]] = {
@@ -128,7 +129,7 @@ class Traffic(TorchDispatchMode):
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # it comes back as operators on plain tensors, collectives among them
         result = func(*args, **(kwargs or {}))
-        if getattr(func, "namespace", None) in _NAMESPACES:
+        if getattr(func, "namespace", None) in COLLECTIVES:
             self._count(func._schema.name, [*args, *(kwargs or {}).values()], result)
         return result
 

@@ -18,7 +18,7 @@ from .fsdp import FSDP2, shard_fsdp2
 from .needs import Needed, Written
 from .peers import Peers
 from .single import Single
-from .world import World, join_world
+from .world import World, join_world, leave_process_group
 
 __all__ = [
     "Needed",
@@ -29,6 +29,7 @@ __all__ = [
     "Written",
     "distribute",
     "join_world",
+    "leave_process_group",
     "place",
     "sharding_of",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -93,3 +94,11 @@ def join_world(timeout: timedelta = TIMEOUT) -> Iterator[World]:
             # gloo may abort the process at exit while wrappers of the group (DDP's reducer, FSDP's states) are alive.
             gc.collect()
             dist.destroy_process_group()
+
+
+def leave_process_group() -> None:
+    """Destroy the default process group, and what DeepSpeed remembers of it, so that another one can follow."""
+    if (deepspeed := sys.modules.get("deepspeed")) is not None and deepspeed.comm.is_initialized():
+        deepspeed.comm.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from ssam_scale.bench.cluster import Cluster, Spreading
-from ssam_scale.bench.cost import Ascent, scaled, step_cost
+from ssam_scale.bench.cluster import Cluster, Spreading, ZeroSettings
+from ssam_scale.bench.cost import scaled, step_cost
 from ssam_scale.bench.footprint import footprint
 from ssam_scale.bench.measured import Measured
 from ssam_scale.bench.shapes import ascent_of, weights_of
+from ssam_scale.bench.weights import Ascent
 from ssam_scale.config.masks import ChosenMask, DepthMask, ElementMask
-from ssam_scale.config.schema import Config
+from ssam_scale.config.schema import Config, Perturbation
 from ssam_scale.errors import UserError
 from ssam_scale.masks import Chosen, Plan
 from ssam_scale.models import build_model
@@ -30,6 +31,12 @@ _DRAWS = 64
 # The mask needs to know when its sparsity changes; no file is read to find out how long an epoch is.
 _STEPS_PER_EPOCH = 1000
 _RADIUS = 0.05
+_ZERO_KEYS = {
+    "reduce_bucket": "reduce_bucket_size",
+    "persistent": "stage3_param_persistence_threshold",
+    "reuse": "stage3_max_reuse_distance",
+    "prefetch": "stage3_prefetch_bucket_size",
+}
 
 
 @dataclass(frozen=True)
@@ -123,15 +130,24 @@ def ascents_of(config: Config, network: StagedModel, opt: SparseSAM, plans: Sequ
         return []
     weights = weights_of(network)
     shares_prefix = opt.levers.share_prefix and config.train.accumulation == 1
-    calibrations = 1.0 / section.calibrate_every if section.norm == "calibrated" and section.calibrate_every else 0.0
-    dense = 1.0 if section.norm == "dense" else calibrations
     often = (section.window[1] - section.window[0]) / section.interval / len(plans)
-    return [
-        ascent_of(opt, weights, dense=whole, shares_prefix=shares_prefix, share=share * often, plan=plan)
-        for plan in plans
-        for share, whole in ((1.0 - dense, False), (dense, True))
-        if share
-    ]
+    reuses = section.interval - 1 if section.reuse else 0
+    ascents = []
+    for plan in plans:
+        dense = _dense_share(section, plan)
+        for share, whole in ((1.0 - dense, False), (dense, True)):
+            if share:
+                one = ascent_of(opt, weights, dense=whole, shares_prefix=shares_prefix, share=share * often, plan=plan)
+                ascents.append(replace(one, reuses=reuses))
+    return ascents
+
+
+def _dense_share(section: Perturbation, plan: Plan) -> float:
+    """How many of the ascents need the gradient of every weight: those of the dense norm, and looks at all of it."""
+    if section.norm == "dense":
+        return 1.0
+    looks = section.norm == "calibrated" or plan.takes_parts
+    return 1.0 / section.calibrate_every if looks and section.calibrate_every else 0.0
 
 
 def staged_model(config: Config) -> StagedModel:
@@ -147,12 +163,12 @@ def cost_rows(config: Config, found: Measured, machines: Machines) -> list[dict[
     `bytes` are the mean step's and the memory the largest's.
 
     Raises:
-        UserError: the configured backend has no cost model, or does not go with so many GPUs, or there are more GPUs
-            than images.
+        UserError: the configured backend does not go with so many GPUs, or there are more GPUs than images.
     """
     network = staged_model(config)
-    weights, total = weights_of(network), found.weights
-    opt = configured_sam(config, network, base_optimizer(config, network.model))
+    base_of_ours = base_optimizer(config, network.model)
+    weights, total = weights_of(network, base_of_ours), found.weights
+    opt = configured_sam(config, network, base_of_ours)
     ours = ascents_of(config, network, opt, plans_of(config, opt))
     dense_config = config.model_copy(update={"perturbation": None})
     dense = configured_sam(dense_config, network, base_optimizer(config, network.model))
@@ -174,7 +190,8 @@ def cost_rows(config: Config, found: Measured, machines: Machines) -> list[dict[
         times, base = scaled(found.times, images / found.images), None
         for name, ascents in plans.items():
             cost = step_cost(times, weights, ascents, spreading, accumulation)
-            memory = footprint(weights, ascents, spreading, state, found.activations, images / accumulation)
+            one = images / accumulation
+            memory = footprint(weights, ascents, spreading, state, found.activations, one, accumulation)
             base = base or cost
             rows.append(
                 {
@@ -189,7 +206,7 @@ def cost_rows(config: Config, found: Measured, machines: Machines) -> list[dict[
                     "bytes_over_base": cost.bytes / base.bytes if base.bytes else None,
                     **{f"memory_{part}": value for part, value in asdict(memory).items()},
                     "memory_model": memory.model,
-                    "memory_perturbing": memory.mask + memory.perturbation,
+                    "memory_perturbing": memory.perturbing,
                     "memory_total": memory.total,
                     "scaling": machines.scaling,
                     "hardware": found.hardware,
@@ -204,16 +221,27 @@ def spreading_of(config: Config, cluster: Cluster) -> Spreading:
     """How the configuration spreads the weights over a cluster.
 
     Raises:
-        UserError: there is no cost model for its backend, or it does not go with so many GPUs.
+        UserError: its backend does not go with so many GPUs, or a setting of DeepSpeed's is no number.
     """
     backend = config.sharding.backend
     if backend == "auto":
         backend = "ddp" if cluster.gpus > 1 else "single"
-    if backend not in ("single", "ddp", "fsdp2"):
-        raise UserError(
-            f"sharding.backend {backend}: the cost model knows single, ddp and fsdp2; add sharding.backend=fsdp2"
-        )
     try:
-        return Spreading(backend, config.sharding.replicas, cluster)
+        return Spreading(backend, config.sharding.replicas, cluster, _zero_settings(config))
     except ValueError as error:
         raise UserError(f"--gpus {cluster.gpus}: {error}") from error
+
+
+def _zero_settings(config: Config) -> ZeroSettings:
+    """What the configuration's section for DeepSpeed says of them; keys of stage 3 may do without their prefix."""
+    section = config.sharding.deepspeed.get("zero_optimization", {})
+    found = {}
+    for field, key in _ZERO_KEYS.items():
+        for name in (key, key.removeprefix("stage3_")):
+            if name in section:
+                try:
+                    found[field] = int(float(section[name]))
+                except (TypeError, ValueError) as error:
+                    where = f"sharding.deepspeed.zero_optimization.{name}"
+                    raise UserError(f"{where} is {section[name]!r}; a number is needed") from error
+    return ZeroSettings(**found)

@@ -87,6 +87,71 @@ def test_steps_without_an_ascent_and_on_part_of_the_batch_cost_less(
     assert extra("train.accumulation=2") > 2 * (every - perturb)
 
 
+def test_what_is_kept_between_ascents_takes_memory_and_a_little_time(
+    folder: Path, times: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def of(*overrides: str) -> Row:
+        given = ["--times", str(times), "--gpus", "8", "perturbation.interval=5", "perturbation.mask=null"]
+        return run(folder, capsys, *given, *overrides)[-1]
+
+    plain, reusing = of(), of("perturbation.reuse=0.7")
+    assert plain["memory_reuse"] == 0.0
+    # What the last ascent left, and what the next one is by.
+    assert reusing["memory_reuse"] == 2 * reusing["memory_weights"]
+    assert plain["seconds"] < reusing["seconds"]
+    assert plain["bytes"] == reusing["bytes"]
+
+
+FSDP2 = ["sharding.backend=fsdp2"]
+TENSOR, BLOCK, CUT = (f"perturbation.mask={{pattern: {pattern}}}" for pattern in ("tensor", "block", "depth"))
+
+
+@pytest.mark.parametrize(
+    ("lever", "plan", "more", "less"),
+    [
+        ("elide=false", [TENSOR, "sharding.backend=ddp"], ["seconds"], []),
+        ("elide=false", [TENSOR, *FSDP2], ["seconds", "bytes"], []),
+        ("elide=false", [TENSOR, "sharding.backend=zero2"], ["seconds", "bytes"], []),
+        ("elide=false", [TENSOR, "sharding.backend=zero3"], ["seconds", "bytes"], []),
+        ("share_prefix=false", [CUT, *FSDP2], ["seconds", "bytes"], []),
+        ("pack=false", [ELEMENT, "sharding.backend=ddp"], ["bytes"], []),
+        ("pack=false", [ELEMENT, *FSDP2], ["bytes"], []),
+        ("pack=false", [TENSOR, "sharding.backend=zero1"], ["bytes"], []),
+        ("keep_gathered=true", [BLOCK, *FSDP2], ["memory_gathered"], ["bytes"]),
+        (
+            "within_shard_group=true",
+            [TENSOR, *FSDP2, "sharding.replicas=2"],
+            [],
+            ["bytes", "seconds_unhidden"],
+        ),
+    ],
+)
+def test_a_lever_changes_what_it_is_for(
+    lever: str,
+    plan: list[str],
+    more: list[str],
+    less: list[str],
+    folder: Path,
+    times: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    # Times by hand: the smallest network's are too short for their differences to be more than noise.
+    found = json.loads(times.read_text())
+    stages = found["times"]["stages"]
+    found["times"]["stages"] = [{"forward": 1.0, "backward": 2.0, "no_weights": 1.0, "no_input": 1.0} for _ in stages]
+    (folder / "by_hand.json").write_text(json.dumps(found))
+    given = ["--times", str(folder / "by_hand.json"), "--gpus", "16", *plan]
+    (*_, usual), (*_, other) = (
+        run(folder, capsys, *given, *overrides) for overrides in ([], [f"perturbation.levers.{lever}"])
+    )
+    for what in more:
+        assert other[what] > usual[what], what
+    for what in less:
+        assert other[what] < usual[what], what
+    for what in {"seconds", "bytes"} - {*more, *less}:
+        assert other[what] == pytest.approx(usual[what]), what
+
+
 def test_a_shared_batch_gets_smaller_with_every_gpu(
     folder: Path, times: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -95,7 +160,10 @@ def test_a_shared_batch_gets_smaller_with_every_gpu(
     assert rows[3]["seconds"] < rows[0]["seconds"]
 
 
-@pytest.mark.parametrize("backend", ["ddp", "fsdp2"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("backend", ["ddp", "fsdp2", *(pytest.param(f"zero{stage}", marks=SLOW) for stage in (1, 3))])
 @pytest.mark.parametrize(
     "plan", ["perturbation.mask.cut=[0.5, 0.5]", "perturbation.mask={pattern: tensor}", "perturbation.norm=calibrated"]
 )
@@ -133,8 +201,10 @@ def test_copies_and_micro_batches_of_a_dry_run(folder: Path, capsys: pytest.Capt
         (["--images", "3"], "--images is 3; at least 4 are needed"),
         (["--gpus", "12", "sharding.backend=fsdp2", "sharding.replicas=8"], "12 GPUs cannot hold 8 replicas"),
         (["--gpus", "8", "sharding.backend=single"], "backend single on 8 GPUs; use ddp or fsdp2"),
-        (["sharding.backend=zero2"], "the cost model knows single, ddp and fsdp2"),
-        (["--dry-run", "sharding.backend=zero2"], "the cost model knows single, ddp and fsdp2"),
+        (
+            ["sharding.backend=zero3", "sharding.deepspeed={zero_optimization: {stage3_max_reuse_distance: far}}"],
+            "sharding.deepspeed.zero_optimization.stage3_max_reuse_distance is 'far'; a number is needed",
+        ),
         (["--dry-run", "--gpus", "1", "sharding.backend=single"], "--dry-run: backend single sends nothing"),
         (["--times", "nowhere.json"], "--times nowhere.json: No such file or directory"),
         (["--times", "TIMES", "data.resolution=48"], "resolution is 32 there and 48 in the configuration"),
