@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ssam_scale.masks import Bits, Part, Rows, pack, parts, popcount, unpack
+from ssam_scale.masks import Bits, Part, Rows, add_, compacted, pack, parts, popcount, unpack
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 
@@ -40,13 +40,13 @@ def check(part: Part, booleans: Tensor, dtype: torch.dtype) -> None:
     assert torch.equal(target, expected)
     if dtype != torch.float64:
         summands = torch.randn(part.count)
-        part.add(target, summands)
+        add_([target], [part], [summands])
         expected[booleans] = (expected[booleans].float() + summands).to(dtype)
         assert torch.equal(target, expected)
     memory = source.clone()
-    compacted = part.compact(memory)
-    assert torch.equal(compacted, source[booleans])
-    assert not part.count or compacted.data_ptr() == memory.data_ptr()
+    [front] = compacted([memory], [part])
+    assert torch.equal(front, source[booleans])
+    assert not part.count or front.data_ptr() == memory.data_ptr()
 
 
 @pytest.mark.usefixtures("_way")
@@ -83,7 +83,7 @@ def test_the_order_is_row_major_whatever_the_strides() -> None:
         source = torch.randn(4, 3, 2, 5).to(memory_format=torch.channels_last)
         values = part.take(source)
         assert torch.equal(values, source[chosen])
-        assert torch.equal(part.compact(source.clone()), values)
+        assert torch.equal(compacted([source.clone()], [part])[0], values)
         expected = source.clone()
         expected[chosen] = -values
         part.put(source, -values)
@@ -108,11 +108,11 @@ def test_a_gpu_moves_what_the_cpu_moves_without_the_host_waiting() -> None:
         try:
             values = part.take(theirs)
             part.put(theirs, values * 2)
-            part.add(theirs, values)
-            compacted = part.compact(theirs.clone())
+            add_([theirs], [part], [values])
+            [front] = compacted([theirs.clone()], [part])
         finally:
             torch.cuda.set_sync_debug_mode("default")
         here.put(mine, here.take(mine) * 2)
-        here.add(mine, values.cpu())
+        add_([mine], [here], [values.cpu()])
         assert torch.equal(theirs.cpu(), mine)
-        assert torch.equal(compacted.cpu(), here.take(mine))
+        assert torch.equal(front.cpu(), here.take(mine))
