@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
-from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 from torch import Tensor
@@ -43,7 +42,7 @@ def _lowest(context: Any, word: Any) -> Any:
     """The place of the lowest bit that is set."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 0))
+        return builder.cttz(arguments[0], context.get_constant(types.boolean, 0))
 
     return types.int64(types.uint64), generate
 
@@ -172,6 +171,10 @@ class Course:
     numel: int
 
 
+Move: TypeAlias = tuple[Tensor, Course, Tensor]
+"""A row-major tensor, the course of a part of it, and the part's values: shape (`Course.count`,), of its dtype."""
+
+
 def along_bits(packed: Tensor, numel: int) -> Course:
     """The course along bits as `Bits` has them, on the CPU."""
     packed = packed.contiguous()
@@ -204,48 +207,37 @@ def along_rows(kept: Tensor, size: int, start: int, numel: int) -> Course:
     return Course(np.concatenate([before[:, None], runs], 1), None, int(lengths.sum()), numel)
 
 
-def take(tensors: Sequence[Tensor], courses: Sequence[Course], values: Sequence[Tensor]) -> None:
-    """Copy the elements of `tensors` that are on their courses to `values`.
+def take(moves: Sequence[Move]) -> None:
+    """Copy elements of tensors to their values, which are not in the memory of any of the tensors.
 
     Args:
-        tensors: row-major, of any dtypes.
-        courses: of each.
-        values: of each, shape (`Course.count`,) and its dtype; not in the memory of any of `tensors`.
+        moves: of any dtypes, the same in a tensor and its values.
 
     Raises:
         ValueError: shapes or dtypes do not fit.
     """
-    _move(_take, _INTEGERS, tensors, courses, values)
+    _move(_take, _INTEGERS, moves)
 
 
-def compact(tensors: Sequence[Tensor], courses: Sequence[Course]) -> None:
-    """Move the elements of `tensors` that are on their courses to the front of each; the arguments are as of `take`."""
-    fronts = [t.view(-1)[: course.count] for t, course in zip(tensors, courses, strict=True)]
+def compact(moves: Sequence[Move]) -> None:
+    """`take`, where the values are the front of their tensor."""
     # One thread does all of a tensor: another one would overwrite what it has not read yet.
-    _move(_take, _INTEGERS, tensors, courses, fronts, divided=False)
+    _move(_take, _INTEGERS, moves, divided=False)
 
 
-def put(tensors: Sequence[Tensor], courses: Sequence[Course], values: Sequence[Tensor]) -> None:
-    """Copy `values` to the elements of `tensors` that are on their courses; the arguments are as of `take`."""
-    _move(_put, _INTEGERS, tensors, courses, values)
+def put(moves: Sequence[Move]) -> None:
+    """Copy values to elements of their tensors; the argument and errors are those of `take`."""
+    _move(_put, _INTEGERS, moves)
 
 
-def add(tensors: Sequence[Tensor], courses: Sequence[Course], values: Sequence[Tensor]) -> None:
-    """Add `values` to the elements of `tensors` that are on their courses; float32, else as for `take`."""
-    _move(_add, _FLOATS, tensors, courses, values)
+def add(moves: Sequence[Move]) -> None:
+    """Add values to elements of their tensors, float32; else as `put`."""
+    _move(_add, _FLOATS, moves)
 
 
-def _move(
-    kernel: Callable[..., None],
-    kinds: dict[int, Any],
-    tensors: Sequence[Tensor],
-    courses: Sequence[Course],
-    values: Sequence[Tensor],
-    *,
-    divided: bool = True,
-) -> None:
-    by_size: dict[int, list[tuple[Tensor, Course, Tensor]]] = {}
-    for t, course, row in zip(tensors, courses, values, strict=True):
+def _move(kernel: Callable[..., None], kinds: dict[int, Any], moves: Sequence[Move], *, divided: bool = True) -> None:
+    by_size: dict[int, list[Move]] = {}
+    for t, course, row in moves:
         # Compiled loops write to memory unasked.
         fits = (t.numel(), row.shape, row.dtype) == (course.numel, (course.count,), t.dtype)
         if not (fits and t.is_contiguous() and row.is_contiguous()):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ssam_scale.sharding.needs import Elements
 
-from .moves import Course, add, along_bits, along_rows, compact, put, take
+from .moves import Course, Move, add, along_bits, along_rows, compact, put, take
 
 _CHUNK = 1 << 22  # elements that another device than the CPU works on at a time; their indices are the temporary
 _ROWS_CHUNK = 1 << 20  # elements of rows that are moved together
@@ -192,9 +192,9 @@ def _streams(tensor: Tensor) -> bool:
 def taken(tensors: Sequence[Tensor], parts: Sequence[Part | None]) -> list[Tensor]:
     """Copies of what `parts` names of `tensors`, of shape (its count,); None stands for everything."""
     values = [t.clone() if p is None else t.new_empty(p.count) for t, p in zip(tensors, parts, strict=True)]
-    each = _Each(tensors, parts, values)
-    take(*each.together)
-    for t, part, row in each.singly:
+    together, singly = _ways(tensors, parts, values)
+    take(together)
+    for t, part, row in singly:
         _out(t.reshape(-1), part, row)
     return values
 
@@ -205,22 +205,22 @@ def compacted(tensors: Sequence[Tensor], parts: Sequence[Part | None]) -> list[T
         t if p is None else t.view(-1)[: p.count] if t.is_contiguous() else t.new_empty(p.count)
         for t, p in zip(tensors, parts, strict=True)
     ]
-    each = _Each(tensors, parts, values)
-    compact(*each.together[:2])
-    for t, part, row in each.singly:
+    together, singly = _ways(tensors, parts, values)
+    compact(together)
+    for t, part, row in singly:
         _out(t.reshape(-1), part, row)
     return values
 
 
 def put_(tensors: Sequence[Tensor], parts: Sequence[Part | None], values: Sequence[Tensor]) -> None:
     """Write `values`, as `taken` returned them, to their places."""
-    each = _Each(tensors, parts, values)
-    each.whole(torch._foreach_copy_)
-    put(*each.together)
-    for t, part, row in each.singly:
+    _whole(torch._foreach_copy_, tensors, parts, values)
+    together, singly = _ways(tensors, parts, values)
+    put(together)
+    for t, part, row in singly:
         flat = t.reshape(-1)
         if part.course is not None:
-            put([flat], [part.course], [row])
+            put([(flat, part.course, row)])
         else:
             part.move_in(flat, row)
         if not t.is_contiguous():  # one in another order (channels last) had to be copied to be flat
@@ -229,49 +229,48 @@ def put_(tensors: Sequence[Tensor], parts: Sequence[Part | None], values: Sequen
 
 def add_(tensors: Sequence[Tensor], parts: Sequence[Part | None], values: Sequence[Tensor]) -> None:
     """Add `values`, as `taken` would return them and at least as precise, to what is in their places; rounds once."""
-    each = _Each(tensors, parts, values, torch.float32)
-    each.whole(torch._foreach_add_)
-    add(*each.together)
-    for t, part, row in each.singly:
+    _whole(torch._foreach_add_, tensors, parts, values)
+    together, singly = _ways(tensors, parts, values, torch.float32)
+    add(together)
+    for t, part, row in singly:
         part.put(t, part.take(t).add_(row))
 
 
-class _Each:
-    """Tensors, their parts and rows of values, by how they are worked on.
+def _whole(
+    function: Callable[..., Any], tensors: Sequence[Tensor], parts: Sequence[Part | None], values: Sequence[Tensor]
+) -> None:
+    whole = [(t, value) for t, part, value in zip(tensors, parts, values, strict=True) if part is None]
+    if whole:
+        function([t for t, _ in whole], [value for _, value in whole])
 
-    Attributes:
-        together: those that compiled code does all at once.
-        singly: the others, one after the other, so that copies of them never exist together.
+
+def _ways(
+    tensors: Sequence[Tensor],
+    parts: Sequence[Part | None],
+    values: Sequence[Tensor],
+    dtype: torch.dtype | None = None,
+) -> tuple[list[Move], list[tuple[Tensor, Part, Tensor]]]:
+    """What compiled code does all at once; and what is done one after the other, so that copies never exist together.
+
+    Args:
+        tensors: some.
+        parts: of each; those that are everything are left out.
+        values: of each.
+        dtype: the only one that compiled code knows; None: it knows all.
     """
-
-    def __init__(
-        self,
-        tensors: Sequence[Tensor],
-        parts: Sequence[Part | None],
-        values: Sequence[Tensor],
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        self.together: tuple[list[Tensor], list[Course], list[Tensor]] = ([], [], [])
-        self.singly: list[tuple[Tensor, Part, Tensor]] = []
-        self._whole: tuple[list[Tensor], list[Tensor]] = ([], [])
-        for t, part, row in zip(tensors, parts, values, strict=True):
-            if part is None:
-                self._whole[0].append(t)
-                self._whole[1].append(row)
-            elif part.course is not None and t.is_contiguous() and (dtype is None or t.dtype == row.dtype == dtype):
-                for these, one in zip(self.together, (t, part.course, row), strict=True):
-                    these.append(one)
-            else:
-                self.singly.append((t, part, row))
-
-    def whole(self, function: Callable[[list[Tensor], list[Tensor]], Any]) -> None:
-        """Apply `function` to tensors without a part."""
-        if self._whole[0]:
-            function(*self._whole)
+    together, singly = [], []
+    for t, part, row in zip(tensors, parts, values, strict=True):
+        if part is None:
+            continue
+        if part.course is not None and t.is_contiguous() and (dtype is None or t.dtype == row.dtype == dtype):
+            together.append((t, part.course, row))
+        else:
+            singly.append((t, part, row))
+    return together, singly
 
 
 def _out(flat: Tensor, part: Part, values: Tensor) -> None:
     if part.course is not None:
-        take([flat], [part.course], [values])
+        take([(flat, part.course, values)])
     else:
         part.move_out(flat, values)
