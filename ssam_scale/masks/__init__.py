@@ -5,7 +5,7 @@ from .cuts import AnnealedCut, Depth, DepthByCost, from_blocks
 from .dynamic import Dynamic
 from .fixed import Dense, Named, Norms
 from .nm import NM
-from .parts import Bits, Part, Rows, pack, popcount, unpack
+from .parts import Bits, Part, Rows, add_, compacted, pack, popcount, put_, taken, unpack
 from .plan import Layout, Mask, Plan
 from .scored import Scored
 
@@ -30,8 +30,12 @@ __all__ = [
     "Score",
     "Scored",
     "Scores",
+    "add_",
+    "compacted",
     "from_blocks",
     "pack",
     "popcount",
+    "put_",
+    "taken",
     "unpack",
 ]

@@ -5,30 +5,53 @@ Nothing in here makes a temporary of the size of a shard: the CPU streams throug
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ssam_scale.compiled import compiled
 from ssam_scale.sharding.needs import Elements
+
+from .moves import Course, Move, add, along_bits, along_rows, compact, put, take
 
 _CHUNK = 1 << 22  # elements that another device than the CPU works on at a time; their indices are the temporary
 _ROWS_CHUNK = 1 << 20  # elements of rows that are moved together
 
 
 class Part(Elements, Protocol):
-    """Some elements of a tensor, in row-major order whatever its strides."""
+    """Some elements of a tensor, in row-major order whatever its strides.
 
-    def compact(self, source: Tensor) -> Tensor:
-        """The elements of `source`, of shape (count,), in the front of its own memory where that is row-major."""
+    Attributes:
+        course: how compiled code comes by them; None on other devices than the CPU, where it does not.
+    """
 
-    def add(self, target: Tensor, values: Tensor) -> None:
-        """Add `values`, of shape (count,) and at least as precise as `target`, to its elements, rounding once."""
+    course: Course | None
+
+    def move_out(self, flat: Tensor, values: Tensor) -> None:
+        """Copy the elements of `flat`, in row-major order, to `values`, of shape (count,), perhaps in its own front."""
+
+    def move_in(self, flat: Tensor, values: Tensor) -> None:
+        """Copy `values` to the elements of `flat`."""
 
 
-class Bits:
+class _Moved:
+    """What parts have in common, whatever they know of where their elements are."""
+
+    count: int
+    course: Course | None
+
+    def take(self: Part, source: Tensor) -> Tensor:
+        """See `Part`."""
+        [values] = taken([source], [self])
+        return values
+
+    def put(self: Part, target: Tensor, values: Tensor) -> None:
+        """See `Part`."""
+        put_([target], [self], [values])
+
+
+class Bits(_Moved):
     """Any elements: a bit for each.
 
     Args:
@@ -39,52 +62,27 @@ class Bits:
     def __init__(self, packed: Tensor, numel: int) -> None:
         self.packed = packed
         self.numel = numel
-        if _streams(packed):
-            self.count = popcount(packed)
+        self.course = along_bits(packed, numel) if _streams(packed) else None
+        if self.course is not None:
+            self.count = self.course.count
         else:  # asked for once, so that no step has to wait for the device
             self._chunks = [popcount(chunk) for chunk in packed.split(_CHUNK // 8)]
             self.count = sum(self._chunks)
 
-    def take(self, source: Tensor) -> Tensor:
+    def move_out(self, flat: Tensor, values: Tensor) -> None:
         """See `Part`."""
-        return self._move_out(source.reshape(-1), source.new_empty(self.count))
-
-    def compact(self, source: Tensor) -> Tensor:
-        """See `Part`."""
-        if not source.is_contiguous():
-            return self.take(source)
-        flat = source.view(-1)
-        return self._move_out(flat, flat[: self.count])
-
-    def _move_out(self, flat: Tensor, out: Tensor) -> Tensor:
-        if _streams(flat):
-            _take(_array(flat), self.packed.numpy(), _array(out))
-            return out
         filled = 0
         for start, index in self._indices():
-            values = flat[start : start + _CHUNK].index_select(0, index)  # never overlaps what was moved to the front
-            out[filled : filled + len(index)] = values
+            found = flat[start : start + _CHUNK].index_select(0, index)  # never overlaps what was moved to the front
+            values[filled : filled + len(index)] = found
             filled += len(index)
-        return out
 
-    def put(self, target: Tensor, values: Tensor) -> None:
+    def move_in(self, flat: Tensor, values: Tensor) -> None:
         """See `Part`."""
-        flat = target.reshape(-1)
-        if _streams(flat):
-            _put(_array(flat), self.packed.numpy(), _array(values))
-        else:
-            taken = 0
-            for start, index in self._indices():
-                flat[start : start + _CHUNK].index_copy_(0, index, values[taken : taken + len(index)])
-                taken += len(index)
-        _copy_back(flat, target)
-
-    def add(self, target: Tensor, values: Tensor) -> None:
-        """See `Part`."""
-        if _streams(target) and target.is_contiguous() and target.dtype == values.dtype == torch.float32:
-            _add(target.view(-1).numpy(), self.packed.numpy(), values.numpy())
-        else:
-            self.put(target, self.take(target).add_(values))
+        moved = 0
+        for start, index in self._indices():
+            flat[start : start + _CHUNK].index_copy_(0, index, values[moved : moved + len(index)])
+            moved += len(index)
 
     def _indices(self) -> list[tuple[int, Tensor]]:
         """Of each chunk: where it starts and, from there, the indices of the elements."""
@@ -98,7 +96,7 @@ class Bits:
         return unpack(self.packed)[: self.numel]
 
 
-class Rows:
+class Rows(_Moved):
     """Whole rows: a flag for each, and nothing for each weight.
 
     Args:
@@ -127,35 +125,24 @@ class Rows:
         begin, end = torch.searchsorted(kept, torch.tensor([first, first + rows])).tolist()
         self.rows = self.kept[begin:end] - first if first else self.kept[begin:end]  # of the body
         self.count = self._head * self._head_kept + len(self.rows) * size + (numel - self._tail) * self._tail_kept
+        self.course = along_rows(kept, size, start, numel) if _streams(self.kept) else None
 
-    def take(self, source: Tensor) -> Tensor:
+    def move_out(self, flat: Tensor, values: Tensor) -> None:
         """See `Part`."""
-        return self._move_out(source.reshape(-1), source.new_empty(self.count))
-
-    def compact(self, source: Tensor) -> Tensor:
-        """See `Part`."""
-        if not source.is_contiguous():
-            return self.take(source)
-        flat = source.view(-1)
-        return self._move_out(flat, flat[: self.count])
-
-    def _move_out(self, flat: Tensor, out: Tensor) -> Tensor:
         filled = 0
         if self._head_kept:
             filled = self._head
-            out[:filled] = flat[:filled]
+            values[:filled] = flat[:filled]
         body = self._body(flat)
         for rows in self.rows.split(max(1, _ROWS_CHUNK // self.size)):
-            values = body.index_select(0, rows).view(-1)
-            out[filled : filled + len(values)] = values
-            filled += len(values)
+            found = body.index_select(0, rows).view(-1)
+            values[filled : filled + len(found)] = found
+            filled += len(found)
         if self._tail_kept:
-            out[filled:] = flat[self._tail :].clone()  # which may overlap
-        return out
+            values[filled:] = flat[self._tail :].clone()  # which may overlap
 
-    def put(self, target: Tensor, values: Tensor) -> None:
+    def move_in(self, flat: Tensor, values: Tensor) -> None:
         """See `Part`."""
-        flat = target.reshape(-1)
         head = self._head * self._head_kept
         tail = head + len(self.rows) * self.size
         if head:
@@ -164,11 +151,6 @@ class Rows:
             self._body(flat).index_copy_(0, self.rows, values[head:tail].view(-1, self.size))
         if self._tail_kept:
             flat[self._tail :] = values[tail:]
-        _copy_back(flat, target)
-
-    def add(self, target: Tensor, values: Tensor) -> None:
-        """See `Part`."""
-        self.put(target, self.take(target).add_(values))
 
     def _body(self, flat: Tensor) -> Tensor:
         return flat[self._head : self._tail].view(-1, self.size)
@@ -207,59 +189,88 @@ def _streams(tensor: Tensor) -> bool:
     return tensor.is_cpu
 
 
-def _copy_back(flat: Tensor, target: Tensor) -> None:
-    """Undo that a tensor in another order than row-major (channels last) had to be copied to be flat."""
-    if not target.is_contiguous():
-        target.copy_(flat.view(target.shape))
+def taken(tensors: Sequence[Tensor], parts: Sequence[Part | None]) -> list[Tensor]:
+    """Copies of what `parts` names of `tensors`, of shape (its count,); None stands for everything."""
+    values = [t.clone() if p is None else t.new_empty(p.count) for t, p in zip(tensors, parts, strict=True)]
+    together, singly = _ways(tensors, parts, values)
+    take(together)
+    for t, part, row in singly:
+        _out(t.reshape(-1), part, row)
+    return values
 
 
-def _array(tensor: Tensor) -> np.ndarray:
-    """A tensor on the CPU as numpy's integers of the same size: moving them does not care what they mean."""
-    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    array: np.ndarray = tensor.detach().view(integers[tensor.element_size()]).numpy()
-    return array
+def compacted(tensors: Sequence[Tensor], parts: Sequence[Part | None]) -> list[Tensor]:
+    """What `taken` returns, without copies: in the front of the memory of each tensor, where that is row-major."""
+    values = [
+        t if p is None else t.view(-1)[: p.count] if t.is_contiguous() else t.new_empty(p.count)
+        for t, p in zip(tensors, parts, strict=True)
+    ]
+    together, singly = _ways(tensors, parts, values)
+    compact(together)
+    for t, part, row in singly:
+        _out(t.reshape(-1), part, row)
+    return values
 
 
-@compiled
-def _take(source: np.ndarray, packed: np.ndarray, out: np.ndarray) -> None:
-    filled = 0
-    count = len(out)
-    for i in range(len(packed)):
-        byte = packed[i]
-        if byte == 0:
+def put_(tensors: Sequence[Tensor], parts: Sequence[Part | None], values: Sequence[Tensor]) -> None:
+    """Write `values`, as `taken` returned them, to their places."""
+    _whole(torch._foreach_copy_, tensors, parts, values)
+    together, singly = _ways(tensors, parts, values)
+    put(together)
+    for t, part, row in singly:
+        flat = t.reshape(-1)
+        if part.course is not None:
+            put([(flat, part.course, row)])
+        else:
+            part.move_in(flat, row)
+        if not t.is_contiguous():  # one in another order (channels last) had to be copied to be flat
+            t.copy_(flat.view(t.shape))
+
+
+def add_(tensors: Sequence[Tensor], parts: Sequence[Part | None], values: Sequence[Tensor]) -> None:
+    """Add `values`, as `taken` would return them and at least as precise, to what is in their places; rounds once."""
+    _whole(torch._foreach_add_, tensors, parts, values)
+    together, singly = _ways(tensors, parts, values, torch.float32)
+    add(together)
+    for t, part, row in singly:
+        part.put(t, part.take(t).add_(row))
+
+
+def _whole(
+    function: Callable[..., Any], tensors: Sequence[Tensor], parts: Sequence[Part | None], values: Sequence[Tensor]
+) -> None:
+    whole = [(t, value) for t, part, value in zip(tensors, parts, values, strict=True) if part is None]
+    if whole:
+        function([t for t, _ in whole], [value for _, value in whole])
+
+
+def _ways(
+    tensors: Sequence[Tensor],
+    parts: Sequence[Part | None],
+    values: Sequence[Tensor],
+    dtype: torch.dtype | None = None,
+) -> tuple[list[Move], list[tuple[Tensor, Part, Tensor]]]:
+    """What compiled code does all at once; and what is done one after the other, so that copies never exist together.
+
+    Args:
+        tensors: some.
+        parts: of each; those that are everything are left out.
+        values: of each.
+        dtype: the only one that compiled code knows; None: it knows all.
+    """
+    together, singly = [], []
+    for t, part, row in zip(tensors, parts, values, strict=True):
+        if part is None:
             continue
-        for j in range(8):
-            if filled < count:  # the last element's successors have nowhere to go
-                # Without a branch on the bit, which nobody can predict.
-                out[filled] = source[min(8 * i + j, len(source) - 1)]
-                filled += (byte >> j) & 1
+        if part.course is not None and t.is_contiguous() and (dtype is None or t.dtype == row.dtype == dtype):
+            together.append((t, part.course, row))
+        else:
+            singly.append((t, part, row))
+    return together, singly
 
 
-@compiled
-def _put(target: np.ndarray, packed: np.ndarray, values: np.ndarray) -> None:
-    taken = 0
-    last = len(values) - 1
-    for i in range(len(packed)):
-        byte = packed[i]
-        if byte == 0:
-            continue
-        for j in range(min(8, len(target) - 8 * i)):
-            bit = (byte >> j) & 1
-            place = 8 * i + j
-            target[place] = values[min(taken, last)] if bit else target[place]
-            taken += bit
-
-
-@compiled
-def _add(target: np.ndarray, packed: np.ndarray, values: np.ndarray) -> None:
-    taken = 0
-    last = len(values) - 1
-    for i in range(len(packed)):
-        byte = packed[i]
-        if byte == 0:
-            continue
-        for j in range(min(8, len(target) - 8 * i)):
-            bit = (byte >> j) & 1
-            place = 8 * i + j
-            target[place] = target[place] + values[min(taken, last)] if bit else target[place]
-            taken += bit
+def _out(flat: Tensor, part: Part, values: Tensor) -> None:
+    if part.course is not None:
+        take([(flat, part.course, values)])
+    else:
+        part.move_out(flat, values)

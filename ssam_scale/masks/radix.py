@@ -89,9 +89,9 @@ def in_threads(work: Callable[[slice], None], tasks: Any) -> None:
 
     Args:
         work: given a slice of the tasks; compiled code that lets other threads run.
-        tasks: int64 [N, 3], of which the last two columns tell the size of each.
+        tasks: int64 [N, 2 or more], of which the last two columns tell the size of each.
     """
-    done = (tasks[:, 2] - tasks[:, 1]).cumsum()
+    done = (tasks[:, -1] - tasks[:, -2]).cumsum()
     total = int(done[-1]) if len(done) else 0
     threads = min(torch.get_num_threads(), -(-total // CHUNK))
     if threads <= 1:

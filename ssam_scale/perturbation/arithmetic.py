@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-
-from ssam_scale.masks import Part
 
 _TINY = 1e-7  # of the papers' code: keeps a vanishing gradient from dividing by zero
 _ETA = 0.01  # of the ASAM paper: lets weights at zero be perturbed, too
@@ -24,35 +21,6 @@ def squares(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     if not tensors:
         return torch.zeros(0, device=device)
     return torch.stack(torch._foreach_norm(list(tensors), 2, dtype=torch.float32)).square_()
-
-
-def taken(tensors: Sequence[Tensor], parts: Sequence[Part | None]) -> list[Tensor]:
-    """Copies of what `parts` names of `tensors`; None stands for everything."""
-    return [t.clone() if part is None else part.take(t) for t, part in zip(tensors, parts, strict=True)]
-
-
-def put_(tensors: Sequence[Tensor], parts: Sequence[Part | None], values: Sequence[Tensor]) -> None:
-    """Write `values`, as `taken` returned them, to their places."""
-    _whole(torch._foreach_copy_, tensors, parts, values)
-    for t, part, value in zip(tensors, parts, values, strict=True):
-        if part is not None:
-            part.put(t, value)
-
-
-def add_(tensors: Sequence[Tensor], parts: Sequence[Part | None], values: Sequence[Tensor]) -> None:
-    """Add `values`, as `taken` would return them, to what is in their places."""
-    _whole(torch._foreach_add_, tensors, parts, values)
-    for t, part, value in zip(tensors, parts, values, strict=True):
-        if part is not None:
-            part.add(t, value)
-
-
-def _whole(
-    function: Callable[..., Any], tensors: Sequence[Tensor], parts: Sequence[Part | None], values: Sequence[Tensor]
-) -> None:
-    whole = [(t, value) for t, part, value in zip(tensors, parts, values, strict=True) if part is None]
-    if whole:
-        function([t for t, _ in whole], [value for _, value in whole])
 
 
 def adaptive_scales(weights: Sequence[Tensor]) -> list[Tensor]:
@@ -86,9 +54,13 @@ def scale_to_radius_(gradients: Sequence[Tensor], radii: Sequence[float], reach:
 def zero_unless_(tensors: Sequence[Tensor], condition: Tensor) -> None:
     """Zeros in the place of everything in `tensors` (of 4 or 8 bytes an element) unless `condition`, of shape ().
 
-    Decided without asking the device: zero is what the bit pattern of anything, not-a-number included, becomes when
-    multiplied by 0.
+    Decided without making the host wait for the device: zero is what the bit pattern of anything, not-a-number
+    included, becomes when multiplied by 0.
     """
+    if condition.is_cpu:
+        if not condition:
+            torch._foreach_zero_(list(tensors))
+        return
     for size, integer in {4: torch.int32, 8: torch.int64}.items():
         if same := [t.view(integer) for t in tensors if t.element_size() == size]:
             torch._foreach_mul_(same, condition.to(integer))

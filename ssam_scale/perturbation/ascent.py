@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import Tensor, nn
 
-from ssam_scale.masks import Plan
+from ssam_scale.masks import Plan, compacted
 from ssam_scale.sharding import Sharding
 
 from .arithmetic import adaptive_scales, at_least_fp32, scale_to_radius_, squares
@@ -120,7 +120,7 @@ class Ascent:
         gradients = self._sharding.gradients(chosen)
         weights = [shard.weight for shard in self._sharding.shards(chosen)] if self.adaptive else []
         everything = self._all_squares(plan, gradients, weights) if self._sees_more(plan, known) else None
-        epsilon = at_least_fp32([g if m is None else m.compact(g) for g, m in zip(gradients, parts, strict=True)])
+        epsilon = at_least_fp32(compacted(gradients, parts))
         del gradients
         scales = adaptive_scales([w if m is None else m.take(w) for w, m in zip(weights, parts, strict=False)])
         if scales:

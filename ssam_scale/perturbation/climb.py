@@ -8,10 +8,9 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 from torch import Tensor
 
-from ssam_scale.masks import Plan, Rows
+from ssam_scale.masks import Plan, Rows, add_, put_, taken
 from ssam_scale.sharding import Needed, Sharding, Written
 
-from .arithmetic import add_, put_, taken
 from .ascent import Ascent, Known
 from .choice import Choice
 from .elision import only_rows, without_gradient

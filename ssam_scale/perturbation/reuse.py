@@ -8,10 +8,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ssam_scale.masks import Bits, Part, Plan, pack
+from ssam_scale.masks import Bits, Part, Plan, add_, pack, put_, taken
 from ssam_scale.sharding import Sharding
 
-from .arithmetic import add_, at_least_fp32, put_, squares, taken, zero_unless_
+from .arithmetic import at_least_fp32, squares, zero_unless_
 
 
 class Reuse:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ssam_scale.masks import Bits, Part, Rows, pack, parts, popcount, unpack
+from ssam_scale.masks import Bits, Part, Rows, add_, compacted, pack, parts, popcount, put_, taken, unpack
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 
@@ -40,13 +40,13 @@ def check(part: Part, booleans: Tensor, dtype: torch.dtype) -> None:
     assert torch.equal(target, expected)
     if dtype != torch.float64:
         summands = torch.randn(part.count)
-        part.add(target, summands)
+        add_([target], [part], [summands])
         expected[booleans] = (expected[booleans].float() + summands).to(dtype)
         assert torch.equal(target, expected)
     memory = source.clone()
-    compacted = part.compact(memory)
-    assert torch.equal(compacted, source[booleans])
-    assert not part.count or compacted.data_ptr() == memory.data_ptr()
+    [front] = compacted([memory], [part])
+    assert torch.equal(front, source[booleans])
+    assert not part.count or front.data_ptr() == memory.data_ptr()
 
 
 @pytest.mark.usefixtures("_way")
@@ -83,12 +83,54 @@ def test_the_order_is_row_major_whatever_the_strides() -> None:
         source = torch.randn(4, 3, 2, 5).to(memory_format=torch.channels_last)
         values = part.take(source)
         assert torch.equal(values, source[chosen])
-        assert torch.equal(part.compact(source.clone()), values)
+        assert torch.equal(compacted([source.clone()], [part])[0], values)
         expected = source.clone()
         expected[chosen] = -values
         part.put(source, -values)
         assert torch.equal(source, expected)
         assert source.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_any_number_of_threads_moves_many_tensors_at_once(threads: int) -> None:
+    """Large enough together for three of them, and alone for tasks within a tensor; one lies at an odd address."""
+    generator = torch.Generator().manual_seed(0)
+    sizes, density = [1_500_001, 64, 0, 700_000, 63, 900_005], 0.4
+    booleans = [torch.rand(n, generator=generator) < density for n in sizes]
+    rows = torch.rand(9000, generator=generator) < density
+    booleans.append(rows.repeat_interleave(100)[250:])
+    packed = [torch.cat([torch.zeros(1, dtype=torch.uint8), pack(b)])[1:] for b in booleans[:-1]]
+    some: list[Part | None] = [Bits(p, n) for p, n in zip(packed, sizes, strict=True)]
+    some.append(Rows(rows, 100, 250, 899_750, torch.device("cpu")))
+    some.append(None)
+    booleans.append(torch.ones(1000, dtype=torch.bool))
+    sources = [torch.randn(len(b), generator=generator) for b in booleans]
+    expected = [s[b] for s, b in zip(sources, booleans, strict=True)]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        values = taken(sources, some)
+        summed = [s.clone() for s in sources]
+        add_(summed, some, values)
+        written = [torch.zeros_like(s) for s in sources]
+        put_(written, some, values)
+        fronts = compacted([s.clone() for s in sources], some)
+    finally:
+        torch.set_num_threads(before)
+    for i, (source, chosen) in enumerate(zip(sources, booleans, strict=True)):
+        assert torch.equal(values[i], expected[i])
+        assert torch.equal(fronts[i], expected[i])
+        assert torch.equal(summed[i], torch.where(chosen, source + source, source))
+        assert torch.equal(written[i], torch.where(chosen, source, 0.0))
+
+
+def test_values_that_do_not_fit_are_refused_before_anything_is_written() -> None:
+    part = Bits(pack(torch.tensor([True, False, True])), 3)
+    target = torch.zeros(3)
+    for values in (torch.ones(3), torch.ones(2, dtype=torch.float64), torch.ones(4)[::2]):
+        with pytest.raises(ValueError, match="do not fit 2 of 3 elements"):
+            part.put(target, values)
+    assert not target.any()
 
 
 @pytest.mark.gpu
@@ -108,11 +150,11 @@ def test_a_gpu_moves_what_the_cpu_moves_without_the_host_waiting() -> None:
         try:
             values = part.take(theirs)
             part.put(theirs, values * 2)
-            part.add(theirs, values)
-            compacted = part.compact(theirs.clone())
+            add_([theirs], [part], [values])
+            [front] = compacted([theirs.clone()], [part])
         finally:
             torch.cuda.set_sync_debug_mode("default")
         here.put(mine, here.take(mine) * 2)
-        here.add(mine, values.cpu())
+        add_([mine], [here], [values.cpu()])
         assert torch.equal(theirs.cpu(), mine)
-        assert torch.equal(compacted.cpu(), here.take(mine))
+        assert torch.equal(front.cpu(), here.take(mine))
