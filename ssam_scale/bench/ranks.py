@@ -19,25 +19,6 @@ import torch.multiprocessing as mp
 from ssam_scale.errors import UserError
 
 _TIMEOUT = timedelta(minutes=60)
-# Importing takes longer than much of what the processes do.
-_PRELOAD = [
-    "torch._dynamo",
-    "torch.distributed.checkpoint.state_dict",
-    "ssam_scale.models",
-    "ssam_scale.perturbation",
-    "ssam_scale.sharding.zero",
-]
-
-
-def start_method() -> str:
-    """How processes are started: as forks of one that has imported what they need, or, where there is a GPU, afresh.
-
-    A process that might have touched a GPU's driver must not be forked.
-    """
-    if torch.cuda.is_available():
-        return "spawn"
-    mp.set_forkserver_preload(_PRELOAD)
-    return "forkserver"
 
 
 def _entry(rank: int, function: Callable[..., Any], size: int, folder: str, args: tuple[Any, ...]) -> None:
@@ -77,7 +58,7 @@ def on_ranks(size: int, function: Callable[..., Any], *args: Any) -> Any:
     """
     with tempfile.TemporaryDirectory() as folder:
         try:
-            mp.start_processes(_entry, (function, size, folder, args), nprocs=size, start_method=start_method())
+            mp.start_processes(_entry, (function, size, folder, args), nprocs=size, start_method="spawn")
         except mp.ProcessExitedException as error:
             if error.signal_name != signal.SIGKILL.name:
                 raise

@@ -13,8 +13,16 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
-from ssam_scale.bench.ranks import start_method
 from ssam_scale.sharding import World, join_world
+
+# Importing takes longer than much of what the processes do.
+_PRELOAD = [
+    "torch._dynamo",
+    "torch.distributed.checkpoint.state_dict",
+    "ssam_scale.models",
+    "ssam_scale.perturbation",
+    "ssam_scale.sharding.zero",
+]
 
 
 def free_port() -> int:
@@ -22,6 +30,17 @@ def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return int(s.getsockname()[1])
+
+
+def _start_method() -> str:
+    """Processes are forks of one that has imported what they need, or, where there is a GPU, start afresh.
+
+    A process that might have touched a GPU's driver must not be forked.
+    """
+    if torch.cuda.is_available():
+        return "spawn"
+    mp.set_forkserver_preload(_PRELOAD)
+    return "forkserver"
 
 
 def _entry(rank: int, function: Callable[..., Any], size: int, port: int, folder: str, args: tuple[Any, ...]) -> None:
@@ -48,7 +67,7 @@ def run_ranks(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """`function(world, *args)` on `size` new processes; their results (tensors in plain containers), by rank."""
     with tempfile.TemporaryDirectory() as folder:
         given = (function, size, free_port(), folder, args)
-        mp.start_processes(_entry, given, nprocs=size, start_method=start_method())
+        mp.start_processes(_entry, given, nprocs=size, start_method=_start_method())
         return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(size)]
 
 
