@@ -258,8 +258,9 @@ def test_under_a_mixed_precision_policy_ranks_equal_one_process_that_casts_by_ha
         # Half a batch's gradient is rounded to so many bits and then added, a whole one's added and then rounded. The
         # cast of w + ε, whose ε is small beside w, passes on the difference with few bits left of it.
         assert slices <= 2.0 ** (3 - bits)
-        # The arithmetic is the same, but for the order in which ‖g‖ is summed, which may turn a tie of a cast.
-        assert same_batch <= 2.0 ** (-2 - bits)
+        # The arithmetic is the same, and mostly nothing differs. But ‖g‖ is summed in another order, and a kernel may
+        # be; that may turn a tie of a cast, and five steps make of one as much as of the many above.
+        assert same_batch <= 2.0 ** (3 - bits)
         for ours, theirs in zip(*(rank["policies"][index] for rank in pair), strict=True):
             assert same(ours["weights"], theirs["weights"])
 
