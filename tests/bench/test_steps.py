@@ -129,6 +129,7 @@ def test_masks_have_the_density_asked_for(model: str, measured: list[Row]) -> No
     assert 0.0 < rows["norm"]["density"] < 0.05
 
 
+@pytest.mark.slow
 def test_a_table_of_some_plans_for_people() -> None:
     result = bench("--models", "test_resnet", *SMALL, "--plans", "cut 0.5")
     assert result.returncode == 0, result.stderr
