@@ -30,9 +30,15 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from ssam_scale.models.torchvision_ops import ensure_torchvision
-from ssam_scale.perturbation.accumulated import AccumulatedFisher
-from ssam_scale.perturbation.scores import per_sample_scores, random_scores, sampled_label_loss, weight_scores
-from ssam_scale.sharding import Sharding, sharding_of
+from ssam_scale.perturbation.scores import (
+    AccumulatedFisher,
+    per_sample_scores,
+    random_scores,
+    sampled_label_loss,
+    weight_scores,
+)
+from ssam_scale.sharding import Sharding
+from ssam_scale.sharding.place import sharding_of
 from ssam_scale.tracking.environment import git_tags, hardware_tags
 
 FOLDER = Path("/usr/share/datasets/fashion-mnist")

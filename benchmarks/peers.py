@@ -36,7 +36,8 @@ from torch.distributed.fsdp import FSDPModule
 from ssam_scale import SparseSAM
 from ssam_scale.models.torchvision_ops import ensure_torchvision
 from ssam_scale.perturbation.reference import reference_step
-from ssam_scale.sharding import World, distribute, join_world
+from ssam_scale.sharding import World, join_world
+from ssam_scale.sharding.place import distribute
 from ssam_scale.tracking.environment import git_tags, hardware_tags
 
 RANKS, STEPS, BATCH, IMAGE, CLASSES = 2, 5, 12, 32, 10

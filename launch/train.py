@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from ssam_scale import cli
+from ssam_scale.cli import main as cli
 
 
 def main() -> None:

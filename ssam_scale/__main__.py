@@ -1,5 +1,5 @@
 """`python -m ssam_scale` is `ssam-scale`."""
 
-from ssam_scale.cli import main
+from ssam_scale.cli.main import main
 
 main()

@@ -12,13 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ssam_scale.costs.profile import Batch
 from ssam_scale.errors import UserError
 from ssam_scale.models import stages_of
 from ssam_scale.perturbation import StagedModel
 
 DEFAULT_MODELS = ("resnet50", "vit_small")
-
-Batch = tuple[Tensor, Tensor]
 
 _SHORT_NAMES = {"vit_small": "vit_small_patch16_224", "vit_tiny": "vit_tiny_patch16_224"}
 _CLASSES = 1000

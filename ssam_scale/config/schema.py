@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from .deepspeed import SAID_ELSEWHERE, WEIGHT_BY_WEIGHT
-from .masks import DepthMask, ElementMask, Mask
+from .mask_sections import DepthMask, ElementMask, Mask
 from .section import Section, Share
 
 

@@ -4,8 +4,8 @@ Importing this package imports neither FFCV nor numba; the first loader or write
 """
 
 from ssam_scale.data.beton import Beton, inspect, verify
-from ssam_scale.data.fashion import prepare_fashion_mnist
-from ssam_scale.data.read import Batch, ImageLoader, eval_loader, train_loader
+from ssam_scale.data.fashion_mnist import prepare_fashion_mnist
+from ssam_scale.data.loaders import Batch, ImageLoader, eval_loader, train_loader
 from ssam_scale.data.write import WriteReport, write_beton
 
 __all__ = [

@@ -18,7 +18,7 @@ import llvmlite.binding  # type: ignore[import-untyped]
 import numpy as np
 from numba import types
 
-from ssam_scale.compiled import compiled
+from ssam_scale.native import compiled
 
 # Constants of the SplitMix64 generator.
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)

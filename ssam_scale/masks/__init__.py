@@ -1,13 +1,13 @@
 """Which weights are perturbed."""
 
-from .chosen import Annealed, Chosen, Refreshed, Score, Scores
-from .cuts import AnnealedCut, Depth, DepthByCost, from_blocks
+from .depth import AnnealedCut, Depth, DepthByCost, from_blocks
 from .dynamic import Dynamic
-from .fixed import Dense, Named, Norms
 from .nm import NM
-from .parts import Bits, Part, Rows, add_, compacted, pack, popcount, put_, taken, unpack
 from .plan import Layout, Mask, Plan
-from .scored import Scored
+from .score_based import Annealed, Chosen, Refreshed, Score, Scores
+from .static import Dense, Named, Norms
+from .subset import Bits, Part, Rows, add_, compacted, pack, popcount, put_, taken, unpack
+from .top_scores import Scored
 
 __all__ = [
     "NM",

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from ssam_scale.sharding import Sharding
 
-from .chosen import Chosen, Score, Scores, Sparsity, check_sparsity, sparsity_at
-from .parts import Bits, Part, pack
 from .plan import Layout
+from .score_based import Chosen, Score, Scores, Sparsity, check_sparsity, sparsity_at
 from .selection import top_k
+from .subset import Bits, Part, pack
 
 
 class Dynamic(Chosen):

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ssam_scale.sharding import Sharding
 
-from .chosen import Chosen, Score, Scores, check_one_of
-from .parts import Bits, Part, pack
 from .plan import Layout
+from .score_based import Chosen, Score, Scores, check_one_of
+from .subset import Bits, Part, pack
 
 _CHUNK = 1 << 20  # weights that are sorted at a time
 Choice: TypeAlias = Literal["perturbed", "unperturbed"]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
 
-from .parts import Part
+from .subset import Part
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ssam_scale.errors import UserError
-from ssam_scale.perturbation.stages import Stage, StagedModel
+from ssam_scale.perturbation.staged_model import Stage, StagedModel
 
 
 @dataclass(frozen=True)

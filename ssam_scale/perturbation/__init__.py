@@ -1,13 +1,13 @@
 """The step: which gradient is taken where, and what comes back exactly as it was."""
 
-from .ascent import Norm
-from .costs import ascent_seconds
-from .levers import Levers
+from .perturb import Norm
 from .phases import Phase, Phases, no_phases
-from .radius import ConstantRadius, CosineRadius, Interval, RadiusSchedule, TiedRadius, Window
+from .profiling import ascent_seconds
+from .savings import Levers
+from .schedules import ConstantRadius, CosineRadius, Interval, RadiusSchedule, TiedRadius, Window
 from .scores import sampled_label_loss
 from .sparse_sam import SparseSAM
-from .stages import Stage, StagedModel
+from .staged_model import Stage, StagedModel
 
 __all__ = [
     "ConstantRadius",

@@ -11,13 +11,13 @@ from torch import Tensor
 from ssam_scale.masks import Plan, Rows, add_, put_, taken
 from ssam_scale.sharding import Needed, Sharding, Written
 
-from .ascent import Ascent, Known
-from .choice import Choice
-from .elision import only_rows, without_gradient
-from .levers import Levers
+from .mask_state import Choice
+from .parameters import WeightPool
 from .passes import Passes
+from .perturb import Ascent, Known
 from .phases import Phases
-from .pool import WeightPool
+from .savings import Levers
+from .skip_gradients import only_rows, without_gradient
 
 
 class Climb:

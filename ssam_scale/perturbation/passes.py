@@ -14,7 +14,7 @@ from ssam_scale.sharding import Sharding
 
 from .batchnorm import frozen_statistics
 from .phases import Phase, Phases
-from .randomness import RandomState
+from .rng import RandomState
 
 Forward = Callable[..., Any]
 LossFn = Callable[[Forward, Any], Tensor]

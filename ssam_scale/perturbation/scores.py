@@ -8,6 +8,7 @@ ZeRO stage 3 on one process, where kernels find weights at other addresses if a 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, TypeAlias
@@ -15,14 +16,160 @@ from typing import Any, Literal, TypeAlias
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.func import functional_call, grad, vmap
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ssam_scale.sharding import Sharding
 
 from .batchnorm import evaluation_mode
-from .chunks import check_chunk, gradients_of
-from .hashing import hashed, uniform_
 from .passes import Forward, LossFn
+from .rng import hashed, uniform_
 from .samples import dealt_samples
+
+_TOGETHER = 2**24  # elements whose squares are in memory at once: 64 MiB, or one tensor
+
+
+class AccumulatedFisher:
+    """Σₖ (1 − decay) · decayᵏ · g² over the gradients g of the last steps: Adam's second moment (arXiv 1412.6980).
+
+    Where a sum over samples of squared gradients is the diagonal of the empirical Fisher matrix, this squares the mean
+    gradient of a batch, at weights that have changed since. It is not divided by 1 − decayᵗ, which would change no
+    order. Under DDP all processes have the same; where weights are spread, each has that of its shards.
+
+    Args:
+        sharding: where the weights live.
+        parameters: what to score.
+        decay: share of the old value in the new one, in [0, 1).
+
+    Attributes:
+        scores: float32, shaped like the local shards; zero before the first step.
+
+    Raises:
+        ValueError: the decay is out of its range.
+    """
+
+    def __init__(self, sharding: Sharding, parameters: Sequence[nn.Parameter], decay: float = 0.99) -> None:
+        if not 0.0 <= decay < 1.0:
+            raise ValueError(f"decay is {decay}; a number in [0, 1) is needed")
+        self._sharding, self._parameters, self._decay = sharding, list(parameters), decay
+        self.scores = [
+            torch.zeros_like(shard.weight, dtype=torch.float32) for shard in sharding.shards(self._parameters)
+        ]
+
+    @torch.no_grad()
+    def update(self, gradients: Sequence[Tensor], inverse_scale: Tensor | float = 1.0) -> None:
+        """Take in the gradients of one step. Collective where weights are spread; never waits for the device.
+
+        Where any of them, on any process of a copy of the weights, is not finite, everything stays what it was.
+
+        Args:
+            gradients: of the parameters, shaped like their local shards, of any floating dtype, already reduced; not
+                written to. `Sharding.gradients` returns them.
+            inverse_scale: 1 / what the loss was scaled by; float32 of shape (), or a number.
+        """
+        if not self.scores:
+            return
+        # The squares overflow before the gradients do.
+        largest = [g for g in gradients if g.numel()]
+        norms = list(torch._foreach_norm(largest, math.inf, dtype=torch.float32)) if largest else []
+        worst = torch.stack(norms).amax() if norms else self.scores[0].new_zeros(())
+        bad = (~(worst * inverse_scale).square().isfinite()).float()
+        good = self._sharding.sum_over_shards(bad) == 0.0
+        share = (1.0 - self._decay) * good
+        for some in self._groups():
+            squares = list(torch._foreach_mul([gradients[i].float() for i in some], inverse_scale))
+            torch._foreach_mul_(squares, squares)
+            # Zeros, if anything is not finite: which no product with a float makes of what is not a number.
+            torch._foreach_mul_([s.view(torch.int32) for s in squares], good.to(torch.int32))
+            torch._foreach_mul_(squares, share)
+            scores = [self.scores[i] for i in some]
+            torch._foreach_mul_(scores, 1.0 - share)
+            torch._foreach_add_(scores, squares)
+
+    def _groups(self) -> Iterator[list[int]]:
+        some: list[int] = []
+        size = 0
+        for index, score in enumerate(self.scores):
+            if some and size + score.numel() > _TOGETHER:
+                yield some
+                some, size = [], 0
+            some.append(index)
+            size += score.numel()
+        yield some
+
+    def whole(self) -> list[Tensor]:
+        """Copies of the scores, shaped like the whole parameters: the same under every backend. Collective."""
+        return [self._sharding.gather(p, score).clone() for p, score in zip(self._parameters, self.scores, strict=True)]
+
+    def load(self, whole: Sequence[Tensor]) -> None:
+        """Take back what `whole` returned, under any backend and number of processes.
+
+        Raises:
+            ValueError: it is of other parameters.
+        """
+        theirs = [tuple(w.shape) for w in whole]
+        mine = [tuple(self._sharding.whole_shape(p)) for p in self._parameters]
+        if theirs != mine:
+            other = next((i for i, (a, b) in enumerate(zip(theirs, mine, strict=False)) if a != b), None)
+            what = f"{len(theirs)} tensors" if other is None else f"shape {theirs[other]} at {other}"
+            has = f"{len(mine)}" if other is None else f"{mine[other]}"
+            raise ValueError(f"the saved accumulated scores have {what}, these have {has}")
+        for p, score, saved in zip(self._parameters, self.scores, whole, strict=True):
+            score.copy_(self._sharding.scatter(p, saved))
+
+
+def check_chunk(sharding: Sharding, parameters: Sequence[nn.Parameter], chunk: int) -> None:
+    """Refuse a chunk that cannot work.
+
+    Raises:
+        ValueError: `chunk` is below 1, or above 1 where a process has only parts of the weights.
+    """
+    if chunk < 1:
+        raise ValueError(f"chunk is {chunk}; at least 1 is needed")
+    if chunk > 1 and any(isinstance(p, DTensor) or p.shape != sharding.whole_shape(p) for p in parameters):
+        raise ValueError(
+            f"chunk is {chunk} but a process has only parts of the weights (FSDP2, ZeRO stage 3), and gathers them for "
+            "one sample at a time; use 1"
+        )
+
+
+def gradients_of(
+    network: nn.Module, parameters: Sequence[nn.Parameter], loss_fn: LossFn, samples: Sequence[Any], scale: float
+) -> list[dict[int, Tensor]]:
+    """The gradients of every sample, by `torch.func.vmap`; the sums in them are made in another order than alone.
+
+    Args:
+        network: with whole weights.
+        parameters: of it.
+        loss_fn: of a batch of one sample, given the forward to use; must not draw random numbers.
+        samples: batches of one sample, of the same structure and shapes.
+        scale: factor on the loss.
+
+    Returns:
+        Of every sample: whole float32 gradients by index of the parameter, views of one tensor for all samples.
+
+    Raises:
+        RuntimeError: `loss_fn` draws random numbers or branches on values, or `vmap` does not know an operation in it.
+    """
+    names = {id(p): name for name, p in network.named_parameters()}
+    flat = [tree_flatten(sample) for sample in samples]
+    structure = flat[0][1]
+    is_tensor = [isinstance(leaf, Tensor) for leaf in flat[0][0]]
+    places = [0 if tensor else None for tensor in is_tensor]
+    stacked = [torch.stack([leaves[i] for leaves, _ in flat]) if t else flat[0][0][i] for i, t in enumerate(is_tensor)]
+
+    def loss(weights: dict[str, Tensor], leaves: list[Any]) -> Tensor:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return functional_call(network, weights, args, kwargs)
+
+        return loss_fn(forward, tree_unflatten(leaves, structure)) * scale
+
+    weights = {names[id(p)]: p.detach() for p in parameters}
+    per_sample = vmap(grad(loss), in_dims=(None, places))(weights, stacked)
+    whole = [per_sample[names[id(p)]].float() for p in parameters]
+    return [{index: g[i] for index, g in enumerate(whole)} for i in range(len(samples))]
+
 
 Kind: TypeAlias = Literal["fisher", "gradient"]
 

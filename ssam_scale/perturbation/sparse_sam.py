@@ -11,20 +11,20 @@ import torch
 from torch import Tensor, nn
 
 from ssam_scale.masks import Dense, Depth, Mask, Plan, Refreshed
-from ssam_scale.sharding import sharding_of
+from ssam_scale.sharding.place import sharding_of
 
-from .around import AroundOptimizer
-from .ascent import Ascent, Known, Norm
 from .batchnorm import frozen_statistics
-from .choice import Choice, SparseState
 from .climb import Climb
-from .levers import Levers
+from .looksam import Reuse
+from .mask_state import Choice, SparseState
+from .optimizer_wrapper import AroundOptimizer
+from .parameters import weight_pool
 from .passes import LossFn, Passes
+from .perturb import Ascent, Known, Norm
 from .phases import Phases, no_phases
-from .pool import weight_pool
-from .radius import ConstantRadius, RadiusSchedule, reuse_at, reuses
-from .randomness import RandomState
-from .reuse import Reuse
+from .rng import RandomState
+from .savings import Levers
+from .schedules import ConstantRadius, RadiusSchedule, reuse_at, reuses
 
 
 class SparseSAM(AroundOptimizer):

@@ -16,15 +16,22 @@ import yaml
 
 from ssam_scale.config.schema import Config
 from ssam_scale.errors import UserError
-from ssam_scale.tracking import peers, watch
+from ssam_scale.tracking import watchdog
 from ssam_scale.tracking.environment import environment_tags, world_size
-from ssam_scale.tracking.outcome import lasting, outcome
-from ssam_scale.tracking.params import cut, flatten, plain
-from ssam_scale.tracking.phases import PhaseSummary
-from ssam_scale.tracking.recorder import TABLE, LayerRecorder
-from ssam_scale.tracking.signals import Unwinding
-from ssam_scale.tracking.store import experiment_id, one_line, open_store, text_artifact, without_password
-from ssam_scale.tracking.writer import MetricWriter
+from ssam_scale.tracking.layer_density import TABLE, LayerRecorder
+from ssam_scale.tracking.shutdown import Unwinding, lasting, leave_note, outcome, read_note
+from ssam_scale.tracking.store import (
+    cut,
+    experiment_id,
+    flatten,
+    one_line,
+    open_store,
+    plain,
+    text_artifact,
+    without_password,
+)
+from ssam_scale.tracking.threads import MetricWriter
+from ssam_scale.tracking.timer import PhaseSummary
 
 _log = logging.getLogger(__name__)
 
@@ -232,7 +239,7 @@ class Run:
             name = config.tracking.run_name or f"{config.method} {config.model.name}"
             experiment = experiment_id(self._client, uri, config.tracking.experiment)
             self.id = self._client.create_run(experiment, tags=tags, run_name=name).info.run_id
-        self._watcher = watch.start(uri, str(self.id), tags["process"])
+        self._watcher = watchdog.start(uri, str(self.id), tags["process"])
         self._log_config(known or {})
         table = text_artifact(self._client, str(self.id), TABLE) if known is not None else None
         self._layers = LayerRecorder(self.log_artifact, table)
@@ -286,8 +293,8 @@ class Run:
         try:
             status, line = outcome(error)
             if status != "FINISHED":
-                peers.leave_note(status, line)
-                status, line = peers.read_note() or (status, line)
+                leave_note(status, line)
+                status, line = read_note() or (status, line)
             if self._layers is not None:
                 self._layers.close(_FINISH_S[status])
                 self._layers = None
@@ -300,7 +307,7 @@ class Run:
                 self._mark(status, line)
         finally:
             if self._watcher is not None:
-                watch.stop(self._watcher)
+                watchdog.stop(self._watcher)
                 self._watcher = None
             self._unwinding.__exit__(None, None, None)
 

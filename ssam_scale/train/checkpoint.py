@@ -30,10 +30,9 @@ from torch import Tensor, nn
 
 from ssam_scale.config.schema import Config
 from ssam_scale.errors import UserError
+from ssam_scale.models.ema import AveragedWeights
 from ssam_scale.perturbation import SparseSAM
 from ssam_scale.sharding import World
-
-from .average import AveragedWeights
 
 _FORMAT = 3
 _BY_PARAMETER = ("mask", "accumulated", "reused")  # what of the perturbation's state is by parameter

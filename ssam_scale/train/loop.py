@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import math
 import random
 import time
 from contextlib import closing
 
 import torch
-from torch import Tensor
 
 from ssam_scale.config.schema import Config
-from ssam_scale.errors import UserError
 from ssam_scale.models import average_statistics
-from ssam_scale.perturbation import SparseSAM, no_phases
+from ssam_scale.perturbation import no_phases
 from ssam_scale.sharding import World
-from ssam_scale.tracking.phases import PhaseTimer
 from ssam_scale.tracking.run import Run, open_run
+from ssam_scale.tracking.timer import PhaseTimer
 
 from . import checkpoint
-from .cuts import time_ascents
+from .build import Parts, build, soft_loss
 from .evaluation import Evaluation, evaluate
-from .masks import DrawnLayers, EpochBatches, fewest_samples, refresh_if_due, track_fixed_layers
+from .hooks import DrawnLayers, _Window, track_fixed_layers
 from .progress import StepProgress
-from .setup import Parts, build, soft_loss
+from .refresh import EpochBatches, fewest_samples, refresh_if_due, time_ascents
 
 
 def train(config: Config, world: World) -> None:
@@ -136,48 +133,6 @@ def _train_epoch(
             if (step + 1) % config.tracking.log_every == 0 or index == parts.steps_per_epoch - 1:
                 window.close(step + 1, parts.opt, radius)
     drawn.record(parts.opt, run, (epoch + 1) * parts.steps_per_epoch)
-
-
-class _Window:
-    """Sums over the steps between two records, kept on the device so that no step waits for it."""
-
-    def __init__(self, config: Config, world: World, phases: PhaseTimer, run: Run, progress: StepProgress) -> None:
-        self._config, self._world, self._phases, self._run, self._progress = config, world, phases, run, progress
-        self._losses: list[Tensor] = []
-        self._densities: list[float] = []
-
-    def add(self, loss: Tensor, density: float) -> None:
-        """One step."""
-        self._losses.append(loss)
-        self._densities.append(density)
-
-    def close(self, step: int, opt: SparseSAM, radius: float) -> None:
-        """Record the steps since the last record, the last of which had this radius; collective."""
-        lr = opt.param_groups[0]["lr"]
-        loss = float(self._world.sum(torch.stack(self._losses).mean())) / self._world.size
-        if not math.isfinite(loss):
-            raise UserError(
-                f"the loss became {loss} before step {step}; a lower optimizer.lr or perturbation.rho may help"
-            )
-        times = self._phases.drain()
-        self._run.log_window(
-            times,
-            loss=loss,
-            lr=lr,
-            densities=self._densities,
-            images_per_step=self._config.data.batch_size,
-            step=step,
-        )
-        if self._config.perturbation is not None:
-            self._run.log({"perturbation/rho": radius, "perturbation/skipped": opt.skipped}, step)
-            kappa = float(opt.kappa)
-            if not math.isnan(kappa):  # not known, or the gradient was not finite
-                self._run.log({"perturbation/kappa": kappa}, step)
-        if opt.scaler is not None:
-            self._run.log({"train/loss_scale": opt.scaler.get_scale()}, step)
-        self._progress.show(f"loss {loss:.3f}, lr {lr:.2g}, {self._config.data.batch_size / times.step:.0f} images/s")
-        self._losses.clear()
-        self._densities.clear()
 
 
 def _evaluate(parts: Parts, world: World, progress: StepProgress) -> Evaluation:

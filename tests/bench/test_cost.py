@@ -12,18 +12,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ssam_scale.bench.cluster import Cluster, Spreading, ZeroSettings
-from ssam_scale.bench.cost import scaled, step_cost
-from ssam_scale.bench.footprint import Activations, footprint
+from ssam_scale.bench.bytes_sent import SPREADS
 from ssam_scale.bench.networks import Setting
-from ssam_scale.bench.plans import sparse_sam, spread_ways
-from ssam_scale.bench.predict import StageTimes, StepShape, StepTimes, ascent_seconds, base_seconds
-from ssam_scale.bench.shapes import ascent_of, weights_of
-from ssam_scale.bench.traffic import sent_by
-from ssam_scale.bench.weights import Ascent, Weight, Weights
-from ssam_scale.bench.wire import SPREADS
+from ssam_scale.bench.scenarios import sparse_sam, spread_ways
+from ssam_scale.costs.cluster import Cluster, Spreading, ZeroSettings
+from ssam_scale.costs.collectives import sent_by
+from ssam_scale.costs.compute import StageTimes, StepShape, StepTimes, ascent_seconds, base_seconds
+from ssam_scale.costs.estimate import Activations, footprint, scaled, step_cost
+from ssam_scale.costs.workload import Ascent, Weight, Weights, ascent_of, weights_of
 from ssam_scale.perturbation import StagedModel
-from ssam_scale.sharding import World, place
+from ssam_scale.sharding import World
+from ssam_scale.sharding.place import place
 from tests.support.ranks import run_ranks
 
 SETTING = Setting("test_vit", 32, 2, torch.device("cpu"))

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from ssam_scale.bench.predict import StageTimes, StepTimes, base_seconds
-from ssam_scale.cli import main
+from ssam_scale.cli.main import main
+from ssam_scale.costs.compute import StageTimes, StepTimes, base_seconds
 
 CONFIG = """
 model: {name: test_vit, num_classes: 10}

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from ssam_scale.bench.masks import tensor_sizes
+from ssam_scale.bench.mask_selection import tensor_sizes
 
 
 def bench(*arguments: str) -> subprocess.CompletedProcess[str]:

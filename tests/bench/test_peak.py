@@ -9,8 +9,8 @@ import sys
 import pytest
 
 from ssam_scale.bench.networks import setting_of
-from ssam_scale.bench.peak import has_one_peak
-from ssam_scale.bench.plans import ways
+from ssam_scale.bench.peak_memory import has_one_peak
+from ssam_scale.bench.scenarios import ways
 
 SMALL = ["--models", "test_vit", "--resolution", "32", "--batch-size", "4", "--repeats", "1"]
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ssam_scale.bench.predict import (
+from ssam_scale.costs.compute import (
     StageTimes,
     StepShape,
     StepTimes,

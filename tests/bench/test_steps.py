@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from ssam_scale.bench.networks import setting_of
-from ssam_scale.bench.plans import ways
-from ssam_scale.bench.predict import StageTimes, StepShape, StepTimes, predicted_over_base, suffix_share
-from ssam_scale.bench.steps import spread, typical
-from ssam_scale.cli import main
+from ssam_scale.bench.scenarios import ways
+from ssam_scale.bench.step_time import spread, typical
+from ssam_scale.cli.main import main
+from ssam_scale.costs.compute import StageTimes, StepShape, StepTimes, predicted_over_base, suffix_share
 
 SMALL = ["--resolution", "32", "--batch-size", "4", "--repeats", "1"]
 MODELS = {"test_vit": 6, "test_resnet": 4}  # blocks

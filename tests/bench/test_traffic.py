@@ -17,11 +17,11 @@ import torch.distributed._functional_collectives as functional
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.profiler import ProfilerActivity, profile
 
+from ssam_scale.bench.bytes_sent import SPREADS, placed
 from ssam_scale.bench.networks import Setting
-from ssam_scale.bench.plans import spread_ways
-from ssam_scale.bench.traffic import Traffic, ring_bytes, sent_by
-from ssam_scale.bench.wire import SPREADS, placed
-from ssam_scale.cli import main
+from ssam_scale.bench.scenarios import spread_ways
+from ssam_scale.cli.main import main
+from ssam_scale.costs.collectives import Traffic, ring_bytes, sent_by
 from ssam_scale.sharding import World
 from tests.support.ranks import run_ranks
 

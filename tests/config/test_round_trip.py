@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from ssam_scale.config import Config, dump, load
-from ssam_scale.config.shape import dotted_names
+from ssam_scale.config.explain import dotted_names
 from ssam_scale.errors import UserError
 
 from .conftest import SMALL

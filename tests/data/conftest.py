@@ -12,7 +12,7 @@ import torch
 
 from ssam_scale.config.schema import Data
 from ssam_scale.data.encode import Encoding
-from ssam_scale.data.read import ImageLoader, eval_loader, train_loader
+from ssam_scale.data.loaders import ImageLoader, eval_loader, train_loader
 from ssam_scale.data.write import Sample, write_samples
 from tests.support.images import make_image
 

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from ssam_scale.cli.data import app
 from ssam_scale.data import prepare_fashion_mnist, verify
-from ssam_scale.data.commands import app
-from ssam_scale.data.fashion import CLASSES, FOLDER
+from ssam_scale.data.fashion_mnist import CLASSES, FOLDER
 from ssam_scale.errors import UserError
 from tests.support.images import make_image_folder
 
@@ -119,7 +119,7 @@ def test_the_real_fashion_mnist(tmp_path: Path) -> None:
 
 def test_importing_the_package_brings_in_neither_ffcv_nor_numba() -> None:
     code = (
-        "import sys, torch; before = torch.get_num_threads(); import ssam_scale.data, ssam_scale.data.commands\n"
+        "import sys, torch; before = torch.get_num_threads(); import ssam_scale.data, ssam_scale.cli.data\n"
         "print(before == torch.get_num_threads(), {'ffcv', 'numba'} & set(sys.modules))"
     )
     root = str(Path(__file__).parents[2])

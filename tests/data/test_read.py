@@ -199,7 +199,7 @@ def test_two_loaders_at_once(numbered: Path) -> None:
 
 @pytest.mark.timeout(60)
 def test_an_exception_in_the_loaders_thread_arrives(numbered: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ssam_scale.data.pipeline import Epoch
+    from ssam_scale.data.ffcv_loader import Epoch
 
     original = Epoch.run_pipeline
 

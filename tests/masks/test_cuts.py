@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from ssam_scale.masks import AnnealedCut, Depth, DepthByCost, Layout, from_blocks
-from ssam_scale.masks.cuts import by_worth
-from ssam_scale.sharding import sharding_of
+from ssam_scale.masks.depth import by_worth
+from ssam_scale.sharding.place import sharding_of
 
 BLOCKS = 8
 # Two parameters a block: a matrix and a vector.

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ssam_scale.masks import Layout, Scored
-from ssam_scale.masks.allocation import Allocation
-from ssam_scale.sharding import sharding_of
+from ssam_scale.masks.top_scores import Allocation
+from ssam_scale.sharding.place import sharding_of
 
 ALLOCATIONS = get_args(Allocation)
 ALONE = sharding_of(nn.Linear(1, 1))

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssam_scale.masks import NM, Annealed, Bits, Chosen, Dynamic, Layout, Named, Norms, Rows, Scored
-from ssam_scale.masks.allocation import erk, uniform
+from ssam_scale.masks.top_scores import erk, uniform
 from ssam_scale.perturbation import SparseSAM
 from ssam_scale.perturbation.reference import reference_step
-from ssam_scale.sharding import sharding_of
+from ssam_scale.sharding.place import sharding_of
 from tests.support.masks import whole_mask
 from tests.support.networks import batches, loss_fn, small_network
 

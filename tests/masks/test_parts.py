@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ssam_scale.masks import Bits, Part, Rows, add_, compacted, pack, parts, popcount, put_, taken, unpack
+from ssam_scale.masks import Bits, Part, Rows, add_, compacted, pack, popcount, put_, subset, taken, unpack
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 
@@ -21,9 +21,9 @@ def _way(request: pytest.FixtureRequest) -> Iterator[None]:
     """The way of the CPU, and that of other devices with chunks that are small enough to have several."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "in chunks":
-            patch.setattr(parts, "_streams", lambda tensor: False)
-            patch.setattr(parts, "_CHUNK", 16)
-            patch.setattr(parts, "_ROWS_CHUNK", 16)
+            patch.setattr(subset, "_streams", lambda tensor: False)
+            patch.setattr(subset, "_CHUNK", 16)
+            patch.setattr(subset, "_ROWS_CHUNK", 16)
         yield
 
 

@@ -15,10 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from ssam_scale.masks import radix, selection, units
+from ssam_scale.masks import score_keys, selection
 from ssam_scale.masks.selection import greedy_units, top_k, unit_means
-from ssam_scale.sharding import World, sharding_of
+from ssam_scale.sharding import World
 from ssam_scale.sharding.fsdp import shard_fsdp2
+from ssam_scale.sharding.place import sharding_of
 from tests.support.ranks import run_ranks
 
 ALONE = sharding_of(nn.Linear(1, 1))
@@ -27,15 +28,15 @@ both_ways = pytest.mark.parametrize("compiled", [True, False], ids=["compiled", 
 
 
 @contextmanager
-def reading(compiled: bool, chunk: int = radix.CHUNK) -> Iterator[None]:
+def reading(compiled: bool, chunk: int = score_keys.CHUNK) -> Iterator[None]:
     """Scores in CPU memory are read by compiled loops or as those on other devices, in several threads and chunks."""
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(radix, "CHUNK", chunk)
-        patch.setattr(units, "CHUNK", chunk)
+        patch.setattr(score_keys, "CHUNK", chunk)
+        patch.setattr(selection, "CHUNK", chunk)
         if not compiled:
-            patch.setattr(selection, "keys_of", radix.ChunkedKeys)
-            patch.setattr(units, "_add_compiled", units._add_chunked)
+            patch.setattr(selection, "keys_of", score_keys.ChunkedKeys)
+            patch.setattr(selection, "_add_compiled", selection._add_chunked)
         torch.set_num_threads(3)
         try:
             yield

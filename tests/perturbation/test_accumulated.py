@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ssam_scale.perturbation.accumulated import AccumulatedFisher
-from ssam_scale.sharding import World, place, sharding_of
+from ssam_scale.perturbation.scores import AccumulatedFisher
+from ssam_scale.sharding import World
+from ssam_scale.sharding.place import place, sharding_of
 from tests.support.networks import batches, freeze_batchnorm, loss_fn, part, small_network
 from tests.support.ranks import alone, run_ranks
 

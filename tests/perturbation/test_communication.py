@@ -20,7 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ssam_scale import SparseSAM
 from ssam_scale.perturbation import Levers
 from ssam_scale.perturbation.reference import length_of, masked_by, reference_gradient, reference_step
-from ssam_scale.sharding import World, averaging, place
+from ssam_scale.sharding import World, ddp
+from ssam_scale.sharding.place import place
 from tests.perturbation.test_equivalence import BATCH, RHO, STEPS, TOLERANCE, Case, check, largest_difference, train
 from tests.support.masks import whole_mask
 from tests.support.networks import batches, part
@@ -221,7 +222,7 @@ TRAFFIC = {
 
 
 def two_ranks(world: World) -> dict[str, Any]:
-    averaging._BUCKET_BYTES = 20_000  # a dozen of them
+    ddp._BUCKET_BYTES = 20_000  # a dozen of them
     return {
         "trained": [train(world, backend, cases) for backend, cases in WORK.items()],
         "traffic": {backend: [traffic(world, case, backend) for case in cases] for backend, cases in TRAFFIC.items()},

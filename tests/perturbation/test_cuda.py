@@ -21,7 +21,8 @@ from ssam_scale import Depth, Scored, SparseSAM
 from ssam_scale.masks import Mask
 from ssam_scale.models import staged
 from ssam_scale.perturbation.reference import length_of
-from ssam_scale.sharding import World, join_world, place
+from ssam_scale.sharding import World, join_world
+from ssam_scale.sharding.place import place
 from tests.perturbation.test_compile import FORMS, Compiled, counting_graphs
 from tests.perturbation.test_equivalence import (
     BATCH,

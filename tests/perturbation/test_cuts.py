@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from ssam_scale import Depth, DepthByCost, Scored, SparseSAM, ascent_seconds
-from ssam_scale.sharding import World, place
+from ssam_scale.sharding import World
+from ssam_scale.sharding.place import place
 from tests.support.networks import batches, freeze_batchnorm, loss_fn, part, small_network
 from tests.support.ranks import alone, run_ranks
 

@@ -13,7 +13,8 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 
 from ssam_scale import SparseSAM
 from ssam_scale.masks import Dynamic, Refreshed
-from ssam_scale.sharding import World, distribute
+from ssam_scale.sharding import World
+from ssam_scale.sharding.place import distribute
 from tests.perturbation.test_equivalence import BATCH, CLIP, RHO, TOLERANCE, Case
 from tests.support.masks import whole_mask
 from tests.support.networks import batches, freeze_batchnorm, loss_fn, part, small_network

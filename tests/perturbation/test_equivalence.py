@@ -15,7 +15,8 @@ from ssam_scale import CosineRadius, Interval, TiedRadius, Window
 from ssam_scale.masks import NM, Dense, Depth, DepthByCost, Dynamic, Mask, Named, Norms, Refreshed, Scored
 from ssam_scale.perturbation import RadiusSchedule, SparseSAM
 from ssam_scale.perturbation.reference import length_of, masked_by, reference_gradient, reference_step
-from ssam_scale.sharding import World, place
+from ssam_scale.sharding import World
+from ssam_scale.sharding.place import place
 from tests.support.masks import whole_mask
 from tests.support.networks import batches, freeze_batchnorm, part, small_network
 from tests.support.ranks import alone, run_ranks

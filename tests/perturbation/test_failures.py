@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from ssam_scale import Depth, SparseSAM
 from ssam_scale.perturbation import Levers
-from ssam_scale.sharding import World, averaging, join_world, place
+from ssam_scale.sharding import World, ddp, join_world
+from ssam_scale.sharding.place import place
 from tests.support.networks import batches, freeze_batchnorm, loss_fn, part, small_network
 from tests.support.processes import daemon
 from tests.support.ranks import free_port, run_ranks
@@ -89,7 +90,7 @@ def sparse_sam(world: World, backend: str) -> tuple[SparseSAM, nn.Module]:
     def sgd() -> torch.optim.Optimizer:
         return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
 
-    averaging._BUCKET_BYTES = 2000  # so that some of an ascent's are on their way when its backward raises
+    ddp._BUCKET_BYTES = 2000  # so that some of an ascent's are on their way when its backward raises
     kind: Any = "fsdp2" if backend == "hsdp" else backend
     replicas = world.size if backend == "hsdp" else 1
     placed, base = place(model, blocks, kind, world, sgd, replicas=replicas, batch_size=BATCH // world.size)

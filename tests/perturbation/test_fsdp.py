@@ -20,7 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ssam_scale import Depth, Scored, SparseSAM
 from ssam_scale.perturbation.reference import length_of, reference_step
-from ssam_scale.sharding import World, distribute, sharding_of
+from ssam_scale.sharding import World
+from ssam_scale.sharding.place import distribute, sharding_of
 from tests.perturbation.test_equivalence import (
     BATCH,
     BF16_TOLERANCE,

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from ssam_scale import Depth, Scored, SparseSAM
-from ssam_scale.bench.traffic import Traffic
+from ssam_scale.costs.collectives import Traffic
 from ssam_scale.masks import Dense, Mask
 from ssam_scale.perturbation import Levers
-from ssam_scale.sharding import World, gathered, place
+from ssam_scale.sharding import World
+from ssam_scale.sharding.place import place
+from ssam_scale.sharding.zero import stage3
 from tests.perturbation.test_communication import GATHERED, Pulled
 from tests.perturbation.test_equivalence import BATCH, check, train
 from tests.support.networks import batches, freeze_batchnorm, loss_fn, part, small_network
@@ -93,7 +95,7 @@ def two_ranks(world: World) -> dict[str, Any]:
         found[f"kept {threshold}"] = steps_of(world, threshold, Scored("tensor", 0.5, score="random"), 3, GATHERED)
     found["accumulated"] = steps_of(world, 300, CUTS, 8, micro=2)
     result: dict[str, Any] = {name: [vars(step) for step in steps] for name, steps in found.items()}
-    gathered._MOST_KINDS = 2  # fewer than one step has
+    stage3._MOST_KINDS = 2  # fewer than one step has
     return result | {"few": train(world, "zero3", FEW_KINDS)}
 
 

@@ -14,9 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ssam_scale import Depth, Interval, Levers, Named, Scored, SparseSAM, Stage, StagedModel
 from ssam_scale.masks import Mask, Rows
-from ssam_scale.perturbation.elision import only_rows, row_layers
 from ssam_scale.perturbation.reference import reference_gradient, reference_step
-from ssam_scale.sharding import World, place
+from ssam_scale.perturbation.skip_gradients import only_rows, row_layers
+from ssam_scale.sharding import World
+from ssam_scale.sharding.place import place
 from tests.support.masks import whole_mask
 from tests.support.networks import CLASSES, batches, freeze_batchnorm, loss_fn, part, small_network
 from tests.support.ranks import alone, run_ranks

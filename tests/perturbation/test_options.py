@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ssam_scale import CosineRadius, Depth, Interval, Scored, SparseSAM, TiedRadius, Window
-from ssam_scale.perturbation.arithmetic import scale_to_radius_, squares
+from ssam_scale.perturbation.perturb import scale_to_radius_, squares
 from ssam_scale.perturbation.reference import length_of, masked_by, reference_gradient
 from tests.support.masks import whole_mask
 from tests.support.networks import batches, freeze_batchnorm, loss_fn, small_network

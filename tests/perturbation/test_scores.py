@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssam_scale.perturbation import hashing
+from ssam_scale.perturbation import rng
 from ssam_scale.perturbation.samples import dealt_samples
 from ssam_scale.perturbation.scores import (
     per_sample_scores,
@@ -20,7 +20,8 @@ from ssam_scale.perturbation.scores import (
     sampled_labels,
     weight_scores,
 )
-from ssam_scale.sharding import Peers, Sharding, World, distribute, place, sharding_of
+from ssam_scale.sharding import Peers, Sharding, World
+from ssam_scale.sharding.place import distribute, place, sharding_of
 from tests.support.networks import CLASSES, batches, loss_fn, small_network
 from tests.support.ranks import alone, run_ranks
 
@@ -605,11 +606,11 @@ def test_random_scores_are_splitmix64_of_the_position(monkeypatch: pytest.Monkey
         return state ^ (state >> 31)
 
     assert splitmix(0x9E3779B97F4A7C15) == 0xE220A8397B1DCDAF  # the first output of seed 0, as published
-    monkeypatch.setattr(hashing, "_TOGETHER", 7)
+    monkeypatch.setattr(rng, "_TOGETHER", 7)
     model = nn.Linear(5, 4)
     result = random_scores(sharding_of(model), list(model.parameters()), 11)
     for index, score in enumerate(result):
-        key = hashing.hashed(11, index)
+        key = rng.hashed(11, index)
         assert score.flatten().tolist() == [
             (splitmix((key + (i + 1) * 0x9E3779B97F4A7C15) & mask) >> 40) / 2**24 for i in range(score.numel())
         ]

@@ -14,7 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ssam_scale import Dense, Depth, Scored, SparseSAM
 from ssam_scale.perturbation.reference import reference_step
-from ssam_scale.sharding import World, distribute
+from ssam_scale.sharding import World
+from ssam_scale.sharding.place import distribute
 from tests.support.masks import whole_mask
 from tests.support.networks import batches, freeze_batchnorm, loss_fn, part, small_network
 from tests.support.ranks import run_ranks

@@ -21,7 +21,8 @@ from ssam_scale import Depth, Scored, SparseSAM
 from ssam_scale.masks import Dense, Mask
 from ssam_scale.perturbation import Stage, StagedModel
 from ssam_scale.perturbation.reference import length_of
-from ssam_scale.sharding import World, place, sharding_of
+from ssam_scale.sharding import World
+from ssam_scale.sharding.place import place, sharding_of
 from tests.perturbation.test_equivalence import (
     BATCH,
     RHO,

@@ -12,7 +12,8 @@ import torch
 
 from ssam_scale.masks import NM, Scored
 from ssam_scale.perturbation import SparseSAM
-from ssam_scale.sharding import World, place
+from ssam_scale.sharding import World
+from ssam_scale.sharding.place import place
 from tests.support.masks import whole_mask
 from tests.support.networks import batches, freeze_batchnorm, loss_fn, part, small_network
 from tests.support.ranks import run_ranks

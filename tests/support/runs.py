@@ -11,7 +11,7 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ssam_scale.cli import main
+from ssam_scale.cli.main import main
 from ssam_scale.data import write_beton
 from tests.support.images import make_image_folder
 

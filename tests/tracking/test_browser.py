@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from ssam_scale.cli.compare import interface_lines
 from ssam_scale.config.schema import Config
-from ssam_scale.tracking.commands import interface_lines
-from ssam_scale.tracking.phases import PhaseSummary
 from ssam_scale.tracking.run import open_run
+from ssam_scale.tracking.timer import PhaseSummary
 from tests.support.browser import chromium, mlflow_ui
 
 pytestmark = pytest.mark.slow

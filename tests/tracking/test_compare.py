@@ -11,13 +11,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from ssam_scale.cli.compare import compare_command, interface_lines, render
 from ssam_scale.config.schema import Config
 from ssam_scale.errors import UserError
-from ssam_scale.tracking.commands import compare_command, interface_lines
 from ssam_scale.tracking.compare import Row, compare
 from ssam_scale.tracking.run import flatten
 from ssam_scale.tracking.store import experiment_id, open_store
-from ssam_scale.tracking.table import render
 
 MakeConfig = Callable[..., Config]
 Finish = Callable[..., str]

@@ -15,11 +15,10 @@ import pytest
 from PIL import Image
 
 from ssam_scale.config.schema import Config
-from ssam_scale.tracking.background import Background
-from ssam_scale.tracking.heatmap import draw, figure
-from ssam_scale.tracking.layers import LayerDensities
+from ssam_scale.tracking.layer_density import LayerDensities, draw, figure
 from ssam_scale.tracking.run import Run, open_run
 from ssam_scale.tracking.store import open_store
+from ssam_scale.tracking.threads import Background
 
 MakeConfig = Callable[..., Config]
 SIZES = {"conv.weight": 1000, "norm, odd name": 10, "fc.weight": 40_000}

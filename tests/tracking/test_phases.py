@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from ssam_scale.tracking.phases import PHASES, CudaMarks, HostMarks, PhaseTimer
+from ssam_scale.tracking.timer import PHASES, CudaMarks, HostMarks, PhaseTimer
 
 
 class Clock:

@@ -18,9 +18,9 @@ import yaml
 
 from ssam_scale.config.schema import Config
 from ssam_scale.errors import UserError
-from ssam_scale.tracking.phases import PhaseSummary
 from ssam_scale.tracking.run import WARMUP_STEPS, Run, flatten, open_run
 from ssam_scale.tracking.store import open_store
+from ssam_scale.tracking.timer import PhaseSummary
 
 MakeConfig = Callable[..., Config]
 

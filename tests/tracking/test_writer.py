@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from ssam_scale.tracking.writer import MetricWriter
+from ssam_scale.tracking.threads import MetricWriter
 
 
 def test_sends_everything_in_order_in_batches_that_the_store_takes() -> None:

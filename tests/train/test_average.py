@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 
+from ssam_scale.models.ema import AveragedWeights
 from ssam_scale.perturbation import SparseSAM
-from ssam_scale.sharding import World, place
-from ssam_scale.train.average import AveragedWeights
+from ssam_scale.sharding import World
+from ssam_scale.sharding.place import place
 from tests.support.networks import batches, freeze_batchnorm, loss_fn, part, small_network
 from tests.support.ranks import alone, run_ranks
 

@@ -11,8 +11,9 @@ from torch import nn
 
 from ssam_scale.config import load
 from ssam_scale.data import eval_loader
-from ssam_scale.sharding import World, distribute, sharding_of
-from ssam_scale.train.average import AveragedWeights
+from ssam_scale.models.ema import AveragedWeights
+from ssam_scale.sharding import World
+from ssam_scale.sharding.place import distribute, sharding_of
 from ssam_scale.train.evaluation import Evaluation, evaluate
 from tests.support.networks import small_network
 from tests.support.ranks import run_ranks

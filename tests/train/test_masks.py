@@ -19,7 +19,7 @@ from torch import Tensor
 from ssam_scale.config.schema import Config
 from ssam_scale.data import Batch
 from ssam_scale.masks import Bits
-from ssam_scale.train.masks import EpochBatches, fewest_samples
+from ssam_scale.train.refresh import EpochBatches, fewest_samples
 from tests.support.runs import RESNET, ssam_scale, write_config
 
 from .test_runs import VIT, launch

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ssam_scale.config import load
-from ssam_scale.train.setup import _scheduler
+from ssam_scale.train.build import _scheduler
 from tests.support.runs import write_config
 
 

@@ -1,0 +1,176 @@
+"""The bytes that processes send each other in a step by plan and backend, next to dense SAM's."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from ssam_scale.costs.collectives import Traffic
+from ssam_scale.errors import UserError
+from ssam_scale.perturbation import SparseSAM
+from ssam_scale.sharding import World
+from ssam_scale.sharding.place import Backend, place
+
+from .networks import Setting
+from .processes import on_ranks
+from .scenarios import Way, sgd, sparse_sam, spread_ways
+from .step_time import environment
+
+# FSDP2 learns the order of modules from the first steps. In the very first one a mask may look at the whole gradient.
+_WARM_UP = 2
+# Stage 3 records each kind of pass once and takes it up the second time: the same steps, with the same cuts, once more.
+_REPEATS = 3
+_ROUNDS = 2
+_WITHIN_SHARD_GROUP = "sam, within the shard group"
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A way of spreading the weights.
+
+    Attributes:
+        backend: as `place` takes it.
+        replicas: copies of the weights, each spread over as many processes as were asked for.
+    """
+
+    backend: Backend
+    replicas: int = 1
+
+
+SPREADS: Mapping[str, Spread] = {
+    "ddp": Spread("ddp"),
+    "fsdp2": Spread("fsdp2"),
+    "hsdp": Spread("fsdp2", 2),
+    **{f"zero{stage}": Spread(f"zero{stage}") for stage in range(4)},  # type: ignore[arg-type]
+}
+
+
+def chosen_spreads(names: Sequence[str] | None) -> list[str]:
+    """Those of these names; None: all.
+
+    Raises:
+        UserError: there is none of such a name.
+    """
+    for name in names or ():
+        if name not in SPREADS:
+            raise UserError(f"--backends: there is no backend {name!r}; there are {', '.join(SPREADS)}")
+    return [name for name in SPREADS if names is None or name in names]
+
+
+def placed(setting: Setting, spread: Spread, world: World, way: Way) -> SparseSAM:
+    """The optimizer of a way on its own network, spread over the processes of `world`."""
+    network = setting.network()
+    module, base = place(
+        network,
+        [stage.block for stage in network.stages],
+        spread.backend,
+        world,
+        partial(sgd, network),
+        replicas=spread.replicas,
+        batch_size=setting.batch_size,
+    )
+    return sparse_sam(module, base, way)
+
+
+def _count(rank: int, size: int, device: torch.device, setting: Setting, jobs: Sequence[tuple[str, str]]) -> list[Any]:
+    world = World(rank, size, device)
+    known = {way.name: way for way in spread_ways()}  # by name: what builds a mask need not be picklable
+    batch = setting.batch()
+    found = []
+    for spread, name in jobs:
+        way = known[name]
+        opt = placed(setting, SPREADS[spread], world, way)
+        for _ in range(_WARM_UP):
+            opt.step(setting.loss_fn, batch)
+        first = opt.steps
+        for _ in range(_REPEATS):
+            opt.steps, densities = first, []
+            with Traffic() as traffic:
+                for _ in range(_ROUNDS * way.steps):
+                    densities.append(opt.density)
+                    opt.step(setting.loss_fn, batch)
+        found.append(
+            {
+                "density": statistics.fmean(densities),
+                "bytes": {name: sent / len(densities) for name, sent in traffic.bytes.items()},
+                "calls": sum(traffic.calls.values()) / len(densities),
+            }
+        )
+        del opt
+        gc.collect()  # modules, hooks and optimizers hold each other
+    return found
+
+
+def bench_bytes(setting: Setting, ranks: int, spreads: Sequence[str], compared: Sequence[Way]) -> list[dict[str, Any]]:
+    """Rows of what one process sends in a step, one a backend and plan; `traffic` says how bytes are counted.
+
+    `step_bytes` are those of a whole step and `ascent_bytes` what the plan adds to a step of the base optimizer on the
+    same backend, whose one pass costs what a descent pass costs; both also by collective, and `step_calls` and
+    `ascent_calls` the number of collectives. `ascent_bytes_over_dense` is the ratio to dense SAM's ascent and
+    `target_over_dense` the most that we want: the density and one percent. Of plans whose steps differ, all are means
+    over a period or several draws, each of which has been taken before.
+
+    Args:
+        setting: on what; one that `Setting.check` finds nothing wrong with. Its batch is each process's own.
+        ranks: processes that one copy of the weights is spread over, or that hold one each; at least 2.
+        spreads: the backends, by name.
+        compared: the plans, with `base` and `sam` among them.
+
+    Raises:
+        UserError: a process was killed.
+    """
+    by_size: dict[int, list[tuple[str, str]]] = {}
+    for spread in spreads:
+        replicas = SPREADS[spread].replicas
+        plans = [way.name for way in compared if replicas > 1 or way.name != _WITHIN_SHARD_GROUP]
+        by_size.setdefault(ranks * replicas, []).extend((spread, plan) for plan in plans)
+    # One start of processes for all that has as many of them: importing DeepSpeed alone takes seconds.
+    found = {
+        job: (size, counts)
+        for size, jobs in by_size.items()
+        for job, counts in zip(jobs, on_ranks(size, _count, setting, jobs), strict=True)
+    }
+    common = environment(setting, 1)
+    rows = []
+    for spread in spreads:
+        base, dense = found[spread, "base"][1], found[spread, "sam"][1]
+        dense_ascent = _total(_minus(dense["bytes"], base["bytes"]))
+        for (of, plan), (size, counts) in found.items():
+            if of != spread:
+                continue
+            ascent = _minus(counts["bytes"], base["bytes"])
+            rows.append(
+                {
+                    "model": setting.model,
+                    "backend": spread,
+                    "plan": plan,
+                    "ranks": size,
+                    "replicas": SPREADS[spread].replicas,
+                    "density": counts["density"],
+                    "step_bytes": _total(counts["bytes"]),
+                    "step_bytes_by_collective": counts["bytes"],
+                    "step_calls": counts["calls"],
+                    "ascent_bytes": _total(ascent),
+                    "ascent_bytes_by_collective": ascent,
+                    "ascent_calls": counts["calls"] - base["calls"],
+                    "step_bytes_over_base": _total(counts["bytes"]) / _total(base["bytes"]),
+                    "ascent_bytes_over_dense": _total(ascent) / dense_ascent,
+                    "target_over_dense": None if plan == "base" else counts["density"] + 0.01,
+                    **common,
+                }
+            )
+    return rows
+
+
+def _minus(of: Mapping[str, float], base: Mapping[str, float]) -> dict[str, float]:
+    return {name: of.get(name, 0.0) - base.get(name, 0.0) for name in {**base, **of}}
+
+
+def _total(by_collective: Mapping[str, float]) -> float:
+    return sum(by_collective.values())

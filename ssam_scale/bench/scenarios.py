@@ -1,0 +1,251 @@
+"""The ways of taking a step that are compared: the base optimizer, SAM as others have it, and our plans."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ssam_scale.costs.compute import StepShape
+from ssam_scale.costs.profile import Batch
+from ssam_scale.costs.workload import ascent_of, weights_of
+from ssam_scale.errors import UserError
+from ssam_scale.masks import Chosen, Dense, Depth, Mask, Norms, Scored
+from ssam_scale.masks.top_scores import Pattern
+from ssam_scale.perturbation import Interval, Levers, SparseSAM, StagedModel
+
+from .networks import Setting
+
+_RHO, _LR, _MOMENTUM = 0.05, 1e-3, 0.9
+
+# Draws of the moving cut in one round of all plans.
+_DRAWS = 4
+
+# Masks of which a plan without one lever is measured, too.
+_ELIDED: tuple[Pattern, ...] = ("tensor", "block", "row")
+_PACKED: tuple[Pattern, ...] = ("element", "row")
+_KEPT: tuple[Pattern, ...] = ("tensor", "block")
+
+Step = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way of taking a step.
+
+    Attributes:
+        name: short and unique.
+        mask: of our plans; None: not ours.
+        fraction: share of the batch in the ascent pass.
+        interval: steps from one ascent to the next.
+        steps: how many are taken in turn before the next way's: a whole period, or several draws.
+        has_cut: whether the blocks before a cut are left alone, for which there is a bound on the time.
+        levers: which savings are made; None: those that cost nothing.
+    """
+
+    name: str
+    mask: Callable[[], Mask] | None
+    fraction: float = 1.0
+    interval: int = 1
+    steps: int = 1
+    has_cut: bool = False
+    levers: Levers | None = None
+
+    def target(self, suffix_share: float) -> float | None:
+        """The highest time over the base step's that we want, where we want one."""
+        if self.name == "sam":
+            return 2.05
+        return 1.10 * (1.0 + suffix_share * self.fraction) if self.has_cut else None
+
+
+def _random(pattern: Pattern) -> Callable[[], Mask]:
+    return partial(Scored, pattern, 0.5, score="random")
+
+
+def _ours() -> list[Way]:
+    cuts = [
+        Way(f"cut {cut}{name}", partial(Depth, (cut, cut)), fraction, has_cut=True)
+        for cut in (0.25, 0.5, 0.75)
+        for name, fraction in (("", 1.0), (", fraction 0.5", 0.5))
+    ]
+    masks = [
+        Way("moving cut", Depth, steps=_DRAWS, has_cut=True),
+        Way("tensor 50%", _random("tensor")),
+        Way("block 50%", _random("block")),
+        Way("row 50%", _random("row")),
+        Way("norm", Norms),
+        Way("element 50%", _random("element")),
+    ]
+    # What one lever contributes is what its plan costs without it.
+    singly = [
+        Way("cut 0.5, no shared prefix", partial(Depth, (0.5, 0.5)), levers=Levers(share_prefix=False)),
+        *(Way(f"{p} 50%, not elided", _random(p), levers=Levers(elide=False)) for p in _ELIDED),
+    ]
+    intervals = [Way(f"interval {k}", Dense, interval=k, steps=k) for k in (2, 5)]
+    return [Way("sam", Dense), *cuts, *masks, *singly, *intervals]
+
+
+def ways() -> list[Way]:
+    """All of them on one process, the base optimizer first; pytorch_optimizer's where it is installed."""
+    theirs = [Way("textbook", None)]
+    if importlib.util.find_spec("pytorch_optimizer") is not None:
+        theirs.append(Way("pytorch_optimizer", None))
+    ours = _ours()
+    return [Way("base", None), ours[0], *theirs, *ours[1:]]
+
+
+def spread_ways() -> list[Way]:
+    """Those of several processes: where bytes depend on it, and with the levers that show there alone."""
+    singly = [
+        *(Way(f"{p} 50%, unpacked", _random(p), levers=Levers(pack=False)) for p in _PACKED),
+        *(Way(f"{p} 50%, kept gathered", _random(p), levers=Levers(keep_gathered=True)) for p in _KEPT),
+        Way("sam, within the shard group", Dense, levers=Levers(within_shard_group=True)),
+    ]
+    return [Way("base", None), *(way for way in _ours() if way.fraction == 1.0), *singly]
+
+
+def chosen_ways(names: Sequence[str] | None, among: Sequence[Way], always: Sequence[str] = ("base",)) -> list[Way]:
+    """Those of these names, and some that others are compared to; None: all.
+
+    Args:
+        names: of ways.
+        among: the ways that there are.
+        always: names of those that are there in any case.
+
+    Raises:
+        UserError: there is none of such a name.
+    """
+    known = {way.name: way for way in among}
+    for name in names or ():
+        if name not in known:
+            raise UserError(f"--plans: there is no plan {name!r}; there are {', '.join(map(repr, known))}")
+    return [way for way in known.values() if names is None or way.name in always or way.name in names]
+
+
+class Running:
+    """A way at work on its own copy of the network.
+
+    Args:
+        way: how to step.
+        setting: on what.
+        network: the setting's, and nobody else's.
+    """
+
+    def __init__(self, way: Way, setting: Setting, network: StagedModel) -> None:
+        self.way = way
+        self.network = network
+        self.batch = setting.batch()
+        self._weights = weights_of(network)
+        self.opt: SparseSAM | None = None
+        self.optimizer: torch.optim.Optimizer
+        if way.mask is None:
+            self.optimizer, self.step = _THEIRS[way.name](self.network, setting, self.batch)
+        else:
+            self.opt = sparse_sam(self.network, sgd(self.network), way)
+            self.optimizer = self.opt.base_optimizer
+            self.step = partial(self.opt.step, setting.loss_fn, self.batch)
+
+    def shape(self) -> StepShape:
+        """What the next step is going to perturb."""
+        depth = len(self.network.stages)
+        if self.opt is None:
+            perturbs = self.way.name != "base"
+            return StepShape(0, (float(perturbs),) * depth, self.weights if perturbs else 0)
+        levers = self.opt.levers
+        return ascent_of(self.opt, self._weights, dense=False, shares_prefix=levers.share_prefix).shape
+
+    @property
+    def weights(self) -> int:
+        """Number of the network's weights."""
+        return sum(w.numel for w in self._weights.values())
+
+
+def sgd(network: StagedModel) -> torch.optim.Optimizer:
+    """The base optimizer of every way."""
+    return torch.optim.SGD(network.parameters(), lr=_LR, momentum=_MOMENTUM)
+
+
+def sparse_sam(model: nn.Module, base: torch.optim.Optimizer, way: Way) -> SparseSAM:
+    """The optimizer of one of our plans, or of the base optimizer alone (a radius of 0), on any backend.
+
+    Args:
+        model: as `SparseSAM` takes it.
+        base: its base optimizer.
+        way: `base`, or one with a mask.
+    """
+    mask = way.mask() if way.mask is not None else None
+    rho = _RHO if mask is not None else 0.0
+    schedule = Interval(way.interval) if way.interval > 1 else None
+    opt = SparseSAM(model, base, rho=rho, mask=mask, fraction=way.fraction, schedule=schedule, levers=way.levers)
+    if isinstance(mask, Chosen):
+        opt.refresh()  # at random, which needs no samples
+    return opt
+
+
+def _base(network: StagedModel, setting: Setting, batch: Batch) -> tuple[torch.optim.Optimizer, Step]:
+    """SGD with momentum alone."""
+    optimizer = sgd(network)
+
+    def step() -> None:
+        setting.loss_fn(network, batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return optimizer, step
+
+
+def _textbook(network: StagedModel, setting: Setting, batch: Batch) -> tuple[torch.optim.Optimizer, Step]:
+    """Algorithm 1 of the SAM paper (arXiv 2010.01412) as tutorials have it: two full passes, loops over parameters."""
+    optimizer = sgd(network)
+    parameters = list(network.parameters())
+
+    def step() -> None:
+        setting.loss_fn(network, batch).backward()
+        with torch.no_grad():
+            norm = torch.stack([p.grad.norm() for p in parameters if p.grad is not None]).norm()
+            old: list[Tensor] = []
+            for p in parameters:
+                assert p.grad is not None
+                old.append(p.clone())
+                p.add_(p.grad * (_RHO / (norm + 1e-12)))
+        optimizer.zero_grad()
+        setting.loss_fn(network, batch).backward()
+        with torch.no_grad():
+            for p, before in zip(parameters, old, strict=True):
+                p.copy_(before)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return optimizer, step
+
+
+def _pytorch_optimizer(network: StagedModel, setting: Setting, batch: Batch) -> tuple[torch.optim.Optimizer, Step]:
+    """The SAM of the package of that name, as its docstring shows."""
+    sam = importlib.import_module("pytorch_optimizer").SAM
+    optimizer = sam(network.parameters(), torch.optim.SGD, rho=_RHO, lr=_LR, momentum=_MOMENTUM)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = setting.loss_fn(network, batch)
+        loss.backward()
+        return loss
+
+    def step() -> None:
+        optimizer.zero_grad()
+        closure()
+        optimizer.step(closure)
+
+    return optimizer, step
+
+
+_THEIRS: dict[str, Callable[[StagedModel, Setting, Batch], tuple[torch.optim.Optimizer, Step]]] = {
+    "base": _base,
+    "textbook": _textbook,
+    "pytorch_optimizer": _pytorch_optimizer,
+}

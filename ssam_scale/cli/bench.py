@@ -1,0 +1,233 @@
+"""`ssam-scale bench`: the plain functions behind the commands."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ssam_scale.errors import UserError
+
+from .table import Columns, show
+
+if TYPE_CHECKING:
+    from ssam_scale.bench.networks import Setting
+    from ssam_scale.bench.scenarios import Way
+
+app = typer.Typer(help="Measure parts of the package on this machine.", no_args_is_help=True)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print rows as JSON.")]
+Models = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="timm models, of families that have stages; may be given several times. [resnet50 and vit_small]"
+    ),
+]
+Resolution = Annotated[int | None, typer.Option(help="Side of the images, pixels. [96; 224 on a GPU]")]
+Plans = Annotated[list[str] | None, typer.Option(help="Only these beside `base`; may be given several times. [all]")]
+BatchSize = Annotated[int | None, typer.Option(help="Images of a step. [8; 128 on a GPU]")]
+
+_BYTES_RESOLUTION, _BYTES_BATCH = 32, 2
+
+
+@app.callback()
+def _group() -> None:
+    """Measure parts of the package on this machine."""
+
+
+@app.command("masks")
+def masks_command(
+    scores: Annotated[int, typer.Option(help="Scores over all processes.")] = 86_000_000,
+    ranks: Annotated[list[int] | None, typer.Option(help="Processes; may be given several times. [1 and 2]")] = None,
+    repeats: Annotated[int, typer.Option(help="Repetitions, of which the median counts.")] = 5,
+    means: Annotated[bool, typer.Option("--means", help="Also the means over rows that row masks need.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Choose half of the scores: time and memory, and those of concatenating them and calling torch.topk."""
+    from ssam_scale.bench.mask_selection import bench_masks
+
+    sizes = ranks or [1, 2]
+    for option, value in (("scores", scores), ("repeats", repeats), *(("ranks", size) for size in sizes)):
+        if value < 1:
+            raise UserError(f"--{option} is {value}; at least 1 is needed")
+    rows = bench_masks(scores, sizes, repeats, means)
+    show(rows, _MASKS, f"{rows[0]['device']}; medians of {rows[0]['repeats']}", as_json)
+
+
+@app.command("storage")
+def storage_command(
+    weights: Annotated[int, typer.Option(help="Weights of the model.")] = 86_000_000,
+    as_json: AsJson = False,
+) -> None:
+    """Memory that masks of each pattern take, always and while their weights are perturbed."""
+    from ssam_scale.bench.mask_memory import bench_storage
+
+    if weights < 1000:
+        raise UserError(f"--weights is {weights}; at least 1000 are needed")
+    rows = bench_storage(weights)
+    show(rows, _STORAGE, rows[0]["device"], as_json)
+
+
+@app.command("steps")
+def steps_command(
+    models: Models = None,
+    plans: Plans = None,
+    repeats: Annotated[int, typer.Option(help="Rounds of every plan, of which the median counts.")] = 10,
+    resolution: Resolution = None,
+    batch_size: BatchSize = None,
+    as_json: AsJson = False,
+) -> None:
+    """Time of a step by plan over the base optimizer's, in turns, and what the cost model predicts."""
+    from ssam_scale.bench.step_time import bench_steps
+
+    _compare(bench_steps, _STEPS, models, plans, repeats, resolution, batch_size, as_json)
+
+
+@app.command("memory")
+def memory_command(
+    models: Models = None,
+    plans: Plans = None,
+    repeats: Annotated[int, typer.Option(help="Steps of every plan, of which the median counts.")] = 3,
+    resolution: Resolution = None,
+    batch_size: BatchSize = None,
+    as_json: AsJson = False,
+) -> None:
+    """Peak memory of a step by plan over the base optimizer's, each in a new process."""
+    from ssam_scale.bench.peak_memory import bench_peak
+
+    _compare(bench_peak, _PEAK, models, plans, repeats, resolution, batch_size, as_json)
+
+
+@app.command("bytes")
+def bytes_command(
+    models: Annotated[
+        list[str] | None,
+        typer.Option(help="timm models, of families that have stages; may be given several times. [vit_tiny]"),
+    ] = None,
+    plans: Annotated[
+        list[str] | None, typer.Option(help="Only these beside `base` and `sam`; may be given several times. [all]")
+    ] = None,
+    backends: Annotated[
+        list[str] | None,
+        typer.Option(help="ddp, fsdp2, hsdp (two copies), zero0 to zero3; may be given several times. [all]"),
+    ] = None,
+    ranks: Annotated[int, typer.Option(help="Processes that share or copy the weights; hsdp takes twice as many.")] = 2,
+    as_json: AsJson = False,
+) -> None:
+    """Bytes that a process sends in a step, by plan and backend, and those of the ascent over dense SAM's."""
+    from ssam_scale.bench.bytes_sent import bench_bytes, chosen_spreads
+    from ssam_scale.bench.networks import setting_of
+    from ssam_scale.bench.scenarios import chosen_ways, spread_ways
+
+    if ranks < 2:
+        raise UserError(f"--ranks is {ranks}; at least 2 are needed to send anything")
+    compared, spreads = chosen_ways(plans, spread_ways(), ("base", "sam")), chosen_spreads(backends)
+    # What is sent depends neither on the images nor on how many there are.
+    settings = [setting_of(model, _BYTES_RESOLUTION, _BYTES_BATCH) for model in models or ["vit_tiny"]]
+    for setting in settings:
+        setting.check()
+    rows = [row for setting in settings for row in bench_bytes(setting, ranks, spreads, compared)]
+    versions = rows[0]["versions"]
+    caption = f"bytes that one process sends; torch {versions['torch']}, timm {versions['timm']}"
+    show(rows, _BYTES, caption, as_json, "plan")
+
+
+def _compare(
+    bench: Callable[[Setting, int, Sequence[Way]], list[dict[str, Any]]],
+    columns: Columns,
+    models: list[str] | None,
+    plans: list[str] | None,
+    repeats: int,
+    resolution: int | None,
+    batch_size: int | None,
+    as_json: bool,
+) -> None:
+    """Measure each model under the plans on one process, and show it."""
+    from ssam_scale.bench.scenarios import chosen_ways, ways
+
+    compared = chosen_ways(plans, ways())
+    settings = _settings(models, repeats, resolution, batch_size)
+    rows = [row for setting in settings for row in bench(setting, repeats, compared)]
+    show(rows, columns, _caption(rows), as_json, "plan")
+
+
+def _settings(models: list[str] | None, repeats: int, resolution: int | None, batch_size: int | None) -> list[Setting]:
+    """One a model; all are looked at before the first is measured."""
+    from ssam_scale.bench.networks import DEFAULT_MODELS, setting_of
+
+    # Half of a batch is a plan of its own, and normalization over a batch needs two images.
+    for option, value, least in (("repeats", repeats, 1), ("resolution", resolution, 1), ("batch-size", batch_size, 4)):
+        if value is not None and value < least:
+            raise UserError(f"--{option} is {value}; at least {least} {'is' if least == 1 else 'are'} needed")
+    settings = [setting_of(model, resolution, batch_size) for model in models or DEFAULT_MODELS]
+    for setting in settings:
+        setting.check()
+    return settings
+
+
+def _caption(rows: list[dict[str, Any]]) -> str:
+    first = rows[0]
+    side, versions = first["resolution"], first["versions"]
+    caption = (
+        f"{first['hardware']}, {first['threads']} threads; batches of {first['batch_size']} images of {side} × {side}, "
+        f"{first['precision']}; medians of {first['repeats']}; torch {versions['torch']}, timm {versions['timm']}"
+    )
+    missing = importlib.util.find_spec("pytorch_optimizer") is None
+    return caption + ("; pytorch_optimizer is not installed and left out" if missing else "")
+
+
+_MASKS: Columns = {
+    "scores": ("scores", 1, ",d"),
+    "ranks": ("ranks", 1, "d"),
+    "exact": ("exact", 1, ""),
+    "ms": ("seconds", 1e3, ",.1f"),
+    "topk ms": ("topk_seconds", 1e3, ",.1f"),
+    "topk / ours": ("topk_time_over_ours", 1.0, ".1f"),
+    "unsorted topk / ours": ("unsorted_topk_time_over_ours", 1.0, ".1f"),
+    "extra bytes per weight": ("extra_bytes_per_weight", 1.0, ".3f"),
+    "of topk": ("topk_extra_bytes_per_weight", 1.0, ".1f"),
+    "bytes to collectives": ("collective_bytes", 1.0, ",.0f"),
+    "by topk": ("topk_collective_bytes", 1.0, ",.0f"),
+}
+_STORAGE: Columns = {
+    "weights": ("weights", 1, ",d"),
+    "density": ("density", 1, ".3f"),
+    "restored exactly": ("exact", 1, ""),
+    "persistent bytes per weight": ("persistent_bytes_per_weight", 1.0, ".4f"),
+    "transient bytes per weight": ("transient_bytes_per_weight", 1.0, ".3f"),
+    "transient / (density × weights)": ("transient_over_perturbed", 1.0, ".3f"),
+}
+_STEPS: Columns = {
+    "model": ("model", 1, ""),
+    "density": ("density", 1.0, ".3f"),
+    "t": ("suffix_share", 1.0, ".3f"),
+    "f": ("fraction", 1.0, ".2g"),
+    "ms": ("seconds", 1e3, ",.1f"),
+    "iqr": ("seconds_iqr", 1e3, ",.1f"),
+    "time / base": ("time_over_base", 1.0, ".3f"),
+    "iqr ": ("time_over_base_iqr", 1.0, ".3f"),
+    "predicted": ("predicted_over_base", 1.0, ".3f"),
+    "at most": ("target_over_base", 1.0, ".3f"),
+}
+_BYTES: Columns = {
+    "model": ("model", 1, ""),
+    "backend": ("backend", 1, ""),
+    "processes": ("ranks", 1, "d"),
+    "density": ("density", 1.0, ".3f"),
+    "step KiB": ("step_bytes", 2**-10, ",.1f"),
+    "ascent KiB": ("ascent_bytes", 2**-10, ",.1f"),
+    "collectives": ("ascent_calls", 1.0, ".4g"),
+    "step / base": ("step_bytes_over_base", 1.0, ".3f"),
+    "ascent / dense": ("ascent_bytes_over_dense", 1.0, ".3f"),
+    "at most": ("target_over_dense", 1.0, ".3f"),
+}
+_PEAK: Columns = {
+    "model": ("model", 1, ""),
+    "density": ("density", 1.0, ".3f"),
+    "kept MiB": ("persistent_bytes", 2**-20, ",.1f"),
+    "in the step MiB": ("step_bytes", 2**-20, ",.1f"),
+    "peak MiB": ("peak_bytes", 2**-20, ",.1f"),
+    "peak / base": ("peak_over_base", 1.0, ".3f"),
+}

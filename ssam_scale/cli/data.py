@@ -1,0 +1,94 @@
+"""`ssam-scale data`: write and check the files that training reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from ssam_scale.data.beton import inspect, verify
+from ssam_scale.data.fashion_mnist import FOLDER, prepare_fashion_mnist
+from ssam_scale.data.write import WriteReport, progress_of_bytes, write_beton
+
+app = typer.Typer(help="Write and check .beton files.", no_args_is_help=True)
+
+_LISTED = 20
+
+Workers = Annotated[int | None, typer.Option(min=1, help="Threads; by default the cores this process may use.")]
+
+
+@app.command("write")
+def write_command(
+    source: Annotated[Path, typer.Argument(help="Folder in ImageNet's layout: one folder of images per class.")],
+    out: Annotated[Path, typer.Argument(help="The .beton file to write.")],
+    max_resolution: Annotated[int | None, typer.Option(min=1, help="Shrink images whose longer side has more.")] = None,
+    quality: Annotated[int, typer.Option(min=1, max=100, help="JPEG quality of what has to be compressed.")] = 90,
+    jpeg_proportion: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Share kept as JPEG; raw pixels read faster and take more disk.")
+    ] = 0.5,
+    workers: Workers = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most this many images, from all classes.")] = None,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave damaged images out and list them.")] = False,
+    seed: Annotated[int, typer.Option(help="Decides which images are stored raw.")] = 0,
+) -> None:
+    """Write a folder of images as a .beton file."""
+    report = write_beton(
+        source,
+        out,
+        max_resolution=max_resolution,
+        quality=quality,
+        jpeg_proportion=jpeg_proportion,
+        workers=workers,
+        limit=limit,
+        skip_bad=skip_bad,
+        seed=seed,
+    )
+    _print_report(report)
+
+
+@app.command("fashion-mnist")
+def fashion_mnist_command(
+    out: Annotated[Path, typer.Argument(help="Folder for train.beton and val.beton.")],
+    size: Annotated[int, typer.Option(min=8, help="Side of the images in pixels; the originals have 28.")] = 28,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only this many training images.")] = None,
+    val_limit: Annotated[int | None, typer.Option(min=1, help="Only this many validation images.")] = None,
+    idx_folder: Annotated[Path, typer.Option(help="Folder of the four idx.gz files.")] = FOLDER,
+    workers: Workers = None,
+) -> None:
+    """Write Fashion-MNIST as two .beton files; does nothing where they are there already."""
+    prepared = prepare_fashion_mnist(
+        out, idx_folder=idx_folder, size=size, limit=limit, val_limit=val_limit, workers=workers
+    )
+    _print("Wrote" if prepared.written else "Up to date:", prepared.train, "and", prepared.val)
+
+
+@app.command("check")
+def check_command(file: Annotated[Path, typer.Argument(help="The .beton file to check.")]) -> None:
+    """Check a .beton file down to its last byte."""
+    with progress_of_bytes(f"Reading {file.name}", inspect(file).bytes) as advance:
+        beton = verify(file, advance)
+    if beton.sidecar is None:
+        classes = "classes unnamed"
+        verdict = "tables consistent; no .json beside it to compare the content with"
+    else:
+        classes = f"{len(beton.sidecar.classes):,} classes"
+        verdict = "whole: every byte as it was written"
+    stored = f"{beton.jpegs:,} as JPEG, {beton.images - beton.jpegs:,} raw"
+    _print(f"{file}: {beton.images:,} images ({stored}), {classes}, {beton.bytes / 1e6:,.1f} MB; {verdict}")
+
+
+def _print_report(report: WriteReport) -> None:
+    for skipped in report.skipped[:_LISTED]:
+        _print(f"skipped {skipped.path}: {skipped.reason}")
+    if len(report.skipped) > _LISTED:
+        _print(f"… and {len(report.skipped) - _LISTED:,} more")
+    left_out = f", {len(report.skipped):,} damaged images left out" if report.skipped else ""
+    size = f"{report.bytes / 1e6:,.1f} MB"
+    _print(f"Wrote {report.path}: {report.images:,} images, {len(report.classes):,} classes, {size}{left_out}")
+
+
+def _print(*words: object) -> None:
+    # No markup: a path may hold square brackets.
+    Console(soft_wrap=True).print(*words, markup=False, highlight=False)

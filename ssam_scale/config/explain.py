@@ -1,0 +1,245 @@
+"""Pydantic's errors in the user's words: which key, where it was given, what is expected, the nearest valid name."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import typing
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from ssam_scale.config.schema import Config
+from ssam_scale.config.yaml_lines import Path
+
+Sections = list[type[BaseModel]]
+
+
+def sections_in(annotation: Any) -> Sections:
+    """The sections that a field of this type may hold: none, one, or the alternatives of a union."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [section for argument in typing.get_args(annotation) for section in sections_in(argument)]
+
+
+def sections_at(sections: Sections, name: str | int) -> Sections:
+    """The sections that may stand under `name` in any of `sections`."""
+    fields = [section.model_fields[name] for section in sections if name in section.model_fields]
+    return [below for field in fields for below in sections_in(field.annotation)]
+
+
+def names(sections: Sections) -> list[str]:
+    """Every key that any of `sections` has."""
+    return list(dict.fromkeys(name for section in sections for name in section.model_fields))
+
+
+def dotted_names(sections: Sections = [Config], prefix: str = "") -> Iterator[str]:  # noqa: B006  (never changed)
+    """Every key below `sections`, dotted."""
+    for name in names(sections):
+        yield prefix + name
+        yield from dotted_names(sections_at(sections, name), f"{prefix}{name}.")
+
+
+def resolve(location: tuple[str | int, ...]) -> tuple[Path, Sections, Sections]:
+    """What pydantic calls a location, as the user's key: without the tags that stand for a union's alternatives.
+
+    Returns:
+        The key's path, the sections that may stand there, and the sections that may stand around it.
+    """
+    path: Path = ()
+    around: Sections = []
+    here: Sections = [Config]
+    tagged = False
+    for item in location:
+        if tagged:
+            here = [section for section in here if item in _tags(section)] or here
+            tagged = False
+            continue
+        path += (item,)
+        around, here = here, sections_at(here, item)
+        tagged = len(here) > 1
+    return path, here, around
+
+
+def _tags(section: type[BaseModel]) -> set[Any]:
+    literals = (field.annotation for field in section.model_fields.values())
+    return {section.__name__}.union(*(typing.get_args(x) for x in literals if typing.get_origin(x) is typing.Literal))
+
+
+def comments(section: BaseModel, path: Path = ()) -> dict[Path, str]:
+    """The meaning of every key below a section."""
+    result: dict[Path, str] = {}
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if isinstance(value, BaseModel):
+            meaning = (type(value).__doc__ or "").partition("\n")[0].rstrip(".")
+            result |= {(*path, name): meaning, **comments(value, (*path, name))}
+        elif field.description:
+            result[(*path, name)] = field.description
+    return result
+
+
+Origins = Mapping[Path, str]
+"""Where each key was given: `configs/a.yaml:3` or `override train.epochs=3`."""
+
+
+def describe(error: ValidationError, values: dict[str, Any], origins: Origins) -> list[str]:
+    """One line for each mistake.
+
+    Args:
+        error: what pydantic found
+        values: what was given
+        origins: where each key was given
+    """
+    lines: list[str] = []
+    meant: set[Path] = set()  # keys that are missing only because they are misspelt
+    details = error.errors(include_url=False)
+    for detail in sorted(details, key=lambda detail: detail["type"] == "missing"):
+        path, here, around = resolve(detail["loc"])
+        match detail["type"]:
+            case "extra_forbidden":
+                lines.append(_unknown(path, around, values, origins, meant))
+            case "union_tag_not_found":
+                lines += _untagged(path, here, detail, values, origins, meant)
+            case "missing" if path in meant:
+                pass
+            case "default_factory_not_called":  # only because of another mistake
+                pass
+            case "missing" if isinstance(path[-1], int):
+                lines.append(f"{_origin(path, origins)}: {_dotted(path[:-1])}: item number {path[-1] + 1} is missing")
+            case "missing":
+                lines.append(f"{_origin(path, origins)}: {_dotted(path)} is missing")
+            case "union_tag_invalid":
+                lines.append(_invalid_tag(path, detail, origins))
+            case _:
+                lines.append(_wrong(path, here, detail, origins))
+    return lines
+
+
+def nearest(name: str, valid: Iterable[str]) -> str | None:
+    """The valid name that `name` most likely was meant to be, if any comes near."""
+    # Half the letters is near enough: a short name such as lr loses half of itself with one wrong letter.
+    near = difflib.get_close_matches(name, list(valid), n=5, cutoff=0.5)
+    # difflib compares common runs of letters, by which "worder" is nearer to workers than to order.
+    return min(near, key=lambda known: _edits(name, known), default=None)
+
+
+def _edits(one: str, other: str) -> int:
+    """How many letters must be added, left out, changed or exchanged with the next to make one word the other."""
+    before, last = [0] * (len(other) + 1), list(range(len(other) + 1))
+    for i, letter in enumerate(one, 1):
+        row = [i]
+        for j, wanted in enumerate(other, 1):
+            steps = min(last[j] + 1, row[j - 1] + 1, last[j - 1] + (letter != wanted))
+            if i > 1 and j > 1 and letter == other[j - 2] and one[i - 2] == wanted:
+                steps = min(steps, before[j - 2] + 1)
+            row.append(steps)
+        before, last = last, row
+    return last[-1]
+
+
+def _unknown(path: Path, around: Sections, values: dict[str, Any], origins: Origins, meant: set[Path]) -> str:
+    name = str(path[-1])
+    line = f"{_origin(path, origins)}: {_dotted(path)}: unknown key"
+    taken = _at(values, path[:-1])
+    near = nearest(name, names(around))
+    if near:
+        meant.add((*path[:-1], near))
+        return f"{line}; did you mean {_dotted((*path[:-1], near))}?"
+    elsewhere = [key for key in dotted_names() if key.rpartition(".")[2] == name]
+    siblings = [key for key in elsewhere if key.rpartition(".")[0] == _dotted(path[:-1])]
+    if siblings and "pattern" in taken:
+        return f"{line} for pattern {_shown(taken['pattern'])}, which has {', '.join(names(around))}"
+    if elsewhere:
+        return f"{line}; did you mean {' or '.join(elsewhere)}?"
+    return f"{line}; {_dotted(path[:-1]) or 'the configuration'} has {', '.join(names(around))}"
+
+
+def _untagged(
+    path: Path, here: Sections, detail: ErrorDetails, values: dict[str, Any], origins: Origins, meant: set[Path]
+) -> list[str]:
+    """A union whose alternatives are told apart by a key that is not there: perhaps because it is misspelt."""
+    discriminator = str((detail.get("ctx") or {}).get("discriminator", "'pattern'")).strip("'")
+    strangers = [key for key in _at(values, path) if key not in names(here)]
+    lines = [_unknown((*path, key), here, values, origins, meant) for key in strangers]
+    if (*path, discriminator) not in meant:
+        literals = [section.model_fields[discriminator].annotation for section in here]
+        choices = [str(choice) for literal in literals for choice in getattr(literal, "__args__", ())]
+        key = _dotted((*path, discriminator))
+        lines.append(f"{_origin(path, origins)}: {key} is missing; it is {_alternatives(choices)}")
+    return lines
+
+
+def _invalid_tag(path: Path, detail: ErrorDetails, origins: Origins) -> str:
+    context = detail["ctx"]
+    path = (*path, str(context["discriminator"]).strip("'"))
+    choices = re.findall(r"'([^']*)'", context["expected_tags"])
+    return f"{_origin(path, origins)}: {_dotted(path)}: {_choice(context['tag'], choices)}"
+
+
+def _wrong(path: Path, here: Sections, detail: ErrorDetails, origins: Origins) -> str:
+    given = detail["input"]
+    match detail["type"]:
+        case "literal_error":
+            problem = _choice(given, re.findall(r"'([^']*)'", detail["ctx"]["expected"]))
+        case "value_error":
+            problem = str(detail["ctx"]["error"])
+            if here:  # a rule about several keys of a section
+                prefix = f"{_dotted(path)}: " if path else ""
+                return f"{_involved(path, problem, origins)}: {prefix}{problem}"
+            problem += f", given {_shown(given)}"
+        case "model_type" | "model_attributes_type" | "dict_type":
+            problem = f"must be a section with keys of its own, given {_shown(given)}"
+        case _:
+            problem = re.sub(r"^(Input|Tuple|List|String|Value) should", "must", detail["msg"])
+            problem = re.sub(r"\ba valid (integer|number|string|boolean|tuple|array)", _plain, problem)
+            problem = problem.replace(" after validation", "") + f", given {_shown(given)}"
+    return f"{_origin(path, origins)}: {_dotted(path)}: {problem}"
+
+
+def _plain(match: re.Match[str]) -> str:
+    words = {"integer": "a whole number", "number": "a number", "string": "text", "boolean": "true or false"}
+    return words.get(match[1], "a list")
+
+
+def _choice(given: Any, choices: list[str]) -> str:
+    near = nearest(given, choices) if isinstance(given, str) else None
+    hint = f"; did you mean {near}?" if near else ""
+    return f"must be {_alternatives(choices)}, given {_shown(given)}{hint}"
+
+
+def _alternatives(choices: list[str]) -> str:
+    return " or ".join(filter(None, [", ".join(choices[:-1]), choices[-1]]))
+
+
+def _involved(path: Path, problem: str, origins: Origins) -> str:
+    """Where the keys that a rule speaks of were given; the section if it names none."""
+    words = [tuple(word.split(".")) for word in re.findall(r"[a-z_]+(?:\.[a-z_]+)*", problem)]
+    keys = [(*path, *word) for word in words if (*path, *word) in origins]
+    # Keys with dots are certainly keys; one that is a plain word counts only where the sentence begins with it.
+    keys = [key for index, key in enumerate(keys) if len(key) > len(path) + 1 or index == 0]
+    return ", ".join(dict.fromkeys(_origin(key, origins) for key in keys)) or _origin(path, origins)
+
+
+def _origin(path: Path, origins: Origins) -> str:
+    while path not in origins:
+        path = path[:-1]
+    return origins[path]
+
+
+def _dotted(path: Path) -> str:
+    return ".".join(map(str, path))
+
+
+def _at(values: Any, path: Path) -> Any:
+    for item in path:
+        values = values[item]
+    return values
+
+
+def _shown(value: Any) -> str:
+    shown = json.dumps(value, ensure_ascii=False, default=str)
+    return shown if len(shown) <= 60 else f"{shown[:57]}..."

@@ -1,0 +1,93 @@
+"""From a YAML file and dotted overrides to a `Config`, and back to text."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from ssam_scale.config.explain import comments, describe
+from ssam_scale.config.schema import Config
+from ssam_scale.config.yaml_lines import Path as KeyPath
+from ssam_scale.config.yaml_lines import parse, write
+from ssam_scale.errors import UserError
+
+_KEY = re.compile(r"[^\s.=]+(\.[^\s.=]+)*")
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """The configuration in a file, changed by overrides such as `perturbation.rho=0.2` or `perturbation.mask=null`.
+
+    An override's value is read by the same rules as in the file. An override below a section that is null or absent
+    creates the section; later overrides win. Relative paths are left as they are: relative to the current folder.
+
+    Raises:
+        UserError: anything in the file or the overrides that cannot be; the message names key, line and what would work
+    """
+    values, lines = parse(_read(path), str(path))
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise UserError(f"{path}:1: a configuration is a section with keys, this is {json.dumps(values)[:60]}")
+    origins = {(): str(path)} | {key: f"{path}:{line}" for key, line in lines.items()}
+    for override in overrides:
+        _apply(override, values, origins)
+    try:
+        # As JSON because strictness is just right there: no "3" or true for 3, but lists for tuples and text for paths.
+        return Config.model_validate_json(json.dumps(values), strict=True)
+    except ValidationError as error:
+        mistakes = describe(error, values, origins)
+    if len(mistakes) == 1:
+        raise UserError(mistakes[0])
+    raise UserError("\n  ".join([f"{path}: {len(mistakes)} mistakes in the configuration", *mistakes]))
+
+
+def dump(config: Config) -> str:
+    """YAML that `load` turns into the same configuration, every key with its meaning as a comment."""
+    return write(config.model_dump(mode="json"), comments(config))
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        if not path.parent.is_dir():
+            raise UserError(f"{path}: no such file: there is no folder {path.parent}") from None
+        there = sorted(p.name for p in path.parent.iterdir() if p.suffix in (".yaml", ".yml"))
+        near = difflib.get_close_matches(path.name, there, n=3, cutoff=0.5) or there[:8]
+        hint = f"the nearest in {path.parent} are {', '.join(near)}" if near else f"no YAML files in {path.parent}"
+        raise UserError(f"{path}: no such file; {hint}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not a text file (byte {error.start} is not UTF-8)") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _apply(override: str, values: dict[str, Any], origins: dict[KeyPath, str]) -> None:
+    """Set one key of `values` in place."""
+    origin = f"override {override}"
+    key, equals, given = override.partition("=")
+    if not equals or not _KEY.fullmatch(key):
+        raise UserError(f"{origin}: an override is written key=value, for example train.epochs=3")
+    value, _ = parse(given, origin)
+    if isinstance(value, (dict, list)) and given.lstrip()[:1] not in ("{", "["):
+        raise UserError(f"{origin}: not one value; quote a text, or write a list [a, b] or a section {{key: value}}")
+    path: KeyPath = tuple(key.split("."))
+    section = values
+    for depth, name in enumerate(path[:-1], start=1):
+        if section.get(str(name)) is None:
+            section[str(name)] = {}
+            origins[path[:depth]] = origin
+        section = section[str(name)]
+        if not isinstance(section, dict):
+            parent = ".".join(map(str, path[:depth]))
+            raise UserError(f"{origin}: {parent} is a value ({json.dumps(section)}), not a section with keys")
+    section[str(path[-1])] = value
+    for known in [known for known in origins if known[: len(path)] == path]:
+        del origins[known]
+    origins[path] = origin

@@ -1,0 +1,108 @@
+"""The one interface between the cost model and the ways of spreading weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from ssam_scale.costs.cluster import Sent, Spreading
+from ssam_scale.costs.workload import FLOAT, Ascent, Weights
+
+Sends = tuple[Sent, ...]
+
+
+@dataclass(frozen=True)
+class InPass:
+    """What each process sends in one of the two passes of a step.
+
+    Attributes:
+        forward: during the forward.
+        backward: during the backward.
+        after: when nothing is computed meanwhile: reductions that wait for the end of the backward, weights that others
+            are told of.
+    """
+
+    forward: Sends = ()
+    backward: Sends = ()
+    after: Sends = ()
+
+
+@dataclass(frozen=True)
+class Holding:
+    """Bytes that one process holds for the step of a plan that takes most.
+
+    Attributes:
+        weights: of its part of the weights, and of a copy that the optimizer steps, where there is one.
+        gradients: of gradients, and of the buffers that they are reduced in.
+        stepped: of the weights that the optimizer keeps a state for on this process.
+        gathered: of weights that are whole for a while, and of the whole gradients that belong to them.
+        mask: of the mask's bits.
+        backup: of the perturbed weights as they were.
+        epsilon: of ε where it is not in the place of the gradient.
+        reuse: of what is kept for steps without an ascent, and of ε when that is renewed.
+    """
+
+    weights: float
+    gradients: float
+    stepped: float
+    gathered: float = 0.0
+    mask: float = 0.0
+    backup: float = 0.0
+    epsilon: float = 0.0
+    reuse: float = 0.0
+
+
+class BackendCosts(Protocol):
+    """What a backend makes of a plan."""
+
+    def ascent(self, ascent: Ascent) -> InPass:
+        """What the ascent pass sends, up to where every process has the perturbed weights."""
+
+    def descent(self, ascent: Ascent | None) -> InPass:
+        """What the descent pass and the optimizer's step send.
+
+        Args:
+            ascent: the one before it; None: the base optimizer's step.
+        """
+
+    def holds(self, ascents: Sequence[Ascent]) -> Holding:
+        """What is held for steps with these ascents; none: for the base optimizer's."""
+
+
+@dataclass(frozen=True)
+class Common:
+    """What backends are asked about.
+
+    Attributes:
+        weights: all of them.
+        spreading: over which processes.
+        accumulation: micro-batches of a step.
+    """
+
+    weights: Weights
+    spreading: Spreading
+    accumulation: int
+
+    @property
+    def numel(self) -> int:
+        """Elements of all weights."""
+        return sum(w.numel for w in self.weights.values())
+
+
+def perturbing(ascents: Sequence[Ascent], shards: int, known: float) -> dict[str, float]:
+    """What perturbing and putting back take, where each process perturbs and remembers its own part.
+
+    Args:
+        ascents: the kinds of steps of a plan.
+        shards: processes that one copy of the weights is spread over.
+        known: number of weights that this process knows the mask of.
+    """
+    perturbed = FLOAT * max((sum(a.perturbed.values()) for a in ascents), default=0) / shards
+    return {
+        "mask": known / 8 if any(a.singly for a in ascents) else 0.0,
+        "backup": perturbed,
+        "epsilon": perturbed if any(a.partly for a in ascents) else 0.0,
+        # The next ascent's ε is there beside what the last one left behind.
+        "reuse": 2 * perturbed if any(a.reuses for a in ascents) else 0.0,
+    }

@@ -1,0 +1,117 @@
+"""DeepSpeed's ZeRO, stage 3: every parameter is cut into equal runs of elements (DeepSpeed 0.19.8).
+
+Small parameters ("persistent", up to `ZeroSettings.persistent` elements) are gathered together when the optimizer has
+stepped, and stay. The others are gathered in a forward and stay until their backward, if fewer than
+`ZeroSettings.reuse` elements are used in between, in this way: those of all later stages twice; else they are gathered
+for the backward again. So small networks are gathered once a pass and the first stages of large ones twice. Gathers and
+reductions go on while the pass computes; gathering the persistent ones does not.
+
+The ascent gathers what it runs, and perturbing frees what was written to (all, where nothing is packed), the persistent
+ones too. A shared prefix stays gathered from its forward to its backward if any whole pass of the network would stay.
+Weights that nothing perturbs can stay from the ascent to the descent. Every gradient that there is is reduce-scattered
+in every micro-batch, in full.
+
+Taken for granted: the trace by which DeepSpeed knows what is used next is the right one for each kind of pass, which it
+is from the third pass of a kind on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from ssam_scale.costs.cluster import Sent
+from ssam_scale.costs.workload import FLOAT, Ascent
+
+from .interface import Common, Holding, InPass, Sends, perturbing
+
+
+@dataclass(frozen=True)
+class ZeRO3Costs(Common):
+    """What is gathered and scattered over all processes."""
+
+    def ascent(self, ascent: Ascent) -> InPass:
+        """Stages from the cut on, gathered; the gradients that there are, reduced; and small weights, gathered anew."""
+        shape = ascent.shape
+        again = (self._far & self._since(shape.first)) - self._staying(ascent)
+        some = ascent.levers.pack or ascent.levers.keep_gathered
+        freed = self._small & ascent.perturbed.keys() if some else self._small
+        return InPass(
+            self._gathers(self._large & self._since(shape.cut)),
+            self._gathers(again) + self._scatters(ascent.computed),
+            self._gathers(freed, times=1),
+        )
+
+    def descent(self, ascent: Ascent | None) -> InPass:
+        """All weights, gathered, but for those that have stayed; reduced gradients; small weights, gathered anew."""
+        there: frozenset[str] = frozenset()
+        again = self._far
+        if ascent is not None:
+            suffix = self._since(ascent.shape.cut)
+            there = self._staying(ascent) & suffix
+            if ascent.shares_prefix and not self._prefix_stays(ascent):
+                again = (self._far & suffix) | (self._large - suffix - self._staying(ascent))
+        return InPass(
+            self._gathers(self._large - there),
+            self._gathers(again) + self._scatters(self.weights),
+            self._gathers(self._small, times=1),
+        )
+
+    def holds(self, ascents: Sequence[Ascent]) -> Holding:
+        """Its runs, twice (the optimizer steps copies), and of gradients; a bucket; and all that stays gathered."""
+        shards, settings = self.spreading.shards, self.spreading.zero
+        part = FLOAT * self._padded(self.weights) / shards
+        whole = 0.0
+        if shards > 1:
+            far = [self.weights[name].numel for name in self._far]
+            at_work = min(sum(far), settings.prefetch + max(far, default=0))
+            staying = max((self._elements(self._far & self._staying(a)) for a in ascents), default=0)
+            whole = FLOAT * min(self.numel, self.numel - sum(far) + at_work + staying)
+        extra = perturbing(ascents, shards, self.numel / shards)
+        return Holding(2 * part, part + FLOAT * settings.reduce_bucket, part, whole, **extra)
+
+    @cached_property
+    def _small(self) -> frozenset[str]:
+        """What DeepSpeed keeps gathered between steps."""
+        return frozenset(name for name, w in self.weights.items() if w.numel <= self.spreading.zero.persistent)
+
+    @cached_property
+    def _large(self) -> frozenset[str]:
+        return frozenset(self.weights) - self._small
+
+    @cached_property
+    def _far(self) -> frozenset[str]:
+        """What is freed between its forward and its backward, because too much is used in between."""
+        after = dict.fromkeys(sorted({w.stage for w in self.weights.values()}, reverse=True), 0)
+        later = 0
+        for stage in after:
+            after[stage] = later
+            later += self._elements(n for n, w in self.weights.items() if w.stage == stage)
+        return frozenset(n for n in self._large if 2 * after[self.weights[n].stage] >= self.spreading.zero.reuse)
+
+    def _staying(self, ascent: Ascent) -> frozenset[str]:
+        """What is gathered once for the ascent and the descent's forward: what is not perturbed."""
+        return self._large - ascent.perturbed.keys() if ascent.levers.keep_gathered else frozenset()
+
+    def _prefix_stays(self, ascent: Ascent) -> bool:
+        return ascent.levers.pack and 2 * self.numel <= self.spreading.zero.reuse
+
+    def _since(self, stage: int) -> frozenset[str]:
+        return frozenset(name for name, w in self.weights.items() if w.stage >= stage)
+
+    def _elements(self, names: Iterable[str]) -> int:
+        return sum(self.weights[name].numel for name in names)
+
+    def _padded(self, names: Iterable[str]) -> int:
+        """Elements over all processes when each has as many."""
+        shards = self.spreading.shards
+        return sum(-(-self.weights[name].numel // shards) * shards for name in names)
+
+    def _gathers(self, names: Iterable[str], times: int | None = None) -> Sends:
+        times = self.accumulation if times is None else times
+        return (Sent("all_gather", float(FLOAT * times * self._padded(names)), self.spreading.everyone),)
+
+    def _scatters(self, names: Iterable[str]) -> Sends:
+        whole = float(FLOAT * self.accumulation * self._padded(names))
+        return (Sent("reduce_scatter", whole, self.spreading.everyone),)

@@ -1,0 +1,220 @@
+"""Batches of normalised images on the device, repeatable bit for bit and the same for any number of processes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ssam_scale.config.schema import Data
+from ssam_scale.data.beton import Beton, Sidecar, inspect
+from ssam_scale.data.write import usable_cores
+from ssam_scale.errors import UserError
+
+if TYPE_CHECKING:
+    from ssam_scale.data.ffcv_loader import Epoch, Reader
+
+
+class Batch(NamedTuple):
+    """Images and labels on the device; the tensors are the caller's to keep."""
+
+    images: torch.Tensor
+    """float32 [N, 3, H, W], normalised by mean and std; channels_last on CUDA."""
+    labels: torch.Tensor
+    """int64 [N]."""
+
+
+class ImageLoader:
+    """Iterates over the batches of one epoch of one process; made by `train_loader` and `eval_loader`.
+
+    Iterating again repeats the same epoch until `set_epoch` is called. Only one iteration runs at a time: starting a
+    new one ends the one before.
+    """
+
+    def __init__(
+        self,
+        reader: Reader,
+        *,
+        images: int,
+        batches_everywhere: int,
+        device: torch.device,
+        mean: tuple[float, float, float],
+        std: tuple[float, float, float],
+    ) -> None:
+        self.images = images
+        """How many images this process reads in one epoch."""
+        self.batches_everywhere = batches_everywhere
+        """The largest number of batches any process has: collective forwards have to be run that often."""
+        self._reader = reader
+        self._running: Epoch | None = None
+        self._epoch = 0
+        self._device = device
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._scale = (1.0 / (255.0 * torch.tensor(std))).view(1, 3, 1, 1).to(device)
+        self._shift = (-torch.tensor(mean) / torch.tensor(std)).view(1, 3, 1, 1).to(device)
+
+    def __len__(self) -> int:
+        """Batches of this process per epoch."""
+        return len(self._reader)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch to iterate over next; order, crops and flips are a function of it and the seed."""
+        self._epoch = epoch
+
+    def __iter__(self) -> Generator[Batch, None, None]:
+        """Yield the batches of the epoch.
+
+        Raises:
+            UserError: an image in the file is damaged.
+        """
+        self.close()
+        with torch.cuda.device(self._device) if self._copies is not None else nullcontext():
+            # FFCV pins its buffers and makes its streams for whichever device is the current one.
+            running = self._running = self._reader.start(self._epoch)
+        try:
+            while (item := running.next_batch()) is not None:
+                yield self._on_device(*item)
+        finally:
+            running.stop()
+            if self._running is running:
+                self._running = None
+
+    def close(self) -> None:
+        """End the iteration that is under way, if any."""
+        if self._running is not None:
+            self._running.stop()
+            self._running = None
+
+    def _on_device(self, pixels: torch.Tensor, labels: torch.Tensor) -> Batch:
+        """A batch of its own from FFCV's buffers: uint8 [N, H, W, 3] and int64 [N, 1]."""
+        pixels, labels = pixels.permute(0, 3, 1, 2), labels[:, 0]
+        if self._copies is None:
+            images = pixels.to(self._device, torch.float32, memory_format=torch.contiguous_format)
+            return Batch(images.mul_(self._scale).add_(self._shift), labels.to(self._device, copy=True))
+        # A stream of its own lets the copy run beside the training step before it. FFCV refills these buffers once
+        # further batches have been taken, so the copy has to be over by then: it is waited for here, and it is short.
+        current = torch.cuda.current_stream(self._device)
+        with torch.cuda.stream(self._copies):
+            pixels, labels = pixels.to(self._device, non_blocking=True), labels.to(self._device, non_blocking=True)
+        self._copies.synchronize()
+        for copied in (pixels, labels):
+            copied.record_stream(current)
+        images = pixels.to(torch.float32)  # keeps the memory format, which is channels_last
+        return Batch(images.mul_(self._scale).add_(self._shift), labels)
+
+
+def train_loader(
+    data: Data,
+    *,
+    rank: int,
+    world_size: int,
+    device: torch.device,
+    seed: int,
+    micro_batch: int,
+    num_classes: int,
+) -> ImageLoader:
+    """Training images: random crops and flips, `micro_batch` of them per process and batch, the remainder dropped.
+
+    No image is seen twice in an epoch. The k-th batches of all processes together hold the images, cropped and flipped
+    alike, that one process with `micro_batch * world_size` would see in its k-th batch (with `order: random`).
+
+    Raises:
+        UserError: the file is missing, damaged or no .beton; too few images; a label outside the model's classes;
+            `order: quasi_random` on several processes.
+    """
+    beton = _checked(data.train, data.val, num_classes, "data.train")
+    together = micro_batch * world_size
+    if data.subset is not None and data.subset > beton.images:
+        raise UserError(f"data.subset {data.subset:,}: {data.train} has {beton.images:,} images")
+    images = data.subset or beton.images
+    if images < max(data.batch_size, together):
+        raise UserError(
+            f"{data.train}: {images:,} images are fewer than one batch of {max(data.batch_size, together):,}; "
+            "lower data.batch_size or use more images"
+        )
+    if data.order == "quasi_random" and world_size > 1:
+        raise UserError(
+            f"data.order: quasi_random reads on one process only, and this run has {world_size}; use order: random"
+        )
+    from ssam_scale.data.ffcv_loader import PagedShuffle, Reader, SlicedShuffle, View
+
+    view = View(data.resolution, True, seed, (*data.crop_scale, *data.crop_ratio), data.flip)
+    quasi = data.order == "quasi_random"
+    pool = _pool(beton.images, images)
+    shuffle = PagedShuffle() if quasi else SlicedShuffle(pool, seed, rank, world_size, micro_batch)
+    reader = Reader(data.train, view, shuffle, micro_batch, _workers(data, world_size), seed)
+    return ImageLoader(
+        reader,
+        images=len(reader) * micro_batch,
+        batches_everywhere=len(reader),
+        device=device,
+        mean=data.mean,
+        std=data.std,
+    )
+
+
+def eval_loader(data: Data, *, rank: int, world_size: int, device: torch.device, num_classes: int) -> ImageLoader:
+    """Validation images: central crops, each image exactly once over all processes, nothing padded or dropped.
+
+    Raises:
+        UserError: the file is missing, damaged or no .beton; fewer images than processes; a label outside the model's
+            classes.
+    """
+    beton = _checked(data.val, data.train, num_classes, "data.val")
+    if beton.images == 0:
+        raise UserError(f"{data.val}: holds no images; write it with `ssam-scale data write FOLDER {data.val}`")
+    if beton.images < world_size:
+        raise UserError(f"{data.val}: {beton.images} images are fewer than one for each of {world_size} processes")
+    batch = max(1, (data.eval_batch_size or data.batch_size) // world_size)
+    mine = np.arange(beton.images * rank // world_size, beton.images * (rank + 1) // world_size)
+    most = -(-beton.images // world_size)
+    from ssam_scale.data.ffcv_loader import Reader, View
+
+    view = View(data.eval_resolution, False, share=data.eval_crop_ratio)
+    reader = Reader(data.val, view, mine, batch, _workers(data, world_size))
+    return ImageLoader(
+        reader,
+        images=len(mine),
+        batches_everywhere=-(-most // batch),
+        device=device,
+        mean=data.mean,
+        std=data.std,
+    )
+
+
+def _pool(images: int, wanted: int) -> NDArray[np.int64]:
+    """Which images to train on: all, or the same random choice in every run, since a file may be sorted by class."""
+    return np.arange(images) if wanted == images else np.sort(np.random.default_rng(0).permutation(images)[:wanted])
+
+
+def _checked(path: Path, other: Path, num_classes: int, key: str) -> Beton:
+    """The file's tables, once its labels are known to suit the model and the other file's classes."""
+    beton = inspect(path)
+    if beton.images and not 0 <= beton.labels.min() <= beton.labels.max() < num_classes:
+        outside = int(beton.labels[(beton.labels < 0) | (beton.labels >= num_classes)][0])
+        raise UserError(
+            f"{key} {path}: label {outside} is outside the model's {num_classes} classes; "
+            f"set model.num_classes to {max(int(beton.labels.max()) + 1, 2)} or more"
+        )
+    theirs = Sidecar.load(other)
+    if beton.sidecar is not None and theirs is not None and beton.sidecar.classes != theirs.classes:
+        # Labels number the class folders, so a folder that only one of the two has shifts all labels after it.
+        odd = sorted(set(beton.sidecar.classes) ^ set(theirs.classes))
+        raise UserError(
+            f"{path} and {other} have different classes (only one has {', '.join(odd[:3]) or 'their order'}), so their "
+            "labels mean different things; write both from folders with the same class folders"
+        )
+    return beton
+
+
+def _workers(data: Data, world_size: int) -> int:
+    if data.workers is not None:
+        return data.workers
+    local = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1"  # torchrun; deepspeed
+    return max(1, usable_cores() // min(max(1, int(local)), world_size))

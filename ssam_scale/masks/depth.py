@@ -1,0 +1,261 @@
+"""The suffix of the network from a cut on: at one depth, or drawn anew at each step, by one of three distributions."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from ssam_scale.anneal import along_half_cosine
+from ssam_scale.sharding import Sharding
+
+from .plan import Layout, Plan
+from .score_based import Refreshed, Score, Scores, check_finite
+from .selection import unit_means
+from .static import whole
+
+Range: TypeAlias = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class AnnealedCut:
+    """A range of cuts that moves along half a cosine from `first` to `last` over `steps` steps, and stays there.
+
+    Attributes:
+        first, last: lowest and highest depth, as shares of the number of blocks.
+        steps: how long it takes.
+
+    Raises:
+        ValueError: shares outside [0, 1] or in the wrong order, or `steps` is not positive.
+    """
+
+    first: Range
+    last: Range
+    steps: int
+
+    def __post_init__(self) -> None:
+        for each in (self.first, self.last):
+            _check_range(each)
+        if self.steps < 1:
+            raise ValueError(f"steps is {self.steps}; at least 1 is needed")
+
+    def __call__(self, step: int) -> Range:
+        """The range at `step`."""
+        done = step / self.steps
+        low, high = (along_half_cosine(a, b, done) for a, b in zip(self.first, self.last, strict=True))
+        return low, high
+
+
+class Depth:
+    """All weights from a cut on, drawn uniformly anew at each step (a moving cut) or fixed.
+
+    Args:
+        cut: lowest and highest depth of the cut as shares of the number of blocks, in [0, 1]; or a range that moves. A
+            share s stands for the block of index round(s · blocks), at most the last; equal shares fix the cut.
+        seed: of the draws. The draw is a function of seed and step alone, so every process makes the same one and a
+            resumed run continues the sequence.
+
+    Raises:
+        ValueError: shares outside [0, 1] or in the wrong order.
+    """
+
+    def __init__(self, cut: Range | AnnealedCut = (0.0, 1.0), seed: int = 0) -> None:
+        if not isinstance(cut, AnnealedCut):
+            _check_range(cut)
+        self.cut = cut
+        self.seed = seed
+
+    def check(self, layout: Layout) -> None:
+        """Anything will do."""
+
+    def cuts(self, depth: int, step: int) -> range:
+        """The cuts that step number `step` may draw, of a network of `depth` blocks."""
+        shares = self.cut(step) if isinstance(self.cut, AnnealedCut) else self.cut
+        low, high = (min(round(share * depth), depth - 1) for share in shares)
+        return range(low, high + 1)
+
+    def probabilities(self, depth: int, step: int) -> list[float]:
+        """Of the cut at each of `depth` blocks, in step number `step`; they add up to 1."""
+        cuts = self.cuts(depth, step)
+        return [1.0 / len(cuts) if cut in cuts else 0.0 for cut in range(depth)]
+
+    def plan(self, layout: Layout, step: int) -> Plan:
+        """The suffix of this step's cut."""
+        likely = {cut: p for cut, p in enumerate(self.probabilities(layout.depth, step)) if p > 0.0}
+        [cut] = random.Random(f"cut {self.seed} {step}").choices(list(likely), list(likely.values()))
+        plan = whole(layout, (name for name in layout.shapes if layout.stages[name] >= cut))
+        return replace(plan, cut=cut, may_cut=self._deepest(layout.depth) > 0)
+
+    def _deepest(self, depth: int) -> int:
+        """The highest cut that any step may draw."""
+        ends = (0, self.cut.steps) if isinstance(self.cut, AnnealedCut) else (0,)
+        return max(self.cuts(depth, step)[-1] for step in ends)
+
+
+class DepthByCost(Refreshed, Depth):
+    """All weights from a cut on, which is drawn anew at each step by what it is worth and what it costs.
+
+    The probability of cut c is proportional to F(c) / T(c) within the range: F(c) is the Fisher mass of the weights
+    from block c on (the sum over samples of squared per-sample gradients, added up over these weights), measured by
+    `SparseSAM.refresh`, and T(c) the time of an ascent with that cut. The expected mass over the expected time is then
+    never below that of uniform draws from the range (by Cauchy and Schwarz; equal only where F / T is the same
+    everywhere). It is not the highest there is: that of one fixed cut, or of none, may be higher, and perturbs less or
+    costs more.
+
+    Nothing corrects for the unequal probabilities. A weight in block b is perturbed in the share of the steps in which
+    the cut is not behind b, whatever the distribution; under this one that share is another than under uniform draws,
+    and it moves with the refreshes. A perturbation is not an estimate of the dense one whose mean must be right, and to
+    scale it by the inverse of a probability would change its radius; so the distribution is part of the method.
+
+    Both are known after `seconds` is set and the first refresh is made; until then there is no plan.
+
+    Args:
+        cut: as of `Depth`.
+        seconds: T(c) of the cut at each block, in any unit. From the times of blocks, these are the sums from each
+            block on (`from_blocks`); `ascent_seconds` measures whole ascents. None: set the attribute before the first
+            refresh.
+        every: steps between two refreshes; None: only the first one.
+        seed: of the draws.
+
+    Attributes:
+        masses: Fisher mass of each block by itself; None before the first refresh.
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
+
+    kept_as = "cuts"
+
+    def __init__(
+        self,
+        cut: Range | AnnealedCut = (0.0, 1.0),
+        *,
+        seconds: Sequence[float] | None = None,
+        every: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        Refreshed.__init__(self, ("fisher",), every, seed)
+        Depth.__init__(self, cut, seed)
+        self._depth: int | None = None  # not known before `check`
+        self._seconds: tuple[float, ...] | None = None
+        self.masses: tuple[float, ...] | None = None
+        if seconds is not None:
+            self.seconds = seconds
+
+    def __repr__(self) -> str:
+        return "a moving cut drawn by cost"
+
+    @property
+    def seconds(self) -> Sequence[float] | None:
+        """The time of an ascent with the cut at each block; None before it is set."""
+        return self._seconds
+
+    @seconds.setter
+    def seconds(self, seconds: Sequence[float]) -> None:
+        if bad := [t for t in seconds if not 0.0 < t < math.inf]:
+            raise ValueError(f"one of the seconds of an ascent is {bad[0]}; positive times are needed")
+        self._check_depth(seconds, self._depth)
+        self._seconds = tuple(float(t) for t in seconds)
+
+    def check(self, layout: Layout) -> None:
+        """There must be a time for each block.
+
+        Raises:
+            ValueError: there are others.
+        """
+        if self._seconds is not None:
+            self._check_depth(self._seconds, layout.depth)
+        self._depth = layout.depth
+
+    @staticmethod
+    def _check_depth(seconds: Sequence[float], depth: int | None) -> None:
+        if depth is not None and len(seconds) != depth:
+            raise ValueError(
+                f"there are {len(seconds)} times of an ascent, and the model has {depth} blocks; one for the cut at "
+                "each block is needed"
+            )
+
+    def probabilities(self, depth: int, step: int) -> list[float]:
+        """See `Depth`.
+
+        Raises:
+            RuntimeError: Fisher mass or times are not known yet.
+        """
+        if self._seconds is None:
+            raise RuntimeError("the mask has no times yet: set mask.seconds = ascent_seconds(opt, loss_fn, batch)")
+        if self.masses is None:
+            raise RuntimeError("the mask has no scores yet: call SparseSAM.refresh(loss_fn, batch) before a step")
+        worth = by_worth(from_blocks(self.masses), self._seconds, self.cuts(depth, step))
+        if worth is None:  # a range that moves to where nothing has any mass
+            return super().probabilities(depth, step)
+        return worth
+
+    def select(self, layout: Layout, scores: Mapping[Score, Scores], sharding: Sharding, step: int) -> None:
+        """See `Refreshed`."""
+        fisher = scores["fisher"]
+        check_finite("fisher", fisher, sharding)
+        numels = [layout.numels[name] for name in fisher]
+        starts = [layout.starts.get(name, 0) for name in fisher]
+        means = unit_means(list(fisher.values()), starts, numels, numels, sharding)
+        masses = [0.0] * layout.depth
+        for name, mean, numel in zip(fisher, means, numels, strict=True):
+            masses[layout.stages[name]] += float(mean.sum()) * numel
+        low, *_ = cuts = self.cuts(layout.depth, step)
+        if not any(masses[low:]):
+            raise ValueError(f"the Fisher mass of the weights from block {low} on is 0; cuts {cuts} are worth nothing")
+        self.masses = tuple(masses)
+        self.chosen_at = step
+
+    def state(self) -> dict[str, Tensor]:
+        """What cuts are drawn by, float64 of shape (blocks,); −1 for what is not known yet."""
+        unknown = [-1.0] * (self._depth or 1)
+        return {
+            "fisher_mass": torch.tensor(self.masses or unknown, dtype=torch.float64),
+            "ascent_seconds": torch.tensor(self._seconds or unknown, dtype=torch.float64),
+        }
+
+    def restore(self, state: Mapping[str, Tensor], chosen_at: int) -> None:
+        """Take back what `state` returned: the saved times, too, so that the same cuts are drawn as without a break.
+
+        Args:
+            state: what `state` returned.
+            chosen_at: as it was then.
+
+        Raises:
+            ValueError: it is of another mask or another network; nothing was taken then.
+        """
+        saved: dict[str, tuple[float, ...]] = {}
+        for name in self.state():
+            if name not in state:
+                raise ValueError(f"the saved state has no {name}, which {self} needs")
+            if len(state[name]) != self._depth:
+                raise ValueError(f"the saved {name} is of {len(state[name])} blocks, the model has {self._depth}")
+            saved[name] = tuple(state[name].tolist())
+        masses, seconds = saved["fisher_mass"], saved["ascent_seconds"]
+        self.masses = masses if min(masses) >= 0.0 else None
+        if min(seconds) > 0.0:
+            self._seconds = seconds
+        self.chosen_at = chosen_at
+
+
+def from_blocks(values: Sequence[float]) -> list[float]:
+    """Of each block, the sum of the values of it and of all blocks behind it."""
+    return list(accumulate(reversed(values)))[::-1]
+
+
+def by_worth(masses: Sequence[float], seconds: Sequence[float], cuts: range) -> list[float] | None:
+    """Probabilities proportional to masses[c] / seconds[c] within `cuts`, 0 elsewhere; None where there is no mass."""
+    worth = [m / t if cut in cuts else 0.0 for cut, (m, t) in enumerate(zip(masses, seconds, strict=True))]
+    total = math.fsum(worth)
+    return [w / total for w in worth] if total else None
+
+
+def _check_range(cut: Range) -> None:
+    if not 0.0 <= cut[0] <= cut[1] <= 1.0:
+        raise ValueError(f"cut is {cut}; two shares in [0, 1], the smaller first, are needed")

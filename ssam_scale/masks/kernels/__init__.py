@@ -1,0 +1,1 @@
+"""Loops over single weights, compiled by numba for the CPU."""

@@ -1,0 +1,188 @@
+"""Masks that keep what scores highest: single weights, rows, tensors or blocks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Literal, TypeAlias, get_args
+
+import torch
+from torch import Tensor
+
+from ssam_scale.sharding import Sharding
+
+from .plan import Layout
+from .score_based import Chosen, Score, Scores, Sparsity, check_one_of, check_sparsity, sparsity_at
+from .selection import greedy_units, top_k, unit_means
+from .subset import Bits, Part, Rows
+
+Allocation: TypeAlias = Literal["global", "uniform", "erk"]
+
+
+def uniform(numels: Sequence[int], budget: int) -> list[int]:
+    """The same density everywhere, to a weight: together exactly `budget`."""
+    return _whole_numbers([budget * n / sum(numels) for n in numels], numels, budget)
+
+
+def erk(shapes: Mapping[str, tuple[int, ...]], budget: int) -> list[int]:
+    """Densities in proportion to (sum of a layer's dimensions) / (their product), at most 1; together exactly `budget`.
+
+    Erdős–Rényi-Kernel (RigL, arXiv 1911.11134, section 3.1): small layers are kept denser. Where the rule asks for
+    more than a layer has, all of it is taken and the others share the rest.
+
+    Args:
+        shapes: of each parameter.
+        budget: weights over all layers, at most all of them.
+    """
+    numels = [math.prod(shape) for shape in shapes.values()]
+    raw = [sum(shape) / numel if shape else 1.0 for shape, numel in zip(shapes.values(), numels, strict=True)]
+    full: set[int] = set()
+    while True:
+        rest = [i for i in range(len(numels)) if i not in full]
+        mass = sum(raw[i] * numels[i] for i in rest)
+        left = budget - sum(numels[i] for i in full)
+        factor = left / mass if mass else 0.0
+        over = {i for i in rest if factor * raw[i] > 1.0}
+        if not over:
+            break
+        full |= over
+    return _whole_numbers([n if i in full else factor * raw[i] * n for i, n in enumerate(numels)], numels, budget)
+
+
+def _whole_numbers(shares: Sequence[float], numels: Sequence[int], budget: int) -> list[int]:
+    """`shares`, each rounded down or up so that they sum to `budget`: up where the most was cut off."""
+    counts = [min(math.floor(share), n) for share, n in zip(shares, numels, strict=True)]
+    missing = budget - sum(counts)
+    by_remainder = sorted(range(len(shares)), key=lambda i: counts[i] - shares[i])
+    for i in [i for i in by_remainder if counts[i] < numels[i]][:missing]:
+        counts[i] += 1
+    return counts
+
+
+Pattern: TypeAlias = Literal["element", "row", "tensor", "block"]
+
+
+class Scored(Chosen):
+    """The highest scores within a budget of int(N(1 − sparsity)) of N weights.
+
+    | pattern | perturbs | weights |
+    |---|---|---|
+    | `element` | single weights | exactly the budget |
+    | `row` | output channels: slices along the first dimension; of a vector, its elements | within the budget |
+    | `tensor` | whole parameters | within the budget |
+    | `block` | all parameters of a block (see `Layout.stages`) | within the budget |
+
+    Rows, tensors and blocks are taken in the order of their mean score, and one that does not fit into what is left of
+    the budget is passed over; so the density falls short by less than the smallest one left out. Equal scores go to
+    the earlier one.
+
+    Scores come from `SparseSAM.refresh`; before the first one there is no plan.
+
+    Args:
+        pattern: granularity.
+        sparsity: share of the weights that is not perturbed, in [0, 1), or one that changes over time.
+        score: what decides; see `SparseSAM.refresh`.
+        allocation: of the budget to parameters, for `element` and `row`: `global`, wherever the scores are highest;
+            `uniform`, in proportion to their size; `erk` (see `allocation.erk`).
+        every: steps between two choices; None: once.
+        seed: of random scores.
+
+    Raises:
+        ValueError: sparsity is outside [0, 1), or the pattern has no such allocation.
+    """
+
+    def __init__(
+        self,
+        pattern: Pattern = "element",
+        sparsity: Sparsity = 0.5,
+        *,
+        score: Score = "fisher",
+        allocation: Allocation = "global",
+        every: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__((score,), every, seed)
+        check_one_of("pattern", pattern, get_args(Pattern))
+        check_one_of("allocation", allocation, get_args(Allocation))
+        check_sparsity(sparsity)
+        if allocation != "global" and pattern in ("tensor", "block"):
+            raise ValueError(f"allocation {allocation!r} shares out single weights or rows; pattern is {pattern!r}")
+        self.pattern = pattern
+        self.sparsity = sparsity
+        self.allocation = allocation
+        self.kept_as = "bits" if pattern == "element" else "rows" if pattern == "row" else "whole"
+
+    def __repr__(self) -> str:
+        return f"a mask of pattern {self.pattern} and sparsity {self.sparsity}"
+
+    def check(self, layout: Layout) -> None:
+        """Blocks need a model in stages.
+
+        Raises:
+            ValueError: there is one block only.
+        """
+        if self.pattern == "block" and layout.depth == 1:
+            raise ValueError("pattern 'block' needs a model in stages: wrap it in StagedModel")
+
+    def choose(
+        self, layout: Layout, scores: Mapping[Score, Scores], sharding: Sharding, step: int
+    ) -> Mapping[str, Part | None]:
+        """See `Chosen`."""
+        budget = int(layout.total * (1.0 - sparsity_at(self.sparsity, step)))
+        [given] = scores.values()
+        if self.pattern == "element":
+            return _elements(layout, given, self._budgets(layout, budget), sharding)
+        sizes = {name: self._unit(layout, name) for name in given}
+        means = dict(zip(given, _means(layout, given, list(sizes.values()), sharding), strict=True))
+        if self.pattern == "row":
+            return self._rows(layout, given, means, sizes, budget)
+        if self.pattern == "tensor":
+            units = {name: [name] for name in given}
+        else:
+            units = {}
+            for name in given:
+                units.setdefault(str(layout.stages[name]), []).append(name)
+        numels = [sum(layout.numels[name] for name in names) for names in units.values()]
+        sums = [sum(float(means[name]) * layout.numels[name] for name in names) for names in units.values()]
+        order = torch.tensor([s / n for s, n in zip(sums, numels, strict=True)], dtype=torch.float64)
+        taken = greedy_units(order, torch.tensor(numels), budget)
+        names = {name for take, names in zip(taken.tolist(), units.values(), strict=True) if take for name in names}
+        return {name: None for name in given if name in names}
+
+    def _budgets(self, layout: Layout, budget: int) -> list[int]:
+        if self.allocation == "global":
+            return [budget]
+        if self.allocation == "uniform":
+            return uniform(list(layout.numels.values()), budget)
+        return erk(layout.shapes, budget)
+
+    def _unit(self, layout: Layout, name: str) -> int:
+        shape, numel = layout.shapes[name], layout.numels[name]
+        return numel // shape[0] if self.pattern == "row" and shape and numel else numel
+
+    def _rows(
+        self, layout: Layout, scores: Scores, means: Mapping[str, Tensor], sizes: Mapping[str, int], budget: int
+    ) -> Mapping[str, Part | None]:
+        budgets = self._budgets(layout, budget)
+        lengths = [len(m) for m in means.values()]
+        each = torch.cat([torch.full((len(m),), sizes[name]) for name, m in means.items()])
+        if len(budgets) == 1:
+            keep = greedy_units(torch.cat(list(means.values())), each, budget).split(lengths)
+        else:
+            triples = zip(means.values(), each.split(lengths), budgets, strict=True)
+            keep = tuple(greedy_units(m, size, k) for m, size, k in triples)
+        return {
+            name: Rows(kept, sizes[name], layout.starts.get(name, 0), s.numel(), s.device)
+            for (name, s), kept in zip(scores.items(), keep, strict=True)
+        }
+
+
+def _means(layout: Layout, scores: Scores, sizes: list[int], sharding: Sharding) -> list[Tensor]:
+    starts = [layout.starts.get(name, 0) for name in scores]
+    return unit_means(list(scores.values()), starts, [layout.numels[name] for name in scores], sizes, sharding)
+
+
+def _elements(layout: Layout, scores: Scores, budgets: list[int], sharding: Sharding) -> dict[str, Part | None]:
+    segments = None if len(budgets) == 1 else list(range(len(budgets)))
+    packed = top_k(list(scores.values()), budgets, sharding, segments=segments)
+    return {name: Bits(bits, s.numel()) for (name, s), bits in zip(scores.items(), packed, strict=True)}

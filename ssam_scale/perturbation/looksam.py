@@ -1,0 +1,107 @@
+"""LookSAM: what an ascent brought is used again in the steps between two ascents."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ssam_scale.masks import Bits, Part, Plan, add_, pack, put_, taken
+from ssam_scale.sharding import Sharding
+
+from .perturb import at_least_fp32, squares, zero_unless_
+
+
+class Reuse:
+    """The part of the gradient at w + ε that is across the gradient at w, added to plain gradients (arXiv 2203.02714).
+
+    A step with an ascent knows the direction of g, the gradient at w, and g_s, the one at w + ε, of the perturbed
+    weights. It leaves behind g_v = g_s − (⟨g_s, g⟩ / ‖g‖²) g, which changes slowly; a step between goes by
+    g + α (‖g‖ / ‖g_v‖) g_v (the paper's Algorithm 1). With a mask all of this is about the perturbed weights alone:
+    the others keep their plain gradient.
+
+    Between steps it holds g_v in float32, of the perturbed weights of this process's shards; during a step with an
+    ascent, ε instead.
+
+    Args:
+        sharding: where the weights live.
+        parameters: all that are trained, by name.
+    """
+
+    def __init__(self, sharding: Sharding, parameters: Mapping[str, nn.Parameter]) -> None:
+        self._sharding, self._parameters = sharding, parameters
+        self._parts: dict[str, Part | None] = {}
+        self._across: list[Tensor] = []  # parallel to them
+
+    @torch.no_grad()
+    def note(self, plan: Plan, epsilon: list[Tensor]) -> None:
+        """After the descent pass of a step with an ascent. Collective.
+
+        Args:
+            plan: what was perturbed.
+            epsilon: by what, as `Ascent.perturbation` returned it; overwritten.
+
+        Raises:
+            ValueError: the backend shows copies of its gradients, to which nothing can be added.
+        """
+        self._parts = dict(plan.weights)
+        gradients, device = self._gradients(), epsilon[0].device
+        if any(a.data_ptr() != b.data_ptr() for a, b in zip(gradients, self._gradients(), strict=True) if a.numel()):
+            raise ValueError("reuse between ascents needs float32 gradients with ZeRO stage 3, which copies others")
+        sharp = at_least_fp32(taken(gradients, list(self._parts.values())))
+        along = torch.stack([product.sum() for product in torch._foreach_mul(sharp, epsilon)])
+        sums = torch.stack([along.sum(), squares(epsilon, device).sum(), squares(sharp, device).sum()])
+        sums = self._sharding.sum_over_shards(sums)
+        torch._foreach_mul_(epsilon, sums[0] / sums[1])
+        torch._foreach_sub_(sharp, epsilon)
+        # Where there was no perturbation, or the gradient overflowed, there is nothing to learn.
+        zero_unless_(sharp, (sums[1] > 0.0) & sums.isfinite().all())
+        self._across = sharp
+
+    @torch.no_grad()
+    def add(self, alpha: float) -> None:
+        """To the gradients of a step between two ascents. Collective. Does nothing before the first ascent.
+
+        Args:
+            alpha: α, how much of it relative to the gradient.
+        """
+        if not self._parts:
+            return
+        gradients, parts, device = self._gradients(), list(self._parts.values()), self._across[0].device
+        plain = squares(taken(gradients, parts), device).sum()
+        sums = self._sharding.sum_over_shards(torch.stack([plain, squares(self._across, device).sum()]))
+        ratio = alpha * (sums[0] / sums[1]).sqrt()
+        scale = torch.where(ratio.isfinite(), ratio, torch.zeros_like(ratio))
+        add_(gradients, parts, torch._foreach_mul(self._across, scale))
+
+    @torch.no_grad()
+    def state(self) -> dict[str, Tensor]:
+        """g_v, whole, by parameter; not a number where the last ascent perturbed nothing. Collective."""
+        across = dict(zip(self._parts, self._across, strict=True))
+        result = {}
+        for name, p in self._parameters.items():
+            [shard] = self._sharding.shards([p])
+            local = torch.full_like(shard.weight, math.nan, dtype=torch.float32)
+            if name in across:
+                put_([local], [self._parts[name]], [across[name]])
+            result[name] = self._sharding.gather(p, local)
+        return result
+
+    @torch.no_grad()
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take back what `state` returned, on any number of processes."""
+        self._parts, self._across = {}, []
+        for name, whole in state.items():
+            p = self._parameters[name]
+            known = ~whole.to(p.device).isnan()
+            if known.any():
+                local = self._sharding.scatter(p, whole.to(p.device))
+                kept = self._sharding.scatter(p, known)
+                part = None if known.all() else Bits(pack(kept), kept.numel())
+                self._parts[name] = part
+                self._across += taken([local], [part])
+
+    def _gradients(self) -> list[Tensor]:
+        return self._sharding.gradients([self._parameters[name] for name in self._parts])

@@ -1,0 +1,290 @@
+"""A mask at work where the weights live: scoring them, where its choice shows, saving it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ssam_scale.masks import (
+    Bits,
+    Chosen,
+    DepthByCost,
+    Layout,
+    Mask,
+    Part,
+    Plan,
+    Refreshed,
+    Rows,
+    Score,
+    Scores,
+    pack,
+    popcount,
+    unpack,
+)
+from ssam_scale.sharding import Sharding
+
+from .passes import LossFn
+from .scores import AccumulatedFisher, per_sample_scores, random_scores, weight_scores
+
+
+class Choice:
+    """A mask at work on the weights of a model.
+
+    Args:
+        sharding: where the weights live.
+        parameters: all that are trained, by name.
+        mask: any; one that is not chosen by scores has nothing to refresh and nothing to remember.
+        before: what was at work on fewer of these parameters, and has accumulated scores of them.
+        pack: whether other processes are sent no more than what is perturbed.
+    """
+
+    def __init__(
+        self,
+        sharding: Sharding,
+        parameters: Mapping[str, nn.Parameter],
+        mask: Mask,
+        before: Choice | None = None,
+        pack: bool = True,
+    ) -> None:
+        self._sharding = sharding
+        self._parameters = parameters
+        self._mask = mask
+        # Where a process knows more than its shard of a mask: each costs it a bit for every weight of the model.
+        self._wants_whole = sharding.shards_each > 1 and (sharding.exposes_whole or (sharding.packs and pack))
+        self._wholes: Mapping[str, Part | None] | None = None
+        self.accumulated = None
+        if isinstance(mask, Chosen) and "accumulated" in mask.kinds:
+            self.accumulated = AccumulatedFisher(sharding, list(parameters.values()))
+            if before is not None and before.accumulated is not None:
+                known = dict(zip(before._parameters, before.accumulated.scores, strict=True))
+                for name, score in zip(parameters, self.accumulated.scores, strict=True):
+                    if name in known:
+                        score.copy_(known[name])
+        if isinstance(mask, Chosen):
+            self._expose(mask)
+
+    def accumulate(self, scaler: torch.amp.GradScaler | None) -> None:
+        """Note the descent gradients, if the mask wants them.
+
+        Args:
+            scaler: what they are still scaled by.
+        """
+        if self.accumulated is not None:
+            scale = self._sharding.loss_scale() if scaler is None else scaler.get_scale()
+            self.accumulated.update(self._sharding.gradients(list(self._parameters.values())), 1.0 / scale)
+
+    def exposed(self, plan: Plan) -> list[Part | None]:
+        """What changes, when a plan's weights are perturbed, of what the backend exposes on this process."""
+        return self.whole(plan) if self._sharding.exposes_whole else list(plan.weights.values())
+
+    def whole(self, plan: Plan) -> list[Part | None]:
+        """The plan's parts of whole parameters; where this process knows those of its shards only, None for each."""
+        if self._wholes is None and self._sharding.shards_each > 1:
+            return [None] * len(plan.weights)
+        parts = plan.weights if self._wholes is None else self._wholes
+        return [parts[name] for name in plan.weights]
+
+    def refresh(
+        self,
+        layout: Layout,
+        optimizer: torch.optim.Optimizer,
+        loss_fn: LossFn | None,
+        batches: Iterable[Any],
+        samples: int | None,
+        step: int,
+        scale: float,
+    ) -> None:
+        """Choose anew; see `SparseSAM.refresh`."""
+        mask = self._mask
+        if not isinstance(mask, Refreshed):
+            raise TypeError(f"a {type(mask).__name__} mask is not chosen by scores: there is nothing to refresh")
+        names = list(layout.shapes)
+        parameters = [self._parameters[name] for name in names]
+        seed = mask.seed * 2**32 + step
+        wanted = mask.wanted()
+        scores: dict[Score, list[Tensor]] = {}
+        by_sample: list[Literal["fisher", "gradient"]] = [k for k in wanted if k == "fisher" or k == "gradient"]
+        if by_sample:
+            if loss_fn is None:
+                raise ValueError(f"{by_sample[0]} scores need a loss function and batches of samples")
+            of_samples = per_sample_scores(
+                self._sharding,
+                optimizer,
+                parameters,
+                loss_fn,
+                batches,
+                kinds=by_sample,
+                samples=samples,
+                scale=scale,
+                seed=seed,
+            )
+            scores.update(of_samples.items())
+        if "weight" in wanted:
+            scores["weight"] = weight_scores(self._sharding, parameters)
+        if "random" in wanted:
+            scores["random"] = random_scores(self._sharding, parameters, seed)
+        if "accumulated" in wanted:
+            assert self.accumulated is not None
+            everything = dict(zip(self._parameters, self.accumulated.scores, strict=True))
+            scores["accumulated"] = [everything[name] for name in names]
+        by_name: dict[Score, Scores] = {k: dict(zip(names, s, strict=True)) for k, s in scores.items()}
+        mask.select(layout, by_name, self._sharding, step)
+        self._expose(mask)
+
+    def _expose(self, mask: Refreshed) -> None:
+        """Where more than the shard changes on this process, or is sent, learn which weights those are. Collective."""
+        self._wholes = None
+        if isinstance(mask, Chosen) and mask.selected is not None and self._wants_whole:
+            self._wholes = {name: self._whole(name, part) for name, part in mask.selected.weights.items()}
+
+    def _whole(self, name: str, part: Part | None) -> Part | None:
+        """The part of the whole parameter, of which every process has one of its shard. Collective."""
+        p = self._parameters[name]
+        numel = self._sharding.whole_shape(p).numel()
+        if isinstance(part, Rows):
+            return Rows(part.keep, part.size, 0, numel, part.device)
+        if isinstance(part, Bits):
+            [shard] = self._sharding.shards([p])
+            return Bits(pack(self._sharding.gather(p, part.booleans().view(shard.weight.shape))), numel)
+        return part
+
+    def state(self) -> dict[str, Any]:
+        """Tensors that mean the same under every sharding, under the same names at any time. Collective.
+
+        `chosen_at`; `mask`, by parameter: `Bits.packed` of the whole parameter, or a flag for each row, or one; and
+        `accumulated`, by parameter: float32, whole; both empty where the mask has none. And of a mask drawn by cost
+        alone, `DepthByCost.state`.
+        """
+        mask = self._mask
+        chosen_at = mask.chosen_at if isinstance(mask, Refreshed) else -1
+        result: dict[str, Any] = {"chosen_at": torch.tensor(chosen_at), "mask": {}, "accumulated": {}}
+        if isinstance(mask, DepthByCost):
+            result |= mask.state()
+        if isinstance(mask, Chosen):
+            weights = mask.selected.weights if mask.selected is not None else {}
+            for name, p in self._parameters.items():
+                # Before the first choice everything is False, so that there is a tensor to load into from the start.
+                device = p.device if mask.kept_as == "bits" else None
+                plain = torch.full(self._flags(name), name in weights, device=device)
+                part = self._whole(name, weights.get(name))
+                if mask.kept_as == "bits":
+                    result["mask"][name] = part.packed if isinstance(part, Bits) else pack(plain)
+                else:
+                    result["mask"][name] = part.keep.clone() if isinstance(part, Rows) else plain
+        if self.accumulated is not None:
+            whole = self.accumulated.whole()
+            result["accumulated"] = dict(zip(self._parameters, whole, strict=True))
+        return result
+
+    def _flags(self, name: str) -> tuple[int, ...]:
+        """How many flags a choice has for a parameter."""
+        shape = self._sharding.whole_shape(self._parameters[name])
+        assert isinstance(self._mask, Chosen)
+        if self._mask.kept_as == "bits":
+            return (shape.numel(),)
+        return (shape[0] if shape else 1,) if self._mask.kept_as == "rows" else ()
+
+    def load_state(self, state: Mapping[str, Any], layout: Layout) -> None:
+        """Take back what `state` returned, on any number of processes. Collective.
+
+        Args:
+            state: what `state` returned.
+            layout: of all parameters.
+
+        Raises:
+            ValueError: the state is of another mask or of other parameters; nothing was loaded then.
+        """
+        mask, saved = self._mask, state["mask"]
+        if saved and not isinstance(mask, Chosen):
+            raise ValueError(f"the saved state has a mask chosen by scores, this optimizer a {type(mask).__name__}")
+        if isinstance(mask, DepthByCost):
+            mask.restore(state, int(state["chosen_at"]))
+            return
+        if "fisher_mass" in state:
+            raise ValueError(f"the saved state has a moving cut drawn by cost, this optimizer a {type(mask).__name__}")
+        if not isinstance(mask, Chosen):
+            return
+        if saved.keys() != self._parameters.keys():
+            odd = sorted(saved.keys() ^ self._parameters.keys())
+            what = "has no mask" if not saved else f"has masks of other parameters: {odd[0]}"
+            raise ValueError(f"the saved state {what}, this optimizer has {mask}")
+        for name, flags in saved.items():
+            needed = self._flags(name)
+            if mask.kept_as == "bits":
+                needed = (-(-needed[0] // 8),)
+            if tuple(flags.shape) != needed or (flags.dtype == torch.uint8) != (mask.kept_as == "bits"):
+                raise ValueError(f"the saved mask of {name} has shape {tuple(flags.shape)}, {mask} needs {needed}")
+        if (self.accumulated is not None) != bool(state["accumulated"]):
+            has, mine = ("has", "none") if state["accumulated"] else ("has no", "some")
+            raise ValueError(f"the saved state {has} accumulated scores, {mask} needs {mine}")
+        parts: dict[str, Part | None] = {}
+        counts: list[int] = []
+        for name in self._parameters:  # in the order of a choice, in which norms are summed up
+            if count := self._count(name, saved[name]):
+                parts[name] = self._local(name, saved[name])
+                counts.append(count)
+        mask.restore(layout, parts, counts, int(state["chosen_at"]))
+        self._expose(mask)
+        if self.accumulated is not None:
+            self.accumulated.load([state["accumulated"][name] for name in self._parameters])
+
+    def _count(self, name: str, flags: Tensor) -> int:
+        """Perturbed weights of a parameter by its saved flags."""
+        if flags.dtype == torch.uint8:
+            return popcount(flags)
+        kept: int = int(flags.sum())
+        return kept * (self._sharding.whole_shape(self._parameters[name]).numel() // max(flags.numel(), 1))
+
+    def _local(self, name: str, flags: Tensor) -> Part | None:
+        """The part of this process's shard."""
+        p = self._parameters[name]
+        shape = self._sharding.whole_shape(p)
+        [shard] = self._sharding.shards([p])
+        if not flags.ndim:
+            return None
+        if flags.dtype == torch.bool:
+            size = shape.numel() // flags.numel()
+            return Rows(flags.cpu(), size, shard.start, shard.weight.numel(), p.device)
+        whole = unpack(flags.to(p.device))[: shape.numel()].view(shape)
+        return Bits(pack(self._sharding.scatter(p, whole)), shard.weight.numel())
+
+
+# Numbered in what is saved: new ones go to the end.
+_KEPT = {
+    None: "not chosen by scores",
+    "bits": "of single weights",
+    "rows": "of rows",
+    "whole": "of whole tensors",
+    "cuts": "drawn by cost",
+}
+
+
+class SparseState:
+    """`SparseSAM.sparse_state` as what `torch.distributed.checkpoint` calls a Stateful."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self._optimizer = optimizer
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors only, under the same keys at any time."""
+        return {**self._optimizer.sparse_state(), "kept_as": torch.tensor(self._kept_as())}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take back what `state_dict` returned.
+
+        Raises:
+            ValueError: the state is of another mask or of other parameters.
+        """
+        state = dict(state_dict)
+        # What is loaded is what this optimizer has keys for: masks that it has none for would be dropped in silence.
+        if (saved := int(state.pop("kept_as"))) != self._kept_as():
+            theirs, mine = (list(_KEPT.values())[kind] for kind in (saved, self._kept_as()))
+            raise ValueError(f"the saved state has a mask {theirs}, this optimizer one {mine}")
+        self._optimizer.load_sparse_state(state)
+
+    def _kept_as(self) -> int:
+        mask = self._optimizer.mask
+        return list(_KEPT).index(mask.kept_as if isinstance(mask, Refreshed) else None)

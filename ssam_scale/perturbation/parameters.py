@@ -1,0 +1,98 @@
+"""The weights that can be perturbed: what they are called, where the network uses them, whose group they are in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ssam_scale.masks import Layout
+from ssam_scale.sharding import Sharding
+
+from .skip_gradients import row_layers
+from .staged_model import StagedModel
+
+
+@dataclass(frozen=True)
+class WeightPool:
+    """All weights that an optimizer trains.
+
+    Attributes:
+        parameters: by their name in the network, in the network's order.
+        layout: their sizes and stages.
+        group_of: index of the parameter group of each, by name.
+        layers: those that can compute the gradient of some rows of their weight, by its name.
+    """
+
+    parameters: dict[str, nn.Parameter]
+    layout: Layout
+    group_of: dict[str, int]
+    layers: dict[str, nn.Module]
+    _eligible: dict[tuple[bool, ...], Layout] = field(default_factory=dict, repr=False)  # asked for in every step
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights live."""
+        return next((p.device for p in self.parameters.values()), torch.device("cpu"))
+
+    def eligible(self, groups: Sequence[Mapping[str, Any]]) -> Layout:
+        """The weights that a mask may choose from: those of the groups that are not left alone."""
+        allowed = tuple(group["rho"] > 0.0 for group in groups)
+        if allowed not in self._eligible:
+            names = {name for name, index in self.group_of.items() if allowed[index]}
+            self._eligible[allowed] = self.layout.only(names)
+        return self._eligible[allowed]
+
+
+def weight_pool(sharding: Sharding, groups: Sequence[Sequence[nn.Parameter]]) -> WeightPool:
+    """The pool of the parameters in `groups`, as `Sharding.trained` returned them.
+
+    Raises:
+        ValueError: a parameter is not the model's.
+    """
+    module = sharding.network
+    network = module.model if isinstance(module, StagedModel) else module
+    group_of = {id(p): index for index, group in enumerate(groups) for p in group}
+    parameters = {name: p for name, p in network.named_parameters() if id(p) in group_of}
+    if len(parameters) < len(group_of):
+        raise ValueError(f"{len(group_of) - len(parameters)} of the optimizer's parameters are not the model's")
+    if isinstance(module, StagedModel):
+        first_use, depth = module.stage_of_parameters(), len(module.stages)
+    else:
+        first_use, depth = dict.fromkeys(parameters, 0), 1
+    shards = sharding.shards(list(parameters.values()))
+    contracted, norms = _roles(network)
+    layout = Layout(
+        {name: tuple(sharding.whole_shape(p)) for name, p in parameters.items()},
+        {name: first_use[name] for name in parameters},
+        depth,
+        {name: shard.start for name, shard in zip(parameters, shards, strict=True)},
+        frozenset(name for name, p in parameters.items() if id(p) in contracted),
+        frozenset(name for name, p in parameters.items() if id(p) in norms),
+    )
+    layers = row_layers(network)
+    return WeightPool(
+        parameters,
+        layout,
+        {name: group_of[id(p)] for name, p in parameters.items()},
+        {name: layers[id(p)] for name, p in parameters.items() if id(p) in layers},
+    )
+
+
+def _roles(network: nn.Module) -> tuple[set[int], set[int]]:
+    """The weights of linear layers and convolutions, and the parameters of normalization layers, by identity."""
+    contracted: set[int] = set()
+    norms: set[int] = set()
+    for module in network.modules():
+        own = dict(module.named_parameters(recurse=False))
+        if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            contracted.add(id(own.get("weight")))
+        elif isinstance(module, nn.MultiheadAttention):
+            contracted.add(id(own.get("in_proj_weight")))
+        # Many models bring normalization layers of their own, which have nothing in common but the name.
+        elif "norm" in type(module).__name__.lower():
+            norms |= {id(p) for p in own.values()}
+    return contracted, norms

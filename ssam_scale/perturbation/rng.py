@@ -1,0 +1,74 @@
+"""Random numbers that are functions of what they are for, by SplitMix64 (doi 10.1145/2660193.2660195)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, arange, int64
+
+
+@dataclass(frozen=True)
+class RandomState:
+    """Where torch's generators of the CPU and of one other device stand."""
+
+    device: torch.device
+    cpu: Tensor
+    own: Tensor | None
+
+    @staticmethod
+    def now(device: torch.device) -> RandomState:
+        """Of the CPU and of `device`. Does not wait for it: its generator's state is kept on the host."""
+        own = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
+        return RandomState(device, torch.get_rng_state(), own)
+
+    def restore(self) -> None:
+        """Draw from here on what was drawn from there on."""
+        torch.set_rng_state(self.cpu)
+        if self.own is not None:
+            torch.get_device_module(self.device).set_rng_state(self.own, self.device)
+
+
+_TOGETHER = 2**20  # numbers whose int64 state is in memory at once: 8 MiB
+
+# The step of the counter, and the shifts and factors of the finaliser, which has no last factor.
+_STEP = 0x9E3779B97F4A7C15
+_MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1))
+
+
+def hashed(seed: int, index: int) -> int:
+    """64 bits for each pair of a seed and an index."""
+    bits = seed
+    for word in (0, index):
+        bits = (bits + (word + 1) * _STEP) % 2**64
+        for shift, factor in _MIX:
+            bits = ((bits ^ (bits >> shift)) * factor) % 2**64
+    return bits
+
+
+def uniform_(out: Tensor, start: int, state: int) -> None:
+    """Overwrite `out` with uniform numbers in [0, 1): the 24 highest bits of outputs of SplitMix64.
+
+    Args:
+        out: contiguous float32 of shape (n,), on any device.
+        start: number of the first output, from 0; the others follow.
+        state: 64 bits that the generator starts from.
+    """
+    for begin in range(0, len(out), _TOGETHER):
+        part = out[begin : begin + _TOGETHER]
+        first = start + begin + 1
+        # int64 stands for unsigned integers: sums and products wrap in the same way.
+        bits = arange(first, first + len(part), dtype=int64, device=out.device)
+        bits.mul_(_signed(_STEP)).add_(_signed(state))
+        for shift, factor in _MIX:
+            bits.bitwise_xor_(_shifted(bits, shift)).mul_(_signed(factor))
+        part.copy_(_shifted(bits, 40)).mul_(2.0**-24)
+
+
+def _shifted(bits: Tensor, by: int) -> Tensor:
+    """Shifted to the right as unsigned integers are: zeros come in."""
+    return (bits >> by) & (2 ** (64 - by) - 1)
+
+
+def _signed(bits: int) -> int:
+    return bits - 2**64 if bits >= 2**63 else bits

@@ -1,0 +1,350 @@
+"""From a configuration to the objects that a training loop needs."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from traceback import walk_tb
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ssam_scale.config.mask_sections import (
+    DepthMask,
+    ElementMask,
+    NamedMask,
+    NMMask,
+    NormMask,
+    RefreshedMask,
+    RowMask,
+    UnitMask,
+)
+from ssam_scale.config.schema import Config, Perturbation
+from ssam_scale.data import ImageLoader, eval_loader, train_loader
+from ssam_scale.errors import UserError
+from ssam_scale.masks import (
+    NM,
+    Annealed,
+    AnnealedCut,
+    Depth,
+    DepthByCost,
+    Dynamic,
+    Mask,
+    Named,
+    Norms,
+    Scored,
+)
+from ssam_scale.models import build_model, stages_of
+from ssam_scale.models.ema import AveragedWeights
+from ssam_scale.perturbation import (
+    ConstantRadius,
+    CosineRadius,
+    Interval,
+    Levers,
+    Phases,
+    RadiusSchedule,
+    SparseSAM,
+    TiedRadius,
+    Window,
+)
+from ssam_scale.sharding import World
+from ssam_scale.sharding.place import place
+
+
+def build_mask(config: Config, steps_per_epoch: int) -> Mask | None:
+    """The mask that the configuration describes; None: all weights.
+
+    Args:
+        config: of the run.
+        steps_per_epoch: optimizer steps in one epoch.
+    """
+    section = config.perturbation.mask if config.perturbation is not None else None
+    seed, steps = config.train.seed, config.train.epochs * steps_per_epoch
+    if section is None:
+        return None
+    if isinstance(section, NormMask):
+        return Norms()
+    if isinstance(section, NamedMask):
+        return Named(*section.parameters)
+    every = section.refresh_steps
+    if section.refresh_epochs is not None:
+        every = section.refresh_epochs * steps_per_epoch
+    if isinstance(section, DepthMask):
+        if section.draw == "cost":
+            return DepthByCost(section.cut, every=every, seed=seed)
+        if section.cut_final is not None:
+            return Depth(AnnealedCut(section.cut, section.cut_final, steps), seed=seed)
+        return Depth(section.cut, seed=seed)
+    if isinstance(section, NMMask):
+        return NM(
+            section.n,
+            section.m,
+            score=section.score,
+            others=section.others,
+            indivisible=section.indivisible,
+            every=every,
+            seed=seed,
+        )
+    sparsity: float | Annealed = section.sparsity
+    if section.sparsity_final is not None:
+        sparsity = Annealed(section.sparsity, section.sparsity_final, steps)
+    if isinstance(section, ElementMask) and section.dynamic is not None:
+        how = section.dynamic
+        return Dynamic(
+            sparsity, steps=steps, drop_rate=how.drop_rate, drop=how.drop, grow=how.grow, every=every, seed=seed
+        )
+    allocation = section.allocation if isinstance(section, (ElementMask, RowMask)) else "global"
+    assert section.score is not None  # only `dynamic` has none
+    return Scored(section.pattern, sparsity, score=section.score, allocation=allocation, every=every, seed=seed)
+
+
+def chosen_section(config: Config) -> RefreshedMask | None:
+    """The mask's section, if scores decide about it."""
+    section = config.perturbation.mask if config.perturbation is not None else None
+    return section if isinstance(section, RefreshedMask) and section.scores else None
+
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+Transform = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Everything of one run on this process.
+
+    Attributes:
+        module: the distributed model, what evaluation calls.
+        network: the timm model inside, what names parameters and is saved.
+        opt: the optimizer.
+        scheduler: timm's, updated before every step.
+        average: averaged weights, if wanted.
+        train, val: the loaders.
+        mix: mixup and CutMix on a batch.
+        precision: dtype of forward passes.
+        steps_per_epoch: optimizer steps in one epoch.
+    """
+
+    module: nn.Module
+    network: nn.Module
+    opt: SparseSAM
+    scheduler: Any
+    average: AveragedWeights | None
+    train: ImageLoader
+    val: ImageLoader
+    mix: Transform
+    precision: torch.dtype
+    steps_per_epoch: int
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """The network computes with the averaged weights inside, where there are any."""
+        return self.average.swapped_in() if self.average is not None else nullcontext()
+
+
+def build(config: Config, world: World, phases: Phases) -> Parts:
+    """Build a run; the same weights on every process.
+
+    Raises:
+        UserError: what the configuration asks for cannot be had.
+    """
+    if config.train.precision == "bf16" and world.device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise UserError(f"train.precision: {torch.cuda.get_device_name()} has no bf16; use fp32")
+    per_step = world.size * config.train.accumulation
+    if config.data.batch_size % per_step:
+        raise UserError(
+            f"data.batch_size {config.data.batch_size} does not divide over {world.size} processes with "
+            f"{config.train.accumulation} micro-batches each; use a multiple of {per_step}"
+        )
+    torch.manual_seed(config.train.seed)
+    staged_model = build_model(config)
+    mask = config.perturbation.mask if config.perturbation is not None else None
+    if isinstance(mask, DepthMask) or (isinstance(mask, UnitMask) and mask.pattern == "block"):
+        stages_of(staged_model.model)  # says which families can be cut
+    if world.device.type == "cuda":
+        staged_model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    _try_forward(config, staged_model)
+
+    train = train_loader(
+        config.data,
+        rank=world.rank,
+        world_size=world.size,
+        device=world.device,
+        seed=config.train.seed,
+        micro_batch=config.data.batch_size // per_step,
+        num_classes=config.model.num_classes,
+    )
+    val = eval_loader(
+        config.data,
+        rank=world.rank,
+        world_size=world.size,
+        device=world.device,
+        num_classes=config.model.num_classes,
+    )
+    chosen, images = chosen_section(config), train.images * world.size
+    if chosen is not None and chosen.by_samples and chosen.samples > images:
+        raise UserError(f"perturbation.mask.samples {chosen.samples}: an epoch has only {images} images")
+    backend = config.sharding.backend
+    if backend == "auto":
+        backend = "ddp" if world.size > 1 else "single"
+    network = staged_model.model
+    clip = config.optimizer.clip_grad_norm
+    try:
+        module, base = place(
+            staged_model,
+            [s.block for s in staged_model.stages],
+            backend,
+            world,
+            lambda: base_optimizer(config, network),
+            replicas=config.sharding.replicas,
+            batch_size=config.data.batch_size // per_step,
+            accumulation=config.train.accumulation,
+            max_grad_norm=clip,
+            deepspeed=config.sharding.deepspeed,
+        )
+    except ValueError as error:
+        raise UserError(f"sharding: {error}") from error
+    scaler = torch.amp.GradScaler(world.device.type) if config.train.precision == "fp16" else None
+    steps = len(train) // config.train.accumulation
+    how = perturbation_options(config, steps)
+    built = how["mask"]
+    try:
+        opt = SparseSAM(module, base, **how, max_grad_norm=clip, scaler=scaler, phases=phases)
+    except ValueError as error:
+        # The mask looks at the weights in the constructor; all else that can be wrong there is with the backend.
+        by_mask = built is not None and any(
+            frame.f_locals.get("self") is built for frame, _ in walk_tb(error.__traceback__)
+        )
+        raise UserError(f"{'perturbation.mask' if by_mask else 'sharding'}: {error}") from error
+    average = None
+    if config.train.ema_decay is not None:
+        average = AveragedWeights(network, config.train.ema_decay, opt.sharding)
+    precision = PRECISIONS[config.train.precision]
+    scheduler = _scheduler(config, base, steps)
+    return Parts(module, network, opt, scheduler, average, train, val, _mix(config), precision, steps)
+
+
+def soft_loss(config: Config, precision: torch.dtype) -> Callable[[Any, tuple[Tensor, Tensor]], Tensor]:
+    """Mean cross-entropy with label smoothing of labels or, once mixed, label distributions."""
+
+    def loss_fn(forward: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+        images, targets = batch
+        with torch.autocast(images.device.type, precision, enabled=precision != torch.float32):
+            logits = forward(images)
+        return F.cross_entropy(logits.float(), targets, label_smoothing=config.loss.label_smoothing)
+
+    return loss_fn
+
+
+def perturbation_options(config: Config, steps_per_epoch: int) -> dict[str, Any]:
+    """The arguments of `SparseSAM` that the configuration's section on the perturbation says.
+
+    Raises:
+        UserError: its window holds no step.
+    """
+    section: Perturbation | None = config.perturbation
+    if section is None:
+        return {"rho": 0.0, "mask": None}
+    schedule: RadiusSchedule = ConstantRadius()
+    steps = config.train.epochs * steps_per_epoch
+    if section.rho_schedule == "cosine":
+        schedule = CosineRadius(steps, section.rho_final)
+    elif section.rho_schedule == "lr":
+        schedule = TiedRadius(section.rho_final)
+    first, last = (round(share * steps) for share in section.window)
+    if first == last:
+        raise UserError(f"perturbation.window {list(section.window)} holds none of the run's {steps} steps")
+    if section.interval > 1:
+        schedule = Interval(section.interval, schedule, section.reuse)
+    if (first, last) != (0, steps):
+        schedule = Window(first, last, schedule)
+    return {
+        "rho": section.rho,
+        "norm": section.norm,
+        "mask": build_mask(config, steps_per_epoch),
+        "adaptive": section.adaptive,
+        "calibrate_every": section.calibrate_every,
+        "fraction": section.fraction,
+        "levers": Levers(**section.levers.model_dump()),
+        "schedule": schedule,
+    }
+
+
+def base_optimizer(config: Config, network: nn.Module) -> torch.optim.Optimizer:
+    """The configured base optimizer over a network's parameters.
+
+    Raises:
+        UserError: timm has no such optimizer, or does not take these arguments.
+    """
+    from timm.optim import create_optimizer_v2, list_optimizers
+
+    section = config.optimizer
+    if section.name.lower() not in list_optimizers():
+        near = difflib.get_close_matches(section.name.lower(), list_optimizers(), n=3, cutoff=0.4)
+        hint = f"; nearest: {', '.join(near)}" if near else ""
+        raise UserError(f"optimizer.name: timm knows no optimizer {section.name!r}{hint}")
+    try:
+        return create_optimizer_v2(
+            network,
+            opt=section.name,
+            lr=section.lr,
+            weight_decay=section.weight_decay,
+            momentum=section.momentum,
+            filter_bias_and_bn=not section.decay_norm_and_bias,
+            **section.kwargs,
+        )
+    except (TypeError, ValueError) as error:
+        raise UserError(f"optimizer: timm could not build {section.name} with {section.kwargs}: {error}") from error
+
+
+def _scheduler(config: Config, base: torch.optim.Optimizer, steps_per_epoch: int) -> Any:
+    from timm.scheduler import create_scheduler_v2
+
+    section = config.schedule
+    try:
+        scheduler, _ = create_scheduler_v2(
+            base,
+            sched=section.name,
+            # With the prefix the decay begins where the warm-up ends, instead of jumping to where it would be by then.
+            num_epochs=config.train.epochs - section.warmup_epochs,
+            warmup_prefix=True,
+            warmup_epochs=section.warmup_epochs,
+            warmup_lr=section.warmup_lr,
+            min_lr=section.min_lr,
+            step_on_epochs=False,
+            updates_per_epoch=steps_per_epoch,
+            **section.kwargs,
+        )
+    except TypeError as error:
+        raise UserError(f"schedule: timm could not build {section.name} with {section.kwargs}: {error}") from error
+    return scheduler
+
+
+def _mix(config: Config) -> Transform:
+    from torchvision.transforms import v2
+
+    classes = config.model.num_classes
+    choices = []
+    if config.loss.mixup:
+        choices.append(v2.MixUp(alpha=config.loss.mixup, num_classes=classes))
+    if config.loss.cutmix:
+        choices.append(v2.CutMix(alpha=config.loss.cutmix, num_classes=classes))
+    if not choices:
+        return lambda images, labels: (images, labels)
+    return v2.RandomChoice(choices)
+
+
+@torch.no_grad()
+def _try_forward(config: Config, model: nn.Module) -> None:
+    """A resolution the model cannot take is found out here, in one line, and not by a process in the first step."""
+    for key in ("resolution", "eval_resolution"):
+        side = getattr(config.data, key)
+        try:
+            with torch.random.fork_rng(devices=[]):
+                model.eval()(torch.zeros(1, 3, side, side))
+        except (AssertionError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"data.{key}: {config.model.name} cannot take images of {side} px: {reason}") from error
+    model.train()
