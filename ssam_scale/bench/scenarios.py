@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from ssam_scale.costs.compute import StepShape
 from ssam_scale.costs.profile import Batch
-from ssam_scale.costs.workload import ascent_of, weights_of
+from ssam_scale.costs.workload import shape_of, weights_of
 from ssam_scale.errors import UserError
 from ssam_scale.masks import Chosen, Dense, Depth, Mask, Norms, Scored
 from ssam_scale.masks.top_scores import Pattern
-from ssam_scale.perturbation import Interval, Levers, SparseSAM, StagedModel
+from ssam_scale.perturbation import Interval, Savings, SparseSAM, StagedModel
 
 from .networks import Setting
 
@@ -27,7 +27,7 @@ _RHO, _LR, _MOMENTUM = 0.05, 1e-3, 0.9
 # Draws of the moving cut in one round of all plans.
 _DRAWS = 4
 
-# Masks of which a plan without one lever is measured, too.
+# Masks of which a plan without one saving is measured, too.
 _ELIDED: tuple[Pattern, ...] = ("tensor", "block", "row")
 _PACKED: tuple[Pattern, ...] = ("element", "row")
 _KEPT: tuple[Pattern, ...] = ("tensor", "block")
@@ -46,7 +46,7 @@ class Way:
         interval: steps from one ascent to the next.
         steps: how many are taken in turn before the next way's: a whole period, or several draws.
         has_cut: whether the blocks before a cut are left alone, for which there is a bound on the time.
-        levers: which savings are made; None: those that cost nothing.
+        savings: which savings are made; None: those that cost nothing.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Way:
     interval: int = 1
     steps: int = 1
     has_cut: bool = False
-    levers: Levers | None = None
+    savings: Savings | None = None
 
     def target(self, suffix_share: float) -> float | None:
         """The highest time over the base step's that we want, where we want one."""
@@ -82,10 +82,10 @@ def _ours() -> list[Way]:
         Way("norm", Norms),
         Way("element 50%", _random("element")),
     ]
-    # What one lever contributes is what its plan costs without it.
+    # What one saving contributes is what its plan costs without it.
     singly = [
-        Way("cut 0.5, no shared prefix", partial(Depth, (0.5, 0.5)), levers=Levers(share_prefix=False)),
-        *(Way(f"{p} 50%, not elided", _random(p), levers=Levers(elide=False)) for p in _ELIDED),
+        Way("cut 0.5, no shared prefix", partial(Depth, (0.5, 0.5)), savings=Savings(share_prefix=False)),
+        *(Way(f"{p} 50%, not elided", _random(p), savings=Savings(elide=False)) for p in _ELIDED),
     ]
     intervals = [Way(f"interval {k}", Dense, interval=k, steps=k) for k in (2, 5)]
     return [Way("sam", Dense), *cuts, *masks, *singly, *intervals]
@@ -101,11 +101,11 @@ def ways() -> list[Way]:
 
 
 def spread_ways() -> list[Way]:
-    """Those of several processes: where bytes depend on it, and with the levers that show there alone."""
+    """Those of several processes: where bytes depend on it, and with the savings that show there alone."""
     singly = [
-        *(Way(f"{p} 50%, unpacked", _random(p), levers=Levers(pack=False)) for p in _PACKED),
-        *(Way(f"{p} 50%, kept gathered", _random(p), levers=Levers(keep_gathered=True)) for p in _KEPT),
-        Way("sam, within the shard group", Dense, levers=Levers(within_shard_group=True)),
+        *(Way(f"{p} 50%, unpacked", _random(p), savings=Savings(pack=False)) for p in _PACKED),
+        *(Way(f"{p} 50%, kept gathered", _random(p), savings=Savings(keep_gathered=True)) for p in _KEPT),
+        Way("sam, within the shard group", Dense, savings=Savings(within_shard_group=True)),
     ]
     return [Way("base", None), *(way for way in _ours() if way.fraction == 1.0), *singly]
 
@@ -157,8 +157,7 @@ class Running:
         if self.opt is None:
             perturbs = self.way.name != "base"
             return StepShape(0, (float(perturbs),) * depth, self.weights if perturbs else 0)
-        levers = self.opt.levers
-        return ascent_of(self.opt, self._weights, dense=False, shares_prefix=levers.share_prefix).shape
+        return shape_of(self.opt.resolve(), self._weights, depth)
 
     @property
     def weights(self) -> int:
@@ -182,7 +181,7 @@ def sparse_sam(model: nn.Module, base: torch.optim.Optimizer, way: Way) -> Spars
     mask = way.mask() if way.mask is not None else None
     rho = _RHO if mask is not None else 0.0
     schedule = Interval(way.interval) if way.interval > 1 else None
-    opt = SparseSAM(model, base, rho=rho, mask=mask, fraction=way.fraction, schedule=schedule, levers=way.levers)
+    opt = SparseSAM(model, base, rho=rho, mask=mask, fraction=way.fraction, schedule=schedule, savings=way.savings)
     if isinstance(mask, Chosen):
         opt.refresh()  # at random, which needs no samples
     return opt

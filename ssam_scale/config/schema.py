@@ -92,7 +92,7 @@ class Schedule(Section):
     kwargs: dict[str, Any] = Field(default_factory=dict, description="further arguments of the scheduler")
 
 
-class Levers(Section):
+class Savings(Section):
     """Savings for what a mask leaves alone, each by itself."""
 
     elide: bool = Field(True, description="no ascent gradient of what is not perturbed is computed")
@@ -135,7 +135,7 @@ class Perturbation(Section):
         description="with an interval above 1: how much of what the last ascent brought is added to the gradients "
         "between, relative to them (alpha of LookSAM)",
     )
-    levers: Levers = Levers.model_validate({})
+    savings: Savings = Savings.model_validate({})
     window: tuple[Share, Share] = Field(
         (0.0, 1.0), description="part of the run that has ascents: shares of its steps, [first, last]"
     )
@@ -285,18 +285,18 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _levers_of_fsdp(self) -> Config:
+    def _savings_of_fsdp(self) -> Config:
         if self.perturbation is None:
             return self
-        levers, sharding = self.perturbation.levers, self.sharding
-        if levers.keep_gathered and sharding.backend not in ("fsdp2", "zero3"):
+        savings, sharding = self.perturbation.savings, self.sharding
+        if savings.keep_gathered and sharding.backend not in ("fsdp2", "zero3"):
             raise ValueError(
-                "perturbation.levers.keep_gathered is for sharding.backend fsdp2 or zero3, and it is "
+                "perturbation.savings.keep_gathered is for sharding.backend fsdp2 or zero3, and it is "
                 f"{sharding.backend}"
             )
-        if levers.within_shard_group and sharding.replicas == 1:
+        if savings.within_shard_group and sharding.replicas == 1:
             raise ValueError(
-                "perturbation.levers.within_shard_group needs sharding.replicas above 1 (and the backend fsdp2): there "
+                "perturbation.savings.within_shard_group needs sharding.replicas above 1 (and backend fsdp2): there "
                 "is one shard group only"
             )
         return self

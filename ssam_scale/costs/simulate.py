@@ -143,10 +143,12 @@ def rehearse(opt: SparseSAM, loss_fn: Callable[..., Tensor], *batches: tuple[Ten
         loss_fn: as `SparseSAM.step` takes it.
         batches: this process's micro-batches.
     """
-    parameters = list(opt.pool.parameters.values())
+    parameters = list(opt.parameters.by_name.values())
     shards = opt.sharding.shards(parameters)
     if isinstance(opt.mask, Presumed):
-        opt.mask.lengths.update((name, s.weight.numel()) for name, s in zip(opt.pool.parameters, shards, strict=True))
+        opt.mask.lengths.update(
+            (name, s.weight.numel()) for name, s in zip(opt.parameters.by_name, shards, strict=True)
+        )
     module = opt.sharding.descent_module
     if isinstance(module, DistributedDataParallel):
         module.register_comm_hook(None, lambda state, bucket: _all_reduce(bucket))  # refuses postponed annotations

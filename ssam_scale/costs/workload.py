@@ -1,4 +1,4 @@
-"""What the cost model needs to know of a network and of the next step of a SparseSAM."""
+"""What of a network and of a resolved step the cost model counts."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
 from ssam_scale.masks import Bits, Plan, Rows, unpack
-from ssam_scale.perturbation import Levers, SparseSAM, StagedModel
+from ssam_scale.perturbation import ResolvedStep, StagedModel
 
 from .compute import StepShape
 
@@ -24,13 +24,13 @@ class Weight:
 
     Attributes:
         shape: over all processes.
-        stage: the first stage that uses it.
+        stages: that use it, rising; several for a tied weight.
         unit: the block that FSDP2 gathers it with; None: the root's own.
         group: index of its parameter group in the base optimizer.
     """
 
     shape: tuple[int, ...]
-    stage: int
+    stages: tuple[int, ...]
     unit: int | None
     group: int = 0
 
@@ -54,36 +54,37 @@ Between = Callable[[str, tuple[int, ...]], Sequence[int]]
 
 @dataclass(frozen=True)
 class Ascent:
-    """What one kind of step does beyond the base optimizer's.
+    """One kind of the steps of a run that have an ascent.
 
     Attributes:
         share: of the run's steps that are of this kind.
-        shape: which stages run again and for which gradients; without an ascent, see `StepShape.ascends`.
-        needed: names of the parameters whose gradients the ascent needs.
-        computed: names of those that its backward computes a gradient of, or of some of whose rows.
-        perturbed: perturbed elements by parameter.
-        partly: whether single elements or rows of parameters are perturbed, whose ε is a copy.
-        singly: whether single elements are, which takes a bit for each.
-        between: where backends can send the perturbed elements of a parameter only: of a parameter of which some are,
-            how many lie between each two neighbours of increasing positions. None: they send the whole.
-        dense: whether the gradient of every weight is needed.
-        shares_prefix: whether the stages before the cut run once for both passes.
-        levers: which savings are made.
+        resolved: what such a step does.
+        shape: what of it takes time: `shape_of`.
+        between: of a parameter that is perturbed, how many perturbed elements lie between each two neighbours of
+            increasing positions; None: whole parameters are perturbed, or sent though less is.
         reuses: steps after this one that go by what it brought (LookSAM).
     """
 
     share: float
+    resolved: ResolvedStep
     shape: StepShape
-    needed: frozenset[str]
-    computed: frozenset[str]
-    perturbed: Mapping[str, int]
-    partly: bool = False
-    singly: bool = False
     between: Between | None = None
-    dense: bool = False
-    shares_prefix: bool = False
-    levers: Levers = field(default_factory=Levers)
     reuses: int = 0
+
+    @property
+    def perturbed(self) -> Mapping[str, int]:
+        """Perturbed elements by parameter."""
+        return self.resolved.plan.counts
+
+    @property
+    def partly(self) -> bool:
+        """Whether single elements or rows of parameters are perturbed, whose ε is a copy."""
+        return self.resolved.plan.takes_parts
+
+    @property
+    def singly(self) -> bool:
+        """Whether single elements are, which takes a bit for each."""
+        return any(isinstance(part, Bits) for part in self.resolved.plan.weights.values())
 
     def perturbed_between(self, name: str, bounds: tuple[int, ...]) -> Sequence[int]:
         """How many elements of a perturbed parameter are to be sent from between each two neighbouring positions."""
@@ -92,14 +93,14 @@ class Ascent:
         return [end - start for start, end in itertools.pairwise(bounds)]
 
     def reduced_between(self, name: str, bounds: tuple[int, ...]) -> Sequence[int]:
-        """The same of the gradient of one that is needed."""
-        if self.between is not None and not self.dense and name in self.perturbed:
+        """The same of the gradient of one that is computed."""
+        if self.between is not None and self.resolved.reduced.get(name) is not None:
             return self.between(name, bounds)
         return [end - start for start, end in itertools.pairwise(bounds)]
 
 
 def weights_of(network: StagedModel, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Weight]:
-    """All parameters of a network before it is spread, by name.
+    """All parameters of a network before it is sharded, by name.
 
     Args:
         network: in stages.
@@ -111,50 +112,42 @@ def weights_of(network: StagedModel, optimizer: torch.optim.Optimizer | None = N
         if optimizer is None
         else {id(p): index for index, group in enumerate(optimizer.param_groups) for p in group["params"]}
     )
-    stages = network.stage_of_parameters()
+    stages = network.stages_of_parameters()
     return {
         name: Weight(tuple(p.shape), stages[name], units.get(id(p)), groups.get(id(p), 0))
         for name, p in network.model.named_parameters()
     }
 
 
-def ascent_of(
-    opt: SparseSAM, weights: Weights, *, dense: bool, shares_prefix: bool, share: float = 1.0, plan: Plan | None = None
-) -> Ascent:
-    """What the next step does beyond the base optimizer's.
+def ascent_of(resolved: ResolvedStep, weights: Weights, depth: int, *, share: float = 1.0, reuses: int = 0) -> Ascent:
+    """A resolved step with an ascent, as the cost model sees it.
 
     Args:
-        opt: the optimizer, on one process.
-        weights: of its network before it was spread.
-        dense: whether the ascent needs the gradient of every weight.
-        shares_prefix: whether the stages before a cut run once for both passes.
+        resolved: what the step does.
+        weights: of its network before it was sharded.
+        depth: stages of the network.
         share: of all steps that are of this kind.
-        plan: another one than the next step's.
+        reuses: steps after this one that go by what it brought (LookSAM).
     """
-    plan = opt.plan if plan is None else plan
-    depth = opt.pool.layout.depth
-    if not any(opt.radii):
-        return Ascent(share, StepShape(0, (0.0,) * depth, 0), frozenset(), frozenset(), {})
-    cut = plan.cut if shares_prefix and not dense else 0
-    elide = opt.levers.elide and not dense
-    needed = frozenset(name for name in weights if dense or name in plan.weights)
-    there = {name: w.numel for name, w in weights.items() if w.stage >= cut and (not elide or name in needed)}
-    computed = dict(there)
-    if elide:  # of rows, only those are computed
-        computed |= {name: plan.counts[name] for name, part in plan.weights.items() if isinstance(part, Rows)}
-    return Ascent(
-        share,
-        StepShape(cut, _shares(computed, weights, depth), plan.perturbed, opt.fraction),
-        needed,
-        frozenset(there),
-        plan.counts,
-        partly=plan.takes_parts,
-        singly=any(isinstance(part, Bits) for part in plan.weights.values()),
-        between=_between(plan) if plan.takes_parts and opt.levers.pack else None,
-        dense=dense,
-        shares_prefix=cut > 0,
-        levers=opt.levers,
-    )
+    packed = resolved.packed and resolved.plan.takes_parts
+    shape = shape_of(resolved, weights, depth)
+    return Ascent(share, resolved, shape, _between(resolved.plan) if packed else None, reuses)
+
+
+def shape_of(resolved: ResolvedStep, weights: Weights, depth: int) -> StepShape:
+    """What of a resolved step takes time.
+
+    A stage's share of computed weight gradients is by number of elements, a tied weight counting in every stage that
+    uses it: each of its uses is a matrix product of its own.
+    """
+    total, computed = [0] * depth, [0] * depth
+    for name, w in weights.items():
+        for stage in w.stages:
+            total[stage] += w.numel
+            if stage >= resolved.cut:
+                computed[stage] += resolved.computed.get(name, 0)
+    kept = tuple(c / n if n else 0.0 for c, n in zip(computed, total, strict=True))
+    return StepShape(resolved.forward_from, kept, resolved.plan.perturbed, resolved.fraction)
 
 
 def _between(plan: Plan) -> Between:
@@ -177,12 +170,3 @@ def _between(plan: Plan) -> Between:
         return counts[torch.tensor(bounds)].diff().tolist()
 
     return between
-
-
-def _shares(computed: Mapping[str, int], weights: Weights, depth: int) -> tuple[float, ...]:
-    """Of each stage, the share of its weights whose gradient is computed."""
-    whole, kept = [0] * depth, [0] * depth
-    for name, w in weights.items():
-        whole[w.stage] += w.numel
-        kept[w.stage] += computed.get(name, 0)
-    return tuple(k / w if w else 0.0 for k, w in zip(kept, whole, strict=True))

@@ -1,29 +1,35 @@
 """The step: which gradient is taken where, and what comes back exactly as it was."""
 
-from .perturb import Norm
 from .phases import Phase, Phases, no_phases
 from .profiling import ascent_seconds
-from .savings import Levers
+from .resolved_step import Norm, ResolvedStep, StepOptions, resolve_step
+from .savings import Savings
 from .schedules import ConstantRadius, CosineRadius, Interval, RadiusSchedule, TiedRadius, Window
 from .scores import sampled_label_loss
 from .sparse_sam import SparseSAM
 from .staged_model import Stage, StagedModel
+from .step_report import StepKind, StepReport
 
 __all__ = [
     "ConstantRadius",
     "CosineRadius",
     "Interval",
-    "Levers",
     "Norm",
     "Phase",
     "Phases",
     "RadiusSchedule",
+    "ResolvedStep",
+    "Savings",
     "SparseSAM",
     "Stage",
     "StagedModel",
+    "StepKind",
+    "StepOptions",
+    "StepReport",
     "TiedRadius",
     "Window",
     "ascent_seconds",
     "no_phases",
+    "resolve_step",
     "sampled_label_loss",
 ]

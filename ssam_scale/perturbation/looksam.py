@@ -14,7 +14,7 @@ from ssam_scale.sharding import Sharding
 from .perturb import at_least_fp32, squares, zero_unless_
 
 
-class Reuse:
+class LookSAM:
     """The part of the gradient at w + ε that is across the gradient at w, added to plain gradients (arXiv 2203.02714).
 
     A step with an ascent knows the direction of g, the gradient at w, and g_s, the one at w + ε, of the perturbed
@@ -41,7 +41,7 @@ class Reuse:
 
         Args:
             plan: what was perturbed.
-            epsilon: by what, as `Ascent.perturbation` returned it; overwritten.
+            epsilon: by what, as `Perturbation.epsilon` returned it; overwritten.
 
         Raises:
             ValueError: the backend shows copies of its gradients, to which nothing can be added.

@@ -26,11 +26,11 @@ from ssam_scale.masks import (
 )
 from ssam_scale.sharding import Sharding
 
-from .passes import LossFn
+from .loss import LossFn
 from .scores import AccumulatedFisher, per_sample_scores, random_scores, weight_scores
 
 
-class Choice:
+class MaskState:
     """A mask at work on the weights of a model.
 
     Args:
@@ -46,7 +46,7 @@ class Choice:
         sharding: Sharding,
         parameters: Mapping[str, nn.Parameter],
         mask: Mask,
-        before: Choice | None = None,
+        before: MaskState | None = None,
         pack: bool = True,
     ) -> None:
         self._sharding = sharding
@@ -78,14 +78,18 @@ class Choice:
 
     def exposed(self, plan: Plan) -> list[Part | None]:
         """What changes, when a plan's weights are perturbed, of what the backend exposes on this process."""
-        return self.whole(plan) if self._sharding.exposes_whole else list(plan.weights.values())
+        return self.whole(plan.weights) if self._sharding.exposes_whole else list(plan.weights.values())
 
-    def whole(self, plan: Plan) -> list[Part | None]:
-        """The plan's parts of whole parameters; where this process knows those of its shards only, None for each."""
+    def whole(self, parts: Mapping[str, Part | None]) -> list[Part | None]:
+        """The same parts of the unsharded parameters; where this process knows those of its shards only, None for each.
+
+        Args:
+            parts: of this process's shards, by parameter, as in the plan; None: all of it, which stays None.
+        """
         if self._wholes is None and self._sharding.shards_each > 1:
-            return [None] * len(plan.weights)
-        parts = plan.weights if self._wholes is None else self._wholes
-        return [parts[name] for name in plan.weights]
+            return [None] * len(parts)
+        known = parts if self._wholes is None else self._wholes
+        return [None if part is None else known[name] for name, part in parts.items()]
 
     def refresh(
         self,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 
-class AroundOptimizer(torch.optim.Optimizer):
+class OptimizerWrapper(torch.optim.Optimizer):
     """A torch optimizer whose parameter groups and state are the base optimizer's.
 
     They are asked for each time, because loading a state gives an optimizer new lists and dictionaries.

@@ -1,4 +1,4 @@
-"""The weights that can be perturbed: what they are called, where the network uses them, whose group they are in."""
+"""The parameters that an optimizer trains: their names, their stages, their parameter groups."""
 
 from __future__ import annotations
 
@@ -17,18 +17,20 @@ from .staged_model import StagedModel
 
 
 @dataclass(frozen=True)
-class WeightPool:
-    """All weights that an optimizer trains.
+class TrainedParameters:
+    """All parameters that an optimizer trains.
 
     Attributes:
-        parameters: by their name in the network, in the network's order.
-        layout: their sizes and stages.
+        by_name: `nn.Parameter`s by their name in the network, in the network's order.
+        layout: their shapes and first stages.
+        uses: the stages that use each, rising; several for a tied weight.
         group_of: index of the parameter group of each, by name.
-        layers: those that can compute the gradient of some rows of their weight, by its name.
+        layers: the layers that can compute the gradient of some rows of their weight, by its name.
     """
 
-    parameters: dict[str, nn.Parameter]
+    by_name: dict[str, nn.Parameter]
     layout: Layout
+    uses: dict[str, tuple[int, ...]]
     group_of: dict[str, int]
     layers: dict[str, nn.Module]
     _eligible: dict[tuple[bool, ...], Layout] = field(default_factory=dict, repr=False)  # asked for in every step
@@ -36,7 +38,7 @@ class WeightPool:
     @property
     def device(self) -> torch.device:
         """Where the weights live."""
-        return next((p.device for p in self.parameters.values()), torch.device("cpu"))
+        return next((p.device for p in self.by_name.values()), torch.device("cpu"))
 
     def eligible(self, groups: Sequence[Mapping[str, Any]]) -> Layout:
         """The weights that a mask may choose from: those of the groups that are not left alone."""
@@ -47,8 +49,8 @@ class WeightPool:
         return self._eligible[allowed]
 
 
-def weight_pool(sharding: Sharding, groups: Sequence[Sequence[nn.Parameter]]) -> WeightPool:
-    """The pool of the parameters in `groups`, as `Sharding.trained` returned them.
+def trained_parameters(sharding: Sharding, groups: Sequence[Sequence[nn.Parameter]]) -> TrainedParameters:
+    """The parameters in `groups`, as `Sharding.trained` returned them.
 
     Raises:
         ValueError: a parameter is not the model's.
@@ -60,23 +62,24 @@ def weight_pool(sharding: Sharding, groups: Sequence[Sequence[nn.Parameter]]) ->
     if len(parameters) < len(group_of):
         raise ValueError(f"{len(group_of) - len(parameters)} of the optimizer's parameters are not the model's")
     if isinstance(module, StagedModel):
-        first_use, depth = module.stage_of_parameters(), len(module.stages)
+        uses, depth = module.stages_of_parameters(), len(module.stages)
     else:
-        first_use, depth = dict.fromkeys(parameters, 0), 1
+        uses, depth = dict.fromkeys(parameters, (0,)), 1
     shards = sharding.shards(list(parameters.values()))
     contracted, norms = _roles(network)
     layout = Layout(
         {name: tuple(sharding.whole_shape(p)) for name, p in parameters.items()},
-        {name: first_use[name] for name in parameters},
+        {name: uses[name][0] for name in parameters},
         depth,
         {name: shard.start for name, shard in zip(parameters, shards, strict=True)},
         frozenset(name for name, p in parameters.items() if id(p) in contracted),
         frozenset(name for name, p in parameters.items() if id(p) in norms),
     )
     layers = row_layers(network)
-    return WeightPool(
+    return TrainedParameters(
         parameters,
         layout,
+        {name: uses[name] for name in parameters},
         {name: group_of[id(p)] for name, p in parameters.items()},
         {name: layers[id(p)] for name, p in parameters.items() if id(p) in layers},
     )

@@ -1,16 +1,21 @@
-"""From the ascent gradient to the perturbation ε: which norm, which radius, and what to do without a direction."""
+"""The perturbation: from the ascent gradient to ε, from w to w + ε, and back to w."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal, TypeAlias, get_args
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ssam_scale.masks import Plan, compacted
-from ssam_scale.sharding import Sharding
+from ssam_scale.masks import Plan, add_, compacted, put_, taken
+from ssam_scale.sharding import Sharding, Written
+
+from .mask_state import MaskState
+from .parameters import TrainedParameters
+from .phases import Phases
+from .resolved_step import Norm, ResolvedStep
 
 _TINY = 1e-7  # of the papers' code: keeps a vanishing gradient from dividing by zero
 _ETA = 0.01  # of the ASAM paper: lets weights at zero be perturbed, too
@@ -71,13 +76,10 @@ def zero_unless_(tensors: Sequence[Tensor], condition: Tensor) -> None:
             torch._foreach_mul_(same, condition.to(integer))
 
 
-Norm: TypeAlias = Literal["dense", "masked", "calibrated"]
-Known: TypeAlias = Literal["all", "named", "perturbed"]
-"""What there is a gradient of: all weights, all of the parameters in the plan, or only what it perturbs of them."""
+class Perturbation:
+    """Makes ε from the ascent gradient, adds it to the weights, and puts them back.
 
-
-class Ascent:
-    """Makes ε, always in float32, and remembers what later steps need: the calibration and how many were skipped.
+    ε is computed in float32. It also remembers what later steps need: the calibration, and how many were skipped.
 
     `calibrated` keeps the radius of the dense norm without the dense gradient. Steps that have one (the first, the
     first after a refresh, every `calibrate_every`-th, and any in the form of a closure) go exactly the dense norm's way
@@ -86,46 +88,78 @@ class Ascent:
 
     Args:
         sharding: where the weights live.
-        parameters: all that are trained, by name.
+        parameters: all that are trained.
+        mask: the mask at work.
+        optimizer: of the weights, whose gradients are dropped between the passes.
         norm: what the gradient is divided by.
         adaptive: perturb weights in proportion to their magnitude (ASAM, arXiv 2102.11600).
-        calibrate_every: steps between two looks at the whole gradient: the dense passes of the calibrated norm, and the
-            passes by which κ of single weights and rows is known; None: only when it has to.
+        phases: times the parts.
 
     Attributes:
         kappa: ‖m ⊙ g‖ / ‖g‖ of the last step where both were known, float32 of shape (); not a number before.
-        skipped: number of steps without a perturbation because the gradient was not finite, int64 of shape ().
+        skips: whether the last perturbation was left out because the gradient was not finite, bool of shape ().
+        skipped: how many were, int64 of shape ().
         shares: of ‖g‖² by parameter, float32; −1 before the first calibration.
         calibrated: the step of the last calibration, −1 when one is due.
-
-    Raises:
-        ValueError: the norm is none of these, or `calibrate_every` is not positive.
     """
 
     def __init__(
         self,
         sharding: Sharding,
-        parameters: Mapping[str, nn.Parameter],
+        parameters: TrainedParameters,
+        mask: MaskState,
+        optimizer: torch.optim.Optimizer,
         norm: Norm,
         adaptive: bool,
-        calibrate_every: int | None,
+        phases: Phases,
     ) -> None:
-        if norm not in get_args(Norm):
-            raise ValueError(f"norm is {norm!r}; one of {', '.join(get_args(Norm))} is needed")
-        if calibrate_every is not None and calibrate_every < 1:
-            raise ValueError(f"calibrate_every is {calibrate_every}; at least 1, or None, is needed")
         self.norm = norm
         self.adaptive = adaptive
-        self._every = calibrate_every
-        self._sharding = sharding
-        self._parameters = parameters
-        self._index = {name: i for i, name in enumerate(parameters)}
+        self._sharding, self._mask, self._optimizer, self._phases = sharding, mask, optimizer, phases
+        self._parameters = parameters.by_name
+        self._index = {name: i for i, name in enumerate(self._parameters)}
         self._placed: dict[tuple[str, ...], Tensor] = {}
-        self._device = next(iter(parameters.values())).device if parameters else torch.device("cpu")
+        self._device = parameters.device
+        self.skips = torch.zeros((), dtype=torch.bool, device=self._device)
         self.skipped = torch.zeros((), dtype=torch.int64, device=self._device)
         self.kappa = torch.full((), math.nan, device=self._device)
-        self.shares = torch.full((len(parameters),), -1.0, device=self._device)
+        self.shares = torch.full((len(self._parameters),), -1.0, device=self._device)
         self.calibrated = -1
+
+    @contextmanager
+    def applied(self, resolved: ResolvedStep, *, keep: bool = False) -> Iterator[list[Tensor]]:
+        """The weights are w + ε inside and w again afterwards, bit for bit, whatever happens inside.
+
+        Args:
+            resolved: what the step does.
+            keep: whether to yield ε, as `epsilon` makes it, and not nothing.
+        """
+        sharding, plan = self._sharding, resolved.plan
+        try:
+            with self._phases("perturb"), torch.no_grad():
+                epsilon = self.epsilon(resolved)
+                perturbed = [self._parameters[name] for name in plan.weights]
+                changing, changed = sharding.exposed(perturbed), self._mask.exposed(plan)
+                backup = taken(changing, changed)
+        except BaseException:
+            sharding.forget_copies()  # an ascent may have left some for the descent
+            raise
+        try:
+            with self._phases("perturb"), torch.no_grad():
+                add_([shard.weight for shard in sharding.shards(perturbed)], list(plan.weights.values()), epsilon)
+                kept = [e.clone() for e in epsilon] if keep else []  # ε may lie where the next gradient will
+                del epsilon
+                sharding.clear_gradients(self._optimizer)
+                sharding.publish(Written(perturbed, list(plan.weights.values()), changed) if resolved.packed else None)
+                # It remembers low-precision copies until its outermost context ends, which may be around the step.
+                torch.clear_autocast_cache()
+            yield kept
+        finally:
+            # Nothing in here waits for another process: this may be the only one that failed.
+            with self._phases("perturb"), torch.no_grad():
+                put_(changing, changed, backup)
+                sharding.forget_copies()
+                torch.clear_autocast_cache()
 
     def uncalibrate(self) -> None:
         """Calibrate in the next step: the mask is another one."""
@@ -150,55 +184,40 @@ class Ascent:
         self.shares.copy_(state["shares"])
         self.calibrated = int(state["calibrated"])
 
-    def needs_all(self, plan: Plan, step: int) -> bool:
-        """Whether step number `step` needs the gradient of every parameter, perturbed or not.
+    def epsilon(self, resolved: ResolvedStep) -> list[Tensor]:
+        """ε of each parameter in the plan, of the elements that it perturbs alone. Collective.
 
-        The masked norm does not, but for κ it looks at it now and then where the ascent has most of it anyway.
+        Float32, where there is a `Part` of shape (its count,), else shaped like the shard. Fp32 gradients are
+        overwritten: ε takes their memory.
         """
-        every = self._every
-        if self.norm == "masked":
-            return every is not None and step % every == 0 and plan.takes_parts
-        if self.norm == "dense":
-            return True
-        return self.calibrated < 0 or (every is not None and step - self.calibrated >= every)
-
-    def perturbation(self, plan: Plan, radii: Mapping[str, float], step: int, known: Known) -> list[Tensor]:
-        """ε of each parameter in the plan, of the elements that it perturbs alone: float32, where there is a `Part` of
-        shape (its count,), else shaped like the shard. Fp32 gradients are overwritten: ε takes their memory.
-
-        Args:
-            plan: what to perturb.
-            radii: ρ by parameter.
-            step: number of the step, from 0.
-            known: what there is a gradient of.
-        """
+        plan = resolved.plan
         chosen = [self._parameters[name] for name in plan.weights]
         parts = list(plan.weights.values())
         gradients = self._sharding.gradients(chosen)
         weights = [shard.weight for shard in self._sharding.shards(chosen)] if self.adaptive else []
-        everything = self._all_squares(plan, gradients, weights) if self._sees_more(plan, known) else None
+        everything = self._all_squares(plan, gradients, weights) if self._sees_more(resolved) else None
         epsilon = at_least_fp32(compacted(gradients, parts))
         del gradients
         scales = adaptive_scales([w if m is None else m.take(w) for w, m in zip(weights, parts, strict=False)])
         if scales:
             torch._foreach_mul_(epsilon, scales)
         masked = squares(epsilon, self._device)
-        calibrates = known == "all" and self.norm == "calibrated"
-        norm, reach = self._norm_and_reach(plan, masked, everything, step if calibrates else None)
+        norm, reach = self._norm_and_reach(plan, masked, everything, resolved.step if resolved.calibrates else None)
         if scales:
             torch._foreach_mul_(epsilon, scales)
-        scale_to_radius_(epsilon, [radii[name] for name in plan.weights], reach, norm)
-        self.skipped += ~norm.isfinite()
+        scale_to_radius_(epsilon, list(resolved.radii.values()), reach, norm)
+        self.skips = ~norm.isfinite()
+        self.skipped += self.skips
         return epsilon
 
-    def _sees_more(self, plan: Plan, known: Known) -> bool:
+    def _sees_more(self, resolved: ResolvedStep) -> bool:
         """Whether there are gradients of all weights, and to look at those that are not perturbed, too.
 
         Where they are there anyway they cost one more look to know κ, also if the norm has no use for it.
         """
-        if self.norm != "masked" or plan.weights.keys() != self._parameters.keys():
-            return known == "all"
-        return known != "perturbed" and plan.takes_parts
+        if self.norm != "masked" or resolved.plan.weights.keys() != self._parameters.keys():
+            return resolved.gradients == "all"
+        return resolved.gradients != "perturbed" and resolved.plan.takes_parts
 
     def _all_squares(self, plan: Plan, chosen: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
         """‖g‖² of every parameter on this process; `chosen` and `weights` are of what the plan names."""

@@ -5,15 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from ssam_scale.sharding import Needed
+from ssam_scale.masks.static import whole
 
 from .batchnorm import frozen_statistics
-from .passes import LossFn, Passes
+from .loss import LossFn
 from .phases import Phase
+from .resolved_step import resolve_step
 from .sparse_sam import SparseSAM
 
 _COUNTED = ("ascent forward", "ascent backward")
@@ -63,8 +65,8 @@ def ascent_seconds(opt: SparseSAM, loss_fn: LossFn, *batches: Any, repeats: int 
     """
     if repeats < 1 or not batches:
         raise ValueError(f"{len(batches)} batches and {repeats} repeats; at least 1 of each is needed")
-    sharding, layout = opt.sharding, opt.pool.layout
-    device = opt.pool.device
+    sharding, layout = opt.sharding, opt.parameters.layout
+    device = opt.parameters.device
     measured: list[list[float]] = [[] for _ in range(layout.depth)]
     with (
         frozen_statistics(sharding.network),
@@ -76,10 +78,17 @@ def ascent_seconds(opt: SparseSAM, loss_fn: LossFn, *batches: Any, repeats: int 
                 watch = _Stopwatch(device)
                 opt.zero_grad()
                 try:
-                    suffix = [p for n, p in opt.pool.parameters.items() if layout.stages[n] >= cut]
-                    everything = [None] * len(suffix)
-                    with sharding.ascent(Needed(suffix, everything, everything)):
-                        Passes(sharding, cut, loss_fn, batches, None, watch, opt.fraction, may_cut=True).ascend()
+                    suffix = [name for name, stage in layout.stages.items() if stage >= cut]
+                    plan = replace(whole(layout, suffix), cut=cut, may_cut=True)
+                    resolved = resolve_step(
+                        plan,
+                        opt.options,
+                        opt.parameters,
+                        radii=dict.fromkeys(plan.weights, 1.0),
+                        micro_batches=len(batches),
+                        packs=sharding.packs,
+                    )
+                    opt.passes(resolved, loss_fn, batches, None, watch).ascend()
                 finally:
                     opt.zero_grad()
                 seconds.append(watch.seconds)

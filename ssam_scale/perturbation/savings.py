@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Levers:
-    """What a step leaves out because its mask leaves weights alone. Each works by itself.
+class Savings:
+    """What a step leaves out because its mask leaves weights alone. Each switch works by itself.
 
-    None of the first four changes what a step computes. A lever that a backend has no use for does nothing there.
+    None of the first four changes what a step computes. One that a backend has no use for does nothing there.
 
     Attributes:
         elide: no ascent gradient of what is not perturbed: not of whole tensors, nor of rows of linear layers and

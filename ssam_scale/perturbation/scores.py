@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from ssam_scale.sharding import Sharding
 
 from .batchnorm import evaluation_mode
-from .passes import Forward, LossFn
+from .loss import Forward, LossFn
 from .rng import hashed, uniform_
 from .samples import dealt_samples
 

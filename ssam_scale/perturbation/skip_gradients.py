@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssam_scale.masks import Part, Rows
+from ssam_scale.masks import Rows
 
 # Above this share of a layer's rows, moving the gradient of the kept ones together costs more than it saves.
 _MOST_ROWS = 0.9
@@ -52,27 +52,33 @@ def _knows(layer: Any, weight: int) -> bool:
     return bool(plain and (layer.groups == 1 or by_channel))
 
 
+def skips_rows(layer: nn.Module, rows: Rows) -> bool:
+    """Whether `only_rows` makes a layer of `row_layers` compute the gradient of `rows` alone: where that saves time.
+
+    A layer whose forward somebody has replaced keeps it.
+    """
+    return rows.kept_share <= _MOST_ROWS and "forward" not in vars(layer)
+
+
 @contextmanager
-def only_rows(layers: Mapping[str, nn.Module], weights: Mapping[str, Part | None]) -> Iterator[None]:
-    """Backwards inside compute, of a layer's weight, the gradient of its perturbed rows; that of others is zero.
+def only_rows(layers: Mapping[str, nn.Module], rows: Mapping[str, Rows]) -> Iterator[None]:
+    """Backwards inside compute the gradient of `rows` of a layer's weight; that of the other rows is zero.
 
     What is computed is the same to the last bit or two: a matrix product of fewer rows may add in another order. Code
     that is compiled computes all rows.
 
     Args:
-        layers: that can (`row_layers`), by name of their weight.
-        weights: what is perturbed, by name, as `Plan.weights`.
+        layers: of `row_layers`, by name of their weight.
+        rows: by name of the weight; of layers where `skips_rows`.
     """
     changed: list[tuple[Any, type[nn.Module]]] = []
-    for name, part in weights.items():
-        layer: Any = layers.get(name)
-        # One whose forward is somebody's own keeps it.
-        if isinstance(part, Rows) and layer is not None and "forward" not in vars(layer):
-            changed.append((layer, type(layer)))
-            layer._perturbed_rows = part
-            # Its class and not its forward: `torch.compile` asks for a module's class, the same in every block and
-            # step, and for the identity of a function, which made here would be another each time, and compiled anew.
-            layer.__class__ = _BY_ROWS[type(layer)]
+    for name, part in rows.items():
+        layer: Any = layers[name]
+        changed.append((layer, type(layer)))
+        layer._perturbed_rows = part
+        # Its class and not its forward: `torch.compile` asks for a module's class, the same in every block and step,
+        # and for the identity of a function, which made here would be another each time, and compiled anew.
+        layer.__class__ = _BY_ROWS[type(layer)]
     try:
         yield
     finally:
@@ -88,8 +94,7 @@ class _ByRows(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # What is compiled may not look at the rows: it would be compiled for these and no others.
-        all_rows = torch.compiler.is_compiling() or not torch.is_grad_enabled()
-        if all_rows or self._perturbed_rows.kept_share > _MOST_ROWS:
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             result: Tensor = super().forward(x)
             return result
         return _by_rows(self, self._perturbed_rows.kept, x)

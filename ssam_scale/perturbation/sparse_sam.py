@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,20 +14,22 @@ from ssam_scale.masks import Dense, Depth, Mask, Plan, Refreshed
 from ssam_scale.sharding.place import sharding_of
 
 from .batchnorm import frozen_statistics
-from .climb import Climb
-from .looksam import Reuse
-from .mask_state import Choice, SparseState
-from .optimizer_wrapper import AroundOptimizer
-from .parameters import weight_pool
-from .passes import LossFn, Passes
-from .perturb import Ascent, Known, Norm
+from .looksam import LookSAM
+from .loss import LossFn
+from .mask_state import MaskState, SparseState
+from .optimizer_wrapper import OptimizerWrapper
+from .parameters import trained_parameters
+from .passes import Passes
+from .perturb import Perturbation
 from .phases import Phases, no_phases
+from .resolved_step import Norm, ResolvedStep, StepOptions, resolve_step
 from .rng import RandomState
-from .savings import Levers
+from .savings import Savings
 from .schedules import ConstantRadius, RadiusSchedule, reuse_at, reuses
+from .step_report import StepReport
 
 
-class SparseSAM(AroundOptimizer):
+class SparseSAM(OptimizerWrapper):
     """Perturb the masked weights towards higher loss, take the gradient there, step the base optimizer from w.
 
         opt = SparseSAM(model, torch.optim.SGD(model.parameters(), lr=0.1), rho=0.05, mask=Depth())
@@ -66,7 +68,7 @@ class SparseSAM(AroundOptimizer):
             between two looks at the whole gradient, for `kappa`; None: only after a refresh.
         fraction: share of each batch in the ascent, in (0, 1]: its first samples (m-sharpness is that of so many then).
         schedule: factor on ρ over time; 0 makes a step the base optimizer's (`Interval`, `Window`).
-        levers: which savings are made; None: those that cost nothing.
+        savings: which savings are made; None: those that cost nothing.
         max_grad_norm: the descent gradient is clipped to this norm. A DeepSpeed engine clips to its own
             `gradient_clipping`; None accepts that.
         scaler: scales the losses given with batches, for float16, and skips steps whose descent gradient is not finite;
@@ -90,15 +92,14 @@ class SparseSAM(AroundOptimizer):
         calibrate_every: int | None = 100,
         fraction: float = 1.0,
         schedule: RadiusSchedule | None = None,
-        levers: Levers | None = None,
+        savings: Savings | None = None,
         max_grad_norm: float | None = None,
         scaler: torch.amp.GradScaler | None = None,
         phases: Phases = no_phases,
     ) -> None:
         if not 0.0 <= rho < math.inf:
             raise ValueError(f"rho is {rho}; a radius of at least 0 is needed")
-        if not 0.0 < fraction <= 1.0:
-            raise ValueError(f"fraction is {fraction}; a share in (0, 1] is needed")
+        self.options = StepOptions(norm, calibrate_every, fraction, savings if savings is not None else Savings())
         if norm == "dense" and isinstance(mask, Depth):
             raise ValueError(
                 "norm 'dense' needs the gradient of the prefix, which a Depth mask never computes; use 'masked', or "
@@ -112,32 +113,42 @@ class SparseSAM(AroundOptimizer):
             raise ValueError("a DeepSpeed engine scales losses itself: leave scaler at None")
         super().__init__(base_optimizer, rho=rho)
         self.mask: Mask = mask if mask is not None else Dense()
-        self.max_grad_norm, self.scaler, self.fraction = max_grad_norm, scaler, fraction
-        self.levers = levers if levers is not None else Levers()
+        self.max_grad_norm, self.scaler = max_grad_norm, scaler
         self.steps = 0
+        self.report: StepReport | None = None
         self._schedule = schedule if schedule is not None else ConstantRadius()
-        self._phases = phases
-        self._norm, self._adaptive, self._calibrate_every = norm, adaptive, calibrate_every
+        self._phases, self._adaptive = phases, adaptive
+        self._by_hand: ResolvedStep | None = None  # what `perturbed` has done for the step that follows it
         self._look_at_groups()
 
     def _look_at_groups(self) -> None:
         if bad := [group["rho"] for group in self.param_groups if not 0.0 <= group["rho"] < math.inf]:
             raise ValueError(f"the rho of a parameter group is {bad[0]}; a radius of at least 0 is needed")
-        self.pool = weight_pool(self.sharding, self.sharding.trained(self.base_optimizer, self.max_grad_norm)[1])
-        self.mask.check(self.pool.eligible(self.param_groups))
-        self._choice = Choice(
-            self.sharding, self.pool.parameters, self.mask, getattr(self, "_choice", None), self.levers.pack
+        groups = self.sharding.trained(self.base_optimizer, self.max_grad_norm)[1]
+        self.parameters = trained_parameters(self.sharding, groups)
+        self.mask.check(self.parameters.eligible(self.param_groups))
+        self._mask = MaskState(
+            self.sharding,
+            self.parameters.by_name,
+            self.mask,
+            getattr(self, "_mask", None),
+            self.options.savings.pack,
         )
-        self._ascent = Ascent(self.sharding, self.pool.parameters, self._norm, self._adaptive, self._calibrate_every)
-        self._climb = Climb(
-            self.sharding, self.pool, self._choice, self._ascent, self.base_optimizer, self.levers, self._phases
+        self._perturbation = Perturbation(
+            self.sharding,
+            self.parameters,
+            self._mask,
+            self.base_optimizer,
+            self.options.norm,
+            self._adaptive,
+            self._phases,
         )
-        self._reuse = Reuse(self.sharding, self.pool.parameters) if reuses(self._schedule) else None
+        self._looksam = LookSAM(self.sharding, self.parameters.by_name) if reuses(self._schedule) else None
 
     @property
     def plan(self) -> Plan:
         """What the next step perturbs."""
-        return self.mask.plan(self.pool.eligible(self.param_groups), self.steps)
+        return self.mask.plan(self.parameters.eligible(self.param_groups), self.steps)
 
     @property
     def radii(self) -> list[float]:
@@ -147,16 +158,45 @@ class SparseSAM(AroundOptimizer):
     @property
     def density(self) -> float:
         """The share of the weights that the next step perturbs; 0 where there is no radius."""
-        return self.plan.perturbed / self.pool.layout.total if any(self.radii) else 0.0
+        return self.plan.perturbed / self.parameters.layout.total if any(self.radii) else 0.0
 
     @property
     def skipped(self) -> int:
         """How many steps had no perturbation because the ascent gradient was not finite. Waits for the device."""
-        return int(self._ascent.skipped)
+        return int(self._perturbation.skipped)
+
+    def resolve(
+        self, micro_batches: int = 1, *, plan: Plan | None = None, dense: bool | None = None, by_hand: bool = False
+    ) -> ResolvedStep:
+        """What the next step will do: what the passes, the perturbation and the cost model go by.
+
+        Args:
+            micro_batches: whose gradients accumulate.
+            plan: another one than the next step's.
+            dense: whether the ascent computes the gradient of every parameter; None: as the next step does.
+            by_hand: for the forms in which the caller runs both passes: a closure, and `perturbed`.
+        """
+        radii = self.radii
+        if plan is None:
+            plan = self.plan if any(radii) else Plan(0, {}, {})
+        if dense is None:
+            dense = self.options.is_dense(plan, self.steps, self._perturbation.calibrated)
+        return resolve_step(
+            plan,
+            self.options,
+            self.parameters,
+            radii={name: radii[self.parameters.group_of[name]] for name in plan.weights},
+            step=self.steps,
+            alpha=reuse_at(self._schedule, self.steps) if self._looksam is not None else 0.0,
+            micro_batches=micro_batches,
+            dense=dense,
+            packs=self.sharding.packs,
+            by_hand=by_hand,
+        )
 
     @torch.no_grad()
     def step(self, closure: Callable[..., Any] | None = None, *batches: Any) -> Any:
-        """One step.
+        """One step; `report` says afterwards what it did.
 
         Args:
             closure: with batches, `loss_fn(forward, batch) -> mean loss`; without, a function that computes the loss
@@ -166,20 +206,73 @@ class SparseSAM(AroundOptimizer):
         Returns:
             The loss at w (over what this process's ascent saw, detached), or what the closure returned at w.
         """
+        loss = None
         if closure is None:
-            loss = None
+            resolved = self._by_hand or ResolvedStep("base", self.steps, Plan(0, {}, {}), {})
+            self._by_hand = None
         elif batches:
-            loss = self._step_batches(closure, batches)
+            resolved = self.resolve(len(batches))
+            loss = self._run_passes(resolved, closure, batches)
         else:
-            loss = self._step_closure(closure)
+            resolved = self.resolve(by_hand=True)
+            loss = self._run_closure(resolved, closure)
         with self._phases("optimizer"):
-            self._choice.accumulate(self.scaler if batches else None)
-            if self._reuse is not None and closure is not None and (alpha := reuse_at(self._schedule, self.steps)):
-                self._reuse.add(alpha)
+            self._mask.accumulate(self.scaler if batches else None)
+            if self._looksam is not None and resolved.kind == "reused":
+                self._looksam.add(resolved.alpha)
             self.sharding.step(self.base_optimizer, self.max_grad_norm, self.scaler if batches else None)
             if closure is not None:
                 self.zero_grad()
                 self.steps += 1
+        self.report = StepReport(
+            loss.detach() if isinstance(loss, Tensor) else None,
+            resolved.kind,
+            resolved.plan,
+            resolved.radius,
+            self.kappa,
+            self._perturbation.skips if resolved.ascends else torch.zeros_like(self._perturbation.skips),
+            resolved.plan.perturbed / self.parameters.layout.total,
+        )
+        return loss
+
+    def passes(
+        self,
+        resolved: ResolvedStep,
+        loss_fn: LossFn,
+        batches: Sequence[Any],
+        scaler: torch.amp.GradScaler | None,
+        phases: Phases,
+    ) -> Passes:
+        """The two passes of a step, which leave their reduced gradients and take no step."""
+        return Passes(self.sharding, self.parameters, self._mask, resolved, loss_fn, batches, scaler, phases)
+
+    def _run_passes(self, resolved: ResolvedStep, loss_fn: LossFn, batches: tuple[Any, ...]) -> Tensor:
+        self.zero_grad()  # what an exception in an earlier step left behind
+        passes = self.passes(resolved, loss_fn, batches, self.scaler, self._phases)
+        with torch.enable_grad():
+            if not resolved.ascends:
+                return passes.descend(statistics=True)
+            loss = passes.ascend()
+            with self._perturbation.applied(resolved, keep=self._looksam is not None) as epsilon:
+                passes.descend(statistics=False)
+        if self._looksam is not None:
+            self._looksam.note(resolved.plan, epsilon)
+        return loss
+
+    def _run_closure(self, resolved: ResolvedStep, closure: Callable[[], Any]) -> Any:
+        with torch.enable_grad():
+            if not resolved.ascends:
+                return closure()
+            random = RandomState.now(self.parameters.device)
+            loss = closure()
+            with (
+                self._perturbation.applied(resolved, keep=self._looksam is not None) as epsilon,
+                frozen_statistics(self.sharding.network),
+            ):
+                random.restore()
+                closure()
+        if self._looksam is not None:
+            self._looksam.note(resolved.plan, epsilon)
         return loss
 
     @contextmanager
@@ -190,19 +283,20 @@ class SparseSAM(AroundOptimizer):
         end. On DDP and FSDP2 it must have been reduced, as a synchronised backward leaves it. A gradient that a
         `GradScaler` has scaled will do: the length of ε does not depend on it.
         """
-        with self._perturbed(self.plan, "all"):
+        resolved = self.resolve(by_hand=True)
+        if resolved.ascends:
+            with self._perturbation.applied(resolved):
+                yield
+        else:
+            self.zero_grad()
             yield
+        self._by_hand = resolved
         self.steps += 1
-
-    def _perturbed(self, plan: Plan, known: Known) -> AbstractContextManager[list[Tensor]]:
-        radii = self.radii
-        by_name = {name: radii[self.pool.group_of[name]] for name in plan.weights}
-        return self._climb.perturbed(plan, by_name, self.steps, known, keep=self._reuse is not None)
 
     @property
     def kappa(self) -> Tensor:
         """‖m ⊙ g‖ / ‖g‖ of the last step that knew both, float32 of shape (); not a number before."""
-        return self._ascent.kappa
+        return self._perturbation.kappa
 
     @property
     def refresh_is_due(self) -> bool:
@@ -225,9 +319,9 @@ class SparseSAM(AroundOptimizer):
             ValueError: there are fewer samples than are to be used, or the mask selects nothing; it stays what it was.
         """
         scale = 1024.0 if self.scaler is not None else 1.0  # the choice does not depend on a common factor
-        layout = self.pool.eligible(self.param_groups)
-        self._choice.refresh(layout, self.base_optimizer, loss_fn, batches, samples, self.steps, scale)
-        self._ascent.uncalibrate()
+        layout = self.parameters.eligible(self.param_groups)
+        self._mask.refresh(layout, self.base_optimizer, loss_fn, batches, samples, self.steps, scale)
+        self._perturbation.uncalibrate()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients of the base optimizer's parameters, also where a backend keeps its own."""
@@ -236,10 +330,10 @@ class SparseSAM(AroundOptimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters of the model to the base optimizer and to the weights that can be perturbed."""
         super().add_param_group(param_group)
-        if hasattr(self, "_ascent"):
-            skipped = self._ascent.skipped
+        if hasattr(self, "_perturbation"):
+            skipped = self._perturbation.skipped
             self._look_at_groups()
-            self._ascent.skipped = skipped
+            self._perturbation.skipped = skipped
 
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state and `sparse_state`. Collective where weights are sharded.
@@ -270,11 +364,12 @@ class SparseSAM(AroundOptimizer):
         """What SparseSAM itself must remember, in tensors that mean the same on any number of processes. Collective.
 
         `steps` and `skipped` (int64, shape ()); `calibrated`, the step of the last calibration (−1: due), and `shares`
-        (float32, one a parameter), the calibration; of a mask chosen by scores, `Choice.state`; and `reused`, by
-        parameter, `Reuse.state`.
+        (float32, one a parameter), the calibration; of a mask chosen by scores, `MaskState.state`; and `reused`, by
+        parameter, `LookSAM.state`.
         """
-        reused = self._reuse.state() if self._reuse is not None else {}
-        return {"steps": torch.tensor(self.steps), **self._ascent.state(), **self._choice.state(), "reused": reused}
+        reused = self._looksam.state() if self._looksam is not None else {}
+        steps = {"steps": torch.tensor(self.steps)}
+        return {**steps, **self._perturbation.state(), **self._mask.state(), "reused": reused}
 
     def load_sparse_state(self, state: dict[str, Any]) -> None:
         """Take back what `sparse_state` returned, on any number of processes.
@@ -282,39 +377,8 @@ class SparseSAM(AroundOptimizer):
         Raises:
             ValueError: the state is of another mask or of other parameters.
         """
-        self._choice.load_state(state, self.pool.layout)
-        self._ascent.load_state(state)
-        if self._reuse is not None:
-            self._reuse.load(state.get("reused", {}))
+        self._mask.load_state(state, self.parameters.layout)
+        self._perturbation.load_state(state)
+        if self._looksam is not None:
+            self._looksam.load(state.get("reused", {}))
         self.steps = int(state["steps"])
-
-    def _step_closure(self, closure: Callable[[], Any]) -> Any:
-        with torch.enable_grad():
-            if not any(self.radii):
-                return closure()
-            random = RandomState.now(self.pool.device)
-            loss = closure()
-            plan = self.plan
-            with self._perturbed(plan, "all") as epsilon, frozen_statistics(self.sharding.network):
-                random.restore()
-                closure()
-        if self._reuse is not None:
-            self._reuse.note(plan, epsilon)
-        return loss
-
-    def _step_batches(self, loss_fn: LossFn, batches: tuple[Any, ...]) -> Tensor:
-        self.zero_grad()  # what an exception in an earlier step left behind
-        plan = self.plan if any(self.radii) else Plan(0, {}, {})
-        shares = self.levers.share_prefix and self._norm != "dense" and plan.may_cut
-        dense = self._ascent.needs_all(plan, self.steps)
-        cut = plan.cut if shares and not dense else 0
-        passes = Passes(self.sharding, cut, loss_fn, batches, self.scaler, self._phases, self.fraction, may_cut=shares)
-        with torch.enable_grad():
-            if not plan.weights:
-                return passes.descend(statistics=True)
-            loss, known = self._climb.ascend(plan, passes, dense=dense)
-            with self._perturbed(plan, known) as epsilon:
-                passes.descend(statistics=False)
-        if self._reuse is not None:
-            self._reuse.note(plan, epsilon)
-        return loss

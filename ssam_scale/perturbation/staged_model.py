@@ -52,17 +52,17 @@ class StagedModel(nn.Module):
             x = stage.forward(x)
         return x
 
-    def stage_of_parameters(self) -> dict[str, int]:
-        """The index of the first stage that uses each parameter, by its name in `model`.
+    def stages_of_parameters(self) -> dict[str, tuple[int, ...]]:
+        """The indices of the stages that use each parameter, rising, by its name in `model`.
 
-        A tied weight counts where it is used first: perturbing it would change the prefix of every later cut. What no
-        stage claims is counted to the first for the same reason.
+        A tied weight has several, and belongs to the first: perturbing it would change the prefix of every later cut.
+        What no stage claims is counted to the first stage for the same reason.
         """
         claims = [
             (prefix, index) for index, stage in enumerate(self.stages) for prefix in (stage.name, *stage.owns) if prefix
         ]
-        first: dict[int, int] = {}
+        uses: dict[int, set[int]] = {}
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
             index = next((i for prefix, i in claims if name == prefix or name.startswith(prefix + ".")), 0)
-            first[id(parameter)] = min(index, first.get(id(parameter), index))
-        return {name: first[id(parameter)] for name, parameter in self.model.named_parameters()}
+            uses.setdefault(id(parameter), set()).add(index)
+        return {name: tuple(sorted(uses[id(parameter)])) for name, parameter in self.model.named_parameters()}

@@ -44,9 +44,9 @@ from ssam_scale.perturbation import (
     ConstantRadius,
     CosineRadius,
     Interval,
-    Levers,
     Phases,
     RadiusSchedule,
+    Savings,
     SparseSAM,
     TiedRadius,
     Window,
@@ -267,7 +267,7 @@ def perturbation_options(config: Config, steps_per_epoch: int) -> dict[str, Any]
         "adaptive": section.adaptive,
         "calibrate_every": section.calibrate_every,
         "fraction": section.fraction,
-        "levers": Levers(**section.levers.model_dump()),
+        "savings": Savings(**section.savings.model_dump()),
         "schedule": schedule,
     }
 

@@ -195,13 +195,13 @@ def _nested(flat: dict[str, Tensor], opt: SparseSAM) -> dict[str, Any]:
     """What `_flat` was given, where `opt` can take it."""
     result: dict[str, Any] = {kind: {} for kind in _BY_PARAMETER}
     # In the network's order, by which norms are summed up; the file has its own.
-    place = {name: index for index, name in enumerate(opt.pool.parameters)}
+    place = {name: index for index, name in enumerate(opt.parameters.by_name)}
     for key in sorted(flat, key=lambda key: place.get(key.partition(".")[2], -1)):
         kind, dot, name = key.partition(".")
         if not dot:
             result[key] = flat[key]
         elif kind != "mask" and name in place:
-            result[kind][name] = flat[key].to(opt.pool.parameters[name].device)
+            result[kind][name] = flat[key].to(opt.parameters.by_name[name].device)
         else:
             result[kind][name] = flat[key]
     return result

@@ -24,7 +24,7 @@ def track_fixed_layers(config: Config, opt: SparseSAM, run: Run) -> None:
     """Record what a mask perturbs of each layer that is neither chosen by scores nor drawn."""
     section = config.perturbation.mask if config.perturbation is not None else None
     if section is not None and chosen_section(config) is None and not _is_drawn(config):
-        run.log_layers(opt.plan.counts, opt.pool.layout.numels, step=0, steps="the same in every step")
+        run.log_layers(opt.plan.counts, opt.parameters.layout.numels, step=0, steps="the same in every step")
 
 
 class DrawnLayers:
@@ -52,7 +52,9 @@ class DrawnLayers:
         """Record the epoch that ends with `step`."""
         if self._steps:
             means = {name: total / self._steps for name, total in self._sums.items()}
-            run.log_layers(means, opt.pool.layout.numels, step=step, steps="mean over the epoch that ends with step")
+            run.log_layers(
+                means, opt.parameters.layout.numels, step=step, steps="mean over the epoch that ends with step"
+            )
 
 
 def _is_drawn(config: Config) -> bool:

@@ -25,14 +25,14 @@ from ssam_scale.costs.workload import Ascent, ascent_of, weights_of
 from ssam_scale.errors import UserError
 from ssam_scale.masks import Chosen, Plan
 from ssam_scale.models import build_model
-from ssam_scale.perturbation import Levers, Norm, SparseSAM, StagedModel
+from ssam_scale.perturbation import Norm, Savings, SparseSAM, StagedModel
 from ssam_scale.sharding.place import place
 
 from .build import PRECISIONS, base_optimizer, perturbation_options, soft_loss
 
 
 class ConfiguredWork:
-    """A pass as the configuration has it (`bench.parts.Work`)."""
+    """A pass as the configuration has it (`costs.profile.Work`)."""
 
     def __init__(self, config: Config, device: torch.device) -> None:
         self._device, self._precision = device, PRECISIONS[config.train.precision]
@@ -212,7 +212,7 @@ def _rehearsed(config: Config, spreading: Spreading, mask: Presumed, *, ascends:
                 norm=_usual_norm(section),
                 adaptive=section.adaptive,
                 fraction=section.fraction,
-                levers=Levers(**section.levers.model_dump()),
+                savings=Savings(**section.savings.model_dump()),
                 max_grad_norm=config.optimizer.clip_grad_norm,
             )
         done = rehearse(opt, work.loss_fn, *batches)
@@ -313,7 +313,7 @@ def plans_of(config: Config, opt: SparseSAM) -> list[Plan]:
     """What the configured mask perturbs: one plan, or many draws of a moving cut."""
     section = config.perturbation
     draws = _DRAWS if section is not None and isinstance(section.mask, DepthMask) else 1
-    layout = opt.pool.eligible(opt.param_groups)
+    layout = opt.parameters.eligible(opt.param_groups)
     return [opt.mask.plan(layout, opt.steps + draw) for draw in range(draws)]
 
 
@@ -322,26 +322,17 @@ def ascents_of(config: Config, network: StagedModel, opt: SparseSAM, plans: Sequ
     section = config.perturbation
     if section is None:
         return []
-    weights = weights_of(network)
-    shares_prefix = opt.levers.share_prefix and config.train.accumulation == 1
+    weights, depth = weights_of(network), len(network.stages)
     often = (section.window[1] - section.window[0]) / section.interval / len(plans)
     reuses = section.interval - 1 if section.reuse else 0
     ascents = []
     for plan in plans:
-        dense = _dense_share(section, plan)
-        for share, whole in ((1.0 - dense, False), (dense, True)):
+        dense_share = opt.options.dense_share(plan)
+        for share, dense in ((1.0 - dense_share, False), (dense_share, True)):
             if share:
-                one = ascent_of(opt, weights, dense=whole, shares_prefix=shares_prefix, share=share * often, plan=plan)
-                ascents.append(replace(one, reuses=reuses))
+                resolved = opt.resolve(config.train.accumulation, plan=plan, dense=dense)
+                ascents.append(ascent_of(resolved, weights, depth, share=share * often, reuses=reuses))
     return ascents
-
-
-def _dense_share(section: Perturbation, plan: Plan) -> float:
-    """How many of the ascents need the gradient of every weight: those of the dense norm, and looks at all of it."""
-    if section.norm == "dense":
-        return 1.0
-    looks = section.norm == "calibrated" or plan.takes_parts
-    return 1.0 / section.calibrate_every if looks and section.calibrate_every else 0.0
 
 
 def staged_model(config: Config) -> StagedModel:
@@ -353,7 +344,7 @@ def staged_model(config: Config) -> StagedModel:
 def cost_rows(config: Config, found: Measured, machines: Machines) -> list[dict[str, Any]]:
     """Rows of the cost of a mean step, for each number of GPUs: the base optimizer, dense SAM, the configured plan.
 
-    `bench.cost` and `bench.footprint` say what is taken for granted. Of a plan whose steps differ, `seconds` and
+    `costs.estimate` says what is taken for granted. Of a plan whose steps differ, `seconds` and
     `bytes` are the mean step's and the memory the largest's.
 
     Raises:
@@ -366,7 +357,7 @@ def cost_rows(config: Config, found: Measured, machines: Machines) -> list[dict[
     ours = ascents_of(config, network, opt, plans_of(config, opt))
     dense_config = config.model_copy(update={"perturbation": None})
     dense = configured_sam(dense_config, network, base_optimizer(config, network.model))
-    plans: dict[str, list[Ascent]] = {"base": [], "sam": [ascent_of(dense, weights, dense=True, shares_prefix=False)]}
+    plans: dict[str, list[Ascent]] = {"base": [], "sam": [ascent_of(dense.resolve(), weights, len(network.stages))]}
     if config.method not in plans:
         plans[config.method] = ours
     elif ours:  # dense SAM as configured: its fraction, its interval

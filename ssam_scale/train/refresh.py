@@ -135,18 +135,18 @@ def refresh_if_due(config: Config, world: World, opt: SparseSAM, batches: EpochB
         run.log_refresh(
             seconds=seconds,
             step=opt.steps,
-            density=opt.plan.perturbed / opt.pool.layout.total,
+            density=opt.plan.perturbed / opt.parameters.layout.total,
             turnover=mask.turnover,
             samples=samples,
         )
-        run.log_layers(opt.plan.counts, opt.pool.layout.numels, step=opt.steps, steps="refreshed after step")
+        run.log_layers(opt.plan.counts, opt.parameters.layout.numels, step=opt.steps, steps="refreshed after step")
 
 
 def _log_cuts(mask: DepthByCost, opt: SparseSAM, run: Run) -> None:
     """Store what the next steps' cuts are drawn by as `mask/cuts/step_<steps done>.csv`: a row for each block."""
     assert mask.masses is not None
     assert mask.seconds is not None
-    probabilities = mask.probabilities(opt.pool.layout.depth, opt.steps)
+    probabilities = mask.probabilities(opt.parameters.layout.depth, opt.steps)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"step_{opt.steps:08d}.csv"
         with path.open("w", newline="") as file:

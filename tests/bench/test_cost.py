@@ -20,7 +20,8 @@ from ssam_scale.costs.collectives import sent_by
 from ssam_scale.costs.compute import StageTimes, StepShape, StepTimes, ascent_seconds, base_seconds
 from ssam_scale.costs.estimate import Activations, footprint, scaled, step_cost
 from ssam_scale.costs.workload import Ascent, Weight, Weights, ascent_of, weights_of
-from ssam_scale.perturbation import StagedModel
+from ssam_scale.masks import Bits, Plan
+from ssam_scale.perturbation import ResolvedStep, StagedModel
 from ssam_scale.sharding import World
 from ssam_scale.sharding.place import place
 from tests.support.ranks import run_ranks
@@ -33,7 +34,7 @@ step_times = st.builds(
     StepTimes, st.lists(stage, min_size=STAGES, max_size=STAGES).map(tuple), st.floats(0.0, 1.0), st.floats(0.0, 1e-6)
 )
 shape = st.lists(st.integers(1, 600), min_size=1, max_size=3).map(tuple)
-weight = st.builds(Weight, shape, st.integers(0, STAGES - 1), st.none() | st.integers(0, STAGES - 1))
+weight = st.builds(Weight, shape, st.tuples(st.integers(0, STAGES - 1)), st.none() | st.integers(0, STAGES - 1))
 some_weights = st.lists(weight, min_size=1, max_size=6).map(lambda ws: {f"w{i}": w for i, w in enumerate(ws)})
 bandwidth = st.floats(1e6, 1e12)
 backend = st.sampled_from(["ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3"])
@@ -45,11 +46,21 @@ def ascents(draw: st.DrawFn) -> tuple[Weights, Ascent]:
     weights = draw(some_weights)
     cut = draw(st.integers(0, STAGES - 1))
     kept = tuple(float(i >= cut) for i in range(STAGES))
-    suffix = {name: w.numel for name, w in weights.items() if w.stage >= cut}
+    suffix = {name: w.numel for name, w in weights.items() if w.stages[0] >= cut}
     fraction, share, shared = draw(st.floats(0.1, 1.0)), draw(st.floats(0.0, 1.0)), cut > 0 and draw(st.booleans())
     step = StepShape(cut if shared else 0, kept, sum(suffix.values()), fraction)
-    names = frozenset(suffix)
-    return weights, Ascent(share, step, names, names, suffix, shares_prefix=shared)
+    plan = Plan(cut, dict.fromkeys(suffix), suffix)
+    resolved = ResolvedStep(
+        "sparse",
+        0,
+        plan,
+        dict.fromkeys(suffix, 1.0),
+        cut=cut,
+        shares_prefix=shared,
+        computed=suffix,
+        reduced=plan.weights,
+    )
+    return weights, Ascent(share, resolved, step)
 
 
 @given(step_times, ascents(), backend)
@@ -124,9 +135,9 @@ def test_fsdp2_holds_a_share_and_ddp_everything(given: tuple[Weights, Ascent], f
 
 
 def test_a_footprint_by_hand() -> None:
-    weights = {"stem": Weight((10, 3), 0, None), "a": Weight((8, 4), 0, 0), "b": Weight((8, 4), 1, 1)}
-    nothing: frozenset[str] = frozenset()
-    half = Ascent(1.0, StepShape(0, (1.0, 1.0), 47), nothing, nothing, {"a": 32, "b": 15}, partly=True, singly=True)
+    weights = {"stem": Weight((10, 3), (0,), None), "a": Weight((8, 4), (0,), 0), "b": Weight((8, 4), (1,), 1)}
+    plan = Plan(0, {"a": None, "b": Bits(torch.tensor([255, 127, 0, 0], dtype=torch.uint8), 32)}, {"a": 32, "b": 15})
+    half = Ascent(1.0, ResolvedStep("sparse", 0, plan, {"a": 1.0, "b": 1.0}), StepShape(0, (1.0, 1.0), 47))
     ddp = footprint(weights, [half], Spreading("ddp", 1, Cluster(4, 8, 1.0, 1.0)), 8.0, Activations(5.0, 100.0), 2.0)
     # 94 weights; gradients and DDP's buckets; a backup and ε of 47 weights; a bit a weight.
     assert (ddp.weights, ddp.gradients, ddp.optimizer, ddp.gathered) == (376.0, 752.0, 752.0, 0.0)
@@ -202,7 +213,7 @@ def _counted_and_predicted(world: World, jobs: list[tuple[str, str]]) -> dict[st
         counted = sum(sent_by(partial(opt.step, SETTING.loss_fn, batch)).bytes.values())
         one = SETTING.network()
         alone = sparse_sam(one, _two_groups(one), known[plan])
-        ascent = ascent_of(alone, weights, dense=False, shares_prefix=alone.levers.share_prefix)
+        ascent = ascent_of(alone.resolve(dense=False), weights, len(one.stages))
         spreading = Spreading(
             spread.backend, spread.replicas, Cluster(world.size, 8, 1e9, 1e9), ZeroSettings(persistent=SMALL)
         )

@@ -142,7 +142,7 @@ def test_a_lever_changes_what_it_is_for(
     (folder / "by_hand.json").write_text(json.dumps(found))
     given = ["--times", str(folder / "by_hand.json"), "--gpus", "16", *plan]
     (*_, usual), (*_, other) = (
-        run(folder, capsys, *given, *overrides) for overrides in ([], [f"perturbation.levers.{lever}"])
+        run(folder, capsys, *given, *overrides) for overrides in ([], [f"perturbation.savings.{lever}"])
     )
     for what in more:
         assert other[what] > usual[what], what

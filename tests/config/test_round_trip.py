@@ -115,8 +115,8 @@ def configs(draw: st.DrawFn) -> Config:
     if perturbation := data["perturbation"]:
         if perturbation["interval"] == 1 or perturbation["adaptive"]:
             perturbation["reuse"] = 0.0
-        perturbation["levers"]["keep_gathered"] &= data["sharding"]["backend"] in ("fsdp2", "zero3")
-        perturbation["levers"]["within_shard_group"] &= data["sharding"]["replicas"] > 1
+        perturbation["savings"]["keep_gathered"] &= data["sharding"]["backend"] in ("fsdp2", "zero3")
+        perturbation["savings"]["within_shard_group"] &= data["sharding"]["replicas"] > 1
     if data["sharding"]["backend"].startswith("zero"):
         data["optimizer"] |= {"name": "sgd", "kwargs": {}}
         data["train"]["precision"] = "bf16"

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ssam_scale import SparseSAM
-from ssam_scale.perturbation import Levers
+from ssam_scale.perturbation import Savings
 from ssam_scale.perturbation.reference import length_of, masked_by, reference_gradient, reference_step
 from ssam_scale.sharding import World, ddp
 from ssam_scale.sharding.place import place
@@ -29,14 +29,14 @@ from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.slow
 
-UNPACKED, GATHERED, APART = Levers(pack=False), Levers(keep_gathered=True), Levers(within_shard_group=True)
+UNPACKED, GATHERED, APART = Savings(pack=False), Savings(keep_gathered=True), Savings(within_shard_group=True)
 
 
 @dataclass(frozen=True)
 class Pulled(Case):
-    """A case with levers of its own. `scaled`: losses are scaled as for float16."""
+    """A case with savings of its own. `scaled`: losses are scaled as for float16."""
 
-    levers: Levers = field(default_factory=Levers)
+    savings: Savings = field(default_factory=Savings)
     scaled: bool = False
 
     def make_sam(self, model: nn.Module, base: torch.optim.Optimizer) -> SparseSAM:
@@ -45,7 +45,7 @@ class Pulled(Case):
             base,
             mask=self.make_mask(),
             max_grad_norm=self.clip,
-            levers=self.levers,
+            savings=self.savings,
             scaler=torch.amp.GradScaler("cpu", init_scale=1024.0) if self.scaled else None,
         )
 
@@ -174,15 +174,15 @@ def whole_inside_and_back(world: World, case: Case) -> tuple[bool, bool]:
     opt.refresh(case.loss_fn, own)
     mask = whole_mask(opt)
     opt.sharding.backward(case.loss_fn(placed, own))
-    before = {n: p.detach().clone() for n, p in opt.pool.parameters.items()}
+    before = {n: p.detach().clone() for n, p in opt.parameters.by_name.items()}
     with opt.perturbed():
-        inside = {n: p.detach().clone() for n, p in opt.pool.parameters.items()}
+        inside = {n: p.detach().clone() for n, p in opt.parameters.by_name.items()}
         flat = torch.cat([w.reshape(-1) for w in inside.values()])
         same = all(torch.equal(other, flat) for other in opt.sharding.peers.gather(flat))
         moved = {n: inside[n] != before[n] for n in mask}
         same &= all(bool((moved[n] <= m).all()) for n, m in mask.items()) and any(m.any() for m in moved.values())
         opt.sharding.backward(case.loss_fn(placed, own))
-    return same, all(torch.equal(p.detach(), before[n]) for n, p in opt.pool.parameters.items())
+    return same, all(torch.equal(p.detach(), before[n]) for n, p in opt.parameters.by_name.items())
 
 
 # --- Two ranks
@@ -190,31 +190,33 @@ def whole_inside_and_back(world: World, case: Case) -> tuple[bool, bool]:
 DDP = [
     Pulled("vit", "dense"),
     Pulled("vit", "element", accumulation=2),
-    Pulled("vit", "element", levers=UNPACKED),
+    Pulled("vit", "element", savings=UNPACKED),
     Pulled("resnet", "row", scaled=True),
     Pulled("vit", "moving cut", scaled=True),
 ]
-ZERO1 = [Pulled("vit", "element"), Pulled("vit", "element", levers=UNPACKED), Pulled("resnet", "row", accumulation=2)]
+ZERO1 = [Pulled("vit", "element"), Pulled("vit", "element", savings=UNPACKED), Pulled("resnet", "row", accumulation=2)]
 FSDP2 = [
-    Pulled("vit", "block", levers=GATHERED),
+    Pulled("vit", "block", savings=GATHERED),
     Pulled("vit", "element"),
-    Pulled("vit", "element", levers=UNPACKED),
-    Pulled("vit", "moving cut", levers=GATHERED),
-    Pulled("resnet", "moving cut", levers=Levers(keep_gathered=True, share_prefix=False, elide=False), accumulation=2),
+    Pulled("vit", "element", savings=UNPACKED),
+    Pulled("vit", "moving cut", savings=GATHERED),
+    Pulled(
+        "resnet", "moving cut", savings=Savings(keep_gathered=True, share_prefix=False, elide=False), accumulation=2
+    ),
 ]
 WORK = {"ddp": DDP, "zero1": ZERO1, "fsdp2": FSDP2}
 TRAFFIC = {
-    "ddp": [Pulled("vit", "dense"), Pulled("vit", "element"), Pulled("vit", "element", levers=UNPACKED)],
+    "ddp": [Pulled("vit", "dense"), Pulled("vit", "element"), Pulled("vit", "element", savings=UNPACKED)],
     "zero1": [
         Pulled("vit", "dense"),
         Pulled("vit", "element"),
         Pulled("vit", "tensor"),
-        Pulled("vit", "element", levers=UNPACKED),
+        Pulled("vit", "element", savings=UNPACKED),
     ],
     # Without a cut, behind which nothing of the first blocks is gathered twice anyway.
     "fsdp2": [
-        Pulled("vit", "block", levers=Levers(keep_gathered=True, share_prefix=False)),
-        Pulled("vit", "block", levers=Levers(share_prefix=False)),
+        Pulled("vit", "block", savings=Savings(keep_gathered=True, share_prefix=False)),
+        Pulled("vit", "block", savings=Savings(share_prefix=False)),
         Pulled("vit", "dense"),
         *FSDP2[1:3],
     ],
@@ -293,8 +295,8 @@ def test_an_ascent_under_ddp_sends_while_its_backward_goes_on(two: Any) -> None:
 # --- Copies of sharded weights, on four ranks
 
 COPIES = [
-    Pulled("vit", "element", levers=APART),
-    Pulled("resnet", "moving cut", levers=Levers(within_shard_group=True, keep_gathered=True), accumulation=2),
+    Pulled("vit", "element", savings=APART),
+    Pulled("resnet", "moving cut", savings=Savings(within_shard_group=True, keep_gathered=True), accumulation=2),
 ]
 
 

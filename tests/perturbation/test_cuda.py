@@ -86,7 +86,7 @@ def on_cpu(result: Any) -> Any:
 
 def shards(opt: SparseSAM) -> list[Tensor]:
     """The weights of this process."""
-    return [shard.weight for shard in opt.sharding.shards(list(opt.pool.parameters.values()))]
+    return [shard.weight for shard in opt.sharding.shards(list(opt.parameters.by_name.values()))]
 
 
 def same(a: list[Tensor], b: list[Tensor]) -> bool:

@@ -29,12 +29,12 @@ def make(world: World = World(), backend: Any = "single", **kwargs: Any) -> Spar
 
 
 def cuts(opt: SparseSAM, steps: int = DRAWS) -> list[int]:
-    layout = opt.pool.layout
+    layout = opt.parameters.layout
     return [opt.mask.plan(layout, step).cut for step in range(steps)]
 
 
 def whole_weights(opt: SparseSAM) -> dict[str, torch.Tensor]:
-    named, sharding = opt.pool.parameters, opt.sharding
+    named, sharding = opt.parameters.by_name, opt.sharding
     shards = sharding.shards(list(named.values()))
     return {n: sharding.gather(p, s.weight).clone() for (n, p), s in zip(named.items(), shards, strict=True)}
 
@@ -86,7 +86,7 @@ def test_the_fisher_mass_of_blocks_is_the_sum_of_squared_gradients_of_single_sam
         named = dict(model.model.named_parameters())
         gradients = torch.autograd.grad(loss_fn(model, (image[None], label[None])), list(named.values()))
         for name, gradient in zip(named, gradients, strict=True):
-            expected[opt.pool.layout.stages[name]] += float(gradient.double().square().sum())
+            expected[opt.parameters.layout.stages[name]] += float(gradient.double().square().sum())
     # Squares are added up in float32 over samples there, and in float64 here.
     assert opt.mask.masses == pytest.approx(expected, rel=1e-5)
 

@@ -56,7 +56,7 @@ def steps(world: World, opt: SparseSAM, first: int, last: int) -> None:
 
 def look(opt: SparseSAM) -> dict[str, Any]:
     """Everything that a checkpoint has to bring back, as whole tensors."""
-    named, sharding = opt.pool.parameters, opt.sharding
+    named, sharding = opt.parameters.by_name, opt.sharding
     state: dict[str, Tensor] = {}
     for name, p in named.items():
         state[name] = sharding.gather(p, sharding.shards([p])[0].weight).clone()

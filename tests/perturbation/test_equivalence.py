@@ -175,7 +175,7 @@ def train(world: World, backend: Any, cases: list[Case], **kwargs: Any) -> list[
             losses.append(world.sum(opt.step(case.loss_fn, *micro)) / world.size)
             if scheduler is not None:
                 scheduler.step()
-        named, sharding = opt.pool.parameters, opt.sharding
+        named, sharding = opt.parameters.by_name, opt.sharding
         shards = sharding.shards(list(named.values()))
         weights = {n: sharding.gather(p, s.weight) for (n, p), s in zip(named.items(), shards, strict=True)}
         _, state = sharding.whole_state(model.model, opt.base_optimizer)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ssam_scale import Depth, SparseSAM
-from ssam_scale.perturbation import Levers
+from ssam_scale.perturbation import Savings
 from ssam_scale.sharding import World, ddp, join_world
 from ssam_scale.sharding.place import place
 from tests.support.networks import batches, freeze_batchnorm, loss_fn, part, small_network
@@ -94,8 +94,8 @@ def sparse_sam(world: World, backend: str) -> tuple[SparseSAM, nn.Module]:
     kind: Any = "fsdp2" if backend == "hsdp" else backend
     replicas = world.size if backend == "hsdp" else 1
     placed, base = place(model, blocks, kind, world, sgd, replicas=replicas, batch_size=BATCH // world.size)
-    levers = Levers(keep_gathered=backend in ("fsdp2", "zero3"))
-    return SparseSAM(placed, base, rho=0.5, mask=Depth((0.5, 0.5)), levers=levers), blocks[-1]
+    savings = Savings(keep_gathered=backend in ("fsdp2", "zero3"))
+    return SparseSAM(placed, base, rho=0.5, mask=Depth((0.5, 0.5)), savings=savings), blocks[-1]
 
 
 class Snapshot:
@@ -112,7 +112,7 @@ class Snapshot:
 
 def _weights(opt: SparseSAM) -> list[Tensor]:
     """Everything that a perturbation changes on this process."""
-    return opt.sharding.exposed(list(opt.pool.parameters.values()))
+    return opt.sharding.exposed(list(opt.parameters.by_name.values()))
 
 
 def fail_alone(backend: str, where: str, folder: Path) -> None:

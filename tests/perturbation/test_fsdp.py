@@ -60,7 +60,7 @@ def sharded(world: World, case: Case, **options: Any) -> SparseSAM:
 
 def whole(opt: SparseSAM, tensors: list[Tensor] | None = None) -> dict[str, Tensor]:
     """The weights, or what is spread like them, by name."""
-    named, sharding = opt.pool.parameters, opt.sharding
+    named, sharding = opt.parameters.by_name, opt.sharding
     if tensors is None:
         tensors = [shard.weight for shard in sharding.shards(list(named.values()))]
     return {n: sharding.gather(p, t).clone() for (n, p), t in zip(named.items(), tensors, strict=True)}
@@ -198,7 +198,7 @@ def perturbed_in_fp32(world: World) -> None:
     case = CASTS[0][0]
     opt = sharded(world, case, **policy(case, torch.bfloat16))
     case.loss_fn(opt.sharding.network, part(batches(1, BATCH)[0], world.rank, world.size)).backward()
-    before, gradient = whole(opt), whole(opt, opt.sharding.gradients(list(opt.pool.parameters.values())))
+    before, gradient = whole(opt), whole(opt, opt.sharding.gradients(list(opt.parameters.by_name.values())))
     chosen = {name: gradient[name] for name in opt.plan.weights}
     radius = opt.radii[0]
     with opt.perturbed():
@@ -216,9 +216,9 @@ def mask_from_a_state(world: World) -> bool:
     batch = part(batches(1, BATCH)[0], world.rank, world.size)
     case.loss_fn(first.sharding.network, batch).backward()
     for opt in (first, second):
-        last_block = {name: n for name, n in opt.pool.layout.numels.items() if name.startswith("blocks.3.")}
+        last_block = {name: n for name, n in opt.parameters.layout.numels.items() if name.startswith("blocks.3.")}
         assert isinstance(opt.mask, Scored)
-        opt.mask.restore(opt.pool.layout, dict.fromkeys(last_block), list(last_block.values()), 0)
+        opt.mask.restore(opt.parameters.layout, dict.fromkeys(last_block), list(last_block.values()), 0)
         opt.step(case.loss_fn, batch)
     return same(whole(first), whole(second))
 
@@ -231,7 +231,7 @@ def wholly_in_bf16(world: World, backend: Any) -> None:
     images, labels = part(batches(1, BATCH)[0], world.rank, world.size)
     batch = (images.bfloat16(), labels)
     loss_fn(module, batch).backward()
-    before, gradient = whole(opt), whole(opt, opt.sharding.gradients(list(opt.pool.parameters.values())))
+    before, gradient = whole(opt), whole(opt, opt.sharding.gradients(list(opt.parameters.by_name.values())))
     assert {g.dtype for g in gradient.values()} == {torch.bfloat16}
     scale = 1.0 / (length_of(gradient) + 1e-7)
     with opt.perturbed():
@@ -319,7 +319,7 @@ def overflow(world: World, backend: Any, replicas: int = 1) -> dict[str, Any]:
 
         def spoil(opt: SparseSAM = opt) -> None:
             if alone_bad:
-                opt.sharding.gradients(list(opt.pool.parameters.values()))[-1].fill_(math.inf)
+                opt.sharding.gradients(list(opt.parameters.by_name.values()))[-1].fill_(math.inf)
 
         if form == "batches":
             opt.step(Overflow(2, armed=alone_bad), first)

@@ -12,7 +12,7 @@ from torch import Tensor
 from ssam_scale import Depth, Scored, SparseSAM
 from ssam_scale.costs.collectives import Traffic
 from ssam_scale.masks import Dense, Mask
-from ssam_scale.perturbation import Levers
+from ssam_scale.perturbation import Savings
 from ssam_scale.sharding import World
 from ssam_scale.sharding.place import place
 from ssam_scale.sharding.zero import stage3
@@ -42,7 +42,7 @@ class Sent:
 
 
 def steps_of(
-    world: World, threshold: int, mask: Mask | None, steps: int, levers: Levers | None = None, micro: int = 1
+    world: World, threshold: int, mask: Mask | None, steps: int, savings: Savings | None = None, micro: int = 1
 ) -> list[Sent]:
     model = freeze_batchnorm(small_network("vit"))
     placed, base = place(
@@ -55,7 +55,7 @@ def steps_of(
         accumulation=micro,
         deepspeed={"zero_optimization": {"stage3_param_persistence_threshold": threshold}},
     )
-    opt = SparseSAM(placed, base, rho=0.5 if mask is not None else 0.0, mask=mask, levers=levers)
+    opt = SparseSAM(placed, base, rho=0.5 if mask is not None else 0.0, mask=mask, savings=savings)
     if isinstance(mask, Scored):
         opt.refresh()
     own = part(batches(1, BATCH)[0], world.rank, world.size)
@@ -101,8 +101,8 @@ def two_ranks(world: World) -> dict[str, Any]:
 
 FEW_KINDS = [
     Pulled("vit", "moving cut"),
-    Pulled("vit", "block", levers=Levers(keep_gathered=True, pack=False)),
-    Pulled("resnet", "tensor", levers=Levers(keep_gathered=True, share_prefix=False), accumulation=2),
+    Pulled("vit", "block", savings=Savings(keep_gathered=True, pack=False)),
+    Pulled("resnet", "tensor", savings=Savings(keep_gathered=True, share_prefix=False), accumulation=2),
 ]
 
 

@@ -355,7 +355,7 @@ class Branches(nn.Module):
 def test_tied_weights_and_parameters_without_a_gradient_in_one_pass(used: tuple[bool, bool]) -> None:
     model = Branches()
     opt = SparseSAM(model, torch.optim.SGD(model.parameters(), lr=0.1), rho=0.2)
-    assert list(opt.pool.parameters) == ["embed.weight", "branch.weight", "branch.bias"]
+    assert list(opt.parameters.by_name) == ["embed.weight", "branch.weight", "branch.bias"]
     passes = iter(used)
 
     def loss(forward: Any, batch: Tensor) -> Tensor:

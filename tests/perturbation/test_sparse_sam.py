@@ -330,7 +330,7 @@ def test_bf16_autocast_with_a_shared_prefix_stays_near_the_reference() -> None:
         return F.cross_entropy(logits.float(), batch[1])
 
     for batch in batches(3, 8):
-        mask = {name: torch.ones(opt.pool.parameters[name].shape) for name in opt.plan.weights}
+        mask = {name: torch.ones(opt.parameters.by_name[name].shape) for name in opt.plan.weights}
         opt.step(in_bf16, batch)
         reference_step(theirs.model, base, in_bf16, batch, rho=0.1, mask=mask, norm="masked")
     moved = [(a - b).norm() for a, b in zip(ours.parameters(), small_network("vit").parameters(), strict=True)]

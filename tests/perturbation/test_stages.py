@@ -44,11 +44,11 @@ def test_every_parameter_belongs_to_the_stage_that_uses_it(family: str) -> None:
     staged = small_network(family)
     staged.eval()
     images = torch.randn(2, 3, IMAGE, IMAGE)
-    owner = staged.stage_of_parameters()
+    owner = staged.stages_of_parameters()
     hidden = images
     for index in range(len(staged.stages)):
         after = staged(hidden, start=index, stop=index + 1)
         used = torch.autograd.grad(after.sum(), list(staged.model.parameters()), allow_unused=True)
         names = {name for (name, _), g in zip(staged.model.named_parameters(), used, strict=True) if g is not None}
-        assert names == {name for name, stage in owner.items() if stage == index}
+        assert names == {name for name, stages in owner.items() if stages == (index,)}
         hidden = after.detach()

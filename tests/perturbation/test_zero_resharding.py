@@ -51,7 +51,7 @@ def steps(world: World, opt: SparseSAM, mask: str, first: int, last: int) -> Non
 
 
 def look(opt: SparseSAM) -> dict[str, torch.Tensor]:
-    named, sharding = opt.pool.parameters, opt.sharding
+    named, sharding = opt.parameters.by_name, opt.sharding
     return {n: sharding.gather(p, sharding.shards([p])[0].weight).clone() for n, p in named.items()}
 
 

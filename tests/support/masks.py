@@ -10,7 +10,7 @@ from ssam_scale.perturbation import SparseSAM
 
 def whole_mask(opt: SparseSAM) -> dict[str, Tensor]:
     """Booleans for every weight that the next step's plan names, shaped like its parameter. Collective."""
-    named, sharding, weights = opt.pool.parameters, opt.sharding, opt.plan.weights
+    named, sharding, weights = opt.parameters.by_name, opt.sharding, opt.plan.weights
     shards = sharding.shards([named[name] for name in weights])
     return {
         name: sharding.gather(

@@ -31,9 +31,9 @@ class FSDP2Costs(Common):
         """Units from the cut on, gathered; the gradients that there are, reduced."""
         kept, shape = self._staying(ascent), ascent.shape
         # A unit ahead is gathered in a backward, one that does not need it, too; not across the cut of a shared prefix.
-        ahead = 0 if ascent.shares_prefix else 1
+        ahead = 0 if ascent.resolved.shares_prefix else 1
         forward = self._units(shape.cut)
-        if ascent.shares_prefix:  # where the root stays, the prefix's forward has gathered it
+        if ascent.resolved.shares_prefix:  # where the root stays, the prefix's forward has gathered it
             forward -= {None} & kept
         backward = self._units(shape.first - ahead) - kept - {None}
         return InPass(self._gathers(forward), self._gathers(backward) + self._reductions(ascent))
@@ -45,7 +45,7 @@ class FSDP2Costs(Common):
         if ascent is None:
             return InPass(self._gathers(units), self._gathers(units - {None}) + reduced)
         kept, prefix = self._staying(ascent), units - self._units(ascent.shape.cut)
-        if not ascent.shares_prefix:
+        if not ascent.resolved.shares_prefix:
             return InPass(self._gathers(units - kept), self._gathers(units - {None}) + reduced)
         # The prefix's forward, which the ascent shares, is one with the root; the suffix's gathers the root again.
         again = () if None in kept else self._gathers({None})
@@ -68,11 +68,11 @@ class FSDP2Costs(Common):
 
     def _units(self, start: int) -> frozenset[Unit]:
         """Those that the stages from `start` on use, and the root."""
-        return frozenset({None, *(w.unit for w in self.weights.values() if w.stage >= start)})
+        return frozenset({None, *(w.unit for w in self.weights.values() if w.stages[-1] >= start)})
 
     def _staying(self, ascent: Ascent) -> frozenset[Unit]:
         """Units that are gathered once for both passes: those that nothing perturbs."""
-        if not ascent.levers.keep_gathered:
+        if not ascent.resolved.kept:
             return frozenset()
         return self._units(0) - {self.weights[name].unit for name in ascent.perturbed}
 
@@ -97,17 +97,17 @@ class FSDP2Costs(Common):
 
     def _reductions(self, ascent: Ascent) -> Sends:
         units: dict[Unit, list[str]] = {}
-        for name in ascent.computed:
+        for name in ascent.resolved.computed:
             units.setdefault(self.weights[name].unit, []).append(name)
         scattered = self._scatter(sum(self._scattered(ascent, names) for names in units.values()))
-        if ascent.levers.within_shard_group:
+        if ascent.resolved.within_shard_group:
             return scattered
-        return scattered + self._between_copies(self._padded(ascent.computed))
+        return scattered + self._between_copies(self._padded(ascent.resolved.computed))
 
     def _scattered(self, ascent: Ascent, names: Sequence[str]) -> int:
         """Elements of a unit's gradients over all processes, each sent as many as the one that is sent most."""
         shards = self.spreading.shards
-        if ascent.between is None or ascent.dense:
+        if ascent.between is None:
             return self._padded(names)
         totals = [0] * shards
         for name in names:

@@ -35,7 +35,7 @@ class DDPCosts(Common):
 
     def ascent(self, ascent: Ascent) -> InPass:
         """Of each gradient that is needed, the elements that are."""
-        sent = sum(sum(ascent.reduced_between(n, (0, self.weights[n].numel))) for n in ascent.needed)
+        sent = sum(sum(ascent.reduced_between(n, (0, self.weights[n].numel))) for n in ascent.resolved.reduced)
         return InPass(backward=(Sent("all_reduce", FLOAT * sent, self.spreading.everyone),))
 
     def descent(self, ascent: Ascent | None) -> InPass:

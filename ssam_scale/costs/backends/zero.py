@@ -31,7 +31,7 @@ class ZeRO0Costs(Common):
 
     def ascent(self, ascent: Ascent) -> InPass:
         """The gradients that are needed, whole: DeepSpeed reduces no parts of one."""
-        return InPass(after=self._reduced(self.weights[name].numel for name in ascent.needed))
+        return InPass(after=self._reduced(self.weights[name].numel for name in ascent.resolved.reduced))
 
     def descent(self, ascent: Ascent | None) -> InPass:
         """All gradients."""
@@ -53,7 +53,7 @@ class ZeRO12Costs(Common):
 
     def ascent(self, ascent: Ascent) -> InPass:
         """The gradients that there are, and the perturbed weights."""
-        return InPass(after=self._reduced(ascent.computed) + self._published(ascent))
+        return InPass(after=self._reduced(ascent.resolved.computed) + self._published(ascent))
 
     def descent(self, ascent: Ascent | None) -> InPass:
         """All gradients, and the stepped weights."""
@@ -97,7 +97,7 @@ class ZeRO12Costs(Common):
         for group in self._groups():
             owned = self._perturbed_of_each(ascent, group)
             everything = sum(owned) == sum(w.numel for w in group.values())
-            if everything or not ascent.levers.pack:
+            if everything or not ascent.resolved.packed:
                 sends.append(self._all_of(group))
                 continue
             gathered = Sent("all_gather", float(FLOAT * len(owned) * max(owned)), self.spreading.everyone)

@@ -35,11 +35,11 @@ class ZeRO3Costs(Common):
         """Stages from the cut on, gathered; the gradients that there are, reduced; and small weights, gathered anew."""
         shape = ascent.shape
         again = (self._far & self._since(shape.first)) - self._staying(ascent)
-        some = ascent.levers.pack or ascent.levers.keep_gathered
+        some = ascent.resolved.packed or ascent.resolved.kept
         freed = self._small & ascent.perturbed.keys() if some else self._small
         return InPass(
             self._gathers(self._large & self._since(shape.cut)),
-            self._gathers(again) + self._scatters(ascent.computed),
+            self._gathers(again) + self._scatters(ascent.resolved.computed),
             self._gathers(freed, times=1),
         )
 
@@ -50,7 +50,7 @@ class ZeRO3Costs(Common):
         if ascent is not None:
             suffix = self._since(ascent.shape.cut)
             there = self._staying(ascent) & suffix
-            if ascent.shares_prefix and not self._prefix_stays(ascent):
+            if ascent.resolved.shares_prefix and not self._prefix_stays(ascent):
                 again = (self._far & suffix) | (self._large - suffix - self._staying(ascent))
         return InPass(
             self._gathers(self._large - there),
@@ -83,22 +83,22 @@ class ZeRO3Costs(Common):
     @cached_property
     def _far(self) -> frozenset[str]:
         """What is freed between its forward and its backward, because too much is used in between."""
-        after = dict.fromkeys(sorted({w.stage for w in self.weights.values()}, reverse=True), 0)
+        after = dict.fromkeys(sorted({w.stages[0] for w in self.weights.values()}, reverse=True), 0)
         later = 0
         for stage in after:
             after[stage] = later
-            later += self._elements(n for n, w in self.weights.items() if w.stage == stage)
-        return frozenset(n for n in self._large if 2 * after[self.weights[n].stage] >= self.spreading.zero.reuse)
+            later += self._elements(n for n, w in self.weights.items() if w.stages[0] == stage)
+        return frozenset(n for n in self._large if 2 * after[self.weights[n].stages[0]] >= self.spreading.zero.reuse)
 
     def _staying(self, ascent: Ascent) -> frozenset[str]:
         """What is gathered once for the ascent and the descent's forward: what is not perturbed."""
-        return self._large - ascent.perturbed.keys() if ascent.levers.keep_gathered else frozenset()
+        return self._large & ascent.resolved.kept
 
     def _prefix_stays(self, ascent: Ascent) -> bool:
-        return ascent.levers.pack and 2 * self.numel <= self.spreading.zero.reuse
+        return ascent.resolved.packed and 2 * self.numel <= self.spreading.zero.reuse
 
     def _since(self, stage: int) -> frozenset[str]:
-        return frozenset(name for name, w in self.weights.items() if w.stage >= stage)
+        return frozenset(name for name, w in self.weights.items() if w.stages[-1] >= stage)
 
     def _elements(self, names: Iterable[str]) -> int:
         return sum(self.weights[name].numel for name in names)

@@ -1,0 +1,214 @@
+"""Everything that one step will do, decided in one place: `resolve_step`.
+
+The passes, the perturbation and the cost model read a `ResolvedStep` and decide nothing themselves, so that what is
+predicted of a step cannot differ from what it does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal, TypeAlias, get_args
+
+from ssam_scale.masks import Part, Plan, Rows
+
+from .parameters import TrainedParameters
+from .savings import Savings
+from .skip_gradients import skips_rows
+from .step_report import StepKind
+
+Norm: TypeAlias = Literal["dense", "masked", "calibrated"]
+Gradients: TypeAlias = Literal["all", "named", "perturbed"]
+
+
+@dataclass(frozen=True)
+class StepOptions:
+    """What a `SparseSAM` was asked for, as far as it decides what a step does; see there.
+
+    Raises:
+        ValueError: an option is out of its range.
+    """
+
+    norm: Norm = "masked"
+    calibrate_every: int | None = 100
+    fraction: float = 1.0
+    savings: Savings = field(default_factory=Savings)
+
+    def __post_init__(self) -> None:
+        if self.norm not in get_args(Norm):
+            raise ValueError(f"norm is {self.norm!r}; one of {', '.join(get_args(Norm))} is needed")
+        if self.calibrate_every is not None and self.calibrate_every < 1:
+            raise ValueError(f"calibrate_every is {self.calibrate_every}; at least 1, or None, is needed")
+        if not 0.0 < self.fraction <= 1.0:
+            raise ValueError(f"fraction is {self.fraction}; a share in (0, 1] is needed")
+
+    def looks_at_all(self, plan: Plan) -> bool:
+        """Whether some steps compute the gradient of every parameter to learn κ, though they need only some of it.
+
+        The calibrated norm has to; the masked norm does it where the ascent has most of that gradient anyway.
+        """
+        return self.norm == "calibrated" or (self.norm == "masked" and plan.takes_parts)
+
+    def dense_share(self, plan: Plan) -> float:
+        """In the long run, the share of the ascents that compute the gradient of every parameter, in [0, 1]."""
+        if self.norm == "dense":
+            return 1.0
+        return 1.0 / self.calibrate_every if self.calibrate_every and self.looks_at_all(plan) else 0.0
+
+    def is_dense(self, plan: Plan, step: int, calibrated: int) -> bool:
+        """Whether the ascent of step number `step` computes the gradient of every parameter.
+
+        Args:
+            plan: what is perturbed.
+            step: from 0.
+            calibrated: the step of the last calibration; −1 when one is due.
+        """
+        if not self.looks_at_all(plan):
+            return self.norm == "dense"
+        if self.norm == "masked":
+            return self.calibrate_every is not None and step % self.calibrate_every == 0
+        return calibrated < 0 or (self.calibrate_every is not None and step - calibrated >= self.calibrate_every)
+
+
+@dataclass(frozen=True)
+class ResolvedStep:
+    """Everything that one step will do.
+
+    Attributes:
+        kind: see `StepKind`.
+        step: its number, from 0.
+        plan: what is perturbed; empty without an ascent.
+        radii: ρ of each parameter in the plan.
+        alpha: LookSAM's α of a step of kind `reused`; 0 in the others.
+        fraction: share of each micro-batch's samples in the ascent.
+        cut: the first stage that the ascent keeps a graph of; those before it make the prefix.
+        shares_prefix: whether the prefix runs once and serves both passes.
+        may_share_prefix: whether it does in another step of this mask, so that the loss function has to suit that.
+        computed: elements of the gradient that the ascent's backward computes, by parameter that it computes any of.
+        elided: parameters that stages from the cut on use, of which the ascent computes no gradient.
+        rows: weights of layers of which the ascent computes the gradient of these rows only.
+        reduced: the gradients that are asked for of all processes, by parameter: of which elements (None: of all).
+        gradients: what is known of the gradient after the ascent: of every parameter (`all`), of every element of the
+            parameters in the plan (`named`), or of what is perturbed (`perturbed`).
+        calibrates: whether the norm is calibrated by this step's gradient.
+        packed: whether of perturbed weights, no more than what is perturbed is sent.
+        kept: parameters that stay gathered from the ascent to the descent.
+        within_shard_group: whether each copy of the weights ascends by its own part of the batch (HSDP).
+    """
+
+    kind: StepKind
+    step: int
+    plan: Plan
+    radii: Mapping[str, float]
+    alpha: float = 0.0
+    fraction: float = 1.0
+    cut: int = 0
+    shares_prefix: bool = False
+    may_share_prefix: bool = False
+    computed: Mapping[str, int] = field(default_factory=dict)
+    elided: frozenset[str] = frozenset()
+    rows: Mapping[str, Rows] = field(default_factory=dict)
+    reduced: Mapping[str, Part | None] = field(default_factory=dict)
+    gradients: Gradients = "named"
+    calibrates: bool = False
+    packed: bool = False
+    kept: frozenset[str] = frozenset()
+    within_shard_group: bool = False
+
+    @property
+    def ascends(self) -> bool:
+        """Whether there is an ascent pass."""
+        return bool(self.plan.weights)
+
+    @property
+    def forward_from(self) -> int:
+        """The first stage that the ascent's forward runs by itself."""
+        return self.cut if self.shares_prefix else 0
+
+    @cached_property
+    def radius(self) -> float:
+        """The largest ρ."""
+        return max(self.radii.values(), default=0.0)
+
+
+def resolve_step(
+    plan: Plan,
+    options: StepOptions,
+    parameters: TrainedParameters,
+    *,
+    radii: Mapping[str, float],
+    step: int = 0,
+    alpha: float = 0.0,
+    micro_batches: int = 1,
+    dense: bool = False,
+    packs: bool = True,
+    by_hand: bool = False,
+) -> ResolvedStep:
+    """Decide what a step does.
+
+    Args:
+        plan: what the mask perturbs.
+        options: of the optimizer.
+        parameters: what it trains.
+        radii: ρ by parameter; without a positive one there is no ascent.
+        step: number of the step, from 0.
+        alpha: LookSAM's α, of a step without an ascent.
+        micro_batches: whose gradients accumulate. The graphs of several prefixes would have to be kept to share them,
+            which is the memory that accumulation saves: then the ascent runs each prefix again, without a graph.
+        dense: whether the ascent computes the gradient of every parameter: `StepOptions.is_dense`.
+        packs: whether the backend reduces no more of the gradients than it is asked for.
+        by_hand: whether somebody else runs the two passes, and leaves reduced gradients of everything.
+    """
+    savings = options.savings
+    may_share = savings.share_prefix and options.norm != "dense" and plan.may_cut and not by_hand
+    if not any(radii.get(name, 0.0) for name in plan.weights):
+        return ResolvedStep("reused" if alpha else "base", step, Plan(0, {}, {}), {}, alpha)
+    cut = plan.cut if may_share and not dense else 0
+    sparse = not dense and not by_hand
+    elided: frozenset[str] = frozenset()
+    rows: dict[str, Rows] = {}
+    if sparse and savings.elide:
+        # A tied weight that the prefix uses, too, keeps its gradient: the prefix's graph needs it in the descent.
+        elided = frozenset(n for n, uses in parameters.uses.items() if uses[0] >= cut and n not in plan.weights)
+        rows = {
+            name: part
+            for name, part in plan.weights.items()
+            if isinstance(part, Rows) and name in parameters.layers and skips_rows(parameters.layers[name], part)
+        }
+    numels = parameters.layout.numels
+    computed = {
+        name: plan.counts[name] if name in rows else numels[name]
+        for name, uses in parameters.uses.items()
+        if uses[-1] >= cut and name not in elided
+    }
+    reduced: Mapping[str, Part | None] = dict.fromkeys(parameters.layout.shapes)
+    if sparse:
+        reduced = plan.weights if savings.pack else dict.fromkeys(plan.weights)
+    gradients: Gradients = "all"
+    if sparse:
+        gradients = "perturbed" if rows or (savings.pack and packs and plan.takes_parts) else "named"
+    kind: StepKind = "dense"
+    if dense and options.norm != "dense" and not by_hand:
+        kind = "calibrating"
+    elif computed != numels:
+        kind = "sparse"
+    return ResolvedStep(
+        kind,
+        step,
+        plan,
+        {name: radii[name] for name in plan.weights},
+        fraction=options.fraction,
+        cut=cut,
+        shares_prefix=cut > 0 and micro_batches == 1,
+        may_share_prefix=may_share and micro_batches == 1,
+        computed=computed,
+        elided=elided,
+        rows=rows,
+        reduced=reduced,
+        gradients=gradients,
+        calibrates=gradients == "all" and options.norm == "calibrated",
+        packed=savings.pack,
+        kept=frozenset(numels.keys() - plan.weights.keys()) if savings.keep_gathered else frozenset(),
+        within_shard_group=savings.within_shard_group,
+    )
