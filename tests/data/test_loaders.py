@@ -15,8 +15,8 @@ from ssam_scale.data import ImageLoader
 from ssam_scale.data.encode import Encoding
 from ssam_scale.data.write import Sample, write_samples
 from ssam_scale.errors import UserError
-from tests.data.conftest import NUMBERED, config, evaluation, training
 from tests.support.images import make_image
+from tests.support.loaders import NUMBERED, config, evaluation, training
 
 Epoch = list[tuple[torch.Tensor, torch.Tensor]]
 
@@ -229,7 +229,7 @@ def test_torchs_threads_are_left_alone(numbered: Path) -> None:
 
 
 def test_cores_are_shared_among_the_processes_of_a_machine(numbered: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ssam_scale.data import read as module
+    from ssam_scale.data import loaders as module
 
     monkeypatch.setattr(module, "usable_cores", lambda: 8)
     data = config(numbered)
