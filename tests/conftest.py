@@ -8,6 +8,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from hypothesis import settings
+
+# No test depends on a wall-clock time: an example may be the one that compiles.
+settings.register_profile("ssam_scale", deadline=None)
+settings.load_profile("ssam_scale")
 
 
 def pytest_collection_modifyitems(items: Iterable[pytest.Item]) -> None:

@@ -1,4 +1,4 @@
-"""The floors of the house: who may import whom (README, how it is built)."""
+"""The floors of the house: who may import whom (README, how it is built); and tests that stand alone."""
 
 from __future__ import annotations
 
@@ -26,15 +26,17 @@ FLOORS = [
 ]
 OWNERS = {"mlflow": "tracking", "matplotlib": "tracking", "ffcv": "data", "deepspeed": "sharding"}
 MODULES = sorted(ROOT.rglob("*.py"))
+TESTS = Path(__file__).parent
+TEST_MODULES = sorted(path for path in TESTS.rglob("*.py") if path.name.startswith(("test_", "conftest")))
 
 
 def floor_of(path: Path) -> str:
     return path.relative_to(ROOT).parts[0].removesuffix(".py")
 
 
-def imports_of(path: Path) -> set[str]:
-    """Absolute names of all modules imported anywhere in a file."""
-    package = ["ssam_scale", *path.relative_to(ROOT).parts[:-1]]
+def imports_of(path: Path, root: Path = ROOT) -> set[str]:
+    """Absolute names of all modules, and of what is imported from them, anywhere in a file below the package `root`."""
+    package = [root.name, *path.relative_to(root).parts[:-1]]
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -54,3 +56,10 @@ def test_imports_go_downwards_and_stay_in_their_house(path: Path) -> None:
         assert OWNERS.get(top, floor) == floor, f"{path} imports {top}, which only {OWNERS[top]}/ may"
         if top == "ssam_scale" and rest and rest[0] in FLOORS and floor in FLOORS:
             assert FLOORS.index(rest[0]) >= FLOORS.index(floor), f"{path} imports upwards: {name}"
+
+
+@pytest.mark.parametrize("path", TEST_MODULES, ids=lambda p: str(p.relative_to(TESTS)))
+def test_no_test_module_imports_another(path: Path) -> None:
+    for name in imports_of(path, TESTS):
+        top, *rest = name.split(".")
+        assert top != "tests" or not rest or rest[0] == "support", f"{path} imports {name}; shared parts go to support"

@@ -10,8 +10,7 @@ import pytest
 from ssam_scale import config
 from ssam_scale.config import load
 from ssam_scale.errors import UserError
-
-from .conftest import SMALL
+from tests.support.configs import SMALL
 
 
 def swap(old: str, new: str) -> str:

@@ -19,8 +19,7 @@ from pydantic import BaseModel
 from ssam_scale.config import Config, dump, load
 from ssam_scale.config.explain import dotted_names
 from ssam_scale.errors import UserError
-
-from .conftest import SMALL
+from tests.support.configs import SMALL
 
 relaxed = settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], deadline=None, max_examples=50

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import ROOT
+from tests.support.checkout import ROOT
 
 TOOLS = (
     "bash env sed cut cat dirname basename mkdir mktemp rm touch tail sort sha256sum realpath readlink tr sleep grep id"

@@ -11,9 +11,8 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from tests.support import slurm
+from tests.support.checkout import ROOT
 from tests.support.processes import run, wait_until
-
-from .conftest import ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(slurm.missing() is not None, reason=str(slurm.missing()))]
 

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.checkout import ROOT
 from tests.support.processes import run
-
-from .conftest import ROOT
 
 SCRIPT = ROOT / "launch" / "train.py"
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"

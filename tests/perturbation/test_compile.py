@@ -2,48 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, fields
-from typing import Any
-
 import pytest
-import torch
-from torch._dynamo.utils import counters
 
 from ssam_scale.sharding import World
-from tests.perturbation.test_equivalence import TOLERANCE, Case, largest_difference, train
-
-# What a block is compiled for: its input with a gradient (descent, and the ascent behind the first perturbed block) and
-# without (the first perturbed block of the ascent, whose input is detached); with several micro-batches also without
-# any graph (the ascent's prefix). All blocks of a ViT are one code, so that none of it is per block.
-FORMS = {1: 2, 2: 3}
-
-
-@dataclass(frozen=True)
-class Compiled(Case):
-    """A case whose blocks are compiled in place, as a user would do it."""
-
-    compiler: str = "inductor"
-
-    def make_model(self) -> Any:
-        model = super().make_model()
-        for stage in model.stages:
-            stage.block.compile(backend=self.compiler)
-        return model
-
-    def plain(self) -> Case:
-        """The same case without the compiler."""
-        return Case(**{field.name: getattr(self, field.name) for field in fields(Case)})
-
-
-@contextmanager
-def counting_graphs() -> Iterator[Any]:
-    """Counts the graphs compiled inside, by calling what is yielded."""
-    torch._dynamo.reset()
-    counters.clear()
-    yield lambda: counters["stats"]["unique_graphs"]
-    torch._dynamo.reset()
+from tests.support.compiled import FORMS, Compiled, counting_graphs
+from tests.support.training import TOLERANCE, largest_difference, train
 
 
 @pytest.mark.slow

@@ -23,6 +23,7 @@ from ssam_scale.perturbation.scores import (
 from ssam_scale.sharding import Peers, Sharding, World
 from ssam_scale.sharding.place import distribute, place, sharding_of
 from tests.support.networks import CLASSES, batches, loss_fn, small_network
+from tests.support.precision import fp16_supported
 from tests.support.ranks import alone, run_ranks
 
 KINDS = ("fisher", "gradient")
@@ -515,8 +516,6 @@ def test_a_scale_is_divided_out_and_made_smaller_until_nothing_overflows() -> No
 
 def _fp16(world: World) -> list[str]:
     """Float16 engines, whose first scale of the loss overflows, against float32."""
-    from tests.perturbation.test_zero import fp16_supported
-
     wrong = []
     sharding, base, named = sharded(world, "ddp", "vit")
     data = own_batches(world, 8)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,14 +18,10 @@ from typing import Any
 
 import pytest
 
+from tests.support.processes import free_port
+
 # Generous: on a loaded machine the server imports MLflow twice, 5-10 s each.
 SERVER_STARTS_WITHIN_S = 180
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextmanager

@@ -85,6 +85,11 @@ def wait_until(condition: Callable[[], bool], timeout: float, what: str) -> None
         time.sleep(0.2)
 
 
+def free_port() -> int:
+    """A port of the loopback interface that is free now."""
+    return free_ports(1)[0]
+
+
 def free_ports(count: int) -> list[int]:
     """Ports of the loopback interface that are free now."""
     with contextlib.ExitStack() as stack:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -14,6 +13,7 @@ import torch
 import torch.multiprocessing as mp
 
 from ssam_scale.sharding import World, join_world
+from tests.support.processes import free_port
 
 # Importing takes longer than much of what the processes do.
 _PRELOAD = [
@@ -23,13 +23,6 @@ _PRELOAD = [
     "ssam_scale.perturbation",
     "ssam_scale.sharding.zero",
 ]
-
-
-def free_port() -> int:
-    """A port of the loopback that nobody listens on."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 def _start_method() -> str:

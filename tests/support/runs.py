@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,22 @@ from torch import Tensor
 
 from ssam_scale.cli.main import main
 from ssam_scale.data import write_beton
+from tests.support.checkout import ROOT
 from tests.support.images import make_image_folder
+from tests.support.processes import free_port, run
 
 CLASSES = 4
 RESNET: dict[str, Any] = {
     "name": "resnet18",
     "num_classes": CLASSES,
     "kwargs": {"channels": [8, 8, 8, 8], "stem_width": 8},
+}
+
+# A ViT, because BatchNorm normalises by the batch of each process.
+VIT = {
+    "name": "vit_tiny_patch16_224",
+    "num_classes": 4,
+    "kwargs": {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2},
 }
 
 
@@ -77,3 +87,24 @@ def differing(first: Path, second: Path, tolerance: float = 0.0) -> list[str]:
     one, two = tensors_of(first), tensors_of(second)
     assert one.keys() == two.keys()
     return [name for name in one if not torch.allclose(one[name].double(), two[name].double(), rtol=0, atol=tolerance)]
+
+
+def launch(processes: int, config: Path, *overrides: str, launcher: str = "torchrun") -> str:
+    options = {
+        "torchrun": ["--standalone", "--nproc_per_node", str(processes)],
+        "deepspeed": ["--num_gpus", str(processes), "--master_port", str(free_port())],
+    }
+    done = run(
+        [
+            Path(sys.executable).parent / launcher,
+            *options[launcher],
+            "launch/train.py",
+            "--config",
+            config,
+            *overrides,
+        ],
+        cwd=ROOT,
+        env={"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout

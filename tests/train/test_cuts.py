@@ -11,9 +11,8 @@ import pytest
 import torch
 
 from tests.support.runs import differing, ssam_scale, write_config
-
-from .test_masks import STEPS, artifact, client, history, saved, table
-from .test_masks import train as train_with
+from tests.support.tracked import STEPS, artifact, client, history, saved, table
+from tests.support.tracked import train as train_with
 
 COST = {"pattern": "depth", "draw": "cost", "cut": [0.25, 1.0], "samples": 8, "refresh_steps": 3}
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,7 @@ import mlflow
 import pytest
 import yaml
 
-from tests.support.processes import run
-from tests.support.ranks import free_port
-from tests.support.runs import RESNET, differing, ssam_scale, write_config
+from tests.support.runs import RESNET, VIT, differing, launch, ssam_scale, write_config
 
 METHODS: dict[str, Any] = {
     "base": None,
@@ -154,35 +151,6 @@ def test_the_printed_configuration_is_the_run(data: Path, tmp_path: Path, capsys
 def config_of(path: Path) -> dict[str, Any]:
     loaded: dict[str, Any] = yaml.safe_load(path.read_text())
     return loaded
-
-
-def launch(processes: int, config: Path, *overrides: str, launcher: str = "torchrun") -> str:
-    options = {
-        "torchrun": ["--standalone", "--nproc_per_node", str(processes)],
-        "deepspeed": ["--num_gpus", str(processes), "--master_port", str(free_port())],
-    }
-    done = run(
-        [
-            Path(sys.executable).parent / launcher,
-            *options[launcher],
-            "launch/train.py",
-            "--config",
-            config,
-            *overrides,
-        ],
-        cwd=Path(__file__).parents[2],
-        env={"OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stdout
-    return done.stdout
-
-
-# A ViT, because BatchNorm normalises by the batch of each process.
-VIT = {
-    "name": "vit_tiny_patch16_224",
-    "num_classes": 4,
-    "kwargs": {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2},
-}
 
 
 @pytest.mark.slow

@@ -16,10 +16,9 @@ from ssam_scale.perturbation import Savings
 from ssam_scale.sharding import World
 from ssam_scale.sharding.place import place
 from ssam_scale.sharding.zero import stage3
-from tests.perturbation.test_communication import GATHERED, Pulled
-from tests.perturbation.test_equivalence import BATCH, check, train
 from tests.support.networks import batches, freeze_batchnorm, loss_fn, part, small_network
 from tests.support.ranks import run_ranks
+from tests.support.training import BATCH, Case, check, train
 
 pytestmark = pytest.mark.slow
 
@@ -92,7 +91,9 @@ def two_ranks(world: World) -> dict[str, Any]:
         found[f"dense {threshold}"] = steps_of(world, threshold, Dense(), 3)
         found[f"cut {threshold}"] = steps_of(world, threshold, Depth((0.5, 0.5)), 4)
         found[f"moving {threshold}"] = steps_of(world, threshold, CUTS, 8)
-        found[f"kept {threshold}"] = steps_of(world, threshold, Scored("tensor", 0.5, score="random"), 3, GATHERED)
+        found[f"kept {threshold}"] = steps_of(
+            world, threshold, Scored("tensor", 0.5, score="random"), 3, Savings(keep_gathered=True)
+        )
     found["accumulated"] = steps_of(world, 300, CUTS, 8, micro=2)
     result: dict[str, Any] = {name: [vars(step) for step in steps] for name, steps in found.items()}
     stage3._MOST_KINDS = 2  # fewer than one step has
@@ -100,9 +101,9 @@ def two_ranks(world: World) -> dict[str, Any]:
 
 
 FEW_KINDS = [
-    Pulled("vit", "moving cut"),
-    Pulled("vit", "block", savings=Savings(keep_gathered=True, pack=False)),
-    Pulled("resnet", "tensor", savings=Savings(keep_gathered=True, share_prefix=False), accumulation=2),
+    Case("vit", "moving cut"),
+    Case("vit", "block", savings=Savings(keep_gathered=True, pack=False)),
+    Case("resnet", "tensor", savings=Savings(keep_gathered=True, share_prefix=False), accumulation=2),
 ]
 
 

@@ -12,7 +12,7 @@ import pytest
 from ssam_scale.data import inspect, verify
 from ssam_scale.data.beton import PAGE_SIZE
 from ssam_scale.errors import UserError
-from tests.data.conftest import NUMBERED, evaluation, training
+from tests.support.loaders import NUMBERED, evaluation, training
 
 
 @pytest.fixture

@@ -23,20 +23,20 @@ from ssam_scale.models import staged
 from ssam_scale.perturbation.reference import length_of
 from ssam_scale.sharding import World, join_world
 from ssam_scale.sharding.place import place
-from tests.perturbation.test_compile import FORMS, Compiled, counting_graphs
-from tests.perturbation.test_equivalence import (
+from tests.support.cases import CASES
+from tests.support.compiled import FORMS, Compiled, counting_graphs
+from tests.support.masks import whole_mask
+from tests.support.networks import batches, loss_fn, small_network
+from tests.support.processes import free_port
+from tests.support.training import (
     BATCH,
-    CASES,
     STEPS,
     Case,
     largest_difference,
     on,
     reference,
     train,
-    whole_mask,
 )
-from tests.support.networks import batches, loss_fn, small_network
-from tests.support.ranks import free_port
 
 pytestmark = pytest.mark.gpu
 
@@ -163,7 +163,7 @@ def sam_on(world: World, backend: Any, deepspeed: Any = None) -> SparseSAM:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_fp32_equals_the_reference(backend: str, world: World) -> None:
-    cases = [case for case in CASES if case.precision == torch.float32]
+    cases = [case for case in CASES.values() if case.precision == torch.float32]
     for case, result in zip(cases, train(world, backend, cases), strict=True):
         difference = largest_difference(case, on_cpu(result), check_losses=False)
         assert difference <= CUDA_TOLERANCE, f"{case} differs by {difference:.1e}"

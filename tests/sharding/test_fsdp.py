@@ -22,25 +22,23 @@ from ssam_scale import Depth, Scored, SparseSAM
 from ssam_scale.perturbation.reference import length_of, reference_step
 from ssam_scale.sharding import World
 from ssam_scale.sharding.place import distribute, sharding_of
-from tests.perturbation.test_equivalence import (
+from tests.support.masks import whole_mask
+from tests.support.networks import batches, freeze_batchnorm, loss_fn, part, small_network
+from tests.support.ranks import alone, run_ranks
+from tests.support.training import (
     BATCH,
     BF16_TOLERANCE,
-    CASES,
     STEPS,
     TOLERANCE,
     Case,
     largest_difference,
     tolerance,
     train,
-    whole_mask,
 )
-from tests.support.networks import batches, freeze_batchnorm, loss_fn, part, small_network
-from tests.support.ranks import alone, run_ranks
 
 pytestmark = pytest.mark.slow
 
-ELEMENT = next(case for case in CASES if (case.family, case.mask) == ("vit", "element"))
-MOVING_CUT = next(case for case in CASES if (case.family, case.mask) == ("vit", "moving cut"))
+ELEMENT, MOVING_CUT = Case("vit", "element"), Case("vit", "moving cut")
 COPIES = [
     ELEMENT,
     Case("resnet", "tensor", optimizer="adamw"),

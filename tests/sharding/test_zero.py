@@ -7,8 +7,7 @@ import math
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +22,12 @@ from ssam_scale.perturbation import Stage, StagedModel
 from ssam_scale.perturbation.reference import length_of
 from ssam_scale.sharding import World
 from ssam_scale.sharding.place import place, sharding_of
-from tests.perturbation.test_equivalence import (
+from tests.support.masks import whole_mask
+from tests.support.networks import CLASSES, batches, freeze_batchnorm, part, small_network
+from tests.support.networks import loss_fn as mean_loss
+from tests.support.precision import fp16_supported
+from tests.support.ranks import run_ranks
+from tests.support.training import (
     BATCH,
     RHO,
     STEPS,
@@ -32,11 +36,7 @@ from tests.perturbation.test_equivalence import (
     largest_difference,
     reference,
     train,
-    whole_mask,
 )
-from tests.support.networks import CLASSES, batches, freeze_batchnorm, part, small_network
-from tests.support.networks import loss_fn as mean_loss
-from tests.support.ranks import run_ranks
 
 LR, MOMENTUM, CLIP = 0.05, 0.9, 0.2
 
@@ -66,16 +66,6 @@ BF16 = [
     Kind(1, torch.bfloat16, (("bf16", {"immediate_grad_update": True}), ("data_types", {"grad_accum_dtype": "fp32"}))),
 ]
 FP16 = [Kind(stage, torch.float16) for stage in (1, 2, 3)]  # stage 0 is refused
-
-
-@contextmanager
-def fp16_supported() -> Iterator[None]:
-    """DeepSpeed refuses fp16 on most CPUs, because it is slow there. PyTorch computes it all the same."""
-    from deepspeed.accelerator import get_accelerator
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(get_accelerator(), "is_fp16_supported", lambda: True)
-        yield
 
 
 def engine_of(

@@ -15,8 +15,8 @@ from ssam_scale.data import ImageLoader
 from ssam_scale.data.encode import Encoding
 from ssam_scale.data.write import Sample, write_samples
 from ssam_scale.errors import UserError
-from tests.data.conftest import NUMBERED, config, evaluation, training
 from tests.support.images import make_image
+from tests.support.loaders import NUMBERED, config, evaluation, training
 
 Epoch = list[tuple[torch.Tensor, torch.Tensor]]
 

@@ -15,10 +15,10 @@ from ssam_scale import SparseSAM
 from ssam_scale.masks import Dynamic, Refreshed
 from ssam_scale.sharding import World
 from ssam_scale.sharding.place import distribute
-from tests.perturbation.test_equivalence import BATCH, CLIP, RHO, TOLERANCE, Case
 from tests.support.masks import whole_mask
 from tests.support.networks import batches, freeze_batchnorm, loss_fn, part, small_network
 from tests.support.ranks import alone, run_ranks
+from tests.support.training import BATCH, CLIP, RHO, TOLERANCE, Case
 
 pytestmark = [
     pytest.mark.slow,

@@ -24,8 +24,8 @@ from ssam_scale.perturbation import Savings
 from ssam_scale.sharding import World, ddp, join_world
 from ssam_scale.sharding.place import place
 from tests.support.networks import batches, freeze_batchnorm, loss_fn, part, small_network
-from tests.support.processes import daemon
-from tests.support.ranks import free_port, run_ranks
+from tests.support.processes import daemon, free_port
+from tests.support.ranks import run_ranks
 
 ROOT = Path(__file__).parents[2]
 BATCH = 8

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -22,32 +21,14 @@ from ssam_scale.perturbation import Savings
 from ssam_scale.perturbation.reference import length_of, masked_by, reference_gradient, reference_step
 from ssam_scale.sharding import World, ddp
 from ssam_scale.sharding.place import place
-from tests.perturbation.test_equivalence import BATCH, RHO, STEPS, TOLERANCE, Case, check, largest_difference, train
 from tests.support.masks import whole_mask
 from tests.support.networks import batches, part
 from tests.support.ranks import run_ranks
+from tests.support.training import BATCH, RHO, STEPS, TOLERANCE, Case, check, largest_difference, train
 
 pytestmark = pytest.mark.slow
 
 UNPACKED, GATHERED, APART = Savings(pack=False), Savings(keep_gathered=True), Savings(within_shard_group=True)
-
-
-@dataclass(frozen=True)
-class Pulled(Case):
-    """A case with savings of its own. `scaled`: losses are scaled as for float16."""
-
-    savings: Savings = field(default_factory=Savings)
-    scaled: bool = False
-
-    def make_sam(self, model: nn.Module, base: torch.optim.Optimizer) -> SparseSAM:
-        return SparseSAM(
-            model,
-            base,
-            mask=self.make_mask(),
-            max_grad_norm=self.clip,
-            savings=self.savings,
-            scaler=torch.amp.GradScaler("cpu", init_scale=1024.0) if self.scaled else None,
-        )
 
 
 class Sent(TorchDispatchMode):
@@ -101,7 +82,7 @@ def traffic(world: World, case: Case, backend: Any) -> list[dict[str, int]]:
 
 def overlap(world: World) -> tuple[int, int]:
     """Bytes that an ascent under DDP has sent when its backward comes to the first block, and in all."""
-    case = Pulled("vit", "element")
+    case = Case("vit", "element")
     model = case.make_model()
     placed, base = place(model, [], "ddp", world, lambda: case.make_optimizer(model), batch_size=BATCH // world.size)
     opt = case.make_sam(placed, base)
@@ -188,36 +169,34 @@ def whole_inside_and_back(world: World, case: Case) -> tuple[bool, bool]:
 # --- Two ranks
 
 DDP = [
-    Pulled("vit", "dense"),
-    Pulled("vit", "element", accumulation=2),
-    Pulled("vit", "element", savings=UNPACKED),
-    Pulled("resnet", "row", scaled=True),
-    Pulled("vit", "moving cut", scaled=True),
+    Case("vit", "dense"),
+    Case("vit", "element", accumulation=2),
+    Case("vit", "element", savings=UNPACKED),
+    Case("resnet", "row", scaled=True),
+    Case("vit", "moving cut", scaled=True),
 ]
-ZERO1 = [Pulled("vit", "element"), Pulled("vit", "element", savings=UNPACKED), Pulled("resnet", "row", accumulation=2)]
+ZERO1 = [Case("vit", "element"), Case("vit", "element", savings=UNPACKED), Case("resnet", "row", accumulation=2)]
 FSDP2 = [
-    Pulled("vit", "block", savings=GATHERED),
-    Pulled("vit", "element"),
-    Pulled("vit", "element", savings=UNPACKED),
-    Pulled("vit", "moving cut", savings=GATHERED),
-    Pulled(
-        "resnet", "moving cut", savings=Savings(keep_gathered=True, share_prefix=False, elide=False), accumulation=2
-    ),
+    Case("vit", "block", savings=GATHERED),
+    Case("vit", "element"),
+    Case("vit", "element", savings=UNPACKED),
+    Case("vit", "moving cut", savings=GATHERED),
+    Case("resnet", "moving cut", savings=Savings(keep_gathered=True, share_prefix=False, elide=False), accumulation=2),
 ]
 WORK = {"ddp": DDP, "zero1": ZERO1, "fsdp2": FSDP2}
 TRAFFIC = {
-    "ddp": [Pulled("vit", "dense"), Pulled("vit", "element"), Pulled("vit", "element", savings=UNPACKED)],
+    "ddp": [Case("vit", "dense"), Case("vit", "element"), Case("vit", "element", savings=UNPACKED)],
     "zero1": [
-        Pulled("vit", "dense"),
-        Pulled("vit", "element"),
-        Pulled("vit", "tensor"),
-        Pulled("vit", "element", savings=UNPACKED),
+        Case("vit", "dense"),
+        Case("vit", "element"),
+        Case("vit", "tensor"),
+        Case("vit", "element", savings=UNPACKED),
     ],
     # Without a cut, behind which nothing of the first blocks is gathered twice anyway.
     "fsdp2": [
-        Pulled("vit", "block", savings=Savings(keep_gathered=True, share_prefix=False)),
-        Pulled("vit", "block", savings=Savings(share_prefix=False)),
-        Pulled("vit", "dense"),
+        Case("vit", "block", savings=Savings(keep_gathered=True, share_prefix=False)),
+        Case("vit", "block", savings=Savings(share_prefix=False)),
+        Case("vit", "dense"),
         *FSDP2[1:3],
     ],
 }
@@ -295,8 +274,8 @@ def test_an_ascent_under_ddp_sends_while_its_backward_goes_on(two: Any) -> None:
 # --- Copies of sharded weights, on four ranks
 
 COPIES = [
-    Pulled("vit", "element", savings=APART),
-    Pulled("resnet", "moving cut", savings=Savings(within_shard_group=True, keep_gathered=True), accumulation=2),
+    Case("vit", "element", savings=APART),
+    Case("resnet", "moving cut", savings=Savings(within_shard_group=True, keep_gathered=True), accumulation=2),
 ]
 
 
