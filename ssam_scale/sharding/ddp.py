@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .interface import Elements, Needed
+from .registry import Backend, MakeOptimizer, Options, register
 from .unsharded import Unsharded
-from .world import Peers
+from .world import Peers, World
 
 # Few enough messages that starting them costs nothing, and small enough to leave early. DDP's choice, too.
 _BUCKET_BYTES = 25 << 20
@@ -156,12 +157,6 @@ class Averaging:
         self._sent += 1
 
 
-def without_buffer_sync() -> dict[str, Any]:
-    """The argument that keeps DDP from broadcasting buffers in each forward; it was renamed in torch 2.13."""
-    renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
-    return {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
-
-
 class DDP(Unsharded):
     """The ascent runs on the module inside, where DDP's reducer does not listen, and reduces what is perturbed itself.
 
@@ -225,3 +220,25 @@ class DDP(Unsharded):
         super().backward(loss)
         if self._averaging is not None:
             self._averaging.finish()
+
+
+def _place(
+    module: nn.Module, make_optimizer: MakeOptimizer, world: World, options: Options
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    # The argument that keeps DDP from broadcasting buffers in each forward was renamed in torch 2.13.
+    renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    sync: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+    ids = [world.device.index] if world.device.type == "cuda" else None
+    return DistributedDataParallel(module, device_ids=ids, **sync), make_optimizer()
+
+
+register(
+    Backend(
+        "ddp",
+        "every rank holds all weights; gradients are all-reduced",
+        "PyTorch DistributedDataParallel, arXiv 2006.15704",
+        owns=lambda module: isinstance(module, DistributedDataParallel),
+        sharding=DDP,
+        place=_place,
+    )
+)

@@ -25,8 +25,9 @@ from torch.distributed.tensor import Shard as ShardPlacement
 from .gradient_hooks import Take, taken
 from .interface import Elements, Needed, Shard, Written
 from .packing import RunCounts
+from .registry import Backend, MakeOptimizer, Options, register
 from .unsharded import Autograd
-from .world import Peers
+from .world import Peers, World
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,11 @@ class FSDP2(Autograd):
 
     def __init__(self, module: nn.Module) -> None:
         self.network = self.ascent_module = self.descent_module = module
-        assert isinstance(module, FSDPModule)
+        if not isinstance(module, FSDPModule):
+            inside = next(name for name, m in module.named_modules() if isinstance(m, FSDPModule))
+            raise ValueError(
+                f"submodule {inside} is sharded by FSDP2 but the model itself is not: call fully_shard on it too"
+            )
         self._root: FSDPModule = module
         self._state = module._get_fsdp_state()
         # FSDP would do this in the first forward, and would take the dtype to reduce in from the parameters that are
@@ -370,28 +375,39 @@ def _local(tensor: Tensor) -> Tensor:
         return tensor.to_local()
 
 
-def shard_fsdp2(module: nn.Module, blocks: Sequence[nn.Module], device: torch.device, replicas: int = 1) -> nn.Module:
-    """`fully_shard` each block and then `module` itself over all processes, in place.
-
-    Args:
-        module: the model on `device`, the same on every process.
-        blocks: submodules that are gathered and freed as one unit.
-        device: where the shards live.
-        replicas: copies of the weights, each spread over as many processes of consecutive ranks.
+def _place(
+    module: nn.Module, make_optimizer: MakeOptimizer, world: World, options: Options
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """`fully_shard` each block and then `module` itself over all ranks, in place.
 
     Raises:
-        ValueError: the number of processes is not a multiple of `replicas`.
+        ValueError: the number of ranks is not a multiple of the number of replicas.
     """
-    size = dist.get_world_size()
-    if size % replicas:
-        raise ValueError(f"{size} processes cannot hold {replicas} replicas; use a multiple of {replicas} processes")
+    replicas = options.replicas
+    if world.size % replicas:
+        raise ValueError(
+            f"{world.size} processes cannot hold {replicas} replicas; use a multiple of {replicas} processes"
+        )
     if replicas == 1:
-        mesh = dist.init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))
+        mesh = dist.init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
     else:
-        shape = (replicas, size // replicas)
-        mesh = dist.init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
-    for block in blocks:
+        shape = (replicas, world.size // replicas)
+        mesh = dist.init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))
+    for block in options.blocks:
         if block is not module:
             fully_shard(block, mesh=mesh)
     fully_shard(module, mesh=mesh)
-    return module
+    return module, make_optimizer()
+
+
+register(
+    Backend(
+        "fsdp2",
+        "every parameter is sharded by rows; with replicas, in several copies (HSDP)",
+        "PyTorch fully_shard, arXiv 2304.11277",
+        owns=lambda module: any(isinstance(m, FSDPModule) for m in module.modules()),
+        sharding=FSDP2,
+        place=_place,
+        has_replicas=True,
+    )
+)

@@ -12,7 +12,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 
 from .gradient_hooks import Take, taken
 from .interface import Needed, Shard, Written
-from .world import Peers
+from .registry import Backend, MakeOptimizer, Options, register
+from .world import Peers, World
 
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -138,3 +139,22 @@ class Single(Unsharded):
     def ascent(self, needed: Needed) -> AbstractContextManager[None]:
         """There is no other process."""
         return nullcontext()
+
+
+def _place(
+    module: nn.Module, make_optimizer: MakeOptimizer, world: World, options: Options
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    return module, make_optimizer()
+
+
+register(
+    Backend(
+        "single",
+        "one process that holds everything",
+        "PyTorch",
+        owns=lambda module: False,  # it is what a module is on that no other backend owns
+        sharding=Single,
+        place=_place,
+        launchers=None,
+    )
+)

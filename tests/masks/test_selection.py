@@ -14,11 +14,11 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 
 from ssam_scale.masks import score_keys, selection
 from ssam_scale.masks.selection import greedy_units, top_k, unit_means
 from ssam_scale.sharding import World
-from ssam_scale.sharding.fsdp import shard_fsdp2
 from ssam_scale.sharding.place import sharding_of
 from tests.support.ranks import run_ranks
 
@@ -208,7 +208,7 @@ def _budgets(k: int) -> list[int]:
 
 def _on_shards(world: World) -> dict[str, list[list[Tensor]]]:
     model = nn.ParameterList([nn.Parameter(torch.zeros(shape)) for shape in SHAPES])
-    shard_fsdp2(model, [], world.device)
+    fully_shard(model)
     sharding, parameters = sharding_of(model), list(model.parameters())
     result: dict[str, list[list[Tensor]]] = {}
 

@@ -21,7 +21,7 @@ from ssam_scale.perturbation.scores import (
     weight_scores,
 )
 from ssam_scale.sharding import Peers, Sharding, World
-from ssam_scale.sharding.place import distribute, place, sharding_of
+from ssam_scale.sharding.place import place, sharding_of
 from tests.support.networks import CLASSES, batches, loss_fn, small_network
 from tests.support.precision import fp16_supported
 from tests.support.ranks import alone, run_ranks
@@ -351,7 +351,7 @@ def test_batches_that_do_not_fit_are_an_error_on_every_process() -> None:
 
 def _dealt(world: World) -> list[Any]:
     """The numbers of this rank's samples, of batches of 3 a rank in a reused buffer."""
-    peers = sharding_of(distribute(nn.Linear(1, 1), [], "ddp", world)).peers
+    peers = sharding_of(nn.parallel.DistributedDataParallel(nn.Linear(1, 1))).peers
     seen, asked = [], 0
     for samples in (None, 1, 2, 7, 18, 100):
 

@@ -20,18 +20,28 @@ else; one that looks at whole tensors (LAMB, LARS, AdamP, Muon) computes somethi
 
 from __future__ import annotations
 
+import sys
+from functools import partial
 from typing import Any
 
-from ssam_scale.sharding.interface import Sharding
+import torch
+from torch import nn
 
-from .engine import _check_internals, check_setup
-from .stage0 import ZeRO0, ZeRO0LowPrecision
-from .stage3 import ZeRO3
-from .stage12 import ZeRO1BF16, ZeRO12
+from ssam_scale.sharding.interface import Sharding
+from ssam_scale.sharding.registry import Backend, MakeOptimizer, Options, register
+from ssam_scale.sharding.world import World
+
+# DeepSpeed takes seconds to import, so it is imported in the functions: whoever has an engine has imported it.
+
+
+def is_engine(module: nn.Module) -> bool:
+    """Whether `module` is a DeepSpeed engine."""
+    deepspeed = sys.modules.get("deepspeed")
+    return deepspeed is not None and isinstance(module, deepspeed.DeepSpeedEngine)
 
 
 def zero_sharding(engine: Any) -> Sharding:
-    """The backend of a DeepSpeed engine.
+    """The implementation for a DeepSpeed engine, by the class that DeepSpeed wraps its optimizer in.
 
     Args:
         engine: what `deepspeed.initialize` returned, ZeRO stage 0 to 3, with an optimizer.
@@ -40,17 +50,51 @@ def zero_sharding(engine: Any) -> Sharding:
         ValueError: the engine is set up in a way that is not supported; names the setting.
         RuntimeError: this DeepSpeed is not one whose internals are known.
     """
-    _check_internals(engine, {})
+    from .engine import check_internals, check_setup
+    from .stage0 import ZeRO0, ZeRO0LowPrecision
+    from .stage3 import ZeRO3
+    from .stage12 import ZeRO1BF16, ZeRO12
+
+    check_internals(engine, {})
     check_setup(engine)
     if engine.optimizer is engine.basic_optimizer:
         return ZeRO0(engine)
+    by_wrapper: dict[str, type[ZeRO0LowPrecision] | type[ZeRO12] | type[ZeRO1BF16] | type[ZeRO3]] = {
+        "FP16_UnfusedOptimizer": ZeRO0LowPrecision,
+        "DeepSpeedZeroOptimizer": ZeRO12,
+        "BF16_Optimizer": ZeRO1BF16,
+        "DeepSpeedZeroOptimizer_Stage3": ZeRO3,
+    }
     wrapper = type(engine.optimizer).__name__
-    if wrapper == "FP16_UnfusedOptimizer":
-        return ZeRO0LowPrecision(engine)
-    if wrapper == "DeepSpeedZeroOptimizer":
-        return ZeRO12(engine)
-    if wrapper == "BF16_Optimizer":
-        return ZeRO1BF16(engine)
-    if wrapper == "DeepSpeedZeroOptimizer_Stage3":
-        return ZeRO3(engine)
-    raise ValueError(f"SparseSAM on a DeepSpeed engine does not support its {wrapper}")
+    if wrapper not in by_wrapper:
+        raise ValueError(f"SparseSAM on a DeepSpeed engine does not support its {wrapper}")
+    return by_wrapper[wrapper](engine)
+
+
+def _place(
+    module: nn.Module, make_optimizer: MakeOptimizer, world: World, options: Options, stage: int
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    from .engine import zero_engine
+
+    optimizer = make_optimizer()
+    return zero_engine(module, optimizer, stage, options), optimizer
+
+
+_SHARDED = {
+    0: "nothing is sharded; gradients are all-reduced",
+    1: "optimizer states are sharded",
+    2: "optimizer states and gradients are sharded",
+    3: "optimizer states, gradients and weights are sharded",
+}
+for _stage, _summary in _SHARDED.items():
+    register(
+        Backend(
+            f"zero{_stage}",
+            f"ZeRO stage {_stage}: {_summary}",
+            "DeepSpeed, arXiv 1910.02054",
+            owns=is_engine,
+            sharding=zero_sharding,
+            place=partial(_place, stage=_stage),
+            launchers="deepspeed or torchrun",
+        )
+    )

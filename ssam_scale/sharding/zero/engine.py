@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ssam_scale.sharding.gradient_hooks import Take, aligned, seen
 from ssam_scale.sharding.interface import Needed
+from ssam_scale.sharding.registry import Options
 from ssam_scale.sharding.world import Peers
 
 # From, up to but without. 0.19.7 fails the tests: stage 3 on four processes is sporadically wrong (2 of 25 runs, none
@@ -22,7 +23,7 @@ VERSIONS = ((0, 19, 8), (0, 20, 0))
 _BACKWARD = {"exit_backward": "a backward through a shared prefix enters two engine outputs but leaves one"}
 
 
-def _check_internals(owner: Any, internals: Mapping[str, str]) -> None:
+def check_internals(owner: Any, internals: Mapping[str, str]) -> None:
     """Fail, once and with a list, where DeepSpeed is not the one that this file was written for."""
     numbers = (deepspeed.__version_major__, deepspeed.__version_minor__, deepspeed.__version_patch__)
     missing = [name for name in internals if not hasattr(owner, name)]
@@ -34,36 +35,24 @@ def _check_internals(owner: Any, internals: Mapping[str, str]) -> None:
         )
 
 
-def zero_engine(
-    module: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    stage: int,
-    *,
-    batch_size: int,
-    accumulation: int = 1,
-    max_grad_norm: float | None = None,
-    config: Mapping[str, Any] | None = None,
-) -> nn.Module:
+def zero_engine(module: nn.Module, optimizer: torch.optim.Optimizer, stage: int, options: Options) -> nn.Module:
     """`deepspeed.initialize` with the settings that follow from how SparseSAM trains.
 
     Args:
         module: the model, on its device.
         optimizer: over its parameters.
         stage: of ZeRO, 0 to 3.
-        batch_size: samples of one micro-batch on one process.
-        accumulation: micro-batches in one step.
-        max_grad_norm: the descent gradient is clipped to this norm.
-        config: further sections of DeepSpeed's configuration.
+        options: of the training.
 
     Raises:
-        ValueError: DeepSpeed does not take the configuration, or it sets what the other arguments say.
+        ValueError: DeepSpeed does not take the configuration, or it sets what the other options say.
     """
-    sections = dict(config or {})
+    sections = dict(options.deepspeed)
     zero = dict(sections.pop("zero_optimization", {}))
     said = {
-        "train_micro_batch_size_per_gpu": batch_size,
-        "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": max_grad_norm or 0.0,  # left out it is 1.0 since 0.19.3
+        "train_micro_batch_size_per_gpu": options.batch_size,
+        "gradient_accumulation_steps": options.accumulation,
+        "gradient_clipping": options.max_grad_norm or 0.0,  # left out it is 1.0 since 0.19.3
         "zero_allow_untested_optimizer": True,
     }
     twice = [key for key in sections if key in {*said, "optimizer"}]
@@ -294,7 +283,7 @@ class Partitioned(Driven):
 
     def __init__(self, engine: Any, internals: Mapping[str, str]) -> None:
         super().__init__(engine)
-        _check_internals(engine.optimizer, internals)
+        check_internals(engine.optimizer, internals)
         self._zero = engine.optimizer
 
     def backward(self, loss: Tensor) -> None:

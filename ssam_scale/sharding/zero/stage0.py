@@ -8,7 +8,7 @@ from torch import nn
 
 from ssam_scale.sharding.unsharded import Unsharded
 
-from .engine import Whole, _check_internals
+from .engine import Whole, check_internals
 from .masters import Master, MasterWeights
 
 # Internals by the class that DeepSpeed wraps the optimizer in.
@@ -27,7 +27,7 @@ class ZeRO0LowPrecision(Whole, MasterWeights, Unsharded):
 
     def __init__(self, engine: Any) -> None:
         super().__init__(engine)
-        _check_internals(engine.optimizer, _LOW_PRECISION_0)
+        check_internals(engine.optimizer, _LOW_PRECISION_0)
         self._groups = engine.optimizer.fp16_groups
         self._masters = {
             id(p): Master(master, 0, master.numel(), index)

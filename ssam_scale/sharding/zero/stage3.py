@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ssam_scale.sharding.interface import Needed, Shard, Written
 
-from .engine import _BACKWARD, Partitioned, _check_internals
+from .engine import _BACKWARD, Partitioned, check_internals
 from .masters import FlatShards, Master
 
 _STAGE_3 = _BACKWARD | {
@@ -50,11 +50,11 @@ class ZeRO3(FlatShards, Partitioned):
         Partitioned.__init__(self, engine, _STAGE_3)
         FlatShards.__init__(self)
         offload = self._zero.parameter_offload
-        _check_internals(offload, _OFFLOAD)
-        _check_internals(offload.param_coordinator, _COORDINATOR)
-        _check_internals(self.network, _NETWORK)
+        check_internals(offload, _OFFLOAD)
+        check_internals(offload.param_coordinator, _COORDINATOR)
+        check_internals(self.network, _NETWORK)
         for p in next(iter(self._zero.fp16_groups), [])[:1]:
-            _check_internals(p, _STAGE_3_PARAMETER | _PARAMETER)
+            check_internals(p, _STAGE_3_PARAMETER | _PARAMETER)
         self._gathered = Gathered.of(engine)
         self._kept: set[int] = set()  # by identity, what an ascent has left gathered
         self._place: dict[int, tuple[int, int]] = {}  # of each parameter: its sub-group, and where it starts in it
