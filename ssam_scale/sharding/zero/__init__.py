@@ -1,21 +1,21 @@
-"""DeepSpeed ZeRO: the engine drives; the step perturbs what the engine's next forward reads.
+"""DeepSpeed ZeRO, stages 0 to 3: the engine runs the passes; what its next forward reads is perturbed.
 
-| stage | spread over the processes | the ascent gradient | what a forward reads |
-|---|---|---|---|
-| 0 | nothing | `.grad` | the parameters |
-| 1, 2 | optimizer state; in 2, gradients | own part of a flat gradient | parameters, which are views of a flat buffer |
-| 3 | the weights too | own part of each parameter's | whole parameters, gathered from the parts |
+| stage | sharded | how it is perturbed |
+|---|---|---|
+| 0 | nothing | `stage0.py` |
+| 1, 2 | optimizer state; in 2, gradients | `stage12.py` |
+| 3 | the weights too | `stage3.py` |
 
-Except for stage 0 in fp32, the optimizer steps weights that are kept apart from those that the forward uses. Only the
-latter are perturbed, and put back by copy: the optimizer never sees w + ε. In bf16 and fp16 that makes it the usual
-training with float32 master weights; a loss scale is in all gradients alike, and ε does not depend on it.
+Except for stage 0 in fp32, the optimizer steps float32 masters that are kept apart from the weights of the forward.
+Only the latter are perturbed, and put back by copy: the optimizer never sees w + ε. In bf16 and fp16 that makes it the
+usual mixed-precision training; a loss scale is in all gradients alike, and ε does not depend on it.
 
-DeepSpeed has no public calls for most of this. What is used of its internals is listed below and in `gathered`, with
+DeepSpeed has no public calls for most of this. What is used of its internals is listed in the files of the stages, with
 the reason, and looked for when a backend is constructed: another DeepSpeed fails there and not in the middle of
 training.
 
-Stages 1 to 3 hand flat pieces to the optimizer. One that treats every weight alike (SGD, AdamW, Lion) steps as anywhere
-else; one that looks at whole tensors (LAMB, LARS, AdamP, Muon) computes something else.
+Stages 1 to 3 hand flat tensors to the optimizer. One that treats every weight alike (SGD, AdamW, Lion) steps as
+anywhere else; one that looks at whole tensors (LAMB, LARS, AdamP, Muon) computes something else.
 """
 
 from __future__ import annotations
