@@ -81,7 +81,7 @@ def five_steps(world: World, case: Case, opt: SparseSAM, *, slices: bool = True)
     for batch in batches(STEPS, BATCH):
         masks.append(whole_mask(opt))
         losses.append(world.sum(opt.step(case.loss_fn, part(batch, index, of))) / world.size)
-    _, state = opt.sharding.whole_state(opt.sharding.network.model, opt.base_optimizer)
+    _, state = opt.sharding.full_state_dict(opt.sharding.network.model, opt.base_optimizer)
     entries = {f"{n}|{entry}": v for n, own in state.get("state", {}).items() for entry, v in own.items()}
     return {
         "weights": whole(opt),
@@ -102,9 +102,9 @@ def hsdp(world: World) -> dict[str, Any]:
         place(layer, [], "ddp", world, lambda: sgd(layer), replicas=2)
 
     sharding = sharding_of(place(hybrid, [], "fsdp2", world, lambda: sgd(hybrid), replicas=2)[0])
-    assert (sharding.shards_each, sharding.shard_index) == (2, world.rank % 2)
-    assert sharding.peers.tell(world.rank) == [0, 1, 2, 3]
-    assert sharding.sum_over_shards(torch.tensor(world.rank)).item() == {0: 1, 1: 5}[world.rank // 2]
+    assert (sharding.shard_group.size, sharding.shard_group.rank) == (2, world.rank % 2)
+    assert sharding.data_parallel_group.all_gather_object(world.rank) == [0, 1, 2, 3]
+    assert sharding.shard_group.all_reduce(torch.tensor(world.rank)).item() == {0: 1, 1: 5}[world.rank // 2]
     flat = sharding_of(place(plain, [], "fsdp2", world, lambda: sgd(plain))[0])
     sizes = [shard.weight.numel() for shard in flat.shards(list(flat.network.parameters()))]
     return {

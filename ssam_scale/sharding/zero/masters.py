@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ssam_scale.sharding.interface import ShardedWeights
+from ssam_scale.sharding.interface import Shard, ShardedWeights
 from ssam_scale.sharding.process_group import ProcessGroup
 
 
@@ -128,6 +128,14 @@ class MasterState:
         self.publish()
 
 
+class _HasShards(Protocol):
+    shard_group: ProcessGroup
+
+    def shards(self, parameters: Sequence[nn.Parameter]) -> list[Shard]: ...
+
+    def full_shape(self, parameter: nn.Parameter) -> torch.Size: ...
+
+
 class FlatShards:
     """What ZeRO's stages 1 to 3 share: a shard is one run of a row-major parameter, over all ranks."""
 
@@ -136,7 +144,7 @@ class FlatShards:
     def __init__(self) -> None:
         self.shard_group = ProcessGroup(dist.group.WORLD)
 
-    def gather(self: ShardedWeights, parameter: nn.Parameter, local: Tensor) -> Tensor:
+    def gather(self: _HasShards, parameter: nn.Parameter, local: Tensor) -> Tensor:
         """An all-reduce of the full tensor, which is zero outside of this rank's run."""
         [shard] = self.shards([parameter])
         dtype = torch.uint8 if local.dtype == torch.bool else local.dtype
@@ -144,11 +152,11 @@ class FlatShards:
         full[shard.start : shard.start + local.numel()] = local.to(dtype)
         return self.shard_group.all_reduce(full).to(local.dtype).reshape(self.full_shape(parameter))
 
-    def scatter(self: ShardedWeights, parameter: nn.Parameter, full: Tensor) -> Tensor:
+    def scatter(self: _HasShards, parameter: nn.Parameter, full: Tensor) -> Tensor:
         """This rank's run."""
         [shard] = self.shards([parameter])
         return full.reshape(-1)[shard.start : shard.start + shard.weight.numel()]
 
-    def resident(self: ShardedWeights, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    def resident(self: _HasShards, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
         """The shards: gathered copies of them are freed by `reshard`."""
         return [shard.weight for shard in self.shards(parameters)]
