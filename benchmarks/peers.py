@@ -31,13 +31,12 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from ssam_scale import SparseSAM
 from ssam_scale.models.torchvision_ops import ensure_torchvision
 from ssam_scale.perturbation.reference import reference_step
 from ssam_scale.sharding import World, join_world
-from ssam_scale.sharding.place import distribute
 from ssam_scale.tracking.environment import git_tags, hardware_tags
 
 RANKS, STEPS, BATCH, IMAGE, CLASSES = 2, 5, 12, 32, 10
@@ -263,7 +262,9 @@ def measure(system: System, world: World) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for lr in (LR, 0.0):
         plain = vit()
-        model = distribute(plain, list(plain.blocks), "fsdp2", world)  # type: ignore[arg-type]
+        for block in plain.blocks:  # type: ignore[union-attr]
+            fully_shard(block)
+        model = fully_shard(plain)
         step = system.make(model, lr)
         seen = [weights_in_use(model)]
         for images, labels in batches():

@@ -15,7 +15,7 @@ from ssam_scale.costs.collectives import Traffic
 from ssam_scale.errors import UserError
 from ssam_scale.perturbation import SparseSAM
 from ssam_scale.sharding import World
-from ssam_scale.sharding.place import Backend, place
+from ssam_scale.sharding.place import place
 
 from .networks import Setting
 from .processes import on_ranks
@@ -39,7 +39,7 @@ class Spread:
         replicas: copies of the weights, each spread over as many processes as were asked for.
     """
 
-    backend: Backend
+    backend: str
     replicas: int = 1
 
 
@@ -47,7 +47,7 @@ SPREADS: Mapping[str, Spread] = {
     "ddp": Spread("ddp"),
     "fsdp2": Spread("fsdp2"),
     "hsdp": Spread("fsdp2", 2),
-    **{f"zero{stage}": Spread(f"zero{stage}") for stage in range(4)},  # type: ignore[arg-type]
+    **{f"zero{stage}": Spread(f"zero{stage}") for stage in range(4)},
 }
 
 

@@ -63,24 +63,24 @@ class _Joined:
     """All processes, who count the bytes that each gives to collectives."""
 
     def __init__(self, rank: int, size: int) -> None:
-        self.shards_each, self.shard_index = size, rank
+        self.size, self.rank = size, rank
         self.sent = 0
 
-    def sum_over_shards(self, value: Tensor) -> Tensor:
-        if self.shards_each > 1:
-            self.sent += value.numel() * value.element_size()
-            dist.all_reduce(value)
-        return value
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        if self.size > 1:
+            self.sent += tensor.numel() * tensor.element_size()
+            dist.all_reduce(tensor)
+        return tensor
 
     def gather(self, local: Tensor, longest: int) -> Tensor:
         """The rows of all processes, padded to the longest, one after the other."""
-        if self.shards_each == 1:
+        if self.size == 1:
             return local
         on = torch.device("cpu") if dist.get_backend() == "gloo" else local.device
         padded = torch.full((longest,), -math.inf, device=on)
         padded[: len(local)] = local
         self.sent += padded.numel() * padded.element_size()
-        rows = torch.empty(self.shards_each * longest, device=on)
+        rows = torch.empty(self.size * longest, device=on)
         dist.all_gather(list(rows.split(longest)), padded)
         return rows.to(local.device)
 
@@ -90,7 +90,7 @@ def _by_topk(local: Sequence[Tensor], k: int, joined: _Joined, longest: int, ord
     scores = joined.gather(torch.cat(list(local)), longest)
     chosen = torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
     chosen[torch.topk(scores, k, sorted=ordered).indices] = True
-    start = joined.shard_index * longest
+    start = joined.rank * longest
     lengths = [len(part) for part in local]
     return [mask.clone() for mask in chosen[start : start + sum(lengths)].split(lengths)]
 

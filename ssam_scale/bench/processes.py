@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import signal
@@ -17,6 +16,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from ssam_scale.errors import UserError
+from ssam_scale.sharding import leave_process_group
 
 _TIMEOUT = timedelta(minutes=60)
 
@@ -39,8 +39,7 @@ def _entry(rank: int, function: Callable[..., Any], size: int, folder: str, args
     if rank == 0:
         Path(folder, "result.json").write_text(json.dumps(result))
     if size > 1:
-        gc.collect()
-        dist.destroy_process_group()
+        leave_process_group()
 
 
 def on_ranks(size: int, function: Callable[..., Any], *args: Any) -> Any:

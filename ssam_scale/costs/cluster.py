@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ssam_scale.sharding.place import Backend
-
 from .collectives import ring_bytes
 
 
@@ -70,7 +68,7 @@ class Spreading:
         ValueError: the backend or the number of replicas does not go with the number of GPUs.
     """
 
-    backend: Backend
+    backend: str
     replicas: int
     cluster: Cluster
     zero: ZeroSettings = ZeroSettings()

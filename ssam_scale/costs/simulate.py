@@ -7,7 +7,6 @@ holds, which collectives it calls, and on how much, is what it would be among th
 
 from __future__ import annotations
 
-import gc
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -57,7 +56,6 @@ def pretended(size: int) -> Iterator[World]:
             del os.environ["LOCAL_RANK"]
         else:
             os.environ["LOCAL_RANK"] = before
-        gc.collect()
         leave_process_group()
 
 
@@ -159,7 +157,7 @@ def rehearse(opt: SparseSAM, loss_fn: Callable[..., Tensor], *batches: tuple[Ten
                 opt.step(loss_fn, *batches)
     states = (t for state in opt.base_optimizer.state.values() for t in state.values() if isinstance(t, Tensor))
     parts = opt.plan.weights.values() if any(opt.radii) else ()
-    held = [p for p in opt.sharding.exposed(parameters) if p.numel()]
+    held = [p for p in opt.sharding.resident(parameters) if p.numel()]
     own = {p.untyped_storage().data_ptr() for p in held}
     stepped = [p for p in opt.base_optimizer.state if _local(p).untyped_storage().data_ptr() not in own]
     return Rehearsed(

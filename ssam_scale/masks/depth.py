@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ssam_scale.anneal import along_half_cosine
-from ssam_scale.sharding import Sharding
+from ssam_scale.sharding import ProcessGroup
 
 from .plan import Layout, Plan
 from .score_based import Refreshed, Score, Scores, check_finite
@@ -196,7 +196,7 @@ class DepthByCost(Refreshed, Depth):
             return super().probabilities(depth, step)
         return worth
 
-    def select(self, layout: Layout, scores: Mapping[Score, Scores], sharding: Sharding, step: int) -> None:
+    def select(self, layout: Layout, scores: Mapping[Score, Scores], sharding: ProcessGroup, step: int) -> None:
         """See `Refreshed`."""
         fisher = scores["fisher"]
         check_finite("fisher", fisher, sharding)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ssam_scale.sharding import Sharding
+from ssam_scale.sharding import ProcessGroup
 
 from .plan import Layout
 from .score_based import Chosen, Score, Scores, Sparsity, check_sparsity, sparsity_at
@@ -68,7 +68,7 @@ class Dynamic(Chosen):
         return ("random",) if self.selected is None else self.kinds
 
     def choose(
-        self, layout: Layout, scores: Mapping[Score, Scores], sharding: Sharding, step: int
+        self, layout: Layout, scores: Mapping[Score, Scores], sharding: ProcessGroup, step: int
     ) -> Mapping[str, Part | None]:
         """See `Chosen`."""
         budget = int(layout.total * (1.0 - sparsity_at(self.sparsity, step)))

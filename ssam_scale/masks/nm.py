@@ -10,7 +10,7 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from ssam_scale.sharding import Sharding
+from ssam_scale.sharding import ProcessGroup
 
 from .plan import Layout
 from .score_based import Chosen, Score, Scores, check_one_of
@@ -85,7 +85,7 @@ class NM(Chosen):
             )
 
     def choose(
-        self, layout: Layout, scores: Mapping[Score, Scores], sharding: Sharding, step: int
+        self, layout: Layout, scores: Mapping[Score, Scores], sharding: ProcessGroup, step: int
     ) -> Mapping[str, Part | None]:
         """See `Chosen`."""
         [given] = scores.values()
@@ -141,7 +141,7 @@ class _Groups:
         return result
 
 
-def _choose(groups: list[_Groups], scores: list[Tensor], sharding: Sharding) -> list[Tensor]:
+def _choose(groups: list[_Groups], scores: list[Tensor], sharding: ProcessGroup) -> list[Tensor]:
     """Booleans for each local score. Blocks that two processes share are shown to both."""
     if not groups:
         return []
@@ -155,8 +155,8 @@ def _choose(groups: list[_Groups], scores: list[Tensor], sharding: Sharding) -> 
             first, last, inside = _overlap(g, block, s.numel())
             if first < last:
                 buffer[inside : inside + last - first] = s.reshape(-1)[first:last]
-    if sharding.shards_each > 1:
-        meeting = sharding.sum_over_shards(meeting)
+    if sharding.size > 1:
+        meeting = sharding.all_reduce(meeting)
     result = []
     for g, s, blocks, seen in zip(groups, scores, shared, meeting.split(lengths), strict=True):
         flat = s.reshape(-1)
@@ -173,15 +173,15 @@ def _choose(groups: list[_Groups], scores: list[Tensor], sharding: Sharding) -> 
 
 
 def _shared_blocks(
-    groups: list[_Groups], scores: list[Tensor], sharding: Sharding, device: torch.device
+    groups: list[_Groups], scores: list[Tensor], sharding: ProcessGroup, device: torch.device
 ) -> list[list[int]]:
     """Of each parameter, the blocks that a shard begins within; the same on every process."""
-    if sharding.shards_each == 1:
+    if sharding.size == 1:
         return [[] for _ in groups]
-    starts = torch.zeros(sharding.shards_each, len(groups), dtype=torch.int64, device=device)
+    starts = torch.zeros(sharding.size, len(groups), dtype=torch.int64, device=device)
     mine = [g.start if s.numel() else 0 for g, s in zip(groups, scores, strict=True)]
-    starts[sharding.shard_index] = torch.tensor(mine, device=device)
-    everyones = sharding.sum_over_shards(starts).T.tolist()
+    starts[sharding.rank] = torch.tensor(mine, device=device)
+    everyones = sharding.all_reduce(starts).T.tolist()
     return [
         sorted({start // g.block for start in column if start % g.block})
         for g, column in zip(groups, everyones, strict=True)

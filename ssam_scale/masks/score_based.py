@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ssam_scale.anneal import along_half_cosine
-from ssam_scale.sharding import Sharding
+from ssam_scale.sharding import ProcessGroup
 
 from .plan import Layout, Plan
 from .static import first_block
@@ -109,7 +109,7 @@ class Refreshed:
         """The scores that the next refresh needs. Until something has accumulated, it is made at random instead."""
         return ("random",) if self.chosen_at < 0 and "accumulated" in self.kinds else self.kinds
 
-    def select(self, layout: Layout, scores: Mapping[Score, Scores], sharding: Sharding, step: int) -> None:
+    def select(self, layout: Layout, scores: Mapping[Score, Scores], sharding: ProcessGroup, step: int) -> None:
         """Refresh before step number `step`. Collective.
 
         Args:
@@ -162,12 +162,12 @@ class Chosen(Refreshed):
         return self.selected
 
     def choose(
-        self, layout: Layout, scores: Mapping[Score, Scores], sharding: Sharding, step: int
+        self, layout: Layout, scores: Mapping[Score, Scores], sharding: ProcessGroup, step: int
     ) -> Mapping[str, Part | None]:
         """The parts to perturb: of every parameter that has any, on some process."""
         raise NotImplementedError
 
-    def select(self, layout: Layout, scores: Mapping[Score, Scores], sharding: Sharding, step: int) -> None:
+    def select(self, layout: Layout, scores: Mapping[Score, Scores], sharding: ProcessGroup, step: int) -> None:
         """See `Refreshed`."""
         for kind, by_name in scores.items():
             check_finite(kind, by_name, sharding)
@@ -210,21 +210,21 @@ class Chosen(Refreshed):
         return Plan(0, weights, by_name)
 
 
-def check_finite(kind: str, scores: Scores, sharding: Sharding) -> None:
+def check_finite(kind: str, scores: Scores, sharding: ProcessGroup) -> None:
     """Raise a FloatingPointError that names the first tensor with a score that is not finite. Collective."""
     # A sum is not finite where one of its terms is not, and costs no temporary; the terms of a sum that overflows are
     # looked at themselves.
     bad = torch.stack([~s.sum().isfinite() for s in scores.values()]).int()
-    if not int(sharding.sum_over_shards(bad).sum()):
+    if not int(sharding.all_reduce(bad).sum()):
         return
     bad = torch.stack([(~s.isfinite()).any() for s in scores.values()]).int()
-    if broken := [name for name, b in zip(scores, sharding.sum_over_shards(bad).tolist(), strict=True) if b]:
+    if broken := [name for name, b in zip(scores, sharding.all_reduce(bad).tolist(), strict=True) if b]:
         raise FloatingPointError(f"{kind} scores of {broken[0]} are not finite ({len(broken)} of {len(bad)} tensors)")
 
 
-def _over_all(counts: Sequence[int], sharding: Sharding, device: torch.device) -> list[int]:
+def _over_all(counts: Sequence[int], sharding: ProcessGroup, device: torch.device) -> list[int]:
     # Collectives of a GPU's processes work on its memory.
-    result: list[int] = sharding.sum_over_shards(torch.tensor(counts, dtype=torch.int64, device=device)).tolist()
+    result: list[int] = sharding.all_reduce(torch.tensor(counts, dtype=torch.int64, device=device)).tolist()
     return result
 
 

@@ -18,18 +18,18 @@ _LOWEST = -(2**31)
 
 
 class Processes(Protocol):
-    """Those that one copy of the weights is spread over. Every `Sharding` is one.
+    """The group that one copy of the weights is sharded over; a `sharding.ProcessGroup` is one.
 
     Attributes:
-        shards_each: how many they are.
-        shard_index: which of them this one is.
+        size: number of ranks.
+        rank: of this process in the group.
     """
 
-    shards_each: int
-    shard_index: int
+    size: int
+    rank: int
 
-    def sum_over_shards(self, value: Tensor) -> Tensor:
-        """`value` summed over them, in place."""
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """`tensor` summed over the ranks, in place."""
 
 
 class Keys(Protocol):

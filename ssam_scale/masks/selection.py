@@ -55,18 +55,18 @@ def unit_means(
     sums = torch.zeros(sum(units), dtype=torch.int64, device=local[0].device)
     add = _add_compiled if sums.device.type == "cpu" else _add_chunked
     add(local, starts, sizes, scales, units, sums)
-    exact = sharding.sum_over_shards(sums).cpu().double().split(units)
+    exact = sharding.all_reduce(sums).cpu().double().split(units)
     return [e / (scale * size) for e, scale, size in zip(exact, scales, sizes, strict=True)]
 
 
 def _largest(scores: Sequence[Tensor], sharding: Processes) -> list[float]:
     """The largest magnitude of each tensor over all processes."""
     nothing = scores[0].new_zeros(())
-    each = scores[0].new_zeros(sharding.shards_each, len(scores))
+    each = scores[0].new_zeros(sharding.size, len(scores))
     # The extremes are found without a copy of absolute values.
     extremes = [torch.stack(torch.aminmax(s)).abs().max() if s.numel() else nothing for s in scores]
-    each[sharding.shard_index] = torch.stack(extremes)
-    return sharding.sum_over_shards(each).amax(0).tolist()
+    each[sharding.rank] = torch.stack(extremes)
+    return sharding.all_reduce(each).amax(0).tolist()
 
 
 def _scale(largest: float, size: int) -> float:
@@ -153,7 +153,7 @@ def top_k(
 
     Args:
         scores: local float32 scores of each tensor, any shape, without NaN; the same tensors in the same order on every
-            process, on one device. Shards of one tensor lie in the order of `sharding.shard_index`.
+            process, on one device. Shards of one tensor lie in the order of `sharding.rank`.
         k: how many to choose of each segment.
         sharding: over whom the scores are spread.
         segments: the segment that each tensor belongs to; all to the first by default.
@@ -176,7 +176,7 @@ def top_k(
     remaining = np.array(k, np.int64).reshape(-1, 1)
     for shift, width in _LONG if len(k) <= _FEW_SEGMENTS else _SHORT:
         # On the host: the steps down to the threshold are too small for a device, or for several threads.
-        counts = sharding.sum_over_shards(keys.count(prefixes, shift, width)).cpu().numpy()[:, ::-1]
+        counts = sharding.all_reduce(keys.count(prefixes, shift, width)).cpu().numpy()[:, ::-1]
         if prefixes is None:
             _check_budgets(k, counts.sum(1).tolist())
         above = counts.cumsum(1)
@@ -208,10 +208,10 @@ def _share_ties(ties: Tensor, remaining: list[int], where: list[int], sharding: 
         where: the segment of each tensor.
         sharding: over whom the scores are spread.
     """
-    each = ties.new_zeros(sharding.shards_each, len(ties))
-    each[sharding.shard_index] = ties
-    each = sharding.sum_over_shards(each)
-    everywhere, earlier = torch.stack([each.sum(0), each[: sharding.shard_index].sum(0)]).tolist()
+    each = ties.new_zeros(sharding.size, len(ties))
+    each[sharding.rank] = ties
+    each = sharding.all_reduce(each)
+    everywhere, earlier = torch.stack([each.sum(0), each[: sharding.rank].sum(0)]).tolist()
     left, taken = list(remaining), []
     for segment, total, before, own in zip(where, everywhere, earlier, ties.tolist(), strict=True):
         taken.append(min(max(left[segment] - before, 0), own))

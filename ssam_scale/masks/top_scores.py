@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from ssam_scale.sharding import Sharding
+from ssam_scale.sharding import ProcessGroup
 
 from .plan import Layout
 from .score_based import Chosen, Score, Scores, Sparsity, check_one_of, check_sparsity, sparsity_at
@@ -125,7 +125,7 @@ class Scored(Chosen):
             raise ValueError("pattern 'block' needs a model in stages: wrap it in StagedModel")
 
     def choose(
-        self, layout: Layout, scores: Mapping[Score, Scores], sharding: Sharding, step: int
+        self, layout: Layout, scores: Mapping[Score, Scores], sharding: ProcessGroup, step: int
     ) -> Mapping[str, Part | None]:
         """See `Chosen`."""
         budget = int(layout.total * (1.0 - sparsity_at(self.sparsity, step)))
@@ -177,12 +177,12 @@ class Scored(Chosen):
         }
 
 
-def _means(layout: Layout, scores: Scores, sizes: list[int], sharding: Sharding) -> list[Tensor]:
+def _means(layout: Layout, scores: Scores, sizes: list[int], sharding: ProcessGroup) -> list[Tensor]:
     starts = [layout.starts.get(name, 0) for name in scores]
     return unit_means(list(scores.values()), starts, [layout.numels[name] for name in scores], sizes, sharding)
 
 
-def _elements(layout: Layout, scores: Scores, budgets: list[int], sharding: Sharding) -> dict[str, Part | None]:
+def _elements(layout: Layout, scores: Scores, budgets: list[int], sharding: ProcessGroup) -> dict[str, Part | None]:
     segments = None if len(budgets) == 1 else list(range(len(budgets)))
     packed = top_k(list(scores.values()), budgets, sharding, segments=segments)
     return {name: Bits(bits, s.numel()) for (name, s), bits in zip(scores.items(), packed, strict=True)}

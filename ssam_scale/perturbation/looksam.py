@@ -53,7 +53,7 @@ class LookSAM:
         sharp = at_least_fp32(taken(gradients, list(self._parts.values())))
         along = torch.stack([product.sum() for product in torch._foreach_mul(sharp, epsilon)])
         sums = torch.stack([along.sum(), squares(epsilon, device).sum(), squares(sharp, device).sum()])
-        sums = self._sharding.sum_over_shards(sums)
+        sums = self._sharding.shard_group.all_reduce(sums)
         torch._foreach_mul_(epsilon, sums[0] / sums[1])
         torch._foreach_sub_(sharp, epsilon)
         # Where there was no perturbation, or the gradient overflowed, there is nothing to learn.
@@ -71,7 +71,7 @@ class LookSAM:
             return
         gradients, parts, device = self._gradients(), list(self._parts.values()), self._across[0].device
         plain = squares(taken(gradients, parts), device).sum()
-        sums = self._sharding.sum_over_shards(torch.stack([plain, squares(self._across, device).sum()]))
+        sums = self._sharding.shard_group.all_reduce(torch.stack([plain, squares(self._across, device).sum()]))
         ratio = alpha * (sums[0] / sums[1]).sqrt()
         scale = torch.where(ratio.isfinite(), ratio, torch.zeros_like(ratio))
         add_(gradients, parts, torch._foreach_mul(self._across, scale))

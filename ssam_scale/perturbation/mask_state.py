@@ -53,7 +53,9 @@ class MaskState:
         self._parameters = parameters
         self._mask = mask
         # Where a process knows more than its shard of a mask: each costs it a bit for every weight of the model.
-        self._wants_whole = sharding.shards_each > 1 and (sharding.exposes_whole or (sharding.packs and pack))
+        self._wants_whole = sharding.shard_group.size > 1 and (
+            sharding.weights_replicated or (sharding.packs_gradients and pack)
+        )
         self._wholes: Mapping[str, Part | None] | None = None
         self.accumulated = None
         if isinstance(mask, Chosen) and "accumulated" in mask.kinds:
@@ -78,7 +80,7 @@ class MaskState:
 
     def exposed(self, plan: Plan) -> list[Part | None]:
         """What changes, when a plan's weights are perturbed, of what the backend exposes on this process."""
-        return self.whole(plan.weights) if self._sharding.exposes_whole else list(plan.weights.values())
+        return self.whole(plan.weights) if self._sharding.weights_replicated else list(plan.weights.values())
 
     def whole(self, parts: Mapping[str, Part | None]) -> list[Part | None]:
         """The same parts of the unsharded parameters; where this process knows those of its shards only, None for each.
@@ -86,7 +88,7 @@ class MaskState:
         Args:
             parts: of this process's shards, by parameter, as in the plan; None: all of it, which stays None.
         """
-        if self._wholes is None and self._sharding.shards_each > 1:
+        if self._wholes is None and self._sharding.shard_group.size > 1:
             return [None] * len(parts)
         known = parts if self._wholes is None else self._wholes
         return [None if part is None else known[name] for name, part in parts.items()]
@@ -135,7 +137,7 @@ class MaskState:
             everything = dict(zip(self._parameters, self.accumulated.scores, strict=True))
             scores["accumulated"] = [everything[name] for name in names]
         by_name: dict[Score, Scores] = {k: dict(zip(names, s, strict=True)) for k, s in scores.items()}
-        mask.select(layout, by_name, self._sharding, step)
+        mask.select(layout, by_name, self._sharding.shard_group, step)
         self._expose(mask)
 
     def _expose(self, mask: Refreshed) -> None:
@@ -147,7 +149,7 @@ class MaskState:
     def _whole(self, name: str, part: Part | None) -> Part | None:
         """The part of the whole parameter, of which every process has one of its shard. Collective."""
         p = self._parameters[name]
-        numel = self._sharding.whole_shape(p).numel()
+        numel = self._sharding.full_shape(p).numel()
         if isinstance(part, Rows):
             return Rows(part.keep, part.size, 0, numel, part.device)
         if isinstance(part, Bits):
@@ -185,7 +187,7 @@ class MaskState:
 
     def _flags(self, name: str) -> tuple[int, ...]:
         """How many flags a choice has for a parameter."""
-        shape = self._sharding.whole_shape(self._parameters[name])
+        shape = self._sharding.full_shape(self._parameters[name])
         assert isinstance(self._mask, Chosen)
         if self._mask.kept_as == "bits":
             return (shape.numel(),)
@@ -240,12 +242,12 @@ class MaskState:
         if flags.dtype == torch.uint8:
             return popcount(flags)
         kept: int = int(flags.sum())
-        return kept * (self._sharding.whole_shape(self._parameters[name]).numel() // max(flags.numel(), 1))
+        return kept * (self._sharding.full_shape(self._parameters[name]).numel() // max(flags.numel(), 1))
 
     def _local(self, name: str, flags: Tensor) -> Part | None:
         """The part of this process's shard."""
         p = self._parameters[name]
-        shape = self._sharding.whole_shape(p)
+        shape = self._sharding.full_shape(p)
         [shard] = self._sharding.shards([p])
         if not flags.ndim:
             return None

@@ -50,7 +50,7 @@ class TrainedParameters:
 
 
 def trained_parameters(sharding: Sharding, groups: Sequence[Sequence[nn.Parameter]]) -> TrainedParameters:
-    """The parameters in `groups`, as `Sharding.trained` returned them.
+    """The parameters in `groups`, as `Sharding.unwrap_optimizer` returned them.
 
     Raises:
         ValueError: a parameter is not the model's.
@@ -68,7 +68,7 @@ def trained_parameters(sharding: Sharding, groups: Sequence[Sequence[nn.Paramete
     shards = sharding.shards(list(parameters.values()))
     contracted, norms = _roles(network)
     layout = Layout(
-        {name: tuple(sharding.whole_shape(p)) for name, p in parameters.items()},
+        {name: tuple(sharding.full_shape(p)) for name, p in parameters.items()},
         {name: uses[name][0] for name in parameters},
         depth,
         {name: shard.start for name, shard in zip(parameters, shards, strict=True)},

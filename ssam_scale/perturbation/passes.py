@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from ssam_scale.sharding import Needed, Sharding
+from ssam_scale.sharding import AscentReduction, Sharding
 
 from .batchnorm import frozen_statistics
 from .loss import Forward, LossFn
@@ -88,7 +88,7 @@ class Passes:
         """Surrounds the ascent: which of its gradients the processes reduce, and what stays gathered."""
         every, resolved = self._parameters.by_name, self._resolved
         return self._sharding.ascent(
-            Needed(
+            AscentReduction(
                 [every[name] for name in resolved.reduced],
                 list(resolved.reduced.values()),
                 self._mask.whole(resolved.reduced),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ssam_scale.masks import Plan, add_, compacted, put_, taken
-from ssam_scale.sharding import Sharding, Written
+from ssam_scale.sharding import Sharding, WrittenWeights
 
 from .mask_state import MaskState
 from .parameters import TrainedParameters
@@ -139,10 +139,10 @@ class Perturbation:
             with self._phases("perturb"), torch.no_grad():
                 epsilon = self.epsilon(resolved)
                 perturbed = [self._parameters[name] for name in plan.weights]
-                changing, changed = sharding.exposed(perturbed), self._mask.exposed(plan)
+                changing, changed = sharding.resident(perturbed), self._mask.exposed(plan)
                 backup = taken(changing, changed)
         except BaseException:
-            sharding.forget_copies()  # an ascent may have left some for the descent
+            sharding.reshard()  # an ascent may have left some for the descent
             raise
         try:
             with self._phases("perturb"), torch.no_grad():
@@ -150,7 +150,9 @@ class Perturbation:
                 kept = [e.clone() for e in epsilon] if keep else []  # ε may lie where the next gradient will
                 del epsilon
                 sharding.clear_gradients(self._optimizer)
-                sharding.publish(Written(perturbed, list(plan.weights.values()), changed) if resolved.packed else None)
+                sharding.publish(
+                    WrittenWeights(perturbed, list(plan.weights.values()), changed) if resolved.packed else None
+                )
                 # It remembers low-precision copies until its outermost context ends, which may be around the step.
                 torch.clear_autocast_cache()
             yield kept
@@ -158,7 +160,7 @@ class Perturbation:
             # Nothing in here waits for another process: this may be the only one that failed.
             with self._phases("perturb"), torch.no_grad():
                 put_(changing, changed, backup)
-                sharding.forget_copies()
+                sharding.reshard()
                 torch.clear_autocast_cache()
 
     def uncalibrate(self) -> None:
@@ -255,7 +257,7 @@ class Perturbation:
                 shares = everything.clone()
                 shares[self._places(plan.weights)] = masked
                 sums.append(shares)
-        both = self._sharding.sum_over_shards(torch.cat(sums))
+        both = self._sharding.shard_group.all_reduce(torch.cat(sums))
         if everything is not None:
             self.kappa = (both[0] / both[1]).sqrt()
         if calibrates is not None:

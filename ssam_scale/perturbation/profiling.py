@@ -86,12 +86,12 @@ def ascent_seconds(opt: SparseSAM, loss_fn: LossFn, *batches: Any, repeats: int 
                         opt.parameters,
                         radii=dict.fromkeys(plan.weights, 1.0),
                         micro_batches=len(batches),
-                        packs=sharding.packs,
+                        packs=sharding.packs_gradients,
                     )
                     opt.passes(resolved, loss_fn, batches, None, timer).ascend()
                 finally:
                     opt.zero_grad()
                 seconds.append(timer.seconds())
     own = [min(seconds[1:]) for seconds in measured]
-    first: list[float] = sharding.peers.tell(own)[0]
+    first: list[float] = sharding.data_parallel_group.all_gather_object(own)[0]
     return first

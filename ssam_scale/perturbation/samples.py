@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ssam_scale.sharding import Peers
+from ssam_scale.sharding import ProcessGroup
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 
 
-def dealt_samples(peers: Peers, batches: Iterable[Any], samples: int | None) -> tuple[list[Any], int]:
+def dealt_samples(group: ProcessGroup, batches: Iterable[Any], samples: int | None) -> tuple[list[Any], int]:
     """This process's share of the samples of all processes. Collective.
 
     The order of all samples is that of the first batch of process 0, 1, …, then that of the second batch of process 0,
@@ -23,7 +23,7 @@ def dealt_samples(peers: Peers, batches: Iterable[Any], samples: int | None) -> 
     until all agree that they can begin, those of its own batches that are used.
 
     Args:
-        peers: all processes.
+        group: all data-parallel ranks.
         batches: of this process: tensors, or nested containers of tensors, whose first dimension counts samples; plain
             values beside tensors are part of every sample. Not asked for more batches than are needed, and a batch is
             copied before the next one is asked for.
@@ -45,15 +45,15 @@ def dealt_samples(peers: Peers, batches: Iterable[Any], samples: int | None) -> 
     used = 0
     try:
         for batch in batches:
-            cut = _Cut(batch, peers, used, samples)
+            cut = _Cut(batch, group, used, samples)
             taken.append(cut)
             kinds.append(cut.kind)
-            used += cut.each * peers.size
+            used += cut.each * group.size
             if samples is not None and used >= samples:
                 break
     except Exception as error:
         failure = error
-    _agree(peers, kinds, failure)
+    _agree(group, kinds, failure)
     total = used if samples is None else min(used, samples)
     if samples is not None and used < samples:
         raise ValueError(f"{samples} samples are asked for but the batches of all processes hold {used}")
@@ -61,13 +61,13 @@ def dealt_samples(peers: Peers, batches: Iterable[Any], samples: int | None) -> 
         raise ValueError("scores need at least one sample")
     spare = next(cut.first for cut in taken if cut.first is not None)
     own = [sample for cut in taken for sample in cut.deal()]
-    if len(own) * peers.size < total:
+    if len(own) * group.size < total:
         own.append(own[-1] if own else spare)
     return own, total
 
 
-def _agree(peers: Peers, kinds: list[Any], failure: Exception | None) -> None:
-    said = peers.tell((kinds, None if failure is None else f"{failure}", isinstance(failure, ValueError)))
+def _agree(group: ProcessGroup, kinds: list[Any], failure: Exception | None) -> None:
+    said = group.all_gather_object((kinds, None if failure is None else f"{failure}", isinstance(failure, ValueError)))
     if failure is not None and not isinstance(failure, ValueError):
         raise failure
     for rank, (_, message, expected) in enumerate(said):
@@ -103,7 +103,7 @@ class _Cut:
         ValueError: it cannot be cut into samples.
     """
 
-    def __init__(self, batch: Any, peers: Peers, before: int, samples: int | None) -> None:
+    def __init__(self, batch: Any, group: ProcessGroup, before: int, samples: int | None) -> None:
         leaves, self._structure = tree_flatten(batch)
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         if not tensors:
@@ -117,9 +117,9 @@ class _Cut:
         if len(sizes) > 1:
             raise ValueError(f"a batch holds tensors of {sizes[0]} and of {sizes[-1]} samples")
         [self.each] = sizes
-        self._peers, self._before, self._samples = peers, before, samples
+        self._group, self._before, self._samples = group, before, samples
         self.kind = self.each, repr(self._structure), tuple(_kind(leaf) for leaf in leaves)
-        order = torch.tensor(self._places(peers.rank, range(peers.size)), dtype=torch.int64)
+        order = torch.tensor(self._places(group.rank, range(group.size)), dtype=torch.int64)
         self._leaves = [leaf.detach()[order.to(leaf.device)] if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         self.first = None
         if self.each:
@@ -129,18 +129,20 @@ class _Cut:
         """Places in the batch of process `of` of the samples that go to processes `to`, in that order."""
         start = self._before + of * self.each
         used = self.each if self._samples is None else max(0, min(self.each, self._samples - start))
-        return [place for rank in to for place in range((rank - start) % self._peers.size, used, self._peers.size)]
+        return [place for rank in to for place in range((rank - start) % self._group.size, used, self._group.size)]
 
     def deal(self) -> list[Any]:
         """This process's samples of this batch of all processes; forgets the copy. Collective."""
-        ranks = range(self._peers.size)
-        sent = [len(self._places(self._peers.rank, [rank])) for rank in ranks]
-        received = [len(self._places(rank, [self._peers.rank])) for rank in ranks]
+        ranks = range(self._group.size)
+        sent = [len(self._places(self._group.rank, [rank])) for rank in ranks]
+        received = [len(self._places(rank, [self._group.rank])) for rank in ranks]
         leaves, self._leaves = self._leaves, []
         for index, leaf in enumerate(leaves):
             if isinstance(leaf, Tensor):
                 width = leaf[:1].numel() if len(leaf) else leaf.shape[1:].numel()
-                parts = self._peers.deal(leaf.reshape(-1), [n * width for n in sent], [n * width for n in received])
+                parts = self._group.all_to_all(
+                    leaf.reshape(-1), [n * width for n in sent], [n * width for n in received]
+                )
                 leaves[index] = torch.cat(list(parts)).reshape(-1, *leaf.shape[1:])
         return [self._sample(leaves, index) for index in range(sum(received))]
 

@@ -75,7 +75,7 @@ class AccumulatedFisher:
         norms = list(torch._foreach_norm(largest, math.inf, dtype=torch.float32)) if largest else []
         worst = torch.stack(norms).amax() if norms else self.scores[0].new_zeros(())
         bad = (~(worst * inverse_scale).square().isfinite()).float()
-        good = self._sharding.sum_over_shards(bad) == 0.0
+        good = self._sharding.shard_group.all_reduce(bad) == 0.0
         share = (1.0 - self._decay) * good
         for some in self._groups():
             squares = list(torch._foreach_mul([gradients[i].float() for i in some], inverse_scale))
@@ -109,7 +109,7 @@ class AccumulatedFisher:
             ValueError: it is of other parameters.
         """
         theirs = [tuple(w.shape) for w in whole]
-        mine = [tuple(self._sharding.whole_shape(p)) for p in self._parameters]
+        mine = [tuple(self._sharding.full_shape(p)) for p in self._parameters]
         if theirs != mine:
             other = next((i for i, (a, b) in enumerate(zip(theirs, mine, strict=False)) if a != b), None)
             what = f"{len(theirs)} tensors" if other is None else f"shape {theirs[other]} at {other}"
@@ -127,7 +127,7 @@ def check_chunk(sharding: Sharding, parameters: Sequence[nn.Parameter], chunk: i
     """
     if chunk < 1:
         raise ValueError(f"chunk is {chunk}; at least 1 is needed")
-    if chunk > 1 and any(isinstance(p, DTensor) or p.shape != sharding.whole_shape(p) for p in parameters):
+    if chunk > 1 and any(isinstance(p, DTensor) or p.shape != sharding.full_shape(p) for p in parameters):
         raise ValueError(
             f"chunk is {chunk} but a process has only parts of the weights (FSDP2, ZeRO stage 3), and gathers them for "
             "one sample at a time; use 1"
@@ -226,14 +226,14 @@ def per_sample_scores(
         ValueError: as `dealt_samples` and `check_chunk`, on every process and before any pass.
     """
     check_chunk(sharding, parameters, chunk)
-    own, total = dealt_samples(sharding.peers, batches, samples)
+    own, total = dealt_samples(sharding.data_parallel_group, batches, samples)
     passes = _Passes(sharding, optimizer, parameters, loss_fn, seed)
     outer = sharding.loss_scale() if chunk == 1 else 1.0
     while True:
         sums = _Sums(sharding, parameters, kinds)
         with passes.around():
             for turn, gradients in enumerate(passes.gradients(own, scale, chunk)):
-                computing = min(sharding.peers.size, total - turn * sharding.peers.size)
+                computing = min(sharding.data_parallel_group.size, total - turn * sharding.data_parallel_group.size)
                 sums.add(gradients, computing, 1.0 / (scale * outer))
         if scale * outer <= 1.0 or sums.finite():
             return {kind: sums.on_shards(kind) for kind in kinds}
@@ -262,13 +262,13 @@ class _Passes:
         try:
             with (
                 evaluation_mode(self._sharding.network),
-                self._sharding.watched(self._parameters, self._take),
+                self._sharding.capture_gradients(self._parameters, self._take),
             ):
                 yield
         finally:
             self._gradients = {}
             self._sharding.clear_gradients(self._optimizer)
-            self._sharding.forget_copies()
+            self._sharding.reshard()
 
     def gradients(self, samples: Sequence[Any], scale: float, chunk: int) -> Iterator[dict[int, Tensor]]:
         """Of every sample, this process's whole gradients, float32; by index of the parameter, where there is one."""
@@ -280,7 +280,7 @@ class _Passes:
             return
         for turn, sample in enumerate(samples):
             self._gradients = {}
-            index = turn * sharding.peers.size + sharding.peers.rank
+            index = turn * sharding.data_parallel_group.size + sharding.data_parallel_group.rank
             with _random_state(self._seed, index), torch.enable_grad(), sharding.micro_batch(last=False):
                 sharding.backward(self._loss_fn(sharding.ascent_module, sample) * scale)
             sharding.clear_gradients(self._optimizer)
@@ -299,7 +299,7 @@ class _Sums:
     """
 
     def __init__(self, sharding: Sharding, parameters: Sequence[nn.Parameter], kinds: Sequence[Kind]) -> None:
-        self._sharding, self._parameters, self._peers = sharding, parameters, sharding.peers
+        self._sharding, self._parameters, self._group = sharding, parameters, sharding.data_parallel_group
         self._numels = [shard.numel for shard in sharding.shards(parameters)]
         self._buckets: list[list[int]] = []
         size = _BUCKET
@@ -314,8 +314,8 @@ class _Sums:
     def _runs(self, bucket: list[int]) -> list[int]:
         """How many elements of a bucket each process sums up: equally many, the last ones fewer or none."""
         total = sum(self._numels[index] for index in bucket)
-        each = -(-total // self._peers.size)
-        return [max(0, min(each, total - rank * each)) for rank in range(self._peers.size)]
+        each = -(-total // self._group.size)
+        return [max(0, min(each, total - rank * each)) for rank in range(self._group.size)]
 
     def add(self, gradients: dict[int, Tensor], computing: int, factor: float) -> None:
         """Add one sample of each of the first `computing` processes, in their order. Collective.
@@ -329,10 +329,10 @@ class _Sums:
         for number, bucket in enumerate(self._buckets):
             runs = self._runs(bucket)
             flat = torch.cat([self._flat(gradients.pop(i, None), i, device) for i in bucket])
-            own, counts = runs[self._peers.rank], self._peers.rank < computing
-            received = [own if rank < computing else 0 for rank in range(self._peers.size)]
-            sent = runs if counts else [0] * self._peers.size
-            parts = self._peers.deal(flat if counts else flat[:0], sent, received)
+            own, counts = runs[self._group.rank], self._group.rank < computing
+            received = [own if rank < computing else 0 for rank in range(self._group.size)]
+            sent = runs if counts else [0] * self._group.size
+            parts = self._group.all_to_all(flat if counts else flat[:0], sent, received)
             for kind, sums in self._sums.items():
                 if number == len(sums):
                     sums.append(parts[0].new_zeros(own))
@@ -348,7 +348,9 @@ class _Sums:
 
     def finite(self) -> bool:
         """Whether every sum is. Collective."""
-        return all(self._peers.tell(all(bool(s.isfinite().all()) for sums in self._sums.values() for s in sums)))
+        return all(
+            self._group.all_gather_object(all(bool(s.isfinite().all()) for sums in self._sums.values() for s in sums))
+        )
 
     def on_shards(self, kind: Kind) -> list[Tensor]:
         """The scores in the places of this process's shards; forgets the sums. Collective."""
@@ -357,10 +359,10 @@ class _Sums:
         sums = self._sums.pop(kind)
         for bucket in self._buckets:
             runs, own = self._runs(bucket), sums.pop(0)
-            whole = torch.cat(self._peers.gather(F.pad(own, (0, runs[0] - len(own)))))[: sum(runs)]
+            whole = torch.cat(self._group.all_gather(F.pad(own, (0, runs[0] - len(own)))))[: sum(runs)]
             for index, piece in zip(bucket, whole.split([self._numels[i] for i in bucket]), strict=True):
                 parameter = self._parameters[index]
-                local = self._sharding.scatter(parameter, piece.reshape(self._sharding.whole_shape(parameter)))
+                local = self._sharding.scatter(parameter, piece.reshape(self._sharding.full_shape(parameter)))
                 score = torch.empty_like(shards[index].weight, dtype=torch.float32)
                 scores.append(score.copy_(local).abs_())
         return scores

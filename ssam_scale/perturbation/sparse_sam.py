@@ -108,8 +108,8 @@ class SparseSAM(OptimizerWrapper):
         if adaptive and schedule is not None and reuses(schedule):
             raise ValueError("reuse between ascents knows the gradient by the perturbation, which adaptive distorts")
         self.sharding = sharding_of(model if isinstance(model, nn.Module) else nn.ParameterList(model))
-        base_optimizer, _ = self.sharding.trained(base_optimizer, max_grad_norm)
-        if scaler is not None and not self.sharding.takes_scaler:
+        base_optimizer, _ = self.sharding.unwrap_optimizer(base_optimizer, max_grad_norm)
+        if scaler is not None and not self.sharding.supports_grad_scaler:
             raise ValueError("a DeepSpeed engine scales losses itself: leave scaler at None")
         super().__init__(base_optimizer, rho=rho)
         self.mask: Mask = mask if mask is not None else Dense()
@@ -124,7 +124,7 @@ class SparseSAM(OptimizerWrapper):
     def _look_at_groups(self) -> None:
         if bad := [group["rho"] for group in self.param_groups if not 0.0 <= group["rho"] < math.inf]:
             raise ValueError(f"the rho of a parameter group is {bad[0]}; a radius of at least 0 is needed")
-        groups = self.sharding.trained(self.base_optimizer, self.max_grad_norm)[1]
+        groups = self.sharding.unwrap_optimizer(self.base_optimizer, self.max_grad_norm)[1]
         self.parameters = trained_parameters(self.sharding, groups)
         self.mask.check(self.parameters.eligible(self.param_groups))
         self._mask = MaskState(
@@ -190,7 +190,7 @@ class SparseSAM(OptimizerWrapper):
             alpha=reuse_at(self._schedule, self.steps) if self._looksam is not None else 0.0,
             micro_batches=micro_batches,
             dense=dense,
-            packs=self.sharding.packs,
+            packs=self.sharding.packs_gradients,
             by_hand=by_hand,
         )
 
@@ -341,7 +341,7 @@ class SparseSAM(OptimizerWrapper):
         Raises:
             RuntimeError: DeepSpeed's stages 1 to 3 keep the base optimizer's state; says what to call instead.
         """
-        return {**self.sharding.state_dict(self.base_optimizer), "sparse_sam": self.sparse_state()}
+        return {**self.sharding.optimizer_state_dict(self.base_optimizer), "sparse_sam": self.sparse_state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take back what `state_dict` returned, on any number of processes.
@@ -350,7 +350,7 @@ class SparseSAM(OptimizerWrapper):
         """
         own = dict(state_dict)
         sparse = own.pop("sparse_sam", None)
-        self.sharding.load_state_dict(self.base_optimizer, own)
+        self.sharding.load_optimizer_state_dict(self.base_optimizer, own)
         self.complete_groups()
         if sparse is not None:
             self.load_sparse_state(sparse)

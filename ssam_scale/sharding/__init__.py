@@ -1,18 +1,42 @@
-"""Where the weights live: one interface, one file a backend."""
+"""Where the weights live: one interface, one file a backend.
 
-from .interface import Needed, Shard, Sharding, Written
-from .place import Backend, distribute, place, sharding_of
-from .world import Peers, World, join_world, leave_process_group
+| to read | for |
+|---|---|
+| `interface.py` | what a backend does: weights, passes, state |
+| `registry.py`, `place.py` | adding a backend; finding and choosing one |
+| `unsharded.py`, `ddp.py`, `fsdp.py`, `zero/` | the backends |
+| `process_group.py`, `world.py` | collectives; joining and leaving the processes of a run |
+"""
+
+from .interface import (
+    AscentReduction,
+    Elements,
+    Shard,
+    ShardedPasses,
+    ShardedState,
+    ShardedWeights,
+    Sharding,
+    WrittenWeights,
+)
+from .place import place, sharding_of
+from .process_group import ProcessGroup, leave_process_group
+from .registry import Backend, BackendInfo, backends
+from .world import World, join_world
 
 __all__ = [
+    "AscentReduction",
     "Backend",
-    "Needed",
-    "Peers",
+    "BackendInfo",
+    "Elements",
+    "ProcessGroup",
     "Shard",
+    "ShardedPasses",
+    "ShardedState",
+    "ShardedWeights",
     "Sharding",
     "World",
-    "Written",
-    "distribute",
+    "WrittenWeights",
+    "backends",
     "join_world",
     "leave_process_group",
     "place",

@@ -1,4 +1,7 @@
-"""DistributedDataParallel: every process holds all of the weights and sees its own part of the batch."""
+"""DistributedDataParallel: every rank holds all weights and sees its own part of the batch.
+
+The ascent's gradients are all-reduced here, masked elements only, and not by DDP's reducer.
+"""
 
 from __future__ import annotations
 
@@ -13,123 +16,126 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .interface import Elements, Needed
-from .unsharded import Unsharded
-from .world import Peers
+from .interface import AscentReduction, Elements
+from .process_group import ProcessGroup
+from .registry import Backend, MakeOptimizer, Options, register
+from .unsharded import ReplicatedWeights, TorchTraining
+from .world import World
 
 # Few enough messages that starting them costs nothing, and small enough to leave early. DDP's choice, too.
 _BUCKET_BYTES = 25 << 20
 
 
 class _Bucket:
-    """Gradients, of one dtype, that are sent in one message.
+    """Gradients, of one dtype, that one all-reduce sums.
 
     Attributes:
         parameters: whose gradients.
-        parts: what is sent of each; None: all of it.
-        missing: the parameters that the backward under way has no gradient of yet, by identity.
-        flat: what was sent, of shape (elements,).
-        work: the sending; None before.
+        elements: which of each are reduced; None: all of them.
+        missing: the parameters that the current backward has no gradient of yet, by identity.
+        flat: the buffer that is reduced, of shape (elements,).
+        work: the all-reduce; None before it starts.
     """
 
     def __init__(self) -> None:
         self.parameters: list[nn.Parameter] = []
-        self.parts: list[Elements | None] = []
+        self.elements: list[Elements | None] = []
         self.missing: set[int] = set()
         self.flat: Tensor | None = None
         self.work: dist.Work | None = None
         self._bytes = 0
 
-    def add(self, parameter: nn.Parameter, part: Elements | None) -> bool:
+    def add(self, parameter: nn.Parameter, elements: Elements | None) -> bool:
         """Take a parameter, unless the bucket is full."""
-        size = (parameter.numel() if part is None else part.count) * parameter.element_size()
+        size = (parameter.numel() if elements is None else elements.count) * parameter.element_size()
         if self.parameters and self._bytes + size > _BUCKET_BYTES:
             return False
         self._bytes += size
         self.parameters.append(parameter)
-        self.parts.append(part)
+        self.elements.append(elements)
         self.missing.add(id(parameter))
         return True
 
-    def send(self, group: dist.ProcessGroup | None) -> None:
-        """Begin to sum the gradients, divided by the number of processes. What has none counts as zeros."""
+    def start(self, group: dist.ProcessGroup | None) -> None:
+        """Start the all-reduce of the gradients, divided by the number of ranks; a missing gradient counts as zeros."""
         pieces = []
-        for p, part in zip(self.parameters, self.parts, strict=True):
-            if p.grad is None:  # here, but perhaps not on another process, and all send the same
+        for p, elements in zip(self.parameters, self.elements, strict=True):
+            if p.grad is None:  # here, but perhaps not on another rank, and all reduce the same
                 p.grad = torch.zeros_like(p)
-            pieces.append(p.grad.reshape(-1) if part is None else part.take(p.grad))
+            pieces.append(p.grad.reshape(-1) if elements is None else elements.take(p.grad))
         self.flat = torch.cat(pieces).div_(dist.get_world_size(group))
-        for p, part, piece in zip(self.parameters, self.parts, self._cut(), strict=True):
-            if part is None:  # the old gradient goes now, not when the sum is there
+        for p, elements, piece in zip(self.parameters, self.elements, self._split(), strict=True):
+            if elements is None:  # frees the unreduced gradient now, not when the sum is there
                 p.grad = piece.view(p.shape)
         self.work = dist.all_reduce(self.flat, group=group, async_op=True)
 
-    def receive(self) -> None:
-        """Wait for the sums, on the device, and write packed ones to their places."""
+    def finish(self) -> None:
+        """Wait for the all-reduce, on the device, and write packed elements back to their gradients."""
         assert self.work is not None
         self.work.wait()
-        for p, part, piece in zip(self.parameters, self.parts, self._cut(), strict=True):
-            if part is not None:
+        for p, elements, piece in zip(self.parameters, self.elements, self._split(), strict=True):
+            if elements is not None:
                 assert p.grad is not None
-                part.put(p.grad, piece)
+                elements.put(p.grad, piece)
         self.flat = None
 
-    def _cut(self) -> Sequence[Tensor]:
+    def _split(self) -> Sequence[Tensor]:
         assert self.flat is not None
         return self.flat.split(
-            [p.numel() if part is None else part.count for p, part in zip(self.parameters, self.parts, strict=True)]
+            [p.numel() if e is None else e.count for p, e in zip(self.parameters, self.elements, strict=True)]
         )
 
 
-class Averaging:
-    """Sends gradients in buckets, each as soon as it and all before it are complete.
+class BucketedAllReduce:
+    """Bucketed all-reduce of the gradients, or of the masked elements of them, overlapped with the last backward.
 
-    The order of the buckets is that of the parameters, last ones first, so roughly that of a backward, and the same on
-    every process whatever the order in which its gradients come.
+    A bucket is reduced as soon as it and all before it are complete. The order of the buckets is that of the
+    parameters, last ones first, so roughly that of a backward, and the same on every rank whatever the order in which
+    its gradients come.
 
     Args:
-        needed: the parameters and their parts.
-        group: the processes.
+        reduction: the parameters and their elements.
+        group: the data-parallel ranks.
     """
 
-    def __init__(self, needed: Needed, group: dist.ProcessGroup | None) -> None:
+    def __init__(self, reduction: AscentReduction, group: dist.ProcessGroup | None) -> None:
         self._group = group
         self._buckets: list[_Bucket] = []
-        self._sent = 0
+        self._started = 0
         self._last = False
         self._bucket_of: list[tuple[nn.Parameter, _Bucket]] = []
         open_buckets: dict[torch.dtype, _Bucket] = {}
-        for p, part in zip(reversed(needed.parameters), reversed(needed.parts), strict=True):
-            if part is not None and part.count == 0:
+        for p, elements in zip(reversed(reduction.parameters), reversed(reduction.local), strict=True):
+            if elements is not None and elements.count == 0:
                 continue
-            if (bucket := open_buckets.get(p.dtype)) is None or not bucket.add(p, part):
+            if (bucket := open_buckets.get(p.dtype)) is None or not bucket.add(p, elements):
                 bucket = open_buckets[p.dtype] = _Bucket()
-                bucket.add(p, part)
+                bucket.add(p, elements)
                 self._buckets.append(bucket)
             self._bucket_of.append((p, bucket))
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Backwards inside tell of their gradients."""
+    def hooked(self) -> Iterator[None]:
+        """Backwards inside start all-reduces from hooks on the parameters."""
         handles = [
-            p.register_post_accumulate_grad_hook(partial(self._has_come, bucket)) for p, bucket in self._bucket_of
+            p.register_post_accumulate_grad_hook(partial(self._on_gradient, bucket)) for p, bucket in self._bucket_of
         ]
         try:
             yield
-        finally:  # what was sent is not waited for: after an exception it may never come back
+        finally:  # what was started is not waited for: after an exception it may never end
             for handle in handles:
                 handle.remove()
 
     @property
-    def under_way(self) -> bool:
-        """Whether a message has been sent and has not come back."""
+    def pending(self) -> bool:
+        """Whether an all-reduce was started and has not ended."""
         return any(bucket.work is not None and not bucket.work.is_completed() for bucket in self._buckets)
 
-    def begin_last(self) -> None:
-        """The next backward is the last one: what it leaves is sent."""
+    def expect_last(self) -> None:
+        """The next backward is that of the last micro-batch: what it leaves is reduced."""
         self._last = True
 
-    def _has_come(self, bucket: _Bucket, parameter: nn.Parameter) -> None:
+    def _on_gradient(self, bucket: _Bucket, parameter: nn.Parameter) -> None:
         if not self._last:
             return
         if bucket.work is not None:
@@ -138,32 +144,26 @@ class Averaging:
                 "as reentrant checkpointing of a shared weight does; use checkpointing with use_reentrant=False"
             )
         bucket.missing.discard(id(parameter))
-        while self._sent < len(self._buckets) and not self._buckets[self._sent].missing:
-            self._send_next()
+        while self._started < len(self._buckets) and not self._buckets[self._started].missing:
+            self._start_next()
 
     @torch.no_grad()
     def finish(self) -> None:
-        """Send the rest and wait for everything, if this was the last backward."""
+        """Start the rest and wait for everything, if this was the last backward."""
         if not self._last:
             return
-        while self._sent < len(self._buckets):
-            self._send_next()
+        while self._started < len(self._buckets):
+            self._start_next()
         for bucket in self._buckets:
-            bucket.receive()
+            bucket.finish()
 
-    def _send_next(self) -> None:
-        self._buckets[self._sent].send(self._group)
-        self._sent += 1
-
-
-def without_buffer_sync() -> dict[str, Any]:
-    """The argument that keeps DDP from broadcasting buffers in each forward; it was renamed in torch 2.13."""
-    renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
-    return {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+    def _start_next(self) -> None:
+        self._buckets[self._started].start(self._group)
+        self._started += 1
 
 
-class DDP(Unsharded):
-    """The ascent runs on the module inside, where DDP's reducer does not listen, and reduces what is perturbed itself.
+class DDP(ReplicatedWeights, TorchTraining):
+    """The ascent runs on the inner module, past DDP's reducer, and all-reduces the gradients that it needs itself.
 
     The reducer expects a gradient of every parameter in each synchronised backward; an ascent pass has only those of
     the perturbed weights. The descent pass goes through DDP and its overlap of communication and backward.
@@ -185,16 +185,17 @@ class DDP(Unsharded):
         self.descent_module: nn.Module = module
         self._ddp = module
         self._group = module.process_group
-        self.peers = Peers(self._group)
-        self.packs = self.peers.size > 1
-        self._averaging: Averaging | None = None
-        self._given_up: list[Averaging] = []  # not waited for, but their memory is still written to
+        self.data_parallel_group = ProcessGroup(self._group)
+        self.packs_gradients = self.data_parallel_group.size > 1
+        self._reduction: BucketedAllReduce | None = None
+        # Those that an exception interrupted: nobody waits for them, but their buffers are still written to.
+        self._abandoned: list[BucketedAllReduce] = []
 
     @contextmanager
     def micro_batch(self, *, last: bool) -> Iterator[None]:
-        """The reducer works in the last micro-batch only. It ignores passes on the inner module by itself."""
-        if last and self._averaging is not None:
-            self._averaging.begin_last()
+        """DDP's reducer works in the last micro-batch only. It ignores passes on the inner module by itself."""
+        if last and self._reduction is not None:
+            self._reduction.expect_last()
         try:
             with nullcontext() if last else self._ddp.no_sync():
                 yield
@@ -204,24 +205,46 @@ class DDP(Unsharded):
             raise
 
     @contextmanager
-    def ascent(self, needed: Needed) -> Iterator[None]:
-        """Averaging all-reduces of no more than the parts, under way while the last backward still goes on."""
-        if self.peers.size == 1:
+    def ascent(self, reduction: AscentReduction) -> Iterator[None]:
+        """Bucketed all-reduce of the elements that are asked for, overlapped with the last backward."""
+        if self.data_parallel_group.size == 1:
             yield
             return
-        self._given_up = [averaging for averaging in self._given_up if averaging.under_way]
-        self._averaging = averaging = Averaging(needed, self._group)
+        self._abandoned = [earlier for earlier in self._abandoned if earlier.pending]
+        self._reduction = current = BucketedAllReduce(reduction, self._group)
         try:
-            with averaging.listening():
+            with current.hooked():
                 yield
         except BaseException:
-            self._given_up.append(averaging)
+            self._abandoned.append(current)
             raise
         finally:
-            self._averaging = None
+            self._reduction = None
 
     def backward(self, loss: Tensor) -> None:
-        """Autograd's, and in an ascent the end of averaging."""
+        """Autograd's; in an ascent it ends when the gradients are reduced."""
         super().backward(loss)
-        if self._averaging is not None:
-            self._averaging.finish()
+        if self._reduction is not None:
+            self._reduction.finish()
+
+
+def _place(
+    module: nn.Module, make_optimizer: MakeOptimizer, world: World, options: Options
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    # The argument that keeps DDP from broadcasting buffers in each forward was renamed in torch 2.13.
+    renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    sync: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+    ids = [world.device.index] if world.device.type == "cuda" else None
+    return DistributedDataParallel(module, device_ids=ids, **sync), make_optimizer()
+
+
+register(
+    Backend(
+        "ddp",
+        "every rank holds all weights; gradients are all-reduced",
+        "PyTorch DistributedDataParallel, arXiv 2006.15704",
+        owns=lambda module: isinstance(module, DistributedDataParallel),
+        sharding=DDP,
+        place=_place,
+    )
+)

@@ -1,6 +1,10 @@
-"""FSDP2: every parameter is split along its first dimension over a group of processes.
+"""FSDP2: every parameter is sharded along its first dimension over a group of ranks.
 
-There may be several such groups that each hold all of the weights (HSDP): the mesh has a dimension for the copies then.
+With several such groups that each hold a replica of the weights (HSDP) the mesh has a dimension for the replicas.
+
+The ascent gradient is what FSDP's reduce-scatter leaves in `.grad`, the perturbation is written to the local rows of
+each DTensor, and gathered copies are freed so that the next forward gathers the perturbed weights. A parameter group,
+below, is FSDP's: the parameters that one `fully_shard` call gathers and frees together.
 """
 
 from __future__ import annotations
@@ -22,52 +26,55 @@ from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo
 from torch.distributed.tensor import DTensor, Placement, Replicate
 from torch.distributed.tensor import Shard as ShardPlacement
 
-from .gradient_hooks import Take, taken
-from .interface import Elements, Needed, Shard, Written
-from .packing import RunCounts
-from .unsharded import Autograd
-from .world import Peers
+from .gradient_hooks import OnGradient, divert_gradients
+from .interface import AscentReduction, Elements, Shard, WrittenWeights
+from .packed_all_gather import RunCounts
+from .process_group import ProcessGroup
+from .registry import Backend, MakeOptimizer, Options, register
+from .unsharded import TorchTraining
+from .world import World
 
 
 @dataclass(frozen=True)
-class Slot:
-    """The gradient of one parameter in what FSDP scatters.
+class PackedGradient:
+    """One parameter's place in the buffer that FSDP reduce-scatters, and which elements of it are sent.
 
     Attributes:
-        numel: elements of the whole gradient.
-        room: elements that each process is given of it, with padding.
-        lengths: elements that each process is given of it, without.
-        whole: which elements are sent; None: all of them.
-        local: which elements of this process's share those are.
-        counts: how many elements are sent to each process.
+        numel: elements of the full gradient.
+        padded: elements of each rank's shard, with padding.
+        lengths: elements of each rank's shard, without.
+        full: which elements of the full gradient are sent; None: all of them.
+        local: which elements of this rank's shard those are.
+        counts: how many elements are sent to each rank.
     """
 
     numel: int
-    room: int
+    padded: int
     lengths: Sequence[int]
-    whole: Elements | None
+    full: Elements | None
     local: Elements | None
     counts: Sequence[int]
 
 
 class PackedReduceScatter(ReduceScatter):
-    """Sends what `slots` say, padded to the process that is sent most; elsewhere the result is zero.
+    """FSDP's reduce-scatter, of the masked elements only; the result is zero elsewhere.
 
-    Where not all of the gradients are there (a pass did not use a parameter) it sends everything.
+    What each rank is sent is padded to the rank that is sent most. Where not all of the gradients are there (a pass did
+    not use a parameter) everything is sent.
 
     Args:
-        usual: what FSDP uses otherwise, which allocates as before.
-        slots: in the order in which FSDP has them.
-        rank: index of this process in the group.
+        usual: FSDP's own, which also allocates.
+        gradients: in the order in which FSDP has them.
+        rank: of this process in the shard group.
     """
 
-    def __init__(self, usual: Any, slots: Sequence[Slot], rank: int) -> None:
-        self._usual, self._slots, self._rank = usual, slots, rank
-        self._totals = [sum(counts) for counts in zip(*(slot.counts for slot in slots), strict=True)]
-        self._starts = [0, *accumulate(slot.room for slot in slots)]
+    def __init__(self, usual: Any, gradients: Sequence[PackedGradient], rank: int) -> None:
+        self._usual, self._gradients, self._rank = usual, gradients, rank
+        self._totals = [sum(counts) for counts in zip(*(g.counts for g in gradients), strict=True)]
+        self._starts = [0, *accumulate(g.padded for g in gradients)]
 
     def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """As before."""
+        """As FSDP's own."""
         result: Tensor = self._usual.allocate(size, dtype=dtype, device=device)
         return result
 
@@ -79,7 +86,7 @@ class PackedReduceScatter(ReduceScatter):
         op: Any,
         async_op: bool = False,
     ) -> dist.Work | None:
-        """`input_tensor` is the gradients' shares for process 0, then those for process 1, and so on."""
+        """`input_tensor` is the padded shards of all gradients for rank 0, then those for rank 1, and so on."""
         if input_tensor.numel() != self._starts[-1] * len(self._totals):
             return self._usual(output_tensor, input_tensor, group, op, async_op)
         output_tensor.zero_()
@@ -88,65 +95,71 @@ class PackedReduceScatter(ReduceScatter):
             return None
         received = input_tensor.new_empty(width)
         dist.reduce_scatter_single(received, self._packed(input_tensor, width), op=op, group=group)
-        taken = 0
-        for slot, start in zip(self._slots, self._starts, strict=False):
-            values = received[taken : taken + slot.counts[self._rank]]
-            taken += len(values)
-            share = output_tensor[start : start + slot.lengths[self._rank]]
-            if slot.whole is None:
-                share.copy_(values)
-            elif slot.local is not None:
-                slot.local.put(share, values)
+        offset = 0
+        for g, start in zip(self._gradients, self._starts, strict=False):
+            values = received[offset : offset + g.counts[self._rank]]
+            offset += len(values)
+            shard = output_tensor[start : start + g.lengths[self._rank]]
+            if g.full is None:
+                shard.copy_(values)
+            elif g.local is not None:
+                g.local.put(shard, values)
         return None
 
-    def _packed(self, gradients: Tensor, width: int) -> Tensor:
-        shares = gradients.view(len(self._totals), -1)
-        of_slots = []
-        for slot, start in zip(self._slots, self._starts, strict=False):
-            # Shares are consecutive rows, so that one after the other they are the gradient, and then padding.
-            whole = shares[:, start : start + slot.room].reshape(-1)[: slot.numel]
-            of_slots.append((whole if slot.whole is None else slot.whole.take(whole)).split(list(slot.counts)))
-        padding = gradients.new_zeros(width)
+    def _packed(self, buffer: Tensor, width: int) -> Tensor:
+        by_rank = buffer.view(len(self._totals), -1)
+        split = []
+        for g, start in zip(self._gradients, self._starts, strict=False):
+            # Shards are consecutive rows, so that one after the other they are the gradient, and then padding.
+            full = by_rank[:, start : start + g.padded].reshape(-1)[: g.numel]
+            split.append((full if g.full is None else g.full.take(full)).split(list(g.counts)))
+        padding = buffer.new_zeros(width)
         pieces: list[Tensor] = []
-        for total, of_process in zip(self._totals, zip(*of_slots, strict=True), strict=True):
-            pieces += [*of_process, padding[: width - total]]
+        for total, of_rank in zip(self._totals, zip(*split, strict=True), strict=True):
+            pieces += [*of_rank, padding[: width - total]]
         return torch.cat(pieces)
 
 
-_LAYOUTS: dict[int, tuple[Placement, ...]] = {1: (ShardPlacement(0),), 2: (Replicate(), ShardPlacement(0))}
+_PLACEMENTS: dict[int, tuple[Placement, ...]] = {1: (ShardPlacement(0),), 2: (Replicate(), ShardPlacement(0))}
 
 
-class FSDP2(Autograd):
+class FSDP2(TorchTraining):
     """A root module on which `fully_shard` was called.
 
-    The step writes to the local shards behind FSDP's back, so a module that still holds gathered weights (the root
-    keeps them between forwards, and a unit whose forward raised) would go on computing with old ones: `publish` frees
-    every gathered copy.
+    The step writes to the local shards without FSDP's knowledge, so a module that still holds unsharded weights (the
+    root keeps them between forwards, and one whose forward raised) would go on computing with old ones: `publish`
+    reshards every module.
 
     Raises:
         ValueError: `module` is only a part of what is sharded, or a parameter is not split along dimension 0, over the
             one or the last of two mesh dimensions.
     """
 
+    weights_replicated = False
+
     def __init__(self, module: nn.Module) -> None:
         self.network = self.ascent_module = self.descent_module = module
-        assert isinstance(module, FSDPModule)
+        if not isinstance(module, FSDPModule):
+            inside = next(name for name, m in module.named_modules() if isinstance(m, FSDPModule))
+            raise ValueError(
+                f"submodule {inside} is sharded by FSDP2 but the model itself is not: call fully_shard on it too"
+            )
         self._root: FSDPModule = module
         self._state = module._get_fsdp_state()
         # FSDP would do this in the first forward, and would take the dtype to reduce in from the parameters that are
-        # trainable there; in an ascent those of a whole unit may be frozen.
+        # trainable there; in an ascent those of a whole group may be frozen.
         self._state._lazy_init()
         if not self._state._is_root:
             raise ValueError(
                 "the model is a part of a larger FSDP2 model: give the root that fully_shard was called on"
             )
-        self._staying: list[Any] = []  # units that stay gathered while the weights are perturbed
-        self.forget_copies()  # after a forward without a backward the root shows its gathered weights as its parameters
+        self._kept_gathered: list[Any] = []  # parameter groups that stay gathered while the weights are perturbed
+        self.reshard()  # after a forward without a backward the root shows its unsharded weights as its parameters
         meshes = set()
         for name, p in module.named_parameters():
             if not isinstance(p, DTensor):
                 raise ValueError(f"parameter {name} is not sharded; call fully_shard without ignored_params")
-            if p.placements != _LAYOUTS.get(p.device_mesh.ndim):
+            if p.placements != _PLACEMENTS.get(p.device_mesh.ndim):
                 raise ValueError(
                     f"parameter {name} is {p.placements} on mesh {tuple(p.device_mesh.shape)}; supported are "
                     "(Shard(0),) on one dimension and (Replicate(), Shard(0)) on two"
@@ -155,64 +168,64 @@ class FSDP2(Autograd):
         if len(meshes) != 1:
             raise ValueError(f"the model's parameters lie on {len(meshes)} meshes; supported is one")
         self._mesh: DeviceMesh = meshes.pop()
-        self._layout = _LAYOUTS[self._mesh.ndim]
-        self._over = self._mesh.ndim - 1  # the mesh dimension that one copy of the weights is spread over
-        self.shards_each = self._mesh.size(self._over)
-        self.shard_index = self._mesh.get_local_rank(self._over)
-        self.packs = self.shards_each > 1
+        self._placements = _PLACEMENTS[self._mesh.ndim]
+        self.shard_group = ProcessGroup(self._mesh.get_group(self._mesh.ndim - 1))
+        self.data_parallel_group = ProcessGroup(_group_of_all(self._mesh))
+        self.packs_gradients = self.shard_group.size > 1
         self._counts = RunCounts()
-        self.peers = Peers(_group_of_all(self._mesh))
 
     def shards(self, parameters: Sequence[nn.Parameter]) -> list[Shard]:
         """The local rows of each parameter."""
         result = []
         for p in parameters:
-            start = min(self.shard_index * self._rows_each(p), p.numel())
+            start = min(self.shard_group.rank * self._padded_numel(p), p.numel())
             result.append(Shard(_local(p), start, p.numel()))
         return result
 
     def gradients(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
-        """The local rows of each parameter's reduced gradient."""
+        """The local rows of each parameter's `.grad`, which FSDP has reduced."""
         return [torch.zeros_like(_local(p)) if p.grad is None else _local(p.grad) for p in parameters]
 
     @contextmanager
-    def ascent(self, needed: Needed) -> Iterator[None]:
-        """FSDP averages gradients in the backward, those that there are, over as many processes as it is told of."""
-        kept = {id(p) for p in needed.kept}
-        staying = [unit for unit in self._units() if kept and _consists_of(unit, kept)]
-        alone = self._units() if needed.within_shard_group and self._over else []
-        with _within_shard_groups(alone), _gathered_to_stay(staying), _scattering(self._packed(needed)):
+    def ascent(self, reduction: AscentReduction) -> Iterator[None]:
+        """FSDP averages in the backward what gradients there are: packed, over one replica or all, as asked for."""
+        kept = {id(p) for p in reduction.keep_gathered}
+        kept_groups = [group for group in self._param_groups() if kept and _consists_of(group, kept)]
+        unreplicated = self._param_groups() if reduction.within_shard_group and self._mesh.ndim > 1 else []
+        with _without_replicas(unreplicated), _kept_gathered(kept_groups), _packing(self._packed(reduction)):
             yield
-        self._staying = staying
+        self._kept_gathered = kept_groups
 
-    def _packed(self, needed: Needed) -> list[tuple[Any, list[Slot]]]:
-        """The units of whose gradients not everything is needed, and what is."""
-        parts = {
-            id(p): (local, whole)
-            for p, local, whole in zip(needed.parameters, needed.parts, needed.whole, strict=True)
-            if whole is not None
+    def _packed(self, reduction: AscentReduction) -> list[tuple[Any, list[PackedGradient]]]:
+        """The parameter groups of whose gradients not everything is needed, and what is."""
+        elements = {
+            id(p): (local, full)
+            for p, local, full in zip(reduction.parameters, reduction.local, reduction.full, strict=True)
+            if full is not None
         }
-        if not parts or self.shards_each == 1:
+        if not elements or self.shard_group.size == 1:
             return []
         packed = []
-        for unit in self._units():
-            trained = [one.sharded_param for one in unit.fsdp_params if one.sharded_param.requires_grad]
-            if any(id(p) in parts for p in trained):
-                packed.append((unit, [self._slot(p, *parts.get(id(p), (None, None))) for p in trained]))
+        for group in self._param_groups():
+            trained = [fsdp_param.sharded_param for fsdp_param in group.fsdp_params]
+            trained = [p for p in trained if p.requires_grad]
+            if any(id(p) in elements for p in trained):
+                packed.append((group, [self._packed_gradient(p, *elements.get(id(p), (None, None))) for p in trained]))
         return packed
 
-    def _slot(self, parameter: nn.Parameter, local: Elements | None, whole: Elements | None) -> Slot:
-        """What is sent of a parameter's gradient."""
-        numel, room = parameter.numel(), self._rows_each(parameter)
-        starts = [min(process * room, numel) for process in range(self.shards_each + 1)]
+    def _packed_gradient(
+        self, parameter: nn.Parameter, local: Elements | None, full: Elements | None
+    ) -> PackedGradient:
+        numel, padded, size = parameter.numel(), self._padded_numel(parameter), self.shard_group.size
+        starts = [min(rank * padded, numel) for rank in range(size + 1)]
         lengths = [end - start for start, end in pairwise(starts)]
-        runs = list(zip(range(self.shards_each), starts, lengths, strict=False))
-        return Slot(numel, room, lengths, whole, local, self._counts(whole, runs))
+        runs = list(zip(range(size), starts, lengths, strict=False))
+        return PackedGradient(numel, padded, lengths, full, local, self._counts(full, runs))
 
-    def _rows_each(self, parameter: nn.Parameter) -> int:
+    def _padded_numel(self, parameter: nn.Parameter) -> int:
         """Elements of the largest shard. FSDP2 splits like torch.chunk: equal parts, the last ones short or empty."""
         rows, row_size = parameter.shape[0] if parameter.ndim else 1, math.prod(parameter.shape[1:])
-        return -(-rows // self.shards_each) * row_size
+        return -(-rows // self.shard_group.size) * row_size
 
     @contextmanager
     def micro_batch(self, *, last: bool) -> Iterator[None]:
@@ -224,138 +237,137 @@ class FSDP2(Autograd):
             self._root.set_requires_gradient_sync(True)
 
     @contextmanager
-    def watched(self, parameters: Sequence[nn.Parameter], take: Take) -> Iterator[None]:
-        """Takes them away from the whole parameters that the backward accumulates in: FSDP finds nothing to reduce."""
-        kept = list(self._kept())
-        if not all(hasattr(one, "_unsharded_param") for one in kept):  # there is none before the first forward
+    def capture_gradients(self, parameters: Sequence[nn.Parameter], on_gradient: OnGradient) -> Iterator[None]:
+        """Takes them away from the unsharded parameters where the backward accumulates: FSDP has nothing to reduce."""
+        fsdp_params = list(self._fsdp_params())
+        if not all(hasattr(one, "_unsharded_param") for one in fsdp_params):  # there is none before the first forward
             for module in self._root.modules():  # type: ignore[attr-defined]
                 if isinstance(module, FSDPModule):
                     module.unshard()
                     module.reshard()
-        whole = {id(one.sharded_param): one._unsharded_param for one in kept}
-        with taken([whole[id(p)] for p in parameters], take):
+        unsharded = {id(one.sharded_param): one._unsharded_param for one in fsdp_params}
+        with divert_gradients([unsharded[id(p)] for p in parameters], on_gradient):
             yield
 
-    def _units(self) -> list[Any]:
-        """What FSDP gathers and frees together."""
-        return [unit for state in self._state._state_ctx.all_states for unit in state._fsdp_param_groups]
+    def _param_groups(self) -> list[Any]:
+        """Every `FSDPParamGroup`: what FSDP gathers and frees together."""
+        return [group for state in self._state._state_ctx.all_states for group in state._fsdp_param_groups]
 
-    def _kept(self) -> Iterator[Any]:
-        """What FSDP keeps of each parameter."""
-        for unit in self._units():
-            yield from unit.fsdp_params
+    def _fsdp_params(self) -> Iterator[Any]:
+        """Every `FSDPParam`: what FSDP knows of one parameter."""
+        for group in self._param_groups():
+            yield from group.fsdp_params
 
     def clear_gradients(self, optimizer: torch.optim.Optimizer) -> None:
-        """Drop `.grad`, and what an accumulation that was broken off has left unsharded."""
+        """Drop `.grad`, and the unsharded gradients that an interrupted accumulation has left."""
         super().clear_gradients(optimizer)
         self.publish()
-        for one in self._kept():
+        for one in self._fsdp_params():
             one.unsharded_accumulated_grad = None
             if hasattr(one, "_unsharded_param"):  # there is none before the first forward
                 one._unsharded_param.grad = None
 
-    def sum_over_shards(self, value: Tensor) -> Tensor:
-        """An all-reduce over the processes of one copy."""
-        dist.all_reduce(value, group=self._mesh.get_group(self._over))
-        return value
+    def full_shape(self, parameter: nn.Parameter) -> torch.Size:
+        """The DTensor's shape."""
+        return parameter.shape
 
     def gather(self, parameter: nn.Parameter, local: Tensor) -> Tensor:
-        """An all-gather over the processes of one copy."""
-        spread = DTensor.from_local(
+        """An all-gather over the shard group."""
+        sharded = DTensor.from_local(
             local,
             self._mesh,
-            self._layout,
+            self._placements,
             run_check=False,
             shape=parameter.shape,
             stride=torch.empty(parameter.shape, device="meta").stride(),
         )
-        return spread.full_tensor()
+        return sharded.full_tensor()
 
-    def scatter(self, parameter: nn.Parameter, whole: Tensor) -> Tensor:
+    def scatter(self, parameter: nn.Parameter, full: Tensor) -> Tensor:
         """The local rows."""
         start = self.shards([parameter])[0].start
         local = _local(parameter)
-        return whole.reshape(-1)[start : start + local.numel()].reshape(local.shape)
+        return full.reshape(-1)[start : start + local.numel()].reshape(local.shape)
 
-    def exposed(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    def resident(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
         """The local rows of each parameter."""
         return [_local(p) for p in parameters]
 
-    def publish(self, written: Written | None = None) -> None:
-        """Free every gathered copy but those that an ascent kept: the next forward gathers the rest anew."""
-        if not self._staying:
-            self.forget_copies()
+    def publish(self, written: WrittenWeights | None = None) -> None:
+        """Reshard every module but those that an ascent kept gathered: the next forward gathers the rest anew."""
+        if not self._kept_gathered:
+            self.reshard()
             return
-        for unit in self._units():
-            if unit not in self._staying:
-                unit.reshard()
-            elif unit.is_unsharded:
-                for one in unit.fsdp_params:  # whether a gradient is wanted is only noted when a unit is gathered
+        for group in self._param_groups():
+            if group not in self._kept_gathered:
+                group.reshard()
+            elif group.is_unsharded:
+                for one in group.fsdp_params:  # whether a gradient is wanted is only noted when a group is gathered
                     one.to_unsharded()
 
-    def forget_copies(self) -> None:
-        """Free every gathered copy. `reshard` would not do: it leaves those of a forward that raised."""
-        self._staying = []
+    def reshard(self) -> None:
+        """Reshard every module. FSDP's `reshard` would not do: it leaves those whose forward raised."""
+        self._kept_gathered = []
         self._root.reset_iter_state()
 
 
-def _consists_of(unit: Any, parameters: Set[int]) -> bool:
-    """Whether a unit has no other trained parameters than these, given by identity."""
-    sharded = [one.sharded_param for one in unit.fsdp_params]
+def _consists_of(group: Any, parameters: Set[int]) -> bool:
+    """Whether a parameter group has no other trained parameters than these, given by identity."""
+    sharded = [one.sharded_param for one in group.fsdp_params]
     return all(id(p) in parameters or not p.requires_grad for p in sharded)
 
 
 @contextmanager
-def _gathered_to_stay(units: Sequence[Any]) -> Iterator[None]:
-    """What forwards and backwards inside gather of `units` they do not free."""
-    before = [(unit, unit.post_forward_mesh_info, unit.reshard_after_backward) for unit in units]
+def _kept_gathered(groups: Sequence[Any]) -> Iterator[None]:
+    """Forwards and backwards inside do not reshard the parameter groups."""
+    before = [(group, group.post_forward_mesh_info, group.reshard_after_backward) for group in groups]
     try:
-        for unit in units:
-            unit.post_forward_mesh_info, unit.reshard_after_backward = None, False
+        for group in groups:
+            group.post_forward_mesh_info, group.reshard_after_backward = None, False
         yield
     finally:
-        for unit, *settings in before:
-            unit.post_forward_mesh_info, unit.reshard_after_backward = settings
+        for group, *settings in before:
+            group.post_forward_mesh_info, group.reshard_after_backward = settings
 
 
 @contextmanager
-def _scattering(packed: Sequence[tuple[Any, Sequence[Slot]]]) -> Iterator[None]:
-    """Backwards inside send no more than `packed` of the units named there."""
-    before = [(unit, unit._reduce_scatter_comm) for unit, _ in packed]
+def _packing(packed: Sequence[tuple[Any, Sequence[PackedGradient]]]) -> Iterator[None]:
+    """Backwards inside reduce-scatter, of each parameter group, no more than the elements given with it."""
+    before = [(group, group._reduce_scatter_comm) for group, _ in packed]
     try:
-        for unit, slots in packed:
-            unit._reduce_scatter_comm = PackedReduceScatter(
-                unit._reduce_scatter_comm, slots, unit.mesh_info.shard_mesh_rank
+        for group, gradients in packed:
+            group._reduce_scatter_comm = PackedReduceScatter(
+                group._reduce_scatter_comm, gradients, group.mesh_info.shard_mesh_rank
             )
         yield
     finally:
-        for unit, usual in before:
-            unit._reduce_scatter_comm = usual
+        for group, usual in before:
+            group._reduce_scatter_comm = usual
 
 
 @contextmanager
-def _within_shard_groups(units: Sequence[Any]) -> Iterator[None]:
-    """Forwards and backwards inside know of one copy of the weights only.
+def _without_replicas(groups: Sequence[Any]) -> Iterator[None]:
+    """Forwards and backwards inside know of one replica of the parameter groups only: plain FSDP and not HSDP.
 
     `set_requires_all_reduce(False)` is for accumulation: it leaves no `.grad`, and its sums, in which parameters cannot
     be told apart, are added to what the next backward reduces.
     """
-    before = [(unit, unit.mesh_info, unit.post_forward_mesh_info) for unit in units]
+    before = [(group, group.mesh_info, group.post_forward_mesh_info) for group in groups]
     try:
-        for unit, every, after_forward in before:
-            one = FSDPMeshInfo(every.mesh, shard_mesh_dim=every.shard_mesh_dim)
-            one.reduce_scatter_process_group = every.reduce_scatter_process_group
-            unit.mesh_info = one
-            if after_forward is every:
-                unit.post_forward_mesh_info = one
+        for group, hybrid, after_forward in before:
+            plain = FSDPMeshInfo(hybrid.mesh, shard_mesh_dim=hybrid.shard_mesh_dim)
+            plain.reduce_scatter_process_group = hybrid.reduce_scatter_process_group
+            group.mesh_info = plain
+            if after_forward is hybrid:
+                group.post_forward_mesh_info = plain
         yield
     finally:
-        for unit, *settings in before:
-            unit.mesh_info, unit.post_forward_mesh_info = settings
+        for group, *settings in before:
+            group.mesh_info, group.post_forward_mesh_info = settings
 
 
 def _group_of_all(mesh: DeviceMesh) -> dist.ProcessGroup:
-    """All processes of `mesh`, in the order of their ranks where these are all that there are."""
+    """All ranks of `mesh`, in the order of the default group where these are all that there are."""
     if mesh.ndim == 1:
         return mesh.get_group()
     if mesh.size() == dist.get_world_size():
@@ -370,28 +382,39 @@ def _local(tensor: Tensor) -> Tensor:
         return tensor.to_local()
 
 
-def shard_fsdp2(module: nn.Module, blocks: Sequence[nn.Module], device: torch.device, replicas: int = 1) -> nn.Module:
-    """`fully_shard` each block and then `module` itself over all processes, in place.
-
-    Args:
-        module: the model on `device`, the same on every process.
-        blocks: submodules that are gathered and freed as one unit.
-        device: where the shards live.
-        replicas: copies of the weights, each spread over as many processes of consecutive ranks.
+def _place(
+    module: nn.Module, make_optimizer: MakeOptimizer, world: World, options: Options
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """`fully_shard` each block and then `module` itself over all ranks, in place.
 
     Raises:
-        ValueError: the number of processes is not a multiple of `replicas`.
+        ValueError: the number of ranks is not a multiple of the number of replicas.
     """
-    size = dist.get_world_size()
-    if size % replicas:
-        raise ValueError(f"{size} processes cannot hold {replicas} replicas; use a multiple of {replicas} processes")
+    replicas = options.replicas
+    if world.size % replicas:
+        raise ValueError(
+            f"{world.size} processes cannot hold {replicas} replicas; use a multiple of {replicas} processes"
+        )
     if replicas == 1:
-        mesh = dist.init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))
+        mesh = dist.init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
     else:
-        shape = (replicas, size // replicas)
-        mesh = dist.init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
-    for block in blocks:
+        shape = (replicas, world.size // replicas)
+        mesh = dist.init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))
+    for block in options.blocks:
         if block is not module:
             fully_shard(block, mesh=mesh)
     fully_shard(module, mesh=mesh)
-    return module
+    return module, make_optimizer()
+
+
+register(
+    Backend(
+        "fsdp2",
+        "every parameter is sharded by rows; with replicas, in several copies (HSDP)",
+        "PyTorch fully_shard, arXiv 2304.11277",
+        owns=lambda module: any(isinstance(m, FSDPModule) for m in module.modules()),
+        sharding=FSDP2,
+        place=_place,
+        has_replicas=True,
+    )
+)

@@ -1,22 +1,23 @@
-"""Gradients as a backward pass makes them, before a backend reduces them."""
+"""Hooks that hand over gradients as the backward makes them, before a backend reduces them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-Take = Callable[[int, Tensor], None]
+OnGradient: TypeAlias = Callable[[int, Tensor], None]
 
 _ALIGNMENT = 64  # bytes: where torch's allocators begin
 
 
 @contextmanager
-def aligned(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Have each of `tensors` begin where one of its own would, by a copy if need be, and in its old memory afterwards.
+def aligned_storage(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Each of `tensors` begins at an aligned address inside, in a copy if need be, and in its old memory afterwards.
 
     Kernels may add in another order where an operand begins elsewhere, as a view of a flat buffer does.
 
@@ -34,20 +35,20 @@ def aligned(tensors: Iterable[Tensor]) -> Iterator[None]:
 
 
 @contextmanager
-def taken(leaves: Iterable[Tensor], take: Take) -> Iterator[None]:
-    """`take(index, gradient)` instead of accumulating in `.grad` of each of `leaves`, which stays None.
+def divert_gradients(leaves: Iterable[Tensor], on_gradient: OnGradient) -> Iterator[None]:
+    """`on_gradient(index, gradient)` instead of accumulating in `.grad` of each of `leaves`, which stays None.
 
     A backend that looks for gradients after the backward finds none and reduces nothing.
 
     Args:
         leaves: that require a gradient and have none.
-        take: is given the gradient for good.
+        on_gradient: is given the gradient for good.
     """
 
     def hook(index: int, leaf: Tensor) -> None:
         assert leaf.grad is not None
         gradient, leaf.grad = leaf.grad, None
-        take(index, gradient)
+        on_gradient(index, gradient)
 
     handles = [leaf.register_post_accumulate_grad_hook(partial(hook, i)) for i, leaf in enumerate(leaves)]
     try:
@@ -58,17 +59,17 @@ def taken(leaves: Iterable[Tensor], take: Take) -> Iterator[None]:
 
 
 @contextmanager
-def seen(leaves: Iterable[Tensor], take: Take) -> Iterator[None]:
-    """`take(index, gradient)` before the gradient is accumulated and the backend does with it what it always does.
+def observe_gradients(leaves: Iterable[Tensor], on_gradient: OnGradient) -> Iterator[None]:
+    """`on_gradient(index, gradient)` before a gradient is accumulated and the backend reduces it as always.
 
     Args:
         leaves: that require a gradient.
-        take: must not write to the gradient.
+        on_gradient: must not write to the gradient.
     """
 
     def hook(index: int, gradient: Tensor) -> None:
         with torch.no_grad():
-            take(index, gradient)
+            on_gradient(index, gradient)
 
     handles = [leaf.register_hook(partial(hook, i)) for i, leaf in enumerate(leaves)]
     try:

@@ -1,4 +1,9 @@
-"""One process that holds everything."""
+"""One process that holds everything, and what other backends share with it.
+
+`TorchTraining` (one process, DDP, FSDP2) runs passes and steps as torch alone does, `TorchState` (these and ZeRO
+stage 0 in fp32) saves and loads them, and `ReplicatedWeights` (one process, DDP, ZeRO stage 0) is for ranks that each
+hold and perturb all weights.
+"""
 
 from __future__ import annotations
 
@@ -10,21 +15,47 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
-from .gradient_hooks import Take, taken
-from .interface import Needed, Shard, Written
-from .world import Peers
+from .gradient_hooks import OnGradient, divert_gradients
+from .interface import AscentReduction, Shard, WrittenWeights
+from .process_group import ProcessGroup
+from .registry import Backend, MakeOptimizer, Options, register
+from .world import World
 
-_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+_FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
-class Autograd:
-    """What backends have in common whose gradients are autograd's and whose weights are the optimizer's own."""
+class TorchState:
+    """Checkpoints of backends whose optimizer was given the model's own parameters."""
 
-    takes_scaler = True
-    exposes_whole = False
-    packs = False
+    def optimizer_state_dict(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """The optimizer's own."""
+        return optimizer.state_dict()
 
-    def trained(
+    def load_optimizer_state_dict(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+        """The optimizer's own."""
+        optimizer.load_state_dict(state)
+
+    def full_state_dict(
+        self, network: nn.Module, optimizer: torch.optim.Optimizer
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """By torch.distributed.checkpoint, which gives tensors of sharded weights to the first rank alone."""
+        weights, state = get_state_dict(network, optimizer, options=_FULL)
+        return dict(weights), dict(state)
+
+    def load_full_state_dict(
+        self, network: nn.Module, optimizer: torch.optim.Optimizer, weights: dict[str, Any], state: dict[str, Any]
+    ) -> None:
+        """By torch.distributed.checkpoint."""
+        set_state_dict(network, optimizer, model_state_dict=weights, optim_state_dict=state, options=_FULL)
+
+
+class TorchTraining(TorchState):
+    """Backward, clipping and step of backends that leave gradients to autograd and clipping to torch."""
+
+    supports_grad_scaler = True
+    packs_gradients = False
+
+    def unwrap_optimizer(
         self, optimizer: torch.optim.Optimizer, max_grad_norm: float | None
     ) -> tuple[torch.optim.Optimizer, list[list[nn.Parameter]]]:
         """The optimizer itself and its parameters that are not frozen."""
@@ -57,37 +88,18 @@ class Autograd:
             scaler.step(optimizer)
             scaler.update()
 
-    def state_dict(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """The optimizer's own."""
-        return optimizer.state_dict()
-
-    def load_state_dict(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-        """The optimizer's own."""
-        optimizer.load_state_dict(state)
-
-    def whole_shape(self, parameter: nn.Parameter) -> torch.Size:
-        """Its shape."""
-        return parameter.shape
-
-    def whole_state(
-        self, network: nn.Module, optimizer: torch.optim.Optimizer
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """By torch.distributed.checkpoint, which gives the first process alone the tensors of sharded weights."""
-        weights, state = get_state_dict(network, optimizer, options=_WHOLE)
-        return dict(weights), dict(state)
-
-    def load_whole_state(
-        self, network: nn.Module, optimizer: torch.optim.Optimizer, weights: dict[str, Any], state: dict[str, Any]
-    ) -> None:
-        """By torch.distributed.checkpoint."""
-        set_state_dict(network, optimizer, model_state_dict=weights, optim_state_dict=state, options=_WHOLE)
+    def capture_gradients(
+        self, parameters: Sequence[nn.Parameter], on_gradient: OnGradient
+    ) -> AbstractContextManager[None]:
+        """Takes them away from `.grad`."""
+        return divert_gradients(parameters, on_gradient)
 
 
-class Unsharded(Autograd):
-    """What backends have in common whose processes each hold all of the weights."""
+class ReplicatedWeights:
+    """Weights that every rank holds and perturbs in full, with gradients in `.grad`."""
 
-    shards_each = 1
-    shard_index = 0
+    shard_group = ProcessGroup()
+    weights_replicated = True
 
     def shards(self, parameters: Sequence[nn.Parameter]) -> list[Shard]:
         """The parameters themselves."""
@@ -97,44 +109,59 @@ class Unsharded(Autograd):
         """Each parameter's `.grad`."""
         return [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
 
-    def watched(self, parameters: Sequence[nn.Parameter], take: Take) -> AbstractContextManager[None]:
-        """Takes them away from `.grad`."""
-        return taken(parameters, take)
-
-    def sum_over_shards(self, value: Tensor) -> Tensor:
-        """`value`: nothing is spread."""
-        return value
+    def full_shape(self, parameter: nn.Parameter) -> torch.Size:
+        """Its shape."""
+        return parameter.shape
 
     def gather(self, parameter: nn.Parameter, local: Tensor) -> Tensor:
-        """`local`: it is the whole."""
+        """`local`: the shard is everything."""
         return local
 
-    def scatter(self, parameter: nn.Parameter, whole: Tensor) -> Tensor:
-        """`whole`: all of it is local."""
-        return whole
+    def scatter(self, parameter: nn.Parameter, full: Tensor) -> Tensor:
+        """`full`: the shard is everything."""
+        return full
 
-    def exposed(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    def resident(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
         """The parameters themselves."""
         return [p.detach() for p in parameters]
 
-    def publish(self, written: Written | None = None) -> None:
-        """Nothing to do: the forward reads the very tensors that were written."""
+    def publish(self, written: WrittenWeights | None = None) -> None:
+        """Nothing to do: every rank has written the same, and the forward reads the very tensors."""
 
-    def forget_copies(self) -> None:
-        """There are none."""
+    def reshard(self) -> None:
+        """There are no gathered copies."""
 
 
-class Single(Unsharded):
-    """A plain module."""
+class Single(ReplicatedWeights, TorchTraining):
+    """A plain module on one process."""
 
     def __init__(self, module: nn.Module) -> None:
         self.network = self.ascent_module = self.descent_module = module
-        self.peers = Peers()
+        self.data_parallel_group = ProcessGroup()
 
     def micro_batch(self, *, last: bool) -> AbstractContextManager[None]:
         """Gradients accumulate in `.grad` by themselves."""
         return nullcontext()
 
-    def ascent(self, needed: Needed) -> AbstractContextManager[None]:
-        """There is no other process."""
+    def ascent(self, reduction: AscentReduction) -> AbstractContextManager[None]:
+        """There is no other process to reduce over."""
         return nullcontext()
+
+
+def _place(
+    module: nn.Module, make_optimizer: MakeOptimizer, world: World, options: Options
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    return module, make_optimizer()
+
+
+register(
+    Backend(
+        "single",
+        "one process that holds everything",
+        "PyTorch",
+        owns=lambda module: False,  # it is what a module is on that no other backend owns
+        sharding=Single,
+        place=_place,
+        launchers=None,
+    )
+)

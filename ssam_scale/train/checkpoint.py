@@ -111,7 +111,7 @@ def save(
     Raises:
         UserError: the folder cannot be written; what was there is untouched and nothing half-written remains.
     """
-    model, optimizer = opt.sharding.whole_state(network, opt.base_optimizer)
+    model, optimizer = opt.sharding.full_state_dict(network, opt.base_optimizer)
     files: dict[str, dict[str, Tensor]] = {"model": model, "sparse": _flat(opt.sparse_state())}
     files["optimizer"] = {
         f"{name}|{entry}": value
@@ -170,7 +170,7 @@ def load(
         name, entry = key.rsplit("|", 1)
         optimizer["state"].setdefault(name, {})[entry] = value
     configured = [{key: group[key] for key in opt.defaults} for group in opt.param_groups]
-    opt.sharding.load_whole_state(network, opt.base_optimizer, files["model"], optimizer)
+    opt.sharding.load_full_state_dict(network, opt.base_optimizer, files["model"], optimizer)
     # A run is what its configuration says: weight decay, momentum and the like may be changed on resuming.
     for group, options in zip(opt.param_groups, configured, strict=True):
         group.update(options)
@@ -211,7 +211,7 @@ def _check(
     path: Path, config: Config, state: dict[str, Any], saved: dict[str, Tensor], network: nn.Module, opt: SparseSAM
 ) -> None:
     mine = {
-        name: tuple(opt.sharding.whole_shape(t) if isinstance(t, nn.Parameter) else t.shape)
+        name: tuple(opt.sharding.full_shape(t) if isinstance(t, nn.Parameter) else t.shape)
         for name, t in network.state_dict(keep_vars=True).items()
     }
     theirs = {name: tuple(t.shape) for name, t in saved.items()}

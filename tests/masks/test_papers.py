@@ -15,11 +15,11 @@ from ssam_scale.masks import NM, Annealed, Bits, Chosen, Dynamic, Layout, Named,
 from ssam_scale.masks.top_scores import erk, uniform
 from ssam_scale.perturbation import SparseSAM
 from ssam_scale.perturbation.reference import reference_step
-from ssam_scale.sharding.place import sharding_of
+from ssam_scale.sharding import ProcessGroup
 from tests.support.masks import whole_mask
 from tests.support.networks import batches, loss_fn, small_network
 
-ALONE = sharding_of(nn.Linear(1, 1))
+ALONE = ProcessGroup()
 SHAPES = {"conv": (6, 8, 3, 3), "linear": (10, 12), "norm": (6,), "bias": (10,), "scale": ()}
 LAYOUT = Layout(
     SHAPES, {"conv": 0, "norm": 0, "linear": 1, "bias": 1, "scale": 1}, 2, {}, frozenset({"conv", "linear"})

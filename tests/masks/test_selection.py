@@ -14,15 +14,15 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 
 from ssam_scale.masks import score_keys, selection
 from ssam_scale.masks.selection import greedy_units, top_k, unit_means
-from ssam_scale.sharding import World
-from ssam_scale.sharding.fsdp import shard_fsdp2
+from ssam_scale.sharding import ProcessGroup, World
 from ssam_scale.sharding.place import sharding_of
 from tests.support.ranks import run_ranks
 
-ALONE = sharding_of(nn.Linear(1, 1))
+ALONE = ProcessGroup()
 
 both_ways = pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "chunked"])
 
@@ -208,13 +208,13 @@ def _budgets(k: int) -> list[int]:
 
 def _on_shards(world: World) -> dict[str, list[list[Tensor]]]:
     model = nn.ParameterList([nn.Parameter(torch.zeros(shape)) for shape in SHAPES])
-    shard_fsdp2(model, [], world.device)
+    fully_shard(model)
     sharding, parameters = sharding_of(model), list(model.parameters())
     result: dict[str, list[list[Tensor]]] = {}
 
     def select(kind: str, what: str, k: list[int], **options: Any) -> None:
         local = [sharding.scatter(p, s).reshape(-1) for p, s in zip(parameters, _scores(kind), strict=True)]
-        masks = [unpack(m, s) for m, s in zip(top_k(local, k, sharding, **options), local, strict=True)]
+        masks = [unpack(m, s) for m, s in zip(top_k(local, k, sharding.shard_group, **options), local, strict=True)]
         result.setdefault(f"{kind} {what}", []).append(masks)
 
     for kind in ("ties", "equal", "random"):
@@ -241,17 +241,6 @@ def _unit_scores() -> list[Tensor]:
     return [torch.randn(numel, generator=generator) ** 3 for numel in NUMELS]
 
 
-class Joined:
-    """All processes of a test as those that flat runs of weights are spread over."""
-
-    def __init__(self, world: World) -> None:
-        self.shards_each, self.shard_index = world.size, world.rank
-
-    def sum_over_shards(self, value: Tensor) -> Tensor:
-        dist.all_reduce(value)
-        return value
-
-
 def _with_cuts(world: World) -> list[dict[str, Any]]:
     draw = random.Random(3)  # the same cuts on every process
     result = []
@@ -264,8 +253,8 @@ def _with_cuts(world: World) -> list[dict[str, Any]]:
             local.append(scores[edges[world.rank] : edges[world.rank + 1]])
         k = draw.randint(0, sum(NUMELS))
         with reading(compiled=case % 2 == 0, chunk=64):
-            means = unit_means(local, starts, NUMELS, SIZES, Joined(world))
-            masks = top_k([s.round() for s in local], [k], Joined(world))
+            means = unit_means(local, starts, NUMELS, SIZES, ProcessGroup(dist.group.WORLD))
+            masks = top_k([s.round() for s in local], [k], ProcessGroup(dist.group.WORLD))
         result.append({"means": means, "k": k, "masks": [unpack(m, s) for m, s in zip(masks, local, strict=True)]})
     return result
 

@@ -9,14 +9,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
 
 from ssam_scale.masks import Layout, Scored
 from ssam_scale.masks.top_scores import Allocation
-from ssam_scale.sharding.place import sharding_of
+from ssam_scale.sharding import ProcessGroup
 
 ALLOCATIONS = get_args(Allocation)
-ALONE = sharding_of(nn.Linear(1, 1))
+ALONE = ProcessGroup()
 
 
 def one(values: dict[str, torch.Tensor]) -> dict[Any, dict[str, torch.Tensor]]:

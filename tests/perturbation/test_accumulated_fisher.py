@@ -31,7 +31,7 @@ def accumulate(world: World, backends: list[str]) -> list[Any]:
             lambda model=model: torch.optim.SGD(model.parameters(), lr=0.1),
         )
         sharding, parameters = sharding_of(placed), list(model.parameters())
-        base, _ = sharding.trained(base, None)
+        base, _ = sharding.unwrap_optimizer(base, None)
         fisher = AccumulatedFisher(sharding, parameters, decay=DECAY)
         for step, batch in enumerate(batches(3, 12)):
             sharding.clear_gradients(base)
@@ -39,7 +39,7 @@ def accumulate(world: World, backends: list[str]) -> list[Any]:
                 sharding.backward(loss_fn(sharding.descent_module, part(batch, world.rank, world.size)) * 8.0)
             gradients = [g.clone() for g in sharding.gradients(parameters)]
             if step == 1:  # on one process alone, where weights are spread
-                spread = sharding.shards_each > 1
+                spread = sharding.shard_group.size > 1
                 last = max(i for i, g in enumerate(gradients) if g.numel())
                 if not spread or world.rank == world.size - 1:
                     gradients[last].view(-1)[0] = math.nan

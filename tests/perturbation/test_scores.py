@@ -20,8 +20,8 @@ from ssam_scale.perturbation.scores import (
     sampled_labels,
     weight_scores,
 )
-from ssam_scale.sharding import Peers, Sharding, World
-from ssam_scale.sharding.place import distribute, place, sharding_of
+from ssam_scale.sharding import ProcessGroup, Sharding, World
+from ssam_scale.sharding.place import place, sharding_of
 from tests.support.networks import CLASSES, batches, loss_fn, small_network
 from tests.support.precision import fp16_supported
 from tests.support.ranks import alone, run_ranks
@@ -97,7 +97,7 @@ def sharded(world: World, backend: str, family: str, **kwargs: Any) -> tuple[Sha
         **kwargs,
     )
     sharding = sharding_of(placed)
-    base, _ = sharding.trained(base, None)
+    base, _ = sharding.unwrap_optimizer(base, None)
     return sharding, base, trained(model)
 
 
@@ -351,7 +351,7 @@ def test_batches_that_do_not_fit_are_an_error_on_every_process() -> None:
 
 def _dealt(world: World) -> list[Any]:
     """The numbers of this rank's samples, of batches of 3 a rank in a reused buffer."""
-    peers = sharding_of(distribute(nn.Linear(1, 1), [], "ddp", world)).peers
+    group = sharding_of(nn.parallel.DistributedDataParallel(nn.Linear(1, 1))).data_parallel_group
     seen, asked = [], 0
     for samples in (None, 1, 2, 7, 18, 100):
 
@@ -364,7 +364,7 @@ def _dealt(world: World) -> list[Any]:
 
         calls: list[int] = []
         asked = calls
-        own, total = dealt_samples(peers, reused(calls), samples if samples != 100 else 6 * 3 * world.size)
+        own, total = dealt_samples(group, reused(calls), samples if samples != 100 else 6 * 3 * world.size)
         seen.append(([int(sample[0, 0]) for sample in own], total, len(asked)))
     return seen
 
@@ -623,6 +623,6 @@ def test_random_scores_are_splitmix64_of_the_position(monkeypatch: pytest.Monkey
 
 
 def test_peers_alone_send_nothing() -> None:
-    peers = Peers()
-    assert (peers.size, peers.rank, peers.tell("x")) == (1, 0, ["x"])
-    assert peers.deal(torch.arange(3), [3], [3])[0].tolist() == [0, 1, 2]
+    group = ProcessGroup()
+    assert (group.size, group.rank, group.all_gather_object("x")) == (1, 0, ["x"])
+    assert group.all_to_all(torch.arange(3), [3], [3])[0].tolist() == [0, 1, 2]

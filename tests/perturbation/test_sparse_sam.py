@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ssam_scale import Dense, Depth, Scored, SparseSAM
 from ssam_scale.perturbation.reference import reference_step
 from ssam_scale.sharding import World
-from ssam_scale.sharding.place import distribute
+from ssam_scale.sharding.place import place
 from tests.support.masks import whole_mask
 from tests.support.networks import batches, freeze_batchnorm, loss_fn, part, small_network
 from tests.support.ranks import run_ranks
@@ -69,7 +69,7 @@ def test_weights_are_perturbed_by_rho_inside_and_come_back_bit_for_bit(mask: Any
 
 def _raise_in_descent(world: World, backend: str) -> bool:
     staged = freeze_batchnorm(small_network("resnet"))
-    model = distribute(staged, [s.block for s in staged.stages], backend, world)
+    model, base = place(staged, [s.block for s in staged.stages], backend, world, lambda: sgd(staged))
     calls = []
 
     def failing(forward: Any, batch: Any) -> torch.Tensor:
@@ -79,7 +79,7 @@ def _raise_in_descent(world: World, backend: str) -> bool:
             raise ArithmeticError("in the descent")
         return loss
 
-    opt = SparseSAM(model, sgd(model), rho=0.5, mask=Depth((0.25, 0.25)))
+    opt = SparseSAM(model, base, rho=0.5, mask=Depth((0.25, 0.25)))
     before = snapshot(staged)
     with pytest.raises(ArithmeticError):
         opt.step(failing, part(batches(1, 8)[0], world.rank, world.size))

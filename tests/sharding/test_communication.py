@@ -159,7 +159,7 @@ def whole_inside_and_back(world: World, case: Case) -> tuple[bool, bool]:
     with opt.perturbed():
         inside = {n: p.detach().clone() for n, p in opt.parameters.by_name.items()}
         flat = torch.cat([w.reshape(-1) for w in inside.values()])
-        same = all(torch.equal(other, flat) for other in opt.sharding.peers.gather(flat))
+        same = all(torch.equal(other, flat) for other in opt.sharding.data_parallel_group.all_gather(flat))
         moved = {n: inside[n] != before[n] for n in mask}
         same &= all(bool((moved[n] <= m).all()) for n, m in mask.items()) and any(m.any() for m in moved.values())
         opt.sharding.backward(case.loss_fn(placed, own))

@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from ssam_scale import SparseSAM
 from ssam_scale.masks import Dynamic, Refreshed
 from ssam_scale.sharding import World
-from ssam_scale.sharding.place import distribute
+from ssam_scale.sharding.place import place
 from tests.support.masks import whole_mask
 from tests.support.networks import batches, freeze_batchnorm, loss_fn, part, small_network
 from tests.support.ranks import alone, run_ranks
@@ -42,8 +42,9 @@ BEFORE, AFTER = 2, 3  # steps
 def make(world: World, case: Case, seed: int) -> tuple[nn.Module, SparseSAM]:
     model = freeze_batchnorm(small_network(case.family, seed))
     backend = "single" if world.size == 1 else "fsdp2"
-    module = distribute(model, [stage.block for stage in model.stages], backend, world)
-    return module, case.make_sam(module, case.make_optimizer(model))
+    blocks = [stage.block for stage in model.stages]
+    module, base = place(model, blocks, backend, world, lambda: case.make_optimizer(model))
+    return module, case.make_sam(module, base)
 
 
 def steps(world: World, opt: SparseSAM, first: int, last: int) -> None:

@@ -112,7 +112,7 @@ class Snapshot:
 
 def _weights(opt: SparseSAM) -> list[Tensor]:
     """Everything that a perturbation changes on this process."""
-    return opt.sharding.exposed(list(opt.parameters.by_name.values()))
+    return opt.sharding.resident(list(opt.parameters.by_name.values()))
 
 
 def fail_alone(backend: str, where: str, folder: Path) -> None:

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ssam_scale import Depth, Scored, SparseSAM
 from ssam_scale.perturbation.reference import length_of, reference_step
 from ssam_scale.sharding import World
-from ssam_scale.sharding.place import distribute, sharding_of
+from ssam_scale.sharding.place import place, sharding_of
 from tests.support.masks import whole_mask
 from tests.support.networks import batches, freeze_batchnorm, loss_fn, part, small_network
 from tests.support.ranks import alone, run_ranks
@@ -56,6 +56,10 @@ def sharded(world: World, case: Case, **options: Any) -> SparseSAM:
     return case.make_sam(model, case.make_optimizer(model))
 
 
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+
+
 def whole(opt: SparseSAM, tensors: list[Tensor] | None = None) -> dict[str, Tensor]:
     """The weights, or what is spread like them, by name."""
     named, sharding = opt.parameters.by_name, opt.sharding
@@ -77,7 +81,7 @@ def five_steps(world: World, case: Case, opt: SparseSAM, *, slices: bool = True)
     for batch in batches(STEPS, BATCH):
         masks.append(whole_mask(opt))
         losses.append(world.sum(opt.step(case.loss_fn, part(batch, index, of))) / world.size)
-    _, state = opt.sharding.whole_state(opt.sharding.network.model, opt.base_optimizer)
+    _, state = opt.sharding.full_state_dict(opt.sharding.network.model, opt.base_optimizer)
     entries = {f"{n}|{entry}": v for n, own in state.get("state", {}).items() for entry, v in own.items()}
     return {
         "weights": whole(opt),
@@ -91,16 +95,17 @@ def five_steps(world: World, case: Case, opt: SparseSAM, *, slices: bool = True)
 
 
 def hsdp(world: World) -> dict[str, Any]:
+    layer, hybrid, plain = nn.Linear(2, 2), small_network("vit"), small_network("vit")
     with pytest.raises(ValueError, match="4 processes cannot hold 3 replicas; use a multiple of 3 processes"):
-        distribute(nn.Linear(2, 2), [], "fsdp2", world, replicas=3)
+        place(layer, [], "fsdp2", world, lambda: sgd(layer), replicas=3)
     with pytest.raises(ValueError, match="2 replicas with backend ddp"):
-        distribute(nn.Linear(2, 2), [], "ddp", world, replicas=2)
+        place(layer, [], "ddp", world, lambda: sgd(layer), replicas=2)
 
-    sharding = sharding_of(distribute(small_network("vit"), [], "fsdp2", world, replicas=2))
-    assert (sharding.shards_each, sharding.shard_index) == (2, world.rank % 2)
-    assert sharding.peers.tell(world.rank) == [0, 1, 2, 3]
-    assert sharding.sum_over_shards(torch.tensor(world.rank)).item() == {0: 1, 1: 5}[world.rank // 2]
-    flat = sharding_of(distribute(small_network("vit"), [], "fsdp2", world))
+    sharding = sharding_of(place(hybrid, [], "fsdp2", world, lambda: sgd(hybrid), replicas=2)[0])
+    assert (sharding.shard_group.size, sharding.shard_group.rank) == (2, world.rank % 2)
+    assert sharding.data_parallel_group.all_gather_object(world.rank) == [0, 1, 2, 3]
+    assert sharding.shard_group.all_reduce(torch.tensor(world.rank)).item() == {0: 1, 1: 5}[world.rank // 2]
+    flat = sharding_of(place(plain, [], "fsdp2", world, lambda: sgd(plain))[0])
     sizes = [shard.weight.numel() for shard in flat.shards(list(flat.network.parameters()))]
     return {
         "sizes": sizes,
@@ -224,8 +229,8 @@ def mask_from_a_state(world: World) -> bool:
 def wholly_in_bf16(world: World, backend: Any) -> None:
     """A model without fp32 weights: ε is still computed in fp32, and added with one rounding."""
     model = freeze_batchnorm(small_network("vit")).bfloat16()
-    module = distribute(model, [stage.block for stage in model.stages], backend, world)
-    opt = SparseSAM(module, torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9), rho=1.0)
+    module, base = place(model, [stage.block for stage in model.stages], backend, world, lambda: sgd(model))
+    opt = SparseSAM(module, base, rho=1.0)
     images, labels = part(batches(1, BATCH)[0], world.rank, world.size)
     batch = (images.bfloat16(), labels)
     loss_fn(module, batch).backward()
@@ -288,8 +293,8 @@ class Overflow:
 
 def vit_on(world: World, backend: Any, replicas: int = 1, **options: Any) -> tuple[SparseSAM, nn.Module]:
     model = freeze_batchnorm(small_network("vit"))
-    module = distribute(model, [stage.block for stage in model.stages], backend, world, replicas)
-    base = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    blocks = [stage.block for stage in model.stages]
+    module, base = place(model, blocks, backend, world, lambda: sgd(model), replicas=replicas)
     return SparseSAM(module, base, **{"rho": 0.3, "max_grad_norm": 0.5} | options), module
 
 
@@ -349,8 +354,9 @@ def overflow(world: World, backend: Any, replicas: int = 1) -> dict[str, Any]:
 def fp16_autocast(world: World) -> dict[str, Any]:
     case = Case("vit", "moving cut", precision=torch.float16)
     model = case.make_model()
-    module = distribute(model, [stage.block for stage in model.stages], "fsdp2", world)
-    opt = case.make_sam(module, case.make_optimizer(model))
+    blocks = [stage.block for stage in model.stages]
+    module, base = place(model, blocks, "fsdp2", world, lambda: case.make_optimizer(model))
+    opt = case.make_sam(module, base)
     opt.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     return five_steps(world, case, opt)
 

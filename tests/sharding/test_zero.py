@@ -227,7 +227,7 @@ def _odd(world: World) -> list[dict[str, Any]]:
                 masks.append(whole_mask(opt))
                 own = part(batch, world.rank, world.size)
                 opt.step(case.loss_fn, *(part(own, i, case.accumulation) for i in range(case.accumulation)))
-            whole, state = opt.sharding.whole_state(model.model, opt.base_optimizer)
+            whole, state = opt.sharding.full_state_dict(model.model, opt.base_optimizer)
             kept = {"weights": whole, "state": state["state"]} if world.first else {}
             results.append({"kind": str(kind), "masks": masks, "read": weights(engine), **kept})
     return results
@@ -430,7 +430,7 @@ def _low_precision(world: World, kind: Kind) -> list[str]:
             masks.append(whole_mask(opt))
             opt.step(loss_fn, *(part(batch, i, accumulation) for i in range(accumulation)))
         expected = low_precision_reference(kind, masks, accumulation)
-        stepped, _ = opt.sharding.whole_state(engine.module.model, opt.base_optimizer)
+        stepped, _ = opt.sharding.full_state_dict(engine.module.model, opt.base_optimizer)
         ended = [stepped[name] for name, _ in engine.module.model.named_parameters()]
         start = [p.detach().to(kind.precision) for p in small_network("vit").parameters()]
         error = distance(ended, expected) / distance(expected, start)
@@ -502,7 +502,7 @@ def _resumed(world: World, kind: Kind) -> list[str]:
     def ended(opt: SparseSAM) -> list[Tensor]:
         for batch in data[3:]:
             opt.step(loss_fn, batch)
-        whole, state = opt.sharding.whole_state(opt.sharding.network, opt.base_optimizer)
+        whole, state = opt.sharding.full_state_dict(opt.sharding.network, opt.base_optimizer)
         entries = [v for of_one in state.get("state", {}).values() for v in of_one.values() if isinstance(v, Tensor)]
         return [*whole.values(), *entries, *weights(opt.sharding.ascent_module)]
 
@@ -513,7 +513,7 @@ def _resumed(world: World, kind: Kind) -> list[str]:
     opt.step(loss_fn, data[2])
     engine.save_checkpoint(folder[0], client_state=opt.sparse_state())
     # A copy: the tensors may be the weights themselves.
-    whole = [copy.deepcopy(opt.sharding.whole_state(opt.sharding.network, opt.base_optimizer))]
+    whole = [copy.deepcopy(opt.sharding.full_state_dict(opt.sharding.network, opt.base_optimizer))]
     dist.broadcast_object_list(whole)
     sparse = opt.sparse_state()
     expected = ended(opt)
@@ -525,7 +525,7 @@ def _resumed(world: World, kind: Kind) -> list[str]:
     if not same(expected, ended(opt)):
         wrong.append("DeepSpeed's checkpoint")
     _, opt = started()
-    opt.sharding.load_whole_state(opt.sharding.network, opt.base_optimizer, *whole[0])
+    opt.sharding.load_full_state_dict(opt.sharding.network, opt.base_optimizer, *whole[0])
     opt.load_sparse_state(sparse)
     if not same(expected, ended(opt)):
         wrong.append("whole state")

@@ -96,7 +96,7 @@ def two_ranks(world: World) -> dict[str, Any]:
         )
     found["accumulated"] = steps_of(world, 300, CUTS, 8, micro=2)
     result: dict[str, Any] = {name: [vars(step) for step in steps] for name, steps in found.items()}
-    stage3._MOST_KINDS = 2  # fewer than one step has
+    stage3._MAX_TRACES = 2  # fewer than one step has
     return result | {"few": train(world, "zero3", FEW_KINDS)}
 
 

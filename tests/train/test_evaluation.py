@@ -13,7 +13,7 @@ from ssam_scale.config import load
 from ssam_scale.data import eval_loader
 from ssam_scale.models.ema import AveragedWeights
 from ssam_scale.sharding import World
-from ssam_scale.sharding.place import distribute, sharding_of
+from ssam_scale.sharding.place import place, sharding_of
 from ssam_scale.train.evaluation import Evaluation, evaluate
 from tests.support.networks import small_network
 from tests.support.ranks import run_ranks
@@ -24,7 +24,9 @@ def _evaluate(world: World, path: str, backend: str) -> tuple[float, float, floa
     config = load(Path(path))
     loader = eval_loader(config.data, rank=world.rank, world_size=world.size, device=world.device, num_classes=4)
     staged = small_network("vit")
-    module = distribute(staged, [s.block for s in staged.stages], backend, world)
+    module, _ = place(
+        staged, [s.block for s in staged.stages], backend, world, lambda: torch.optim.SGD(staged.parameters())
+    )
     module.train()
     result = evaluate(module, loader, loader.batches_everywhere, world, torch.float32)
     assert all(m.training for m in module.modules())
@@ -70,7 +72,9 @@ def test_every_image_counts_once_on_any_number_of_processes(
 
 def _average(world: World, backend: str) -> list[torch.Tensor]:
     staged = small_network("vit")
-    module = distribute(staged, [s.block for s in staged.stages], backend, world)
+    module, _ = place(
+        staged, [s.block for s in staged.stages], backend, world, lambda: torch.optim.SGD(staged.parameters())
+    )
     average = AveragedWeights(staged.model, 0.75, sharding_of(module))
     x = torch.ones(2, 3, 32, 32)
     module.eval()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from ssam_scale.costs.cluster import Spreading
 from ssam_scale.costs.workload import Weights
 
@@ -13,19 +15,17 @@ from .zero3 import ZeRO3Costs
 
 __all__ = ["BackendCosts", "Holding", "InPass", "costs_of"]
 
+_BY_BACKEND: dict[str, Callable[[Weights, Spreading, int], BackendCosts]] = {
+    "single": SingleCosts,
+    "ddp": DDPCosts,
+    "fsdp2": FSDP2Costs,
+    "zero0": ZeRO0Costs,
+    "zero1": ZeRO12Costs,
+    "zero2": ZeRO12Costs,
+    "zero3": ZeRO3Costs,
+}
+
 
 def costs_of(weights: Weights, spreading: Spreading, accumulation: int = 1) -> BackendCosts:
     """What a step of `accumulation` micro-batches sends and holds when `weights` are spread in this way."""
-    match spreading.backend:
-        case "single":
-            return SingleCosts(weights, spreading, accumulation)
-        case "ddp":
-            return DDPCosts(weights, spreading, accumulation)
-        case "fsdp2":
-            return FSDP2Costs(weights, spreading, accumulation)
-        case "zero0":
-            return ZeRO0Costs(weights, spreading, accumulation)
-        case "zero1" | "zero2":
-            return ZeRO12Costs(weights, spreading, accumulation)
-        case "zero3":
-            return ZeRO3Costs(weights, spreading, accumulation)
+    return _BY_BACKEND[spreading.backend](weights, spreading, accumulation)

@@ -1,4 +1,4 @@
-"""A DeepSpeed engine: building one, refusing one, driving one. All of it through public calls."""
+"""What all ZeRO stages share: building a DeepSpeed engine, refusing settings, and running passes through the engine."""
 
 from __future__ import annotations
 
@@ -12,18 +12,27 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ssam_scale.sharding.gradient_hooks import Take, aligned, seen
-from ssam_scale.sharding.interface import Needed
-from ssam_scale.sharding.world import Peers
+from ssam_scale.sharding.gradient_hooks import OnGradient, aligned_storage, observe_gradients
+from ssam_scale.sharding.interface import AscentReduction
+from ssam_scale.sharding.process_group import ProcessGroup
+from ssam_scale.sharding.registry import Options
 
 # From, up to but without. 0.19.7 fails the tests: stage 3 on four processes is sporadically wrong (2 of 25 runs, none
 # of 146 with 0.19.8), and bf16 with float32 accumulation raises where a gradient is not finite.
 VERSIONS = ((0, 19, 8), (0, 20, 0))
-_BACKWARD = {"exit_backward": "a backward through a shared prefix enters two engine outputs but leaves one"}
+BACKWARD_INTERNALS = {"exit_backward": "a backward through a shared prefix enters two engine outputs but leaves one"}
 
 
-def _check_internals(owner: Any, internals: Mapping[str, str]) -> None:
-    """Fail, once and with a list, where DeepSpeed is not the one that this file was written for."""
+def check_internals(owner: Any, internals: Mapping[str, str]) -> None:
+    """Fail early, with a list, where this is not a DeepSpeed whose internals are known.
+
+    Args:
+        owner: an object of DeepSpeed's.
+        internals: attributes of it that are used although they are not public, and why.
+
+    Raises:
+        RuntimeError: DeepSpeed's version is another, or an attribute is missing.
+    """
     numbers = (deepspeed.__version_major__, deepspeed.__version_minor__, deepspeed.__version_patch__)
     missing = [name for name in internals if not hasattr(owner, name)]
     if missing or not VERSIONS[0] <= numbers < VERSIONS[1]:
@@ -34,36 +43,24 @@ def _check_internals(owner: Any, internals: Mapping[str, str]) -> None:
         )
 
 
-def zero_engine(
-    module: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    stage: int,
-    *,
-    batch_size: int,
-    accumulation: int = 1,
-    max_grad_norm: float | None = None,
-    config: Mapping[str, Any] | None = None,
-) -> nn.Module:
+def zero_engine(module: nn.Module, optimizer: torch.optim.Optimizer, stage: int, options: Options) -> nn.Module:
     """`deepspeed.initialize` with the settings that follow from how SparseSAM trains.
 
     Args:
         module: the model, on its device.
         optimizer: over its parameters.
         stage: of ZeRO, 0 to 3.
-        batch_size: samples of one micro-batch on one process.
-        accumulation: micro-batches in one step.
-        max_grad_norm: the descent gradient is clipped to this norm.
-        config: further sections of DeepSpeed's configuration.
+        options: of the training.
 
     Raises:
-        ValueError: DeepSpeed does not take the configuration, or it sets what the other arguments say.
+        ValueError: DeepSpeed does not take the configuration, or it sets what the other options say.
     """
-    sections = dict(config or {})
+    sections = dict(options.deepspeed)
     zero = dict(sections.pop("zero_optimization", {}))
     said = {
-        "train_micro_batch_size_per_gpu": batch_size,
-        "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": max_grad_norm or 0.0,  # left out it is 1.0 since 0.19.3
+        "train_micro_batch_size_per_gpu": options.batch_size,
+        "gradient_accumulation_steps": options.accumulation,
+        "gradient_clipping": options.max_grad_norm or 0.0,  # left out it is 1.0 since 0.19.3
         "zero_allow_untested_optimizer": True,
     }
     twice = [key for key in sections if key in {*said, "optimizer"}]
@@ -154,18 +151,18 @@ def check_setup(engine: Any) -> None:
         raise ValueError(f"SparseSAM on a DeepSpeed engine does not support {'; '.join(reasons)}")
 
 
-class Driven:
-    """What all stages have in common: forward, backward and step are the engine's.
+class DeepSpeedTraining:
+    """Forward, backward, clipping and step of every stage are the engine's.
 
     Attributes:
-        outlives_interruption: whether the engine can go on after an exception inside a backward; else its reductions
+        survives_interruption: whether the engine can go on after an exception inside a backward; else its reductions
             are half done, and nothing takes them back.
     """
 
-    takes_scaler = False
-    exposes_whole = False
-    packs = False
-    outlives_interruption = True
+    supports_grad_scaler = False
+    packs_gradients = False
+    weights_replicated: bool
+    survives_interruption = True
 
     def __init__(self, engine: Any) -> None:
         self._engine = engine
@@ -173,14 +170,14 @@ class Driven:
         self.network: nn.Module = engine.module
         self.ascent_module: nn.Module = engine
         self.descent_module: nn.Module = engine
-        self.peers = Peers(dist.group.WORLD)
+        self.data_parallel_group = ProcessGroup(dist.group.WORLD)
 
     def groups(self) -> list[list[nn.Parameter]]:
         """The model's parameters that the optimizer steps, by group."""
         groups = self._engine.basic_optimizer.param_groups
         return [[p for p in group["params"] if p.requires_grad] for group in groups]
 
-    def trained(
+    def unwrap_optimizer(
         self, optimizer: torch.optim.Optimizer, max_grad_norm: float | None
     ) -> tuple[torch.optim.Optimizer, list[list[nn.Parameter]]]:
         """The optimizer that the engine steps, and the model's parameters that it was given, by group."""
@@ -205,7 +202,7 @@ class Driven:
         Raises:
             RuntimeError: the engine cannot go on.
         """
-        if self._interrupted and not self.outlives_interruption:
+        if self._interrupted and not self.survives_interruption:
             raise RuntimeError(
                 "an exception interrupted a backward pass, after which this DeepSpeed engine cannot go on: the weights "
                 "are as they were, so save a checkpoint and load it into a new engine"
@@ -228,20 +225,21 @@ class Driven:
             return float(scale(torch.ones((), requires_grad=True) * 1.0).detach())
 
     @contextmanager
-    def watched(self, parameters: Sequence[nn.Parameter], take: Take) -> Iterator[None]:
-        """Sees them before the engine does, which reduces them as in any backward. Keeps whose turn `step` is.
+    def capture_gradients(self, parameters: Sequence[nn.Parameter], on_gradient: OnGradient) -> Iterator[None]:
+        """Observes them before the engine does, which reduces them as in any backward.
 
-        Views of a flat buffer stand elsewhere inside, so do not ask for shards there.
+        Keeps the accumulation boundary. Views of a flat buffer stand elsewhere inside, so do not ask for shards there.
         """
         boundary = getattr(self._engine, "_is_gradient_accumulation_boundary", True)  # None: the engine counts
+        views = self.network.parameters() if self.weights_replicated else []
         try:
-            with aligned(self.network.parameters() if self.exposes_whole else []), seen(parameters, take):
+            with aligned_storage(views), observe_gradients(parameters, on_gradient):
                 yield
         finally:
             self._engine.set_gradient_accumulation_boundary(boundary)
 
-    def ascent(self, needed: Needed) -> AbstractContextManager[None]:
-        """The engine averages gradients in the backward, all that there are."""
+    def ascent(self, reduction: AscentReduction) -> AbstractContextManager[None]:
+        """The engine averages in the backward what gradients there are, in full."""
         return nullcontext()
 
     def clear_gradients(self, optimizer: torch.optim.Optimizer) -> None:
@@ -255,49 +253,22 @@ class Driven:
         self._engine.step()
 
 
-class Whole(Driven):
-    """Stage 0: the engine averages a gradient of every parameter that requires one, and zeros where there is none.
+class ZeROTraining(DeepSpeedTraining):
+    """Passes of stages 1 to 3, whose optimizer DeepSpeed wraps in one that reduces and partitions.
 
-    An ascent that starts behind the first block has none of those before: while the engine looks for gradients, they
-    do not require any.
+    Args:
+        engine: that DeepSpeed returned.
+        internals: of its optimizer, as `check_internals` takes them.
     """
 
-    def __init__(self, engine: Any) -> None:
-        super().__init__(engine)
-        self._left_out: list[nn.Parameter] = []
-
-    @contextmanager
-    def ascent(self, needed: Needed) -> Iterator[None]:
-        """The engine averages gradients in the backward, of no more than what is needed."""
-        wanted = {id(p) for p in needed.parameters}
-        self._left_out = [p for p in self.network.parameters() if p.requires_grad and id(p) not in wanted]
-        try:
-            yield
-        finally:
-            self._left_out = []
-
-    def backward(self, loss: Tensor) -> None:
-        """The engine's. The graph, which is there already, does not care what requires a gradient now."""
-        for p in self._left_out:
-            p.requires_grad_(False)
-        try:
-            super().backward(loss)
-        finally:
-            for p in self._left_out:
-                p.requires_grad_(True)
-
-
-class Partitioned(Driven):
-    """What stages 1 to 3 have in common."""
-
-    outlives_interruption = False
+    survives_interruption = False
 
     def __init__(self, engine: Any, internals: Mapping[str, str]) -> None:
         super().__init__(engine)
-        _check_internals(engine.optimizer, internals)
+        check_internals(engine.optimizer, internals)
         self._zero = engine.optimizer
 
     def backward(self, loss: Tensor) -> None:
-        """The engine's."""
+        """The engine's, which through a shared prefix enters a backward twice and leaves it once: leaves it again."""
         super().backward(loss)
         self._zero.exit_backward()  # does nothing after a backward that left as often as it entered

@@ -1,6 +1,7 @@
-"""Weights of which the optimizer steps a copy: where its parts lie, and what a checkpoint holds of them.
+"""Float32 master weights and flat shards: what ZeRO's stages share, and their checkpoints.
 
-A checkpoint is the same as everywhere else: the copy's weights, which are the more precise ones, and its state.
+A checkpoint is the same as under every other backend. Of trained weights it holds the masters, which are the more
+precise ones, and the optimizer's state, which DeepSpeed keeps by master.
 """
 
 from __future__ import annotations
@@ -13,17 +14,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ssam_scale.sharding.interface import Shard, Sharding
+from ssam_scale.sharding.interface import Shard, ShardedWeights
+from ssam_scale.sharding.process_group import ProcessGroup
 
 
 @dataclass(frozen=True)
 class Master:
-    """What the optimizer steps in the place of this process's part of one parameter.
+    """What the optimizer steps in the place of this rank's shard of one parameter.
 
     Attributes:
-        tensor: what the optimizer was given, which its state has as key; may hold parts of other parameters, too.
-        start: where the part begins in it.
-        length: elements of the part.
+        tensor: what the optimizer was given, which keys its state; may hold shards of other parameters, too.
+        start: where the shard begins in it.
+        length: elements of the shard.
         group: index of the parameter group.
     """
 
@@ -32,13 +34,13 @@ class Master:
     length: int
     group: int
 
-    def part(self, like: Tensor) -> Tensor:
-        """The part of this parameter in `like`, which is shaped as `tensor`."""
+    def shard(self, like: Tensor) -> Tensor:
+        """The shard in `like`, which is shaped as `tensor`."""
         return like if self.length == like.numel() else like.narrow(0, self.start, self.length)
 
 
-class HasMasters(Sharding, Protocol):
-    """A backend that perturbs one copy of the weights while the optimizer steps another."""
+class HasMasters(ShardedWeights, Protocol):
+    """A backend that perturbs the weights of the forward while the optimizer steps masters of them."""
 
     def groups(self) -> list[list[nn.Parameter]]:
         """The model's parameters that the optimizer steps, by group."""
@@ -47,10 +49,10 @@ class HasMasters(Sharding, Protocol):
         """What the optimizer steps in the place of `parameter`."""
 
 
-class MasterWeights:
-    """Checkpoints of a backend that `HasMasters`."""
+class MasterState:
+    """Saves and loads a backend that `HasMasters`."""
 
-    def state_dict(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    def optimizer_state_dict(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """Refused: the optimizer does not know the model's parameters.
 
         Raises:
@@ -61,19 +63,19 @@ class MasterWeights:
             "client_state=opt.sparse_state()), and engine.load_checkpoint with opt.load_sparse_state"
         )
 
-    def load_state_dict(self: Sharding, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-        """Refused, as `state_dict`."""
-        self.state_dict(optimizer)
+    def load_optimizer_state_dict(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+        """Refused, as `optimizer_state_dict`."""
+        self.optimizer_state_dict(optimizer)
 
-    def whole_state(
+    def full_state_dict(
         self: HasMasters, network: nn.Module, optimizer: torch.optim.Optimizer
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Gathers one tensor after the other; of trained weights, what the optimizer steps."""
+        """Gathers one tensor after the other; of trained weights, their masters."""
         masters = {id(p): self.master(p) for group in self.groups() for p in group}
         weights = {}
         for name, t in network.state_dict(keep_vars=True).items():
             if (master := masters.get(id(t))) is not None:
-                weights[name] = self.gather(t, master.part(master.tensor.detach())).cpu().clone()
+                weights[name] = self.gather(t, master.shard(master.tensor.detach())).cpu().clone()
             elif isinstance(t, nn.Parameter):
                 weights[name] = self.gather(t, self.shards([t])[0].weight).cpu().clone()
             else:
@@ -86,7 +88,7 @@ class MasterWeights:
             groups[master.group]["params"].append(name)
             state[name] = {
                 # What is shaped like the master belongs to single weights, anything else to all of them (a step count).
-                entry: self.gather(p, master.part(value)).cpu().clone()
+                entry: self.gather(p, master.shard(value)).cpu().clone()
                 if isinstance(value, Tensor) and value.shape == master.tensor.shape
                 else value
                 for entry, value in optimizer.state.get(master.tensor, {}).items()
@@ -94,14 +96,14 @@ class MasterWeights:
         return weights, {"state": state, "param_groups": groups}
 
     @torch.no_grad()
-    def load_whole_state(
+    def load_full_state_dict(
         self: HasMasters,
         network: nn.Module,
         optimizer: torch.optim.Optimizer,
         weights: dict[str, Any],
         state: dict[str, Any],
     ) -> None:
-        """Writes to what the optimizer steps and to what a forward reads."""
+        """Writes both the masters and the weights of the forward."""
         for name, t in network.state_dict(keep_vars=True).items():
             if isinstance(t, nn.Parameter):
                 self.shards([t])[0].weight.copy_(self.scatter(t, weights[name]))
@@ -113,12 +115,12 @@ class MasterWeights:
             if id(p) not in trained:
                 continue
             master = self.master(p)
-            master.part(master.tensor).copy_(self.scatter(p, weights[name]))
+            master.shard(master.tensor).copy_(self.scatter(p, weights[name]))
             mine = optimizer.state[master.tensor]
             for entry, value in state["state"].get(name, {}).items():
-                if isinstance(value, Tensor) and value.shape == self.whole_shape(p):
+                if isinstance(value, Tensor) and value.shape == self.full_shape(p):
                     mine.setdefault(entry, torch.zeros_like(master.tensor, dtype=value.dtype, requires_grad=False))
-                    master.part(mine[entry]).copy_(self.scatter(p, value))
+                    master.shard(mine[entry]).copy_(self.scatter(p, value))
                 else:
                     mine[entry] = value
             saved = group_of[name].items()
@@ -126,37 +128,35 @@ class MasterWeights:
         self.publish()
 
 
-class FlatShards(MasterWeights):
-    """What ZeRO's stages 1 to 3 have in common: a shard is one run of elements of a row-major parameter."""
+class _HasShards(Protocol):
+    shard_group: ProcessGroup
 
-    exposes_whole = False
+    def shards(self, parameters: Sequence[nn.Parameter]) -> list[Shard]: ...
+
+    def full_shape(self, parameter: nn.Parameter) -> torch.Size: ...
+
+
+class FlatShards:
+    """What ZeRO's stages 1 to 3 share: a shard is one run of a row-major parameter, over all ranks."""
+
+    weights_replicated = False
 
     def __init__(self) -> None:
-        self.shards_each, self.shard_index = dist.get_world_size(), dist.get_rank()
+        self.shard_group = ProcessGroup(dist.group.WORLD)
 
-    def sum_over_shards(self, value: Tensor) -> Tensor:
-        """An all-reduce over all processes."""
-        dist.all_reduce(value)
-        return value
-
-    def gather(self: Sharding, parameter: nn.Parameter, local: Tensor) -> Tensor:
-        """An all-reduce of the whole, which is zero outside of the local run."""
+    def gather(self: _HasShards, parameter: nn.Parameter, local: Tensor) -> Tensor:
+        """An all-reduce of the full tensor, which is zero outside of this rank's run."""
         [shard] = self.shards([parameter])
-        return _gather_runs(shard, local).reshape(self.whole_shape(parameter))
+        dtype = torch.uint8 if local.dtype == torch.bool else local.dtype
+        full = torch.zeros(shard.numel, dtype=dtype, device=local.device)
+        full[shard.start : shard.start + local.numel()] = local.to(dtype)
+        return self.shard_group.all_reduce(full).to(local.dtype).reshape(self.full_shape(parameter))
 
-    def scatter(self: Sharding, parameter: nn.Parameter, whole: Tensor) -> Tensor:
-        """The local run."""
+    def scatter(self: _HasShards, parameter: nn.Parameter, full: Tensor) -> Tensor:
+        """This rank's run."""
         [shard] = self.shards([parameter])
-        return whole.reshape(-1)[shard.start : shard.start + shard.weight.numel()]
+        return full.reshape(-1)[shard.start : shard.start + shard.weight.numel()]
 
-    def exposed(self: Sharding, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
-        """The local runs: copies of them are made anew after `forget_copies`."""
+    def resident(self: _HasShards, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+        """The shards: gathered copies of them are freed by `reshard`."""
         return [shard.weight for shard in self.shards(parameters)]
-
-
-def _gather_runs(shard: Shard, local: Tensor) -> Tensor:
-    dtype = torch.uint8 if local.dtype == torch.bool else local.dtype
-    whole = torch.zeros(shard.numel, dtype=dtype, device=local.device)
-    whole[shard.start : shard.start + local.numel()] = local.to(dtype)
-    dist.all_reduce(whole)
-    return whole.to(local.dtype)

@@ -1,33 +1,73 @@
-"""ZeRO stage 0: nothing is partitioned; gradients are where autograd leaves them."""
+"""ZeRO stage 0: nothing is sharded, and every rank perturbs all weights.
+
+The ascent gradient is `.grad`, which the engine has all-reduced in the backward; the perturbation is written to the
+parameters, on every rank the same, so there is nothing to publish; `.grad` is cleared between the passes. In bf16 the
+optimizer steps float32 masters, which the perturbation does not touch.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from ssam_scale.sharding.unsharded import Unsharded
+from ssam_scale.sharding.interface import AscentReduction
+from ssam_scale.sharding.unsharded import ReplicatedWeights, TorchState
 
-from .engine import Whole, _check_internals
-from .masters import Master, MasterWeights
+from .engine import DeepSpeedTraining, check_internals
+from .masters import Master, MasterState
 
-# Internals by the class that DeepSpeed wraps the optimizer in.
-_LOW_PRECISION_0 = {
-    "fp16_groups": "which parameters are trained, by group; the optimizer's own groups hold float32 copies instead",
-    "fp32_groups": "these copies: they key the optimizer's state, and loading writes them",
+# Of the class that DeepSpeed wraps the optimizer in.
+_LOW_PRECISION_INTERNALS = {
+    "fp16_groups": "which parameters are trained, by group; the optimizer's own groups hold the masters instead",
+    "fp32_groups": "the masters: they key the optimizer's state, and loading writes them",
 }
 
 
-class ZeRO0(Whole, Unsharded):
-    """Stage 0 in fp32: everything is where autograd has it."""
+class _Stage0(ReplicatedWeights, DeepSpeedTraining):
+    """Passes of stage 0, with an ascent that reduces no more than it needs.
 
-
-class ZeRO0LowPrecision(Whole, MasterWeights, Unsharded):
-    """Stage 0 in bf16: everything is where autograd has it, but the optimizer steps float32 copies."""
+    The engine reduces a gradient of every parameter that requires one, and zeros where there is none. An ascent that
+    starts behind the first block has none before it: while the engine looks for gradients, these do not require any.
+    """
 
     def __init__(self, engine: Any) -> None:
         super().__init__(engine)
-        _check_internals(engine.optimizer, _LOW_PRECISION_0)
+        self._not_reduced: list[nn.Parameter] = []
+
+    @contextmanager
+    def ascent(self, reduction: AscentReduction) -> Iterator[None]:
+        """The engine averages, in the backward, the gradients of no other parameters than these."""
+        reduced = {id(p) for p in reduction.parameters}
+        self._not_reduced = [p for p in self.network.parameters() if p.requires_grad and id(p) not in reduced]
+        try:
+            yield
+        finally:
+            self._not_reduced = []
+
+    def backward(self, loss: Tensor) -> None:
+        """The engine's. The graph is there already and does not care what requires a gradient now."""
+        for p in self._not_reduced:
+            p.requires_grad_(False)
+        try:
+            super().backward(loss)
+        finally:
+            for p in self._not_reduced:
+                p.requires_grad_(True)
+
+
+class ZeRO0(TorchState, _Stage0):
+    """Stage 0 in fp32: the optimizer steps the model's own parameters."""
+
+
+class ZeRO0LowPrecision(MasterState, _Stage0):
+    """Stage 0 in bf16: the optimizer steps float32 masters."""
+
+    def __init__(self, engine: Any) -> None:
+        super().__init__(engine)
+        check_internals(engine.optimizer, _LOW_PRECISION_INTERNALS)
         self._groups = engine.optimizer.fp16_groups
         self._masters = {
             id(p): Master(master, 0, master.numel(), index)
@@ -36,9 +76,9 @@ class ZeRO0LowPrecision(Whole, MasterWeights, Unsharded):
         }
 
     def groups(self) -> list[list[nn.Parameter]]:
-        """The model's parameters that the optimizer steps copies of, by group."""
+        """The model's parameters that the optimizer steps masters of, by group."""
         return [list(group) for group in self._groups]
 
     def master(self, parameter: nn.Parameter) -> Master:
-        """The copy, whole."""
+        """The parameter's master, unsharded."""
         return self._masters[id(parameter)]

@@ -1,13 +1,20 @@
-"""When ZeRO's stage 3 gathers weights and frees them: by a trace of each kind of pass.
+"""ZeRO stage 3: every parameter is sharded over all ranks, and gathered only while a module computes.
 
-DeepSpeed records in which order a forward and its backward use the modules, and by this trace it gathers weights ahead
-and keeps those that it will use again soon. Its coordinator has one trace and throws it away when a pass is another, as
-it is in each pass of a step whose ascent starts behind a cut; and while it records, it keeps nothing. Here each kind of
-pass has a coordinator with a trace of its own, put in place before the forward. What DeepSpeed does with it, from
-recording to throwing away what does not fit, it goes on doing itself.
+How it is perturbed, in the order of a step:
 
-A prefix whose backward comes after other passes, as that of a shared prefix does, is a pass without a backward to
-DeepSpeed, after which nothing is used again soon. Its weights are kept here, if a whole pass would keep them, too.
+- Ascent: forward and backward are the engine's. It gathers each module's parameters, frees them and reduce-scatters
+  the gradients. What the mask leaves alone can stay gathered for the descent (`ascent`).
+- Ascent gradient: this rank's run of each parameter's, which `safe_get_local_grad` shows (`gradients`).
+- Perturbation: written to `ds_tensor`, this rank's run of the weights, without the padding at its end (`shards`). The
+  optimizer steps float32 masters and never sees it.
+- Publishing: nothing is sent. Gathered copies of what was written to are freed, so that the next forward gathers the
+  perturbed weights (`publish`). Restoring copies the runs back and frees the copies again (`reshard`), also on one rank
+  alone.
+- Cleared between the passes: `.grad` and the flat buffer of the reduced gradients, in which parameters that a pass
+  leaves out would still show those of an earlier one (`clear_gradients`).
+
+The second half of the file, `GatheredParameters`, decides what is freed when, and keeps DeepSpeed's trace of each kind
+of pass, so that ascents behind a cut are not recorded anew in each step.
 """
 
 from __future__ import annotations
@@ -22,54 +29,64 @@ import torch
 from deepspeed.utils import safe_get_local_grad
 from torch import Tensor, nn
 
-from ssam_scale.sharding.interface import Needed, Shard, Written
+from ssam_scale.sharding.interface import AscentReduction, Shard, WrittenWeights
 
-from .engine import _BACKWARD, Partitioned, _check_internals
-from .masters import FlatShards, Master
+from .engine import BACKWARD_INTERNALS, ZeROTraining, check_internals
+from .masters import FlatShards, Master, MasterState
 
-_STAGE_3 = _BACKWARD | {
+_OPTIMIZER_INTERNALS = BACKWARD_INTERNALS | {
     "fp16_groups": "which parameters are trained; the optimizer's own groups are empty between steps",
-    "fp32_partitioned_groups_flat": "what the optimizer steps: it keys the optimizer's state, and loading writes it",
-    "sub_group_to_group_id": "the parameter group of what the optimizer steps",
+    "fp32_partitioned_groups_flat": "the masters: they key the optimizer's state, and loading writes them",
+    "sub_group_to_group_id": "the parameter group of a master",
     "grad_partitions_flat_buffer": "keeps gradients of earlier passes, which parameters that a pass leaves out show",
     "empty_partition_cache": "frees gathered weights; the engine's method of that name collects garbage each time too",
     "persistent_parameters": "small parameters that DeepSpeed keeps gathered between steps",
     "parameter_offload": "gathers and frees weights; the lists below say what of it is used",
 }
-_STAGE_3_PARAMETER = {
-    "ds_tensor": "the local part, padded to the same length everywhere; public calls reach the float32 master only",
-    "ds_shape": "shape of the whole, which also tells weights from padding",
-    "ds_numel": "elements of the whole",
+_PARAMETER_INTERNALS = {
+    "ds_tensor": "this rank's run, padded to the same length on each; public calls reach the float32 master only",
+    "ds_shape": "the full shape, which also tells weights from padding",
+    "ds_numel": "elements of the full parameter",
+    "ds_active_sub_modules": "a parameter is not freed while there is one",
+    "partition": "frees one parameter; empty_partition_cache frees all",
+    "all_gather": "gathers the persistent parameters together, as at the end of the optimizer's step",
+}
+_OFFLOAD_INTERNALS = {"param_coordinator": "gathers and frees weights around modules; its hooks ask for it each time"}
+_COORDINATOR_INTERNALS = {
+    "is_invalid_trace": "whether a trace was thrown away: what is remembered of when to free weights is of the old one",
+    "_invalidate_trace": "a coordinator that has been at work is no beginning for others",
+    "_clear_trace_structures": "copies of a coordinator must not record into the same list",
+}
+_NETWORK_INTERNALS = {
+    "ds_inflight_param_registry": "weights that are being gathered must have come before they are freed"
 }
 
 
-class ZeRO3(FlatShards, Partitioned):
-    """Stage 3: every parameter is cut into equal runs, and whole only while a module computes."""
+class ZeRO3(FlatShards, MasterState, ZeROTraining):
+    """Stage 3: every parameter is cut into equal runs, one a rank, the last ones padded."""
 
     def __init__(self, engine: Any) -> None:
-        Partitioned.__init__(self, engine, _STAGE_3)
+        ZeROTraining.__init__(self, engine, _OPTIMIZER_INTERNALS)
         FlatShards.__init__(self)
         offload = self._zero.parameter_offload
-        _check_internals(offload, _OFFLOAD)
-        _check_internals(offload.param_coordinator, _COORDINATOR)
-        _check_internals(self.network, _NETWORK)
+        check_internals(offload, _OFFLOAD_INTERNALS)
+        check_internals(offload.param_coordinator, _COORDINATOR_INTERNALS)
+        check_internals(self.network, _NETWORK_INTERNALS)
         for p in next(iter(self._zero.fp16_groups), [])[:1]:
-            _check_internals(p, _STAGE_3_PARAMETER | _PARAMETER)
-        self._gathered = Gathered.of(engine)
-        self._kept: set[int] = set()  # by identity, what an ascent has left gathered
+            check_internals(p, _PARAMETER_INTERNALS)
+        self._gathered = GatheredParameters.of(engine)
+        self._kept_gathered: set[int] = set()  # by identity, what an ascent has left gathered
         self._place: dict[int, tuple[int, int]] = {}  # of each parameter: its sub-group, and where it starts in it
-        for index, group in enumerate(self._zero.fp16_groups):
+        for index, sub_group in enumerate(self._zero.fp16_groups):
             start = 0
-            for p in group:
+            for p in sub_group:
                 self._place[id(p)] = index, start
                 start += p.ds_tensor.numel()
 
-    def groups(self) -> list[list[nn.Parameter]]:
-        """The parameters of all sub-groups, by group."""
-        groups: list[list[nn.Parameter]] = [[] for _ in self._engine.basic_optimizer.param_groups]
-        for index, sub_group in enumerate(self._zero.fp16_groups):
-            groups[self._zero.sub_group_to_group_id[index]] += sub_group
-        return groups
+    def ascent(self, reduction: AscentReduction) -> AbstractContextManager[None]:
+        """The engine averages in the backward what gradients there are, in full. What is to be kept is not freed."""
+        self._kept_gathered = {id(p) for p in reduction.keep_gathered}
+        return self._gathered.held(reduction.keep_gathered)
 
     @contextmanager
     def micro_batch(self, *, last: bool) -> Iterator[None]:
@@ -78,53 +95,37 @@ class ZeRO3(FlatShards, Partitioned):
             with super().micro_batch(last=last):
                 yield
         except BaseException:
-            self.forget_copies()
+            self.reshard()
             raise
 
-    def shards(self, parameters: Sequence[nn.Parameter]) -> list[Shard]:
-        """The local run of each parameter, flat, without the padding at its end."""
-        result = []
-        for p in parameters:
-            part, numel = p.ds_tensor.detach(), self.whole_shape(p).numel()  # type: ignore[attr-defined]
-            start = min(self.shard_index * part.numel(), numel)
-            result.append(Shard(part[: min(part.numel(), numel - start)], start, numel))
-        return result
-
     def gradients(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
-        """The local run of each parameter's reduced gradient."""
+        """This rank's run of each parameter's reduced gradient, without the padding."""
         lengths = [shard.weight.numel() for shard in self.shards(parameters)]
         return [safe_get_local_grad(p)[:length] for p, length in zip(parameters, lengths, strict=True)]
 
-    def whole_shape(self, parameter: nn.Parameter) -> torch.Size:
-        """Its shape when it is gathered."""
-        return torch.Size(parameter.ds_shape)  # type: ignore[attr-defined]
-
-    def master(self, parameter: nn.Parameter) -> Master:
-        """The run in the copy of its sub-group."""
-        index, start = self._place[id(parameter)]
-        [shard] = self.shards([parameter])
-        stepped = self._zero.fp32_partitioned_groups_flat[index]
-        return Master(stepped, start, shard.weight.numel(), self._zero.sub_group_to_group_id[index])
+    def shards(self, parameters: Sequence[nn.Parameter]) -> list[Shard]:
+        """This rank's run of each parameter, flat, without the padding."""
+        result = []
+        for p in parameters:
+            run, numel = p.ds_tensor.detach(), self.full_shape(p).numel()  # type: ignore[attr-defined]
+            start = min(self.shard_group.rank * run.numel(), numel)
+            result.append(Shard(run[: min(run.numel(), numel - start)], start, numel))
+        return result
 
     def clear_gradients(self, optimizer: torch.optim.Optimizer) -> None:
-        """Forget `.grad` and zero the local gradients: a pass overwrites only those that it computes."""
+        """Drop `.grad` and zero the reduced gradients: a pass overwrites only those that it computes."""
         self._engine.zero_grad()  # on the CPU the optimizer's own stumbles over a `.grad` that an exception left
         self._zero.zero_grad()
         self._zero.grad_partitions_flat_buffer.zero_()
 
-    def ascent(self, needed: Needed) -> AbstractContextManager[None]:
-        """The engine averages gradients in the backward, all that there are. What is to be kept is not freed."""
-        self._kept = {id(p) for p in needed.kept}
-        return self._gathered.held(needed.kept)
-
-    def publish(self, written: Written | None = None) -> None:
+    def publish(self, written: WrittenWeights | None = None) -> None:
         """Free the gathered copies of what was written to: the next forward gathers what it uses."""
         changed = self.network.parameters() if written is None else written.parameters
-        self._gathered.free([p for p in changed if id(p) not in self._kept])
+        self._gathered.free([p for p in changed if id(p) not in self._kept_gathered])
 
-    def forget_copies(self) -> None:
+    def reshard(self) -> None:
         """Free every gathered copy."""
-        self._kept = set()
+        self._kept_gathered = set()
         self._gathered.free()
 
     def step(
@@ -132,38 +133,48 @@ class ZeRO3(FlatShards, Partitioned):
     ) -> None:
         """The engine's, which frees every gathered copy, and if it skips the step gathers none again."""
         super().step(optimizer, max_grad_norm, scaler)
-        self._gathered.misses_persistent()
+        self._gathered.regather_persistent()
 
+    def full_shape(self, parameter: nn.Parameter) -> torch.Size:
+        """Its shape when it is gathered."""
+        return torch.Size(parameter.ds_shape)  # type: ignore[attr-defined]
 
-# Internals of DeepSpeed that are used here, with the reason.
-_OFFLOAD = {"param_coordinator": "gathers and frees weights around modules; its hooks ask for it each time"}
-_COORDINATOR = {
-    "is_invalid_trace": "whether a trace was thrown away: what is remembered of when to free weights is of the old one",
-    "_invalidate_trace": "a coordinator that has been at work is no beginning for others",
-    "_clear_trace_structures": "copies of a coordinator must not record into the same list",
-}
-_NETWORK = {"ds_inflight_param_registry": "weights that are being gathered must have come before they are freed"}
-_PARAMETER = {
-    "ds_active_sub_modules": "a parameter is not freed while there is one",
-    "partition": "frees one parameter; empty_partition_cache frees all",
-    "all_gather": "gathers the persistent parameters together, as at the end of the optimizer's step",
-}
+    def groups(self) -> list[list[nn.Parameter]]:
+        """The parameters of all sub-groups, by parameter group."""
+        groups: list[list[nn.Parameter]] = [[] for _ in self._engine.basic_optimizer.param_groups]
+        for index, sub_group in enumerate(self._zero.fp16_groups):
+            groups[self._zero.sub_group_to_group_id[index]] += sub_group
+        return groups
+
+    def master(self, parameter: nn.Parameter) -> Master:
+        """The run in the master of its sub-group."""
+        index, start = self._place[id(parameter)]
+        [shard] = self.shards([parameter])
+        master = self._zero.fp32_partitioned_groups_flat[index]
+        return Master(master, start, shard.weight.numel(), self._zero.sub_group_to_group_id[index])
+
 
 # Of a cut there are three: prefix, ascent and descent. A mask that leaves tensors out has others after each refresh.
 # Each takes 0.2 MB of the host's memory where there are 12 blocks.
-_MOST_KINDS = 256
+_MAX_TRACES = 256
 
-_HELD = -1  # stands for a module that uses a parameter; no module has this number
+_HELD = -1  # stands for a submodule that uses a parameter; none has this number
 
 
-class Gathered:
-    """The gathered weights of a stage 3 engine.
+class GatheredParameters:
+    """When the parameters of an engine are gathered and freed, with one of DeepSpeed's traces for each kind of pass.
+
+    DeepSpeed's coordinator records in which order a forward and its backward use the modules, and by this trace it
+    gathers weights ahead and keeps those that it will use again soon. It has one trace and throws it away when a pass
+    is another, as it is in each pass of a step whose ascent starts behind a cut; and while it records, it keeps
+    nothing. Here each kind of pass has a coordinator with a trace of its own, put in place before the forward. What
+    DeepSpeed does with it, from recording to throwing away what does not fit, it goes on doing itself.
+
+    A prefix whose backward comes after other passes, as that of a shared prefix does, is a pass without a backward to
+    DeepSpeed, after which nothing is used again soon. Its weights are kept here, if a whole pass would keep them, too.
 
     Args:
-        engine: that DeepSpeed returned; `Gathered.of` gives each the one that it has.
-
-    Attributes:
-        coordinators: by kind of pass, the one of the latest pass last.
+        engine: that DeepSpeed returned; `GatheredParameters.of` gives each the one that it has.
     """
 
     def __init__(self, engine: Any) -> None:
@@ -173,26 +184,26 @@ class Gathered:
         self._blank = copy.copy(self._offload.param_coordinator)
         if not self._blank.is_invalid_trace():
             self._blank._invalidate_trace()
-        # A whole forward and backward keep what they gather up to here.
+        # Whether a whole forward and backward keep what they gather.
         self._keeps = 2 * sum(p.ds_numel for p in self._parameters) <= engine.zero_max_reuse_distance()
-        self._misses_persistent = False
-        self._inside = ExitStack()
-        self.coordinators: OrderedDict[Hashable, Any] = OrderedDict()
-        # Before DeepSpeed's own, which asks the coordinator to begin a pass.
-        self._network.register_forward_pre_hook(self._begin, prepend=True, with_kwargs=True)
-        self._network.register_forward_hook(self._end, always_call=True)
+        self._persistent_freed = False
+        self._prefix_held = ExitStack()
+        self._coordinators: OrderedDict[Hashable, Any] = OrderedDict()  # by kind of pass, the latest last
+        # Before DeepSpeed's own hook, which asks the coordinator to begin a pass.
+        self._network.register_forward_pre_hook(self._before_forward, prepend=True, with_kwargs=True)
+        self._network.register_forward_hook(self._after_forward, always_call=True)
 
     @classmethod
-    def of(cls, engine: Any) -> Gathered:
+    def of(cls, engine: Any) -> GatheredParameters:
         """The engine's."""
         offload = engine.optimizer.parameter_offload
         if not isinstance(getattr(offload, "ssam_gathered", None), cls):
             offload.ssam_gathered = cls(engine)
-        found: Gathered = offload.ssam_gathered
+        found: GatheredParameters = offload.ssam_gathered
         return found
 
     def free(self, parameters: Sequence[Any] | None = None) -> None:
-        """Free the gathered copies of `parameters`, those that DeepSpeed keeps too; None: of all."""
+        """Free the gathered copies of `parameters`, persistent ones too; None: of all. Not collective."""
         if parameters is None:
             self._zero.empty_partition_cache()
         else:
@@ -202,15 +213,15 @@ class Gathered:
                     inflight.pop(p).wait()
                 p.ds_active_sub_modules.clear()
                 p.partition()
-        self.misses_persistent()
+        self.regather_persistent()
 
-    def misses_persistent(self) -> None:
-        """Gather what DeepSpeed keeps before the next forward, and not now, when other processes may have failed.
+    def regather_persistent(self) -> None:
+        """Gather the persistent parameters before the next forward, and not now, when other ranks may have failed.
 
         A forward that finds such a parameter missing gathers it, too, but where it is used outside of its own module,
         as a `StagedModel` does, that adds it to a module whose use of parameters has been recorded: a tracing error.
         """
-        self._misses_persistent = True
+        self._persistent_freed = True
 
     @contextmanager
     def held(self, parameters: Iterable[Any]) -> Iterator[None]:
@@ -224,36 +235,36 @@ class Gathered:
             for p in held:
                 p.ds_active_sub_modules.discard(_HELD)
 
-    def _begin(self, network: nn.Module, inputs: Sequence[Any], options: Mapping[str, Any]) -> None:
-        if self._misses_persistent:
-            self._misses_persistent = False
-            if kept := self._zero.persistent_parameters:
-                kept[0].all_gather(kept)  # those that are missing
+    def _before_forward(self, network: nn.Module, inputs: Sequence[Any], options: Mapping[str, Any]) -> None:
+        if self._persistent_freed:
+            self._persistent_freed = False
+            if persistent := self._zero.persistent_parameters:
+                persistent[0].all_gather(persistent)  # those that are missing
         self._offload.param_coordinator = self._coordinator(self._kind(inputs, options))
         if self._keeps and options.get("stop") is not None and torch.is_grad_enabled():
-            self._inside.enter_context(self.held(self._parameters))
+            self._prefix_held.enter_context(self.held(self._parameters))
 
-    def _end(self, network: nn.Module, inputs: Any, output: Any) -> None:
-        self._inside.close()
+    def _after_forward(self, network: nn.Module, inputs: Any, output: Any) -> None:
+        self._prefix_held.close()
 
     def _kind(self, inputs: Sequence[Any], options: Mapping[str, Any]) -> Hashable:
         """What decides in which order a forward and the backward after it use modules."""
-        part = [options.get(end) for end in ("start", "stop")]  # of a `StagedModel`
+        stages = [options.get(end) for end in ("start", "stop")]  # of a `StagedModel`
         return (
             torch.is_grad_enabled(),
             self._network.training,
-            tuple(index if isinstance(index, int) else None for index in part),
+            tuple(index if isinstance(index, int) else None for index in stages),
             tuple(x.requires_grad for x in inputs if isinstance(x, Tensor)),
             tuple(p.requires_grad for p in self._parameters),
         )
 
     def _coordinator(self, kind: Hashable) -> Any:
-        found = self.coordinators.pop(kind, None)
+        found = self._coordinators.pop(kind, None)
         if found is None or found.is_invalid_trace():
             found = copy.copy(self._blank)
             found._clear_trace_structures()
-        self.coordinators[kind] = found
-        if len(self.coordinators) > _MOST_KINDS:
-            _, oldest = self.coordinators.popitem(last=False)
+        self._coordinators[kind] = found
+        if len(self._coordinators) > _MAX_TRACES:
+            _, oldest = self._coordinators.popitem(last=False)
             oldest._clear_trace_structures()  # DeepSpeed never lets go of a coordinator that has freed weights
         return found
