@@ -1,4 +1,4 @@
-"""`ssam-scale bench`: the plain functions behind the commands."""
+"""`ssam-scale bench`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 
 from ssam_scale.errors import UserError
 
-from .table import Columns, show
+from .table import AsJson, Columns, at_least, show
 
 if TYPE_CHECKING:
     from ssam_scale.bench.networks import Setting
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Measure parts of the package on this machine.", no_args_is_help=True)
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print rows as JSON.")]
 Models = Annotated[
     list[str] | None,
     typer.Option(
@@ -49,9 +48,7 @@ def masks_command(
     from ssam_scale.bench.mask_selection import bench_masks
 
     sizes = ranks or [1, 2]
-    for option, value in (("scores", scores), ("repeats", repeats), *(("ranks", size) for size in sizes)):
-        if value < 1:
-            raise UserError(f"--{option} is {value}; at least 1 is needed")
+    at_least(1, scores=scores, repeats=repeats, ranks=min(sizes))
     rows = bench_masks(scores, sizes, repeats, means)
     show(rows, _MASKS, f"{rows[0]['device']}; medians of {rows[0]['repeats']}", as_json)
 
@@ -64,8 +61,7 @@ def storage_command(
     """Memory that masks of each pattern take, always and while their weights are perturbed."""
     from ssam_scale.bench.mask_memory import bench_storage
 
-    if weights < 1000:
-        raise UserError(f"--weights is {weights}; at least 1000 are needed")
+    at_least(1000, weights=weights)
     rows = bench_storage(weights)
     show(rows, _STORAGE, rows[0]["device"], as_json)
 
@@ -157,10 +153,8 @@ def _settings(models: list[str] | None, repeats: int, resolution: int | None, ba
     """One a model; all are looked at before the first is measured."""
     from ssam_scale.bench.networks import DEFAULT_MODELS, setting_of
 
-    # Half of a batch is a plan of its own, and normalization over a batch needs two images.
-    for option, value, least in (("repeats", repeats, 1), ("resolution", resolution, 1), ("batch-size", batch_size, 4)):
-        if value is not None and value < least:
-            raise UserError(f"--{option} is {value}; at least {least} {'is' if least == 1 else 'are'} needed")
+    at_least(1, repeats=repeats, resolution=resolution)
+    at_least(4, batch_size=batch_size)  # half of a batch is a plan of its own, and BatchNorm needs two images
     settings = [setting_of(model, resolution, batch_size) for model in models or DEFAULT_MODELS]
     for setting in settings:
         setting.check()

@@ -1,4 +1,4 @@
-"""`ssam-scale compare`: the plain function behind the command."""
+"""`ssam-scale compare`."""
 
 from __future__ import annotations
 
@@ -8,14 +8,37 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from ssam_scale.tracking.compare import Row, compare, find_experiment
-from ssam_scale.tracking.store import without_password
+from ssam_scale.cli.table import AsJson
+from ssam_scale.console import console
+
+if TYPE_CHECKING:
+    from ssam_scale.tracking.compare import Row
+
+
+def compare_command(
+    tracking_uri: Annotated[
+        str, typer.Option("--tracking-uri", help="MLflow tracking URI, e.g. http://host:5000.")
+    ] = "sqlite:///mlflow.db",
+    experiment: Annotated[str, typer.Option("--experiment", help="MLflow experiment.")] = "ssam_scale",
+    group: Annotated[str | None, typer.Option("--group", help="Only runs with this value of the tag `group`.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare finished runs: top-1, step time, time over the base optimizer, saving over dense SAM."""
+    from ssam_scale.tracking.compare import compare
+
+    rows = compare(tracking_uri, experiment, group=group)
+    if as_json:
+        print(json.dumps([asdict(row) for row in rows], indent=2, ensure_ascii=False))
+        return
+    console().print(render(rows))
+    for line in interface_lines(tracking_uri, experiment):
+        # Not through the console: it would break a command that is to be copied.
+        print(line)
 
 
 def render(rows: list[Row]) -> Table:
@@ -24,14 +47,14 @@ def render(rows: list[Row]) -> Table:
     several_models = len({row.model for row in rows}) > 1
     with_settings = any(row.settings for row in rows)
     caption = "\n".join(f"[{number}] {note}" for number, note in enumerate(notes, 1))
-    table = Table(caption=caption.replace("[", r"\[") or None, caption_justify="left")
+    table = Table(caption=caption or None, caption_justify="left")
     left = ["method", *(["model"] if several_models else []), "mask", *(["settings"] if with_settings else [])]
     for name in left:
         table.add_column(name, overflow="fold")
     for name in ("density", "runs", "top-1 %", "step ms", "time / base", "saving over SAM"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
-        marks = "".join(rf" \[{notes.index(note) + 1}]" for note in row.notes)
+        marks = "".join(f" [{notes.index(note) + 1}]" for note in row.notes)
         table.add_row(
             row.method,
             *([row.model] if several_models else []),
@@ -52,38 +75,15 @@ def _shown(value: float | None, form: Callable[[float], str]) -> str:
     return "—" if value is None else form(value)
 
 
-# Width of tables that go to a file or a pipe, where there is no terminal to ask.
-_PIPE_COLUMNS = 140
-
-
-def compare_command(
-    tracking_uri: Annotated[
-        str, typer.Option("--tracking-uri", help="MLflow tracking URI, e.g. http://host:5000")
-    ] = "sqlite:///mlflow.db",
-    experiment: Annotated[str, typer.Option("--experiment", help="MLflow experiment")] = "ssam_scale",
-    group: Annotated[str | None, typer.Option("--group", help="only runs with this value of the tag `group`")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print rows as JSON")] = False,
-) -> None:
-    """Compare finished runs: top-1, step time, time over the base optimizer, saving over dense SAM."""
-    rows = compare(tracking_uri, experiment, group=group)
-    if as_json:
-        print(json.dumps([asdict(row) for row in rows], indent=2, ensure_ascii=False))
-        return
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=_PIPE_COLUMNS)
-    console.print(render(rows))
-    for line in interface_lines(tracking_uri, experiment):
-        # Not through the console: it would break a command that is to be copied.
-        print(line)
-
-
 def interface_lines(uri: str, experiment: str, port: int = 5000) -> list[str]:
     """What to type and where to look to see the runs in MLflow's own interface.
 
     Raises:
         UserError: the store cannot be read or has no such experiment.
     """
+    from ssam_scale.tracking.compare import find_experiment
+    from ssam_scale.tracking.store import without_password
+
     _, experiment_id = find_experiment(uri, experiment)
     # Without the workflow MLflow opens its pages for language models; the charts show the metrics of all runs at once.
     path = f"#/experiments/{experiment_id}/runs?workflowType=machine_learning&compareRunsMode=CHART"

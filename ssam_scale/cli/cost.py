@@ -1,19 +1,72 @@
-"""`ssam-scale cost`: look at what was asked for, measure, predict, print."""
+"""`ssam-scale cost`."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-import torch
+import typer
 
-from ssam_scale.cli.table import Columns, show
-from ssam_scale.config.schema import Config
-from ssam_scale.errors import UserError
-from ssam_scale.train.predict_cost import Machines, cost_rows, measured, rehearsal_rows, spreading_of, staged_model
+from ssam_scale.cli.table import AsJson, Columns, at_least, show
+from ssam_scale.cli.train import ConfigFile, Overrides
 
-# Of the pass that is measured.
-_CPU_IMAGES, _CUDA_IMAGES = 8, 64
+if TYPE_CHECKING:
+    from ssam_scale.costs.profile import Measured
+    from ssam_scale.train.predict_cost import Machines
 
+
+def cost_command(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    gpus: Annotated[list[int] | None, typer.Option(help="GPUs; may be given several times. [1 and 8]")] = None,
+    gpus_per_node: Annotated[int, typer.Option(help="GPUs of one node.")] = 8,
+    node_bandwidth: Annotated[float, typer.Option(help="GB/s that a GPU sends inside of its node.")] = 300.0,
+    network_bandwidth: Annotated[float, typer.Option(help="GB/s that a GPU sends to another node.")] = 25.0,
+    scaling: Annotated[
+        str, typer.Option(help="weak: a GPU keeps the images that were measured; strong: it shares the batch.")
+    ] = "weak",
+    images: Annotated[int | None, typer.Option(help="Images of the pass that is measured. [8; 64 on a GPU]")] = None,
+    repeats: Annotated[int, typer.Option(help="Measurements, of which the median counts.")] = 5,
+    times: Annotated[Path | None, typer.Option(help="Take the times from this file; measure nothing.")] = None,
+    save_times: Annotated[Path | None, typer.Option(help="Write the measured times to this file.")] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Instead, run one process of the largest job here, and compare what it sends."),
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Predict time, bytes on the wire and memory of a step: base optimizer, dense SAM, the configured plan."""
+    from ssam_scale.config import load
+    from ssam_scale.train.predict_cost import Machines, cost_rows, measured, rehearsal_rows, spreading_of
+
+    machines = Machines(gpus or [1, 8], gpus_per_node, 1e9 * node_bandwidth, 1e9 * network_bandwidth, scaling)
+    resolved = load(config, overrides or [])
+    machines.check()
+    if dry_run:
+        rows = rehearsal_rows(resolved, machines.cluster(max(machines.gpus)))
+        show(rows, _DRY_COLUMNS, _DRY_CAPTION, as_json, "plan")
+        return
+    at_least(4, images=images)
+    at_least(1, repeats=repeats)
+    for count in machines.gpus:  # before minutes of measuring
+        spreading_of(resolved, machines.cluster(count))
+    found = measured(resolved, images=images, repeats=repeats, times=times, save=save_times)
+    show(cost_rows(resolved, found, machines), _COLUMNS, _caption(found, machines), as_json, "plan")
+
+
+def _caption(found: Measured, machines: Machines) -> str:
+    return (
+        f"{found.model}, {found.precision}, measured with {found.images} images of {found.resolution} px on "
+        f"{found.hardware}; {machines.scaling} scaling; {machines.node_bandwidth / 1e9:g} GB/s inside a node of "
+        f"{machines.per_node}, {machines.network_bandwidth / 1e9:g} GB/s between nodes. A real step lies between ms, "
+        "with what is sent hidden as far as it can be, and unhidden ms. Memory is in GiB of one GPU"
+    )
+
+
+_DRY_CAPTION = (
+    "One process, with torch's fake process group in the place of the others; sent in a step, held of the weights, "
+    "the optimizer's state and the mask. Where a mask is chosen by scores, these were random ones"
+)
 _COLUMNS: Columns = {
     "GPUs": ("gpus", 1, "d"),
     "images": ("images", 1, ",.4g"),
@@ -28,8 +81,6 @@ _COLUMNS: Columns = {
     "activations": ("memory_activations", 2**-30, ".3f"),
     "all": ("memory_total", 2**-30, ".3f"),
 }
-
-
 _DRY_COLUMNS: Columns = {
     "GPUs": ("gpus", 1, "d"),
     "backend": ("backend", 1, ""),
@@ -42,50 +93,3 @@ _DRY_COLUMNS: Columns = {
     "model GiB": ("memory_model", 2**-30, ".3f"),
     "perturbing": ("memory_perturbing", 2**-30, ".3f"),
 }
-
-
-def show_cost(
-    config: Config,
-    machines: Machines,
-    *,
-    images: int | None,
-    repeats: int,
-    times: Path | None,
-    save: Path | None,
-    as_json: bool,
-) -> None:
-    """Measure or read, predict, and print.
-
-    Raises:
-        UserError: what is asked for makes no sense, or cannot be had.
-    """
-    machines.check()
-    for option, value, least in (("images", images, 4), ("repeats", repeats, 1)):
-        if value is not None and value < least:
-            raise UserError(f"--{option} is {value}; at least {least} {'is' if least == 1 else 'are'} needed")
-    for gpus in machines.gpus:
-        spreading_of(config, machines.cluster(gpus))
-    size = images or (_CUDA_IMAGES if torch.cuda.is_available() else _CPU_IMAGES)
-    found = measured(config, staged_model(config), images=size, repeats=repeats, times=times, save=save)
-    caption = (
-        f"{found.model}, {found.precision}, measured with {found.images} images of {found.resolution} px on "
-        f"{found.hardware}; {machines.scaling} scaling; {machines.node_bandwidth / 1e9:g} GB/s inside a node of "
-        f"{machines.per_node}, {machines.network_bandwidth / 1e9:g} GB/s between nodes. A real step lies between ms, "
-        "with what is sent hidden as far as it can be, and unhidden ms. Memory is in GiB of one GPU"
-    )
-    show(cost_rows(config, found, machines), _COLUMNS, caption, as_json, "plan")
-
-
-def show_rehearsal(config: Config, machines: Machines, *, as_json: bool) -> None:
-    """Run one process of the largest job, and print.
-
-    Raises:
-        UserError: what is asked for makes no sense, or cannot be had.
-    """
-    machines.check()
-    caption = (
-        "One process, with torch's fake process group in the place of the others; sent in a step, held of the weights, "
-        "the optimizer's state and the mask. Where a mask is chosen by scores, these were random ones"
-    )
-    rows = rehearsal_rows(config, machines.cluster(max(machines.gpus)))
-    show(rows, _DRY_COLUMNS, caption, as_json, "plan")

@@ -1,16 +1,16 @@
-"""`ssam-scale data`: write and check the files that training reads."""
+"""`ssam-scale data`."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
-from ssam_scale.data.beton import inspect, verify
-from ssam_scale.data.fashion_mnist import FOLDER, prepare_fashion_mnist
-from ssam_scale.data.write import WriteReport, progress_of_bytes, write_beton
+from ssam_scale.console import console
+
+if TYPE_CHECKING:
+    from ssam_scale.data import WriteReport
 
 app = typer.Typer(help="Write and check .beton files.", no_args_is_help=True)
 
@@ -34,6 +34,8 @@ def write_command(
     seed: Annotated[int, typer.Option(help="Decides which images are stored raw.")] = 0,
 ) -> None:
     """Write a folder of images as a .beton file."""
+    from ssam_scale.data import write_beton
+
     report = write_beton(
         source,
         out,
@@ -54,12 +56,16 @@ def fashion_mnist_command(
     size: Annotated[int, typer.Option(min=8, help="Side of the images in pixels; the originals have 28.")] = 28,
     limit: Annotated[int | None, typer.Option(min=1, help="Only this many training images.")] = None,
     val_limit: Annotated[int | None, typer.Option(min=1, help="Only this many validation images.")] = None,
-    idx_folder: Annotated[Path, typer.Option(help="Folder of the four idx.gz files.")] = FOLDER,
+    idx_folder: Annotated[
+        Path | None, typer.Option(help="Folder of the four idx.gz files. [that of Debian's dataset-fashion-mnist]")
+    ] = None,
     workers: Workers = None,
 ) -> None:
     """Write Fashion-MNIST as two .beton files; does nothing where they are there already."""
+    from ssam_scale.data.fashion_mnist import FOLDER, prepare_fashion_mnist
+
     prepared = prepare_fashion_mnist(
-        out, idx_folder=idx_folder, size=size, limit=limit, val_limit=val_limit, workers=workers
+        out, idx_folder=idx_folder or FOLDER, size=size, limit=limit, val_limit=val_limit, workers=workers
     )
     _print("Wrote" if prepared.written else "Up to date:", prepared.train, "and", prepared.val)
 
@@ -67,6 +73,9 @@ def fashion_mnist_command(
 @app.command("check")
 def check_command(file: Annotated[Path, typer.Argument(help="The .beton file to check.")]) -> None:
     """Check a .beton file down to its last byte."""
+    from ssam_scale.data.beton import inspect, verify
+    from ssam_scale.data.write import progress_of_bytes
+
     with progress_of_bytes(f"Reading {file.name}", inspect(file).bytes) as advance:
         beton = verify(file, advance)
     if beton.sidecar is None:
@@ -90,5 +99,4 @@ def _print_report(report: WriteReport) -> None:
 
 
 def _print(*words: object) -> None:
-    # No markup: a path may hold square brackets.
-    Console(soft_wrap=True).print(*words, markup=False, highlight=False)
+    console().print(*words, soft_wrap=True)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
-from rich.console import Console
+import typer
 from rich.table import Table
 
-Columns = dict[str, tuple[str, float, str]]  # title: key of a row, factor, format
+from ssam_scale.console import console
+from ssam_scale.errors import UserError
 
-# Width of tables that go to a file or a pipe, where there is no terminal to ask.
-_PIPE_COLUMNS = 160
+AsJson = Annotated[bool, typer.Option("--json", help="Print rows as JSON.")]
+
+Columns = dict[str, tuple[str, float, str]]  # title: key of a row, factor, format
 
 
 def show(rows: Sequence[Mapping[str, Any]], columns: Columns, caption: str, as_json: bool, name: str = "what") -> None:
@@ -41,7 +43,16 @@ def show(rows: Sequence[Mapping[str, Any]], columns: Columns, caption: str, as_j
             else:
                 shown.append("—" if value is None else format(factor * value, form))
         table.add_row(row[name], *shown)
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=_PIPE_COLUMNS)
-    console.print(table)
+    console().print(table)
+
+
+def at_least(least: int, **options: int | None) -> None:
+    """Check numbers given on the command line, by the option's name with underscores; None was not given.
+
+    Raises:
+        UserError: one is below `least`.
+    """
+    for name, value in options.items():
+        if value is not None and value < least:
+            given = f"--{name.replace('_', '-')} is {value}"
+            raise UserError(f"{given}; at least {least} {'is' if least == 1 else 'are'} needed")

@@ -18,9 +18,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from ssam_scale.console import console
 from ssam_scale.data.beton import Pages, Sidecar, checksum
 from ssam_scale.data.encode import BadImageError, Encoded, Encoding, Pixels, encode
 from ssam_scale.errors import UserError
@@ -270,12 +270,12 @@ def _cannot_write(error: OSError, out: Path, need: int) -> UserError:
 
 def _progress(shown: bool) -> Progress:
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TaskProgressColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
-        console=Console(stderr=True),
+        console=console(stderr=True),
         disable=not shown,
     )
 

@@ -47,15 +47,16 @@ class ConfiguredWork:
         return torch.autocast(self._device.type, self._precision, enabled=self._precision != torch.float32)
 
 
-def measured(
-    config: Config, network: StagedModel, *, images: int, repeats: int, times: Path | None, save: Path | None
-) -> Measured:
+# Of the pass that is measured.
+_CPU_IMAGES, _CUDA_IMAGES = 8, 64
+
+
+def measured(config: Config, *, images: int | None, repeats: int, times: Path | None, save: Path | None) -> Measured:
     """The times of the network's parts: measured here, or read.
 
     Args:
         config: of the run.
-        network: nobody else's; its weights change.
-        images: of the pass that is measured; at least 4.
+        images: of the pass that is measured, at least 4; None: as many as suit the device.
         repeats: of which the median counts.
         times: a file to take them from instead.
         save: a file to write them to.
@@ -63,6 +64,7 @@ def measured(
     Raises:
         UserError: the network does not take the configured images, or the file is of something else.
     """
+    network = staged_model(config)
     expected: dict[str, Any] = {
         "model": config.model.name,
         "resolution": config.data.resolution,
@@ -75,6 +77,7 @@ def measured(
         found.check(expected, times)
     else:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        images = images or (_CUDA_IMAGES if device.type == "cuda" else _CPU_IMAGES)
         network, work, side = network.to(device), ConfiguredWork(config, device), config.data.resolution
         batch = (
             torch.randn(images, 3, side, side, device=device),

@@ -8,8 +8,9 @@ from datetime import timedelta
 from types import TracebackType
 from typing import TypeVar
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from ssam_scale.console import console
 
 T = TypeVar("T")
 
@@ -26,7 +27,7 @@ class StepProgress:
     """
 
     def __init__(self, total: int, done: int, visible: bool) -> None:
-        self._console = Console(stderr=False, quiet=not visible)
+        self._console = console(quiet=not visible)
         self._total, self._done, self._first = total, done, done
         self._started = self._printed = time.monotonic()
         self._text = ""
@@ -60,7 +61,7 @@ class StepProgress:
             self._printed = now
             rate = (now - self._started) / (self._done - self._first)
             left = timedelta(seconds=round(rate * (self._total - self._done)))
-            self._console.print(f"step {self._done}/{self._total}, {left} left, {self._text}", highlight=False)
+            self._console.print(f"step {self._done}/{self._total}, {left} left, {self._text}", soft_wrap=True)
 
     def show(self, text: str) -> None:
         """The latest figures."""
@@ -79,4 +80,4 @@ class StepProgress:
 
     def say(self, text: str) -> None:
         """A line that stays."""
-        self._console.print(text, highlight=False, soft_wrap=True)
+        self._console.print(text, soft_wrap=True)

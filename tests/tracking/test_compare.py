@@ -255,7 +255,7 @@ def test_json_round_trips(config: MakeConfig, uri: str, finish: Finish, capsys: 
 
 
 def test_address_of_a_server_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ssam_scale.cli.compare.find_experiment", lambda uri, name: (None, "7"))
+    monkeypatch.setattr("ssam_scale.tracking.compare.find_experiment", lambda uri, name: (None, "7"))
     assert interface_lines("http://me:pw@host:5000/", "x") == [
         "In the browser: http://me:***@host:5000/#/experiments/7/" + QUERY
     ]

@@ -163,7 +163,7 @@ def test_a_full_disk_while_saving_leaves_the_last_checkpoint_alone(trained: Path
             "    os.close(says)\n"
             "    with open(said) as pipe:\n        return pipe.read()\n"
             "checkpoint._write = limited\n"
-            "from ssam_scale.cli import main; main(sys.argv[1:])",
+            "from ssam_scale.cli.main import main; main(sys.argv[1:])",
             "train",
             "--config",
             trained,
