@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import accumulate, pairwise
@@ -22,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ssam_scale.clock import timed
 from ssam_scale.masks.selection import top_k, unit_means
 
 from .peak_memory import extra_bytes
@@ -118,11 +118,9 @@ def _seconds(work: Callable[[], Any], device: torch.device, size: int) -> float:
     """How long `work` takes until the last process has done it."""
     if size > 1:
         dist.barrier()
-    start = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    took = torch.tensor(time.perf_counter() - start, dtype=torch.float64, device=device)
+    with timed(device) as call:
+        work()
+    took = torch.tensor(call.seconds, dtype=torch.float64, device=device)
     if size > 1:
         dist.all_reduce(took, op=dist.ReduceOp.MAX)
     return float(took)

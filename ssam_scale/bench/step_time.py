@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import statistics
-import time
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ssam_scale.clock import timed
 from ssam_scale.costs.compute import StepShape, base_seconds, predicted_over_base, suffix_share
 from ssam_scale.costs.profile import Parts
 from ssam_scale.perturbation import StagedModel
@@ -43,12 +43,10 @@ class _Steps:
         """The steps of one round."""
         for _ in range(self.way.steps):
             shape = self.running.shape()
-            self._synchronize()
-            start = time.perf_counter()
-            self.running.step()
-            self._synchronize()
+            with timed(self._device) as step:
+                self.running.step()
             if count:
-                self._seconds.append(time.perf_counter() - start)
+                self._seconds.append(step.seconds)
                 self.shapes.append(shape)
 
     @property
@@ -60,10 +58,6 @@ class _Steps:
     def rounds(self) -> np.ndarray:
         """Mean seconds of a step in each round."""
         return np.array(self._seconds).reshape(-1, self.way.steps).mean(1)
-
-    def _synchronize(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
 
 
 def typical(kinds: Sequence[Kind], seconds: Sequence[float]) -> float:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import statistics
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
@@ -15,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ssam_scale.clock import clock_of
 from ssam_scale.errors import UserError
 from ssam_scale.perturbation import SparseSAM, StagedModel
 from ssam_scale.tracking.environment import hardware_tags
@@ -39,30 +39,6 @@ class Work(Protocol):
         """The precision of forwards."""
 
 
-class Clock:
-    """Times of a device: of its own work on a GPU, where the host runs ahead; else of the host."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
-
-    def now(self) -> Any:
-        """A time."""
-        if not self._cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def wait(self) -> None:
-        """Until the device has come to all times."""
-        if self._cuda:
-            torch.cuda.synchronize()
-
-    def seconds(self, start: Any, end: Any) -> float:
-        """Between two times, after `wait`."""
-        return float(start.elapsed_time(end)) / 1e3 if self._cuda else end - start
-
-
 class Parts:
     """Measures the parts of a step on a copy of the network.
 
@@ -77,7 +53,7 @@ class Parts:
         self._work = work
         self._network = network
         self._batch = batch
-        self._clock = Clock(batch[0].device)
+        self._clock = clock_of(batch[0].device)
         self._optimizer = optimizer
         self._opt = SparseSAM(network, self._optimizer)
         self._weights = sum(p.numel() for p in network.parameters())
@@ -129,35 +105,35 @@ class Parts:
                 hidden: Tensor = self._network(x, start=index, stop=index + 1)
                 return hidden
 
-            start = clock.now()
+            start = clock.mark()
             if index < last:
                 with self._work.autocast():
                     hidden = forward(x)
             else:
                 hidden = self._work.loss_fn(forward, (x, self._batch[1]))
-            marks.append([start, clock.now()])
+            marks.append([start, clock.mark()])
             inputs.append(x)
             outputs.append(hidden)
         del hidden, x
         gradients: list[Tensor | None] = [None] * (last + 1) if computes == _BOTH else upstream
         for index in reversed(range(last + 1)):
-            output, x, start = outputs.pop(), inputs.pop(), clock.now()
+            output, x, start = outputs.pop(), inputs.pop(), clock.mark()
             output.backward(gradients[index])
-            marks[index] += [start, clock.now()]
+            marks[index] += [start, clock.mark()]
             if computes == _BOTH and index:
                 gradients[index - 1] = x.grad
         if computes == _BOTH:
             upstream[:] = gradients
         for p in self._network.parameters():
             p.requires_grad_(True)
-        clock.wait()
+        clock.wait(marks[0][-1])
         return [(clock.seconds(a, b), clock.seconds(c, d)) for a, b, c, d in marks]
 
     def _seconds(self, work: Callable[[], None]) -> float:
-        start = self._clock.now()
+        start = self._clock.mark()
         work()
-        end = self._clock.now()
-        self._clock.wait()
+        end = self._clock.mark()
+        self._clock.wait(end)
         return self._clock.seconds(start, end)
 
     def _perturb(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -10,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ssam_scale.clock import Clock, clock_of
 from ssam_scale.masks.static import whole
 
 from .batchnorm import frozen_statistics
@@ -21,24 +21,24 @@ from .sparse_sam import SparseSAM
 _COUNTED = ("ascent forward", "ascent backward")
 
 
-class _Stopwatch:
-    """Adds up the seconds of an ascent's phases, of the device's own work."""
+class _AscentTimer:
+    """Adds up the device's time in the phases of an ascent pass."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
-        self.seconds = 0.0
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._spans: list[tuple[Any, Any]] = []
 
     @contextmanager
     def __call__(self, phase: Phase) -> Iterator[None]:
-        start = self._now()
+        start = self._clock.mark()
         yield
         if phase in _COUNTED:
-            self.seconds += self._now() - start
+            self._spans.append((start, self._clock.mark()))
 
-    def _now(self) -> float:
-        if self._cuda:
-            torch.cuda.synchronize()
-        return time.perf_counter()
+    def seconds(self) -> float:
+        """So far; waits for the device."""
+        self._clock.wait(self._spans[-1][1])
+        return sum(self._clock.seconds(start, end) for start, end in self._spans)
 
 
 def ascent_seconds(opt: SparseSAM, loss_fn: LossFn, *batches: Any, repeats: int = 3) -> list[float]:
@@ -75,7 +75,7 @@ def ascent_seconds(opt: SparseSAM, loss_fn: LossFn, *batches: Any, repeats: int 
     ):
         for _ in range(1 + repeats):
             for cut, seconds in enumerate(measured):
-                watch = _Stopwatch(device)
+                timer = _AscentTimer(clock_of(device))
                 opt.zero_grad()
                 try:
                     suffix = [name for name, stage in layout.stages.items() if stage >= cut]
@@ -88,10 +88,10 @@ def ascent_seconds(opt: SparseSAM, loss_fn: LossFn, *batches: Any, repeats: int 
                         micro_batches=len(batches),
                         packs=sharding.packs,
                     )
-                    opt.passes(resolved, loss_fn, batches, None, watch).ascend()
+                    opt.passes(resolved, loss_fn, batches, None, timer).ascend()
                 finally:
                     opt.zero_grad()
-                seconds.append(watch.seconds)
+                seconds.append(timer.seconds())
     own = [min(seconds[1:]) for seconds in measured]
     first: list[float] = sharding.peers.tell(own)[0]
     return first

@@ -1,0 +1,51 @@
+"""Both ways of timing a device's work see all of it."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import pytest
+import torch
+
+from ssam_scale.clock import HostClock, clock_of, timed
+
+PAUSE_S = 0.02
+
+
+def test_on_the_host() -> None:
+    clock = clock_of(torch.device("cpu"))
+    assert isinstance(clock, HostClock)
+    with timed(torch.device("cpu")) as block:
+        start = clock.mark()
+        time.sleep(PAUSE_S)
+        end = clock.mark()
+        assert math.isnan(block.seconds)
+    assert clock.passed(end)
+    assert PAUSE_S <= clock.seconds(start, end) <= block.seconds
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_that_the_host_runs_ahead_of() -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    clock, matrix = clock_of(device), torch.randn(8192, 8192, device=device)
+
+    def work() -> None:
+        for _ in range(20):
+            torch.mm(matrix, matrix)
+
+    work()  # chooses its kernels
+    with timed(device) as block:
+        work()
+    started = time.perf_counter()
+    start = clock.mark()
+    work()
+    end = clock.mark()
+    launched = time.perf_counter() - started
+    assert not clock.passed(end)
+    clock.wait(end)
+    assert clock.passed(end)
+    assert launched < 0.5 * clock.seconds(start, end)
+    assert clock.seconds(start, end) == pytest.approx(block.seconds, rel=0.2)
+    clock.release([start, end])
+    assert clock.mark() in (start, end)
