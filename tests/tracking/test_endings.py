@@ -30,7 +30,7 @@ PROGRAM = """
 import ctypes, os, sys, threading, time
 from pathlib import Path
 from ssam_scale.config.schema import Config
-from ssam_scale.tracking import signals
+from ssam_scale.tracking import shutdown
 from ssam_scale.tracking.run import open_run
 
 config = Config.model_validate_json(Path(sys.argv[1]).read_text())
@@ -184,7 +184,7 @@ def test_sigkill_leaves_no_run_that_seems_to_be_running(train: Train) -> None:
 def test_a_main_thread_stuck_in_native_code_is_marked_all_the_same(train: Train) -> None:
     training = train(
         """
-        signals.STUCK_AFTER_S = 0.2
+        shutdown.STUCK_AFTER_S = 0.2
         ready(run)
         libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(256)
         libc.pthread_mutex_lock(mutex)
