@@ -19,14 +19,15 @@ from ssam_scale.errors import UserError
 from ssam_scale.tracking import watchdog
 from ssam_scale.tracking.environment import environment_tags, world_size
 from ssam_scale.tracking.layer_density import TABLE, LayerRecorder
-from ssam_scale.tracking.shutdown import Unwinding, lasting, leave_note, outcome, read_note
+from ssam_scale.tracking.shutdown import Unwinding, leave_note, outcome, read_note
 from ssam_scale.tracking.store import (
-    cut,
     experiment_id,
     flatten,
+    is_permanent,
     one_line,
     open_store,
-    plain,
+    plain_values,
+    shortened,
     text_artifact,
     without_password,
 )
@@ -231,7 +232,7 @@ class Run:
         if backend == "auto":
             backend = "single" if world == 1 else "ddp"
         tags = {"method": config.method, "backend": backend} | environment_tags() | self._extra_tags
-        tags = {key: cut(value, _TAG_CHARACTERS) for key, value in tags.items()}
+        tags = {key: shortened(value, _TAG_CHARACTERS) for key, value in tags.items()}
         known = self._resume(tags) if self._resume_run_id else None
         if known is None:
             if self._resume_run_id:
@@ -243,7 +244,7 @@ class Run:
         self._log_config(known or {})
         table = text_artifact(self._client, str(self.id), TABLE) if known is not None else None
         self._layers = LayerRecorder(self.log_artifact, table)
-        self._writer = MetricWriter(lambda metrics: self._client.log_batch(self.id, metrics=metrics), lasting)
+        self._writer = MetricWriter(lambda metrics: self._client.log_batch(self.id, metrics=metrics), is_permanent)
 
     def _resume(self, tags: dict[str, str]) -> dict[str, str] | None:
         """Reopen the run to be resumed; its parameters, or None if the store has no such run."""
@@ -271,13 +272,13 @@ class Run:
             if key not in known:
                 params.append(Param(key, value))
             elif known[key] != value:
-                changed.append(RunTag(f"changed.{key}", cut(value, _TAG_CHARACTERS)))
+                changed.append(RunTag(f"changed.{key}", shortened(value, _TAG_CHARACTERS)))
         for start in range(0, len(params), _PARAMS_AT_ONCE):
             self._client.log_batch(self.id, params=params[start : start + _PARAMS_AT_ONCE])
         for start in range(0, len(changed), _PARAMS_AT_ONCE):
             self._client.log_batch(self.id, tags=changed[start : start + _PARAMS_AT_ONCE])
         try:
-            self._client.log_text(self.id, yaml.safe_dump(plain(self._config), sort_keys=False), "config.yaml")
+            self._client.log_text(self.id, yaml.safe_dump(plain_values(self._config), sort_keys=False), "config.yaml")
         except Exception as error:
             uri = without_password(self._config.tracking.uri)
             raise UserError(f"tracking.uri {uri}: its artifacts cannot be written: {one_line(error)}") from error

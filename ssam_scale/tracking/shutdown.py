@@ -1,4 +1,9 @@
-"""Signals that end a process are turned into an exception, so that every `finally` on the way out runs."""
+"""How a run ends: signals unwind the process as exceptions, and all ranks agree on the reason of the one that failed.
+
+A signal that would end the process becomes the exception `Terminated`, so that every `finally` on the way out runs. The
+rank that tracks may only see the consequence of another rank's failure, a broken collective; the first to fail
+therefore leaves a note with its reason in the process group's store.
+"""
 
 from __future__ import annotations
 
@@ -13,77 +18,6 @@ from typing import Any
 
 from ssam_scale.errors import UserError
 from ssam_scale.tracking.store import one_line
-
-
-def outcome(error: BaseException | None) -> tuple[str, str]:
-    """MLflow's status of a run that ended with `error`, and why in one line."""
-    if error is None or (isinstance(error, SystemExit) and not error.code):
-        return "FINISHED", ""
-    if isinstance(error, Terminated):
-        return "KILLED", error.signal_name
-    if isinstance(error, KeyboardInterrupt):
-        return "KILLED", "SIGINT"
-    if isinstance(error, UserError):
-        return "FAILED", one_line(error)
-    return "FAILED", f"{type(error).__name__}: {one_line(error)}"
-
-
-def lasting(error: Exception) -> bool:
-    """Whether sending again is useless: the request itself is refused, rather than the store being away."""
-    status = getattr(error, "get_http_status_code", lambda: 503)()
-    return 400 <= status < 500 and status not in (408, 429)
-
-
-_KEY = "ssam_scale/tracking/outcome"
-
-# A store whose host is gone may block for its own timeout of minutes; nobody waits that long for a note.
-_PATIENCE_S = 2.0
-
-
-def leave_note(status: str, line: str) -> None:
-    """Record `status` and its reason, unless another rank already has. Never raises; does nothing on one process."""
-
-    def write(store: Any) -> None:
-        store.compare_set(_KEY, "", json.dumps({"status": status, "line": f"rank {_rank()}: {line}"}))
-
-    _with_store(write)
-
-
-def read_note() -> tuple[str, str] | None:
-    """Status and reason that another rank left, or None. Never raises."""
-    found: list[tuple[str, str]] = []
-
-    def read(store: Any) -> None:
-        if store.check([_KEY]):
-            note = json.loads(store.get(_KEY))
-            found.append((str(note["status"]), str(note["line"])))
-
-    _with_store(read)
-    return found[0] if found else None
-
-
-def _with_store(action: Any) -> None:
-    # Never import torch for this: where it is not loaded there is no process group.
-    dist = sys.modules.get("torch.distributed")
-    if dist is None or not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
-        return
-
-    def attempt() -> None:
-        # Any error means that the store is gone with its process; there is then nobody to tell.
-        try:
-            action(dist.distributed_c10d._get_default_store())
-        except Exception:
-            return
-
-    thread = threading.Thread(target=attempt, name="peers", daemon=True)
-    thread.start()
-    thread.join(_PATIENCE_S)
-
-
-def _rank() -> int:
-    dist = sys.modules["torch.distributed"]
-    return int(dist.get_rank())
-
 
 # SIGHUP comes when the terminal of an interactive run closes; `nohup` sets it to be ignored, which is respected.
 ENDING = (signal.SIGTERM, signal.SIGHUP)
@@ -108,7 +42,7 @@ class Unwinding:
 
     Args:
         on_stuck: called from another thread with the signal's name when the main thread has not left the `with`
-            STUCK_AFTER_S after the signal. A main thread that waits in a collective for a peer that is gone never gets
+            STUCK_AFTER_S after the signal. A main thread that waits in a collective for a rank that is gone never gets
             to run a handler; without this a killed run would look as if it still ran.
     """
 
@@ -172,3 +106,63 @@ class Unwinding:
                     self._on_stuck(signal.Signals(ending[0]).name)
         finally:
             os.close(read_end)
+
+
+def outcome(error: BaseException | None) -> tuple[str, str]:
+    """MLflow's status of a run that ended with `error` (FINISHED, FAILED or KILLED), and why in one line."""
+    if error is None or (isinstance(error, SystemExit) and not error.code):
+        return "FINISHED", ""
+    if isinstance(error, Terminated):
+        return "KILLED", error.signal_name
+    if isinstance(error, KeyboardInterrupt):
+        return "KILLED", "SIGINT"
+    if isinstance(error, UserError):
+        return "FAILED", one_line(error)
+    return "FAILED", f"{type(error).__name__}: {one_line(error)}"
+
+
+_NOTE = "ssam_scale/tracking/outcome"  # its key in the process group's store
+
+# A store whose host is gone may block for its own timeout of minutes; nobody waits that long for a note.
+_NOTE_WITHIN_S = 2.0
+
+
+def leave_note(status: str, line: str) -> None:
+    """Tell the other ranks how this one ended, unless one already has. Never raises; does nothing on one process."""
+
+    def write(store: Any, rank: int) -> None:
+        store.compare_set(_NOTE, "", json.dumps({"status": status, "line": f"rank {rank}: {line}"}))
+
+    _with_store(write)
+
+
+def read_note() -> tuple[str, str] | None:
+    """Status and reason of the first rank that left a note, or None. Never raises."""
+    found: list[tuple[str, str]] = []
+
+    def read(store: Any, rank: int) -> None:
+        if store.check([_NOTE]):
+            note = json.loads(store.get(_NOTE))
+            found.append((str(note["status"]), str(note["line"])))
+
+    _with_store(read)
+    return found[0] if found else None
+
+
+def _with_store(action: Callable[[Any, int], None]) -> None:
+    """`action` with the store of the default process group and this process's rank, where there is a group."""
+    # Never import torch for this: where it is not loaded there is no process group.
+    dist = sys.modules.get("torch.distributed")
+    if dist is None or not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+
+    def attempt() -> None:
+        # Any error means that the store is gone with its process; there is then nobody to tell.
+        try:
+            action(dist.distributed_c10d._get_default_store(), int(dist.get_rank()))
+        except Exception:
+            return
+
+    thread = threading.Thread(target=attempt, name="note", daemon=True)
+    thread.start()
+    thread.join(_NOTE_WITHIN_S)

@@ -33,18 +33,18 @@ def flatten(config: Config) -> dict[str, str]:
         else:
             flat[prefix] = value if isinstance(value, str) else json.dumps(value)
 
-    visit("", plain(config))
-    return {key: cut(value, _CHARACTERS) for key, value in flat.items()}
+    visit("", plain_values(config))
+    return {key: shortened(value, _CHARACTERS) for key, value in flat.items()}
 
 
-def plain(config: Config) -> dict[str, Any]:
+def plain_values(config: Config) -> dict[str, Any]:
     """The configuration in plain values, without the password of its tracking URI."""
     values = config.model_dump(mode="json")
     values["tracking"]["uri"] = without_password(values["tracking"]["uri"])
     return values
 
 
-def cut(text: str, length: int) -> str:
+def shortened(text: str, length: int) -> str:
     """`text` in at most `length` characters."""
     return text if len(text) <= length else text[: length - 1] + "…"
 
@@ -121,6 +121,12 @@ def one_line(error: object) -> str:
     """First line of an error's message, of bearable length."""
     text = str(error).strip().splitlines()
     return text[0][:500] if text else type(error).__name__
+
+
+def is_permanent(error: Exception) -> bool:
+    """Whether repeating a request is useless: it is refused for what it is, rather than the store being away."""
+    status = getattr(error, "get_http_status_code", lambda: 503)()
+    return 400 <= status < 500 and status not in (408, 429)
 
 
 def without_password(uri: str) -> str:

@@ -1,4 +1,4 @@
-"""Work for the tracking store that can wait, on a thread of its own that takes next to none of the time."""
+"""Background threads of tracking: metrics are sent, tables and pictures made, while training goes on."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ _LONGEST_PAUSE_S = 30.0
 
 
 class MetricWriter:
-    """Sends metrics in the order given, many in one request. What a store refuses for now is sent again later.
+    """Sends metrics in the order given, many in one request, and retries while the store does not answer.
 
     MLflow's own asynchronous logging starts twenty threads, may reorder, and drops what fails.
 
     Args:
         send: hands a list of at most 1000 metrics to the store; may raise.
-        lasting: whether an error of `send` would only repeat itself; such metrics are dropped with a warning.
+        is_permanent: whether retrying after an error of `send` is useless; such metrics are dropped with a warning.
     """
 
-    def __init__(self, send: Callable[[list[Any]], None], lasting: Callable[[Exception], bool]) -> None:
-        self._send, self._lasting = send, lasting
+    def __init__(self, send: Callable[[list[Any]], None], is_permanent: Callable[[Exception], bool]) -> None:
+        self._send, self._is_permanent = send, is_permanent
         self._queue: deque[Any] = deque()
         self._changed = threading.Condition()
         self._closing = False
-        self._dead_line = float("inf")
+        self._deadline = float("inf")
         self._thread = threading.Thread(target=self._run, name="tracking", daemon=True)
         self._thread.start()
 
@@ -47,7 +47,7 @@ class MetricWriter:
         """Send what is left for at most `timeout` seconds; returns how many metrics could not be sent."""
         with self._changed:
             self._closing = True
-            self._dead_line = time.monotonic() + timeout
+            self._deadline = time.monotonic() + timeout
             self._changed.notify()
         self._thread.join(timeout)
         with self._changed:
@@ -67,10 +67,10 @@ class MetricWriter:
                 self._send(batch)
                 pause = 0.0
             except Exception as error:
-                if not self._lasting(error):
+                if not self._is_permanent(error):
                     if not pause:
                         _log.warning("tracking store does not answer, metrics wait: %s", one_line(error))
-                    if time.monotonic() > self._dead_line:
+                    if time.monotonic() > self._deadline:
                         return
                     pause = min(max(1.0, 2 * pause), _LONGEST_PAUSE_S)
                     if self._closing:
@@ -82,12 +82,12 @@ class MetricWriter:
                     self._queue.popleft()
 
 
-# Of all the time. Such work is Python's, during which the training's Python waits.
+# CPU time of background tasks over wall-clock time. They hold the interpreter's lock, for which training waits.
 _SHARE = 0.004
 
 
 class Background:
-    """Runs the newest task of each kind as often as can be afforded: it pauses 250 times as long as a task computed.
+    """Runs the newest task of each kind, rarely enough to take 0.4% of the time: it pauses 250 times a task's CPU time.
 
     Args:
         costs: of each kind, the CPU seconds that the first task is expected to take.

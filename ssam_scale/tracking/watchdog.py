@@ -1,7 +1,9 @@
 """Marks a run KILLED when its process vanished without a word: SIGKILL, out of memory.
 
-Started as a process of its own with `python watch.py TRACKING_URI RUN_ID PROCESS PARENT_PID`; the tracking process ends
-it when it has marked the run itself. Run as a file, not as a module, so that waiting costs neither torch nor MLflow.
+A process of its own that waits for its parent to end: `python watchdog.py TRACKING_URI RUN_ID PROCESS PARENT_PID`. The
+tracking process ends it when it has marked the run itself. Run as a file, not as a module, so that waiting costs
+neither torch nor MLflow. A heartbeat instead would have every run write to the store all the time, and would need a
+reader that judges it: MLflow's own pages do not, and would go on showing the run as running.
 """
 
 from __future__ import annotations
