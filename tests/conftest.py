@@ -1,7 +1,9 @@
-"""What holds for every test."""
+"""What holds for every test: threads, which GPUs are seen, which tiers run."""
+
+from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+import sys
 
 # The networks here are too small to gain from a second thread, and waiting threads take the cores from other processes.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -14,9 +16,32 @@ from hypothesis import settings
 settings.register_profile("ssam_scale", deadline=None)
 settings.load_profile("ssam_scale")
 
+from tests.support import gpus
 
-def pytest_collection_modifyitems(items: Iterable[pytest.Item]) -> None:
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide the GPUs before any test module could look for them."""
+    if not gpus.selects_gpu_tests_only(config.option.markexpr):
+        gpus.hide_gpus()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where none is seen; leave out the tests that only `-m exhaustive` asks for."""
+    missing = "needs a CUDA device"
+    if gpus.are_hidden():
+        missing = "GPUs are hidden from a run with other tests in it; run these by themselves: pytest -m gpu"
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+                item.add_marker(pytest.mark.skip(reason=missing))
+    if "exhaustive" not in config.option.markexpr:
+        left_out = [item for item in items if item.get_closest_marker("exhaustive")]
+        items[:] = [item for item in items if not item.get_closest_marker("exhaustive")]
+        config.hook.pytest_deselected(items=left_out)
+
+
+def pytest_sessionfinish() -> None:
+    """End the ranks that served all tests, where a test has started some."""
+    if ranks := sys.modules.get("tests.support.ranks"):
+        ranks.end_pools()

@@ -1,69 +1,195 @@
-"""Real processes joined by gloo: the harness of everything that must hold on N ranks."""
+"""Real processes joined by gloo: the harness of everything that must hold on N ranks.
+
+The ranks are started once for each number of them and then serve one test after another, because starting processes,
+joining them and what DeepSpeed does first takes longer than most of what they are for. After an exception, all ranks of
+a number are ended, and the next test gets new ones. What a test changes in a rank must be as before when it ends:
+`_reset` puts back what is cheap to, and `_left_changed` looks for patches of our own modules that a test has left.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import io
+import multiprocessing
 import os
-import tempfile
+import pickle
+import random
+import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.multiprocessing as mp
 
 from ssam_scale.sharding import World, join_world
 from tests.support.processes import free_port
 
-# Importing takes longer than much of what the processes do.
+# Importing takes longer than much of what the processes do. Ranks are forks of one process that has imported these; it
+# has not looked for a GPU, and finds none (tests.support.gpus), so that it may be forked.
 _PRELOAD = [
     "torch._dynamo",
     "torch.distributed.checkpoint.state_dict",
-    "ssam_scale.models",
+    "torch.distributed.fsdp",
+    "ssam_scale.models.timm_model",  # and with it timm
     "ssam_scale.perturbation",
     "ssam_scale.sharding.zero",
 ]
-
-
-def _start_method() -> str:
-    """Processes are forks of one that has imported what they need, or, where there is a GPU, start afresh.
-
-    A process that might have touched a GPU's driver must not be forked.
-    """
-    if torch.cuda.is_available():
-        return "spawn"
-    mp.set_forkserver_preload(_PRELOAD)
-    return "forkserver"
-
-
-def _entry(rank: int, function: Callable[..., Any], size: int, port: int, folder: str, args: tuple[Any, ...]) -> None:
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(size),
-        "LOCAL_WORLD_SIZE": str(size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    torch.set_num_threads(1)
-    try:
-        with join_world() as world:
-            result = function(world, *args)
-            torch.save(result, Path(folder) / f"{rank}.pt")
-            del result
-    except BaseException:
-        traceback.print_exc()
-        raise
+# How long the other ranks may take to say what they think of one rank's failure.
+_PATIENCE_S = 5.0
 
 
 def run_ranks(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-    """`function(world, *args)` on `size` new processes; their results (tensors in plain containers), by rank."""
-    with tempfile.TemporaryDirectory() as folder:
-        given = (function, size, free_port(), folder, args)
-        mp.start_processes(_entry, given, nprocs=size, start_method=_start_method())
-        return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(size)]
+    """`function(world, *args)` on each of `size` ranks; their results (tensors in plain containers), by rank.
+
+    Args:
+        size: how many processes.
+        function: of a module, so that a rank can import it.
+        args: can be pickled.
+
+    Raises:
+        RankError: on some rank it raised.
+    """
+    if size not in _POOLS:
+        _POOLS[size] = _Pool(size)
+    try:
+        return _POOLS[size](function, args)
+    except BaseException:
+        _POOLS.pop(size).kill()
+        raise
 
 
 def alone(function: Callable[..., Any], *args: Any) -> Any:
     """`function(world, *args)` in this process, without any process group."""
     return function(World(), *args)
+
+
+def end_pools() -> None:
+    """End all ranks."""
+    while _POOLS:
+        _POOLS.popitem()[1].close()
+
+
+class RankError(Exception):
+    """What happened on the ranks that failed."""
+
+
+class _Pool:
+    """So many ranks, which wait for something to do."""
+
+    def __init__(self, size: int) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(_PRELOAD)
+        port = free_port()
+        self._connections: list[Connection] = []
+        self._processes = []
+        for rank in range(size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, size, port, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self._connections.append(ours)
+            self._processes.append(process)
+
+    def __call__(self, function: Callable[..., Any], args: tuple[Any, ...]) -> list[Any]:
+        job = pickle.dumps((function, args))
+        for connection in self._connections:
+            connection.send_bytes(job)
+        results: dict[int, Any] = {}
+        failures: dict[int, str] = {}
+        waiting: dict[Any, int] = {connection: rank for rank, connection in enumerate(self._connections)}
+        while waiting and (ready := wait(list(waiting), _PATIENCE_S if failures else None)):
+            for connection in ready:
+                rank = waiting.pop(connection)
+                try:
+                    failed, said = connection.recv()
+                except EOFError:
+                    self._processes[rank].join(_PATIENCE_S)
+                    failed, said = True, f"ended with exit code {self._processes[rank].exitcode}"
+                if failed:
+                    failures[rank] = said
+                else:
+                    results[rank] = torch.load(io.BytesIO(said))
+        if failures:
+            size = len(self._connections)
+            raise RankError("\n".join(f"rank {rank} of {size}: {failures[rank]}" for rank in sorted(failures)))
+        return [results[rank] for rank in range(len(results))]
+
+    def close(self) -> None:
+        for connection in self._connections:
+            connection.close()
+        for process in self._processes:
+            process.join(_PATIENCE_S)
+        self.kill()
+
+    def kill(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.join()
+
+
+_POOLS: dict[int, _Pool] = {}
+
+
+def _serve(rank: int, size: int, port: int, connection: Connection) -> None:
+    """What a rank does: one job after another until nobody can send any more, or one fails."""
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in place.items()}}
+    try:
+        with join_world() as world:
+            while True:
+                try:
+                    job = connection.recv_bytes()
+                except EOFError:
+                    return
+                function, args = pickle.loads(job)
+                before = _constants()
+                with _reset():
+                    result = io.BytesIO()
+                    torch.save(function(world, *args), result)
+                # gloo may abort the process at exit while wrappers of a group are alive.
+                gc.collect()
+                if changed := _left_changed(before):
+                    raise AssertionError(f"{function.__qualname__} leaves {', '.join(changed)} changed")
+                connection.send((False, result.getvalue()))
+    except BaseException:
+        with contextlib.suppress(OSError):
+            connection.send((True, traceback.format_exc()))
+        # Without a word to the other ranks, which may wait in a collective, and end with this one's pool.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
+
+
+@contextlib.contextmanager
+def _reset() -> Iterator[None]:
+    """The same start for every job: random numbers, threads, environment; nothing compiled."""
+    environment, folder, dtype = dict(os.environ), Path.cwd(), torch.get_default_dtype()
+    random.seed(0)
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    yield
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    torch.set_default_dtype(dtype)
+    torch._dynamo.reset()
+
+
+def _constants() -> Mapping[tuple[str, str], Any]:
+    """What our modules and their classes hold, by place. Not what is None, which is to be filled in at first use."""
+    found = {}
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] == "ssam_scale":
+            for key, value in list(vars(module).items()):
+                found[name, key] = value
+                if isinstance(value, type) and value.__module__ == name:
+                    found |= {(f"{name}.{key}", attribute): own for attribute, own in vars(value).items()}
+    return {place: value for place, value in found.items() if value is not None}
+
+
+def _left_changed(before: Mapping[tuple[str, str], Any]) -> list[str]:
+    now = _constants()
+    return [".".join(place) for place, value in before.items() if now.get(place) is not value]

@@ -1,0 +1,137 @@
+"""The harness of the tests: what they see of GPUs, ranks that serve many tests, tiers."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from ssam_scale.sharding import World, ddp
+from tests.support.gpus import selects_gpu_tests_only
+from tests.support.processes import run
+from tests.support.ranks import RankError, run_ranks
+
+SAY = "import os; print(repr(os.environ['CUDA_VISIBLE_DEVICES']))"
+
+
+@pytest.mark.parametrize(
+    ("expression", "only"),
+    [
+        ("gpu", True),
+        ("gpu and not slow", True),
+        ("gpu and (slow or exhaustive)", True),
+        ("", False),
+        ("not slow", False),
+        ("not gpu", False),
+        ("gpu or exhaustive", False),
+        ("slow", False),
+    ],
+)
+def test_gpus_are_seen_where_no_other_test_could_run(expression: str, only: bool) -> None:
+    assert selects_gpu_tests_only(expression) == only
+
+
+def test_a_child_sees_no_gpu_whatever_its_parent_lets_it_see() -> None:
+    """DeepSpeed's launcher lets every process see one GPU each, as here."""
+    for seen in ({}, {"CUDA_VISIBLE_DEVICES": "0,1"}):
+        done = subprocess.run(
+            [sys.executable, "-c", SAY], env={**os.environ, **seen}, capture_output=True, text=True, check=True
+        )
+        assert done.stdout == "''\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "launcher",
+    [["torchrun", "--standalone", "--nproc_per_node=2"], ["deepspeed", "--num_gpus=2"]],
+    ids=lambda words: words[0],
+)
+def test_no_process_of_a_launcher_sees_a_gpu(launcher: list[str], tmp_path: Path) -> None:
+    (tmp_path / "say.py").write_text(SAY)
+    program = Path(sys.executable).parent / launcher[0]
+    done = run([program, *launcher[1:], tmp_path / "say.py"], cwd=tmp_path)
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.splitlines().count("''") == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("expression", "seen"), [("gpu", "7"), ("gpu or slow", "")])
+def test_what_a_run_of_pytest_sees(expression: str, seen: str, tmp_path: Path) -> None:
+    tests = Path(__file__).parent
+    file = tmp_path / "test_it.py"
+    file.write_text(
+        "import os, pytest\n@pytest.mark.gpu\n@pytest.mark.slow\ndef test_it(): pass\n"
+        f"assert os.environ['CUDA_VISIBLE_DEVICES'] == {seen!r}\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "tests.conftest"]
+    visible = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    visible |= {"CUDA_VISIBLE_DEVICES": "7", "PYTHONPATH": str(tests.parent)}
+    done = subprocess.run(
+        [*command, f"--rootdir={tests.parent}", f"-c={tests.parent / 'pyproject.toml'}", "-m", expression, str(file)],
+        env=visible,
+        capture_output=True,
+        text=True,
+    )
+    reason = "needs a CUDA device" if seen else "run these by themselves: pytest -m gpu"
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert reason in done.stdout
+
+
+def pid(world: World) -> tuple[int, str, bool]:
+    return os.getpid(), os.environ["CUDA_VISIBLE_DEVICES"], torch.cuda.is_available()
+
+
+def breaks(world: World, rank: int) -> None:
+    if world.rank == rank:
+        raise ValueError("on purpose")
+    dist.barrier()
+
+
+def exits(world: World) -> None:
+    if world.rank == 1:
+        os._exit(7)
+
+
+def patches(world: World) -> None:
+    ddp._BUCKET_BYTES += 1
+
+
+def draws(world: World) -> torch.Tensor:
+    os.environ["LEFT_BY_A_TEST"] = "1"
+    torch.set_default_dtype(torch.float64)
+    return torch.rand(3)
+
+
+def is_clean(world: World) -> bool:
+    return "LEFT_BY_A_TEST" not in os.environ and torch.get_default_dtype() == torch.float32
+
+
+def test_ranks_stay_see_no_gpu_and_start_each_job_alike() -> None:
+    first = run_ranks(2, pid)
+    assert len({process for process, *_ in first}) == 2
+    assert [seen for _, *seen in first] == [["", False]] * 2
+    assert torch.equal(run_ranks(2, draws)[0], run_ranks(2, draws)[1])
+    assert run_ranks(2, is_clean) == [True, True]
+    assert run_ranks(2, pid) == first
+
+
+@pytest.mark.parametrize(
+    ("function", "args", "message"),
+    [
+        (breaks, (1,), "rank 1 of 2: Traceback.*ValueError: on purpose"),
+        (exits, (), "rank 1 of 2: ended with exit code 7"),
+        (patches, (), "patches leaves ssam_scale.sharding.ddp._BUCKET_BYTES changed"),
+    ],
+)
+def test_a_failure_on_a_rank_is_told_and_the_next_job_gets_new_ranks(function: Any, args: Any, message: str) -> None:
+    before = run_ranks(2, pid)
+    with pytest.raises(RankError, match=f"(?s){message}"):
+        run_ranks(2, function, *args)
+    after = run_ranks(2, pid)
+    assert not {process for process, *_ in before} & {process for process, *_ in after}
