@@ -12,11 +12,11 @@ import pytest
 import torch
 from hypothesis import settings
 
+from tests.support import gpus
+
 # No test depends on a wall-clock time: an example may be the one that compiles.
 settings.register_profile("ssam_scale", deadline=None)
 settings.load_profile("ssam_scale")
-
-from tests.support import gpus
 
 
 def pytest_configure(config: pytest.Config) -> None:
