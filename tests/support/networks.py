@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssam_scale.models import staged
-from ssam_scale.perturbation import StagedModel
+from ssam_scale.perturbation import Stage, StagedModel
 
 IMAGE, CLASSES = 32, 10
 
@@ -36,6 +37,66 @@ def small_network(family: str, seed: int = 0, **kwargs: Any) -> StagedModel:
             **kwargs,
         )
     return staged(model)
+
+
+def small_resnext() -> StagedModel:
+    """Convolutions in groups, of which no rows can be computed alone, between others, of which they can."""
+    import timm
+
+    torch.manual_seed(0)
+    network = timm.create_model(
+        "resnext50_32x4d",
+        layers=(1, 1, 1, 1),
+        channels=(8, 8, 16, 16),
+        cardinality=4,
+        base_width=32,
+        zero_init_last=False,
+        num_classes=CLASSES,
+        stem_width=8,
+    )
+    # Without dead units: a row of a gradient is zero only where it has not been computed.
+    for name, module in list(network.named_modules()):
+        if isinstance(module, nn.ReLU):
+            parent = network.get_submodule(name.rpartition(".")[0])
+            setattr(parent, name.rpartition(".")[2], nn.Tanh())
+    return staged(network)
+
+
+class TiedNetwork(nn.Module):
+    """Its first and its last layer share a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(3 * IMAGE * IMAGE, 16)
+        self.blocks = nn.ModuleList(nn.Linear(16, 16, bias=False) for _ in range(3))
+        self.last = nn.Linear(16, 16, bias=False)
+        self.head = nn.Linear(16, CLASSES)
+        self.last.weight = self.blocks[0].weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.first(x.flatten(1)))
+        for block in self.blocks:
+            x = torch.tanh(block(x))
+        return self.head(torch.tanh(self.last(x)))
+
+
+def tied_network() -> StagedModel:
+    torch.manual_seed(0)
+    network = TiedNetwork()
+
+    def first(x: Tensor) -> Tensor:
+        return torch.tanh(network.first(x.flatten(1)))
+
+    def last(x: Tensor) -> Tensor:
+        return network.head(torch.tanh(network.last(x)))
+
+    def block(index: int) -> Callable[[Tensor], Tensor]:
+        return lambda x: torch.tanh(network.blocks[index](x))
+
+    blocks = [Stage(f"blocks.{i}", network.blocks[i], block(i)) for i in range(3)]
+    return StagedModel(
+        network, [Stage("first", network.first, first), *blocks, Stage("last", network.last, last, ("head",))]
+    )
 
 
 def freeze_batchnorm(model: nn.Module) -> nn.Module:
