@@ -184,7 +184,7 @@ ALONE = [
 def test_one_rank_that_raises_alone_ends_the_job_with_the_weights_at_w_everywhere(
     backend: str, where: str, tmp_path: Path
 ) -> None:
-    command = [sys.executable, "-m", "tests.perturbation.test_failures", backend, where, str(tmp_path)]
+    command = [sys.executable, "-m", "tests.sharding.test_failures", backend, where, str(tmp_path)]
     shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     logs = [tmp_path / f"{rank}.log" for rank in range(2)]
     with ExitStack() as stack:

@@ -35,7 +35,7 @@ _PRELOAD = [
     "torch.distributed.fsdp",
     "ssam_scale.models.timm_model",  # and with it timm
     "ssam_scale.perturbation",
-    "ssam_scale.sharding.zero",
+    "ssam_scale.sharding.zero.stage3",
 ]
 # How long the other ranks may take to say what they think of one rank's failure.
 _PATIENCE_S = 5.0
