@@ -48,7 +48,7 @@ class CosineRadius:
 
 
 @dataclass(frozen=True)
-class TiedRadius:
+class LRRadius:
     """ρ follows each group's learning rate: as in GSAM (arXiv 2203.08065, section 5) the two fall together.
 
     Attributes:
@@ -69,7 +69,7 @@ class TiedRadius:
         """
         if "initial_lr" not in group:
             raise ValueError(
-                "TiedRadius needs the group's `initial_lr`, which a learning-rate scheduler notes: build the scheduler "
+                "LRRadius needs the group's `initial_lr`, which a learning-rate scheduler notes: build the scheduler "
                 "before the first step"
             )
         return self.final + (1.0 - self.final) * float(group["lr"]) / float(group["initial_lr"])
