@@ -20,17 +20,8 @@ from ssam_scale.errors import UserError
 from ssam_scale.masks import RunInfo, build_mask
 from ssam_scale.models import build_model, stages_of
 from ssam_scale.models.ema import AveragedWeights
-from ssam_scale.perturbation import (
-    ConstantRadius,
-    CosineRadius,
-    Interval,
-    LRRadius,
-    Phases,
-    RadiusSchedule,
-    Savings,
-    SparseSAM,
-    Window,
-)
+from ssam_scale.perturbation import Phases, Savings, SparseSAM
+from ssam_scale.perturbation.schedules import build_schedule
 from ssam_scale.sharding import World
 from ssam_scale.sharding.place import place
 
@@ -180,20 +171,7 @@ def perturbation_options(config: Config, steps_per_epoch: int) -> dict[str, Any]
     section: Perturbation | None = config.perturbation
     if section is None:
         return {"rho": 0.0, "mask": None}
-    schedule: RadiusSchedule = ConstantRadius()
-    steps = config.train.epochs * steps_per_epoch
-    run = RunInfo(config.train.seed, steps, steps_per_epoch)
-    if section.rho_schedule == "cosine":
-        schedule = CosineRadius(steps, section.rho_final)
-    elif section.rho_schedule == "lr":
-        schedule = LRRadius(section.rho_final)
-    first, last = (round(share * steps) for share in section.window)
-    if first == last:
-        raise UserError(f"perturbation.window {list(section.window)} holds none of the run's {steps} steps")
-    if section.interval > 1:
-        schedule = Interval(section.interval, schedule, section.reuse)
-    if (first, last) != (0, steps):
-        schedule = Window(first, last, schedule)
+    run = RunInfo(config.train.seed, config.train.epochs * steps_per_epoch, steps_per_epoch)
     return {
         "rho": section.rho,
         "norm": section.norm,
@@ -202,7 +180,7 @@ def perturbation_options(config: Config, steps_per_epoch: int) -> dict[str, Any]
         "calibrate_every": section.calibrate_every,
         "fraction": section.fraction,
         "savings": Savings(**section.savings.model_dump()),
-        "schedule": schedule,
+        "schedule": build_schedule(section, run.steps),
     }
 
 
