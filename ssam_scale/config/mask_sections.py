@@ -11,7 +11,7 @@ from .section import Section, Share
 
 Score: TypeAlias = Literal["fisher", "gradient", "accumulated", "weight", "random"]
 Sparsity: TypeAlias = Annotated[float, Field(ge=0.0, lt=1.0)]
-OfSamples: TypeAlias = Literal["fisher", "gradient"]
+SampleScore: TypeAlias = Literal["fisher", "gradient"]
 
 
 class DynamicChoice(Section):
@@ -71,7 +71,7 @@ class RefreshedMask(Section):
         return ()
 
     @property
-    def by_samples(self) -> tuple[OfSamples, ...]:
+    def by_samples(self) -> tuple[SampleScore, ...]:
         """Those of its scores that are computed from samples."""
         return tuple(s for s in self.scores if s == "fisher" or s == "gradient")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,7 @@ from ssam_scale.masks import (
     Plan,
     Refreshed,
     Rows,
-    Score,
     ScoreBased,
-    Scores,
     Subset,
     pack,
     popcount,
@@ -27,7 +25,7 @@ from ssam_scale.masks import (
 from ssam_scale.sharding import Sharding
 
 from .loss import LossFn
-from .scores import AccumulatedFisher, per_sample_scores, random_scores, weight_scores
+from .scores import AccumulatedFisher, ScoreRequest, compute_scores
 
 
 class MaskState:
@@ -107,37 +105,20 @@ class MaskState:
         mask = self._mask
         if not isinstance(mask, Refreshed):
             raise TypeError(f"a {type(mask).__name__} mask is not chosen by scores: there is nothing to refresh")
-        names = list(layout.shapes)
-        parameters = [self._parameters[name] for name in names]
-        seed = mask.seed * 2**32 + step
-        wanted = mask.wanted()
-        scores: dict[Score, list[Tensor]] = {}
-        by_sample: list[Literal["fisher", "gradient"]] = [k for k in wanted if k == "fisher" or k == "gradient"]
-        if by_sample:
-            if loss_fn is None:
-                raise ValueError(f"{by_sample[0]} scores need a loss function and batches of samples")
-            of_samples = per_sample_scores(
-                self._sharding,
-                optimizer,
-                parameters,
-                loss_fn,
-                batches,
-                kinds=by_sample,
-                samples=samples,
-                scale=scale,
-                seed=seed,
-            )
-            scores.update(of_samples.items())
-        if "weight" in wanted:
-            scores["weight"] = weight_scores(self._sharding, parameters)
-        if "random" in wanted:
-            scores["random"] = random_scores(self._sharding, parameters, seed)
-        if "accumulated" in wanted:
-            assert self.accumulated is not None
-            everything = dict(zip(self._parameters, self.accumulated.scores, strict=True))
-            scores["accumulated"] = [everything[name] for name in names]
-        by_name: dict[Score, Scores] = {k: dict(zip(names, s, strict=True)) for k, s in scores.items()}
-        mask.refresh(layout, by_name, self._sharding.shard_group, step)
+        accumulated = [] if self.accumulated is None else self.accumulated.scores
+        request = ScoreRequest(
+            mask.wanted(),
+            self._sharding,
+            optimizer,
+            {name: self._parameters[name] for name in layout.shapes},
+            mask.seed * 2**32 + step,
+            dict(zip(self._parameters, accumulated, strict=False)),
+            loss_fn,
+            batches,
+            samples,
+            scale,
+        )
+        mask.refresh(layout, compute_scores(request), self._sharding.shard_group, step)
         self._expose(mask)
 
     def _expose(self, mask: Refreshed) -> None:

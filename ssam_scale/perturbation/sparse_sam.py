@@ -305,7 +305,7 @@ class SparseSAM(OptimizerWrapper):
 
     @torch.no_grad()
     def refresh(self, loss_fn: LossFn | None = None, *batches: Any, samples: int | None = None) -> None:
-        """Choose the weights anew, by the scores that the mask wants (`masks.Score`). Collective.
+        """Choose the weights anew, by the scores that it is chosen by. Collective.
 
         Args:
             loss_fn: mean loss of a batch, given the forward to use; called with batches of one sample.
