@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ssam_scale import AnnealedCut, Depth, DepthByCost, SparseSAM, ascent_seconds
 from ssam_scale.bench.networks import Setting
-from ssam_scale.masks import from_blocks
+from ssam_scale.masks import suffix_sums
 from ssam_scale.tracking.environment import hardware_tags
 
 FOLDER = Path("/usr/share/datasets/fashion-mnist")
@@ -67,7 +67,7 @@ def measured(model: str, steps: int) -> tuple[list[float], list[float]]:
     opt.mask.seconds = seconds = ascent_seconds(opt, loss_fn, (pixels[:BATCH], labels[:BATCH]), repeats=REPEATS)
     opt.refresh(loss_fn, (pixels[:SAMPLES], labels[:SAMPLES]))
     assert opt.mask.masses is not None
-    masses = from_blocks(opt.mask.masses)
+    masses = suffix_sums(opt.mask.masses)
     return seconds, [m / masses[0] for m in masses]
 
 

@@ -24,6 +24,7 @@ FLOORS = [
     "sharding",
     "config",
 ]
+APART = {"masks": "sharding"}  # masks see a group of processes, and not how weights are distributed over them
 OWNERS = {"mlflow": "tracking", "matplotlib": "tracking", "ffcv": "data", "deepspeed": "sharding"}
 MODULES = sorted(ROOT.rglob("*.py"))
 TESTS = Path(__file__).parent
@@ -56,6 +57,7 @@ def test_imports_go_downwards_and_stay_in_their_house(path: Path) -> None:
         assert OWNERS.get(top, floor) == floor, f"{path} imports {top}, which only {OWNERS[top]}/ may"
         if top == "ssam_scale" and rest and rest[0] in FLOORS and floor in FLOORS:
             assert FLOORS.index(rest[0]) >= FLOORS.index(floor), f"{path} imports upwards: {name}"
+            assert rest[0] != APART.get(floor), f"{path} imports {name}: {floor}/ knows nothing of {rest[0]}/"
 
 
 @pytest.mark.parametrize("path", TEST_MODULES, ids=lambda p: str(p.relative_to(TESTS)))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ssam_scale.masks import Bits, Chosen, Dense, Mask, Rows, Scored
+from ssam_scale.masks import BitMask, Dense, Mask, Rows, ScoreBased, Scored
 from ssam_scale.perturbation import SparseSAM
 
 from .mask_selection import tensor_sizes
@@ -69,7 +69,7 @@ def _measure(rank: int, size: int, device: torch.device, total: int) -> list[dic
 def _ready(parameters: nn.ParameterList, mask: Mask) -> SparseSAM:
     """With a mask chosen and an ascent gradient."""
     opt = SparseSAM(parameters, torch.optim.SGD(parameters, lr=0.1), mask=mask)
-    if isinstance(mask, Chosen):
+    if isinstance(mask, ScoreBased):
         opt.refresh()
     for p in parameters:
         p.grad = torch.ones_like(p)
@@ -84,7 +84,7 @@ def _perturb(opt: SparseSAM) -> None:
 def _kept_bytes(opt: SparseSAM) -> int:
     kept: list[Tensor] = []
     for part in opt.plan.weights.values():
-        if isinstance(part, Bits):
+        if isinstance(part, BitMask):
             kept.append(part.packed)
         elif isinstance(part, Rows):
             kept += [part.keep, part.rows]

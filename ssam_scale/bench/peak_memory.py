@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssam_scale.masks import Bits, Rows
+from ssam_scale.masks import BitMask, Rows
 
 from .networks import Setting
 from .processes import on_ranks
@@ -88,7 +88,7 @@ def _kept_bytes(running: Running) -> int:
     state: Iterable[Any] = itertools.chain.from_iterable(s.values() for s in running.optimizer.state.values())
     kept = [*running.network.parameters(), *running.network.buffers(), *state, *running.batch]
     for part in running.opt.plan.weights.values() if running.opt is not None else ():
-        if isinstance(part, Bits):
+        if isinstance(part, BitMask):
             kept.append(part.packed)
         elif isinstance(part, Rows):
             kept += [part.keep, part.rows]

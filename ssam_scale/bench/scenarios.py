@@ -16,7 +16,7 @@ from ssam_scale.costs.compute import StepShape
 from ssam_scale.costs.profile import Batch
 from ssam_scale.costs.workload import shape_of, weights_of
 from ssam_scale.errors import UserError
-from ssam_scale.masks import Chosen, Dense, Depth, Mask, Norms, Scored
+from ssam_scale.masks import Dense, Depth, Mask, Norms, ScoreBased, Scored
 from ssam_scale.masks.top_scores import Pattern
 from ssam_scale.perturbation import Interval, Savings, SparseSAM, StagedModel
 
@@ -182,7 +182,7 @@ def sparse_sam(model: nn.Module, base: torch.optim.Optimizer, way: Way) -> Spars
     rho = _RHO if mask is not None else 0.0
     schedule = Interval(way.interval) if way.interval > 1 else None
     opt = SparseSAM(model, base, rho=rho, mask=mask, fraction=way.fraction, schedule=schedule, savings=way.savings)
-    if isinstance(mask, Chosen):
+    if isinstance(mask, ScoreBased):
         opt.refresh()  # at random, which needs no samples
     return opt
 

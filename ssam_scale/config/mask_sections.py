@@ -11,7 +11,7 @@ from .section import Section, Share
 
 Score: TypeAlias = Literal["fisher", "gradient", "accumulated", "weight", "random"]
 Sparsity: TypeAlias = Annotated[float, Field(ge=0.0, lt=1.0)]
-OfSamples: TypeAlias = Literal["fisher", "gradient"]
+SampleScore: TypeAlias = Literal["fisher", "gradient"]
 
 
 class DynamicChoice(Section):
@@ -71,7 +71,7 @@ class RefreshedMask(Section):
         return ()
 
     @property
-    def by_samples(self) -> tuple[OfSamples, ...]:
+    def by_samples(self) -> tuple[SampleScore, ...]:
         """Those of its scores that are computed from samples."""
         return tuple(s for s in self.scores if s == "fisher" or s == "gradient")
 
@@ -115,8 +115,8 @@ class ChosenMask(RefreshedMask, _ByAnyScore):
         return self
 
 
-class _WithinBudget(ChosenMask):
-    """Masks that have a sparsity of their own."""
+class BudgetedMask(ChosenMask):
+    """What the masks have in common whose sparsity is a choice."""
 
     sparsity: Sparsity = Field(0.5, description="share of the weights that is not perturbed")
     sparsity_final: Sparsity | None = Field(
@@ -124,7 +124,7 @@ class _WithinBudget(ChosenMask):
     )
 
     @model_validator(mode="after")
-    def _moving(self) -> _WithinBudget:
+    def _moving(self) -> BudgetedMask:
         if self.sparsity_final is not None and not self.is_refreshed:
             raise ValueError("sparsity_final: takes refreshes to get there; give refresh_epochs or refresh_steps")
         return self
@@ -136,7 +136,7 @@ _ALLOCATION = (
 )
 
 
-class ElementMask(_WithinBudget, _Drifting):
+class ElementMask(BudgetedMask, _Drifting):
     """Single weights: those that score highest, or a choice that drifts."""
 
     pattern: Literal["element"] = Field(description="single weights")
@@ -170,17 +170,23 @@ class _ByScore(ChosenMask):
     score: Score = Field("fisher", description=_SCORE)
 
 
-class RowMask(_ByScore, _WithinBudget):
+class RowMask(_ByScore, BudgetedMask):
     """Output channels: slices of a weight along its first dimension."""
 
     pattern: Literal["row"] = Field(description="output channels, by their mean score")
     allocation: Allocation = Field("global", description=_ALLOCATION)
 
 
-class UnitMask(_ByScore, _WithinBudget):
-    """Whole tensors or whole blocks."""
+class TensorMask(_ByScore, BudgetedMask):
+    """Whole tensors."""
 
-    pattern: Literal["tensor", "block"] = Field(description="whole tensors or whole blocks, by their mean score")
+    pattern: Literal["tensor"] = Field(description="whole tensors, by their mean score")
+
+
+class BlockMask(_ByScore, BudgetedMask):
+    """Whole blocks of the network."""
+
+    pattern: Literal["block"] = Field(description="all weights of whole blocks, by their mean score")
 
 
 class NMMask(_ByScore):
@@ -307,5 +313,6 @@ class NamedMask(Section):
 
 
 Mask: TypeAlias = Annotated[
-    ElementMask | RowMask | UnitMask | NMMask | DepthMask | NormMask | NamedMask, Field(discriminator="pattern")
+    ElementMask | RowMask | TensorMask | BlockMask | NMMask | DepthMask | NormMask | NamedMask,
+    Field(discriminator="pattern"),
 ]

@@ -6,8 +6,9 @@ resolved values.
 
 from __future__ import annotations
 
+import pkgutil
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from pydantic import Field, field_validator, model_validator
 
@@ -106,12 +107,22 @@ class Savings(Section):
     )
 
 
+# The names of the files, which are not imported: a new schedule is one file.
+_SCHEDULES = [m.name for m in pkgutil.iter_modules([str(Path(__file__).parents[1] / "perturbation/schedules/radius")])]
+if TYPE_CHECKING:
+    RhoSchedule: TypeAlias = str
+else:
+    RhoSchedule = Literal[tuple(_SCHEDULES)]
+
+
 class Perturbation(Section):
     """The ascent step of SAM: how far, and which weights."""
 
     rho: float = Field(gt=0.0, description="radius of the perturbation")
-    rho_schedule: Literal["constant", "cosine", "lr"] = Field(
-        "constant", description="rho over the run: constant, along half a cosine, or in step with the learning rate"
+    rho_schedule: RhoSchedule = Field(
+        "constant",
+        description="rho over the run: constant; cosine: along half of one; lr: in step with the learning rate; and "
+        "what else `ssam-scale list schedules` shows",
     )
     rho_final: float = Field(0.0, ge=0.0, description="share of rho at the cosine's end, or where the rate is 0")
     norm: Literal["dense", "masked", "calibrated"] = Field(
@@ -156,7 +167,8 @@ class Perturbation(Section):
                 "calibrated for the same length"
             )
         if self.rho_final and self.rho_schedule == "constant":
-            raise ValueError(f"rho_final {self.rho_final} needs a rho_schedule, cosine or lr; constant has no end")
+            moving = " or ".join(name for name in _SCHEDULES if name != "constant")
+            raise ValueError(f"rho_final {self.rho_final} needs a rho_schedule, {moving}; constant has no end")
         if self.reuse and self.interval == 1:
             raise ValueError(
                 f"reuse {self.reuse} needs an interval above 1: with an ascent in each step none is between"

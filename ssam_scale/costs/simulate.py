@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ssam_scale.masks import Bits, Layout, Part, Plan, Rows, pack, unpack
+from ssam_scale.masks import BitMask, Layout, Plan, Rows, Subset, pack, unpack
 from ssam_scale.perturbation import SparseSAM
 from ssam_scale.sharding import World, leave_process_group
 
@@ -109,11 +109,11 @@ class Presumed:
         return self._mine
 
 
-def _slice(part: Part, start: int, length: int) -> Part:
+def _slice(part: Subset, start: int, length: int) -> Subset:
     if isinstance(part, Rows):
         return Rows(part.keep, part.size, start, length, torch.device("cpu"))
-    assert isinstance(part, Bits)
-    return Bits(pack(unpack(part.packed)[start : start + length]), length)
+    assert isinstance(part, BitMask)
+    return BitMask(pack(unpack(part.packed)[start : start + length]), length)
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ def rehearse(opt: SparseSAM, loss_fn: Callable[..., Tensor], *batches: tuple[Ten
         dict(traffic.bytes),
         sum(p.nbytes for p in (*held, *stepped)),
         sum(_local(t).nbytes for t in states if t.ndim),
-        sum(part.packed.nbytes for part in parts if isinstance(part, Bits)),
+        sum(part.packed.nbytes for part in parts if isinstance(part, BitMask)),
     )
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ssam_scale.masks import Bits, Plan, Rows, unpack
+from ssam_scale.masks import BitMask, Plan, Rows, unpack
 from ssam_scale.perturbation import ResolvedStep, StagedModel
 
 from .compute import StepShape
@@ -79,12 +79,12 @@ class Ascent:
     @property
     def partly(self) -> bool:
         """Whether single elements or rows of parameters are perturbed, whose ε is a copy."""
-        return self.resolved.plan.takes_parts
+        return self.resolved.plan.perturbs_subsets
 
     @property
     def singly(self) -> bool:
         """Whether single elements are, which takes a bit for each."""
-        return any(isinstance(part, Bits) for part in self.resolved.plan.weights.values())
+        return any(isinstance(part, BitMask) for part in self.resolved.plan.weights.values())
 
     def perturbed_between(self, name: str, bounds: tuple[int, ...]) -> Sequence[int]:
         """How many elements of a perturbed parameter are to be sent from between each two neighbouring positions."""
@@ -129,7 +129,7 @@ def ascent_of(resolved: ResolvedStep, weights: Weights, depth: int, *, share: fl
         share: of all steps that are of this kind.
         reuses: steps after this one that go by what it brought (LookSAM).
     """
-    packed = resolved.packed and resolved.plan.takes_parts
+    packed = resolved.packed and resolved.plan.perturbs_subsets
     shape = shape_of(resolved, weights, depth)
     return Ascent(share, resolved, shape, _between(resolved.plan) if packed else None, reuses)
 
@@ -159,8 +159,8 @@ def _between(plan: Plan) -> Between:
         part = plan.weights[name]
         if part is None:
             return None
-        assert isinstance(part, (Bits, Rows))
-        flags = unpack(part.packed) if isinstance(part, Bits) else part.keep.repeat_interleave(part.size)
+        assert isinstance(part, (BitMask, Rows))
+        flags = unpack(part.packed) if isinstance(part, BitMask) else part.keep.repeat_interleave(part.size)
         return torch.cat([torch.zeros(1, dtype=torch.int64), flags.cumsum(0).cpu()])
 
     @functools.cache

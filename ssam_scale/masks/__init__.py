@@ -1,20 +1,24 @@
-"""Which weights are perturbed."""
+"""Masks: which weights each step perturbs. One file for each pattern; `registry` has them all by name."""
 
-from .depth import AnnealedCut, Depth, DepthByCost, from_blocks
+from .dense import Dense
+from .depth import AnnealedCut, Depth, DepthByCost, suffix_sums
 from .dynamic import Dynamic
+from .named import Named
 from .nm import NM
+from .norm import Norms
 from .plan import Layout, Mask, Plan
-from .score_based import Annealed, Chosen, Refreshed, Score, Scores
-from .static import Dense, Named, Norms
-from .subset import Bits, Part, Rows, add_, compacted, pack, popcount, put_, taken, unpack
+from .registry import MASKS, RunInfo, build_mask, register_mask
+from .score_based import Annealed, Refreshed, Score, ScoreBased, Scores
+from .shard_group import ShardGroup
+from .subset import BitMask, Rows, Subset, compact_, masked_add_, masked_scatter_, masked_select, pack, popcount, unpack
 from .top_scores import Scored
 
 __all__ = [
+    "MASKS",
     "NM",
     "Annealed",
     "AnnealedCut",
-    "Bits",
-    "Chosen",
+    "BitMask",
     "Dense",
     "Depth",
     "DepthByCost",
@@ -23,19 +27,24 @@ __all__ = [
     "Mask",
     "Named",
     "Norms",
-    "Part",
     "Plan",
     "Refreshed",
     "Rows",
+    "RunInfo",
     "Score",
+    "ScoreBased",
     "Scored",
     "Scores",
-    "add_",
-    "compacted",
-    "from_blocks",
+    "ShardGroup",
+    "Subset",
+    "build_mask",
+    "compact_",
+    "masked_add_",
+    "masked_scatter_",
+    "masked_select",
     "pack",
     "popcount",
-    "put_",
-    "taken",
+    "register_mask",
+    "suffix_sums",
     "unpack",
 ]

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from ssam_scale.anneal import along_half_cosine
-from ssam_scale.sharding import ProcessGroup
+from ssam_scale.config.mask_sections import DepthMask
 
-from .plan import Layout, Plan
+from .plan import Layout, Mask, Plan
+from .registry import RunInfo, register_mask
 from .score_based import Refreshed, Score, Scores, check_finite
 from .selection import unit_means
-from .static import whole
+from .shard_group import ShardGroup
 
 Range: TypeAlias = tuple[float, float]
 
@@ -89,7 +90,7 @@ class Depth:
         """The suffix of this step's cut."""
         likely = {cut: p for cut, p in enumerate(self.probabilities(layout.depth, step)) if p > 0.0}
         [cut] = random.Random(f"cut {self.seed} {step}").choices(list(likely), list(likely.values()))
-        plan = whole(layout, (name for name in layout.shapes if layout.stages[name] >= cut))
+        plan = Plan.of_parameters(layout, (name for name in layout.shapes if layout.stages[name] >= cut))
         return replace(plan, cut=cut, may_cut=self._deepest(layout.depth) > 0)
 
     def _deepest(self, depth: int) -> int:
@@ -118,7 +119,7 @@ class DepthByCost(Refreshed, Depth):
     Args:
         cut: as of `Depth`.
         seconds: T(c) of the cut at each block, in any unit. From the times of blocks, these are the sums from each
-            block on (`from_blocks`); `ascent_seconds` measures whole ascents. None: set the attribute before the first
+            block on (`suffix_sums`); `ascent_seconds` measures whole ascents. None: set the attribute before the first
             refresh.
         every: steps between two refreshes; None: only the first one.
         seed: of the draws.
@@ -191,18 +192,18 @@ class DepthByCost(Refreshed, Depth):
             raise RuntimeError("the mask has no times yet: set mask.seconds = ascent_seconds(opt, loss_fn, batch)")
         if self.masses is None:
             raise RuntimeError("the mask has no scores yet: call SparseSAM.refresh(loss_fn, batch) before a step")
-        worth = by_worth(from_blocks(self.masses), self._seconds, self.cuts(depth, step))
+        worth = probabilities_by_cost(suffix_sums(self.masses), self._seconds, self.cuts(depth, step))
         if worth is None:  # a range that moves to where nothing has any mass
             return super().probabilities(depth, step)
         return worth
 
-    def select(self, layout: Layout, scores: Mapping[Score, Scores], sharding: ProcessGroup, step: int) -> None:
+    def refresh(self, layout: Layout, scores: Mapping[Score, Scores], group: ShardGroup, step: int) -> None:
         """See `Refreshed`."""
         fisher = scores["fisher"]
-        check_finite("fisher", fisher, sharding)
+        check_finite("fisher", fisher, group)
         numels = [layout.numels[name] for name in fisher]
         starts = [layout.starts.get(name, 0) for name in fisher]
-        means = unit_means(list(fisher.values()), starts, numels, numels, sharding)
+        means = unit_means(list(fisher.values()), starts, numels, numels, group)
         masses = [0.0] * layout.depth
         for name, mean, numel in zip(fisher, means, numels, strict=True):
             masses[layout.stages[name]] += float(mean.sum()) * numel
@@ -244,18 +245,43 @@ class DepthByCost(Refreshed, Depth):
         self.chosen_at = chosen_at
 
 
-def from_blocks(values: Sequence[float]) -> list[float]:
+def suffix_sums(values: Sequence[float]) -> list[float]:
     """Of each block, the sum of the values of it and of all blocks behind it."""
     return list(accumulate(reversed(values)))[::-1]
 
 
-def by_worth(masses: Sequence[float], seconds: Sequence[float], cuts: range) -> list[float] | None:
-    """Probabilities proportional to masses[c] / seconds[c] within `cuts`, 0 elsewhere; None where there is no mass."""
-    worth = [m / t if cut in cuts else 0.0 for cut, (m, t) in enumerate(zip(masses, seconds, strict=True))]
-    total = math.fsum(worth)
-    return [w / total for w in worth] if total else None
+def probabilities_by_cost(masses: Sequence[float], seconds: Sequence[float], cuts: range) -> list[float] | None:
+    """Probabilities proportional to masses[c] / seconds[c] within `cuts`, 0 elsewhere; None where there is no mass.
+
+    Args:
+        masses: of the weights behind the cut at each block, at least 0.
+        seconds: time of an ascent with the cut at each block, above 0.
+        cuts: those that may be drawn.
+    """
+    # Mantissas and exponents apart: the quotient of a tiny mass would underflow, and count as no mass at all.
+    quotients = {}
+    for cut in cuts:
+        mass, time = math.frexp(masses[cut]), math.frexp(seconds[cut])
+        if mass[0]:
+            quotients[cut] = mass[0] / time[0], mass[1] - time[1]
+    if not quotients:
+        return None
+    largest = max(exponent for _, exponent in quotients.values())
+    scaled = {cut: math.ldexp(quotient, exponent - largest) for cut, (quotient, exponent) in quotients.items()}
+    total = math.fsum(scaled.values())
+    return [scaled.get(cut, 0.0) / total for cut in range(len(masses))]
 
 
 def _check_range(cut: Range) -> None:
     if not 0.0 <= cut[0] <= cut[1] <= 1.0:
         raise ValueError(f"cut is {cut}; two shares in [0, 1], the smaller first, are needed")
+
+
+@register_mask(DepthMask, "all weights from a block (the cut) on; the prefix before it runs once for both passes")
+def build(section: DepthMask, run: RunInfo) -> Mask:
+    """The mask of its section: a cut at one depth, or one that is drawn anew at each step."""
+    if section.draw == "cost":
+        return DepthByCost(section.cut, every=run.steps_between_refreshes(section), seed=run.seed)
+    if section.cut_final is not None:
+        return Depth(AnnealedCut(section.cut, section.cut_final, run.steps), seed=run.seed)
+    return Depth(section.cut, seed=run.seed)

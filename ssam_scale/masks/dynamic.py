@@ -8,15 +8,17 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ssam_scale.sharding import ProcessGroup
+from ssam_scale.config.mask_sections import DynamicChoice, ElementMask
 
 from .plan import Layout
-from .score_based import Chosen, Score, Scores, Sparsity, check_sparsity, sparsity_at
+from .registry import RunInfo
+from .score_based import Score, ScoreBased, Scores, Sparsity, annealed_sparsity, check_sparsity, sparsity_at
 from .selection import top_k
-from .subset import Bits, Part, pack
+from .shard_group import ShardGroup
+from .subset import BitMask, Subset, pack
 
 
-class Dynamic(Chosen):
+class Dynamic(ScoreBased):
     """Single weights: a random choice of int(N(1 − sparsity)) of N that drifts.
 
     With L weights live, a refresh at step t drops all but the int(L(1 − d(1 + cos(π t / steps)) / 2)) of highest `drop`
@@ -68,13 +70,13 @@ class Dynamic(Chosen):
         return ("random",) if self.selected is None else self.kinds
 
     def choose(
-        self, layout: Layout, scores: Mapping[Score, Scores], sharding: ProcessGroup, step: int
-    ) -> Mapping[str, Part | None]:
-        """See `Chosen`."""
+        self, layout: Layout, scores: Mapping[Score, Scores], group: ShardGroup, step: int
+    ) -> Mapping[str, Subset | None]:
+        """See `ScoreBased`."""
         budget = int(layout.total * (1.0 - sparsity_at(self.sparsity, step)))
         names = list(next(iter(scores.values())))
         if self.selected is None:
-            chosen = top_k(list(scores["random"].values()), [budget], sharding)
+            chosen = top_k(list(scores["random"].values()), [budget], group)
         else:
             live = [self._live(name, s) for name, s in scores[self.drop].items()]
             dead = [
@@ -82,11 +84,11 @@ class Dynamic(Chosen):
                 for bits, s in zip(live, scores[self.drop].values(), strict=True)
             ]
             kept = self._kept(layout.total, budget, step)
-            keep = top_k(list(scores[self.drop].values()), [kept], sharding, candidates=live)
-            grown = top_k(list(scores[self.grow].values()), [budget - kept], sharding, candidates=dead)
+            keep = top_k(list(scores[self.drop].values()), [kept], group, candidates=live)
+            grown = top_k(list(scores[self.grow].values()), [budget - kept], group, candidates=dead)
             chosen = [one | other for one, other in zip(keep, grown, strict=True)]
         shards = next(iter(scores.values()))
-        return {name: Bits(bits, shards[name].numel()) for name, bits in zip(names, chosen, strict=True)}
+        return {name: BitMask(bits, shards[name].numel()) for name, bits in zip(names, chosen, strict=True)}
 
     def _kept(self, total: int, budget: int, step: int) -> int:
         """How many of those that are live stay."""
@@ -104,5 +106,18 @@ class Dynamic(Chosen):
         part = self.selected.weights[name]
         if part is None:
             return pack(torch.ones_like(scores, dtype=torch.bool))
-        assert isinstance(part, Bits)
+        assert isinstance(part, BitMask)
         return part.packed
+
+
+def dynamic_mask(section: ElementMask, how: DynamicChoice, run: RunInfo) -> Dynamic:
+    """The mask of a section of pattern `element` that has a section `dynamic`."""
+    return Dynamic(
+        annealed_sparsity(section, run),
+        steps=run.steps,
+        drop_rate=how.drop_rate,
+        drop=how.drop,
+        grow=how.grow,
+        every=run.steps_between_refreshes(section),
+        seed=run.seed,
+    )

@@ -10,17 +10,19 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from ssam_scale.sharding import ProcessGroup
+from ssam_scale.config.mask_sections import NMMask
 
-from .plan import Layout
-from .score_based import Chosen, Score, Scores, check_one_of
-from .subset import Bits, Part, pack
+from .plan import Layout, Mask
+from .registry import RunInfo, register_mask
+from .score_based import Score, ScoreBased, Scores, check_one_of
+from .shard_group import ShardGroup
+from .subset import BitMask, Subset, pack
 
 _CHUNK = 1 << 20  # weights that are sorted at a time
 Choice: TypeAlias = Literal["perturbed", "unperturbed"]
 
 
-class NM(Chosen):
+class NM(ScoreBased):
     """The `n` highest scores of each `m` consecutive input features (channels) of linear layers and convolutions.
 
     For a convolution the groups run over the channels at one place of the kernel, which is the order in which sparse
@@ -35,7 +37,7 @@ class NM(Chosen):
             papers' code, or not.
         indivisible: what becomes of weights whose number of input features is not a multiple of m, such as the first
             convolution of three colours; `refused` is an error that names them.
-        every: steps between two choices; None: once.
+        every: steps between two refreshes; None: chosen once.
         seed: of random scores.
 
     Raises:
@@ -85,9 +87,9 @@ class NM(Chosen):
             )
 
     def choose(
-        self, layout: Layout, scores: Mapping[Score, Scores], sharding: ProcessGroup, step: int
-    ) -> Mapping[str, Part | None]:
-        """See `Chosen`."""
+        self, layout: Layout, scores: Mapping[Score, Scores], group: ShardGroup, step: int
+    ) -> Mapping[str, Subset | None]:
+        """See `ScoreBased`."""
         [given] = scores.values()
         grouped = [
             _Groups(layout.starts.get(name, 0), layout.numels[name], math.prod(layout.shapes[name][2:]), self.n, self.m)
@@ -95,11 +97,11 @@ class NM(Chosen):
             if self._fits(layout, name)
         ]
         names = [name for name in given if self._fits(layout, name)]
-        masks = dict(zip(names, _choose(grouped, [given[name] for name in names], sharding), strict=True))
-        result: dict[str, Part | None] = {}
+        masks = dict(zip(names, _choose(grouped, [given[name] for name in names], group), strict=True))
+        result: dict[str, Subset | None] = {}
         for name, local in given.items():
             if name in masks:
-                result[name] = Bits(pack(masks[name]), local.numel())
+                result[name] = BitMask(pack(masks[name]), local.numel())
             elif (self.indivisible if name in layout.contracted else self.others) == "perturbed":
                 result[name] = None
         return result
@@ -141,12 +143,12 @@ class _Groups:
         return result
 
 
-def _choose(groups: list[_Groups], scores: list[Tensor], sharding: ProcessGroup) -> list[Tensor]:
+def _choose(groups: list[_Groups], scores: list[Tensor], group: ShardGroup) -> list[Tensor]:
     """Booleans for each local score. Blocks that two processes share are shown to both."""
     if not groups:
         return []
     device = scores[0].device
-    shared = _shared_blocks(groups, scores, sharding, device)
+    shared = _shared_blocks(groups, scores, group, device)
     # One all-reduce of the shared blocks of all parameters, in which each process fills in what it has.
     lengths = [len(blocks) * g.block for g, blocks in zip(groups, shared, strict=True)]
     meeting = torch.zeros(sum(lengths), device=device)
@@ -155,8 +157,8 @@ def _choose(groups: list[_Groups], scores: list[Tensor], sharding: ProcessGroup)
             first, last, inside = _overlap(g, block, s.numel())
             if first < last:
                 buffer[inside : inside + last - first] = s.reshape(-1)[first:last]
-    if sharding.size > 1:
-        meeting = sharding.all_reduce(meeting)
+    if group.size > 1:
+        meeting = group.all_reduce(meeting)
     result = []
     for g, s, blocks, seen in zip(groups, scores, shared, meeting.split(lengths), strict=True):
         flat = s.reshape(-1)
@@ -173,15 +175,15 @@ def _choose(groups: list[_Groups], scores: list[Tensor], sharding: ProcessGroup)
 
 
 def _shared_blocks(
-    groups: list[_Groups], scores: list[Tensor], sharding: ProcessGroup, device: torch.device
+    groups: list[_Groups], scores: list[Tensor], group: ShardGroup, device: torch.device
 ) -> list[list[int]]:
     """Of each parameter, the blocks that a shard begins within; the same on every process."""
-    if sharding.size == 1:
+    if group.size == 1:
         return [[] for _ in groups]
-    starts = torch.zeros(sharding.size, len(groups), dtype=torch.int64, device=device)
+    starts = torch.zeros(group.size, len(groups), dtype=torch.int64, device=device)
     mine = [g.start if s.numel() else 0 for g, s in zip(groups, scores, strict=True)]
-    starts[sharding.rank] = torch.tensor(mine, device=device)
-    everyones = sharding.all_reduce(starts).T.tolist()
+    starts[group.rank] = torch.tensor(mine, device=device)
+    everyones = group.all_reduce(starts).T.tolist()
     return [
         sorted({start // g.block for start in column if start % g.block})
         for g, column in zip(groups, everyones, strict=True)
@@ -193,3 +195,17 @@ def _overlap(g: _Groups, block: int, length: int) -> tuple[int, int, int]:
     begin = block * g.block - g.start
     first = min(max(begin, 0), length)
     return first, min(max(begin + g.block, 0), length), first - begin
+
+
+@register_mask(NMMask, "n of every m consecutive input features (channels), by score", "arXiv 2306.17504")
+def build(section: NMMask, run: RunInfo) -> Mask:
+    """The mask of its section."""
+    return NM(
+        section.n,
+        section.m,
+        score=section.score,
+        others=section.others,
+        indivisible=section.indivisible,
+        every=run.steps_between_refreshes(section),
+        seed=run.seed,
+    )

@@ -1,24 +1,24 @@
-"""What a mask is, for the step: which weights one step perturbs, and from which block on."""
+"""What a mask is: a `Mask` looks at a `Layout` of weights and says what a step perturbs of them, a `Plan`."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
 
-from .subset import Part
+from .subset import Subset
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The weights that a mask chooses from, in the model's order.
+    """Names, shapes and blocks of the weights that a mask chooses from, in the model's order.
 
     Attributes:
         shapes: of each parameter over all processes, by name.
         stages: index of the first block that uses each parameter, by name.
-        depth: number of blocks; 1 for a model that cannot be cut.
+        depth: number of blocks; 1 for a model that is not in stages and so cannot be cut.
         starts: row-major position of the first element of this process's shard in each parameter; 0 if not given.
         contracted: names of the weights of linear layers and convolutions, whose second dimension is summed over.
         norms: names of the parameters of normalization layers.
@@ -42,32 +42,40 @@ class Layout:
         return sum(self.numels.values())
 
     def only(self, names: Collection[str]) -> Layout:
-        """The layout of a part of the parameters."""
+        """The layout of these parameters alone."""
         shapes = {name: shape for name, shape in self.shapes.items() if name in names}
         return Layout(shapes, self.stages, self.depth, self.starts, self.contracted, self.norms)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What one step perturbs.
+    """Which weights one step perturbs.
 
     Attributes:
-        cut: index of the first perturbed block; the blocks before it run once and serve both passes.
-        weights: what is perturbed of each parameter's local shard, by name; None: all of it. What is not named is not
-            perturbed anywhere and needs no ascent gradient.
+        cut: index of the first perturbed block; the blocks before it (the prefix) run once and serve both passes.
+        weights: which elements of each parameter's local shard, by name; None: all of them. A parameter that is not
+            named is perturbed on no process and needs no ascent gradient.
         counts: how many weights of each parameter in `weights` are perturbed, over all processes.
         may_cut: whether `cut` is above 0 here or may be in another step.
     """
 
     cut: int
-    weights: Mapping[str, Part | None]
+    weights: Mapping[str, Subset | None]
     counts: Mapping[str, int]
     may_cut: bool = False
 
+    @classmethod
+    def of_parameters(cls, layout: Layout, names: Iterable[str]) -> Plan:
+        """The plan that perturbs the parameters `names`, in full and in the order of `layout`."""
+        wanted = set(names)
+        counts = {name: numel for name, numel in layout.numels.items() if name in wanted}
+        cut = first_block(layout, counts)
+        return cls(cut, dict.fromkeys(counts), counts, may_cut=cut > 0)
+
     @property
-    def takes_parts(self) -> bool:
-        """Whether it perturbs single weights or rows of a parameter, and not only whole ones."""
-        return any(part is not None for part in self.weights.values())
+    def perturbs_subsets(self) -> bool:
+        """Whether it perturbs single weights or rows of some parameter, and not only parameters in full."""
+        return any(subset is not None for subset in self.weights.values())
 
     @property
     def perturbed(self) -> int:
@@ -75,15 +83,20 @@ class Plan:
         return sum(self.counts.values())
 
 
+def first_block(layout: Layout, names: Iterable[str]) -> int:
+    """The index of the first block that uses one of the parameters `names`; 0 without any."""
+    return min((layout.stages[name] for name in names), default=0)
+
+
 class Mask(Protocol):
-    """A source of plans."""
+    """Says which weights each step perturbs."""
 
     def check(self, layout: Layout) -> None:
-        """Look at the weights that the mask is going to choose from.
+        """Refuse weights that the mask cannot choose from.
 
         Raises:
-            ValueError: it cannot.
+            ValueError: these are such.
         """
 
     def plan(self, layout: Layout, step: int) -> Plan:
-        """What step number `step` (from 0) perturbs; the same on every process and every time it is asked."""
+        """What step number `step` (from 0) perturbs: the same on every process and every time it is asked."""

@@ -1,4 +1,4 @@
-"""What masks have in common that are chosen by scores, and chosen anew when they are refreshed."""
+"""Masks that are chosen by scores: when one is refreshed, what it needs for that, and which plan it makes of it."""
 
 from __future__ import annotations
 
@@ -10,23 +10,13 @@ import torch
 from torch import Tensor
 
 from ssam_scale.anneal import along_half_cosine
-from ssam_scale.sharding import ProcessGroup
+from ssam_scale.config.mask_sections import BudgetedMask, Score
 
-from .plan import Layout, Plan
-from .static import first_block
-from .subset import Bits, Part, Rows, popcount
+from .plan import Layout, Plan, first_block
+from .registry import RunInfo
+from .shard_group import ShardGroup
+from .subset import BitMask, Rows, Subset, popcount
 
-Score: TypeAlias = Literal["fisher", "gradient", "accumulated", "weight", "random"]
-"""What a mask is chosen by:
-
-| score | of a weight | needs samples |
-|---|---|---|
-| `fisher` | sum over samples of its squared gradient (arXiv 2210.05177, equation 9) | yes |
-| `gradient` | magnitude of its gradient, summed over samples | yes |
-| `accumulated` | running mean of its squared descent gradient, noted in every step | no |
-| `weight` | its magnitude | no |
-| `random` | a draw from the mask's seed and the number of the step | no |
-"""
 Scores: TypeAlias = Mapping[str, Tensor]
 """Local float32 scores of every parameter, shaped like its shard, by name and in the model's order."""
 
@@ -53,6 +43,13 @@ class Annealed:
 Sparsity: TypeAlias = float | Annealed
 
 
+def annealed_sparsity(section: BudgetedMask, run: RunInfo) -> Sparsity:
+    """The sparsity that a section of the configuration says: the same in the whole run, or one that is annealed."""
+    if section.sparsity_final is None:
+        return section.sparsity
+    return Annealed(section.sparsity, section.sparsity_final, run.steps)
+
+
 def sparsity_at(sparsity: Sparsity, step: int) -> float:
     """The sparsity of a mask that is chosen at `step`."""
     return sparsity(step) if isinstance(sparsity, Annealed) else sparsity
@@ -71,11 +68,11 @@ def check_sparsity(sparsity: Sparsity) -> None:
 
 
 class Refreshed:
-    """A mask that scores decide about: made by them when it is refreshed, and kept until the next refresh.
+    """A mask that is computed from scores when it is refreshed, and stays what it is until the next refresh.
 
     Args:
         kinds: every score that a refresh may ever need.
-        every: steps between two refreshes; None: make it once and keep it, unless told otherwise.
+        every: steps between two refreshes; None: one before the first step, and then only when told to.
         seed: of random scores.
 
     Attributes:
@@ -106,16 +103,16 @@ class Refreshed:
         return self.every is not None and step % self.every == 0 and step != self.chosen_at
 
     def wanted(self) -> Sequence[Score]:
-        """The scores that the next refresh needs. Until something has accumulated, it is made at random instead."""
+        """The scores that the next refresh needs. The first is at random where there is nothing accumulated yet."""
         return ("random",) if self.chosen_at < 0 and "accumulated" in self.kinds else self.kinds
 
-    def select(self, layout: Layout, scores: Mapping[Score, Scores], sharding: ProcessGroup, step: int) -> None:
-        """Refresh before step number `step`. Collective.
+    def refresh(self, layout: Layout, scores: Mapping[Score, Scores], group: ShardGroup, step: int) -> None:
+        """Compute the mask anew, before step number `step`. Collective.
 
         Args:
             layout: the weights to choose from.
             scores: what `wanted` named.
-            sharding: over whom they are spread.
+            group: the processes that they are sharded over.
             step: number of the next step.
 
         Raises:
@@ -125,17 +122,17 @@ class Refreshed:
         raise NotImplementedError
 
 
-class Chosen(Refreshed):
-    """A mask whose plan is the last choice that was made by scores.
+class ScoreBased(Refreshed):
+    """A mask whose plan is that of the last refresh, in which `choose` picked weights by their scores.
 
     Args:
-        kinds: every score that a choice may ever need.
-        every: steps between two choices; None: choose once and keep it, unless told otherwise.
+        kinds: every score that a refresh may ever need.
+        every: steps between two refreshes; None: one before the first step, and then only when told to.
         seed: of random scores.
 
     Attributes:
-        selected: the plan of the last choice; None before the first.
-        turnover: share of its weights that the choice before did not have; not a number for the first.
+        selected: the plan of the last refresh; None before the first.
+        turnover: share of its perturbed weights that the refresh before had not chosen; NaN for the first.
 
     Raises:
         ValueError: `every` is not positive.
@@ -147,10 +144,10 @@ class Chosen(Refreshed):
         self.turnover = math.nan
 
     def check(self, layout: Layout) -> None:
-        """Look at the weights that the mask is going to choose from."""
+        """Any weights will do."""
 
     def plan(self, layout: Layout, step: int) -> Plan:
-        """The last choice.
+        """That of the last refresh.
 
         Raises:
             RuntimeError: there was none yet.
@@ -162,82 +159,87 @@ class Chosen(Refreshed):
         return self.selected
 
     def choose(
-        self, layout: Layout, scores: Mapping[Score, Scores], sharding: ProcessGroup, step: int
-    ) -> Mapping[str, Part | None]:
-        """The parts to perturb: of every parameter that has any, on some process."""
+        self, layout: Layout, scores: Mapping[Score, Scores], group: ShardGroup, step: int
+    ) -> Mapping[str, Subset | None]:
+        """What to perturb of each parameter's local shard, by name; None: all of it. Collective.
+
+        Parameters may be left out that are perturbed on no process. The arguments are those of `refresh`.
+        """
         raise NotImplementedError
 
-    def select(self, layout: Layout, scores: Mapping[Score, Scores], sharding: ProcessGroup, step: int) -> None:
+    def refresh(self, layout: Layout, scores: Mapping[Score, Scores], group: ShardGroup, step: int) -> None:
         """See `Refreshed`."""
         for kind, by_name in scores.items():
-            check_finite(kind, by_name, sharding)
-        parts = self.choose(layout, scores, sharding, step)
+            check_finite(kind, by_name, group)
+        subsets = self.choose(layout, scores, group, step)
         shards = {name: s.numel() for name, s in next(iter(scores.values())).items()}
         device = next(iter(next(iter(scores.values())).values())).device
-        held = [shards[n] if p is None else p.count for n, p in parts.items()]
-        counts = _over_all(held, sharding, device)
-        chosen = {name: part for (name, part), count in zip(parts.items(), counts, strict=True) if count}
+        held = [shards[n] if p is None else p.count for n, p in subsets.items()]
+        counts = _sums(held, group, device)
+        chosen = {name: subset for (name, subset), count in zip(subsets.items(), counts, strict=True) if count}
         if not chosen:
             raise ValueError(f"{self} leaves nothing of {layout.total} weights to perturb")
-        before, self.selected = self.selected, self._simplest(layout, chosen, [c for c in counts if c])
+        before, self.selected = self.selected, self._plan_of(layout, chosen, [c for c in counts if c])
         self.chosen_at = step
         if before is not None:
-            new = [_new(p, n in before.weights, before.weights.get(n), shards[n]) for n, p in parts.items()]
-            self.turnover = sum(_over_all(new, sharding, device)) / self.selected.perturbed
+            new = [_newly_chosen(p, n in before.weights, before.weights.get(n), shards[n]) for n, p in subsets.items()]
+            self.turnover = sum(_sums(new, group, device)) / self.selected.perturbed
 
-    def restore(self, layout: Layout, parts: Mapping[str, Part | None], counts: Sequence[int], chosen_at: int) -> None:
-        """Take a choice that was saved instead of making one; no parts: of before the first.
+    def restore(
+        self, layout: Layout, subsets: Mapping[str, Subset | None], counts: Sequence[int], chosen_at: int
+    ) -> None:
+        """Take back a saved mask, in the place of a refresh.
 
         Args:
             layout: the weights to choose from.
-            parts: of every parameter that has any.
-            counts: of their weights over all processes.
-            chosen_at: as it was then.
+            subsets: what is perturbed of each parameter's local shard; empty: it was saved before the first refresh.
+            counts: perturbed weights of each of them over all processes.
+            chosen_at: the step of the saved refresh.
         """
-        self.selected = self._simplest(layout, parts, counts) if parts else None
+        self.selected = self._plan_of(layout, subsets, counts) if subsets else None
         self.chosen_at = chosen_at
 
-    def _simplest(self, layout: Layout, parts: Mapping[str, Part | None], counts: Sequence[int]) -> Plan:
-        """The plan, in which a part that is everything is None: the same for a choice made and one restored.
+    def _plan_of(self, layout: Layout, subsets: Mapping[str, Subset | None], counts: Sequence[int]) -> Plan:
+        """The plan, in which a subset that is everything is None: the same for a mask computed and one restored.
 
-        Whole tensors may leave the first blocks alone. Single weights and rows are practically everywhere, and count as
-        that, so that nobody has to give both passes the same input for nothing.
+        Only whole tensors can leave the first blocks alone, and so have a cut: single weights and rows are practically
+        always chosen in all blocks, and count as that, so that no input of a prefix is kept for nothing.
         """
-        by_name = dict(zip(parts, counts, strict=True))
-        weights = {name: None if by_name[name] == layout.numels[name] else part for name, part in parts.items()}
+        by_name = dict(zip(subsets, counts, strict=True))
+        weights = {name: None if by_name[name] == layout.numels[name] else subset for name, subset in subsets.items()}
         if self.kept_as == "whole":
-            return Plan(first_block(layout, parts), weights, by_name, may_cut=layout.depth > 1)
+            return Plan(first_block(layout, subsets), weights, by_name, may_cut=layout.depth > 1)
         return Plan(0, weights, by_name)
 
 
-def check_finite(kind: str, scores: Scores, sharding: ProcessGroup) -> None:
+def check_finite(kind: str, scores: Scores, group: ShardGroup) -> None:
     """Raise a FloatingPointError that names the first tensor with a score that is not finite. Collective."""
     # A sum is not finite where one of its terms is not, and costs no temporary; the terms of a sum that overflows are
     # looked at themselves.
     bad = torch.stack([~s.sum().isfinite() for s in scores.values()]).int()
-    if not int(sharding.all_reduce(bad).sum()):
+    if not int(group.all_reduce(bad).sum()):
         return
     bad = torch.stack([(~s.isfinite()).any() for s in scores.values()]).int()
-    if broken := [name for name, b in zip(scores, sharding.all_reduce(bad).tolist(), strict=True) if b]:
+    if broken := [name for name, b in zip(scores, group.all_reduce(bad).tolist(), strict=True) if b]:
         raise FloatingPointError(f"{kind} scores of {broken[0]} are not finite ({len(broken)} of {len(bad)} tensors)")
 
 
-def _over_all(counts: Sequence[int], sharding: ProcessGroup, device: torch.device) -> list[int]:
-    # Collectives of a GPU's processes work on its memory.
-    result: list[int] = sharding.all_reduce(torch.tensor(counts, dtype=torch.int64, device=device)).tolist()
+def _sums(counts: Sequence[int], group: ShardGroup, device: torch.device) -> list[int]:
+    """Each count summed over all processes. Made on `device`, as collectives of GPUs work on their memory."""
+    result: list[int] = group.all_reduce(torch.tensor(counts, dtype=torch.int64, device=device)).tolist()
     return result
 
 
-def _new(part: Part | None, known: bool, before: Part | None, numel: int) -> int:
-    """How many elements of a shard are in `part` and were not in the part before, if there was one."""
+def _newly_chosen(subset: Subset | None, known: bool, before: Subset | None, numel: int) -> int:
+    """How many elements of a shard are in `subset` and were not in the one before, if there was one (`known`)."""
     if not known:
-        return numel if part is None else part.count
+        return numel if subset is None else subset.count
     if before is None:
         return 0
-    if part is None:
+    if subset is None:
         return numel - before.count
-    if isinstance(part, Bits) and isinstance(before, Bits):
-        return popcount(part.packed & ~before.packed)
-    if isinstance(part, Rows) and isinstance(before, Rows):
-        return Rows(part.keep & ~before.keep, part.size, part.start, part.numel, part.device).count
-    raise TypeError(f"{type(part).__name__} and {type(before).__name__} are parts of two masks")
+    if isinstance(subset, BitMask) and isinstance(before, BitMask):
+        return popcount(subset.packed & ~before.packed)
+    if isinstance(subset, Rows) and isinstance(before, Rows):
+        return Rows(subset.keep & ~before.keep, subset.size, subset.start, subset.numel, subset.device).count
+    raise TypeError(f"{type(subset).__name__} and {type(before).__name__} are subsets of two kinds of mask")

@@ -1,4 +1,4 @@
-"""Streaming over the keys of local scores: what exact selection and exact means need, in next to no memory.
+"""Counting and masking by the sort keys of local scores, streamed: what a radix select needs of a shard.
 
 CPU memory is read by compiled loops, and other devices by torch operations on one chunk after the other.
 """
@@ -15,21 +15,6 @@ from torch import Tensor
 from ssam_scale.native import CHUNK, addresses, in_threads
 
 _LOWEST = -(2**31)
-
-
-class Processes(Protocol):
-    """The group that one copy of the weights is sharded over; a `sharding.ProcessGroup` is one.
-
-    Attributes:
-        size: number of ranks.
-        rank: of this process in the group.
-    """
-
-    size: int
-    rank: int
-
-    def all_reduce(self, tensor: Tensor) -> Tensor:
-        """`tensor` summed over the ranks, in place."""
 
 
 class Keys(Protocol):
@@ -55,13 +40,13 @@ class Keys(Protocol):
             thresholds: NumPy int64 [segments].
         """
 
-    def mask(self, thresholds: Any, taken: Sequence[int] | None) -> list[Tensor]:
+    def mask(self, thresholds: Any, ties: Sequence[int] | None) -> list[Tensor]:
         """Packed masks of what lies above its segment's threshold.
 
         Args:
             thresholds: NumPy int64 [segments].
-            taken: how many of each tensor's keys that equal the threshold are in the mask too, the first ones; None
-                for all. `equal` was asked before.
+            ties: how many of each tensor's keys that equal the threshold are in the mask too, the first ones; None
+                for all. `equal` was called before.
         """
 
 
@@ -133,19 +118,19 @@ class CompiledKeys:
         np.add.at(counts, self._tasks[:, 0], self._equal)
         return torch.from_numpy(counts)
 
-    def mask(self, thresholds: Any, taken: Sequence[int] | None) -> list[Tensor]:
+    def mask(self, thresholds: Any, ties: Sequence[int] | None) -> list[Tensor]:
         """See `Keys`."""
         keys = thresholds.astype(np.int32)
         masks = [torch.empty((s.numel() + 7) // 8, dtype=torch.uint8) for s in self._scores]
         out = addresses(masks)
-        if taken is None:
+        if ties is None:
             equal = taking = np.ones(len(self._tasks), np.int64)
         else:
             # The tasks of one tensor stand together, in the order of its elements.
             equal, tensors = self._equal, self._tasks[:, 0]
             before = equal.cumsum() - equal
             before -= np.maximum.accumulate(np.where(np.diff(tensors, prepend=-1) != 0, before, 0))
-            taking = np.clip(np.array(taken, np.int64)[tensors] - before, 0, equal)
+            taking = np.clip(np.array(ties, np.int64)[tensors] - before, 0, equal)
 
         def work(part: slice) -> None:
             self._select.write_bits(
@@ -202,13 +187,13 @@ class ChunkedKeys:
                 counts[t] += self._live(t, start, self._keys(t, start) == int(thresholds[segment])).sum()
         return counts
 
-    def mask(self, thresholds: Any, taken: Sequence[int] | None) -> list[Tensor]:
+    def mask(self, thresholds: Any, ties: Sequence[int] | None) -> list[Tensor]:
         """See `Keys`."""
         masks = []
         for t, (scores, segment) in enumerate(zip(self._scores, self._segments, strict=True)):
             threshold = int(thresholds[segment])
             packed = torch.zeros((scores.numel() + 7) // 8, dtype=torch.uint8, device=self._device)
-            left = None if taken is None else torch.tensor(taken[t], device=self._device)
+            left = None if ties is None else torch.tensor(ties[t], device=self._device)
             for start in range(0, scores.numel(), CHUNK):
                 key = self._keys(t, start)
                 chosen = self._live(t, start, key >= threshold if left is None else key > threshold)

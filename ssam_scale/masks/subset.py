@@ -1,6 +1,7 @@
-"""The perturbed part of a shard, in a bit for each weight or less, and how its weights are moved out and in.
+"""A subset of a shard's elements as a packed bit mask or as kept rows; `masked_select` and `masked_scatter_` on it.
 
-Nothing in here makes a temporary of the size of a shard: the CPU streams through it, other devices go in chunks.
+What torch's functions of these names do with boolean masks, without a byte a weight for the mask and without index
+tensors as large as a shard: compiled loops stream through CPU memory, and other devices work on one chunk at a time.
 """
 
 from __future__ import annotations
@@ -11,48 +12,59 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ssam_scale.sharding.interface import Elements
-
-from .kernels.move import Course, Move, add, along_bits, along_rows, compact, put, take
+from .kernels.move import Move, Spans, add, compact, put, spans_of_bits, spans_of_rows, take
 
 _CHUNK = 1 << 22  # elements that another device than the CPU works on at a time; their indices are the temporary
 _ROWS_CHUNK = 1 << 20  # elements of rows that are moved together
 
 
-class Part(Elements, Protocol):
+class Subset(Protocol):
     """Some elements of a tensor, in row-major order whatever its strides.
 
     Attributes:
-        course: how compiled code comes by them; None on other devices than the CPU, where it does not.
+        count: how many they are.
+        numel: elements of the tensor.
+        spans: where they lie, for compiled loops; None on other devices than the CPU, which do without.
     """
 
-    course: Course | None
+    count: int
+    numel: int
+    spans: Spans | None
 
-    def move_out(self, flat: Tensor, values: Tensor) -> None:
-        """Copy the elements of `flat`, in row-major order, to `values`, of shape (count,), perhaps in its own front."""
+    def take(self, source: Tensor) -> Tensor:
+        """A copy of the elements of `source`, of shape (count,)."""
 
-    def move_in(self, flat: Tensor, values: Tensor) -> None:
-        """Copy `values` to the elements of `flat`."""
+    def put(self, target: Tensor, values: Tensor) -> None:
+        """Write `values`, of shape (count,), to the elements of `target`."""
+
+    def booleans(self) -> Tensor:
+        """The boolean mask: True for the elements, of shape (numel,)."""
+
+    def gather_chunks(self, flat: Tensor, values: Tensor) -> None:
+        """Without compiled loops, copy the elements of `flat` to `values`, which may be `flat`'s own first elements."""
+
+    def scatter_chunks(self, flat: Tensor, values: Tensor) -> None:
+        """Without compiled loops, copy `values` to the elements of `flat`."""
 
 
-class _Moved:
-    """What parts have in common, whatever they know of where their elements are."""
+class _Subset:
+    """What both kinds of subset have in common."""
 
     count: int
-    course: Course | None
+    spans: Spans | None
 
-    def take(self: Part, source: Tensor) -> Tensor:
-        """See `Part`."""
-        [values] = taken([source], [self])
+    def take(self: Subset, source: Tensor) -> Tensor:
+        """See `Subset`."""
+        [values] = masked_select([source], [self])
         return values
 
-    def put(self: Part, target: Tensor, values: Tensor) -> None:
-        """See `Part`."""
-        put_([target], [self], [values])
+    def put(self: Subset, target: Tensor, values: Tensor) -> None:
+        """See `Subset`."""
+        masked_scatter_([target], [self], [values])
 
 
-class Bits(_Moved):
-    """Any elements: a bit for each.
+class BitMask(_Subset):
+    """Any elements, as a bit mask: one bit for each element of the tensor.
 
     Args:
         packed: uint8 of shape (ceil(numel / 8),): bit j of byte i stands for element 8 · i + j; unused bits are 0.
@@ -62,23 +74,23 @@ class Bits(_Moved):
     def __init__(self, packed: Tensor, numel: int) -> None:
         self.packed = packed
         self.numel = numel
-        self.course = along_bits(packed, numel) if _streams(packed) else None
-        if self.course is not None:
-            self.count = self.course.count
+        self.spans = spans_of_bits(packed, numel) if _streams(packed) else None
+        if self.spans is not None:
+            self.count = self.spans.count
         else:  # asked for once, so that no step has to wait for the device
             self._chunks = [popcount(chunk) for chunk in packed.split(_CHUNK // 8)]
             self.count = sum(self._chunks)
 
-    def move_out(self, flat: Tensor, values: Tensor) -> None:
-        """See `Part`."""
+    def gather_chunks(self, flat: Tensor, values: Tensor) -> None:
+        """See `Subset`."""
         filled = 0
         for start, index in self._indices():
             found = flat[start : start + _CHUNK].index_select(0, index)  # never overlaps what was moved to the front
             values[filled : filled + len(index)] = found
             filled += len(index)
 
-    def move_in(self, flat: Tensor, values: Tensor) -> None:
-        """See `Part`."""
+    def scatter_chunks(self, flat: Tensor, values: Tensor) -> None:
+        """See `Subset`."""
         moved = 0
         for start, index in self._indices():
             flat[start : start + _CHUNK].index_copy_(0, index, values[moved : moved + len(index)])
@@ -92,12 +104,12 @@ class Bits(_Moved):
         ]
 
     def booleans(self) -> Tensor:
-        """See `Part`."""
+        """See `Subset`."""
         return unpack(self.packed)[: self.numel]
 
 
-class Rows(_Moved):
-    """Whole rows: a flag for each, and nothing for each weight.
+class Rows(_Subset):
+    """Whole rows of a parameter (slices along its first dimension): one flag for each row.
 
     Args:
         keep: booleans on the CPU, one for each row of the whole parameter.
@@ -125,10 +137,10 @@ class Rows(_Moved):
         begin, end = torch.searchsorted(kept, torch.tensor([first, first + rows])).tolist()
         self.rows = self.kept[begin:end] - first if first else self.kept[begin:end]  # of the body
         self.count = self._head * self._head_kept + len(self.rows) * size + (numel - self._tail) * self._tail_kept
-        self.course = along_rows(kept, size, start, numel) if _streams(self.kept) else None
+        self.spans = spans_of_rows(kept, size, start, numel) if _streams(self.kept) else None
 
-    def move_out(self, flat: Tensor, values: Tensor) -> None:
-        """See `Part`."""
+    def gather_chunks(self, flat: Tensor, values: Tensor) -> None:
+        """See `Subset`."""
         filled = 0
         if self._head_kept:
             filled = self._head
@@ -141,8 +153,8 @@ class Rows(_Moved):
         if self._tail_kept:
             values[filled:] = flat[self._tail :].clone()  # which may overlap
 
-    def move_in(self, flat: Tensor, values: Tensor) -> None:
-        """See `Part`."""
+    def scatter_chunks(self, flat: Tensor, values: Tensor) -> None:
+        """See `Subset`."""
         head = self._head * self._head_kept
         tail = head + len(self.rows) * self.size
         if head:
@@ -156,14 +168,14 @@ class Rows(_Moved):
         return flat[self._head : self._tail].view(-1, self.size)
 
     def booleans(self) -> Tensor:
-        """See `Part`."""
+        """See `Subset`."""
         result = torch.zeros(self.numel, dtype=torch.bool, device=self.rows.device)
         self.put(result, torch.ones(self.count, dtype=torch.bool, device=result.device))
         return result
 
 
 def pack(booleans: Tensor) -> Tensor:
-    """`Bits.packed` of booleans of any shape."""
+    """`BitMask.packed` of booleans of any shape."""
     flat = booleans.reshape(-1)
     padded = torch.zeros(-(-flat.numel() // 8) * 8, dtype=torch.uint8, device=flat.device)
     padded[: flat.numel()] = flat
@@ -189,88 +201,101 @@ def _streams(tensor: Tensor) -> bool:
     return tensor.is_cpu
 
 
-def taken(tensors: Sequence[Tensor], parts: Sequence[Part | None]) -> list[Tensor]:
-    """Copies of what `parts` names of `tensors`, of shape (its count,); None stands for everything."""
-    values = [t.clone() if p is None else t.new_empty(p.count) for t, p in zip(tensors, parts, strict=True)]
-    together, singly = _ways(tensors, parts, values)
-    take(together)
-    for t, part, row in singly:
-        _out(t.reshape(-1), part, row)
+def masked_select(tensors: Sequence[Tensor], subsets: Sequence[Subset | None]) -> list[Tensor]:
+    """Copies of the elements of each tensor that its subset has, of shape (its count,); None is all of the tensor."""
+    values = [t.clone() if s is None else t.new_empty(s.count) for t, s in zip(tensors, subsets, strict=True)]
+    compiled, chunked = _by_way(tensors, subsets, values)
+    take(compiled)
+    for t, subset, selected in chunked:
+        _gather(t.reshape(-1), subset, selected)
     return values
 
 
-def compacted(tensors: Sequence[Tensor], parts: Sequence[Part | None]) -> list[Tensor]:
-    """What `taken` returns, without copies: in the front of the memory of each tensor, where that is row-major."""
+def compact_(tensors: Sequence[Tensor], subsets: Sequence[Subset | None]) -> list[Tensor]:
+    """`masked_select` into the tensors' own memory (stream compaction): a tensor's first elements become the selected.
+
+    What is not row-major is copied instead.
+    """
     values = [
-        t if p is None else t.view(-1)[: p.count] if t.is_contiguous() else t.new_empty(p.count)
-        for t, p in zip(tensors, parts, strict=True)
+        t if s is None else t.view(-1)[: s.count] if t.is_contiguous() else t.new_empty(s.count)
+        for t, s in zip(tensors, subsets, strict=True)
     ]
-    together, singly = _ways(tensors, parts, values)
-    compact(together)
-    for t, part, row in singly:
-        _out(t.reshape(-1), part, row)
+    compiled, chunked = _by_way(tensors, subsets, values)
+    compact(compiled)
+    for t, subset, selected in chunked:
+        _gather(t.reshape(-1), subset, selected)
     return values
 
 
-def put_(tensors: Sequence[Tensor], parts: Sequence[Part | None], values: Sequence[Tensor]) -> None:
-    """Write `values`, as `taken` returned them, to their places."""
-    _whole(torch._foreach_copy_, tensors, parts, values)
-    together, singly = _ways(tensors, parts, values)
-    put(together)
-    for t, part, row in singly:
+def masked_scatter_(tensors: Sequence[Tensor], subsets: Sequence[Subset | None], values: Sequence[Tensor]) -> None:
+    """Write `values`, as `masked_select` returns them, to the elements of each tensor that its subset has."""
+    _all_elements(torch._foreach_copy_, tensors, subsets, values)
+    compiled, chunked = _by_way(tensors, subsets, values)
+    put(compiled)
+    for t, subset, selected in chunked:
         flat = t.reshape(-1)
-        if part.course is not None:
-            put([(flat, part.course, row)])
+        if subset.spans is not None:
+            put([(flat, subset.spans, selected)])
         else:
-            part.move_in(flat, row)
+            subset.scatter_chunks(flat, selected)
         if not t.is_contiguous():  # one in another order (channels last) had to be copied to be flat
             t.copy_(flat.view(t.shape))
 
 
-def add_(tensors: Sequence[Tensor], parts: Sequence[Part | None], values: Sequence[Tensor]) -> None:
-    """Add `values`, as `taken` would return them and at least as precise, to what is in their places; rounds once."""
-    _whole(torch._foreach_add_, tensors, parts, values)
-    together, singly = _ways(tensors, parts, values, torch.float32)
-    add(together)
-    for t, part, row in singly:
-        part.put(t, part.take(t).add_(row))
+def masked_add_(tensors: Sequence[Tensor], subsets: Sequence[Subset | None], values: Sequence[Tensor]) -> None:
+    """Add `values` to the elements of each tensor that its subset has, in the more precise dtype, rounding once.
+
+    Args:
+        tensors: of any floating dtype.
+        subsets: of each.
+        values: shaped as `masked_select` returns them, at least as precise as the tensors.
+    """
+    _all_elements(torch._foreach_add_, tensors, subsets, values)
+    compiled, chunked = _by_way(tensors, subsets, values, torch.float32)
+    add(compiled)
+    for t, subset, summand in chunked:
+        subset.put(t, subset.take(t).add_(summand))
 
 
-def _whole(
-    function: Callable[..., Any], tensors: Sequence[Tensor], parts: Sequence[Part | None], values: Sequence[Tensor]
+def _all_elements(
+    function: Callable[..., Any],
+    tensors: Sequence[Tensor],
+    subsets: Sequence[Subset | None],
+    values: Sequence[Tensor],
 ) -> None:
-    whole = [(t, value) for t, part, value in zip(tensors, parts, values, strict=True) if part is None]
+    """Apply a foreach function of torch's to the tensors whose subset is everything."""
+    whole = [(t, value) for t, subset, value in zip(tensors, subsets, values, strict=True) if subset is None]
     if whole:
         function([t for t, _ in whole], [value for _, value in whole])
 
 
-def _ways(
+def _by_way(
     tensors: Sequence[Tensor],
-    parts: Sequence[Part | None],
+    subsets: Sequence[Subset | None],
     values: Sequence[Tensor],
     dtype: torch.dtype | None = None,
-) -> tuple[list[Move], list[tuple[Tensor, Part, Tensor]]]:
-    """What compiled code does all at once; and what is done one after the other, so that copies never exist together.
+) -> tuple[list[Move], list[tuple[Tensor, Subset, Tensor]]]:
+    """What one compiled call does for all; and what is done one after the other, so that copies never exist together.
 
     Args:
         tensors: some.
-        parts: of each; those that are everything are left out.
+        subsets: of each; those that are everything are left out.
         values: of each.
         dtype: the only one that compiled code knows; None: it knows all.
     """
-    together, singly = [], []
-    for t, part, row in zip(tensors, parts, values, strict=True):
-        if part is None:
+    compiled, chunked = [], []
+    for t, subset, value in zip(tensors, subsets, values, strict=True):
+        if subset is None:
             continue
-        if part.course is not None and t.is_contiguous() and (dtype is None or t.dtype == row.dtype == dtype):
-            together.append((t, part.course, row))
+        if subset.spans is not None and t.is_contiguous() and (dtype is None or t.dtype == value.dtype == dtype):
+            compiled.append((t, subset.spans, value))
         else:
-            singly.append((t, part, row))
-    return together, singly
+            chunked.append((t, subset, value))
+    return compiled, chunked
 
 
-def _out(flat: Tensor, part: Part, values: Tensor) -> None:
-    if part.course is not None:
-        take([(flat, part.course, values)])
+def _gather(flat: Tensor, subset: Subset, values: Tensor) -> None:
+    if subset.spans is not None:
+        take([(flat, subset.spans, values)])
     else:
-        part.move_out(flat, values)
+        subset.gather_chunks(flat, values)

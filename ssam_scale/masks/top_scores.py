@@ -1,4 +1,4 @@
-"""Masks that keep what scores highest: single weights, rows, tensors or blocks."""
+"""Masks of the highest scores: single weights, rows, tensors or blocks, within a budget of weights."""
 
 from __future__ import annotations
 
@@ -9,14 +9,24 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from ssam_scale.sharding import ProcessGroup
+from ssam_scale.config.mask_sections import Allocation, BlockMask, ElementMask, RowMask, TensorMask
 
-from .plan import Layout
-from .score_based import Chosen, Score, Scores, Sparsity, check_one_of, check_sparsity, sparsity_at
+from .dynamic import dynamic_mask
+from .plan import Layout, Mask
+from .registry import RunInfo, register_mask
+from .score_based import (
+    Score,
+    ScoreBased,
+    Scores,
+    Sparsity,
+    annealed_sparsity,
+    check_one_of,
+    check_sparsity,
+    sparsity_at,
+)
 from .selection import greedy_units, top_k, unit_means
-from .subset import Bits, Part, Rows
-
-Allocation: TypeAlias = Literal["global", "uniform", "erk"]
+from .shard_group import ShardGroup
+from .subset import BitMask, Rows, Subset
 
 
 def uniform(numels: Sequence[int], budget: int) -> list[int]:
@@ -28,7 +38,7 @@ def erk(shapes: Mapping[str, tuple[int, ...]], budget: int) -> list[int]:
     """Densities in proportion to (sum of a layer's dimensions) / (their product), at most 1; together exactly `budget`.
 
     Erdős–Rényi-Kernel (RigL, arXiv 1911.11134, section 3.1): small layers are kept denser. Where the rule asks for
-    more than a layer has, all of it is taken and the others share the rest.
+    more than a layer has, it gets all of its weights and the others share the rest.
 
     Args:
         shapes: of each parameter.
@@ -62,7 +72,7 @@ def _whole_numbers(shares: Sequence[float], numels: Sequence[int], budget: int) 
 Pattern: TypeAlias = Literal["element", "row", "tensor", "block"]
 
 
-class Scored(Chosen):
+class Scored(ScoreBased):
     """The highest scores within a budget of int(N(1 − sparsity)) of N weights.
 
     | pattern | perturbs | weights |
@@ -72,7 +82,7 @@ class Scored(Chosen):
     | `tensor` | whole parameters | within the budget |
     | `block` | all parameters of a block (see `Layout.stages`) | within the budget |
 
-    Rows, tensors and blocks are taken in the order of their mean score, and one that does not fit into what is left of
+    Rows, tensors and blocks are chosen in the order of their mean score, and one that does not fit into what is left of
     the budget is passed over; so the density falls short by less than the smallest one left out. Equal scores go to
     the earlier one.
 
@@ -84,7 +94,7 @@ class Scored(Chosen):
         score: what decides; see `SparseSAM.refresh`.
         allocation: of the budget to parameters, for `element` and `row`: `global`, wherever the scores are highest;
             `uniform`, in proportion to their size; `erk` (see `allocation.erk`).
-        every: steps between two choices; None: once.
+        every: steps between two refreshes; None: chosen once.
         seed: of random scores.
 
     Raises:
@@ -125,15 +135,15 @@ class Scored(Chosen):
             raise ValueError("pattern 'block' needs a model in stages: wrap it in StagedModel")
 
     def choose(
-        self, layout: Layout, scores: Mapping[Score, Scores], sharding: ProcessGroup, step: int
-    ) -> Mapping[str, Part | None]:
-        """See `Chosen`."""
+        self, layout: Layout, scores: Mapping[Score, Scores], group: ShardGroup, step: int
+    ) -> Mapping[str, Subset | None]:
+        """See `ScoreBased`."""
         budget = int(layout.total * (1.0 - sparsity_at(self.sparsity, step)))
         [given] = scores.values()
         if self.pattern == "element":
-            return _elements(layout, given, self._budgets(layout, budget), sharding)
+            return _elements(layout, given, self._budgets(layout, budget), group)
         sizes = {name: self._unit(layout, name) for name in given}
-        means = dict(zip(given, _means(layout, given, list(sizes.values()), sharding), strict=True))
+        means = dict(zip(given, _means(layout, given, list(sizes.values()), group), strict=True))
         if self.pattern == "row":
             return self._rows(layout, given, means, sizes, budget)
         if self.pattern == "tensor":
@@ -145,8 +155,8 @@ class Scored(Chosen):
         numels = [sum(layout.numels[name] for name in names) for names in units.values()]
         sums = [sum(float(means[name]) * layout.numels[name] for name in names) for names in units.values()]
         order = torch.tensor([s / n for s, n in zip(sums, numels, strict=True)], dtype=torch.float64)
-        taken = greedy_units(order, torch.tensor(numels), budget)
-        names = {name for take, names in zip(taken.tolist(), units.values(), strict=True) if take for name in names}
+        keep = greedy_units(order, torch.tensor(numels), budget)
+        names = {name for kept, names in zip(keep.tolist(), units.values(), strict=True) if kept for name in names}
         return {name: None for name in given if name in names}
 
     def _budgets(self, layout: Layout, budget: int) -> list[int]:
@@ -162,7 +172,7 @@ class Scored(Chosen):
 
     def _rows(
         self, layout: Layout, scores: Scores, means: Mapping[str, Tensor], sizes: Mapping[str, int], budget: int
-    ) -> Mapping[str, Part | None]:
+    ) -> Mapping[str, Subset | None]:
         budgets = self._budgets(layout, budget)
         lengths = [len(m) for m in means.values()]
         each = torch.cat([torch.full((len(m),), sizes[name]) for name, m in means.items()])
@@ -177,12 +187,55 @@ class Scored(Chosen):
         }
 
 
-def _means(layout: Layout, scores: Scores, sizes: list[int], sharding: ProcessGroup) -> list[Tensor]:
+def _means(layout: Layout, scores: Scores, sizes: list[int], group: ShardGroup) -> list[Tensor]:
     starts = [layout.starts.get(name, 0) for name in scores]
-    return unit_means(list(scores.values()), starts, [layout.numels[name] for name in scores], sizes, sharding)
+    return unit_means(list(scores.values()), starts, [layout.numels[name] for name in scores], sizes, group)
 
 
-def _elements(layout: Layout, scores: Scores, budgets: list[int], sharding: ProcessGroup) -> dict[str, Part | None]:
+def _elements(layout: Layout, scores: Scores, budgets: list[int], group: ShardGroup) -> dict[str, Subset | None]:
     segments = None if len(budgets) == 1 else list(range(len(budgets)))
-    packed = top_k(list(scores.values()), budgets, sharding, segments=segments)
-    return {name: Bits(bits, s.numel()) for (name, s), bits in zip(scores.items(), packed, strict=True)}
+    packed = top_k(list(scores.values()), budgets, group, segments=segments)
+    return {name: BitMask(bits, s.numel()) for (name, s), bits in zip(scores.items(), packed, strict=True)}
+
+
+_SSAM, _STRUCTURED = "arXiv 2210.05177", "arXiv 2306.17504"
+
+
+@register_mask(ElementMask, "single weights of the highest scores; with `dynamic`, a choice that drifts", _SSAM)
+def build_element(section: ElementMask, run: RunInfo) -> Mask:
+    """The mask of its section: by scores, or dynamic."""
+    if section.dynamic is not None:
+        return dynamic_mask(section, section.dynamic, run)
+    assert section.score is not None  # only `dynamic` has none
+    return _scored(section, section.score, section.allocation, run)
+
+
+@register_mask(RowMask, "output channels (rows of a weight) of the highest mean scores", _STRUCTURED)
+def build_row(section: RowMask, run: RunInfo) -> Mask:
+    """The mask of its section."""
+    return _scored(section, section.score, section.allocation, run)
+
+
+@register_mask(TensorMask, "whole tensors of the highest mean scores (structured SSAM)", _STRUCTURED)
+def build_tensor(section: TensorMask, run: RunInfo) -> Mask:
+    """The mask of its section."""
+    return _scored(section, section.score, "global", run)
+
+
+@register_mask(BlockMask, "whole blocks of the network of the highest mean scores")
+def build_block(section: BlockMask, run: RunInfo) -> Mask:
+    """The mask of its section."""
+    return _scored(section, section.score, "global", run)
+
+
+def _scored(
+    section: ElementMask | RowMask | TensorMask | BlockMask, score: Score, allocation: Allocation, run: RunInfo
+) -> Scored:
+    return Scored(
+        section.pattern,
+        annealed_sparsity(section, run),
+        score=score,
+        allocation=allocation,
+        every=run.steps_between_refreshes(section),
+        seed=run.seed,
+    )

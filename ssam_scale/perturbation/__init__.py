@@ -4,7 +4,7 @@ from .phases import Phase, Phases, no_phases
 from .profiling import ascent_seconds
 from .resolved_step import Norm, ResolvedStep, StepOptions, resolve_step
 from .savings import Savings
-from .schedules import ConstantRadius, CosineRadius, Interval, RadiusSchedule, TiedRadius, Window
+from .schedules import ConstantRadius, CosineRadius, Interval, LRRadius, RadiusSchedule, Window
 from .scores import sampled_label_loss
 from .sparse_sam import SparseSAM
 from .staged_model import Stage, StagedModel
@@ -14,6 +14,7 @@ __all__ = [
     "ConstantRadius",
     "CosineRadius",
     "Interval",
+    "LRRadius",
     "Norm",
     "Phase",
     "Phases",
@@ -26,7 +27,6 @@ __all__ = [
     "StepKind",
     "StepOptions",
     "StepReport",
-    "TiedRadius",
     "Window",
     "ascent_seconds",
     "no_phases",

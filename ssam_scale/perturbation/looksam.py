@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ssam_scale.masks import Bits, Part, Plan, add_, pack, put_, taken
+from ssam_scale.masks import BitMask, Plan, Subset, masked_add_, masked_scatter_, masked_select, pack
 from ssam_scale.sharding import Sharding
 
 from .perturb import at_least_fp32, squares, zero_unless_
@@ -32,7 +32,7 @@ class LookSAM:
 
     def __init__(self, sharding: Sharding, parameters: Mapping[str, nn.Parameter]) -> None:
         self._sharding, self._parameters = sharding, parameters
-        self._parts: dict[str, Part | None] = {}
+        self._parts: dict[str, Subset | None] = {}
         self._across: list[Tensor] = []  # parallel to them
 
     @torch.no_grad()
@@ -50,7 +50,7 @@ class LookSAM:
         gradients, device = self._gradients(), epsilon[0].device
         if any(a.data_ptr() != b.data_ptr() for a, b in zip(gradients, self._gradients(), strict=True) if a.numel()):
             raise ValueError("reuse between ascents needs float32 gradients with ZeRO stage 3, which copies others")
-        sharp = at_least_fp32(taken(gradients, list(self._parts.values())))
+        sharp = at_least_fp32(masked_select(gradients, list(self._parts.values())))
         along = torch.stack([product.sum() for product in torch._foreach_mul(sharp, epsilon)])
         sums = torch.stack([along.sum(), squares(epsilon, device).sum(), squares(sharp, device).sum()])
         sums = self._sharding.shard_group.all_reduce(sums)
@@ -70,11 +70,11 @@ class LookSAM:
         if not self._parts:
             return
         gradients, parts, device = self._gradients(), list(self._parts.values()), self._across[0].device
-        plain = squares(taken(gradients, parts), device).sum()
+        plain = squares(masked_select(gradients, parts), device).sum()
         sums = self._sharding.shard_group.all_reduce(torch.stack([plain, squares(self._across, device).sum()]))
         ratio = alpha * (sums[0] / sums[1]).sqrt()
         scale = torch.where(ratio.isfinite(), ratio, torch.zeros_like(ratio))
-        add_(gradients, parts, torch._foreach_mul(self._across, scale))
+        masked_add_(gradients, parts, torch._foreach_mul(self._across, scale))
 
     @torch.no_grad()
     def state(self) -> dict[str, Tensor]:
@@ -85,7 +85,7 @@ class LookSAM:
             [shard] = self._sharding.shards([p])
             local = torch.full_like(shard.weight, math.nan, dtype=torch.float32)
             if name in across:
-                put_([local], [self._parts[name]], [across[name]])
+                masked_scatter_([local], [self._parts[name]], [across[name]])
             result[name] = self._sharding.gather(p, local)
         return result
 
@@ -99,9 +99,9 @@ class LookSAM:
             if known.any():
                 local = self._sharding.scatter(p, whole.to(p.device))
                 kept = self._sharding.scatter(p, known)
-                part = None if known.all() else Bits(pack(kept), kept.numel())
+                part = None if known.all() else BitMask(pack(kept), kept.numel())
                 self._parts[name] = part
-                self._across += taken([local], [part])
+                self._across += masked_select([local], [part])
 
     def _gradients(self) -> list[Tensor]:
         return self._sharding.gradients([self._parameters[name] for name in self._parts])

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ssam_scale.masks import (
-    Bits,
-    Chosen,
+    BitMask,
     DepthByCost,
     Layout,
     Mask,
-    Part,
     Plan,
     Refreshed,
     Rows,
-    Score,
-    Scores,
+    ScoreBased,
+    Subset,
     pack,
     popcount,
     unpack,
@@ -27,7 +25,7 @@ from ssam_scale.masks import (
 from ssam_scale.sharding import Sharding
 
 from .loss import LossFn
-from .scores import AccumulatedFisher, per_sample_scores, random_scores, weight_scores
+from .scores import AccumulatedFisher, ScoreRequest, compute_scores
 
 
 class MaskState:
@@ -56,16 +54,16 @@ class MaskState:
         self._wants_whole = sharding.shard_group.size > 1 and (
             sharding.weights_replicated or (sharding.packs_gradients and pack)
         )
-        self._wholes: Mapping[str, Part | None] | None = None
+        self._wholes: Mapping[str, Subset | None] | None = None
         self.accumulated = None
-        if isinstance(mask, Chosen) and "accumulated" in mask.kinds:
+        if isinstance(mask, ScoreBased) and "accumulated" in mask.kinds:
             self.accumulated = AccumulatedFisher(sharding, list(parameters.values()))
             if before is not None and before.accumulated is not None:
                 known = dict(zip(before._parameters, before.accumulated.scores, strict=True))
                 for name, score in zip(parameters, self.accumulated.scores, strict=True):
                     if name in known:
                         score.copy_(known[name])
-        if isinstance(mask, Chosen):
+        if isinstance(mask, ScoreBased):
             self._expose(mask)
 
     def accumulate(self, scaler: torch.amp.GradScaler | None) -> None:
@@ -78,11 +76,11 @@ class MaskState:
             scale = self._sharding.loss_scale() if scaler is None else scaler.get_scale()
             self.accumulated.update(self._sharding.gradients(list(self._parameters.values())), 1.0 / scale)
 
-    def exposed(self, plan: Plan) -> list[Part | None]:
+    def exposed(self, plan: Plan) -> list[Subset | None]:
         """What changes, when a plan's weights are perturbed, of what the backend exposes on this process."""
         return self.whole(plan.weights) if self._sharding.weights_replicated else list(plan.weights.values())
 
-    def whole(self, parts: Mapping[str, Part | None]) -> list[Part | None]:
+    def whole(self, parts: Mapping[str, Subset | None]) -> list[Subset | None]:
         """The same parts of the unsharded parameters; where this process knows those of its shards only, None for each.
 
         Args:
@@ -107,60 +105,43 @@ class MaskState:
         mask = self._mask
         if not isinstance(mask, Refreshed):
             raise TypeError(f"a {type(mask).__name__} mask is not chosen by scores: there is nothing to refresh")
-        names = list(layout.shapes)
-        parameters = [self._parameters[name] for name in names]
-        seed = mask.seed * 2**32 + step
-        wanted = mask.wanted()
-        scores: dict[Score, list[Tensor]] = {}
-        by_sample: list[Literal["fisher", "gradient"]] = [k for k in wanted if k == "fisher" or k == "gradient"]
-        if by_sample:
-            if loss_fn is None:
-                raise ValueError(f"{by_sample[0]} scores need a loss function and batches of samples")
-            of_samples = per_sample_scores(
-                self._sharding,
-                optimizer,
-                parameters,
-                loss_fn,
-                batches,
-                kinds=by_sample,
-                samples=samples,
-                scale=scale,
-                seed=seed,
-            )
-            scores.update(of_samples.items())
-        if "weight" in wanted:
-            scores["weight"] = weight_scores(self._sharding, parameters)
-        if "random" in wanted:
-            scores["random"] = random_scores(self._sharding, parameters, seed)
-        if "accumulated" in wanted:
-            assert self.accumulated is not None
-            everything = dict(zip(self._parameters, self.accumulated.scores, strict=True))
-            scores["accumulated"] = [everything[name] for name in names]
-        by_name: dict[Score, Scores] = {k: dict(zip(names, s, strict=True)) for k, s in scores.items()}
-        mask.select(layout, by_name, self._sharding.shard_group, step)
+        accumulated = [] if self.accumulated is None else self.accumulated.scores
+        request = ScoreRequest(
+            mask.wanted(),
+            self._sharding,
+            optimizer,
+            {name: self._parameters[name] for name in layout.shapes},
+            mask.seed * 2**32 + step,
+            dict(zip(self._parameters, accumulated, strict=False)),
+            loss_fn,
+            batches,
+            samples,
+            scale,
+        )
+        mask.refresh(layout, compute_scores(request), self._sharding.shard_group, step)
         self._expose(mask)
 
     def _expose(self, mask: Refreshed) -> None:
         """Where more than the shard changes on this process, or is sent, learn which weights those are. Collective."""
         self._wholes = None
-        if isinstance(mask, Chosen) and mask.selected is not None and self._wants_whole:
+        if isinstance(mask, ScoreBased) and mask.selected is not None and self._wants_whole:
             self._wholes = {name: self._whole(name, part) for name, part in mask.selected.weights.items()}
 
-    def _whole(self, name: str, part: Part | None) -> Part | None:
+    def _whole(self, name: str, part: Subset | None) -> Subset | None:
         """The part of the whole parameter, of which every process has one of its shard. Collective."""
         p = self._parameters[name]
         numel = self._sharding.full_shape(p).numel()
         if isinstance(part, Rows):
             return Rows(part.keep, part.size, 0, numel, part.device)
-        if isinstance(part, Bits):
+        if isinstance(part, BitMask):
             [shard] = self._sharding.shards([p])
-            return Bits(pack(self._sharding.gather(p, part.booleans().view(shard.weight.shape))), numel)
+            return BitMask(pack(self._sharding.gather(p, part.booleans().view(shard.weight.shape))), numel)
         return part
 
     def state(self) -> dict[str, Any]:
         """Tensors that mean the same under every sharding, under the same names at any time. Collective.
 
-        `chosen_at`; `mask`, by parameter: `Bits.packed` of the whole parameter, or a flag for each row, or one; and
+        `chosen_at`; `mask`, by parameter: `BitMask.packed` of the whole parameter, or a flag for each row, or one; and
         `accumulated`, by parameter: float32, whole; both empty where the mask has none. And of a mask drawn by cost
         alone, `DepthByCost.state`.
         """
@@ -169,7 +150,7 @@ class MaskState:
         result: dict[str, Any] = {"chosen_at": torch.tensor(chosen_at), "mask": {}, "accumulated": {}}
         if isinstance(mask, DepthByCost):
             result |= mask.state()
-        if isinstance(mask, Chosen):
+        if isinstance(mask, ScoreBased):
             weights = mask.selected.weights if mask.selected is not None else {}
             for name, p in self._parameters.items():
                 # Before the first choice everything is False, so that there is a tensor to load into from the start.
@@ -177,7 +158,7 @@ class MaskState:
                 plain = torch.full(self._flags(name), name in weights, device=device)
                 part = self._whole(name, weights.get(name))
                 if mask.kept_as == "bits":
-                    result["mask"][name] = part.packed if isinstance(part, Bits) else pack(plain)
+                    result["mask"][name] = part.packed if isinstance(part, BitMask) else pack(plain)
                 else:
                     result["mask"][name] = part.keep.clone() if isinstance(part, Rows) else plain
         if self.accumulated is not None:
@@ -188,7 +169,7 @@ class MaskState:
     def _flags(self, name: str) -> tuple[int, ...]:
         """How many flags a choice has for a parameter."""
         shape = self._sharding.full_shape(self._parameters[name])
-        assert isinstance(self._mask, Chosen)
+        assert isinstance(self._mask, ScoreBased)
         if self._mask.kept_as == "bits":
             return (shape.numel(),)
         return (shape[0] if shape else 1,) if self._mask.kept_as == "rows" else ()
@@ -204,14 +185,14 @@ class MaskState:
             ValueError: the state is of another mask or of other parameters; nothing was loaded then.
         """
         mask, saved = self._mask, state["mask"]
-        if saved and not isinstance(mask, Chosen):
+        if saved and not isinstance(mask, ScoreBased):
             raise ValueError(f"the saved state has a mask chosen by scores, this optimizer a {type(mask).__name__}")
         if isinstance(mask, DepthByCost):
             mask.restore(state, int(state["chosen_at"]))
             return
         if "fisher_mass" in state:
             raise ValueError(f"the saved state has a moving cut drawn by cost, this optimizer a {type(mask).__name__}")
-        if not isinstance(mask, Chosen):
+        if not isinstance(mask, ScoreBased):
             return
         if saved.keys() != self._parameters.keys():
             odd = sorted(saved.keys() ^ self._parameters.keys())
@@ -226,7 +207,7 @@ class MaskState:
         if (self.accumulated is not None) != bool(state["accumulated"]):
             has, mine = ("has", "none") if state["accumulated"] else ("has no", "some")
             raise ValueError(f"the saved state {has} accumulated scores, {mask} needs {mine}")
-        parts: dict[str, Part | None] = {}
+        parts: dict[str, Subset | None] = {}
         counts: list[int] = []
         for name in self._parameters:  # in the order of a choice, in which norms are summed up
             if count := self._count(name, saved[name]):
@@ -244,7 +225,7 @@ class MaskState:
         kept: int = int(flags.sum())
         return kept * (self._sharding.full_shape(self._parameters[name]).numel() // max(flags.numel(), 1))
 
-    def _local(self, name: str, flags: Tensor) -> Part | None:
+    def _local(self, name: str, flags: Tensor) -> Subset | None:
         """The part of this process's shard."""
         p = self._parameters[name]
         shape = self._sharding.full_shape(p)
@@ -255,7 +236,7 @@ class MaskState:
             size = shape.numel() // flags.numel()
             return Rows(flags.cpu(), size, shard.start, shard.weight.numel(), p.device)
         whole = unpack(flags.to(p.device))[: shape.numel()].view(shape)
-        return Bits(pack(self._sharding.scatter(p, whole)), shard.weight.numel())
+        return BitMask(pack(self._sharding.scatter(p, whole)), shard.weight.numel())
 
 
 # Numbered in what is saved: new ones go to the end.

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from ssam_scale.masks import Plan, add_, compacted, put_, taken
+from ssam_scale.masks import Plan, compact_, masked_add_, masked_scatter_, masked_select
 from ssam_scale.sharding import Sharding, WrittenWeights
 
 from .mask_state import MaskState
@@ -140,13 +140,15 @@ class Perturbation:
                 epsilon = self.epsilon(resolved)
                 perturbed = [self._parameters[name] for name in plan.weights]
                 changing, changed = sharding.resident(perturbed), self._mask.exposed(plan)
-                backup = taken(changing, changed)
+                backup = masked_select(changing, changed)
         except BaseException:
             sharding.reshard()  # an ascent may have left some for the descent
             raise
         try:
             with self._phases("perturb"), torch.no_grad():
-                add_([shard.weight for shard in sharding.shards(perturbed)], list(plan.weights.values()), epsilon)
+                masked_add_(
+                    [shard.weight for shard in sharding.shards(perturbed)], list(plan.weights.values()), epsilon
+                )
                 kept = [e.clone() for e in epsilon] if keep else []  # ε may lie where the next gradient will
                 del epsilon
                 sharding.clear_gradients(self._optimizer)
@@ -159,7 +161,7 @@ class Perturbation:
         finally:
             # Nothing in here waits for another process: this may be the only one that failed.
             with self._phases("perturb"), torch.no_grad():
-                put_(changing, changed, backup)
+                masked_scatter_(changing, changed, backup)
                 sharding.reshard()
                 torch.clear_autocast_cache()
 
@@ -189,7 +191,7 @@ class Perturbation:
     def epsilon(self, resolved: ResolvedStep) -> list[Tensor]:
         """ε of each parameter in the plan, of the elements that it perturbs alone. Collective.
 
-        Float32, where there is a `Part` of shape (its count,), else shaped like the shard. Fp32 gradients are
+        Float32, where there is a `Subset` of shape (its count,), else shaped like the shard. Fp32 gradients are
         overwritten: ε takes their memory.
         """
         plan = resolved.plan
@@ -198,7 +200,7 @@ class Perturbation:
         gradients = self._sharding.gradients(chosen)
         weights = [shard.weight for shard in self._sharding.shards(chosen)] if self.adaptive else []
         everything = self._all_squares(plan, gradients, weights) if self._sees_more(resolved) else None
-        epsilon = at_least_fp32(compacted(gradients, parts))
+        epsilon = at_least_fp32(compact_(gradients, parts))
         del gradients
         scales = adaptive_scales([w if m is None else m.take(w) for w, m in zip(weights, parts, strict=False)])
         if scales:
@@ -219,7 +221,7 @@ class Perturbation:
         """
         if self.norm != "masked" or resolved.plan.weights.keys() != self._parameters.keys():
             return resolved.gradients == "all"
-        return resolved.gradients != "perturbed" and resolved.plan.takes_parts
+        return resolved.gradients != "perturbed" and resolved.plan.perturbs_subsets
 
     def _all_squares(self, plan: Plan, chosen: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
         """‖g‖² of every parameter on this process; `chosen` and `weights` are of what the plan names."""

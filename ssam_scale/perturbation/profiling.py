@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ssam_scale.clock import Clock, clock_of
-from ssam_scale.masks.static import whole
+from ssam_scale.masks import Plan
 
 from .batchnorm import frozen_statistics
 from .loss import LossFn
@@ -79,7 +79,7 @@ def ascent_seconds(opt: SparseSAM, loss_fn: LossFn, *batches: Any, repeats: int 
                 opt.zero_grad()
                 try:
                     suffix = [name for name, stage in layout.stages.items() if stage >= cut]
-                    plan = replace(whole(layout, suffix), cut=cut, may_cut=True)
+                    plan = replace(Plan.of_parameters(layout, suffix), cut=cut, may_cut=True)
                     resolved = resolve_step(
                         plan,
                         opt.options,

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, TypeAlias, get_args
 
-from ssam_scale.masks import Part, Plan, Rows
+from ssam_scale.masks import Plan, Rows, Subset
 
 from .parameters import TrainedParameters
 from .savings import Savings
@@ -48,7 +48,7 @@ class StepOptions:
 
         The calibrated norm has to; the masked norm does it where the ascent has most of that gradient anyway.
         """
-        return self.norm == "calibrated" or (self.norm == "masked" and plan.takes_parts)
+        return self.norm == "calibrated" or (self.norm == "masked" and plan.perturbs_subsets)
 
     def dense_share(self, plan: Plan) -> float:
         """In the long run, the share of the ascents that compute the gradient of every parameter, in [0, 1]."""
@@ -109,7 +109,7 @@ class ResolvedStep:
     computed: Mapping[str, int] = field(default_factory=dict)
     elided: frozenset[str] = frozenset()
     rows: Mapping[str, Rows] = field(default_factory=dict)
-    reduced: Mapping[str, Part | None] = field(default_factory=dict)
+    reduced: Mapping[str, Subset | None] = field(default_factory=dict)
     gradients: Gradients = "named"
     calibrates: bool = False
     packed: bool = False
@@ -182,12 +182,12 @@ def resolve_step(
         for name, uses in parameters.uses.items()
         if uses[-1] >= cut and name not in elided
     }
-    reduced: Mapping[str, Part | None] = dict.fromkeys(parameters.layout.shapes)
+    reduced: Mapping[str, Subset | None] = dict.fromkeys(parameters.layout.shapes)
     if sparse:
         reduced = plan.weights if savings.pack else dict.fromkeys(plan.weights)
     gradients: Gradients = "all"
     if sparse:
-        gradients = "perturbed" if rows or (savings.pack and packs and plan.takes_parts) else "named"
+        gradients = "perturbed" if rows or (savings.pack and packs and plan.perturbs_subsets) else "named"
     kind: StepKind = "dense"
     if dense and options.norm != "dense" and not by_hand:
         kind = "calibrating"

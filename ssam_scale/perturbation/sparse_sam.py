@@ -25,7 +25,7 @@ from .phases import Phases, no_phases
 from .resolved_step import Norm, ResolvedStep, StepOptions, resolve_step
 from .rng import RandomState
 from .savings import Savings
-from .schedules import ConstantRadius, RadiusSchedule, reuse_at, reuses
+from .schedules import ConstantRadius, RadiusSchedule, ever_reuses, reuse_at
 from .step_report import StepReport
 
 
@@ -105,7 +105,7 @@ class SparseSAM(OptimizerWrapper):
                 "norm 'dense' needs the gradient of the prefix, which a Depth mask never computes; use 'masked', or "
                 "'calibrated' for the same length"
             )
-        if adaptive and schedule is not None and reuses(schedule):
+        if adaptive and schedule is not None and ever_reuses(schedule):
             raise ValueError("reuse between ascents knows the gradient by the perturbation, which adaptive distorts")
         self.sharding = sharding_of(model if isinstance(model, nn.Module) else nn.ParameterList(model))
         base_optimizer, _ = self.sharding.unwrap_optimizer(base_optimizer, max_grad_norm)
@@ -143,7 +143,7 @@ class SparseSAM(OptimizerWrapper):
             self._adaptive,
             self._phases,
         )
-        self._looksam = LookSAM(self.sharding, self.parameters.by_name) if reuses(self._schedule) else None
+        self._looksam = LookSAM(self.sharding, self.parameters.by_name) if ever_reuses(self._schedule) else None
 
     @property
     def plan(self) -> Plan:
@@ -305,7 +305,7 @@ class SparseSAM(OptimizerWrapper):
 
     @torch.no_grad()
     def refresh(self, loss_fn: LossFn | None = None, *batches: Any, samples: int | None = None) -> None:
-        """Choose the weights anew, by the scores that the mask wants (`masks.Score`). Collective.
+        """Choose the weights anew, by the scores that it is chosen by. Collective.
 
         Args:
             loss_fn: mean loss of a batch, given the forward to use; called with batches of one sample.

@@ -13,93 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssam_scale.config.mask_sections import (
-    DepthMask,
-    ElementMask,
-    NamedMask,
-    NMMask,
-    NormMask,
-    RefreshedMask,
-    RowMask,
-    UnitMask,
-)
+from ssam_scale.config.mask_sections import BlockMask, DepthMask, RefreshedMask
 from ssam_scale.config.schema import Config, Perturbation
 from ssam_scale.data import ImageLoader, eval_loader, train_loader
 from ssam_scale.errors import UserError
-from ssam_scale.masks import (
-    NM,
-    Annealed,
-    AnnealedCut,
-    Depth,
-    DepthByCost,
-    Dynamic,
-    Mask,
-    Named,
-    Norms,
-    Scored,
-)
+from ssam_scale.masks import RunInfo, build_mask
 from ssam_scale.models import build_model, stages_of
 from ssam_scale.models.ema import AveragedWeights
-from ssam_scale.perturbation import (
-    ConstantRadius,
-    CosineRadius,
-    Interval,
-    Phases,
-    RadiusSchedule,
-    Savings,
-    SparseSAM,
-    TiedRadius,
-    Window,
-)
+from ssam_scale.perturbation import Phases, Savings, SparseSAM
+from ssam_scale.perturbation.schedules import build_schedule
 from ssam_scale.sharding import World
 from ssam_scale.sharding.place import place
-
-
-def build_mask(config: Config, steps_per_epoch: int) -> Mask | None:
-    """The mask that the configuration describes; None: all weights.
-
-    Args:
-        config: of the run.
-        steps_per_epoch: optimizer steps in one epoch.
-    """
-    section = config.perturbation.mask if config.perturbation is not None else None
-    seed, steps = config.train.seed, config.train.epochs * steps_per_epoch
-    if section is None:
-        return None
-    if isinstance(section, NormMask):
-        return Norms()
-    if isinstance(section, NamedMask):
-        return Named(*section.parameters)
-    every = section.refresh_steps
-    if section.refresh_epochs is not None:
-        every = section.refresh_epochs * steps_per_epoch
-    if isinstance(section, DepthMask):
-        if section.draw == "cost":
-            return DepthByCost(section.cut, every=every, seed=seed)
-        if section.cut_final is not None:
-            return Depth(AnnealedCut(section.cut, section.cut_final, steps), seed=seed)
-        return Depth(section.cut, seed=seed)
-    if isinstance(section, NMMask):
-        return NM(
-            section.n,
-            section.m,
-            score=section.score,
-            others=section.others,
-            indivisible=section.indivisible,
-            every=every,
-            seed=seed,
-        )
-    sparsity: float | Annealed = section.sparsity
-    if section.sparsity_final is not None:
-        sparsity = Annealed(section.sparsity, section.sparsity_final, steps)
-    if isinstance(section, ElementMask) and section.dynamic is not None:
-        how = section.dynamic
-        return Dynamic(
-            sparsity, steps=steps, drop_rate=how.drop_rate, drop=how.drop, grow=how.grow, every=every, seed=seed
-        )
-    allocation = section.allocation if isinstance(section, (ElementMask, RowMask)) else "global"
-    assert section.score is not None  # only `dynamic` has none
-    return Scored(section.pattern, sparsity, score=section.score, allocation=allocation, every=every, seed=seed)
 
 
 def chosen_section(config: Config) -> RefreshedMask | None:
@@ -161,7 +85,7 @@ def build(config: Config, world: World, phases: Phases) -> Parts:
     torch.manual_seed(config.train.seed)
     staged_model = build_model(config)
     mask = config.perturbation.mask if config.perturbation is not None else None
-    if isinstance(mask, DepthMask) or (isinstance(mask, UnitMask) and mask.pattern == "block"):
+    if isinstance(mask, (DepthMask, BlockMask)):
         stages_of(staged_model.model)  # says which families can be cut
     if world.device.type == "cuda":
         staged_model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -247,28 +171,16 @@ def perturbation_options(config: Config, steps_per_epoch: int) -> dict[str, Any]
     section: Perturbation | None = config.perturbation
     if section is None:
         return {"rho": 0.0, "mask": None}
-    schedule: RadiusSchedule = ConstantRadius()
-    steps = config.train.epochs * steps_per_epoch
-    if section.rho_schedule == "cosine":
-        schedule = CosineRadius(steps, section.rho_final)
-    elif section.rho_schedule == "lr":
-        schedule = TiedRadius(section.rho_final)
-    first, last = (round(share * steps) for share in section.window)
-    if first == last:
-        raise UserError(f"perturbation.window {list(section.window)} holds none of the run's {steps} steps")
-    if section.interval > 1:
-        schedule = Interval(section.interval, schedule, section.reuse)
-    if (first, last) != (0, steps):
-        schedule = Window(first, last, schedule)
+    run = RunInfo(config.train.seed, config.train.epochs * steps_per_epoch, steps_per_epoch)
     return {
         "rho": section.rho,
         "norm": section.norm,
-        "mask": build_mask(config, steps_per_epoch),
+        "mask": None if section.mask is None else build_mask(section.mask, run),
         "adaptive": section.adaptive,
         "calibrate_every": section.calibrate_every,
         "fraction": section.fraction,
         "savings": Savings(**section.savings.model_dump()),
-        "schedule": schedule,
+        "schedule": build_schedule(section, run.steps),
     }
 
 

@@ -23,7 +23,7 @@ from ssam_scale.costs.profile import Batch, Measured, load_times, measure_activa
 from ssam_scale.costs.simulate import Presumed, Rehearsed, pretended, rehearse
 from ssam_scale.costs.workload import Ascent, ascent_of, weights_of
 from ssam_scale.errors import UserError
-from ssam_scale.masks import Chosen, Plan
+from ssam_scale.masks import Plan, ScoreBased
 from ssam_scale.models import build_model
 from ssam_scale.perturbation import Norm, Savings, SparseSAM, StagedModel
 from ssam_scale.sharding.place import place
@@ -161,7 +161,7 @@ def rehearsal_rows(config: Config, cluster: Cluster) -> list[dict[str, Any]]:
                 "backend": spreading.backend,
                 "replicas": spreading.replicas,
                 "density": sum(sum(ascent.perturbed.values()) for ascent in always) / numel,
-                "mask": "by random scores" if isinstance(alone.mask, Chosen) and ascents else "as configured",
+                "mask": "by random scores" if isinstance(alone.mask, ScoreBased) and ascents else "as configured",
                 "sent": sum(done.sent.values()),
                 "sent_by_collective": done.sent,
                 "predicted_sent": cost.bytes,
@@ -305,7 +305,7 @@ def configured_sam(config: Config, network: nn.Module, base: torch.optim.Optimiz
         options = {**perturbation_options(seen, _STEPS_PER_EPOCH), "schedule": None}
         opt = SparseSAM(network, base, **options, max_grad_norm=config.optimizer.clip_grad_norm)
         opt.steps = config.train.epochs * _STEPS_PER_EPOCH // 2
-        if isinstance(opt.mask, Chosen):
+        if isinstance(opt.mask, ScoreBased):
             opt.refresh()
     except ValueError as error:
         raise UserError(f"perturbation: {error}") from error

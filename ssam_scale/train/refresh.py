@@ -17,9 +17,9 @@ from ssam_scale.config.schema import Config
 from ssam_scale.data import Batch, ImageLoader
 from ssam_scale.errors import UserError
 from ssam_scale.masks import (
-    Chosen,
     DepthByCost,
     Refreshed,
+    ScoreBased,
 )
 from ssam_scale.perturbation import SparseSAM, ascent_seconds
 from ssam_scale.perturbation.scores import sampled_label_loss
@@ -131,7 +131,7 @@ def refresh_if_due(config: Config, world: World, opt: SparseSAM, batches: EpochB
     if isinstance(mask, DepthByCost):
         run.log_refresh(seconds=seconds, step=opt.steps, samples=samples)
         _log_cuts(mask, opt, run)
-    elif isinstance(mask, Chosen):
+    elif isinstance(mask, ScoreBased):
         run.log_refresh(
             seconds=seconds,
             step=opt.steps,

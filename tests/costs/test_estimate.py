@@ -20,7 +20,7 @@ from ssam_scale.costs.collectives import sent_by
 from ssam_scale.costs.compute import StageTimes, StepShape, StepTimes, ascent_seconds, base_seconds
 from ssam_scale.costs.estimate import Activations, footprint, scaled, step_cost
 from ssam_scale.costs.workload import Ascent, Weight, Weights, ascent_of, weights_of
-from ssam_scale.masks import Bits, Plan
+from ssam_scale.masks import BitMask, Plan
 from ssam_scale.perturbation import ResolvedStep, StagedModel
 from ssam_scale.sharding import World
 from ssam_scale.sharding.place import place
@@ -136,7 +136,7 @@ def test_fsdp2_holds_a_share_and_ddp_everything(given: tuple[Weights, Ascent], f
 
 def test_a_footprint_by_hand() -> None:
     weights = {"stem": Weight((10, 3), (0,), None), "a": Weight((8, 4), (0,), 0), "b": Weight((8, 4), (1,), 1)}
-    plan = Plan(0, {"a": None, "b": Bits(torch.tensor([255, 127, 0, 0], dtype=torch.uint8), 32)}, {"a": 32, "b": 15})
+    plan = Plan(0, {"a": None, "b": BitMask(torch.tensor([255, 127, 0, 0], dtype=torch.uint8), 32)}, {"a": 32, "b": 15})
     half = Ascent(1.0, ResolvedStep("sparse", 0, plan, {"a": 1.0, "b": 1.0}), StepShape(0, (1.0, 1.0), 47))
     ddp = footprint(weights, [half], Spreading("ddp", 1, Cluster(4, 8, 1.0, 1.0)), 8.0, Activations(5.0, 100.0), 2.0)
     # 94 weights; gradients and DDP's buckets; a backup and ε of 47 weights; a bit a weight.

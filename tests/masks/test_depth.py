@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from fractions import Fraction
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ssam_scale.masks import AnnealedCut, Depth, DepthByCost, Layout, from_blocks
-from ssam_scale.masks.depth import by_worth
+from ssam_scale.masks import AnnealedCut, Depth, DepthByCost, Layout, suffix_sums
+from ssam_scale.masks.depth import probabilities_by_cost
 from ssam_scale.sharding import ProcessGroup
 
 BLOCKS = 8
@@ -34,7 +35,7 @@ def drawn(mask: Depth, steps: int) -> list[int]:
 
 def measured(mask: DepthByCost, seed: int = 0, step: int = 0) -> DepthByCost:
     mask.check(LAYOUT)
-    mask.select(LAYOUT, {"fisher": fisher(seed)}, ALONE, step)
+    mask.refresh(LAYOUT, {"fisher": fisher(seed)}, ALONE, step)
     return mask
 
 
@@ -91,21 +92,27 @@ def test_probabilities_by_cost_are_fisher_mass_of_the_suffix_over_its_time() -> 
 
 
 @given(st.lists(st.tuples(st.floats(0.0, 1e3), st.floats(1e-3, 1e3)), min_size=1, max_size=20))
+@example([(5e-324, 2.0)])  # half of the smallest number is none
+@example([(1e3, 1e3), (5e-324, 1e-3), (0.0, 1.0)])
 def test_mass_over_time_is_never_below_that_of_uniform_draws(blocks: list[tuple[float, float]]) -> None:
-    masses, seconds = (from_blocks(values) for values in zip(*blocks, strict=True))
-    probabilities = by_worth(masses, seconds, range(len(blocks)))
+    masses, seconds = (suffix_sums(values) for values in zip(*blocks, strict=True))
+    probabilities = probabilities_by_cost(masses, seconds, range(len(blocks)))
     if probabilities is None:
         assert not any(masses)
         return
-    mass, time = (sum(p * v for p, v in zip(probabilities, x, strict=True)) for x in (masses, seconds))
-    assert mass / time >= sum(masses) / sum(seconds) * (1 - 1e-9)
+    assert sum(probabilities) == pytest.approx(1.0, rel=1e-12)
+    # In fractions, as sums and products of the smallest numbers are nowhere near what they should be.
+    drawn = [Fraction(p) for p in probabilities]
+    mass, time = (sum(p * Fraction(v) for p, v in zip(drawn, x, strict=True)) for x in (masses, seconds))
+    uniform_mass, uniform_time = (sum(map(Fraction, x)) for x in (masses, seconds))
+    assert mass * uniform_time >= uniform_mass * time * Fraction(1 - 1e-9)
 
 
 def test_the_unit_of_time_and_the_number_of_samples_do_not_matter() -> None:
     one = measured(DepthByCost(seconds=SECONDS))
     other = DepthByCost(seconds=[1000 * t for t in SECONDS])
     other.check(LAYOUT)
-    other.select(LAYOUT, {"fisher": {name: 4 * s for name, s in fisher(0).items()}}, ALONE, 0)
+    other.refresh(LAYOUT, {"fisher": {name: 4 * s for name, s in fisher(0).items()}}, ALONE, 0)
     assert other.probabilities(BLOCKS, 0) == pytest.approx(one.probabilities(BLOCKS, 0), rel=1e-12)
 
 
@@ -120,7 +127,7 @@ def test_a_refresh_changes_the_probabilities_and_is_due_when_it_was_said() -> No
 
 
 def test_times_of_blocks_add_up_from_each_block_on() -> None:
-    assert from_blocks([1.0, 2.0, 4.0]) == [7.0, 6.0, 4.0]
+    assert suffix_sums([1.0, 2.0, 4.0]) == [7.0, 6.0, 4.0]
 
 
 @settings(deadline=None, max_examples=20)  # the first one compiles
@@ -156,9 +163,9 @@ def test_a_range_without_any_fisher_mass_is_refused_and_leaves_what_was() -> Non
     masses = mask.masses
     dead = {name: s * (int(name[0]) < 4) for name, s in fisher(1).items()}
     with pytest.raises(ValueError, match="Fisher mass of the weights from block 4 on is 0"):
-        mask.select(LAYOUT, {"fisher": dead}, ALONE, 1)
+        mask.refresh(LAYOUT, {"fisher": dead}, ALONE, 1)
     with pytest.raises(FloatingPointError, match=r"scores of 2\.bias"):
-        mask.select(LAYOUT, {"fisher": fisher(1) | {"2.bias": torch.full((3,), math.inf)}}, ALONE, 1)
+        mask.refresh(LAYOUT, {"fisher": fisher(1) | {"2.bias": torch.full((3,), math.inf)}}, ALONE, 1)
     assert (mask.masses, mask.chosen_at) == (masses, 0)
 
 

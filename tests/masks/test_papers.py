@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssam_scale.masks import NM, Annealed, Bits, Chosen, Dynamic, Layout, Named, Norms, Rows, Scored
+from ssam_scale.masks import NM, Annealed, BitMask, Dynamic, Layout, Named, Norms, Rows, ScoreBased, Scored
 from ssam_scale.masks.top_scores import erk, uniform
 from ssam_scale.perturbation import SparseSAM
 from ssam_scale.perturbation.reference import reference_step
@@ -31,9 +31,9 @@ def draw(seed: int) -> dict[str, Tensor]:
     return {name: torch.rand(shape, generator=generator) for name, shape in SHAPES.items()}
 
 
-def chosen(mask: Chosen, scores: dict[Any, dict[str, Tensor]], step: int = 0) -> dict[str, Tensor]:
+def chosen(mask: ScoreBased, scores: dict[Any, dict[str, Tensor]], step: int = 0) -> dict[str, Tensor]:
     """Booleans of every parameter after a choice."""
-    mask.select(LAYOUT, scores, ALONE, step)
+    mask.refresh(LAYOUT, scores, ALONE, step)
     weights = mask.plan(LAYOUT, step).weights
     result = {}
     for name, shape in SHAPES.items():
@@ -329,7 +329,7 @@ def test_storage_is_a_bit_a_weight_for_single_weights_and_nothing_for_coarser_pa
         chosen(mask, scores)
         for name, part in mask.plan(LAYOUT, 0).weights.items():
             if part is not None:
-                assert isinstance(part, Bits)
+                assert isinstance(part, BitMask)
                 assert part.packed.nbytes == math.ceil(LAYOUT.numels[name] / 8)
     for pattern in ("tensor", "block"):
         coarse = Scored(pattern, 0.2)  # type: ignore[arg-type]

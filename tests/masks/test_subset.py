@@ -11,7 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ssam_scale.masks import Bits, Part, Rows, add_, compacted, pack, popcount, put_, subset, taken, unpack
+from ssam_scale.masks import (
+    BitMask,
+    Rows,
+    Subset,
+    compact_,
+    masked_add_,
+    masked_scatter_,
+    masked_select,
+    pack,
+    popcount,
+    subset,
+    unpack,
+)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 
@@ -27,7 +39,7 @@ def _way(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
-def check(part: Part, booleans: Tensor, dtype: torch.dtype) -> None:
+def check(part: Subset, booleans: Tensor, dtype: torch.dtype) -> None:
     numel = booleans.numel()
     assert (part.count, part.numel) == (int(booleans.sum()), numel)
     assert torch.equal(part.booleans(), booleans)
@@ -40,11 +52,11 @@ def check(part: Part, booleans: Tensor, dtype: torch.dtype) -> None:
     assert torch.equal(target, expected)
     if dtype != torch.float64:
         summands = torch.randn(part.count)
-        add_([target], [part], [summands])
+        masked_add_([target], [part], [summands])
         expected[booleans] = (expected[booleans].float() + summands).to(dtype)
         assert torch.equal(target, expected)
     memory = source.clone()
-    [front] = compacted([memory], [part])
+    [front] = compact_([memory], [part])
     assert torch.equal(front, source[booleans])
     assert not part.count or front.data_ptr() == memory.data_ptr()
 
@@ -58,7 +70,7 @@ def test_bits_are_booleans(values: list[bool], dtype: torch.dtype) -> None:
     assert packed.numel() == math.ceil(len(values) / 8)
     assert popcount(packed) == sum(values)
     assert torch.equal(unpack(packed)[: len(values)], booleans)
-    check(Bits(packed, len(values)), booleans, dtype)
+    check(BitMask(packed, len(values)), booleans, dtype)
 
 
 @pytest.mark.usefixtures("_way")
@@ -77,13 +89,13 @@ def test_the_order_is_row_major_whatever_the_strides() -> None:
     booleans = torch.rand(4, 3, 2, 5, generator=torch.Generator().manual_seed(0)) < 0.5
     rows = torch.tensor([True, False, False, True])
     for part, chosen in (
-        (Bits(pack(booleans), 120), booleans),
+        (BitMask(pack(booleans), 120), booleans),
         (Rows(rows, 30, 0, 120, torch.device("cpu")), rows.view(4, 1, 1, 1).expand(booleans.shape)),
     ):
         source = torch.randn(4, 3, 2, 5).to(memory_format=torch.channels_last)
         values = part.take(source)
         assert torch.equal(values, source[chosen])
-        assert torch.equal(compacted([source.clone()], [part])[0], values)
+        assert torch.equal(compact_([source.clone()], [part])[0], values)
         expected = source.clone()
         expected[chosen] = -values
         part.put(source, -values)
@@ -100,7 +112,7 @@ def test_any_number_of_threads_moves_many_tensors_at_once(threads: int) -> None:
     rows = torch.rand(9000, generator=generator) < density
     booleans.append(rows.repeat_interleave(100)[250:])
     packed = [torch.cat([torch.zeros(1, dtype=torch.uint8), pack(b)])[1:] for b in booleans[:-1]]
-    some: list[Part | None] = [Bits(p, n) for p, n in zip(packed, sizes, strict=True)]
+    some: list[Subset | None] = [BitMask(p, n) for p, n in zip(packed, sizes, strict=True)]
     some.append(Rows(rows, 100, 250, 899_750, torch.device("cpu")))
     some.append(None)
     booleans.append(torch.ones(1000, dtype=torch.bool))
@@ -109,12 +121,12 @@ def test_any_number_of_threads_moves_many_tensors_at_once(threads: int) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        values = taken(sources, some)
+        values = masked_select(sources, some)
         summed = [s.clone() for s in sources]
-        add_(summed, some, values)
+        masked_add_(summed, some, values)
         written = [torch.zeros_like(s) for s in sources]
-        put_(written, some, values)
-        fronts = compacted([s.clone() for s in sources], some)
+        masked_scatter_(written, some, values)
+        fronts = compact_([s.clone() for s in sources], some)
     finally:
         torch.set_num_threads(before)
     for i, (source, chosen) in enumerate(zip(sources, booleans, strict=True)):
@@ -125,7 +137,7 @@ def test_any_number_of_threads_moves_many_tensors_at_once(threads: int) -> None:
 
 
 def test_values_that_do_not_fit_are_refused_before_anything_is_written() -> None:
-    part = Bits(pack(torch.tensor([True, False, True])), 3)
+    part = BitMask(pack(torch.tensor([True, False, True])), 3)
     target = torch.zeros(3)
     for values in (torch.ones(3), torch.ones(2, dtype=torch.float64), torch.ones(4)[::2]):
         with pytest.raises(ValueError, match="do not fit 2 of 3 elements"):
@@ -140,7 +152,7 @@ def test_a_gpu_moves_what_the_cpu_moves_without_the_host_waiting() -> None:
     source = torch.randn(3000, 7)
     there = source.cuda()
     for here, part in (
-        (Bits(pack(booleans), 21000), Bits(pack(booleans).cuda(), 21000)),
+        (BitMask(pack(booleans), 21000), BitMask(pack(booleans).cuda(), 21000)),
         (Rows(rows, 7, 3, 20990, torch.device("cpu")), Rows(rows, 7, 3, 20990, torch.device("cuda"))),
     ):
         start = source.numel() - here.numel
@@ -150,11 +162,11 @@ def test_a_gpu_moves_what_the_cpu_moves_without_the_host_waiting() -> None:
         try:
             values = part.take(theirs)
             part.put(theirs, values * 2)
-            add_([theirs], [part], [values])
-            [front] = compacted([theirs.clone()], [part])
+            masked_add_([theirs], [part], [values])
+            [front] = compact_([theirs.clone()], [part])
         finally:
             torch.cuda.set_sync_debug_mode("default")
         here.put(mine, here.take(mine) * 2)
-        add_([mine], [here], [values.cpu()])
+        masked_add_([mine], [here], [values.cpu()])
         assert torch.equal(theirs.cpu(), mine)
         assert torch.equal(front.cpu(), here.take(mine))

@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ssam_scale.masks import Layout, Scored
@@ -22,6 +22,7 @@ def one(values: dict[str, torch.Tensor]) -> dict[Any, dict[str, torch.Tensor]]:
     return {"fisher": values}
 
 
+@settings(deadline=None)  # the first one compiles
 @given(st.floats(0, 0.999), st.lists(st.integers(1, 40), min_size=1, max_size=5), st.sampled_from(ALLOCATIONS))
 def test_the_density_of_single_weights_is_exact(sparsity: float, sizes: list[int], allocation: Any) -> None:
     shapes = {str(i): (n,) for i, n in enumerate(sizes)}
@@ -31,9 +32,9 @@ def test_the_density_of_single_weights_is_exact(sparsity: float, sizes: list[int
     scores = {name: torch.rand(n) for name, n in shapes.items()}
     if not expected:
         with pytest.raises(ValueError, match="leaves nothing"):
-            mask.select(layout, one(scores), ALONE, 0)
+            mask.refresh(layout, one(scores), ALONE, 0)
         return
-    mask.select(layout, one(scores), ALONE, 0)
+    mask.refresh(layout, one(scores), ALONE, 0)
     plan = mask.plan(layout, 0)
     counts = {n: layout.numels[n] if part is None else part.count for n, part in plan.weights.items()}
     assert plan.perturbed == sum(counts.values()) == expected
@@ -44,11 +45,11 @@ def test_the_density_of_single_weights_is_exact(sparsity: float, sizes: list[int
 def test_scores_that_are_not_finite_are_named_and_leave_the_mask() -> None:
     layout = Layout({"a": (3,), "b": (3,)}, {"a": 0, "b": 0}, 1)
     mask = Scored("element", 0.5)
-    mask.select(layout, one({"a": torch.ones(3), "b": torch.zeros(3)}), ALONE, 0)
+    mask.refresh(layout, one({"a": torch.ones(3), "b": torch.zeros(3)}), ALONE, 0)
     before = mask.selected
     with pytest.raises(FloatingPointError, match="scores of b"):
-        mask.select(layout, one({"a": torch.ones(3), "b": torch.tensor([0.0, math.nan, 1.0])}), ALONE, 1)
+        mask.refresh(layout, one({"a": torch.ones(3), "b": torch.tensor([0.0, math.nan, 1.0])}), ALONE, 1)
     assert mask.selected is before
     # A sum that overflows is not a score that is not finite.
-    mask.select(layout, one({"a": torch.full((3,), 3e38), "b": torch.zeros(3)}), ALONE, 1)
+    mask.refresh(layout, one({"a": torch.full((3,), 3e38), "b": torch.zeros(3)}), ALONE, 1)
     assert list(mask.plan(layout, 1).weights) == ["a"]

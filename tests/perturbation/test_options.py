@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ssam_scale import CosineRadius, Depth, Interval, Scored, SparseSAM, TiedRadius, Window
+from ssam_scale import CosineRadius, Depth, Interval, LRRadius, Scored, SparseSAM, Window
 from ssam_scale.perturbation.perturb import scale_to_radius_, squares
 from ssam_scale.perturbation.reference import length_of, masked_by, reference_gradient
 from tests.support.masks import whole_mask
@@ -122,7 +122,7 @@ def test_a_cosine_radius_ends_at_its_final_share(final: float, expected: list[fl
 
 def test_a_tied_radius_follows_the_learning_rate_of_each_group() -> None:
     model = vit()
-    opt = SparseSAM(model, sgd(model, 0.2, 0.1), schedule=TiedRadius())
+    opt = SparseSAM(model, sgd(model, 0.2, 0.1), schedule=LRRadius())
     with pytest.raises(ValueError, match="build the scheduler before the first step"):
         opt.step(loss_fn, BATCH)
     scheduler = torch.optim.lr_scheduler.LambdaLR(opt, [lambda step: 0.5**step, lambda step: 1.0])

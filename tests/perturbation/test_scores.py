@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssam_scale.perturbation import rng
-from ssam_scale.perturbation.samples import dealt_samples
 from ssam_scale.perturbation.scores import (
     per_sample_scores,
     random_scores,
@@ -20,6 +19,7 @@ from ssam_scale.perturbation.scores import (
     sampled_labels,
     weight_scores,
 )
+from ssam_scale.perturbation.scores.samples import round_robin_samples
 from ssam_scale.sharding import ProcessGroup, Sharding, World
 from ssam_scale.sharding.place import place, sharding_of
 from tests.support.networks import CLASSES, batches, loss_fn, small_network
@@ -222,64 +222,6 @@ def test_zero_has_the_bits_of_one_process(size: int) -> None:
     check(size, ZERO[size])
 
 
-# --- several samples at once
-
-
-def _chunked(world: World, backends: list[str]) -> list[str]:
-    wrong = []
-    for backend in backends:
-        sharding, base, named = sharded(world, backend, "vit")
-        parameters, data = list(named.values()), own_batches(world, 7)
-
-        def scores(
-            chunk: int,
-            sharding: Any = sharding,
-            base: Any = base,
-            parameters: Any = parameters,
-            data: Any = data,
-        ) -> list[Tensor]:
-            return per_sample_scores(
-                sharding, base, parameters, nested_loss, data, kinds=KINDS, samples=7, scale=4.0, chunk=chunk
-            )["fisher"]
-
-        if backend in ("fsdp2", "zero3"):
-            try:
-                scores(2)
-            except ValueError as error:
-                wrong += [] if "parts of the weights" in str(error) else [str(error)]
-            else:
-                wrong.append(f"{backend} takes chunks")
-            continue
-        exact = scores(1)
-        for chunk in (3, 8):
-            apart = max(float((a - b).abs().max()) for a, b in zip(exact, scores(chunk), strict=True) if len(a))
-            if apart > 1e-5 * max(float(e.max()) for e in exact if len(e)):
-                wrong.append(f"{backend}, {chunk}: {apart}")
-    return wrong
-
-
-def test_chunks_of_samples_are_the_same_up_to_rounding() -> None:
-    assert alone(_chunked, ["single"]) == []
-
-
-@pytest.mark.slow
-def test_chunks_of_samples_on_processes_with_whole_weights() -> None:
-    assert run_ranks(2, _chunked, ["ddp", "fsdp2", *(f"zero{stage}" for stage in range(4))]) == [[], []]
-
-
-@pytest.mark.parametrize("family", ["resnet", "odd"])
-def test_chunks_of_other_networks(family: str) -> None:
-    sharding, base, named = sharded(World(), "single", family)
-    parameters, data = list(named.values()), batches(1, 5)
-    exact, chunked = (per_sample_scores(sharding, base, parameters, loss_fn, data, chunk=c)["fisher"] for c in (1, 4))
-    for a, b in zip(exact, chunked, strict=True):
-        assert torch.allclose(a, b, rtol=1e-3, atol=1e-6 * max(float(e.max()) for e in exact))
-    with pytest.raises(ValueError, match="chunk is 0"):
-        per_sample_scores(sharding, base, parameters, loss_fn, data, chunk=0)
-    with pytest.raises(RuntimeError, match="random"):
-        per_sample_scores(sharding, base, parameters, sampled_label_loss, data, chunk=4)
-
-
 # --- samples
 
 
@@ -364,7 +306,7 @@ def _dealt(world: World) -> list[Any]:
 
         calls: list[int] = []
         asked = calls
-        own, total = dealt_samples(group, reused(calls), samples if samples != 100 else 6 * 3 * world.size)
+        own, total = round_robin_samples(group, reused(calls), samples if samples != 100 else 6 * 3 * world.size)
         seen.append(([int(sample[0, 0]) for sample in own], total, len(asked)))
     return seen
 

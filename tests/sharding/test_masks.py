@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from ssam_scale.masks import NM, Chosen, Dynamic, Scored
+from ssam_scale.masks import NM, Dynamic, ScoreBased, Scored
 from ssam_scale.perturbation import SparseSAM
 from ssam_scale.sharding import World
 from ssam_scale.sharding.place import place
@@ -25,7 +25,7 @@ WORK = {
     3: [*((backend, "vit") for backend in ("ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3")), ("zero3", "resnet")],
     4: [("fsdp2", "vit"), ("zero1", "resnet")],
 }
-MASKS: dict[str, Callable[[], Chosen]] = {
+MASKS: dict[str, Callable[[], ScoreBased]] = {
     "element fisher": lambda: Scored("element", 0.5),
     "element gradient, uniform": lambda: Scored("element", 0.8, score="gradient", allocation="uniform"),
     "element random, erk": lambda: Scored("element", 0.7, score="random", allocation="erk", seed=5),

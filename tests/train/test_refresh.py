@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ssam_scale.config.schema import Config
 from ssam_scale.data import Batch
-from ssam_scale.masks import Bits
+from ssam_scale.masks import BitMask
 from ssam_scale.train.refresh import EpochBatches, fewest_samples
 from tests.support.runs import RESNET, VIT, launch, ssam_scale, write_config
 from tests.support.tracked import STEPS, artifact, history, saved, table, train
@@ -30,7 +30,7 @@ def shapes(home: Path) -> dict[str, torch.Size]:
 def bits(home: Path) -> dict[str, Tensor]:
     """The saved choice of single weights, as booleans."""
     flags = saved(home)
-    return {n: Bits(flags[f"mask.{n}"], s.numel()).booleans().view(s) for n, s in shapes(home).items()}
+    return {n: BitMask(flags[f"mask.{n}"], s.numel()).booleans().view(s) for n, s in shapes(home).items()}
 
 
 def test_two_of_four(home: Path, data: Path) -> None:

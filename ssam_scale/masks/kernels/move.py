@@ -1,4 +1,4 @@
-"""Compiled loops that move some elements of tensors in CPU memory to rows of nothing but these, and back.
+"""Compiled masked select, scatter, add and stream compaction over lists of tensors in CPU memory.
 
 One call serves all tensors, in as many threads as torch computes with: a call each would cost more than the work on a
 small one. Where a thread begins is looked up, not counted.
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ssam_scale.native import addresses, compiled, in_threads
 
-# Elements between two places of a part at which a thread may begin; a multiple of the 64 bits of a word.
+# Elements between two places of a subset at which a thread may begin; a multiple of the 64 bits of a word.
 _STRIDE = 1 << 16
 
 # What numbers are moved as, by their size in bytes: moving them does not care what they mean.
@@ -63,7 +63,7 @@ def _word(bits: int, place: int, stop: int) -> Any:
     """The bits of 64 elements, those from `stop` on being 0.
 
     Args:
-        bits: address of a part's bits, a multiple of 8.
+        bits: address of a subset's bits, a multiple of 8.
         place: of the word.
         stop: elements that there are bits for.
     """
@@ -95,7 +95,7 @@ def _take(tensors: Any, bits: Any, tasks: Any, values: Any, like: Any) -> None:
     Args:
         tensors: int64 [tensors], addresses.
         bits: int64 [tensors], addresses of a bit for each element; 0: every element of a task is moved.
-        tasks: int64 [N, 4], the tensor, and a row of its `Course.tasks`.
+        tasks: int64 [N, 4], the tensor, and a row of its `Spans.tasks`.
         values: int64 [tensors], addresses.
         like: of the dtype of both.
     """
@@ -151,15 +151,15 @@ def _add(tensors: Any, bits: Any, tasks: Any, values: Any, like: Any) -> None:
 
 
 @dataclass(frozen=True, eq=False)
-class Course:
-    """The elements of a part in their order, cut so that threads can begin at several places.
+class Spans:
+    """Where the elements of a subset lie: spans of the tensor, of which threads can take one each.
 
     Attributes:
-        tasks: NumPy int64 [N, 3], in order: how many elements of the part come before; the first element of the tensor
-            and the one after the last. With bits, the first is a multiple of 64.
-        bits: uint8, one bit for each element of the tensor, in memory that begins at a multiple of 8 bytes; None: every
-            element of a task is the part's.
-        count: elements of the part.
+        tasks: NumPy int64 [N, 3], a row for each span, in order: how many elements of the subset come before; the first
+            element of the tensor and the one after the last. With bits, the first is a multiple of 64.
+        bits: uint8, one bit for each element of the tensor, in memory that begins at a multiple of 8 bytes; None: the
+            subset has every element of each span.
+        count: elements of the subset.
         numel: elements of the tensor.
     """
 
@@ -169,12 +169,12 @@ class Course:
     numel: int
 
 
-Move: TypeAlias = tuple[Tensor, Course, Tensor]
-"""A row-major tensor, the course of a part of it, and the part's values: shape (`Course.count`,), of its dtype."""
+Move: TypeAlias = tuple[Tensor, Spans, Tensor]
+"""A row-major tensor, the spans of a subset of it, and the subset's values: shape (`Spans.count`,), of its dtype."""
 
 
-def along_bits(packed: Tensor, numel: int) -> Course:
-    """The course along bits as `Bits` has them, on the CPU."""
+def spans_of_bits(packed: Tensor, numel: int) -> Spans:
+    """The spans of a packed bit mask on the CPU; the arguments are those of `BitMask`."""
     packed = packed.contiguous()
     if packed.data_ptr() % 8:
         packed = packed.clone()
@@ -183,11 +183,11 @@ def along_bits(packed: Tensor, numel: int) -> Course:
     counts = np.zeros(len(tasks), np.int64)
     _count(packed.data_ptr(), tasks, counts)
     tasks[:, 0] = counts.cumsum() - counts
-    return Course(tasks, packed, int(counts.sum()), numel)
+    return Spans(tasks, packed, int(counts.sum()), numel)
 
 
-def along_rows(kept: Tensor, size: int, start: int, numel: int) -> Course:
-    """The course along rows, of which neighbours make one task; the arguments are as of `Rows`.
+def spans_of_rows(kept: Tensor, size: int, start: int, numel: int) -> Spans:
+    """The spans of kept rows, of which neighbours make one span; the arguments are as of `Rows`.
 
     Args:
         kept: int64, indices of rows of the whole parameter, ascending.
@@ -202,7 +202,7 @@ def along_rows(kept: Tensor, size: int, start: int, numel: int) -> Course:
     runs = runs[runs[:, 0] < runs[:, 1]]
     lengths = runs[:, 1] - runs[:, 0]
     before = lengths.cumsum() - lengths
-    return Course(np.concatenate([before[:, None], runs], 1), None, int(lengths.sum()), numel)
+    return Spans(np.concatenate([before[:, None], runs], 1), None, int(lengths.sum()), numel)
 
 
 def take(moves: Sequence[Move]) -> None:
@@ -235,22 +235,22 @@ def add(moves: Sequence[Move]) -> None:
 
 def _move(kernel: Callable[..., None], kinds: dict[int, Any], moves: Sequence[Move], *, divided: bool = True) -> None:
     by_size: dict[int, list[Move]] = {}
-    for t, course, row in moves:
+    for t, spans, row in moves:
         # Compiled loops write to memory unasked.
-        fits = (t.numel(), row.shape, row.dtype) == (course.numel, (course.count,), t.dtype)
+        fits = (t.numel(), row.shape, row.dtype) == (spans.numel, (spans.count,), t.dtype)
         if not (fits and t.is_contiguous() and row.is_contiguous()):
             raise ValueError(
-                f"values of shape {tuple(row.shape)} and {row.dtype} do not fit {course.count} of {course.numel} "
+                f"values of shape {tuple(row.shape)} and {row.dtype} do not fit {spans.count} of {spans.numel} "
                 f"elements of a tensor of shape {tuple(t.shape)} and {t.dtype}, or one of the two is not row-major"
             )
-        if course.count:
-            by_size.setdefault(t.element_size(), []).append((t, course, row))
+        if spans.count:
+            by_size.setdefault(t.element_size(), []).append((t, spans, row))
     for size, same in by_size.items():
-        of_each = [len(course.tasks) for _, course, _ in same]
+        of_each = [len(spans.tasks) for _, spans, _ in same]
         tasks = np.empty((sum(of_each), 4), np.int64)
         tasks[:, 0] = np.repeat(np.arange(len(same)), of_each)
-        np.concatenate([course.tasks for _, course, _ in same], out=tasks[:, 1:])
-        where = addresses([t for t, _, _ in same]), np.array([_address(course.bits) for _, course, _ in same], np.int64)
+        np.concatenate([spans.tasks for _, spans, _ in same], out=tasks[:, 1:])
+        where = addresses([t for t, _, _ in same]), np.array([_address(spans.bits) for _, spans, _ in same], np.int64)
         rows = addresses([row for _, _, row in same])
         edges = np.arange(len(tasks) + 1) if divided else np.concatenate([[0], np.cumsum(of_each)])
         units = np.stack([tasks[edges[:-1], 2], tasks[edges[1:] - 1, 3]], 1)

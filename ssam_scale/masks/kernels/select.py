@@ -151,7 +151,7 @@ def count_equal(scores: Any, candidates: Any, tasks: Any, segments: Any, thresho
 
 @compiled
 def write_bits(
-    scores: Any, candidates: Any, tasks: Any, segments: Any, thresholds: Any, equal: Any, taken: Any, out: Any
+    scores: Any, candidates: Any, tasks: Any, segments: Any, thresholds: Any, equal: Any, ties: Any, out: Any
 ) -> None:
     """Set a bit for every key above its segment's threshold, and for the first ones of those equal to it.
 
@@ -162,7 +162,7 @@ def write_bits(
         segments: as for `count_digits`.
         thresholds: int32 [segments], keys.
         equal: int64 [N], how many keys of each task equal the threshold.
-        taken: int64 [N], how many of those get a bit.
+        ties: int64 [N], how many of those get a bit.
         out: int64 [tensors], addresses of uint8, written to.
     """
     words = np.zeros(_BLOCK // 8, np.uint64)
@@ -171,7 +171,7 @@ def write_bits(
         tensor, start, stop = tasks[n, 0], tasks[n, 1], tasks[n, 2]
         bits = numba.carray(_int32_at(scores[tensor]), stop)[start:]
         packed = numba.carray(_uint8_at(out[tensor]), (stop + 7) // 8)[start >> 3 :]
-        threshold, left = thresholds[segments[tensor]], taken[n]
+        threshold, left = thresholds[segments[tensor]], ties[n]
         some = 0 < left < equal[n]
         # Without ties to tell apart one comparison an element decides, and the compiler makes vectors of the loop.
         bound = np.int32(threshold - 1) if left and not some else threshold

@@ -1,4 +1,4 @@
-"""Batches of all processes as one order of samples, dealt out one by one."""
+"""The samples of all processes in one order, distributed round robin: sample i goes to process i mod size."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ssam_scale.sharding import ProcessGroup
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 
 
-def dealt_samples(group: ProcessGroup, batches: Iterable[Any], samples: int | None) -> tuple[list[Any], int]:
+def round_robin_samples(group: ProcessGroup, batches: Iterable[Any], samples: int | None) -> tuple[list[Any], int]:
     """This process's share of the samples of all processes. Collective.
 
     The order of all samples is that of the first batch of process 0, 1, …, then that of the second batch of process 0,
@@ -41,14 +41,13 @@ def dealt_samples(group: ProcessGroup, batches: Iterable[Any], samples: int | No
     """
     if samples is not None and samples < 1:
         raise ValueError(f"samples is {samples}; at least 1 is needed")
-    taken, kinds, failure = [], [], None
+    local, kinds, failure = [], [], None
     used = 0
     try:
         for batch in batches:
-            cut = _Cut(batch, group, used, samples)
-            taken.append(cut)
-            kinds.append(cut.kind)
-            used += cut.each * group.size
+            local.append(_LocalBatch(batch, group, used, samples))
+            kinds.append(local[-1].kind)
+            used += local[-1].each * group.size
             if samples is not None and used >= samples:
                 break
     except Exception as error:
@@ -59,8 +58,8 @@ def dealt_samples(group: ProcessGroup, batches: Iterable[Any], samples: int | No
         raise ValueError(f"{samples} samples are asked for but the batches of all processes hold {used}")
     if not total:
         raise ValueError("scores need at least one sample")
-    spare = next(cut.first for cut in taken if cut.first is not None)
-    own = [sample for cut in taken for sample in cut.deal()]
+    spare = next(batch.first for batch in local if batch.first is not None)
+    own = [sample for batch in local for sample in batch.exchange()]
     if len(own) * group.size < total:
         own.append(own[-1] if own else spare)
     return own, total
@@ -91,7 +90,7 @@ def _words(kind: tuple[int, str, tuple[str, ...]]) -> str:
     return f"{kind[0]} samples of {', '.join(kind[2])}"
 
 
-class _Cut:
+class _LocalBatch:
     """One batch of this process: a copy of what is used of it, in the order of where it goes.
 
     Attributes:
@@ -131,7 +130,7 @@ class _Cut:
         used = self.each if self._samples is None else max(0, min(self.each, self._samples - start))
         return [place for rank in to for place in range((rank - start) % self._group.size, used, self._group.size)]
 
-    def deal(self) -> list[Any]:
+    def exchange(self) -> list[Any]:
         """This process's samples of this batch of all processes; forgets the copy. Collective."""
         ranks = range(self._group.size)
         sent = [len(self._places(self._group.rank, [rank])) for rank in ranks]

@@ -1,0 +1,38 @@
+"""The radius moves along half a cosine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ssam_scale.anneal import along_half_cosine
+from ssam_scale.config.schema import Perturbation
+from ssam_scale.perturbation.schedules.interface import RadiusSchedule, register_schedule
+
+
+@dataclass(frozen=True)
+class CosineRadius:
+    """From ρ to `final` · ρ along half a cosine.
+
+    Attributes:
+        steps: optimizer steps of the way; afterwards it stays at the end.
+        final: factor at the end, at least 0; above 1 the radius grows.
+    """
+
+    steps: int
+    final: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.final < 0.0:
+            raise ValueError(f"steps is {self.steps} and final {self.final}; at least 1 and at least 0 are needed")
+
+    def __call__(self, step: int, group: Mapping[str, Any]) -> float:
+        """final + (1 − final) · (1 + cos(π · step / steps)) / 2."""
+        return along_half_cosine(1.0, self.final, step / self.steps)
+
+
+@register_schedule("from rho to rho_final · rho along half a cosine over the run")
+def build(section: Perturbation, steps: int) -> RadiusSchedule:
+    """The schedule of the section `perturbation`."""
+    return CosineRadius(steps, section.rho_final)
