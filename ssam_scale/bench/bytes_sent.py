@@ -31,61 +31,63 @@ _WITHIN_SHARD_GROUP = "sam, within the shard group"
 
 
 @dataclass(frozen=True)
-class Spread:
-    """A way of spreading the weights.
+class BackendSetup:
+    """A backend, and how often it replicates the weights.
 
     Attributes:
         backend: as `place` takes it.
-        replicas: copies of the weights, each spread over as many processes as were asked for.
+        replicas: copies of the weights, each sharded over as many processes as were asked for.
     """
 
     backend: str
     replicas: int = 1
 
 
-SPREADS: Mapping[str, Spread] = {
-    "ddp": Spread("ddp"),
-    "fsdp2": Spread("fsdp2"),
-    "hsdp": Spread("fsdp2", 2),
-    **{f"zero{stage}": Spread(f"zero{stage}") for stage in range(4)},
+BACKENDS: Mapping[str, BackendSetup] = {
+    "ddp": BackendSetup("ddp"),
+    "fsdp2": BackendSetup("fsdp2"),
+    "hsdp": BackendSetup("fsdp2", 2),
+    **{f"zero{stage}": BackendSetup(f"zero{stage}") for stage in range(4)},
 }
 
 
-def chosen_spreads(names: Sequence[str] | None) -> list[str]:
-    """Those of these names; None: all.
+def chosen_backends(names: Sequence[str] | None) -> list[str]:
+    """Names of the backends asked for, in the order of `BACKENDS`; None: all.
 
     Raises:
         UserError: there is none of such a name.
     """
     for name in names or ():
-        if name not in SPREADS:
-            raise UserError(f"--backends: there is no backend {name!r}; there are {', '.join(SPREADS)}")
-    return [name for name in SPREADS if names is None or name in names]
+        if name not in BACKENDS:
+            raise UserError(f"--backends: there is no backend {name!r}; there are {', '.join(BACKENDS)}")
+    return [name for name in BACKENDS if names is None or name in names]
 
 
-def placed(setting: Setting, spread: Spread, world: World, way: Way) -> SparseSAM:
-    """The optimizer of a way on its own network, spread over the processes of `world`."""
+def sharded_optimizer(setting: Setting, setup: BackendSetup, world: World, way: Way) -> SparseSAM:
+    """The optimizer of a scenario on its own network, sharded or replicated over the processes of `world`."""
     network = setting.network()
     module, base = place(
         network,
         [stage.block for stage in network.stages],
-        spread.backend,
+        setup.backend,
         world,
         partial(sgd, network),
-        replicas=spread.replicas,
+        replicas=setup.replicas,
         batch_size=setting.batch_size,
     )
     return sparse_sam(module, base, way)
 
 
-def _count(rank: int, size: int, device: torch.device, setting: Setting, jobs: Sequence[tuple[str, str]]) -> list[Any]:
+def _measure(
+    rank: int, size: int, device: torch.device, setting: Setting, jobs: Sequence[tuple[str, str]]
+) -> list[Any]:
     world = World(rank, size, device)
     known = {way.name: way for way in spread_ways()}  # by name: what builds a mask need not be picklable
     batch = setting.batch()
     found = []
-    for spread, name in jobs:
+    for backend, name in jobs:
         way = known[name]
-        opt = placed(setting, SPREADS[spread], world, way)
+        opt = sharded_optimizer(setting, BACKENDS[backend], world, way)
         for _ in range(_WARM_UP):
             opt.step(setting.loss_fn, batch)
         first = opt.steps
@@ -107,8 +109,8 @@ def _count(rank: int, size: int, device: torch.device, setting: Setting, jobs: S
     return found
 
 
-def bench_bytes(setting: Setting, ranks: int, spreads: Sequence[str], compared: Sequence[Way]) -> list[dict[str, Any]]:
-    """Rows of what one process sends in a step, one a backend and plan; `traffic` says how bytes are counted.
+def bench_bytes(setting: Setting, ranks: int, backends: Sequence[str], compared: Sequence[Way]) -> list[dict[str, Any]]:
+    """Rows of what one process sends in a step, one a backend and plan; `costs.collectives` says how bytes are counted.
 
     `step_bytes` are those of a whole step and `ascent_bytes` what the plan adds to a step of the base optimizer on the
     same backend, whose one pass costs what a descent pass costs; both also by collective, and `step_calls` and
@@ -118,40 +120,40 @@ def bench_bytes(setting: Setting, ranks: int, spreads: Sequence[str], compared: 
 
     Args:
         setting: on what; one that `Setting.check` finds nothing wrong with. Its batch is each process's own.
-        ranks: processes that one copy of the weights is spread over, or that hold one each; at least 2.
-        spreads: the backends, by name.
+        ranks: processes that one copy of the weights is sharded over, or that hold one each; at least 2.
+        backends: by name.
         compared: the plans, with `base` and `sam` among them.
 
     Raises:
         UserError: a process was killed.
     """
     by_size: dict[int, list[tuple[str, str]]] = {}
-    for spread in spreads:
-        replicas = SPREADS[spread].replicas
+    for backend in backends:
+        replicas = BACKENDS[backend].replicas
         plans = [way.name for way in compared if replicas > 1 or way.name != _WITHIN_SHARD_GROUP]
-        by_size.setdefault(ranks * replicas, []).extend((spread, plan) for plan in plans)
+        by_size.setdefault(ranks * replicas, []).extend((backend, plan) for plan in plans)
     # One start of processes for all that has as many of them: importing DeepSpeed alone takes seconds.
     found = {
         job: (size, counts)
         for size, jobs in by_size.items()
-        for job, counts in zip(jobs, on_ranks(size, _count, setting, jobs), strict=True)
+        for job, counts in zip(jobs, on_ranks(size, _measure, setting, jobs), strict=True)
     }
     common = environment(setting, 1)
     rows = []
-    for spread in spreads:
-        base, dense = found[spread, "base"][1], found[spread, "sam"][1]
+    for backend in backends:
+        base, dense = found[backend, "base"][1], found[backend, "sam"][1]
         dense_ascent = _total(_minus(dense["bytes"], base["bytes"]))
         for (of, plan), (size, counts) in found.items():
-            if of != spread:
+            if of != backend:
                 continue
             ascent = _minus(counts["bytes"], base["bytes"])
             rows.append(
                 {
                     "model": setting.model,
-                    "backend": spread,
+                    "backend": backend,
                     "plan": plan,
                     "ranks": size,
-                    "replicas": SPREADS[spread].replicas,
+                    "replicas": BACKENDS[backend].replicas,
                     "density": counts["density"],
                     "step_bytes": _total(counts["bytes"]),
                     "step_bytes_by_collective": counts["bytes"],

@@ -1,4 +1,4 @@
-"""What masks cost in memory: while they lie there, and while the weights that they choose are perturbed."""
+"""Memory of masks: persistent, and transient while the weights that they choose are perturbed."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ssam_scale.masks import BitMask, Dense, Mask, Rows, ScoreBased, Scored
+from ssam_scale.masks import Dense, Mask, ScoreBased, Scored
 from ssam_scale.perturbation import SparseSAM
 
 from .mask_selection import tensor_sizes
-from .peak_memory import extra_bytes
+from .peak_memory import extra_bytes, mask_bytes
 from .processes import on_ranks
 
 _MASKS: dict[str, Callable[[], Mask]] = {
@@ -58,7 +58,7 @@ def _measure(rank: int, size: int, device: torch.device, total: int) -> list[dic
                 "weights": total,
                 "density": density,
                 "exact": exact,
-                "persistent_bytes_per_weight": _kept_bytes(opt) / total,
+                "persistent_bytes_per_weight": mask_bytes(opt) / total,
                 "transient_bytes_per_weight": None if extra is None else extra / total,
                 "transient_over_perturbed": None if extra is None else extra / (density * 4 * total),
             }
@@ -81,22 +81,12 @@ def _perturb(opt: SparseSAM) -> None:
         pass
 
 
-def _kept_bytes(opt: SparseSAM) -> int:
-    kept: list[Tensor] = []
-    for part in opt.plan.weights.values():
-        if isinstance(part, BitMask):
-            kept.append(part.packed)
-        elif isinstance(part, Rows):
-            kept += [part.keep, part.rows]
-    return sum(t.nbytes for t in kept)
-
-
 def bench_storage(weights: int) -> list[dict[str, Any]]:
     """Rows of the memory that masks over float32 weights of a ViT-B's shapes take, one a mask.
 
     `persistent_bytes_per_weight`: of the mask. `transient_bytes_per_weight`: the peak while weights are perturbed and
-    put back, beyond the weights and their ascent gradient (`memory.extra_bytes` tells how it is measured); divided by
-    the bytes of the perturbed weights, `transient_over_perturbed`, of which at least 1 is needed to put them back.
+    restored, beyond the weights and their ascent gradient (measured by `peak_memory.extra_bytes`); divided by the bytes
+    of the perturbed weights, `transient_over_perturbed`, of which at least 1 is needed to restore them.
     `exact`: they came back bit for bit.
     """
     rows: list[dict[str, Any]] = on_ranks(1, _measure, weights)

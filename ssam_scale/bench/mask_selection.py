@@ -2,7 +2,7 @@
 
 Scores look like a ViT-B's Fisher scores: squares of normals, times a scale of each tensor that spans five decades. In
 `top_k, 60% zeros` the threshold is 0 and falls among equal scores. Every process holds its part of the same scores:
-each tensor is cut into equal runs.
+each tensor is sharded into equal runs.
 
 The alternative on several processes gathers all scores to each, selects there, and keeps its own part of the mask.
 `torch.topk` returns sorted scores unless it is told not to; both are measured.
@@ -42,7 +42,7 @@ def tensor_sizes(total: int) -> tuple[list[int], int]:
     return [after - before for before, after in pairwise(edges)], row
 
 
-def _whole(total: int, zeros: float) -> Iterator[Tensor]:
+def _all_scores(total: int, zeros: float) -> Iterator[Tensor]:
     """The scores of all processes, tensor by tensor: float32 [numel] in CPU memory."""
     generator = torch.Generator().manual_seed(_SEED)
     for numel in tensor_sizes(total)[0]:
@@ -53,14 +53,14 @@ def _whole(total: int, zeros: float) -> Iterator[Tensor]:
         yield scores
 
 
-def _run(numel: int, rank: int, size: int) -> tuple[int, int]:
-    """Start and end of a process's part of a tensor."""
+def _shard(numel: int, rank: int, size: int) -> tuple[int, int]:
+    """Start and end of a process's shard of a tensor."""
     each = -(-numel // size)
     return min(rank * each, numel), min((rank + 1) * each, numel)
 
 
-class _Joined:
-    """All processes, who count the bytes that each gives to collectives."""
+class _CountingGroup:
+    """The process group of all processes, which counts the bytes that each gives to collectives."""
 
     def __init__(self, rank: int, size: int) -> None:
         self.size, self.rank = size, rank
@@ -85,19 +85,19 @@ class _Joined:
         return rows.to(local.device)
 
 
-def _by_topk(local: Sequence[Tensor], k: int, joined: _Joined, longest: int, ordered: bool) -> list[Tensor]:
-    """The plain way: boolean masks of this process's part."""
-    scores = joined.gather(torch.cat(list(local)), longest)
+def _by_topk(local: Sequence[Tensor], k: int, group: _CountingGroup, longest: int, ordered: bool) -> list[Tensor]:
+    """All-gather and `torch.topk`: boolean masks of this process's shard."""
+    scores = group.gather(torch.cat(list(local)), longest)
     chosen = torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
     chosen[torch.topk(scores, k, sorted=ordered).indices] = True
-    start = joined.rank * longest
+    start = group.rank * longest
     lengths = [len(part) for part in local]
     return [mask.clone() for mask in chosen[start : start + sum(lengths)].split(lengths)]
 
 
 def _by_definition(total: int, zeros: float, k: int, rank: int, size: int) -> list[Tensor]:
-    """Packed masks of this process's part: what lies above the k-th highest score, and the first that equal it."""
-    tensors = list(_whole(total, zeros))
+    """Packed masks of this process's shard: what lies above the k-th highest score, and the first that equal it."""
+    tensors = list(_all_scores(total, zeros))
     flat = torch.cat(tensors)
     if k == 0:
         chosen = torch.zeros(total, dtype=torch.bool)
@@ -108,7 +108,7 @@ def _by_definition(total: int, zeros: float, k: int, rank: int, size: int) -> li
         chosen[ties[: k - int(chosen.sum())]] = True
     masks = []
     for mask in chosen.split([len(t) for t in tensors]):
-        start, end = _run(len(mask), rank, size)
+        start, end = _shard(len(mask), rank, size)
         part = torch.nn.functional.pad(mask[start:end].byte(), (0, (start - end) % 8)).view(-1, 8)
         masks.append((part << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8))
     return masks
@@ -145,15 +145,15 @@ def _measure(rank: int, size: int, device: torch.device, total: int, repeats: in
     rows = []
     k = total // 2
     longest = max(
-        sum(end - start for start, end in (_run(n, r, size) for n in tensor_sizes(total)[0])) for r in range(size)
+        sum(end - start for start, end in (_shard(n, r, size) for n in tensor_sizes(total)[0])) for r in range(size)
     )
     for what, zeros in _ZEROS.items():
-        local = [s[slice(*_run(len(s), rank, size))].clone().to(device) for s in _whole(total, zeros)]
+        local = [s[slice(*_shard(len(s), rank, size))].clone().to(device) for s in _all_scores(total, zeros)]
         weights = max(sum(len(s) for s in local), 1)
-        ours, plain = _Joined(rank, size), _Joined(rank, size)
+        ours, plain = _CountingGroup(rank, size), _CountingGroup(rank, size)
         small = [torch.arange(100.0, device=device) // 10]
-        top_k(small, [55], _Joined(0, 1))  # compiled, if need be, what ties need included
-        _by_topk(small, 55, _Joined(0, 1), 100, True)
+        top_k(small, [55], _CountingGroup(0, 1))  # compiled, if need be, what ties need included
+        _by_topk(small, 55, _CountingGroup(0, 1), 100, True)
         select = partial(top_k, local, [k], ours)
         by_topk, by_unsorted = (partial(_by_topk, local, k, plain, longest, ordered) for ordered in (True, False))
         extra = extra_bytes(select, device)
@@ -190,19 +190,19 @@ def _measure_means(rank: int, size: int, device: torch.device, total: int, repea
     """Means of rows, next to those that one process has, bit for bit, and next to means in float64."""
     numels, row = tensor_sizes(total)
     sizes = [row if numel % row == 0 else numel for numel in numels]
-    whole = list(_whole(total, 0.0))
-    runs = [_run(numel, rank, size) for numel in numels]
+    whole = list(_all_scores(total, 0.0))
+    runs = [_shard(numel, rank, size) for numel in numels]
     local = [s[slice(*run)].clone().to(device) for s, run in zip(whole, runs, strict=True)]
-    joined = _Joined(rank, size)
+    group = _CountingGroup(rank, size)
 
     def means() -> list[Tensor]:
-        return unit_means(local, [start for start, _ in runs], numels, sizes, joined)
+        return unit_means(local, [start for start, _ in runs], numels, sizes, group)
 
-    unit_means([torch.ones(8, device=device)], [0], [8], [8], _Joined(0, 1))  # compiled, if need be
+    unit_means([torch.ones(8, device=device)], [0], [8], [8], _CountingGroup(0, 1))  # compiled, if need be
     extra = extra_bytes(means, device)
-    sent = joined.sent
+    sent = group.sent
     seconds = statistics.median(_seconds(means, device, size) for _ in range(repeats))
-    alone = unit_means(whole, [0] * len(whole), numels, sizes, _Joined(0, 1))
+    alone = unit_means(whole, [0] * len(whole), numels, sizes, _CountingGroup(0, 1))
     exact = all(
         torch.equal(mine, a) and torch.allclose(a, s.view(-1, max(width, 1)).double().mean(1), rtol=1e-9, atol=0.0)
         for mine, a, s, width in zip(means(), alone, whole, sizes, strict=True)
@@ -222,7 +222,7 @@ def bench_masks(scores: int, ranks: Sequence[int], repeats: int, means: bool = F
 
     Times are medians of `repeats`, taken in turns with the alternative, each until the slowest process is done. Memory
     is what one call takes at its peak beyond the scores, masks included, per local weight, on the first process
-    (`memory.extra_bytes` tells how it is measured), and is asked for before anything was selected at that size.
+    (`peak_memory.extra_bytes` tells how it is measured), and is asked for before anything was selected at that size.
     `collective_bytes` are what each process gives to collectives. `exact`: on every process the mask is that of the
     definition, by `torch.kthvalue` over all scores and by position among equal ones.
 

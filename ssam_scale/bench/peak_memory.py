@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ssam_scale.masks import BitMask, Rows
+from ssam_scale.perturbation import SparseSAM
 
 from .networks import Setting
 from .processes import on_ranks
@@ -51,6 +52,17 @@ def extra_bytes(work: Callable[[], Any], device: torch.device) -> int | None:
     return max(peak - before, 0)
 
 
+def mask_bytes(opt: SparseSAM) -> int:
+    """What the mask keeps in memory between two refreshes."""
+    kept: list[Tensor] = []
+    for part in opt.plan.weights.values():
+        if isinstance(part, BitMask):
+            kept.append(part.packed)
+        elif isinstance(part, Rows):
+            kept += [part.keep, part.rows]
+    return sum(t.nbytes for t in kept)
+
+
 def _status(name: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
@@ -84,15 +96,11 @@ def _measure(rank: int, size: int, device: torch.device, way: str, setting: Sett
 
 
 def _kept_bytes(running: Running) -> int:
-    """Of what lies there between two steps: weights, buffers, the optimizer's state, the mask, the batch."""
+    """What stays between two steps: weights, buffers, the optimizer's state, the mask, the batch."""
     state: Iterable[Any] = itertools.chain.from_iterable(s.values() for s in running.optimizer.state.values())
     kept = [*running.network.parameters(), *running.network.buffers(), *state, *running.batch]
-    for part in running.opt.plan.weights.values() if running.opt is not None else ():
-        if isinstance(part, BitMask):
-            kept.append(part.packed)
-        elif isinstance(part, Rows):
-            kept += [part.keep, part.rows]
-    return sum(t.nbytes for t in kept if isinstance(t, Tensor))
+    masks = 0 if running.opt is None else mask_bytes(running.opt)
+    return masks + sum(t.nbytes for t in kept if isinstance(t, Tensor))
 
 
 def bench_peak(setting: Setting, repeats: int, compared: Sequence[Way]) -> list[dict[str, Any]]:
@@ -100,7 +108,7 @@ def bench_peak(setting: Setting, repeats: int, compared: Sequence[Way]) -> list[
 
     `persistent_bytes` lie there between steps: weights, buffers, the optimizer's state, the mask and the batch.
     `step_bytes`: the peak during a step beyond what was taken before it, the median of `repeats` steps
-    (`memory.extra_bytes` tells how it is measured). `peak_bytes` is the sum, `peak_over_base` its ratio to the base
+    (`extra_bytes` tells how it is measured). `peak_bytes` is the sum, `peak_over_base` its ratio to the base
     optimizer's; all are None where that cannot be measured.
 
     Args:

@@ -61,7 +61,7 @@ class _Steps:
 
 
 def typical(kinds: Sequence[Kind], seconds: Sequence[float]) -> float:
-    """The median over what is of one kind, and the mean of these medians, each as often as its kind came."""
+    """The median over steps of one kind, and the mean of these medians, weighted by how often each kind came."""
     by_kind: dict[Kind, list[float]] = {}
     for kind, value in zip(kinds, seconds, strict=True):
         by_kind.setdefault(kind, []).append(value)
@@ -69,8 +69,8 @@ def typical(kinds: Sequence[Kind], seconds: Sequence[float]) -> float:
     return sum(often[kind] * statistics.median(values) for kind, values in by_kind.items()) / len(kinds)
 
 
-def spread(values: np.ndarray) -> float:
-    """The interquartile range."""
+def interquartile_range(values: np.ndarray) -> float:
+    """The distance between the quartiles."""
     low, high = np.percentile(values, [25, 75])
     return float(high - low)
 
@@ -83,8 +83,8 @@ def bench_steps(setting: Setting, repeats: int, compared: Sequence[Way]) -> list
     to the base optimizer's, `time_over_base_iqr` the interquartile range of the ratio over rounds, in each of which the
     two were taken shortly after each other. `density` and `suffix_share` (t: the perturbed suffix's share of a pass's
     measured time, forward and backward) are means over the steps, a step without an ascent counting 0.
-    `predicted_over_base` comes from the measured parts alone (`predict`), which the row of the base optimizer lists;
-    `target_over_base` is the most that we want.
+    `predicted_over_base` comes from the measured parts alone (`costs.compute`), which the row of the base optimizer
+    lists; `target_over_base` is the most that we want.
 
     Args:
         setting: on what; one that `Setting.check` finds nothing wrong with.
@@ -117,9 +117,9 @@ def bench_steps(setting: Setting, repeats: int, compared: Sequence[Way]) -> list
                 "interval": way.interval,
                 "steps": len(shapes),
                 "seconds": steps.seconds,
-                "seconds_iqr": spread(steps.rounds),
+                "seconds_iqr": interquartile_range(steps.rounds),
                 "time_over_base": steps.seconds / base.seconds,
-                "time_over_base_iqr": spread(steps.rounds / base.rounds),
+                "time_over_base_iqr": interquartile_range(steps.rounds / base.rounds),
                 "predicted_over_base": predicted_over_base(times, shapes) if way.mask or steps is base else None,
                 "target_over_base": way.target(t),
                 **common,

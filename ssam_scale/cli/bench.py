@@ -113,18 +113,18 @@ def bytes_command(
     as_json: AsJson = False,
 ) -> None:
     """Bytes that a process sends in a step, by plan and backend, and those of the ascent over dense SAM's."""
-    from ssam_scale.bench.bytes_sent import bench_bytes, chosen_spreads
+    from ssam_scale.bench.bytes_sent import bench_bytes, chosen_backends
     from ssam_scale.bench.networks import setting_of
     from ssam_scale.bench.scenarios import chosen_ways, spread_ways
 
     if ranks < 2:
         raise UserError(f"--ranks is {ranks}; at least 2 are needed to send anything")
-    compared, spreads = chosen_ways(plans, spread_ways(), ("base", "sam")), chosen_spreads(backends)
+    compared, chosen = chosen_ways(plans, spread_ways(), ("base", "sam")), chosen_backends(backends)
     # What is sent depends neither on the images nor on how many there are.
     settings = [setting_of(model, _BYTES_RESOLUTION, _BYTES_BATCH) for model in models or ["vit_tiny"]]
     for setting in settings:
         setting.check()
-    rows = [row for setting in settings for row in bench_bytes(setting, ranks, spreads, compared)]
+    rows = [row for setting in settings for row in bench_bytes(setting, ranks, chosen, compared)]
     versions = rows[0]["versions"]
     caption = f"bytes that one process sends; torch {versions['torch']}, timm {versions['timm']}"
     show(rows, _BYTES, caption, as_json, "plan")

@@ -1,4 +1,7 @@
-"""Pydantic's errors in the user's words: which key, where it was given, what is expected, the nearest valid name."""
+"""A configuration's keys in the user's words: what each means, and pydantic's errors as one line each.
+
+A line names the key, where it was given, what is expected there, and the nearest valid name.
+"""
 
 from __future__ import annotations
 
@@ -13,89 +16,24 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from ssam_scale.config.schema import Config
-from ssam_scale.config.yaml_lines import Path
+from ssam_scale.config.yaml_lines import KeyPath
 
 Sections = list[type[BaseModel]]
 
-
-def sections_in(annotation: Any) -> Sections:
-    """The sections that a field of this type may hold: none, one, or the alternatives of a union."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [section for argument in typing.get_args(annotation) for section in sections_in(argument)]
-
-
-def sections_at(sections: Sections, name: str | int) -> Sections:
-    """The sections that may stand under `name` in any of `sections`."""
-    fields = [section.model_fields[name] for section in sections if name in section.model_fields]
-    return [below for field in fields for below in sections_in(field.annotation)]
-
-
-def names(sections: Sections) -> list[str]:
-    """Every key that any of `sections` has."""
-    return list(dict.fromkeys(name for section in sections for name in section.model_fields))
-
-
-def dotted_names(sections: Sections = [Config], prefix: str = "") -> Iterator[str]:  # noqa: B006  (never changed)
-    """Every key below `sections`, dotted."""
-    for name in names(sections):
-        yield prefix + name
-        yield from dotted_names(sections_at(sections, name), f"{prefix}{name}.")
-
-
-def resolve(location: tuple[str | int, ...]) -> tuple[Path, Sections, Sections]:
-    """What pydantic calls a location, as the user's key: without the tags that stand for a union's alternatives.
-
-    Returns:
-        The key's path, the sections that may stand there, and the sections that may stand around it.
-    """
-    path: Path = ()
-    around: Sections = []
-    here: Sections = [Config]
-    tagged = False
-    for item in location:
-        if tagged:
-            here = [section for section in here if item in _tags(section)] or here
-            tagged = False
-            continue
-        path += (item,)
-        around, here = here, sections_at(here, item)
-        tagged = len(here) > 1
-    return path, here, around
-
-
-def _tags(section: type[BaseModel]) -> set[Any]:
-    literals = (field.annotation for field in section.model_fields.values())
-    return {section.__name__}.union(*(typing.get_args(x) for x in literals if typing.get_origin(x) is typing.Literal))
-
-
-def comments(section: BaseModel, path: Path = ()) -> dict[Path, str]:
-    """The meaning of every key below a section."""
-    result: dict[Path, str] = {}
-    for name, field in type(section).model_fields.items():
-        value = getattr(section, name)
-        if isinstance(value, BaseModel):
-            meaning = (type(value).__doc__ or "").partition("\n")[0].rstrip(".")
-            result |= {(*path, name): meaning, **comments(value, (*path, name))}
-        elif field.description:
-            result[(*path, name)] = field.description
-    return result
-
-
-Origins = Mapping[Path, str]
+Origins = Mapping[KeyPath, str]
 """Where each key was given: `configs/a.yaml:3` or `override train.epochs=3`."""
 
 
 def describe(error: ValidationError, values: dict[str, Any], origins: Origins) -> list[str]:
-    """One line for each mistake.
+    """One line for each mistake of a configuration.
 
     Args:
-        error: what pydantic found
-        values: what was given
-        origins: where each key was given
+        error: what pydantic found.
+        values: what was given.
+        origins: where each key was given.
     """
     lines: list[str] = []
-    meant: set[Path] = set()  # keys that are missing only because they are misspelt
+    meant: set[KeyPath] = set()  # keys that are missing only because they are misspelt
     details = error.errors(include_url=False)
     for detail in sorted(details, key=lambda detail: detail["type"] == "missing"):
         path, here, around = resolve(detail["loc"])
@@ -119,47 +57,25 @@ def describe(error: ValidationError, values: dict[str, Any], origins: Origins) -
     return lines
 
 
-def nearest(name: str, valid: Iterable[str]) -> str | None:
-    """The valid name that `name` most likely was meant to be, if any comes near."""
-    # Half the letters is near enough: a short name such as lr loses half of itself with one wrong letter.
-    near = difflib.get_close_matches(name, list(valid), n=5, cutoff=0.5)
-    # difflib compares common runs of letters, by which "worder" is nearer to workers than to order.
-    return min(near, key=lambda known: _edits(name, known), default=None)
-
-
-def _edits(one: str, other: str) -> int:
-    """How many letters must be added, left out, changed or exchanged with the next to make one word the other."""
-    before, last = [0] * (len(other) + 1), list(range(len(other) + 1))
-    for i, letter in enumerate(one, 1):
-        row = [i]
-        for j, wanted in enumerate(other, 1):
-            steps = min(last[j] + 1, row[j - 1] + 1, last[j - 1] + (letter != wanted))
-            if i > 1 and j > 1 and letter == other[j - 2] and one[i - 2] == wanted:
-                steps = min(steps, before[j - 2] + 1)
-            row.append(steps)
-        before, last = last, row
-    return last[-1]
-
-
-def _unknown(path: Path, around: Sections, values: dict[str, Any], origins: Origins, meant: set[Path]) -> str:
+def _unknown(path: KeyPath, around: Sections, values: dict[str, Any], origins: Origins, meant: set[KeyPath]) -> str:
     name = str(path[-1])
     line = f"{_origin(path, origins)}: {_dotted(path)}: unknown key"
-    taken = _at(values, path[:-1])
+    section = _at(values, path[:-1])
     near = nearest(name, names(around))
     if near:
         meant.add((*path[:-1], near))
         return f"{line}; did you mean {_dotted((*path[:-1], near))}?"
     elsewhere = [key for key in dotted_names() if key.rpartition(".")[2] == name]
     siblings = [key for key in elsewhere if key.rpartition(".")[0] == _dotted(path[:-1])]
-    if siblings and "pattern" in taken:
-        return f"{line} for pattern {_shown(taken['pattern'])}, which has {', '.join(names(around))}"
+    if siblings and "pattern" in section:
+        return f"{line} for pattern {_shown(section['pattern'])}, which has {', '.join(names(around))}"
     if elsewhere:
         return f"{line}; did you mean {' or '.join(elsewhere)}?"
     return f"{line}; {_dotted(path[:-1]) or 'the configuration'} has {', '.join(names(around))}"
 
 
 def _untagged(
-    path: Path, here: Sections, detail: ErrorDetails, values: dict[str, Any], origins: Origins, meant: set[Path]
+    path: KeyPath, here: Sections, detail: ErrorDetails, values: dict[str, Any], origins: Origins, meant: set[KeyPath]
 ) -> list[str]:
     """A union whose alternatives are told apart by a key that is not there: perhaps because it is misspelt."""
     discriminator = str((detail.get("ctx") or {}).get("discriminator", "'pattern'")).strip("'")
@@ -173,14 +89,14 @@ def _untagged(
     return lines
 
 
-def _invalid_tag(path: Path, detail: ErrorDetails, origins: Origins) -> str:
+def _invalid_tag(path: KeyPath, detail: ErrorDetails, origins: Origins) -> str:
     context = detail["ctx"]
     path = (*path, str(context["discriminator"]).strip("'"))
     choices = re.findall(r"'([^']*)'", context["expected_tags"])
     return f"{_origin(path, origins)}: {_dotted(path)}: {_choice(context['tag'], choices)}"
 
 
-def _wrong(path: Path, here: Sections, detail: ErrorDetails, origins: Origins) -> str:
+def _wrong(path: KeyPath, here: Sections, detail: ErrorDetails, origins: Origins) -> str:
     given = detail["input"]
     match detail["type"]:
         case "literal_error":
@@ -215,7 +131,29 @@ def _alternatives(choices: list[str]) -> str:
     return " or ".join(filter(None, [", ".join(choices[:-1]), choices[-1]]))
 
 
-def _involved(path: Path, problem: str, origins: Origins) -> str:
+def nearest(name: str, valid: Iterable[str]) -> str | None:
+    """The valid name that `name` most likely was meant to be, if any comes near."""
+    # Half the letters is near enough: a short name such as lr loses half of itself with one wrong letter.
+    near = difflib.get_close_matches(name, list(valid), n=5, cutoff=0.5)
+    # difflib compares common runs of letters, by which "worder" is nearer to workers than to order.
+    return min(near, key=lambda known: _edits(name, known), default=None)
+
+
+def _edits(one: str, other: str) -> int:
+    """How many letters must be added, left out, changed or exchanged with the next to make one word the other."""
+    before, last = [0] * (len(other) + 1), list(range(len(other) + 1))
+    for i, letter in enumerate(one, 1):
+        row = [i]
+        for j, wanted in enumerate(other, 1):
+            steps = min(last[j] + 1, row[j - 1] + 1, last[j - 1] + (letter != wanted))
+            if i > 1 and j > 1 and letter == other[j - 2] and one[i - 2] == wanted:
+                steps = min(steps, before[j - 2] + 1)
+            row.append(steps)
+        before, last = last, row
+    return last[-1]
+
+
+def _involved(path: KeyPath, problem: str, origins: Origins) -> str:
     """Where the keys that a rule speaks of were given; the section if it names none."""
     words = [tuple(word.split(".")) for word in re.findall(r"[a-z_]+(?:\.[a-z_]+)*", problem)]
     keys = [(*path, *word) for word in words if (*path, *word) in origins]
@@ -224,17 +162,17 @@ def _involved(path: Path, problem: str, origins: Origins) -> str:
     return ", ".join(dict.fromkeys(_origin(key, origins) for key in keys)) or _origin(path, origins)
 
 
-def _origin(path: Path, origins: Origins) -> str:
+def _origin(path: KeyPath, origins: Origins) -> str:
     while path not in origins:
         path = path[:-1]
     return origins[path]
 
 
-def _dotted(path: Path) -> str:
+def _dotted(path: KeyPath) -> str:
     return ".".join(map(str, path))
 
 
-def _at(values: Any, path: Path) -> Any:
+def _at(values: Any, path: KeyPath) -> Any:
     for item in path:
         values = values[item]
     return values
@@ -243,3 +181,67 @@ def _at(values: Any, path: Path) -> Any:
 def _shown(value: Any) -> str:
     shown = json.dumps(value, ensure_ascii=False, default=str)
     return shown if len(shown) <= 60 else f"{shown[:57]}..."
+
+
+def resolve(location: tuple[str | int, ...]) -> tuple[KeyPath, Sections, Sections]:
+    """What pydantic calls a location, as the user's key: without the tags that stand for a union's alternatives.
+
+    Returns:
+        The key's path, the sections that may stand there, and the sections that may stand around it.
+    """
+    path: KeyPath = ()
+    around: Sections = []
+    here: Sections = [Config]
+    tagged = False
+    for item in location:
+        if tagged:
+            here = [section for section in here if item in _tags(section)] or here
+            tagged = False
+            continue
+        path += (item,)
+        around, here = here, sections_at(here, item)
+        tagged = len(here) > 1
+    return path, here, around
+
+
+def _tags(section: type[BaseModel]) -> set[Any]:
+    literals = (field.annotation for field in section.model_fields.values())
+    return {section.__name__}.union(*(typing.get_args(x) for x in literals if typing.get_origin(x) is typing.Literal))
+
+
+def sections_in(annotation: Any) -> Sections:
+    """The sections that a field of this type may hold: none, one, or the alternatives of a union."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [section for argument in typing.get_args(annotation) for section in sections_in(argument)]
+
+
+def sections_at(sections: Sections, name: str | int) -> Sections:
+    """The sections that may stand under `name` in any of `sections`."""
+    fields = [section.model_fields[name] for section in sections if name in section.model_fields]
+    return [below for field in fields for below in sections_in(field.annotation)]
+
+
+def names(sections: Sections) -> list[str]:
+    """Every key that any of `sections` has."""
+    return list(dict.fromkeys(name for section in sections for name in section.model_fields))
+
+
+def dotted_names(sections: Sections = [Config], prefix: str = "") -> Iterator[str]:  # noqa: B006  (never changed)
+    """Every key below `sections`, dotted."""
+    for name in names(sections):
+        yield prefix + name
+        yield from dotted_names(sections_at(sections, name), f"{prefix}{name}.")
+
+
+def comments(section: BaseModel, path: KeyPath = ()) -> dict[KeyPath, str]:
+    """The meaning of every key below a section."""
+    result: dict[KeyPath, str] = {}
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if isinstance(value, BaseModel):
+            meaning = (type(value).__doc__ or "").partition("\n")[0].rstrip(".")
+            result |= {(*path, name): meaning, **comments(value, (*path, name))}
+        elif field.description:
+            result[(*path, name)] = field.description
+    return result

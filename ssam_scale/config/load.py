@@ -13,8 +13,7 @@ from pydantic import ValidationError
 
 from ssam_scale.config.explain import comments, describe
 from ssam_scale.config.schema import Config
-from ssam_scale.config.yaml_lines import Path as KeyPath
-from ssam_scale.config.yaml_lines import parse, write
+from ssam_scale.config.yaml_lines import KeyPath, parse, write
 from ssam_scale.errors import UserError
 
 _KEY = re.compile(r"[^\s.=]+(\.[^\s.=]+)*")
@@ -27,7 +26,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
     creates the section; later overrides win. Relative paths are left as they are: relative to the current folder.
 
     Raises:
-        UserError: anything in the file or the overrides that cannot be; the message names key, line and what would work
+        UserError: something in the file or the overrides cannot be; the message names key, line and what would work.
     """
     values, lines = parse(_read(path), str(path))
     if values is None:

@@ -1,8 +1,10 @@
-"""YAML as text: into plain values that know where they stand, and back.
+"""YAML into plain values and the line of each key, and plain values into YAML with comments.
 
 Read with PyYAML's safe parser but by the scalar rules of YAML 1.2, which are what people expect: `1e-3` is a number,
 `on`, `off`, `yes` and `no` are words, `010` is ten, `1:30` and dates are text. Duplicate keys, which PyYAML lets pass
-with the last one winning, are errors. There is no infinity and no NaN: no value of a run may be either.
+with the last one winning, are errors. There is no infinity and no NaN: no value of a run may be either. (ruamel.yaml
+reads 1.2, but adds dates, `1_000` and `0x10` to it, and knows neither where a duplicate's first key stands nor what has
+no place in a configuration: the same rules would have to be written on top of it.)
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import yaml
 
 from ssam_scale.errors import UserError
 
-Path = tuple[str | int, ...]
+KeyPath = tuple[str | int, ...]
 """Where a value stands: ("data", "mean", 0)."""
 
 _SCALARS: dict[str, tuple[re.Pattern[str], str, Callable[[str], Any]]] = {
@@ -60,15 +62,15 @@ _Dumper.add_representer(str, _write_text)
 _Dumper.add_representer(list, _write_list)
 
 
-def parse(text: str, where: str) -> tuple[Any, dict[Path, int]]:
+def parse(text: str, where: str) -> tuple[Any, dict[KeyPath, int]]:
     """Values of one YAML document, and the line of every key and list item.
 
     Args:
-        text: the document
-        where: its name in errors
+        text: the document.
+        where: its name in errors.
 
     Raises:
-        UserError: it is not YAML, or has duplicate keys or types of its own
+        UserError: it is not YAML, or has duplicate keys or types of its own.
     """
     try:
         node = _Loader(text).get_single_node()
@@ -83,12 +85,12 @@ def parse(text: str, where: str) -> tuple[Any, dict[Path, int]]:
         line = text.count("\n", 0, error.position) + 1
         character = chr(error.character) if isinstance(error.character, int) else error.character
         raise UserError(f"{where}:{line}: not YAML: character {character!r} is not allowed") from None
-    lines: dict[Path, int] = {}
+    lines: dict[KeyPath, int] = {}
     value = None if node is None else _value(node, (), lines, where, frozenset())
     return value, lines
 
 
-def _value(node: yaml.Node, path: Path, lines: dict[Path, int], where: str, above: frozenset[int]) -> Any:
+def _value(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], where: str, above: frozenset[int]) -> Any:
     here = f"{where}:{node.start_mark.line + 1}"
     kind = node.tag.removeprefix("tag:yaml.org,2002:")
     if id(node) in above:
@@ -120,7 +122,7 @@ def _value(node: yaml.Node, path: Path, lines: dict[Path, int], where: str, abov
     raise UserError(f"{here}: the type {tag} has no place in a configuration")
 
 
-def write(data: Any, comments: dict[Path, str]) -> str:
+def write(data: Any, comments: dict[KeyPath, str]) -> str:
     """Block-style YAML in the order of `data`, with a comment at the end of the lines of the keys that have one."""
     text = yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10**9, default_flow_style=False)
     _, keys = parse(text, "dump")

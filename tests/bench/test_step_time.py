@@ -12,7 +12,7 @@ import pytest
 
 from ssam_scale.bench.networks import setting_of
 from ssam_scale.bench.scenarios import ways
-from ssam_scale.bench.step_time import spread, typical
+from ssam_scale.bench.step_time import interquartile_range, typical
 from ssam_scale.cli.main import main
 from ssam_scale.costs.compute import StageTimes, StepShape, StepTimes, predicted_over_base, suffix_share
 
@@ -172,5 +172,5 @@ def test_typical_is_the_mean_over_kinds_of_medians() -> None:
 
 
 def test_spread_is_the_interquartile_range() -> None:
-    assert spread(np.array([1.0])) == 0.0
-    assert spread(np.arange(5.0)) == 2.0
+    assert interquartile_range(np.array([1.0])) == 0.0
+    assert interquartile_range(np.arange(5.0)) == 2.0

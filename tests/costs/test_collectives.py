@@ -13,7 +13,7 @@ import torch.distributed._functional_collectives as functional
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.profiler import ProfilerActivity, profile
 
-from ssam_scale.bench.bytes_sent import SPREADS, placed
+from ssam_scale.bench.bytes_sent import BACKENDS, sharded_optimizer
 from ssam_scale.bench.networks import Setting
 from ssam_scale.bench.scenarios import spread_ways
 from ssam_scale.costs.collectives import Traffic, ring_bytes, sent_by
@@ -85,7 +85,7 @@ def _both(world: World, backends: list[str]) -> dict[str, tuple[dict[str, int], 
     [way] = [way for way in spread_ways() if way.name == "cut 0.5"]
     found = {}
     for backend in backends:
-        opt, batch = placed(SETTING, SPREADS[backend], world, way), SETTING.batch()
+        opt, batch = sharded_optimizer(SETTING, BACKENDS[backend], world, way), SETTING.batch()
         for _ in range(2):
             opt.step(SETTING.loss_fn, batch)
         with profile(activities=[ProfilerActivity.CPU]) as seen, Traffic() as traffic:

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ssam_scale.bench.bytes_sent import SPREADS
+from ssam_scale.bench.bytes_sent import BACKENDS
 from ssam_scale.bench.networks import Setting
 from ssam_scale.bench.scenarios import sparse_sam, spread_ways
 from ssam_scale.costs.cluster import Cluster, Spreading, ZeroSettings
@@ -194,7 +194,7 @@ def _counted_and_predicted(world: World, jobs: list[tuple[str, str]]) -> dict[st
     times = StepTimes((StageTimes(1.0, 2.0, 1.0, 1.0),) * len(SETTING.network().stages), 0.0, 0.0)
     found = {}
     for backend, plan in jobs:
-        network, batch, spread = SETTING.network(), SETTING.batch(), SPREADS[backend]
+        network, batch, spread = SETTING.network(), SETTING.batch(), BACKENDS[backend]
         weights = weights_of(network, _two_groups(network))
         zero = {"zero_optimization": {"stage3_param_persistence_threshold": SMALL}}
         module, base = place(
