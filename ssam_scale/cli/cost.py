@@ -37,7 +37,7 @@ def cost_command(
 ) -> None:
     """Predict time, bytes on the wire and memory of a step: base optimizer, dense SAM, the configured plan."""
     from ssam_scale.config import load
-    from ssam_scale.train.predict_cost import Machines, cost_rows, measured, rehearsal_rows, spreading_of
+    from ssam_scale.train.predict_cost import Machines, cost_rows, measured, placement_of, rehearsal_rows
 
     machines = Machines(gpus or [1, 8], gpus_per_node, 1e9 * node_bandwidth, 1e9 * network_bandwidth, scaling)
     resolved = load(config, overrides or [])
@@ -49,7 +49,7 @@ def cost_command(
     at_least(4, images=images)
     at_least(1, repeats=repeats)
     for count in machines.gpus:  # before minutes of measuring
-        spreading_of(resolved, machines.cluster(count))
+        placement_of(resolved, machines.cluster(count))
     found = measured(resolved, images=images, repeats=repeats, times=times, save=save_times)
     show(cost_rows(resolved, found, machines), _COLUMNS, _caption(found, machines), as_json, "plan")
 

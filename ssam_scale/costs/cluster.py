@@ -55,7 +55,7 @@ class ZeroSettings:
 
 
 @dataclass(frozen=True)
-class Spreading:
+class Placement:
     """How the weights lie on a cluster.
 
     Attributes:

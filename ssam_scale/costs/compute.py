@@ -125,7 +125,7 @@ def ascent_backward(times: StepTimes, shape: StepShape) -> float:
     )
 
 
-def ascent_seconds(times: StepTimes, shape: StepShape) -> float:
+def predicted_ascent_seconds(times: StepTimes, shape: StepShape) -> float:
     """Everything that the step pays beyond the base optimizer's step."""
     if not shape.ascends:
         return 0.0
@@ -135,4 +135,4 @@ def ascent_seconds(times: StepTimes, shape: StepShape) -> float:
 def predicted_over_base(times: StepTimes, shapes: Sequence[StepShape]) -> float:
     """The mean time of steps of these shapes over the base optimizer's."""
     base = base_seconds(times)
-    return 1.0 + sum(ascent_seconds(times, shape) for shape in shapes) / (len(shapes) * base)
+    return 1.0 + sum(predicted_ascent_seconds(times, shape) for shape in shapes) / (len(shapes) * base)

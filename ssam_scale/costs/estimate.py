@@ -1,12 +1,12 @@
-"""What a step costs on a cluster: its time and its bytes on the wire, as pure functions.
+"""Predicted time, bytes on the wire and memory of a step on a cluster: `step_cost` and `footprint`, pure functions.
 
 A step is a sequence of legs, each of which computes for a time and sends something. How long a leg computes comes from
-the measured times of the stages on one process (`predict`), in proportion to the images that it sees; what it sends
-from the shapes of the weights, what the plan perturbs, and how the backend spreads the weights (`backends`).
+the measured times of the stages on one process (`compute`), in proportion to the images that it sees; what it sends
+from the resolved step, the shapes of the weights and how the backend shards them (`backends`).
 
-Taken for granted:
+Assumptions of the time:
 
-- A collective takes what a process sends by the ring algorithm (`traffic`) over the bandwidth of the slowest link of
+- A collective takes what a process sends by the ring algorithm (`collectives`) over the bandwidth of the slowest link of
   its group: the one between nodes, if the group does not fit into a node of consecutive ranks. Latency is not counted,
   nor are collectives of a few numbers (norms, whether gradients are finite).
 - `seconds`: what a backend sends during a forward or backward is hidden behind it as far as that lasts, a leg taking
@@ -15,8 +15,14 @@ Taken for granted:
 - Weights, gradients and what is sent of them are float32.
 - Each backend sends what the docstring of its module says; with several micro-batches the collectives of a forward, and
   of a backward that gathers, come in each of them.
-- In a step that goes by what an earlier ascent brought, adding it takes as long as perturbing the same weights, and so
-  does noting it after the ascent.
+- In a LookSAM step without an ascent, adding what is reused takes as long as perturbing the same weights, and so does
+  computing it after an ascent.
+
+Counted in the memory of one GPU, in bytes: this process's part of the weights, of their gradients and of the base
+optimizer's state; the buckets that gradients are reduced in; what is gathered at once (`backends` says what that is);
+the mask, a bit a weight where single weights are perturbed; the backup of the perturbed weights, and ε where it is not
+in the place of the gradient; what LookSAM keeps; and the activations that one micro-batch keeps for its backward. Not
+counted: buffers, what a kernel works with, what an allocator wastes, and what the communication library needs.
 """
 
 from __future__ import annotations
@@ -25,7 +31,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 from .backends import BackendCosts, InPass, costs_of
-from .cluster import Leg, Spreading
+from .cluster import Leg, Placement
 from .compute import StepTimes, ascent_backward, ascent_forward, pass_seconds
 from .workload import FLOAT, Ascent, Weights
 
@@ -44,7 +50,7 @@ class Activations:
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes of memory of one GPU, of the step of a plan that takes most."""
+    """Bytes of memory of one GPU, for the step of a plan that takes most."""
 
     weights: float
     gradients: float
@@ -57,24 +63,24 @@ class Footprint:
 
     @property
     def model(self) -> float:
-        """Of the weights and what belongs to them, without what perturbing adds."""
+        """The weights, gradients and optimizer state, gathered copies included: what training takes without SAM."""
         return self.weights + self.gradients + self.optimizer + self.gathered
 
     @property
     def perturbing(self) -> float:
-        """Of what perturbing adds, but for weights that stay gathered for it."""
+        """What perturbing adds: the mask, the backup and ε, and what LookSAM keeps."""
         return self.mask + self.perturbation + self.reuse
 
     @property
     def total(self) -> float:
-        """Of everything counted."""
+        """All that is counted."""
         return sum(float(getattr(self, field.name)) for field in fields(self))
 
 
 def footprint(
     weights: Weights,
     ascents: Sequence[Ascent],
-    spreading: Spreading,
+    placement: Placement,
     state_bytes_per_weight: float,
     activations: Activations,
     images: float,
@@ -85,13 +91,13 @@ def footprint(
     Args:
         weights: all of them, by name.
         ascents: the kinds of steps of a plan; none: the base optimizer's.
-        spreading: of the weights.
+        placement: how the weights lie on the cluster.
         state_bytes_per_weight: that the base optimizer keeps.
         activations: of a forward.
         images: of a micro-batch of one process.
         accumulation: micro-batches of a step.
     """
-    held = costs_of(weights, spreading, accumulation).holds(ascents)
+    held = costs_of(weights, placement, accumulation).holds(ascents)
     return Footprint(
         weights=held.weights,
         gradients=held.gradients,
@@ -105,7 +111,7 @@ def footprint(
 
 
 def scaled(times: StepTimes, images: float) -> StepTimes:
-    """Times for `images` times as many images."""
+    """`times` for `images` times as many images: compute grows in proportion, optimizer and perturbation do not."""
     stages = (
         replace(s, **{name: images * getattr(s, name) for name in ("forward", "backward", "no_weights", "no_input")})
         for s in times.stages
@@ -114,24 +120,24 @@ def scaled(times: StepTimes, images: float) -> StepTimes:
 
 
 def step_legs(times: StepTimes, backend: BackendCosts, shards: int, ascent: Ascent | None) -> list[Leg]:
-    """A step: its ascent, if it has one, its descent, and the optimizer on this process's part of the weights.
+    """The legs of a step: ascent, perturbation, descent, base optimizer.
 
     Args:
         times: of the parts, for the images that one process sees in a step.
         backend: what it sends.
-        shards: processes that perturbing and stepping are spread over.
-        ascent: what it does beyond the base optimizer's step.
+        shards: processes that perturbing and stepping are sharded over.
+        ascent: its ascent; None: a step of the base optimizer.
     """
     forward = sum(s.forward for s in times.stages)
-    descends = _legs(forward, pass_seconds(times) - forward, backend.descent(ascent))
-    legs = [*descends, Leg(times.optimizer / shards)]
+    descent = _legs(forward, pass_seconds(times) - forward, backend.descent(ascent))
+    legs = [*descent, Leg(times.optimizer / shards)]
     if ascent is None:
         return legs
     shape = ascent.shape
     perturb = times.perturb * shape.perturbed / shards
-    climbs = _legs(ascent_forward(times, shape), ascent_backward(times, shape), backend.ascent(ascent))
+    ascent_legs = _legs(ascent_forward(times, shape), ascent_backward(times, shape), backend.ascent(ascent))
     notes = [Leg((1 + ascent.reuses) * perturb)] if ascent.reuses else []
-    return [*climbs, Leg(perturb), *legs, *notes]
+    return [*ascent_legs, Leg(perturb), *legs, *notes]
 
 
 def _legs(forward: float, backward: float, sends: InPass) -> list[Leg]:
@@ -140,11 +146,11 @@ def _legs(forward: float, backward: float, sends: InPass) -> list[Leg]:
 
 @dataclass(frozen=True)
 class StepCost:
-    """Of a mean step.
+    """What a mean step of a run costs.
 
     Attributes:
-        seconds: with what is sent hidden as far as assumed.
-        seconds_unhidden: with nothing hidden.
+        seconds: with communication hidden behind compute as far as assumed.
+        seconds_unhidden: with none of it hidden.
         bytes: that each process sends.
     """
 
@@ -157,23 +163,23 @@ def step_cost(
     times: StepTimes,
     weights: Weights,
     ascents: Sequence[Ascent],
-    spreading: Spreading,
+    placement: Placement,
     accumulation: int = 1,
 ) -> StepCost:
-    """The mean step of a plan.
+    """The predicted cost of the mean step of a run.
 
     Args:
         times: of the parts, for the images that one process sees in a step.
         weights: all of them, by name.
         ascents: the kinds of its steps, whose shares add up to 1 or, the others being the base optimizer's, less.
-        spreading: of the weights.
+        placement: how the weights lie on the cluster.
         accumulation: micro-batches of a step.
     """
-    cluster, backend = spreading.cluster, costs_of(weights, spreading, accumulation)
-    climbing = [ascent for ascent in ascents if ascent.shape.ascends]
-    kinds: list[tuple[float, Ascent | None]] = [(ascent.share, ascent) for ascent in climbing]
-    kinds.append((1.0 - sum(ascent.share for ascent in climbing), None))
-    weighted = [(share, leg) for share, kind in kinds for leg in step_legs(times, backend, spreading.shards, kind)]
+    cluster, backend = placement.cluster, costs_of(weights, placement, accumulation)
+    ascending = [ascent for ascent in ascents if ascent.shape.ascends]
+    kinds: list[tuple[float, Ascent | None]] = [(ascent.share, ascent) for ascent in ascending]
+    kinds.append((1.0 - sum(ascent.share for ascent in ascending), None))
+    weighted = [(share, leg) for share, kind in kinds for leg in step_legs(times, backend, placement.shards, kind)]
     return StepCost(
         sum(share * leg.seconds(cluster) for share, leg in weighted),
         sum(share * leg.seconds(cluster, hidden=False) for share, leg in weighted),

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ssam_scale.config.mask_sections import ChosenMask, DepthMask, ElementMask
 from ssam_scale.config.schema import Config, Perturbation
-from ssam_scale.costs.cluster import Cluster, Spreading, ZeroSettings
+from ssam_scale.costs.cluster import Cluster, Placement, ZeroSettings
 from ssam_scale.costs.compute import StageTimes, StepTimes
 from ssam_scale.costs.estimate import Activations, footprint, scaled, step_cost
 from ssam_scale.costs.profile import Batch, Measured, load_times, measure_activations, measure_times, this_machine
@@ -123,8 +123,8 @@ def rehearsal_rows(config: Config, cluster: Cluster) -> list[dict[str, Any]]:
     Raises:
         UserError: the configured backend cannot be pretended.
     """
-    spreading = spreading_of(config, cluster)
-    if spreading.backend == "single":
+    placement = placement_of(config, cluster)
+    if placement.backend == "single":
         raise UserError("--dry-run: backend single sends nothing; add sharding.backend=fsdp2 or ddp, and --gpus 8")
     network = staged_model(config)
     base = base_optimizer(config, network.model)
@@ -143,23 +143,23 @@ def rehearsal_rows(config: Config, cluster: Cluster) -> list[dict[str, Any]]:
     rows = []
     for name, ascents in plans.items():
         try:
-            done = _rehearsed(config, spreading, mask, ascends=bool(ascents))
+            done = _rehearsed(config, placement, mask, ascends=bool(ascents))
         except ValueError as error:
             raise UserError(f"sharding: {error}") from error
         # Where weights are spread a process needs to know the others' parts of a mask to pack what it sends them, and
         # here are none.
-        packs = spreading.shards == 1
+        packs = placement.shards == 1
         always = [replace(a, share=1.0, between=a.between if packs else None) for a in ascents]
-        cost = step_cost(nothing, weights, always, spreading, config.train.accumulation)
+        cost = step_cost(nothing, weights, always, placement, config.train.accumulation)
         memory = footprint(
-            weights, always, spreading, state, Activations(0.0, 0.0), 0.0, accumulation=config.train.accumulation
+            weights, always, placement, state, Activations(0.0, 0.0), 0.0, accumulation=config.train.accumulation
         )
         rows.append(
             {
                 "plan": name,
                 "gpus": cluster.gpus,
-                "backend": spreading.backend,
-                "replicas": spreading.replicas,
+                "backend": placement.backend,
+                "replicas": placement.replicas,
                 "density": sum(sum(ascent.perturbed.values()) for ascent in always) / numel,
                 "mask": "by random scores" if isinstance(alone.mask, ScoreBased) and ascents else "as configured",
                 "sent": sum(done.sent.values()),
@@ -180,7 +180,7 @@ def _usual_norm(section: Perturbation) -> Norm:
     return "dense" if section.calibrate_every == 1 else "masked"
 
 
-def _rehearsed(config: Config, spreading: Spreading, mask: Presumed, *, ascends: bool) -> Rehearsed:
+def _rehearsed(config: Config, placement: Placement, mask: Presumed, *, ascends: bool) -> Rehearsed:
     section, side = config.perturbation, config.data.resolution
     work = ConfiguredWork(config, torch.device("cpu"))
     batches = [
@@ -188,16 +188,16 @@ def _rehearsed(config: Config, spreading: Spreading, mask: Presumed, *, ascends:
         for _ in range(config.train.accumulation)
     ]
     # DeepSpeed tells its story on standard output, where the rows belong.
-    with redirect_stdout(sys.stderr), pretended(spreading.cluster.gpus) as world:
+    with redirect_stdout(sys.stderr), pretended(placement.cluster.gpus) as world:
         staged = staged_model(config)
         blocks = [stage.block for stage in staged.stages]
         module, base = place(
             staged,
             blocks,
-            spreading.backend,
+            placement.backend,
             world,
             partial(base_optimizer, config, staged.model),
-            replicas=spreading.replicas,
+            replicas=placement.replicas,
             batch_size=_IMAGES,
             accumulation=config.train.accumulation,
             max_grad_norm=config.optimizer.clip_grad_norm,
@@ -368,7 +368,7 @@ def cost_rows(config: Config, found: Measured, machines: Machines) -> list[dict[
     accumulation, state = config.train.accumulation, state_bytes_per_weight(config)
     rows = []
     for gpus in machines.gpus:
-        spreading = spreading_of(config, machines.cluster(gpus))
+        placement = placement_of(config, machines.cluster(gpus))
         images = accumulation * found.images if machines.scaling == "weak" else config.data.batch_size / gpus
         if images < accumulation:
             raise UserError(
@@ -377,16 +377,16 @@ def cost_rows(config: Config, found: Measured, machines: Machines) -> list[dict[
             )
         times, base = scaled(found.times, images / found.images), None
         for name, ascents in plans.items():
-            cost = step_cost(times, weights, ascents, spreading, accumulation)
+            cost = step_cost(times, weights, ascents, placement, accumulation)
             one = images / accumulation
-            memory = footprint(weights, ascents, spreading, state, found.activations, one, accumulation)
+            memory = footprint(weights, ascents, placement, state, found.activations, one, accumulation)
             base = base or cost
             rows.append(
                 {
                     "plan": name,
                     "gpus": gpus,
-                    "backend": spreading.backend,
-                    "replicas": spreading.replicas,
+                    "backend": placement.backend,
+                    "replicas": placement.replicas,
                     "images": images,
                     "density": sum(a.share * sum(a.perturbed.values()) for a in ascents) / total,
                     **asdict(cost),
@@ -405,7 +405,7 @@ def cost_rows(config: Config, found: Measured, machines: Machines) -> list[dict[
     return rows
 
 
-def spreading_of(config: Config, cluster: Cluster) -> Spreading:
+def placement_of(config: Config, cluster: Cluster) -> Placement:
     """How the configuration spreads the weights over a cluster.
 
     Raises:
@@ -415,7 +415,7 @@ def spreading_of(config: Config, cluster: Cluster) -> Spreading:
     if backend == "auto":
         backend = "ddp" if cluster.gpus > 1 else "single"
     try:
-        return Spreading(backend, config.sharding.replicas, cluster, _zero_settings(config))
+        return Placement(backend, config.sharding.replicas, cluster, _zero_settings(config))
     except ValueError as error:
         raise UserError(f"--gpus {cluster.gpus}: {error}") from error
 

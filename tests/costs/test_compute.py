@@ -13,9 +13,9 @@ from ssam_scale.costs.compute import (
     StageTimes,
     StepShape,
     StepTimes,
-    ascent_seconds,
     base_seconds,
     pass_seconds,
+    predicted_ascent_seconds,
     predicted_over_base,
     suffix_share,
 )
@@ -40,7 +40,7 @@ def nothing(times: StepTimes) -> StepShape:
 @given(step_times)
 def test_no_ascent_costs_nothing_and_dense_sam_a_whole_pass(times: StepTimes) -> None:
     assert predicted_over_base(times, [nothing(times)]) == 1.0
-    assert ascent_seconds(times, depth(times, 0)) == pytest.approx(pass_seconds(times))
+    assert predicted_ascent_seconds(times, depth(times, 0)) == pytest.approx(pass_seconds(times))
     free = replace(times, optimizer=0.0, perturb=0.0)
     assert predicted_over_base(free, [depth(free, 0)]) == pytest.approx(2.0)
 
@@ -56,7 +56,7 @@ def test_what_lies_behind_a_later_cut_is_less(times: StepTimes) -> None:
 @given(step_times, st.floats(0.1, 1.0), st.data())
 def test_a_cut_costs_no_more_than_its_share_of_a_pass(times: StepTimes, fraction: float, data: st.DataObject) -> None:
     cut = data.draw(st.integers(0, len(times.stages) - 1))
-    cost = ascent_seconds(times, depth(times, cut, fraction))
+    cost = predicted_ascent_seconds(times, depth(times, cut, fraction))
     whole = fraction * suffix_share(times, cut) * pass_seconds(times)
     # Nothing before the cut needs a gradient, so the cut's own block leaves that of its input out.
     saved = times.stages[cut].of_input if cut else 0.0
@@ -69,10 +69,10 @@ def test_masks_save_the_gradients_they_leave_out_and_no_more(times: StepTimes, d
     count = len(times.stages)
     kept = tuple(data.draw(st.lists(st.floats(0.0, 1.0), min_size=count, max_size=count).filter(any)))
     forward = sum(s.forward for s in times.stages)
-    cost = ascent_seconds(times, StepShape(0, kept, 0))
+    cost = predicted_ascent_seconds(times, StepShape(0, kept, 0))
     assert forward <= cost <= pass_seconds(times) * (1.0 + 1e-9)
     more = tuple(min(1.0, share + 0.1) for share in kept)
-    assert cost <= ascent_seconds(times, StepShape(0, more, 0)) * (1.0 + 1e-9)
+    assert cost <= predicted_ascent_seconds(times, StepShape(0, more, 0)) * (1.0 + 1e-9)
     # The leading stages that nothing is perturbed of need no backward at all.
     first = next(i for i, share in enumerate(kept) if share)
     later = [s.backward for s in times.stages[first:]]
@@ -83,7 +83,7 @@ def test_masks_save_the_gradients_they_leave_out_and_no_more(times: StepTimes, d
 def test_an_interval_spreads_the_cost_of_an_ascent(times: StepTimes, interval: int, perturbed: int) -> None:
     ascent = depth(times, 0, perturbed=perturbed)
     period = [ascent, *[nothing(times)] * (interval - 1)]
-    extra = ascent_seconds(times, ascent) / base_seconds(times)
+    extra = predicted_ascent_seconds(times, ascent) / base_seconds(times)
     assert predicted_over_base(times, period) == pytest.approx(1.0 + extra / interval)
 
 
@@ -94,8 +94,10 @@ def test_an_example_by_hand() -> None:
     assert base_seconds(times) == 6.0
     assert suffix_share(times, 1) == pytest.approx(3.0 / 5.5)
     # The second stage alone, on half of the batch: 1 + 2 − 1, halved, and ten weights.
-    assert ascent_seconds(times, StepShape(1, (0.0, 1.0), 10, 0.5)) == pytest.approx(1.1)
+    assert predicted_ascent_seconds(times, StepShape(1, (0.0, 1.0), 10, 0.5)) == pytest.approx(1.1)
     # A quarter of the second stage's weights, and no cut: both forwards, 2 − 0.75 − 1 of backward.
-    assert ascent_seconds(times, StepShape(0, (0.0, 0.25), 10)) == pytest.approx(2.0 + 0.25 + 0.1)
+    assert predicted_ascent_seconds(times, StepShape(0, (0.0, 0.25), 10)) == pytest.approx(2.0 + 0.25 + 0.1)
     # Half of the first stage's weights: it needs no input gradient, the second no weights'.
-    assert ascent_seconds(times, StepShape(0, (0.5, 0.0), 0)) == pytest.approx(2.0 + (2.0 - 0.4 - 0.5) + (2.0 - 1.0))
+    assert predicted_ascent_seconds(times, StepShape(0, (0.5, 0.0), 0)) == pytest.approx(
+        2.0 + (2.0 - 0.4 - 0.5) + (2.0 - 1.0)
+    )

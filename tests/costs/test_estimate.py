@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from ssam_scale.bench.bytes_sent import BACKENDS
 from ssam_scale.bench.networks import Setting
 from ssam_scale.bench.scenarios import sparse_sam, spread_ways
-from ssam_scale.costs.cluster import Cluster, Spreading, ZeroSettings
+from ssam_scale.costs.cluster import Cluster, Placement, ZeroSettings
 from ssam_scale.costs.collectives import sent_by
-from ssam_scale.costs.compute import StageTimes, StepShape, StepTimes, ascent_seconds, base_seconds
+from ssam_scale.costs.compute import StageTimes, StepShape, StepTimes, base_seconds, predicted_ascent_seconds
 from ssam_scale.costs.estimate import Activations, footprint, scaled, step_cost
 from ssam_scale.costs.workload import Ascent, Weight, Weights, ascent_of, weights_of
 from ssam_scale.masks import BitMask, Plan
@@ -68,8 +68,8 @@ def test_one_gpu_takes_what_one_process_is_predicted_to(
     times: StepTimes, given: tuple[Weights, Ascent], backend: str
 ) -> None:
     weights, ascent = given
-    cost = step_cost(times, weights, [ascent], Spreading(backend, 1, Cluster(1, 8, 1e9, 1e8)))  # type: ignore[arg-type]
-    expected = base_seconds(times) + ascent.share * ascent_seconds(times, ascent.shape)
+    cost = step_cost(times, weights, [ascent], Placement(backend, 1, Cluster(1, 8, 1e9, 1e8)))  # type: ignore[arg-type]
+    expected = base_seconds(times) + ascent.share * predicted_ascent_seconds(times, ascent.shape)
     assert cost.seconds == pytest.approx(expected)
     assert cost.seconds_unhidden == pytest.approx(expected)
     assert cost.bytes == 0.0
@@ -87,12 +87,12 @@ def test_a_faster_link_never_makes_a_step_slower(
 ) -> None:
     weights, ascent = given
     cluster = Cluster(gpus, 8, inside, between)
-    slow = step_cost(times, weights, [ascent], Spreading(backend, 1, cluster))  # type: ignore[arg-type]
+    slow = step_cost(times, weights, [ascent], Placement(backend, 1, cluster))  # type: ignore[arg-type]
     for better in (
         replace(cluster, node_bandwidth=faster * inside),
         replace(cluster, network_bandwidth=faster * between),
     ):
-        fast = step_cost(times, weights, [ascent], Spreading(backend, 1, better))  # type: ignore[arg-type]
+        fast = step_cost(times, weights, [ascent], Placement(backend, 1, better))  # type: ignore[arg-type]
         assert fast.seconds <= slow.seconds * (1.0 + 1e-9)
         assert fast.seconds_unhidden <= slow.seconds_unhidden * (1.0 + 1e-9)
         assert fast.bytes == slow.bytes
@@ -101,7 +101,7 @@ def test_a_faster_link_never_makes_a_step_slower(
         times,
         weights,
         [ascent],
-        Spreading(backend, 1, replace(cluster, node_bandwidth=math.inf, network_bandwidth=math.inf)),
+        Placement(backend, 1, replace(cluster, node_bandwidth=math.inf, network_bandwidth=math.inf)),
     )  # type: ignore[arg-type]
     assert alone.seconds <= slow.seconds * (1.0 + 1e-9)
     assert slow.seconds <= slow.seconds_unhidden * (1.0 + 1e-9)
@@ -120,8 +120,8 @@ def test_fsdp2_holds_a_share_and_ddp_everything(given: tuple[Weights, Ascent], f
     whole = 4 * sum(w.numel for w in weights.values())
 
     def on(backend: str, gpus: int) -> float:
-        spreading = Spreading(backend, 1, Cluster(gpus, 8, 1e9, 1e9))  # type: ignore[arg-type]
-        return footprint(weights, [ascent], spreading, 8.0, Activations(1.0, 2.0), 3.0).weights
+        placement = Placement(backend, 1, Cluster(gpus, 8, 1e9, 1e9))  # type: ignore[arg-type]
+        return footprint(weights, [ascent], placement, 8.0, Activations(1.0, 2.0), 3.0).weights
 
     assert on("ddp", few) == on("ddp", many) == whole
     assert on("fsdp2", 1) == whole
@@ -138,17 +138,17 @@ def test_a_footprint_by_hand() -> None:
     weights = {"stem": Weight((10, 3), (0,), None), "a": Weight((8, 4), (0,), 0), "b": Weight((8, 4), (1,), 1)}
     plan = Plan(0, {"a": None, "b": BitMask(torch.tensor([255, 127, 0, 0], dtype=torch.uint8), 32)}, {"a": 32, "b": 15})
     half = Ascent(1.0, ResolvedStep("sparse", 0, plan, {"a": 1.0, "b": 1.0}), StepShape(0, (1.0, 1.0), 47))
-    ddp = footprint(weights, [half], Spreading("ddp", 1, Cluster(4, 8, 1.0, 1.0)), 8.0, Activations(5.0, 100.0), 2.0)
+    ddp = footprint(weights, [half], Placement("ddp", 1, Cluster(4, 8, 1.0, 1.0)), 8.0, Activations(5.0, 100.0), 2.0)
     # 94 weights; gradients and DDP's buckets; a backup and ε of 47 weights; a bit a weight.
     assert (ddp.weights, ddp.gradients, ddp.optimizer, ddp.gathered) == (376.0, 752.0, 752.0, 0.0)
     assert (ddp.mask, ddp.perturbation, ddp.activations) == (94 / 8, 376.0, 205.0)
-    fsdp = footprint(weights, [], Spreading("fsdp2", 1, Cluster(4, 8, 1.0, 1.0)), 8.0, Activations(0.0, 0.0), 2.0)
+    fsdp = footprint(weights, [], Placement("fsdp2", 1, Cluster(4, 8, 1.0, 1.0)), 8.0, Activations(0.0, 0.0), 2.0)
     # The stem's ten rows are padded to twelve: nine elements here; gathered: all of it, both blocks, one gradient.
     assert fsdp.weights == fsdp.gradients == 4 * (9 + 8 + 8)
     assert fsdp.gathered == 4 * (36 + 32 + 32 + 36)
     assert (fsdp.mask, fsdp.perturbation) == (0.0, 0.0)
     settings = ZeroSettings(reduce_bucket=100, persistent=0, reuse=60, prefetch=5)
-    on_zero = [Spreading(backend, 1, Cluster(4, 8, 1.0, 1.0), settings) for backend in ("zero2", "zero3")]  # type: ignore[arg-type]
+    on_zero = [Placement(backend, 1, Cluster(4, 8, 1.0, 1.0), settings) for backend in ("zero2", "zero3")]  # type: ignore[arg-type]
     two, three = (footprint(weights, [half], s, 8.0, Activations(0.0, 0.0), 2.0) for s in on_zero)
     # The flat buffer is padded to 96, of which a quarter is stepped, in a copy; a bucket of 100.
     assert (two.weights, two.gradients, two.optimizer) == (4 * (96 + 24), 4 * (24 + 100), 8 * 24)
@@ -214,10 +214,10 @@ def _counted_and_predicted(world: World, jobs: list[tuple[str, str]]) -> dict[st
         one = SETTING.network()
         alone = sparse_sam(one, _two_groups(one), known[plan])
         ascent = ascent_of(alone.resolve(dense=False), weights, len(one.stages))
-        spreading = Spreading(
+        placement = Placement(
             spread.backend, spread.replicas, Cluster(world.size, 8, 1e9, 1e9), ZeroSettings(persistent=SMALL)
         )
-        found[f"{backend}, {plan}"] = counted, step_cost(times, weights, [ascent], spreading).bytes
+        found[f"{backend}, {plan}"] = counted, step_cost(times, weights, [ascent], placement).bytes
         del opt, module, base, network
         gc.collect()
     return found

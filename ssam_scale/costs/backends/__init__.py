@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ssam_scale.costs.cluster import Spreading
+from ssam_scale.costs.cluster import Placement
 from ssam_scale.costs.workload import Weights
 
 from .fsdp import FSDP2Costs
@@ -15,7 +15,7 @@ from .zero3 import ZeRO3Costs
 
 __all__ = ["BackendCosts", "Holding", "InPass", "costs_of"]
 
-_BY_BACKEND: dict[str, Callable[[Weights, Spreading, int], BackendCosts]] = {
+_BY_BACKEND: dict[str, Callable[[Weights, Placement, int], BackendCosts]] = {
     "single": SingleCosts,
     "ddp": DDPCosts,
     "fsdp2": FSDP2Costs,
@@ -26,6 +26,6 @@ _BY_BACKEND: dict[str, Callable[[Weights, Spreading, int], BackendCosts]] = {
 }
 
 
-def costs_of(weights: Weights, spreading: Spreading, accumulation: int = 1) -> BackendCosts:
+def costs_of(weights: Weights, placement: Placement, accumulation: int = 1) -> BackendCosts:
     """What a step of `accumulation` micro-batches sends and holds when `weights` are spread in this way."""
-    return _BY_BACKEND[spreading.backend](weights, spreading, accumulation)
+    return _BY_BACKEND[placement.backend](weights, placement, accumulation)

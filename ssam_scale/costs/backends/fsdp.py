@@ -54,7 +54,7 @@ class FSDP2Costs(Common):
 
     def holds(self, ascents: Sequence[Ascent]) -> Holding:
         """Its rows; gathered: the root, the unit at work, the one fetched ahead, a gradient, and units that stay."""
-        shards = self.spreading.shards
+        shards = self.placement.shards
         mine = self._padded(self.weights) / shards
         # Who packs what others are to be sent knows the mask of all of the weights.
         known = mine + (self.numel if shards > 1 and any(a.between is not None for a in ascents) else 0)
@@ -77,23 +77,23 @@ class FSDP2Costs(Common):
         return self._units(0) - {self.weights[name].unit for name in ascent.perturbed}
 
     def _gathered(self, staying: Collection[Unit]) -> float:
-        if self.spreading.shards == 1:
+        if self.placement.shards == 1:
             return 0.0
         sizes: dict[Unit, int] = {None: 0}
         for w in self.weights.values():
-            sizes[w.unit] = sizes.get(w.unit, 0) + w.padded(self.spreading.shards)
+            sizes[w.unit] = sizes.get(w.unit, 0) + w.padded(self.placement.shards)
         root = sizes.pop(None)
         kept = sum(sizes[unit] for unit in staying if unit is not None)
         at_work = sorted((size for unit, size in sizes.items() if unit not in staying), reverse=True)[:2]
         return float(FLOAT * (root + kept + sum(at_work) + max([root, *sizes.values()])))
 
     def _padded(self, names: Iterable[str]) -> int:
-        return sum(self.weights[name].padded(self.spreading.shards) for name in names)
+        return sum(self.weights[name].padded(self.placement.shards) for name in names)
 
     def _gathers(self, units: Collection[Unit]) -> Sends:
         whole = self._padded(name for name, w in self.weights.items() if w.unit in units)
         times = self.accumulation
-        return (Sent("all_gather", float(FLOAT * times * whole), self.spreading.of_a_copy),)
+        return (Sent("all_gather", float(FLOAT * times * whole), self.placement.of_a_copy),)
 
     def _reductions(self, ascent: Ascent) -> Sends:
         units: dict[Unit, list[str]] = {}
@@ -106,7 +106,7 @@ class FSDP2Costs(Common):
 
     def _scattered(self, ascent: Ascent, names: Sequence[str]) -> int:
         """Elements of a unit's gradients over all processes, each sent as many as the one that is sent most."""
-        shards = self.spreading.shards
+        shards = self.placement.shards
         if ascent.between is None:
             return self._padded(names)
         totals = [0] * shards
@@ -117,7 +117,7 @@ class FSDP2Costs(Common):
         return shards * max(totals)
 
     def _scatter(self, elements: float) -> Sends:
-        return (Sent("reduce_scatter", float(FLOAT * elements), self.spreading.of_a_copy),)
+        return (Sent("reduce_scatter", float(FLOAT * elements), self.placement.of_a_copy),)
 
     def _between_copies(self, elements: float) -> Sends:
-        return (Sent("all_reduce", FLOAT * elements / self.spreading.shards, self.spreading.of_a_shard),)
+        return (Sent("all_reduce", FLOAT * elements / self.placement.shards, self.placement.of_a_shard),)

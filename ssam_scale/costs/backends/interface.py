@@ -1,4 +1,4 @@
-"""The one interface between the cost model and the ways of spreading weights."""
+"""The one interface between the cost model and the ways of placement weights."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from ssam_scale.costs.cluster import Sent, Spreading
+from ssam_scale.costs.cluster import Placement, Sent
 from ssam_scale.costs.workload import FLOAT, Ascent, Weights
 
 Sends = tuple[Sent, ...]
@@ -76,12 +76,12 @@ class Common:
 
     Attributes:
         weights: all of them.
-        spreading: over which processes.
+        placement: over which processes.
         accumulation: micro-batches of a step.
     """
 
     weights: Weights
-    spreading: Spreading
+    placement: Placement
     accumulation: int
 
     @property

@@ -36,11 +36,11 @@ class DDPCosts(Common):
     def ascent(self, ascent: Ascent) -> InPass:
         """Of each gradient that is needed, the elements that are."""
         sent = sum(sum(ascent.reduced_between(n, (0, self.weights[n].numel))) for n in ascent.resolved.reduced)
-        return InPass(backward=(Sent("all_reduce", FLOAT * sent, self.spreading.everyone),))
+        return InPass(backward=(Sent("all_reduce", FLOAT * sent, self.placement.everyone),))
 
     def descent(self, ascent: Ascent | None) -> InPass:
         """Of all gradients."""
-        return InPass(backward=(Sent("all_reduce", FLOAT * self.numel, self.spreading.everyone),))
+        return InPass(backward=(Sent("all_reduce", FLOAT * self.numel, self.placement.everyone),))
 
     def holds(self, ascents: Sequence[Ascent]) -> Holding:
         """Everything, and the buckets that gradients are reduced in."""

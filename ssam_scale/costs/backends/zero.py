@@ -44,7 +44,7 @@ class ZeRO0Costs(Common):
         return Holding(whole, whole + bucket, whole, **perturbing(ascents, 1, self.numel))
 
     def _reduced(self, elements: Iterable[int]) -> Sends:
-        return (Sent("all_reduce", float(FLOAT * sum(elements)), self.spreading.everyone),)
+        return (Sent("all_reduce", float(FLOAT * sum(elements)), self.placement.everyone),)
 
 
 @dataclass(frozen=True)
@@ -63,13 +63,13 @@ class ZeRO12Costs(Common):
     def holds(self, ascents: Sequence[Ascent]) -> Holding:
         """All weights, a part of what is stepped, and a bucket of fixed size for gradients."""
         padded = sum(self._padded(group) for group in self._groups())
-        part = FLOAT * padded / self.spreading.shards
+        part = FLOAT * padded / self.placement.shards
         # Stage 1 reduces in the last micro-batch, until when gradients are whole.
-        waiting = FLOAT * self.numel if self.spreading.backend == "zero1" and self.accumulation > 1 else 0
-        bucket = FLOAT * self.spreading.zero.reduce_bucket
+        waiting = FLOAT * self.numel if self.placement.backend == "zero1" and self.accumulation > 1 else 0
+        bucket = FLOAT * self.placement.zero.reduce_bucket
         # What is put back are whole parameters, on every process, and so is the mask of them.
-        extra = perturbing(ascents, self.spreading.shards, padded / self.spreading.shards + self.numel)
-        extra["backup"] *= self.spreading.shards
+        extra = perturbing(ascents, self.placement.shards, padded / self.placement.shards + self.numel)
+        extra["backup"] *= self.placement.shards
         return Holding(FLOAT * padded + part, waiting + part + bucket, part, **extra)
 
     def _groups(self) -> list[dict[str, Weight]]:
@@ -80,16 +80,16 @@ class ZeRO12Costs(Common):
         return list(groups.values())
 
     def _padded(self, group: Mapping[str, Weight]) -> int:
-        alignment = _ALIGNED * self.spreading.shards
+        alignment = _ALIGNED * self.placement.shards
         return -(-sum(w.numel for w in group.values()) // alignment) * alignment
 
     def _reduced(self, names: Iterable[str]) -> Sends:
-        times = self.accumulation if self.spreading.backend == "zero2" else 1
+        times = self.accumulation if self.placement.backend == "zero2" else 1
         whole = FLOAT * times * sum(self.weights[name].numel for name in names)
-        return (Sent("all_reduce", float(whole), self.spreading.everyone),)
+        return (Sent("all_reduce", float(whole), self.placement.everyone),)
 
     def _all_of(self, group: Mapping[str, Weight]) -> Sent:
-        return Sent("all_gather", float(FLOAT * self._padded(group)), self.spreading.everyone)
+        return Sent("all_gather", float(FLOAT * self._padded(group)), self.placement.everyone)
 
     def _published(self, ascent: Ascent) -> Sends:
         """What was perturbed, as `sharding.packed` sends it: gathered, or where that is less, broadcast by each."""
@@ -100,15 +100,15 @@ class ZeRO12Costs(Common):
             if everything or not ascent.resolved.packed:
                 sends.append(self._all_of(group))
                 continue
-            gathered = Sent("all_gather", float(FLOAT * len(owned) * max(owned)), self.spreading.everyone)
-            broadcast = Sent("broadcast", float(FLOAT * sum(owned)), self.spreading.everyone)
+            gathered = Sent("all_gather", float(FLOAT * len(owned) * max(owned)), self.placement.everyone)
+            broadcast = Sent("broadcast", float(FLOAT * sum(owned)), self.placement.everyone)
             sends.append(min(gathered, broadcast, key=lambda sent: sent.bytes))
         return tuple(sends)
 
     def _perturbed_of_each(self, ascent: Ascent, group: Mapping[str, Weight]) -> list[int]:
         """How many elements that are sent each process owns of a group."""
-        size = self._padded(group) // self.spreading.shards
-        owned = [0] * self.spreading.shards
+        size = self._padded(group) // self.placement.shards
+        owned = [0] * self.placement.shards
         start = 0
         for name, w in group.items():
             if name in ascent.perturbed:

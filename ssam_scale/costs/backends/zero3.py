@@ -60,7 +60,7 @@ class ZeRO3Costs(Common):
 
     def holds(self, ascents: Sequence[Ascent]) -> Holding:
         """Its runs, twice (the optimizer steps copies), and of gradients; a bucket; and all that stays gathered."""
-        shards, settings = self.spreading.shards, self.spreading.zero
+        shards, settings = self.placement.shards, self.placement.zero
         part = FLOAT * self._padded(self.weights) / shards
         whole = 0.0
         if shards > 1:
@@ -74,7 +74,7 @@ class ZeRO3Costs(Common):
     @cached_property
     def _small(self) -> frozenset[str]:
         """What DeepSpeed keeps gathered between steps."""
-        return frozenset(name for name, w in self.weights.items() if w.numel <= self.spreading.zero.persistent)
+        return frozenset(name for name, w in self.weights.items() if w.numel <= self.placement.zero.persistent)
 
     @cached_property
     def _large(self) -> frozenset[str]:
@@ -88,14 +88,14 @@ class ZeRO3Costs(Common):
         for stage in after:
             after[stage] = later
             later += self._elements(n for n, w in self.weights.items() if w.stages[0] == stage)
-        return frozenset(n for n in self._large if 2 * after[self.weights[n].stages[0]] >= self.spreading.zero.reuse)
+        return frozenset(n for n in self._large if 2 * after[self.weights[n].stages[0]] >= self.placement.zero.reuse)
 
     def _staying(self, ascent: Ascent) -> frozenset[str]:
         """What is gathered once for the ascent and the descent's forward: what is not perturbed."""
         return self._large & ascent.resolved.kept
 
     def _prefix_stays(self, ascent: Ascent) -> bool:
-        return ascent.resolved.packed and 2 * self.numel <= self.spreading.zero.reuse
+        return ascent.resolved.packed and 2 * self.numel <= self.placement.zero.reuse
 
     def _since(self, stage: int) -> frozenset[str]:
         return frozenset(name for name, w in self.weights.items() if w.stages[-1] >= stage)
@@ -105,13 +105,13 @@ class ZeRO3Costs(Common):
 
     def _padded(self, names: Iterable[str]) -> int:
         """Elements over all processes when each has as many."""
-        shards = self.spreading.shards
+        shards = self.placement.shards
         return sum(-(-self.weights[name].numel // shards) * shards for name in names)
 
     def _gathers(self, names: Iterable[str], times: int | None = None) -> Sends:
         times = self.accumulation if times is None else times
-        return (Sent("all_gather", float(FLOAT * times * self._padded(names)), self.spreading.everyone),)
+        return (Sent("all_gather", float(FLOAT * times * self._padded(names)), self.placement.everyone),)
 
     def _scatters(self, names: Iterable[str]) -> Sends:
         whole = float(FLOAT * self.accumulation * self._padded(names))
-        return (Sent("reduce_scatter", whole, self.spreading.everyone),)
+        return (Sent("reduce_scatter", whole, self.placement.everyone),)
