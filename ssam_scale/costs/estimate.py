@@ -6,9 +6,9 @@ from the resolved step, the shapes of the weights and how the backend shards the
 
 Assumptions of the time:
 
-- A collective takes what a process sends by the ring algorithm (`collectives`) over the bandwidth of the slowest link of
-  its group: the one between nodes, if the group does not fit into a node of consecutive ranks. Latency is not counted,
-  nor are collectives of a few numbers (norms, whether gradients are finite).
+- A collective takes what a process sends by the ring algorithm (`collectives`) over the bandwidth of the slowest link
+  of its group: the one between nodes, if the group does not fit into a node of consecutive ranks. Latency is not
+  counted, nor are collectives of a few numbers (norms, whether gradients are finite).
 - `seconds`: what a backend sends during a forward or backward is hidden behind it as far as that lasts, a leg taking
   the longer of the two; what it sends when nothing is computed is not hidden. `seconds_unhidden` is the sum, as if
   nothing were ever hidden. A real step lies between.
