@@ -50,7 +50,7 @@ class TrainedParameters:
 
 
 def trained_parameters(sharding: ShardedWeights, groups: Sequence[Sequence[nn.Parameter]]) -> TrainedParameters:
-    """The parameters in `groups`, as `Sharding.unwrap_optimizer` returned them.
+    """The parameters in `groups`, as `ShardedPasses.unwrap_optimizer` returned them.
 
     Raises:
         ValueError: a parameter is not the model's.
