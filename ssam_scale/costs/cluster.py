@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ssam_scale.sharding import backends
+
 from .collectives import ring_bytes
 
 
@@ -75,15 +77,15 @@ class Placement:
 
     def __post_init__(self) -> None:
         gpus = self.cluster.gpus
-        if self.backend == "single" and gpus > 1:
-            raise ValueError(f"backend single on {gpus} GPUs; use ddp or fsdp2")
+        if backends()[self.backend].launchers is None and gpus > 1:
+            raise ValueError(f"backend {self.backend} on {gpus} GPUs; use ddp or fsdp2")
         if gpus % self.replicas:
             raise ValueError(f"{gpus} GPUs cannot hold {self.replicas} replicas")
 
     @property
     def shards(self) -> int:
         """Processes that perturbing one copy of the weights, and the optimizer's step, are spread over."""
-        return 1 if self.backend in ("single", "ddp", "zero0") else self.cluster.gpus // self.replicas
+        return self.cluster.gpus // self.replicas if backends()[self.backend].shards_weights else 1
 
     @property
     def everyone(self) -> Group:

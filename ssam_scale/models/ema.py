@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ssam_scale.sharding import Sharding
+from ssam_scale.sharding import ShardedWeights
 
 
 class AveragedWeights:
@@ -20,7 +20,7 @@ class AveragedWeights:
         sharding: how it is distributed.
     """
 
-    def __init__(self, network: nn.Module, decay: float, sharding: Sharding) -> None:
+    def __init__(self, network: nn.Module, decay: float, sharding: ShardedWeights) -> None:
         self._decay = decay
         self._sharding = sharding
         self._parameters = dict(network.named_parameters())

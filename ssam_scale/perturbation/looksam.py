@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ssam_scale.masks import BitMask, Plan, Subset, masked_add_, masked_scatter_, masked_select, pack
-from ssam_scale.sharding import Sharding
+from ssam_scale.sharding import ShardedWeights
 
 from .perturb import at_least_fp32, squares, zero_unless_
 
@@ -30,7 +30,7 @@ class LookSAM:
         parameters: all that are trained, by name.
     """
 
-    def __init__(self, sharding: Sharding, parameters: Mapping[str, nn.Parameter]) -> None:
+    def __init__(self, sharding: ShardedWeights, parameters: Mapping[str, nn.Parameter]) -> None:
         self._sharding, self._parameters = sharding, parameters
         self._parts: dict[str, Subset | None] = {}
         self._across: list[Tensor] = []  # parallel to them

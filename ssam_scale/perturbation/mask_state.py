@@ -64,7 +64,7 @@ class MaskState:
                     if name in known:
                         score.copy_(known[name])
         if isinstance(mask, ScoreBased):
-            self._expose(mask)
+            self._gather_masks(mask)
 
     def accumulate(self, scaler: torch.amp.GradScaler | None) -> None:
         """Note the descent gradients, if the mask wants them.
@@ -76,8 +76,8 @@ class MaskState:
             scale = self._sharding.loss_scale() if scaler is None else scaler.get_scale()
             self.accumulated.update(self._sharding.gradients(list(self._parameters.values())), 1.0 / scale)
 
-    def exposed(self, plan: Plan) -> list[Subset | None]:
-        """What changes, when a plan's weights are perturbed, of what the backend exposes on this process."""
+    def resident(self, plan: Plan) -> list[Subset | None]:
+        """Which elements of `ShardedWeights.resident` a plan perturbs, by parameter; None: all of them."""
         return self.whole(plan.weights) if self._sharding.weights_replicated else list(plan.weights.values())
 
     def whole(self, parts: Mapping[str, Subset | None]) -> list[Subset | None]:
@@ -119,9 +119,9 @@ class MaskState:
             scale,
         )
         mask.refresh(layout, compute_scores(request), self._sharding.shard_group, step)
-        self._expose(mask)
+        self._gather_masks(mask)
 
-    def _expose(self, mask: Refreshed) -> None:
+    def _gather_masks(self, mask: Refreshed) -> None:
         """Where more than the shard changes on this process, or is sent, learn which weights those are. Collective."""
         self._wholes = None
         if isinstance(mask, ScoreBased) and mask.selected is not None and self._wants_whole:
@@ -214,7 +214,7 @@ class MaskState:
                 parts[name] = self._local(name, saved[name])
                 counts.append(count)
         mask.restore(layout, parts, counts, int(state["chosen_at"]))
-        self._expose(mask)
+        self._gather_masks(mask)
         if self.accumulated is not None:
             self.accumulated.load([state["accumulated"][name] for name in self._parameters])
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ssam_scale.masks import Layout
-from ssam_scale.sharding import Sharding
+from ssam_scale.sharding import ShardedWeights
 
 from .skip_gradients import row_layers
 from .staged_model import StagedModel
@@ -49,8 +49,8 @@ class TrainedParameters:
         return self._eligible[allowed]
 
 
-def trained_parameters(sharding: Sharding, groups: Sequence[Sequence[nn.Parameter]]) -> TrainedParameters:
-    """The parameters in `groups`, as `Sharding.unwrap_optimizer` returned them.
+def trained_parameters(sharding: ShardedWeights, groups: Sequence[Sequence[nn.Parameter]]) -> TrainedParameters:
+    """The parameters in `groups`, as `ShardedPasses.unwrap_optimizer` returned them.
 
     Raises:
         ValueError: a parameter is not the model's.

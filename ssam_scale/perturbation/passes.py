@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from ssam_scale.sharding import AscentReduction, Sharding
+from ssam_scale.sharding import AscentReduction, ShardedPasses
 
 from .batchnorm import frozen_statistics
 from .loss import Forward, LossFn
@@ -45,7 +45,7 @@ class Passes:
 
     def __init__(
         self,
-        sharding: Sharding,
+        sharding: ShardedPasses,
         parameters: TrainedParameters,
         mask: MaskState,
         resolved: ResolvedStep,

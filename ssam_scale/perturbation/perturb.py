@@ -139,7 +139,7 @@ class Perturbation:
             with self._phases("perturb"), torch.no_grad():
                 epsilon = self.epsilon(resolved)
                 perturbed = [self._parameters[name] for name in plan.weights]
-                changing, changed = sharding.resident(perturbed), self._mask.exposed(plan)
+                changing, changed = sharding.resident(perturbed), self._mask.resident(plan)
                 backup = masked_select(changing, changed)
         except BaseException:
             sharding.reshard()  # an ascent may have left some for the descent

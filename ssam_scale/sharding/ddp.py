@@ -246,5 +246,6 @@ register(
         owns=lambda module: isinstance(module, DistributedDataParallel),
         sharding=DDP,
         place=_place,
+        shards_weights=False,
     )
 )

@@ -69,6 +69,7 @@ class Backend(BackendInfo):
         place: puts a module, which is on its device, on the backend and builds its optimizer, in the order that the
             backend needs. Returns what to train and the optimizer.
         launchers: what starts the processes; None: there is one process.
+        shards_weights: whether each rank perturbs and steps only a shard of the weights, and not all of them.
         has_replicas: whether it takes `Options.replicas` above 1.
     """
 
@@ -76,6 +77,7 @@ class Backend(BackendInfo):
     sharding: Callable[[Any], Sharding]
     place: Callable[[nn.Module, MakeOptimizer, World, Options], tuple[nn.Module, torch.optim.Optimizer]]
     launchers: str | None = "torchrun"
+    shards_weights: bool = True
     has_replicas: bool = False
 
 

@@ -163,5 +163,6 @@ register(
         sharding=Single,
         place=_place,
         launchers=None,
+        shards_weights=False,
     )
 )

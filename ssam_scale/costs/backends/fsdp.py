@@ -18,11 +18,12 @@ from dataclasses import dataclass
 from ssam_scale.costs.cluster import Sent
 from ssam_scale.costs.workload import FLOAT, Ascent
 
-from .interface import Common, Holding, InPass, Sends, perturbing
+from .interface import Common, Holding, InPass, Sends, costs_for, perturbing
 
 Unit = int | None
 
 
+@costs_for("fsdp2")
 @dataclass(frozen=True)
 class FSDP2Costs(Common):
     """Of what is gathered and scattered over the processes of a copy, and reduced over those of a shard."""

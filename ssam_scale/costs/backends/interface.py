@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from ssam_scale.costs.cluster import Placement, Sent
 from ssam_scale.costs.workload import FLOAT, Ascent, Weights
@@ -68,6 +68,22 @@ class BackendCosts(Protocol):
 
     def holds(self, ascents: Sequence[Ascent]) -> Holding:
         """What is held for steps with these ascents; none: for the base optimizer's."""
+
+
+COSTS: dict[str, Callable[[Weights, Placement, int], BackendCosts]] = {}
+"""What computes a backend's costs, by the backend's name."""
+
+_Made = TypeVar("_Made", bound="Callable[[Weights, Placement, int], BackendCosts]")
+
+
+def costs_for(*backends: str) -> Callable[[_Made], _Made]:
+    """Register a class for these backends."""
+
+    def register(made: _Made) -> _Made:
+        COSTS.update(dict.fromkeys(backends, made))
+        return made
+
+    return register
 
 
 @dataclass(frozen=True)

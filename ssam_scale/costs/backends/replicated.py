@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from ssam_scale.costs.cluster import Sent
 from ssam_scale.costs.workload import FLOAT, Ascent
 
-from .interface import Common, Holding, InPass, perturbing
+from .interface import Common, Holding, InPass, costs_for, perturbing
 
 
+@costs_for("single")
 @dataclass(frozen=True)
 class SingleCosts(Common):
     """Nobody to send anything to."""
@@ -29,6 +30,7 @@ class SingleCosts(Common):
         return Holding(whole, whole, whole, **perturbing(ascents, 1, self.numel))
 
 
+@costs_for("ddp")
 @dataclass(frozen=True)
 class DDPCosts(Common):
     """Gradients are all-reduced while the backward goes on: all of the descent's, what is perturbed of the ascent's."""

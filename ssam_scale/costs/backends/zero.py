@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from ssam_scale.costs.cluster import Sent
 from ssam_scale.costs.workload import FLOAT, Ascent, Weight
 
-from .interface import Common, Holding, InPass, Sends, perturbing
+from .interface import Common, Holding, InPass, Sends, costs_for, perturbing
 
 # Of stage 0: elements of gradients that are copied together to be reduced at once.
 _STAGE_0_BUCKET = 500_000_000
@@ -25,6 +25,7 @@ _STAGE_0_BUCKET = 500_000_000
 _ALIGNED = 2
 
 
+@costs_for("zero0")
 @dataclass(frozen=True)
 class ZeRO0Costs(Common):
     """Stage 0: whole gradients, reduced after the backward."""
@@ -47,6 +48,7 @@ class ZeRO0Costs(Common):
         return (Sent("all_reduce", float(FLOAT * sum(elements)), self.placement.everyone),)
 
 
+@costs_for("zero1", "zero2")
 @dataclass(frozen=True)
 class ZeRO12Costs(Common):
     """Stages 1 and 2: whole gradients, reduced after the backward; what others stepped or perturbed, gathered."""
@@ -92,7 +94,7 @@ class ZeRO12Costs(Common):
         return Sent("all_gather", float(FLOAT * self._padded(group)), self.placement.everyone)
 
     def _published(self, ascent: Ascent) -> Sends:
-        """What was perturbed, as `sharding.packed` sends it: gathered, or where that is less, broadcast by each."""
+        """What was perturbed, as `PackedAllGather` sends it: gathered, or where that is less, broadcast by each."""
         sends: list[Sent] = []
         for group in self._groups():
             owned = self._perturbed_of_each(ascent, group)

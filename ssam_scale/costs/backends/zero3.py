@@ -24,9 +24,10 @@ from functools import cached_property
 from ssam_scale.costs.cluster import Sent
 from ssam_scale.costs.workload import FLOAT, Ascent
 
-from .interface import Common, Holding, InPass, Sends, perturbing
+from .interface import Common, Holding, InPass, Sends, costs_for, perturbing
 
 
+@costs_for("zero3")
 @dataclass(frozen=True)
 class ZeRO3Costs(Common):
     """What is gathered and scattered over all processes."""

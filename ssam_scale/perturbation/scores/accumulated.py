@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from ssam_scale.sharding import Sharding
+from ssam_scale.sharding import ShardedWeights
 
 from .registry import ScoreRequest, register_score
 
@@ -35,7 +35,7 @@ class AccumulatedFisher:
         ValueError: the decay is out of its range.
     """
 
-    def __init__(self, sharding: Sharding, parameters: Sequence[nn.Parameter], decay: float = 0.99) -> None:
+    def __init__(self, sharding: ShardedWeights, parameters: Sequence[nn.Parameter], decay: float = 0.99) -> None:
         if not 0.0 <= decay < 1.0:
             raise ValueError(f"decay is {decay}; a number in [0, 1) is needed")
         self._sharding, self._parameters, self._decay = sharding, list(parameters), decay
@@ -51,7 +51,7 @@ class AccumulatedFisher:
 
         Args:
             gradients: of the parameters, shaped like their local shards, of any floating dtype, already reduced; not
-                written to. `Sharding.gradients` returns them.
+                written to. `ShardedWeights.gradients` returns them.
             inverse_scale: 1 / what the loss was scaled by; float32 of shape (), or a number.
         """
         if not self.scores:

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from ssam_scale.perturbation.rng import hashed, uniform_
-from ssam_scale.sharding import Sharding
+from ssam_scale.sharding import ShardedWeights
 
 from .registry import ScoreRequest, register_score
 
 
-def random_scores(sharding: Sharding, parameters: Sequence[nn.Parameter], seed: int) -> list[Tensor]:
+def random_scores(sharding: ShardedWeights, parameters: Sequence[nn.Parameter], seed: int) -> list[Tensor]:
     """Uniform random numbers in [0, 1): float32, shaped like the local shards.
 
     Each is a function of the seed, the parameter's index in `parameters` and the place in the whole parameter: element

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from ssam_scale.sharding import Sharding
+from ssam_scale.sharding import ShardedWeights
 
 from .registry import ScoreRequest, register_score
 
 
-def weight_scores(sharding: Sharding, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+def weight_scores(sharding: ShardedWeights, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
     """|w|: float32, shaped like the local shards."""
     return [shard.weight.detach().abs().float() for shard in sharding.shards(parameters)]
 

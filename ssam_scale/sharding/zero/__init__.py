@@ -96,5 +96,6 @@ for _stage, _summary in _SHARDED.items():
             sharding=zero_sharding,
             place=partial(_place, stage=_stage),
             launchers="deepspeed or torchrun",
+            shards_weights=_stage > 0,
         )
     )
