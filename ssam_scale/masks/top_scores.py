@@ -198,10 +198,7 @@ def _elements(layout: Layout, scores: Scores, budgets: list[int], group: ShardGr
     return {name: BitMask(bits, s.numel()) for (name, s), bits in zip(scores.items(), packed, strict=True)}
 
 
-_SSAM, _STRUCTURED = "arXiv 2210.05177", "arXiv 2306.17504"
-
-
-@register_mask(ElementMask, "single weights of the highest scores; with `dynamic`, a choice that drifts", _SSAM)
+@register_mask(ElementMask, "single weights of the highest scores; or `dynamic`, one that drifts", "arXiv 2210.05177")
 def build_element(section: ElementMask, run: RunInfo) -> Mask:
     """The mask of its section: by scores, or dynamic."""
     if section.dynamic is not None:
@@ -210,13 +207,13 @@ def build_element(section: ElementMask, run: RunInfo) -> Mask:
     return _scored(section, section.score, section.allocation, run)
 
 
-@register_mask(RowMask, "output channels (rows of a weight) of the highest mean scores", _STRUCTURED)
+@register_mask(RowMask, "output channels (rows of a weight) of the highest mean scores")
 def build_row(section: RowMask, run: RunInfo) -> Mask:
     """The mask of its section."""
     return _scored(section, section.score, section.allocation, run)
 
 
-@register_mask(TensorMask, "whole tensors of the highest mean scores (structured SSAM)", _STRUCTURED)
+@register_mask(TensorMask, "whole tensors of the highest mean scores (structured SSAM)", "arXiv 2306.17504")
 def build_tensor(section: TensorMask, run: RunInfo) -> Mask:
     """The mask of its section."""
     return _scored(section, section.score, "global", run)

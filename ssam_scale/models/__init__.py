@@ -4,7 +4,7 @@ from .torchvision_ops import ensure_torchvision
 
 ensure_torchvision()
 
-from .stages import staged, stages_of  # noqa: E402
+from .stages import FAMILIES, Family, register_family, staged, stages_of  # noqa: E402
 from .timm_model import average_statistics, build_model  # noqa: E402
 
-__all__ = ["average_statistics", "build_model", "staged", "stages_of"]
+__all__ = ["FAMILIES", "Family", "average_statistics", "build_model", "register_family", "staged", "stages_of"]

@@ -1,4 +1,4 @@
-"""The stages of timm's families: one residual, transformer or ConvNeXt block each.
+"""timm models in stages, one residual, transformer or ConvNeXt block each: `families/` has a file for each family.
 
 What comes before the first block (stem, embeddings) belongs to the first stage, what comes after the last (norm,
 pooling, head) to the last.
@@ -7,15 +7,65 @@ pooling, head) to the last.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
-from timm.models.convnext import ConvNeXt
-from timm.models.resnet import ResNet
-from timm.models.vision_transformer import VisionTransformer
+import timm
 from torch import Tensor, nn
 
 from ssam_scale.errors import UserError
 from ssam_scale.perturbation.staged_model import Stage, StagedModel
+from ssam_scale.registry import Registry
+
+
+@dataclass(frozen=True)
+class Family:
+    """The timm models of one class.
+
+    Attributes:
+        cls: the class; not its subclasses, whose forward may be another.
+        stages: makes the stages of a model of it.
+        modules: those of `timm.models` that build models of this class.
+        exclude: wildcards of the names of models in these modules that are of another class.
+    """
+
+    cls: type[nn.Module]
+    stages: Callable[[Any], list[Stage]]
+    modules: tuple[str, ...]
+    exclude: tuple[str, ...]
+
+    def models(self, word: str = "") -> list[str]:
+        """Names of its models in timm's registry, of those that contain `word`."""
+        found: list[str] = []
+        for module in self.modules:
+            found += timm.list_models(f"*{word}*", module=module, exclude_filters=list(self.exclude))
+        return sorted(found)
+
+
+FAMILIES: Registry[Family] = Registry("ssam_scale.models.families")
+"""By the name of timm's class."""
+
+MakeStages = Callable[[Any], list[Stage]]
+
+
+def register_family(
+    cls: type[nn.Module], summary: str, paper: str, *, modules: tuple[str, ...], exclude: tuple[str, ...] = ()
+) -> Callable[[MakeStages], MakeStages]:
+    """A decorator of the function that makes the stages of a model.
+
+    Args:
+        cls: timm's class.
+        summary: what a stage is, in one line.
+        paper: of the architecture.
+        modules: see `Family`.
+        exclude: see `Family`.
+    """
+
+    def decorate(stages: MakeStages) -> MakeStages:
+        FAMILIES.register(cls.__name__, summary, paper)(Family(cls, stages, modules, exclude))
+        return stages
+
+    return decorate
 
 
 @dataclass(frozen=True)
@@ -30,61 +80,35 @@ class _Chain:
         return x
 
 
-def _chain(*functions: Callable[[Tensor], Tensor]) -> _Chain:
+def chain(*functions: Callable[[Tensor], Tensor]) -> _Chain:
+    """`functions` in sequence, as one."""
     return _Chain(functions)
 
 
-def _with_ends(
+def with_ends(
     blocks: Sequence[tuple[str, nn.Module]],
     stem: Callable[[Tensor], Tensor],
     head: Callable[[Tensor], Tensor],
     head_owns: tuple[str, ...],
 ) -> list[Stage]:
+    """A stage for each block; the first runs the stem before it, the last the head after it.
+
+    Args:
+        blocks: by name, in order.
+        stem: from images to what the first block takes.
+        head: from what the last block returns to logits.
+        head_owns: prefixes of the names of the head's parameters.
+    """
     last = len(blocks) - 1
     return [
         Stage(
             name,
             block,
-            _chain(*([stem] if i == 0 else []), block, *([head] if i == last else [])),
+            chain(*([stem] if i == 0 else []), block, *([head] if i == last else [])),
             head_owns if i == last else (),
         )
         for i, (name, block) in enumerate(blocks)
     ]
-
-
-def _resnet_stages(model: ResNet) -> list[Stage]:
-    stem = _chain(model.conv1, model.bn1, model.act1, model.maxpool)
-    layers = ((f"layer{i}", getattr(model, f"layer{i}")) for i in range(1, 5))
-    blocks = [(f"{name}.{j}", block) for name, layer in layers for j, block in enumerate(layer)]
-    return _with_ends(blocks, stem, model.forward_head, ("fc",))
-
-
-def _vision_transformer_stages(model: VisionTransformer) -> list[Stage]:
-    stem = _chain(model.patch_embed, model._pos_embed, model.patch_drop, model.norm_pre)
-    blocks = [(f"blocks.{i}", block) for i, block in enumerate(model.blocks)]
-    head = _chain(model.norm, model.forward_head)
-    return _with_ends(blocks, stem, head, ("norm", "attn_pool", "fc_norm", "head"))
-
-
-def _convnext_stages(model: ConvNeXt) -> list[Stage]:
-    stages = []
-    for i, stage in enumerate(model.stages):
-        for j, block in enumerate(stage.blocks):
-            # What makes a stage's feature maps smaller goes with its first block.
-            before, owns = ([stage.downsample], (f"stages.{i}.downsample",)) if j == 0 else ([], ())
-            stages.append(Stage(f"stages.{i}.blocks.{j}", block, _chain(*before, block), owns))
-    first, last = stages[0], stages[-1]
-    stages[0] = replace(first, forward=_chain(model.stem, first.forward))
-    head = _chain(stages[-1].forward, model.norm_pre, model.forward_head)
-    stages[-1] = replace(stages[-1], forward=head, owns=(*last.owns, "norm_pre", "head"))
-    return stages
-
-
-_FAMILIES: dict[type[nn.Module], Callable[..., list[Stage]]] = {
-    ResNet: _resnet_stages,
-    VisionTransformer: _vision_transformer_stages,
-    ConvNeXt: _convnext_stages,
-}
 
 
 def stages_of(model: nn.Module) -> list[Stage]:
@@ -93,18 +117,20 @@ def stages_of(model: nn.Module) -> list[Stage]:
     Raises:
         UserError: the model's family is not known here; stages of your own make a `StagedModel` all the same.
     """
-    make = _FAMILIES.get(type(model))
-    if make is None:
-        known = ", ".join(family.__name__ for family in _FAMILIES)
+    family = _family_of(model)
+    if family is None:
         raise UserError(
-            f"{type(model).__name__} has no stages: the patterns depth and block work on {known} and on a "
-            "StagedModel built from stages of your own; the others work on any model"
+            f"{type(model).__name__} has no stages: the patterns depth and block work on {', '.join(sorted(FAMILIES))} "
+            "and on a StagedModel built from stages of your own; the others work on any model"
         )
-    return make(model)
+    return family.stages(model)
 
 
 def staged(model: nn.Module) -> StagedModel:
     """`model` in stages where its family is known, else as one single stage (which cannot be cut)."""
-    if type(model) in _FAMILIES:
-        return StagedModel(model, stages_of(model))
-    return StagedModel(model, [Stage("", model, model.__call__)])
+    family = _family_of(model)
+    return StagedModel(model, [Stage("", model, model.__call__)] if family is None else family.stages(model))
+
+
+def _family_of(model: nn.Module) -> Family | None:
+    return next((entry.value for entry in FAMILIES.values() if type(model) is entry.value.cls), None)

@@ -23,7 +23,9 @@ print(json.dumps(list(sys.modules)), file=sys.stderr)
 """
 
 
-@pytest.mark.parametrize("command", ["", "train", "data", "data write", "cost", "compare", "bench", "bench steps"])
+@pytest.mark.parametrize(
+    "command", ["", "train", "data", "data write", "cost", "compare", "list", "bench", "bench steps"]
+)
 def test_help_imports_neither_torch_nor_anything_of_ours_but_the_commands(command: str) -> None:
     asked = [sys.executable, "-c", ASK, *command.split()]
     done = subprocess.run(asked, capture_output=True, text=True, check=True)
@@ -37,4 +39,4 @@ def test_help_imports_neither_torch_nor_anything_of_ours_but_the_commands(comman
 def test_help_lists_every_command() -> None:
     done = subprocess.run([sys.executable, "-c", ASK], capture_output=True, text=True, check=True)
     listed = {line.split()[1] for line in done.stdout.splitlines() if line.startswith("│ ")}
-    assert {"train", "data", "cost", "compare", "bench"} <= listed
+    assert {"train", "data", "cost", "compare", "list", "bench"} <= listed

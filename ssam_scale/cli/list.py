@@ -1,0 +1,107 @@
+"""`ssam-scale list`: what a configuration can name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from ssam_scale.cli.table import AsJson
+from ssam_scale.console import console
+from ssam_scale.errors import UserError
+
+Row = dict[str, Any]  # name, summary, paper; of models also how many they are and their names
+
+
+def list_command(
+    kind: Annotated[str, typer.Argument(help="masks, scores, schedules, backends or models.", show_default=False)],
+    word: Annotated[str, typer.Argument(help="Only what has this word in its name; of models, which they are.")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """List what a configuration can name: masks, scores, schedules, backends, timm models that can be cut."""
+    if kind not in KINDS:
+        from ssam_scale.config.explain import nearest
+
+        near = nearest(kind, KINDS)
+        hint = f"; did you mean {near}?" if near else ""
+        raise UserError(f"list {kind}: there are {', '.join(list(KINDS)[:-1])} and {list(KINDS)[-1]}{hint}")
+    key, rows_of = KINDS[kind]
+    rows = rows_of(word)
+    if not rows:
+        raise UserError(f"list {kind} {word}: no name has {word!r} in it")
+    if as_json:
+        print(json.dumps(rows, indent=2, ensure_ascii=False))
+        return
+    table = Table(caption=key, caption_justify="left")
+    table.add_column("name", no_wrap=True)
+    table.add_column("what it is", overflow="fold")
+    table.add_column("paper", overflow="fold")
+    if kind == "models":
+        table.add_column("timm models", justify="right")
+    for row in rows:
+        count = [str(row["count"])] if kind == "models" else []
+        table.add_row(row["name"], row["summary"], row["paper"] or "—", *count)
+    console().print(table)
+    if kind == "models" and word:
+        console().print(", ".join(name for row in rows for name in row["models"]))
+
+
+def _masks(word: str) -> list[Row]:
+    from ssam_scale.masks import MASKS
+
+    return _rows(MASKS, word)
+
+
+def _scores(word: str) -> list[Row]:
+    from ssam_scale.perturbation.scores import SCORES
+
+    return _rows(SCORES, word)
+
+
+def _schedules(word: str) -> list[Row]:
+    from ssam_scale.perturbation.schedules import RADIUS_SCHEDULES, WRAPPERS
+
+    return _rows(RADIUS_SCHEDULES, word) + _rows(WRAPPERS, word)
+
+
+def _backends(word: str) -> list[Row]:
+    from ssam_scale.sharding import backends
+
+    found = [backend for name, backend in backends().items() if word in name]
+    return [{"name": b.name, "summary": b.summary, "paper": b.source} for b in found]
+
+
+def _models(word: str) -> list[Row]:
+    from ssam_scale.models import FAMILIES
+
+    rows = []
+    for entry in _sorted(FAMILIES):
+        models = entry.value.models(word)
+        if models:
+            row = {"name": entry.name, "summary": entry.summary, "paper": entry.paper}
+            rows.append({**row, "count": len(models), "models": models})
+    return rows
+
+
+def _rows(registry: Any, word: str) -> list[Row]:
+    return [
+        {"name": entry.name, "summary": entry.summary, "paper": entry.paper}
+        for entry in _sorted(registry)
+        if word in entry.name
+    ]
+
+
+def _sorted(registry: Any) -> list[Any]:
+    return [registry[name] for name in sorted(registry)]
+
+
+KINDS: dict[str, tuple[str, Callable[[str], list[Row]]]] = {
+    "masks": ("perturbation.mask.pattern; null perturbs all weights (dense SAM)", _masks),
+    "scores": ("perturbation.mask.score, and drop and grow of perturbation.mask.dynamic", _scores),
+    "schedules": ("perturbation.rho_schedule; interval and window are keys of perturbation themselves", _schedules),
+    "backends": ("sharding.backend", _backends),
+    "models": ("model.name takes any timm model; the patterns depth and block need one of these, in stages", _models),
+}

@@ -1,0 +1,1 @@
+"""Families of timm models that can be cut: each file makes the stages of one class."""
