@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from ssam_scale.cli import main as cli
+from ssam_scale.cli.main import main as ssam_scale
 
 
 def main() -> None:
@@ -22,7 +22,7 @@ def main() -> None:
     overrides = _overrides(launcher.deepspeed_config) if launcher.deepspeed_config else []
     if launcher.deepspeed and not any(a.startswith("sharding.backend=zero") for a in [*overrides, *arguments]):
         _fail("--deepspeed: say which stage of ZeRO: sharding.backend=zero2, or --deepspeed_config FILE with a stage")
-    cli.main(["train", *overrides, *arguments])
+    ssam_scale(["train", *overrides, *arguments])
 
 
 def _overrides(path: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""Processes of this machine, started for one measurement."""
+"""New processes on this machine, joined in a process group for one measurement."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from ssam_scale.cores import usable_cores
 from ssam_scale.errors import UserError
 from ssam_scale.sharding import leave_process_group
 
@@ -29,7 +30,7 @@ def _entry(rank: int, function: Callable[..., Any], size: int, folder: str, args
         torch.cuda.set_device(device)
     # NCCL refuses two processes on one GPU; gloo takes them.
     backend = "nccl" if cuda and size <= torch.cuda.device_count() else "gloo"
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // size))
+    torch.set_num_threads(max(1, usable_cores() // size))
     # DeepSpeed looks for them, as a launcher sets them, although the processes are joined already.
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_SIZE": str(size)}
     if size > 1:

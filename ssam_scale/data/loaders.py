@@ -13,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 
 from ssam_scale.config.schema import Data
+from ssam_scale.cores import usable_cores
 from ssam_scale.data.beton import Beton, Sidecar, inspect
-from ssam_scale.data.write import usable_cores
 from ssam_scale.errors import UserError
 
 if TYPE_CHECKING:

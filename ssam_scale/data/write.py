@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from ssam_scale.console import console
+from ssam_scale.cores import usable_cores
 from ssam_scale.data.beton import Pages, Sidecar, checksum
 from ssam_scale.data.encode import BadImageError, Encoded, Encoding, Pixels, encode
 from ssam_scale.errors import UserError
@@ -58,11 +59,6 @@ class WriteReport:
     classes: list[str]
     bytes: int
     skipped: list[Skipped]
-
-
-def usable_cores() -> int:
-    """The cores this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def write_beton(

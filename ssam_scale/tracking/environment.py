@@ -1,4 +1,4 @@
-"""What a run ran on and from: code, versions, hardware, job. Everything as short strings for tags."""
+"""Tags of a run that say what it ran from and on: git commit, versions, hardware, Slurm job."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
+from ssam_scale.cores import usable_cores
+
 _PACKAGES = ("ssam_scale", "torch", "torchvision", "timm", "ffcv", "numba", "deepspeed", "mlflow")
 _REPOSITORY = Path(__file__).resolve().parent
 
 
 def environment_tags() -> dict[str, str]:
-    """All tags of this process; what cannot be found out is left out. Takes some 20 ms, asks nothing over a network."""
+    """All tags of this process; what cannot be found out is left out. Takes some 20 ms, and no network."""
     world = world_size()
     return {
         **git_tags(),
@@ -87,9 +89,8 @@ def hardware_tags() -> dict[str, str]:
 
     Times are compared only between runs with the same `hardware`.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     memory = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30)
-    cpu, gpus = _cpu_model(), _gpus()
+    cores, cpu, gpus = usable_cores(), _cpu_model(), _gpus()
     hardware = f"{gpus}; {cpu}, {cores} cores" if gpus else f"{cpu}, {cores} cores"
     return {"cpu": cpu, "cores": str(cores), "memory_gib": str(memory), "gpus": gpus or "none", "hardware": hardware}
 
