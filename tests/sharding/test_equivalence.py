@@ -2,48 +2,50 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
-from tests.support.cases import CASES
+from tests.support.cases import CASES, each_option_once
 from tests.support.ranks import alone, run_ranks
-from tests.support.training import Case, check, train_all
+from tests.support.training import check, train
 
-ALL = list(CASES.values())
-# Less of everything, where the number of ranks splits tensors unevenly or leaves ranks with nothing of some.
-FEW = [
-    CASES[name]
-    for name in (
-        "resnet tensor",
-        "vit moving cut, adamw",
-        "vit moving cut, calibrated norm, 2 micro-batches",
-        "vit tensor, calibrated norm, adamw, adaptive",
-        "resnet moving cut, 0.5 of the batch",
-        "vit dense, Interval, 0.25 of the batch",
-        "vit moving cut, 2 micro-batches, bfloat16",
-        "vit row, radii 0.1 and 0.0, adaptive",
-        "resnet 1:4, adamw",
-        "vit dynamic, 2 micro-batches",
-        "vit late, adamw",
-        "vit cut by cost",
-    )
-]
+BACKENDS = ("ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3")
+# Numbers that split tensors unevenly, or leave ranks with nothing of some, and a rank that is alone in a process group.
+OTHER_SIZES = {1: ("fsdp2", "zero3"), 3: ("fsdp2", "zero3", "zero1"), 4: ("fsdp2", "zero0", "zero2")}
+UNEVEN = (
+    "resnet tensor",
+    "vit moving cut, calibrated norm, 2 micro-batches",
+    "vit row, radii 0.1 and 0.0, adaptive",
+    "resnet 1:4, adamw",
+)
 
 
-def test_one_process_equals_the_reference() -> None:
-    work = {"single": ALL}
-    check(work, [alone(train_all, work)])
+@pytest.mark.parametrize("name", CASES)
+def test_one_process_equals_the_reference(name: str) -> None:
+    check([CASES[name]], [alone(train, "single", [CASES[name]])], "single")
 
 
-# Every number of ranks with every backend holds; to save time, what differs in little is left out.
-WORK: dict[int, dict[str, list[Case]]] = {
-    1: {"fsdp2": FEW},
-    2: {"fsdp2": ALL, "zero3": ALL, "ddp": FEW, "zero1": FEW},
-    3: {"fsdp2": FEW, "zero3": FEW},
-    4: {"zero0": FEW[:3], "zero2": FEW},
-}
+def on_ranks(size: int, backend: str, name: str) -> None:
+    check([CASES[name]], run_ranks(size, train, backend, [CASES[name]]), backend)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", WORK)
-def test_ranks_equal_the_reference_on_the_concatenated_batch(size: int) -> None:
-    check(WORK[size], run_ranks(size, train_all, WORK[size]))
+@pytest.mark.parametrize("name", each_option_once())
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_two_ranks_equal_the_reference_with_every_option_on_every_backend(backend: str, name: str) -> None:
+    on_ranks(2, backend, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", UNEVEN)
+@pytest.mark.parametrize(("size", "backend"), [(size, each) for size, some in OTHER_SIZES.items() for each in some])
+def test_other_numbers_of_ranks_equal_the_reference(size: int, backend: str, name: str) -> None:
+    on_ranks(size, backend, name)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("size", "backend"), list(itertools.product((1, 2, 3, 4), BACKENDS)))
+def test_every_case_on_every_backend_and_number_of_ranks(size: int, backend: str, name: str) -> None:
+    on_ranks(size, backend, name)

@@ -8,9 +8,11 @@ whether its own weights are w.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from ssam_scale.sharding import World, ddp, join_world
 from ssam_scale.sharding.place import place
 from tests.support.networks import batches, freeze_batchnorm, loss_fn, part, small_network
 from tests.support.processes import daemon, free_port
-from tests.support.ranks import run_ranks
+from tests.support.ranks import run_ranks, start_fresh_rank
 
 ROOT = Path(__file__).parents[2]
 BATCH = 8
@@ -90,12 +92,19 @@ def sparse_sam(world: World, backend: str) -> tuple[SparseSAM, nn.Module]:
     def sgd() -> torch.optim.Optimizer:
         return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
 
-    ddp._BUCKET_BYTES = 2000  # so that some of an ascent's are on their way when its backward raises
     kind: Any = "fsdp2" if backend == "hsdp" else backend
     replicas = world.size if backend == "hsdp" else 1
     placed, base = place(model, blocks, kind, world, sgd, replicas=replicas, batch_size=BATCH // world.size)
     savings = Savings(keep_gathered=backend in ("fsdp2", "zero3"))
     return SparseSAM(placed, base, rho=0.5, mask=Depth((0.5, 0.5)), savings=savings), blocks[-1]
+
+
+@contextmanager
+def small_buckets() -> Iterator[None]:
+    """So that some of an ascent's are on their way when its backward raises."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ddp, "_BUCKET_BYTES", 2000)
+        yield
 
 
 class Snapshot:
@@ -117,8 +126,7 @@ def _weights(opt: SparseSAM) -> list[Tensor]:
 
 def fail_alone(backend: str, where: str, folder: Path) -> None:
     """One process of a pair: a step as usual, then one in which rank 1 raises."""
-    torch.set_num_threads(1)
-    with join_world(COLLECTIVE_TIMEOUT) as world:
+    with small_buckets(), join_world(COLLECTIVE_TIMEOUT) as world:
         opt, block = sparse_sam(world, backend)
         first, second = (part(batch, world.rank, world.size) for batch in batches(2, BATCH))
         opt.step(loss_fn, first)
@@ -134,11 +142,11 @@ def fail_alone(backend: str, where: str, folder: Path) -> None:
             raise
 
 
-def _all_fail(world: World, cases: list[tuple[str, str]]) -> list[str]:
+def _fail(world: World, backend: str, where: str) -> list[str]:
     """What did not hold after an exception on all ranks."""
     wrong = []
     first, second, third = (part(batch, world.rank, world.size) for batch in batches(3, BATCH))
-    for backend, where in cases:
+    with small_buckets():
         (opt, block), (undisturbed, _) = sparse_sam(world, backend), sparse_sam(world, backend)
         for each in (opt, undisturbed):
             each.step(loss_fn, first)
@@ -146,12 +154,12 @@ def _all_fail(world: World, cases: list[tuple[str, str]]) -> list[str]:
         with pytest.raises(ArithmeticError, match=MESSAGE):
             opt.step(Failing(where, block, armed=True), second)
         if not before.holds():
-            wrong.append(f"{backend}, {where}: the weights are not w")
+            wrong.append("the weights are not w")
         for batch in (second, third):
             for each in (opt, undisturbed):
                 each.step(loss_fn, batch)
         if not Snapshot(opt).holds(undisturbed):
-            wrong.append(f"{backend}, {where}: the next steps differ")
+            wrong.append("the next steps differ")
     return wrong
 
 
@@ -164,8 +172,11 @@ ALL = [
 
 
 @pytest.mark.slow
-def test_after_an_exception_on_all_ranks_the_next_steps_are_as_if_nothing_had_happened() -> None:
-    assert run_ranks(2, _all_fail, ALL) == [[], []]
+@pytest.mark.parametrize(("backend", "where"), ALL)
+def test_after_an_exception_on_all_ranks_the_next_steps_are_as_if_nothing_had_happened(
+    backend: str, where: str
+) -> None:
+    assert run_ranks(2, _fail, backend, where) == [[], []]
 
 
 # Raised before the descent's forward, this leaves a rank at w + ε while the other one waits in a collective: every
@@ -184,22 +195,43 @@ ALONE = [
 def test_one_rank_that_raises_alone_ends_the_job_with_the_weights_at_w_everywhere(
     backend: str, where: str, tmp_path: Path
 ) -> None:
-    command = [sys.executable, "-m", "tests.sharding.test_failures", backend, where, str(tmp_path)]
+    port, logs = free_port(), [tmp_path / f"{rank}.log" for rank in range(2)]
+    with ExitStack() as stack:
+        ranks = []
+        for rank, log in enumerate(logs):
+            ranks.append(start_fresh_rank(rank, 2, port, log, fail_alone, backend, where, tmp_path))
+            stack.callback(ranks[-1].kill)
+        deadline = time.monotonic() + PAIR_ENDS_WITHIN_S
+        for process in ranks:
+            process.join(deadline - time.monotonic())
+        check_pair([process.exitcode for process in ranks], logs, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["ddp", "fsdp2", "zero3"])
+def test_a_whole_interpreter_ends_likewise(backend: str, tmp_path: Path) -> None:
+    """With all that Python, gloo and DeepSpeed do at an interpreter's exit."""
+    command = [sys.executable, "-m", "tests.sharding.test_failures", backend, BEFORE, str(tmp_path)]
+    path = os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(ROOT)])
     shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     logs = [tmp_path / f"{rank}.log" for rank in range(2)]
     with ExitStack() as stack:
         ranks = []
         for rank, log in enumerate(logs):
-            own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": str(ROOT)}
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": path}
             ranks.append(stack.enter_context(daemon(command, log, shared | own)))
         deadline = time.monotonic() + PAIR_ENDS_WITHIN_S
-        codes = [process.wait(deadline - time.monotonic()) for process in ranks]
+        check_pair([process.wait(deadline - time.monotonic()) for process in ranks], logs, tmp_path)
+
+
+def check_pair(codes: list[int | None], logs: list[Path], folder: Path) -> None:
+    """Both processes have ended, neither as if nothing had happened, and both were at w after the exception."""
     said = [log.read_text() for log in logs]
-    assert 0 not in codes
+    assert not {0, None} & set(codes), said
     assert f"ArithmeticError: {MESSAGE}" in said[1]
     for rank in range(2):
-        assert (tmp_path / f"{rank}.json").exists(), said[rank]
-        record = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert (folder / f"{rank}.json").exists(), said[rank]
+        record = json.loads((folder / f"{rank}.json").read_text())
         assert record["restored"], f"rank {rank} is not at w after {record['error']}"
 
 

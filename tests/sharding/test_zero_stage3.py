@@ -96,8 +96,9 @@ def two_ranks(world: World) -> dict[str, Any]:
         )
     found["accumulated"] = steps_of(world, 300, CUTS, 8, micro=2)
     result: dict[str, Any] = {name: [vars(step) for step in steps] for name, steps in found.items()}
-    stage3._MAX_TRACES = 2  # fewer than one step has
-    return result | {"few": train(world, "zero3", FEW_KINDS)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage3, "_MAX_TRACES", 2)  # fewer than one step has
+        return result | {"few": train(world, "zero3", FEW_KINDS)}
 
 
 FEW_KINDS = [
@@ -163,4 +164,4 @@ def test_with_accumulation_nothing_is_recorded_anew_either(two: Any) -> None:
 
 
 def test_kinds_of_passes_that_are_forgotten_are_recorded_anew_and_change_nothing(two: Any) -> None:
-    check({"zero3": FEW_KINDS}, [[rank["few"]] for rank in two])
+    check(FEW_KINDS, [rank["few"] for rank in two], "zero3")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import fields
 
 import torch
 
@@ -44,3 +45,21 @@ _CASES = [
 ]
 CASES = {str(case): case for case in _CASES}
 """Every mask, norm, optimizer, schedule and precision; each option with several others."""
+
+
+def options_of(case: Case) -> set[tuple[str, str]]:
+    """What a case says, as pairs of a field and its value."""
+    return {(field.name, repr(getattr(case, field.name))) for field in fields(case)}
+
+
+def each_option_once() -> list[str]:
+    """Names of a few cases among which each mask, norm, optimizer, … of all cases comes at least once.
+
+    Run on a backend, they cover every pair of that backend and an option.
+    """
+    wanted = set().union(*map(options_of, CASES.values()))
+    chosen: list[str] = []
+    while wanted:
+        chosen.append(max(CASES, key=lambda name: len(options_of(CASES[name]) & wanted)))
+        wanted -= options_of(CASES[chosen[-1]])
+    return chosen

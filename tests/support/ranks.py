@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import inspect
 import io
 import multiprocessing
 import os
@@ -80,9 +81,7 @@ class _Pool:
     """So many ranks, which wait for something to do."""
 
     def __init__(self, size: int) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(_PRELOAD)
-        port = free_port()
+        context, port = _context(), free_port()
         self._connections: list[Connection] = []
         self._processes = []
         for rank in range(size):
@@ -133,10 +132,41 @@ class _Pool:
 _POOLS: dict[int, _Pool] = {}
 
 
-def _serve(rank: int, size: int, port: int, connection: Connection) -> None:
-    """What a rank does: one job after another until nobody can send any more, or one fails."""
+def start_fresh_rank(rank: int, size: int, port: int, log: Path, function: Callable[..., Any], *args: Any) -> Any:
+    """A process of its own that calls `function(*args)`, for tests in which a rank ends: it joins nobody by itself.
+
+    Returns:
+        The `multiprocessing.Process`. What it says is in `log`. An exception ends it with exit code 1.
+    """
+    process = _context().Process(target=_logged, args=(rank, size, port, log, function, args), daemon=True)
+    process.start()
+    return process
+
+
+def _logged(rank: int, size: int, port: int, log: Path, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    with log.open("wb") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    _tell_place(rank, size, port)
+    torch.set_num_threads(1)
+    function(*args)
+
+
+def _context() -> Any:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOAD)
+    return context
+
+
+def _tell_place(rank: int, size: int, port: int) -> None:
+    """What torchrun would tell a process of the others."""
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in place.items()}}
+
+
+def _serve(rank: int, size: int, port: int, connection: Connection) -> None:
+    """What a rank does: one job after another until nobody can send any more, or one fails."""
+    _tell_place(rank, size, port)
     try:
         with join_world() as world:
             while True:
@@ -187,7 +217,8 @@ def _constants() -> Mapping[tuple[str, str], Any]:
                 found[name, key] = value
                 if isinstance(value, type) and value.__module__ == name:
                     found |= {(f"{name}.{key}", attribute): own for attribute, own in vars(value).items()}
-    return {place: value for place, value in found.items() if value is not None}
+    # PyTorch wraps the `step` of an optimizer's class when the first one is made.
+    return {place: inspect.unwrap(v) if callable(v) else v for place, v in found.items() if v is not None}
 
 
 def _left_changed(before: Mapping[tuple[str, str], Any]) -> list[str]:
