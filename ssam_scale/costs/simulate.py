@@ -87,7 +87,7 @@ class GivenPlan:
         plan: with parts of whole parameters.
 
     Attributes:
-        lengths: elements of this process's shards, by name; to be filled in once the weights are spread.
+        lengths: elements of this process's shards, by name; to be filled in once the weights are sharded.
     """
 
     def __init__(self, plan: Plan) -> None:
