@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -65,3 +67,11 @@ def test_no_test_module_imports_another(path: Path) -> None:
     for name in imports_of(path, TESTS):
         top, *rest = name.split(".")
         assert top != "tests" or not rest or rest[0] == "support", f"{path} imports {name}; shared parts go to support"
+
+
+def test_training_imports_neither_measurement_nor_predictions() -> None:
+    code = "import sys, ssam_scale.train; print(*sorted(m for m in sys.modules if m.startswith('ssam_scale.')))"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    loaded = done.stdout.split()
+    assert "ssam_scale.train.loop" in loaded
+    assert [name for name in loaded if name.split(".")[1] in ("bench", "costs")] == []

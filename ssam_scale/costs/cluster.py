@@ -1,4 +1,4 @@
-"""A cluster, how the weights lie on it, and how long communication takes there."""
+"""A cluster, how weights are spread over it, and how long parts of a step take there (`cost`)."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class Placement:
 
     @property
     def shards(self) -> int:
-        """Processes that perturbing one copy of the weights, and the optimizer's step, are sharded over."""
+        """Processes that perturbing one copy of the weights, and the optimizer's step, are spread over."""
         return self.cluster.gpus // self.replicas if backends()[self.backend].shards_weights else 1
 
     @property

@@ -213,36 +213,33 @@ class DepthByCost(Refreshed, Depth):
         self.masses = tuple(masses)
         self.chosen_at = step
 
-    def state(self) -> dict[str, Tensor]:
-        """What cuts are drawn by, float64 of shape (blocks,); −1 for what is not known yet."""
+    def state_dict(self) -> dict[str, Tensor]:
+        """`chosen_at`, and what cuts are drawn by: float64 of shape (blocks,); −1 for what is not known yet."""
         unknown = [-1.0] * (self._depth or 1)
         return {
+            "chosen_at": torch.tensor(self.chosen_at),
             "fisher_mass": torch.tensor(self.masses or unknown, dtype=torch.float64),
             "ascent_seconds": torch.tensor(self._seconds or unknown, dtype=torch.float64),
         }
 
-    def restore(self, state: Mapping[str, Tensor], chosen_at: int) -> None:
-        """Take back what `state` returned: the saved times, too, so that the same cuts are drawn as without a break.
-
-        Args:
-            state: what `state` returned.
-            chosen_at: as it was then.
+    def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Take back what `state_dict` returned; the times, too, so that the same cuts are drawn as without a break.
 
         Raises:
-            ValueError: it is of another mask or another network; nothing was taken then.
+            ValueError: it is of another mask or another network; nothing was loaded then.
         """
         saved: dict[str, tuple[float, ...]] = {}
-        for name in self.state():
-            if name not in state:
+        for name in ("fisher_mass", "ascent_seconds"):
+            if name not in state_dict:
                 raise ValueError(f"the saved state has no {name}, which {self} needs")
-            if len(state[name]) != self._depth:
-                raise ValueError(f"the saved {name} is of {len(state[name])} blocks, the model has {self._depth}")
-            saved[name] = tuple(state[name].tolist())
+            if len(state_dict[name]) != self._depth:
+                raise ValueError(f"the saved {name} is of {len(state_dict[name])} blocks, the model has {self._depth}")
+            saved[name] = tuple(state_dict[name].tolist())
         masses, seconds = saved["fisher_mass"], saved["ascent_seconds"]
         self.masses = masses if min(masses) >= 0.0 else None
         if min(seconds) > 0.0:
             self._seconds = seconds
-        self.chosen_at = chosen_at
+        self.chosen_at = int(state_dict["chosen_at"])
 
 
 def suffix_sums(values: Sequence[float]) -> list[float]:

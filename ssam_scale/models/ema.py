@@ -1,4 +1,4 @@
-"""Exponential moving average of the weights (EMA)."""
+"""Exponential moving average of the weights."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from ssam_scale.sharding import ShardedWeights
 
 
-class AveragedWeights:
-    """The average of a network's weights and floating-point buffers, kept where and how they are sharded.
+class EMA:
+    """Exponential moving average of a network's weights and floating-point buffers, sharded as the weights are.
 
     Args:
-        network: whose weights are averaged; constructed once it is distributed.
-        decay: share of the old average kept at each update.
-        sharding: how it is distributed.
+        network: whose weights are averaged; it has been distributed already.
+        decay: share of the old average that is kept at each update.
+        sharding: how the network is distributed.
     """
 
     def __init__(self, network: nn.Module, decay: float, sharding: ShardedWeights) -> None:
@@ -41,20 +41,23 @@ class AveragedWeights:
         finally:
             self._exchange()
 
-    def whole(self) -> dict[str, Tensor]:
-        """The averages by name, whole. Collective."""
-        averaged = dict(zip([*self._parameters, *self._buffers], self._averaged, strict=True))
+    def state_dict(self) -> dict[str, Tensor]:
+        """The averages by name, in full tensors. Collective."""
         return {
             name: self._sharding.gather(self._parameters[name], mine) if name in self._parameters else mine
-            for name, mine in averaged.items()
+            for name, mine in self._by_name().items()
         }
 
     @torch.no_grad()
-    def load(self, saved: Mapping[str, Tensor]) -> None:
-        """Take back what `whole` returned, on any number of processes."""
-        for name, mine in zip([*self._parameters, *self._buffers], self._averaged, strict=True):
-            whole = saved[name].to(mine.device)
-            mine.copy_(self._sharding.scatter(self._parameters[name], whole) if name in self._parameters else whole)
+    def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Take back what `state_dict` returned, under any backend and number of processes."""
+        for name, mine in self._by_name().items():
+            full = state_dict[name].to(mine.device)
+            mine.copy_(self._sharding.scatter(self._parameters[name], full) if name in self._parameters else full)
+
+    def _by_name(self) -> dict[str, Tensor]:
+        """The local parts of the averages."""
+        return dict(zip([*self._parameters, *self._buffers], self._averaged, strict=True))
 
     def _live(self) -> list[Tensor]:
         shards = self._sharding.shards(list(self._parameters.values()))

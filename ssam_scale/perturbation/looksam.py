@@ -77,8 +77,8 @@ class LookSAM:
         masked_add_(gradients, parts, torch._foreach_mul(self._across, scale))
 
     @torch.no_grad()
-    def state(self) -> dict[str, Tensor]:
-        """g_v, whole, by parameter; not a number where the last ascent perturbed nothing. Collective."""
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """`reused`: g_v by parameter, full; not a number where the last ascent perturbed nothing. Collective."""
         across = dict(zip(self._parts, self._across, strict=True))
         result = {}
         for name, p in self._parameters.items():
@@ -87,17 +87,20 @@ class LookSAM:
             if name in across:
                 masked_scatter_([local], [self._parts[name]], [across[name]])
             result[name] = self._sharding.gather(p, local)
-        return result
+        return {"reused": result}
 
     @torch.no_grad()
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take back what `state` returned, on any number of processes."""
+    def load_state_dict(self, state_dict: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Take back what `state_dict` returned, on any number of processes; without it there is nothing to reuse."""
         self._parts, self._across = {}, []
-        for name, whole in state.items():
-            p = self._parameters[name]
-            known = ~whole.to(p.device).isnan()
+        saved = state_dict.get("reused", {})
+        for name, p in self._parameters.items():  # in their order, in which norms are summed up
+            if name not in saved:
+                continue
+            full = saved[name].to(p.device)
+            known = ~full.isnan()
             if known.any():
-                local = self._sharding.scatter(p, whole.to(p.device))
+                local = self._sharding.scatter(p, full)
                 kept = self._sharding.scatter(p, known)
                 part = None if known.all() else BitMask(pack(kept), kept.numel())
                 self._parts[name] = part

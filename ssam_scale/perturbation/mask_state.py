@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.stateful import Stateful
 
 from ssam_scale.masks import (
     BitMask,
@@ -34,6 +35,7 @@ class MaskState:
     Args:
         sharding: where the weights live.
         parameters: all that are trained, by name.
+        layout: of the same.
         mask: any; one that is not chosen by scores has nothing to refresh and nothing to remember.
         before: what was at work on fewer of these parameters, and has accumulated scores of them.
         pack: whether other processes are sent no more than what is perturbed.
@@ -43,12 +45,14 @@ class MaskState:
         self,
         sharding: Sharding,
         parameters: Mapping[str, nn.Parameter],
+        layout: Layout,
         mask: Mask,
         before: MaskState | None = None,
         pack: bool = True,
     ) -> None:
         self._sharding = sharding
         self._parameters = parameters
+        self._layout = layout
         self._mask = mask
         # Where a process knows more than its shard of a mask: each costs it a bit for every weight of the model.
         self._wants_whole = sharding.shard_group.size > 1 and (
@@ -138,18 +142,23 @@ class MaskState:
             return BitMask(pack(self._sharding.gather(p, part.booleans().view(shard.weight.shape))), numel)
         return part
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """Tensors that mean the same under every sharding, under the same names at any time. Collective.
 
-        `chosen_at`; `mask`, by parameter: `BitMask.packed` of the whole parameter, or a flag for each row, or one; and
-        `accumulated`, by parameter: float32, whole; both empty where the mask has none. And of a mask drawn by cost
-        alone, `DepthByCost.state`.
+        `kept_as`, the kind of mask, by its place in `_KEPT`; `chosen_at`; `mask`, by parameter: `BitMask.packed` of the
+        full parameter, or a flag for each row, or one; and `accumulated`, by parameter: float32, full; both empty where
+        the mask has none. And of a mask drawn by cost alone, `DepthByCost.state_dict`.
         """
         mask = self._mask
         chosen_at = mask.chosen_at if isinstance(mask, Refreshed) else -1
-        result: dict[str, Any] = {"chosen_at": torch.tensor(chosen_at), "mask": {}, "accumulated": {}}
+        result: dict[str, Any] = {
+            "kept_as": torch.tensor(self._kept_as()),
+            "chosen_at": torch.tensor(chosen_at),
+            "mask": {},
+            "accumulated": {},
+        }
         if isinstance(mask, DepthByCost):
-            result |= mask.state()
+            result |= mask.state_dict()
         if isinstance(mask, ScoreBased):
             weights = mask.selected.weights if mask.selected is not None else {}
             for name, p in self._parameters.items():
@@ -162,9 +171,12 @@ class MaskState:
                 else:
                     result["mask"][name] = part.keep.clone() if isinstance(part, Rows) else plain
         if self.accumulated is not None:
-            whole = self.accumulated.whole()
-            result["accumulated"] = dict(zip(self._parameters, whole, strict=True))
+            full = self.accumulated.state_dict()["scores"]
+            result["accumulated"] = dict(zip(self._parameters, full, strict=True))
         return result
+
+    def _kept_as(self) -> int:
+        return list(_KEPT).index(self._mask.kept_as if isinstance(self._mask, Refreshed) else None)
 
     def _flags(self, name: str) -> tuple[int, ...]:
         """How many flags a choice has for a parameter."""
@@ -174,49 +186,56 @@ class MaskState:
             return (shape.numel(),)
         return (shape[0] if shape else 1,) if self._mask.kept_as == "rows" else ()
 
-    def load_state(self, state: Mapping[str, Any], layout: Layout) -> None:
-        """Take back what `state` returned, on any number of processes. Collective.
-
-        Args:
-            state: what `state` returned.
-            layout: of all parameters.
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take back what `state_dict` returned, on any number of processes. Collective.
 
         Raises:
             ValueError: the state is of another mask or of other parameters; nothing was loaded then.
         """
-        mask, saved = self._mask, state["mask"]
-        if saved and not isinstance(mask, ScoreBased):
-            raise ValueError(f"the saved state has a mask chosen by scores, this optimizer a {type(mask).__name__}")
+        mask, saved, accumulated = self._mask, state_dict["mask"], state_dict["accumulated"]
+        self._check(state_dict)
         if isinstance(mask, DepthByCost):
-            mask.restore(state, int(state["chosen_at"]))
-            return
-        if "fisher_mass" in state:
-            raise ValueError(f"the saved state has a moving cut drawn by cost, this optimizer a {type(mask).__name__}")
+            mask.load_state_dict(state_dict)
         if not isinstance(mask, ScoreBased):
             return
-        if saved.keys() != self._parameters.keys():
-            odd = sorted(saved.keys() ^ self._parameters.keys())
-            what = "has no mask" if not saved else f"has masks of other parameters: {odd[0]}"
-            raise ValueError(f"the saved state {what}, this optimizer has {mask}")
-        for name, flags in saved.items():
-            needed = self._flags(name)
-            if mask.kept_as == "bits":
-                needed = (-(-needed[0] // 8),)
-            if tuple(flags.shape) != needed or (flags.dtype == torch.uint8) != (mask.kept_as == "bits"):
-                raise ValueError(f"the saved mask of {name} has shape {tuple(flags.shape)}, {mask} needs {needed}")
-        if (self.accumulated is not None) != bool(state["accumulated"]):
-            has, mine = ("has", "none") if state["accumulated"] else ("has no", "some")
-            raise ValueError(f"the saved state {has} accumulated scores, {mask} needs {mine}")
+        if self.accumulated is not None:
+            self.accumulated.load_state_dict({"scores": [accumulated[name] for name in self._parameters]})
         parts: dict[str, Subset | None] = {}
         counts: list[int] = []
         for name in self._parameters:  # in the order of a choice, in which norms are summed up
             if count := self._count(name, saved[name]):
                 parts[name] = self._local(name, saved[name])
                 counts.append(count)
-        mask.restore(layout, parts, counts, int(state["chosen_at"]))
+        mask.restore(self._layout, parts, counts, int(state_dict["chosen_at"]))
         self._gather_masks(mask)
-        if self.accumulated is not None:
-            self.accumulated.load([state["accumulated"][name] for name in self._parameters])
+
+    def _check(self, state: Mapping[str, Any]) -> None:
+        """Raise a ValueError unless `state` is of such a mask on such parameters."""
+        mask, saved = self._mask, state["mask"]
+        if isinstance(mask, DepthByCost) and not saved:
+            return  # it looks for itself
+        if saved and not isinstance(mask, ScoreBased):
+            raise ValueError(f"the saved state has a mask chosen by scores, this optimizer a {type(mask).__name__}")
+        if "fisher_mass" in state:
+            raise ValueError(f"the saved state has a moving cut drawn by cost, this optimizer a {type(mask).__name__}")
+        if isinstance(mask, ScoreBased):
+            if saved.keys() != self._parameters.keys():
+                odd = sorted(saved.keys() ^ self._parameters.keys())
+                what = "has no mask" if not saved else f"has masks of other parameters: {odd[0]}"
+                raise ValueError(f"the saved state {what}, this optimizer has {mask}")
+            for name, flags in saved.items():
+                needed = self._flags(name)
+                if mask.kept_as == "bits":
+                    needed = (-(-needed[0] // 8),)
+                if tuple(flags.shape) != needed or (flags.dtype == torch.uint8) != (mask.kept_as == "bits"):
+                    raise ValueError(f"the saved mask of {name} has shape {tuple(flags.shape)}, {mask} needs {needed}")
+            if (self.accumulated is not None) != bool(state["accumulated"]):
+                has, mine = ("has", "none") if state["accumulated"] else ("has no", "some")
+                raise ValueError(f"the saved state {has} accumulated scores, {mask} needs {mine}")
+        # `torch.distributed.checkpoint` reads what this optimizer has keys for, and drops masks that it has none for.
+        if (kept_as := int(state["kept_as"])) != self._kept_as():
+            theirs, mine = (list(_KEPT.values())[kind] for kind in (kept_as, self._kept_as()))
+            raise ValueError(f"the saved state has a mask {theirs}, this optimizer one {mine}")
 
     def _count(self, name: str, flags: Tensor) -> int:
         """Perturbed weights of a parameter by its saved flags."""
@@ -250,28 +269,30 @@ _KEPT = {
 
 
 class SparseState:
-    """`SparseSAM.sparse_state` as what `torch.distributed.checkpoint` calls a Stateful."""
+    """What SparseSAM remembers beside the base optimizer's state, as a `torch.distributed.checkpoint` Stateful.
 
-    def __init__(self, optimizer: Any) -> None:
-        self._optimizer = optimizer
+    Args:
+        optimizer: whose steps are counted.
+        parts: returns what else there is, each with its own keys of one flat dictionary; what may refuse a state first.
+            Asked each time, because a new parameter group gives an optimizer new ones.
+    """
+
+    def __init__(self, optimizer: Any, parts: Callable[[], Sequence[Stateful]]) -> None:
+        self._optimizer, self._parts = optimizer, parts
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors only, under the same keys at any time."""
-        return {**self._optimizer.sparse_state(), "kept_as": torch.tensor(self._kept_as())}
+        """Tensors that mean the same on any number of processes, under the same keys at any time. Collective."""
+        state: dict[str, Any] = {"steps": torch.tensor(self._optimizer.steps)}
+        for part in self._parts():
+            state |= part.state_dict()
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take back what `state_dict` returned.
+        """Take back what `state_dict` returned, on any number of processes. Collective.
 
         Raises:
             ValueError: the state is of another mask or of other parameters.
         """
-        state = dict(state_dict)
-        # What is loaded is what this optimizer has keys for: masks that it has none for would be dropped in silence.
-        if (saved := int(state.pop("kept_as"))) != self._kept_as():
-            theirs, mine = (list(_KEPT.values())[kind] for kind in (saved, self._kept_as()))
-            raise ValueError(f"the saved state has a mask {theirs}, this optimizer one {mine}")
-        self._optimizer.load_sparse_state(state)
-
-    def _kept_as(self) -> int:
-        mask = self._optimizer.mask
-        return list(_KEPT).index(mask.kept_as if isinstance(mask, Refreshed) else None)
+        for part in self._parts():
+            part.load_state_dict(state_dict)
+        self._optimizer.steps = int(state_dict["steps"])

@@ -170,23 +170,26 @@ class Perturbation:
         self.calibrated = -1
         self._placed.clear()
 
-    def state(self) -> dict[str, Tensor]:
-        """What `load_state` takes."""
+    def state_dict(self) -> dict[str, Tensor]:
+        """`skipped`, int64 of shape (); and the calibration.
+
+        That is `calibrated`, the step of the last one (−1: due), and `shares`, float32 of shape (parameters,).
+        """
         calibrated = torch.tensor(self.calibrated)
         return {"skipped": self.skipped.clone(), "calibrated": calibrated, "shares": self.shares.clone()}
 
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take back what `state` returned.
+    def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Take back what `state_dict` returned.
 
         Raises:
-            ValueError: the state is of other parameters.
+            ValueError: the state is of other parameters; nothing was loaded then.
         """
-        if state["shares"].shape != self.shares.shape:
-            mine, theirs = len(self.shares), len(state["shares"])
+        if state_dict["shares"].shape != self.shares.shape:
+            mine, theirs = len(self.shares), len(state_dict["shares"])
             raise ValueError(f"the saved state is of {theirs} parameters, this optimizer has {mine}")
-        self.skipped.copy_(state["skipped"])
-        self.shares.copy_(state["shares"])
-        self.calibrated = int(state["calibrated"])
+        self.skipped.copy_(state_dict["skipped"])
+        self.shares.copy_(state_dict["shares"])
+        self.calibrated = int(state_dict["calibrated"])
 
     def epsilon(self, resolved: ResolvedStep) -> list[Tensor]:
         """ε of each parameter in the plan, of the elements that it perturbs alone. Collective.

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.stateful import Stateful
 
 from ssam_scale.masks import Dense, Depth, Mask, Plan, Refreshed
 from ssam_scale.sharding.place import sharding_of
@@ -130,6 +131,7 @@ class SparseSAM(OptimizerWrapper):
         self._mask = MaskState(
             self.sharding,
             self.parameters.by_name,
+            self.parameters.layout,
             self.mask,
             getattr(self, "_mask", None),
             self.options.savings.pack,
@@ -336,12 +338,12 @@ class SparseSAM(OptimizerWrapper):
             self._perturbation.skipped = skipped
 
     def state_dict(self) -> dict[str, Any]:
-        """The base optimizer's state and `sparse_state`. Collective where weights are sharded.
+        """The base optimizer's state, and that of `sparse` as `sparse_sam`. Collective where weights are sharded.
 
         Raises:
             RuntimeError: DeepSpeed's stages 1 to 3 keep the base optimizer's state; says what to call instead.
         """
-        return {**self.sharding.optimizer_state_dict(self.base_optimizer), "sparse_sam": self.sparse_state()}
+        return {**self.sharding.optimizer_state_dict(self.base_optimizer), "sparse_sam": self.sparse.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take back what `state_dict` returned, on any number of processes.
@@ -353,32 +355,17 @@ class SparseSAM(OptimizerWrapper):
         self.sharding.load_optimizer_state_dict(self.base_optimizer, own)
         self.complete_groups()
         if sparse is not None:
-            self.load_sparse_state(sparse)
+            self.sparse.load_state_dict(sparse)
 
     @property
     def sparse(self) -> SparseState:
-        """`sparse_state` as a Stateful, for `torch.distributed.checkpoint.save({..., "sparse": opt.sparse})`."""
-        return SparseState(self)
+        """What SparseSAM itself must remember, with `state_dict` and `load_state_dict` of its own.
 
-    def sparse_state(self) -> dict[str, Any]:
-        """What SparseSAM itself must remember, in tensors that mean the same on any number of processes. Collective.
-
-        `steps` and `skipped` (int64, shape ()); `calibrated`, the step of the last calibration (−1: due), and `shares`
-        (float32, one a parameter), the calibration; of a mask chosen by scores, `MaskState.state`; and `reused`, by
-        parameter, `LookSAM.state`.
+        For `torch.distributed.checkpoint.save({..., "sparse": opt.sparse})`, and for DeepSpeed's `client_state`. Beside
+        `steps` (int64, shape ()): see `MaskState.state_dict`, `Perturbation.state_dict` and `LookSAM.state_dict`.
         """
-        reused = self._looksam.state() if self._looksam is not None else {}
-        steps = {"steps": torch.tensor(self.steps)}
-        return {**steps, **self._perturbation.state(), **self._mask.state(), "reused": reused}
 
-    def load_sparse_state(self, state: dict[str, Any]) -> None:
-        """Take back what `sparse_state` returned, on any number of processes.
+        def parts() -> list[Stateful]:
+            return [part for part in (self._mask, self._perturbation, self._looksam) if part is not None]
 
-        Raises:
-            ValueError: the state is of another mask or of other parameters.
-        """
-        self._mask.load_state(state, self.parameters.layout)
-        self._perturbation.load_state(state)
-        if self._looksam is not None:
-            self._looksam.load(state.get("reused", {}))
-        self.steps = int(state["steps"])
+        return SparseState(self, parts)

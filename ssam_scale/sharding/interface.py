@@ -220,26 +220,33 @@ class ShardedState(Protocol):
     def load_optimizer_state_dict(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
         """Take back what `optimizer_state_dict` returned."""
 
-    def full_state_dict(
-        self, network: nn.Module, optimizer: torch.optim.Optimizer
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What a checkpoint holds, the same under every backend: full tensors in CPU memory, by name. Collective.
+    def full_model_state_dict(self, network: nn.Module) -> dict[str, Any]:
+        """Weights and buffers by name, the same under every backend: full tensors in CPU memory. Collective.
 
         Only the first rank is sure to get them, and they may be the live weights: write or copy them before a step.
+
+        Args:
+            network: the part of the model that names the parameters.
+        """
+
+    def load_full_model_state_dict(self, network: nn.Module, state: dict[str, Any]) -> None:
+        """Take back what `full_model_state_dict` returned, under any backend and number of ranks. Collective."""
+
+    def full_optimizer_state_dict(self, network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """The optimizer's state, in the way of `full_model_state_dict`. Collective.
 
         Args:
             network: the part of the model that names the parameters.
             optimizer: as `unwrap_optimizer` returned it.
 
         Returns:
-            Weights and buffers by name; and of the optimizer `state` (by parameter, then by entry) and `param_groups`
-            (with names in the place of parameters).
+            `state` (by parameter, then by entry) and `param_groups` (with names in the place of parameters).
         """
 
-    def load_full_state_dict(
-        self, network: nn.Module, optimizer: torch.optim.Optimizer, weights: dict[str, Any], state: dict[str, Any]
+    def load_full_optimizer_state_dict(
+        self, network: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
     ) -> None:
-        """Take back what `full_state_dict` returned, under any backend and number of ranks."""
+        """Take back what `full_optimizer_state_dict` returned, under any backend and number of ranks. Collective."""
 
 
 class Sharding(ShardedWeights, ShardedPasses, ShardedState, Protocol):

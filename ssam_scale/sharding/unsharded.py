@@ -13,7 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 
 from .gradient_hooks import OnGradient, divert_gradients
 from .interface import AscentReduction, Shard, WrittenWeights
@@ -35,18 +41,23 @@ class TorchState:
         """The optimizer's own."""
         optimizer.load_state_dict(state)
 
-    def full_state_dict(
-        self, network: nn.Module, optimizer: torch.optim.Optimizer
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
+    def full_model_state_dict(self, network: nn.Module) -> dict[str, Any]:
         """By torch.distributed.checkpoint, which gives tensors of sharded weights to the first rank alone."""
-        weights, state = get_state_dict(network, optimizer, options=_FULL)
-        return dict(weights), dict(state)
+        return dict(get_model_state_dict(network, options=_FULL))
 
-    def load_full_state_dict(
-        self, network: nn.Module, optimizer: torch.optim.Optimizer, weights: dict[str, Any], state: dict[str, Any]
+    def load_full_model_state_dict(self, network: nn.Module, state: dict[str, Any]) -> None:
+        """By torch.distributed.checkpoint."""
+        set_model_state_dict(network, state, options=_FULL)
+
+    def full_optimizer_state_dict(self, network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """By torch.distributed.checkpoint, which gives tensors of sharded weights to the first rank alone."""
+        return dict(get_optimizer_state_dict(network, optimizer, options=_FULL))
+
+    def load_full_optimizer_state_dict(
+        self, network: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
     ) -> None:
         """By torch.distributed.checkpoint."""
-        set_state_dict(network, optimizer, model_state_dict=weights, optim_state_dict=state, options=_FULL)
+        set_optimizer_state_dict(network, optimizer, state, options=_FULL)
 
 
 class TorchTraining(TorchState):

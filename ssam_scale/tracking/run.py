@@ -68,11 +68,16 @@ def open_run(
     return Run(config, enabled, resume_run_id, dict(extra_tags or {}))
 
 
-def _trimmed_mean(times: Sequence[float]) -> float:
-    """The mean without the lowest and the highest tenth."""
+def _typical(times: Sequence[float]) -> float:
+    """The mean of step times without the first WARMUP_STEPS (if there are more), the lowest and the highest tenth."""
+    times = times[WARMUP_STEPS:] or times
     tenth = len(times) // 10
     kept = sorted(times)[tenth : len(times) - tenth]
     return sum(kept) / len(kept)
+
+
+def _phase_times(prefix: str, summary: PhaseSummary) -> dict[str, float]:
+    return {f"{prefix}/{name.replace(' ', '_')}": seconds for name, seconds in summary.phases.items()}
 
 
 class Run:
@@ -88,6 +93,7 @@ class Run:
         self._watcher: Popen[bytes] | None = None
         self._unwinding = Unwinding(self._mark_stuck if enabled else None)
         self._step_times = array("d")
+        self._times_by_kind: dict[str, array[float]] = {}
         self._refresh_seconds = 0.0
         self._densities = array("d")
         self._top1: float | None = None
@@ -125,7 +131,7 @@ class Run:
         step: int,
         densities: Sequence[float] = (),
     ) -> None:
-        """Record the steps since the last call.
+        """Record the steps since the last call: times of all of them as `time/…`, and of each kind as `time/<kind>/…`.
 
         Args:
             summary: their times, from `PhaseTimer.drain`.
@@ -141,7 +147,11 @@ class Run:
         if summary.steps:
             metrics["time/step"] = summary.step
             metrics["train/images_per_second"] = images_per_step * summary.steps / summary.seconds
-            metrics |= {f"time/{name.replace(' ', '_')}": seconds for name, seconds in summary.phases.items()}
+            metrics |= _phase_times("time", summary)
+            for kind, of_kind in summary.by_kind.items():
+                self._times_by_kind.setdefault(kind, array("d")).extend(of_kind.step_times)
+                metrics[f"time/{kind}/step"] = of_kind.step
+                metrics |= _phase_times(f"time/{kind}", of_kind)
         if densities:
             metrics["mask/density"] = sum(densities) / len(densities)
         self.log(metrics, step)
@@ -208,14 +218,16 @@ class Run:
         `summary/step_time`: what a step costs, seconds: the mean of all step times since this process started but the
         first WARMUP_STEPS (of all if there are no more) and, for the sake of shared machines, the fastest and slowest
         tenth; and each step's share of the time that refreshing the mask took. A mean, as the steps of a moving cut
-        differ by design. `summary/density`: mean over the steps. `summary/top1`: the last evaluation's, percent;
+        differ by design. `summary/<kind>/step_time`: the same of the steps of each kind, without refreshes.
+        `summary/density`: mean over the steps. `summary/top1`: the last evaluation's, percent;
         `summary/best_top1`: the best, also over what the run had before it was resumed.
         """
         summary: dict[str, float] = {}
-        times = self._step_times[WARMUP_STEPS:] or self._step_times
-        if times:
+        if self._step_times:
             refresh = self._refresh_seconds / len(self._step_times)
-            summary["summary/step_time"] = _trimmed_mean(times) + refresh
+            summary["summary/step_time"] = _typical(self._step_times) + refresh
+        for kind, times in self._times_by_kind.items():
+            summary[f"summary/{kind}/step_time"] = _typical(times)
         if self._densities:
             summary["summary/density"] = sum(self._densities) / len(self._densities)
         if self._top1 is not None and self._best_top1 is not None:

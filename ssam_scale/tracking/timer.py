@@ -1,4 +1,4 @@
-"""Where the time of a step goes: seconds per phase, without making the device wait.
+"""Where the time of a step goes: seconds per phase and by kind of step, without making the device wait.
 
 On the host a phase is timed by a clock. On CUDA it is bracketed by events on the current stream, which are read only
 when a summary is asked for and only where the device has already passed them. Measured cost on the host, reading
@@ -9,14 +9,15 @@ micro-batches: below 1% of steps longer than 1 ms and 4 ms.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from statistics import median
 from types import TracebackType
-from typing import Any, Protocol, cast, get_args
+from typing import Any, Protocol, TypeAlias, cast, get_args
 
-from ssam_scale.perturbation.phases import Phase
+from ssam_scale.perturbation import Phase, StepKind
 
 PHASES: tuple[Phase, ...] = get_args(Phase)
 
@@ -28,10 +29,12 @@ class PhaseSummary:
     Attributes:
         phases: mean per step of each phase that occurred; a phase's occurrences within one step add up.
         step_times: each step, from the start of its first phase to its end, in order.
+        by_kind: the same of the steps of each kind that occurred, by themselves; empty within one kind.
     """
 
-    phases: dict[Phase, float]
+    phases: Mapping[Phase, float]
     step_times: tuple[float, ...]
+    by_kind: Mapping[StepKind, PhaseSummary] = field(default_factory=dict)
 
     @property
     def steps(self) -> int:
@@ -144,6 +147,18 @@ class _Span:
         self._timer._leave()
 
 
+_Interval: TypeAlias = tuple[Phase, Any, Any]  # from one mark to another
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One that has ended: its kind, its phases in order, and the mark of its end."""
+
+    kind: StepKind
+    phases: list[_Interval]
+    end: Any
+
+
 class PhaseTimer:
     """Times the phases of optimizer steps.
 
@@ -151,7 +166,7 @@ class PhaseTimer:
         with phases("data"):
             batch = next(loader)
         ...
-        phases.step()
+        phases.step(opt.report.kind)
         summary = phases.drain()
 
     A step begins with its first phase, so evaluation and checkpoints between two steps count for neither. Drain now and
@@ -170,8 +185,8 @@ class PhaseTimer:
         self._spans: dict[str, _Span] = {name: _Span(self, name) for name in PHASES}
         self._open: Phase | None = None
         self._opened: Any = None
-        self._current: list[tuple[Phase, Any, Any]] = []
-        self._ended: list[tuple[list[tuple[Phase, Any, Any]], Any]] = []
+        self._current: list[_Interval] = []
+        self._ended: list[_Step] = []
 
     def __call__(self, name: Phase) -> AbstractContextManager[None]:
         """Time the body of a `with` as a part of phase `name`.
@@ -194,8 +209,11 @@ class PhaseTimer:
         self._current.append((cast(Phase, self._open), self._opened, self._mark()))
         self._open = None
 
-    def step(self) -> None:
+    def step(self, kind: StepKind) -> None:
         """Mark the end of an optimizer step.
+
+        Args:
+            kind: of the step that ends, from its `StepReport`.
 
         Raises:
             ValueError: a phase is still open, or there was none since the last step.
@@ -204,7 +222,7 @@ class PhaseTimer:
             raise ValueError(f"the step ends inside phase {self._open!r}")
         if not self._current:
             raise ValueError("the step ends without a phase")
-        self._ended.append((self._current, self._mark()))
+        self._ended.append(_Step(kind, self._current, self._mark()))
         self._current = []
 
     def drain(self, *, wait: bool = False) -> PhaseSummary:
@@ -215,18 +233,30 @@ class PhaseTimer:
                 yet are kept for the next drain.
         """
         if wait and self._ended:
-            self._marks.wait(self._ended[-1][1])
-        sums: dict[Phase, float] = {}
-        times: list[float] = []
-        for spans, end in self._ended:
-            if not self._marks.passed(end):
-                break
-            for name, opened, closed in spans:
-                sums[name] = sums.get(name, 0.0) + self._marks.seconds(opened, closed)
-            times.append(self._marks.seconds(spans[0][1], end))
-        for spans, end in self._ended[: len(times)]:
-            self._marks.release(mark for _, opened, closed in spans for mark in (opened, closed))
-            self._marks.release((end,))
-        del self._ended[: len(times)]
-        phases = {name: sums[name] / len(times) for name in PHASES if name in sums}
-        return PhaseSummary(phases, tuple(times))
+            self._marks.wait(self._ended[-1].end)
+        done = list(takewhile(lambda step: self._marks.passed(step.end), self._ended))
+        del self._ended[: len(done)]
+        measured = [(step.kind, *self._measure(step)) for step in done]
+        for step in done:
+            self._marks.release(mark for _, opened, closed in step.phases for mark in (opened, closed))
+            self._marks.release((step.end,))
+        kinds = dict.fromkeys(kind for kind, _, _ in measured)
+        by_kind = {kind: _summary([m[1:] for m in measured if m[0] == kind]) for kind in kinds}
+        return replace(_summary([m[1:] for m in measured]), by_kind=by_kind)
+
+    def _measure(self, step: _Step) -> tuple[dict[Phase, float], float]:
+        """Seconds of each phase and of the whole step, all of whose marks have been passed."""
+        phases: dict[Phase, float] = {}
+        for name, opened, closed in step.phases:
+            phases[name] = phases.get(name, 0.0) + self._marks.seconds(opened, closed)
+        return phases, self._marks.seconds(step.phases[0][1], step.end)
+
+
+def _summary(steps: Sequence[tuple[dict[Phase, float], float]]) -> PhaseSummary:
+    """Of steps by their phases and their times."""
+    phases = {
+        name: sum(found) / len(steps)
+        for name in PHASES
+        if (found := [seconds[name] for seconds, _ in steps if name in seconds])
+    }
+    return PhaseSummary(phases, tuple(time for _, time in steps))

@@ -1,4 +1,4 @@
-"""Training: the loop, evaluation, checkpoints, averaged weights. No backend and no mask is named in here."""
+"""Training: the loop, the hooks around its steps and epochs, evaluation, checkpoints."""
 
 from .loop import dry_run, train
 

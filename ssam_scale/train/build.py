@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from traceback import walk_tb
 from typing import Any
@@ -12,64 +11,77 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.checkpoint.stateful import Stateful
 
-from ssam_scale.config.mask_sections import BlockMask, DepthMask, RefreshedMask
+from ssam_scale.config.mask_sections import BlockMask, DepthMask
 from ssam_scale.config.schema import Config, Perturbation
 from ssam_scale.data import ImageLoader, eval_loader, train_loader
 from ssam_scale.errors import UserError
 from ssam_scale.masks import RunInfo, build_mask
 from ssam_scale.models import build_model, stages_of
-from ssam_scale.models.ema import AveragedWeights
+from ssam_scale.models.ema import EMA
 from ssam_scale.perturbation import Phases, Savings, SparseSAM
+from ssam_scale.perturbation.loss import LossFn
 from ssam_scale.perturbation.schedules import build_schedule
 from ssam_scale.sharding import World
 from ssam_scale.sharding.place import place
+from ssam_scale.tracking.run import Run
+from ssam_scale.tracking.timer import PhaseTimer
 
-
-def chosen_section(config: Config) -> RefreshedMask | None:
-    """The mask's section, if scores decide about it."""
-    section = config.perturbation.mask if config.perturbation is not None else None
-    return section if isinstance(section, RefreshedMask) and section.scores else None
-
+from .checkpoint import ModelState, OptimizerState, SaveCheckpoint
+from .evaluation import Evaluate
+from .hooks import (
+    AverageBatchNormStatistics,
+    Hook,
+    LogDrawnDensities,
+    LogEpochs,
+    LogFixedDensities,
+    LogMetrics,
+    UpdateEMA,
+)
+from .progress import Progress, ProgressBar
+from .refresh import RefreshMask, refreshed_section
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Transform = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
-class Parts:
-    """Everything of one run on this process.
+class Components:
+    """Everything that is trained with, on this process.
 
     Attributes:
         module: the distributed model, what evaluation calls.
-        network: the timm model inside, what names parameters and is saved.
+        network: the timm model inside, which names the parameters and is saved.
         opt: the optimizer.
-        scheduler: timm's, updated before every step.
-        average: averaged weights, if wanted.
+        scheduler: of the learning rate, timm's; updated before every step.
+        ema: averaged weights, if wanted.
+        loss_fn: what `opt.step` is given.
         train, val: the loaders.
         mix: mixup and CutMix on a batch.
         precision: dtype of forward passes.
         steps_per_epoch: optimizer steps in one epoch.
+        progress: how far the run has come.
+        state: what a checkpoint holds, by name: whatever is named here is saved and resumed.
     """
 
     module: nn.Module
     network: nn.Module
     opt: SparseSAM
     scheduler: Any
-    average: AveragedWeights | None
+    ema: EMA | None
+    loss_fn: LossFn
     train: ImageLoader
     val: ImageLoader
     mix: Transform
     precision: torch.dtype
     steps_per_epoch: int
-
-    def averaged(self) -> AbstractContextManager[None]:
-        """The network computes with the averaged weights inside, where there are any."""
-        return self.average.swapped_in() if self.average is not None else nullcontext()
+    progress: Progress
+    state: dict[str, Stateful]
 
 
-def build(config: Config, world: World, phases: Phases) -> Parts:
-    """Build a run; the same weights on every process.
+def build(config: Config, world: World, phases: Phases) -> Components:
+    """Build what the configuration describes; with the same weights on every process.
 
     Raises:
         UserError: what the configuration asks for cannot be had.
@@ -91,30 +103,11 @@ def build(config: Config, world: World, phases: Phases) -> Parts:
         staged_model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     _try_forward(config, staged_model)
 
-    train = train_loader(
-        config.data,
-        rank=world.rank,
-        world_size=world.size,
-        device=world.device,
-        seed=config.train.seed,
-        micro_batch=config.data.batch_size // per_step,
-        num_classes=config.model.num_classes,
-    )
-    val = eval_loader(
-        config.data,
-        rank=world.rank,
-        world_size=world.size,
-        device=world.device,
-        num_classes=config.model.num_classes,
-    )
-    chosen, images = chosen_section(config), train.images * world.size
-    if chosen is not None and chosen.by_samples and chosen.samples > images:
-        raise UserError(f"perturbation.mask.samples {chosen.samples}: an epoch has only {images} images")
+    train, val = _loaders(config, world)
     backend = config.sharding.backend
     if backend == "auto":
         backend = "ddp" if world.size > 1 else "single"
     network = staged_model.model
-    clip = config.optimizer.clip_grad_norm
     try:
         module, base = place(
             staged_model,
@@ -125,32 +118,128 @@ def build(config: Config, world: World, phases: Phases) -> Parts:
             replicas=config.sharding.replicas,
             batch_size=config.data.batch_size // per_step,
             accumulation=config.train.accumulation,
-            max_grad_norm=clip,
+            max_grad_norm=config.optimizer.clip_grad_norm,
             deepspeed=config.sharding.deepspeed,
         )
     except ValueError as error:
         raise UserError(f"sharding: {error}") from error
     scaler = torch.amp.GradScaler(world.device.type) if config.train.precision == "fp16" else None
     steps = len(train) // config.train.accumulation
-    how = perturbation_options(config, steps)
-    built = how["mask"]
+    opt = _sparse_sam(config, module, base, scaler, steps, phases)
+    precision = PRECISIONS[config.train.precision]
+    ema = EMA(network, config.train.ema_decay, opt.sharding) if config.train.ema_decay is not None else None
+    progress = Progress()
+    state: dict[str, Stateful] = {
+        "sparse": opt.sparse,  # the first to be loaded, because it refuses what was saved with another mask
+        "model": ModelState(network, opt.sharding),
+        "optimizer": OptimizerState(network, opt),
+        "progress": progress,
+    }
+    if scaler is not None:
+        state["scaler"] = scaler
+    if ema is not None:
+        state["ema"] = ema
+    return Components(
+        module=module,
+        network=network,
+        opt=opt,
+        scheduler=_scheduler(config, base, steps),
+        ema=ema,
+        loss_fn=soft_loss(config, precision),
+        train=train,
+        val=val,
+        mix=_mix(config),
+        precision=precision,
+        steps_per_epoch=steps,
+        progress=progress,
+        state=state,
+    )
+
+
+def build_hooks(
+    config: Config, world: World, components: Components, phases: PhaseTimer, run: Run, bar: ProgressBar
+) -> list[Hook]:
+    """The hooks of a run, in the order in which they are called.
+
+    Args:
+        config: of the run.
+        world: the processes.
+        components: what is trained with.
+        phases: times the steps.
+        run: what is recorded goes there.
+        bar: what a person sees goes there.
+    """
+    opt, ema = components.opt, components.ema
+    hooks: list[Hook] = [LogEpochs(run)]
+    mask = config.perturbation.mask if config.perturbation is not None else None
+    refreshed = refreshed_section(config) is not None
+    if refreshed:
+        hooks.append(RefreshMask(config, world, components, run))
+    if isinstance(mask, DepthMask) and mask.policy == "rotate":
+        hooks.append(LogDrawnDensities(opt, run))
+    elif mask is not None and not refreshed:
+        hooks.append(LogFixedDensities(opt, run))
+    if ema is not None:
+        hooks.append(UpdateEMA(ema))
+    return [
+        *hooks,
+        # From here on nothing counts as a part of the step's time.
+        LogMetrics(config, world, components, phases, run, bar),
+        bar,
+        AverageBatchNormStatistics(components.network, ema, world),
+        Evaluate(config, world, components, run, bar),
+        SaveCheckpoint(config, world, components),
+    ]
+
+
+def _loaders(config: Config, world: World) -> tuple[ImageLoader, ImageLoader]:
+    """Of the training and of the validation images."""
+    train = train_loader(
+        config.data,
+        rank=world.rank,
+        world_size=world.size,
+        device=world.device,
+        seed=config.train.seed,
+        micro_batch=config.data.batch_size // (world.size * config.train.accumulation),
+        num_classes=config.model.num_classes,
+    )
+    refreshed, images = refreshed_section(config), train.images * world.size
+    if refreshed is not None and refreshed.by_samples and refreshed.samples > images:
+        raise UserError(f"perturbation.mask.samples {refreshed.samples}: an epoch has only {images} images")
+    val = eval_loader(
+        config.data,
+        rank=world.rank,
+        world_size=world.size,
+        device=world.device,
+        num_classes=config.model.num_classes,
+    )
+    return train, val
+
+
+def _sparse_sam(
+    config: Config,
+    module: nn.Module,
+    base: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler | None,
+    steps_per_epoch: int,
+    phases: Phases,
+) -> SparseSAM:
+    """The optimizer; with ρ = 0 where the configuration has no perturbation."""
+    options = perturbation_options(config, steps_per_epoch)
+    mask = options["mask"]
     try:
-        opt = SparseSAM(module, base, **how, max_grad_norm=clip, scaler=scaler, phases=phases)
+        return SparseSAM(
+            module, base, **options, max_grad_norm=config.optimizer.clip_grad_norm, scaler=scaler, phases=phases
+        )
     except ValueError as error:
         # The mask looks at the weights in the constructor; all else that can be wrong there is with the backend.
-        by_mask = built is not None and any(
-            frame.f_locals.get("self") is built for frame, _ in walk_tb(error.__traceback__)
+        by_mask = mask is not None and any(
+            frame.f_locals.get("self") is mask for frame, _ in walk_tb(error.__traceback__)
         )
         raise UserError(f"{'perturbation.mask' if by_mask else 'sharding'}: {error}") from error
-    average = None
-    if config.train.ema_decay is not None:
-        average = AveragedWeights(network, config.train.ema_decay, opt.sharding)
-    precision = PRECISIONS[config.train.precision]
-    scheduler = _scheduler(config, base, steps)
-    return Parts(module, network, opt, scheduler, average, train, val, _mix(config), precision, steps)
 
 
-def soft_loss(config: Config, precision: torch.dtype) -> Callable[[Any, tuple[Tensor, Tensor]], Tensor]:
+def soft_loss(config: Config, precision: torch.dtype) -> LossFn:
     """Mean cross-entropy with label smoothing of labels or, once mixed, label distributions."""
 
     def loss_fn(forward: Any, batch: tuple[Tensor, Tensor]) -> Tensor:

@@ -1,15 +1,15 @@
-"""Checkpoints: whole tensors in safetensors files and the rest in JSON, so that nothing is ever unpickled.
+"""Checkpoints: the named parts of a run, each with `state_dict` and `load_state_dict`, in files that nothing unpickles.
 
     <directory>/epoch_0003/
+        state.json              what the run is, and `parts`: the state of each part but its tensors
         model.safetensors       weights and buffers under timm's names: timm loads this file as it is
-        optimizer.safetensors   state of the base optimizer, `<parameter>|<entry>`
-        average.safetensors     averaged weights, with an EMA
-        sparse.safetensors      steps, calibration and, with a mask chosen by scores, when it was chosen last,
-                                `mask.<parameter>`, `accumulated.<parameter>` and `reused.<parameter>`: see
-                                `SparseSAM.sparse_state`
-        state.json              epoch, step, model, configuration, the optimizer's numbers, the loss scale
+        optimizer.safetensors   state of the base optimizer
+        sparse.safetensors      mask and calibration, see `SparseSAM.sparse`
+        ema.safetensors         averaged weights, if there are any
 
-Tensors are whole, so a run goes on under another backend or number of processes. A checkpoint appears under its name
+`build.Components.state` says which parts a run has. A part's state is made of dictionaries, lists, plain values and
+tensors; each tensor goes to the part's safetensors file, and `{"$tensor": its name there}` takes its place in the JSON.
+Tensors are full, so a run goes on under another backend or number of processes. A checkpoint appears under its name
 only when it is complete: it is written beside it and renamed.
 """
 
@@ -19,9 +19,9 @@ import json
 import os
 import re
 import shutil
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -30,28 +30,88 @@ from torch import Tensor, nn
 
 from ssam_scale.config.schema import Config
 from ssam_scale.errors import UserError
-from ssam_scale.models.ema import AveragedWeights
 from ssam_scale.perturbation import SparseSAM
-from ssam_scale.sharding import World
+from ssam_scale.sharding import Sharding, World
 
-_FORMAT = 3
-_BY_PARAMETER = ("mask", "accumulated", "reused")  # what of the perturbation's state is by parameter
+from .hooks import Hook
+from .progress import Progress
+
+if TYPE_CHECKING:
+    from .build import Components
+
+_FORMAT = 4
+_TENSOR = "$tensor"
 _NAME = re.compile(r"epoch_(\d+)")
 
+# What a checkpoint may lack: a loss scale finds itself again within some steps.
+_OPTIONAL = {"scaler"}
+_MISSING = {"ema": "averaged weights; set train.ema_decay to null"}
+_REFUSED = {"sparse": "; perturbation.mask must be the one it was saved with"}
 
-@dataclass(frozen=True)
-class Progress:
-    """How far a run has come.
 
-    Attributes:
-        epoch: epochs done.
-        step: optimizer steps done.
-        run_id: the tracked run, if there is one.
+class ModelState:
+    """Weights and buffers as a part of a checkpoint, in full tensors.
+
+    Args:
+        network: the part of the model that names the parameters.
+        sharding: how it is distributed.
     """
 
-    epoch: int = 0
-    step: int = 0
-    run_id: str | None = None
+    def __init__(self, network: nn.Module, sharding: Sharding) -> None:
+        self._network, self._sharding = network, sharding
+
+    def state_dict(self) -> dict[str, Any]:
+        """By name; complete on the first process. Collective."""
+        return dict(self._sharding.full_model_state_dict(self._network))
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take back what `state_dict` returned. Collective."""
+        self._sharding.load_full_model_state_dict(self._network, state_dict)
+
+
+class OptimizerState:
+    """The base optimizer's state as a part of a checkpoint, by parameter and in full tensors.
+
+    Args:
+        network: the part of the model that names the parameters.
+        opt: around the base optimizer.
+    """
+
+    def __init__(self, network: nn.Module, opt: SparseSAM) -> None:
+        self._network, self._opt = network, opt
+
+    def state_dict(self) -> dict[str, Any]:
+        """`state` and `param_groups`, by parameters' names; complete on the first process. Collective."""
+        return self._opt.sharding.full_optimizer_state_dict(self._network, self._opt.base_optimizer)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take back what `state_dict` returned, but the options of the groups. Collective.
+
+        A run is what its configuration says: weight decay, momentum and the like may be changed on resuming.
+        """
+        opt = self._opt
+        configured = [{key: group[key] for key in opt.defaults} for group in opt.param_groups]
+        opt.sharding.load_full_optimizer_state_dict(self._network, opt.base_optimizer, state_dict)
+        for group, options in zip(opt.param_groups, configured, strict=True):
+            group.update(options)
+
+
+class SaveCheckpoint(Hook):
+    """Saves every `checkpoint.every_epochs` epochs and after the last.
+
+    Args:
+        config: of the run.
+        world: the processes.
+        components: whose state is saved.
+    """
+
+    def __init__(self, config: Config, world: World, components: Components) -> None:
+        self._config, self._world, self._components = config, world, components
+
+    def after_epoch(self, progress: Progress) -> None:
+        """Collective."""
+        if progress.epoch == self._config.train.epochs or progress.epoch % self._config.checkpoint.every_epochs == 0:
+            save(self._config, self._world, self._components)
 
 
 def _all(directory: Path) -> list[tuple[int, Path]]:
@@ -98,121 +158,91 @@ def resolve(config: Config) -> Path | None:
     return path
 
 
-def save(
-    config: Config,
-    world: World,
-    network: nn.Module,
-    opt: SparseSAM,
-    average: AveragedWeights | None,
-    progress: Progress,
-) -> None:
+def save(config: Config, world: World, components: Components) -> None:
     """Write one checkpoint and drop the oldest beyond `checkpoint.keep`. Collective.
 
     Raises:
         UserError: the folder cannot be written; what was there is untouched and nothing half-written remains.
     """
-    model, optimizer = opt.sharding.full_state_dict(network, opt.base_optimizer)
-    files: dict[str, dict[str, Tensor]] = {"model": model, "sparse": _flat(opt.sparse_state())}
-    files["optimizer"] = {
-        f"{name}|{entry}": value
-        for name, entries in optimizer.get("state", {}).items()
-        for entry, value in entries.items()
-        if isinstance(value, Tensor)
-    }
-    if average is not None:
-        files["average"] = average.whole()
-    numbers = {
-        name: {entry: value for entry, value in entries.items() if not isinstance(value, Tensor)}
-        for name, entries in optimizer.get("state", {}).items()
-    }
+    files: dict[str, dict[str, Tensor]] = {name: {} for name in components.state}
     state = {
         "format": _FORMAT,
-        "progress": vars(progress),
         "model": _identity(config),
         "method": config.method,
         "optimizer": config.optimizer.name,
-        "optimizer_numbers": {name: entries for name, entries in numbers.items() if entries},
-        "param_groups": optimizer.get("param_groups", []),
-        "loss_scale": opt.scaler.state_dict() if opt.scaler is not None else None,
         "config": config.model_dump(mode="json"),
+        "parts": {name: _split(part.state_dict(), files[name]) for name, part in components.state.items()},
     }
-    failure = _write(config, progress.epoch, files, state) if world.first else ""
+    failure = _write(config, components.progress.epoch, files, state) if world.first else ""
     failed = world.sum(torch.tensor(int(bool(failure)), device=world.device))
     if int(failed):
         raise UserError(failure or "the first process could not write the checkpoint; its message says why")
 
 
-def load(
-    path: Path,
-    config: Config,
-    network: nn.Module,
-    opt: SparseSAM,
-    average: AveragedWeights | None,
-) -> Progress:
+def load(path: Path, config: Config, components: Components) -> None:
     """Take up the run that `path` was saved of. Collective; every process reads the files.
 
     Raises:
-        UserError: the checkpoint is damaged, or of another model or optimizer; nothing was loaded then.
+        UserError: the checkpoint is damaged, or of another model, method, optimizer or mask; nothing was loaded then.
     """
     try:
         state = json.loads((path / "state.json").read_text())
         if state["format"] != _FORMAT:
             raise ValueError(f"it has format {state['format']}, this version of ssam_scale reads format {_FORMAT}")
         files = {p.stem: load_file(p) for p in path.glob("*.safetensors")}
-        progress = Progress(**state["progress"])
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        saved = {name: _join(part, files.get(name, {})) for name, part in state["parts"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise UserError(f"checkpoint {path} cannot be read: {error}") from error
-    _check(path, config, state, files["model"], network, opt)
-    if average is not None and "average" not in files:
-        raise UserError(f"checkpoint {path} has no averaged weights; set train.ema_decay to null")
-    optimizer: dict[str, Any] = {"state": state["optimizer_numbers"], "param_groups": state["param_groups"]}
-    for key, value in files["optimizer"].items():
-        name, entry = key.rsplit("|", 1)
-        optimizer["state"].setdefault(name, {})[entry] = value
-    configured = [{key: group[key] for key in opt.defaults} for group in opt.param_groups]
-    opt.sharding.load_full_state_dict(network, opt.base_optimizer, files["model"], optimizer)
-    # A run is what its configuration says: weight decay, momentum and the like may be changed on resuming.
-    for group, options in zip(opt.param_groups, configured, strict=True):
-        group.update(options)
-    if opt.scaler is not None and state["loss_scale"] is not None:
-        opt.scaler.load_state_dict(state["loss_scale"])
-    try:
-        opt.load_sparse_state(_nested(files["sparse"], opt))
-    except ValueError as error:
-        raise UserError(f"checkpoint {path}: {error}; perturbation.mask must be the one it was saved with") from error
-    if average is not None:
-        average.load(files["average"])
-    return progress
+    _check(path, config, state, saved["model"], components)
+    if missing := sorted(components.state.keys() - saved.keys() - _OPTIONAL):
+        raise UserError(f"checkpoint {path} has no {_MISSING.get(missing[0], missing[0])}")
+    for name, part in components.state.items():
+        if name in saved:
+            try:
+                part.load_state_dict(saved[name])
+            except ValueError as error:
+                raise UserError(f"checkpoint {path}: {error}{_REFUSED.get(name, '')}") from error
 
 
-def _flat(sparse: dict[str, Any]) -> dict[str, Tensor]:
-    """The perturbation's state with what is by parameter under dotted names."""
-    flat = {name: value for name, value in sparse.items() if name not in _BY_PARAMETER}
-    return flat | {f"{kind}.{name}": tensor for kind in _BY_PARAMETER for name, tensor in sparse[kind].items()}
+def _split(value: Any, tensors: dict[str, Tensor], name: str = "") -> Any:
+    """`value` as JSON, its tensors put into `tensors` under the keys that lead to them, joined by dots.
+
+    Raises:
+        TypeError: there is something in it that is neither a tensor nor JSON.
+        ValueError: two tensors have one name.
+    """
+    if isinstance(value, Tensor):
+        if name in tensors:
+            raise ValueError(f"two tensors of a checkpoint have the name {name}")
+        tensors[name] = value
+        return {_TENSOR: name}
+    prefix = f"{name}." if name else ""
+    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        return {key: _split(each, tensors, f"{prefix}{key}") for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_split(each, tensors, f"{prefix}{index}") for index, each in enumerate(value)]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(f"a checkpoint cannot hold {name or 'a state'}, which is a {type(value).__name__}")
 
 
-def _nested(flat: dict[str, Tensor], opt: SparseSAM) -> dict[str, Any]:
-    """What `_flat` was given, where `opt` can take it."""
-    result: dict[str, Any] = {kind: {} for kind in _BY_PARAMETER}
-    # In the network's order, by which norms are summed up; the file has its own.
-    place = {name: index for index, name in enumerate(opt.parameters.by_name)}
-    for key in sorted(flat, key=lambda key: place.get(key.partition(".")[2], -1)):
-        kind, dot, name = key.partition(".")
-        if not dot:
-            result[key] = flat[key]
-        elif kind != "mask" and name in place:
-            result[kind][name] = flat[key].to(opt.parameters.by_name[name].device)
-        else:
-            result[kind][name] = flat[key]
-    return result
+def _join(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """What `_split` was given, tuples as lists.
+
+    Raises:
+        KeyError: a tensor is missing.
+    """
+    if isinstance(value, dict):
+        if value.keys() == {_TENSOR}:
+            return tensors[value[_TENSOR]]
+        return {key: _join(each, tensors) for key, each in value.items()}
+    return [_join(each, tensors) for each in value] if isinstance(value, list) else value
 
 
-def _check(
-    path: Path, config: Config, state: dict[str, Any], saved: dict[str, Tensor], network: nn.Module, opt: SparseSAM
-) -> None:
+def _check(path: Path, config: Config, state: dict[str, Any], saved: dict[str, Tensor], components: Components) -> None:
     mine = {
-        name: tuple(opt.sharding.full_shape(t) if isinstance(t, nn.Parameter) else t.shape)
-        for name, t in network.state_dict(keep_vars=True).items()
+        name: tuple(components.opt.sharding.full_shape(t) if isinstance(t, nn.Parameter) else t.shape)
+        for name, t in components.network.state_dict(keep_vars=True).items()
     }
     theirs = {name: tuple(t.shape) for name, t in saved.items()}
     if mine != theirs:
@@ -245,6 +275,8 @@ def _write(config: Config, epoch: int, files: dict[str, dict[str, Tensor]], stat
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         for name, tensors in files.items():
+            if not tensors:
+                continue
             # Copies, because the format refuses tied weights that share memory.
             copies = {key: t.cpu().clone(memory_format=torch.contiguous_format) for key, t in tensors.items()}
             save_file(copies, partial / f"{name}.safetensors")

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ssam_scale.config.schema import Config
 from ssam_scale.perturbation.batchnorm import evaluation_mode
 from ssam_scale.sharding import World
+from ssam_scale.tracking.run import Run
+
+from .hooks import Hook
+from .progress import Progress, ProgressBar
+
+if TYPE_CHECKING:
+    from .build import Components
 
 
 @dataclass(frozen=True)
@@ -62,6 +72,38 @@ def evaluate(
             _measure(module, batch, precision)
     top1, top5, loss, images = world.sum(totals).tolist()
     return Evaluation(100.0 * top1 / images, 100.0 * top5 / images, loss / images, int(images))
+
+
+class Evaluate(Hook):
+    """Evaluates every `train.eval_epochs` epochs and after the last: the averaged weights where there are any.
+
+    Args:
+        config: of the run.
+        world: the processes.
+        components: what is evaluated.
+        run: where results are recorded.
+        bar: shows the way and the results.
+    """
+
+    def __init__(self, config: Config, world: World, components: Components, run: Run, bar: ProgressBar) -> None:
+        self._config, self._world, self._components, self._run, self._bar = config, world, components, run, bar
+
+    def after_epoch(self, progress: Progress) -> None:
+        """Collective."""
+        epochs = self._config.train.epochs
+        if progress.epoch != epochs and progress.epoch % self._config.train.eval_epochs:
+            return
+        module, ema, loader = self._components.module, self._components.ema, self._components.val
+        with ema.swapped_in() if ema is not None else nullcontext():
+            batches = self._bar.track(loader, "evaluating", loader.batches_everywhere)
+            result = evaluate(module, batches, loader.batches_everywhere, self._world, self._components.precision)
+        self._run.log_evaluation(
+            top1=result.top1, top5=result.top5, loss=result.loss, epoch=progress.epoch, step=progress.step
+        )
+        self._bar.say(
+            f"epoch {progress.epoch}/{epochs}: top-1 {result.top1:.2f}%, top-5 {result.top5:.2f}%, "
+            f"validation loss {result.loss:.4f} on {result.images} images"
+        )
 
 
 def _measure(module: nn.Module, batch: tuple[Tensor, Tensor], precision: torch.dtype) -> Tensor:

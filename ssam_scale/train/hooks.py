@@ -1,82 +1,168 @@
-"""What watches a training run from the outside: layer densities and windows of metrics."""
+"""Hooks: what the training loop calls around steps and epochs. `build.build_hooks` decides which ones a run has."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ssam_scale.config.mask_sections import DepthMask
 from ssam_scale.config.schema import Config
 from ssam_scale.errors import UserError
-from ssam_scale.perturbation import SparseSAM
+from ssam_scale.models import average_statistics
+from ssam_scale.models.ema import EMA
+from ssam_scale.perturbation import SparseSAM, StepReport
 from ssam_scale.sharding import World
 from ssam_scale.tracking.run import Run
 from ssam_scale.tracking.timer import PhaseTimer
 
-from .build import chosen_section
-from .progress import StepProgress
+if TYPE_CHECKING:
+    from .batches import EpochBatches
+    from .build import Components
+    from .progress import Progress, ProgressBar
 
 
-def track_fixed_layers(config: Config, opt: SparseSAM, run: Run) -> None:
-    """Record what a mask perturbs of each layer that is neither chosen by scores nor drawn."""
-    section = config.perturbation.mask if config.perturbation is not None else None
-    if section is not None and chosen_section(config) is None and not _is_drawn(config):
-        run.log_layers(opt.plan.counts, opt.parameters.layout.numels, step=0, steps="the same in every step")
+class Hook:
+    """Does nothing, at each place where the training loop calls its hooks.
 
-
-class DrawnLayers:
-    """What a mask that is drawn in each step perturbs of each layer, on average over an epoch.
-
-    Args:
-        config: of the run; with another mask everything in here does nothing.
+    Every process calls the same hooks in the same order, so that a hook may be collective. What it needs beside the
+    arguments (configuration, world, optimizer, tracked run) it is constructed with; what it must remember from one run
+    to the next is a part of the checkpoint (`build.Components.state`). An exception in a hook ends the run.
     """
 
-    def __init__(self, config: Config) -> None:
-        self._wanted = _is_drawn(config)
-        self._sums: dict[str, int] = {}
-        self._steps = 0
+    def before_step(self, progress: Progress, batches: EpochBatches) -> None:
+        """Before the batches of a step are loaded: `progress.step` steps are done, `batches` can be looked ahead."""
 
-    def add(self, opt: SparseSAM) -> None:
-        """Note the next step."""
-        if not self._wanted:
-            return
-        self._steps += 1
-        counts: Mapping[str, int] = opt.plan.counts if any(opt.radii) else {}
-        for name, count in counts.items():
-            self._sums[name] = self._sums.get(name, 0) + count
+    def after_step(self, progress: Progress, report: StepReport) -> None:
+        """After a step, which `progress.step` counts already."""
 
-    def record(self, opt: SparseSAM, run: Run, step: int) -> None:
-        """Record the epoch that ends with `step`."""
-        if self._steps:
-            means = {name: total / self._steps for name, total in self._sums.items()}
-            run.log_layers(
-                means, opt.parameters.layout.numels, step=step, steps="mean over the epoch that ends with step"
-            )
+    def after_epoch(self, progress: Progress) -> None:
+        """After the last step of an epoch, which `progress.epoch` counts already."""
+
+    def on_end(self, error: BaseException | None) -> None:
+        """Once, when training ends; `error` is what ended it early."""
 
 
-def _is_drawn(config: Config) -> bool:
-    section = config.perturbation.mask if config.perturbation is not None else None
-    return isinstance(section, DepthMask) and section.policy == "rotate"
+@contextmanager
+def ending(hooks: Sequence[Hook]) -> Iterator[None]:
+    """Call `on_end` of every hook on the way out, in their order, whatever is raised inside or by one of them."""
+    with ExitStack() as stack:
+        for hook in reversed(hooks):
+            stack.push(lambda kind, error, traceback, hook=hook: hook.on_end(error))
+        yield
 
 
-class _Window:
-    """Sums over the steps between two records, kept on the device so that no step waits for it."""
+class UpdateEMA(Hook):
+    """Moves the averaged weights after every step.
 
-    def __init__(self, config: Config, world: World, phases: PhaseTimer, run: Run, progress: StepProgress) -> None:
-        self._config, self._world, self._phases, self._run, self._progress = config, world, phases, run, progress
+    Args:
+        ema: of the network's weights.
+    """
+
+    def __init__(self, ema: EMA) -> None:
+        self._ema = ema
+
+    def after_step(self, progress: Progress, report: StepReport) -> None:
+        """Counts as a part of the step's time: `LogMetrics` comes later."""
+        self._ema.update()
+
+
+class AverageBatchNormStatistics(Hook):
+    """Averages BatchNorm's running statistics over the processes at the end of an epoch; those of the EMA, too.
+
+    Args:
+        network: whose buffers they are.
+        ema: of the network's weights and buffers.
+        world: the processes.
+    """
+
+    def __init__(self, network: nn.Module, ema: EMA | None, world: World) -> None:
+        self._network, self._ema, self._world = network, ema, world
+
+    def after_epoch(self, progress: Progress) -> None:
+        """Collective."""
+        average_statistics(self._network, self._world)
+        if self._ema is not None:
+            with self._ema.swapped_in():
+                average_statistics(self._network, self._world)
+
+
+class LogEpochs(Hook):
+    """Records how long each epoch took, from its first step on, refreshes included: the first hook of all.
+
+    Args:
+        run: where.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._began: float | None = None
+
+    def before_step(self, progress: Progress, batches: EpochBatches) -> None:
+        """Takes the time."""
+        if self._began is None:
+            self._began = time.monotonic()
+
+    def after_epoch(self, progress: Progress) -> None:
+        """Records it."""
+        assert self._began is not None
+        self._run.log_epoch(epoch=progress.epoch, seconds=time.monotonic() - self._began, step=progress.step)
+        self._began = None
+
+
+class LogMetrics(Hook):
+    """Records metrics of each window of steps: `tracking.log_every` of them, or what an epoch has left at its end.
+
+    Losses are summed up on the device, so that no step waits for it but the last of a window.
+
+    Args:
+        config: of the run.
+        world: the processes.
+        components: what is trained.
+        phases: times the steps; a step ends when this hook is called.
+        run: where metrics are recorded.
+        bar: shows the latest.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        components: Components,
+        phases: PhaseTimer,
+        run: Run,
+        bar: ProgressBar,
+    ) -> None:
+        self._config, self._world, self._components = config, world, components
+        self._phases, self._run, self._bar = phases, run, bar
         self._losses: list[Tensor] = []
         self._densities: list[float] = []
 
-    def add(self, loss: Tensor, density: float) -> None:
-        """One step."""
-        self._losses.append(loss)
-        self._densities.append(density)
+    def after_step(self, progress: Progress, report: StepReport) -> None:
+        """Collective in the last step of a window.
 
-    def close(self, step: int, opt: SparseSAM, radius: float) -> None:
-        """Record the steps since the last record, the last of which had this radius; collective."""
+        Raises:
+            UserError: the mean loss of a window is not finite.
+        """
+        self._phases.step(report.kind)
+        assert report.loss is not None  # a step by batches knows it
+        self._losses.append(report.loss)
+        self._densities.append(report.density)
+        windows = self._config.tracking.log_every, self._components.steps_per_epoch
+        if any(progress.step % steps == 0 for steps in windows):
+            self._record(progress.step, report)
+
+    def on_end(self, error: BaseException | None) -> None:
+        """Sums up the run once it is complete."""
+        if error is None:
+            self._run.finish_summary()
+
+    def _record(self, step: int, report: StepReport) -> None:
+        opt, images = self._components.opt, self._config.data.batch_size
         lr = opt.param_groups[0]["lr"]
         loss = float(self._world.sum(torch.stack(self._losses).mean())) / self._world.size
         if not math.isfinite(loss):
@@ -84,21 +170,61 @@ class _Window:
                 f"the loss became {loss} before step {step}; a lower optimizer.lr or perturbation.rho may help"
             )
         times = self._phases.drain()
-        self._run.log_window(
-            times,
-            loss=loss,
-            lr=lr,
-            densities=self._densities,
-            images_per_step=self._config.data.batch_size,
-            step=step,
-        )
+        self._run.log_window(times, loss=loss, lr=lr, densities=self._densities, images_per_step=images, step=step)
         if self._config.perturbation is not None:
-            self._run.log({"perturbation/rho": radius, "perturbation/skipped": opt.skipped}, step)
-            kappa = float(opt.kappa)
+            self._run.log({"perturbation/rho": report.radius, "perturbation/skipped": opt.skipped}, step)
+            kappa = float(report.kappa)
             if not math.isnan(kappa):  # not known, or the gradient was not finite
                 self._run.log({"perturbation/kappa": kappa}, step)
         if opt.scaler is not None:
             self._run.log({"train/loss_scale": opt.scaler.get_scale()}, step)
-        self._progress.show(f"loss {loss:.3f}, lr {lr:.2g}, {self._config.data.batch_size / times.step:.0f} images/s")
+        self._bar.show(f"loss {loss:.3f}, lr {lr:.2g}, {images / times.step:.0f} images/s")
         self._losses.clear()
         self._densities.clear()
+
+
+class LogFixedDensities(Hook):
+    """Records, once, what a mask that never changes perturbs of each layer.
+
+    Args:
+        opt: with the mask.
+        run: where.
+    """
+
+    def __init__(self, opt: SparseSAM, run: Run) -> None:
+        self._opt, self._run = opt, run
+        self._done = False
+
+    def before_step(self, progress: Progress, batches: EpochBatches) -> None:
+        """Before the first step."""
+        if not self._done:
+            layout = self._opt.parameters.layout
+            self._run.log_layers(self._opt.plan.counts, layout.numels, step=0, steps="the same in every step")
+            self._done = True
+
+
+class LogDrawnDensities(Hook):
+    """Records, for each epoch, what a mask that is drawn in every step perturbs of each layer on average.
+
+    Args:
+        opt: with the mask.
+        run: where.
+    """
+
+    def __init__(self, opt: SparseSAM, run: Run) -> None:
+        self._opt, self._run = opt, run
+        self._sums: dict[str, int] = {}
+        self._steps = 0
+
+    def after_step(self, progress: Progress, report: StepReport) -> None:
+        """Adds the step to its epoch."""
+        self._steps += 1
+        for name, count in report.plan.counts.items():
+            self._sums[name] = self._sums.get(name, 0) + count
+
+    def after_epoch(self, progress: Progress) -> None:
+        """Records the means."""
+        means = {name: total / self._steps for name, total in self._sums.items()}
+        numels = self._opt.parameters.layout.numels
+        self._run.log_layers(means, numels, step=progress.step, steps="mean over the epoch that ends with step")
+        self._sums, self._steps = {}, 0

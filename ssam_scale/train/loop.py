@@ -1,26 +1,27 @@
-"""The training loop: epochs of steps, each evaluated, recorded and saved."""
+"""The training loop: epochs of steps, and the hooks around them, which do everything else."""
 
 from __future__ import annotations
 
 import random
-import time
+from collections.abc import Sequence
 from contextlib import closing
+from pathlib import Path
 
 import torch
 
 from ssam_scale.config.schema import Config
-from ssam_scale.models import average_statistics
-from ssam_scale.perturbation import no_phases
+from ssam_scale.perturbation import StepReport
 from ssam_scale.sharding import World
-from ssam_scale.tracking.run import Run, open_run
+from ssam_scale.tracking.run import open_run
 from ssam_scale.tracking.timer import PhaseTimer
 
 from . import checkpoint
-from .build import Parts, build, soft_loss
-from .evaluation import Evaluation, evaluate
-from .hooks import DrawnLayers, _Window, track_fixed_layers
-from .progress import StepProgress
-from .refresh import EpochBatches, fewest_samples, refresh_if_due, time_ascents
+from .batches import EpochBatches
+from .build import Components, build, build_hooks
+from .evaluation import evaluate
+from .hooks import Hook, ending
+from .progress import ProgressBar
+from .refresh import fewest_samples
 
 
 def train(config: Config, world: World) -> None:
@@ -33,51 +34,22 @@ def train(config: Config, world: World) -> None:
         UserError: what the configuration asks for cannot be had.
     """
     phases = PhaseTimer(world.device)
-    parts = build(config, world, phases)
-    start = checkpoint.Progress()
+    components = build(config, world, phases)
     if (path := checkpoint.resolve(config)) is not None:
-        start = checkpoint.load(path, config, parts.network, parts.opt, parts.average)
+        checkpoint.load(path, config, components)
     else:
         checkpoint.refuse_to_mix(config)
-    total = config.train.epochs * parts.steps_per_epoch
+    progress, total = components.progress, config.train.epochs * components.steps_per_epoch
     with (
-        open_run(config, enabled=world.first, resume_run_id=start.run_id, extra_tags={"steps": str(total)}) as run,
-        StepProgress(total, start.step, world.first) as progress,
+        open_run(config, enabled=world.first, resume_run_id=progress.run_id, extra_tags={"steps": str(total)}) as run,
+        ProgressBar(total, progress.step, world.first) as bar,
     ):
-        progress.say(
-            f"{config.method} {config.model.name}: {config.train.epochs} epochs of {parts.steps_per_epoch} steps of "
-            f"{config.data.batch_size} images on {world.size} process(es), {world.device.type}"
-        )
-        fewest = fewest_samples(config, parts.steps_per_epoch, parts.train.images * world.size)
-        if fewest is not None:
-            progress.say(
-                f"perturbation.mask.samples: a refresh near the end of an epoch scores what is left of it, {fewest} "
-                "images at the least (metric mask/samples)"
-            )
-        track_fixed_layers(config, parts.opt, run)
-        if path is not None:
-            progress.say(f"resumed from {path} after epoch {start.epoch}")
-        for epoch in range(start.epoch, config.train.epochs):
-            began = time.monotonic()
-            _train_epoch(config, world, parts, epoch, phases, run, progress)
-            done, last = epoch + 1, epoch + 1 == config.train.epochs
-            step = done * parts.steps_per_epoch
-            average_statistics(parts.network, world)
-            if parts.average is not None:
-                with parts.average.swapped_in():
-                    average_statistics(parts.network, world)
-            run.log_epoch(epoch=done, seconds=time.monotonic() - began, step=step)
-            if last or done % config.train.eval_epochs == 0:
-                result = _evaluate(parts, world, progress)
-                run.log_evaluation(top1=result.top1, top5=result.top5, loss=result.loss, epoch=done, step=step)
-                progress.say(
-                    f"epoch {done}/{config.train.epochs}: top-1 {result.top1:.2f}%, top-5 {result.top5:.2f}%, "
-                    f"validation loss {result.loss:.4f} on {result.images} images"
-                )
-            if last or done % config.checkpoint.every_epochs == 0:
-                reached = checkpoint.Progress(done, step, run.id)
-                checkpoint.save(config, world, parts.network, parts.opt, parts.average, reached)
-        run.finish_summary()
+        progress.run_id = run.id
+        _announce(config, world, components, bar, path)
+        hooks = build_hooks(config, world, components, phases, run, bar)
+        with ending(hooks):
+            while progress.epoch < config.train.epochs:
+                _train_epoch(config, world, components, hooks, phases)
 
 
 def dry_run(config: Config, world: World) -> str:
@@ -86,58 +58,73 @@ def dry_run(config: Config, world: World) -> str:
     Raises:
         UserError: what the configuration asks for cannot be had.
     """
-    parts = build(config, world, no_phases)
+    phases = PhaseTimer(world.device)
+    components = build(config, world, phases)
     if (path := checkpoint.resolve(config)) is not None:
-        checkpoint.load(path, config, parts.network, parts.opt, parts.average)
-    parts.train.set_epoch(0)
-    with closing(EpochBatches(parts.train)) as batches:
-        time_ascents(config, world, parts, batches)
-        refresh_if_due(config, world, parts.opt, batches, None)
-        micro = [parts.mix(*next(batches)) for _ in range(config.train.accumulation)]
-        parts.scheduler.step_update(0)
-        loss = parts.opt.step(soft_loss(config, parts.precision), *micro)
-    with closing(iter(parts.val)) as batches:
-        evaluate(parts.module, [next(batches)], 1, world, parts.precision)
+        checkpoint.load(path, config, components)
+    with open_run(config, enabled=False) as run, ProgressBar(1, 0, visible=False) as bar:
+        hooks = build_hooks(config, world, components, phases, run, bar)
+        with ending(hooks), closing(_batches(config, world, components)) as batches:
+            loss = _train_step(config, components, batches, hooks, phases).loss
+    assert loss is not None
+    with closing(iter(components.val)) as batches:
+        evaluate(components.module, [next(batches)], 1, world, components.precision)
+    micro_batch = config.data.batch_size // world.size // config.train.accumulation
     return (
         f"dry run: {config.method} {config.model.name}, one step of {config.train.accumulation} micro-batch(es) of "
-        f"{len(micro[0][0])} images on each of {world.size} process(es), loss {float(loss):.4f}; "
-        f"an epoch has {parts.steps_per_epoch} steps"
+        f"{micro_batch} images on each of {world.size} process(es), loss {float(loss):.4f}; "
+        f"an epoch has {components.steps_per_epoch} steps"
     )
 
 
 def _train_epoch(
-    config: Config, world: World, parts: Parts, epoch: int, phases: PhaseTimer, run: Run, progress: StepProgress
+    config: Config, world: World, components: Components, hooks: Sequence[Hook], phases: PhaseTimer
 ) -> None:
+    with closing(_batches(config, world, components)) as batches:
+        for _ in range(components.steps_per_epoch):
+            _train_step(config, components, batches, hooks, phases)
+    components.progress.epoch += 1
+    for hook in hooks:
+        hook.after_epoch(components.progress)
+
+
+def _train_step(
+    config: Config, components: Components, batches: EpochBatches, hooks: Sequence[Hook], phases: PhaseTimer
+) -> StepReport:
+    opt, progress = components.opt, components.progress
+    components.scheduler.step_update(progress.step)
+    for hook in hooks:
+        hook.before_step(progress, batches)
+    with phases("data"):
+        micro_batches = [components.mix(*next(batches)) for _ in range(config.train.accumulation)]
+    opt.step(components.loss_fn, *micro_batches)
+    report = opt.report
+    assert report is not None
+    progress.step += 1
+    for hook in hooks:
+        hook.after_step(progress, report)
+    return report
+
+
+def _batches(config: Config, world: World, components: Components) -> EpochBatches:
+    """Of the epoch that begins, everything random in which is a function of the seed, the epoch and the process."""
+    epoch = components.progress.epoch
     torch.manual_seed(random.Random(f"{config.train.seed} {epoch} {world.rank}").getrandbits(63))
-    parts.train.set_epoch(epoch)
-    parts.module.train()
-    loss_fn = soft_loss(config, parts.precision)
-    window = _Window(config, world, phases, run, progress)
-    drawn = DrawnLayers(config)
-    with closing(EpochBatches(parts.train)) as batches:
-        time_ascents(config, world, parts, batches)
-        for index in range(parts.steps_per_epoch):
-            step = epoch * parts.steps_per_epoch + index
-            parts.scheduler.step_update(step)
-            refresh_if_due(config, world, parts.opt, batches, run)
-            with phases("data"):
-                micro = [parts.mix(*next(batches)) for _ in range(config.train.accumulation)]
-            density, radius = parts.opt.density, max(parts.opt.radii)
-            drawn.add(parts.opt)
-            loss = parts.opt.step(loss_fn, *micro)
-            if parts.average is not None:
-                parts.average.update()
-            phases.step()
-            progress.advance()
-            window.add(loss, density)
-            if (step + 1) % config.tracking.log_every == 0 or index == parts.steps_per_epoch - 1:
-                window.close(step + 1, parts.opt, radius)
-    drawn.record(parts.opt, run, (epoch + 1) * parts.steps_per_epoch)
+    components.train.set_epoch(epoch)
+    components.module.train()
+    return EpochBatches(components.train)
 
 
-def _evaluate(parts: Parts, world: World, progress: StepProgress) -> Evaluation:
-    """Evaluate the averaged weights where there are any, else the weights."""
-    with parts.averaged():
-        forwards = parts.val.batches_everywhere
-        batches = progress.track(parts.val, "evaluating", forwards)
-        return evaluate(parts.module, batches, forwards, world, parts.precision)
+def _announce(config: Config, world: World, components: Components, bar: ProgressBar, resumed: Path | None) -> None:
+    bar.say(
+        f"{config.method} {config.model.name}: {config.train.epochs} epochs of {components.steps_per_epoch} steps of "
+        f"{config.data.batch_size} images on {world.size} process(es), {world.device.type}"
+    )
+    fewest = fewest_samples(config, components.steps_per_epoch, components.train.images * world.size)
+    if fewest is not None:
+        bar.say(
+            f"perturbation.mask.samples: a refresh near the end of an epoch scores what is left of it, {fewest} "
+            "images at the least (metric mask/samples)"
+        )
+    if resumed is not None:
+        bar.say(f"resumed from {resumed} after epoch {components.progress.epoch}")

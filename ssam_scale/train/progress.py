@@ -1,23 +1,55 @@
-"""What a person sees while a run goes on."""
+"""How far a run has come, and what a person sees of it."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
 
 from ssam_scale.console import console
+from ssam_scale.perturbation import StepReport
+
+from .hooks import Hook
 
 T = TypeVar("T")
 
 _LINE_SECONDS = 30.0
 
 
-class StepProgress:
+@dataclass
+class Progress:
+    """How far a run has come: counted by the training loop, saved with every checkpoint.
+
+    Attributes:
+        epoch: epochs done.
+        step: optimizer steps done.
+        run_id: the tracked run; None on processes that do not track.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    run_id: str | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Its attributes."""
+        return dict(vars(self))
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take back what `state_dict` returned.
+
+        Raises:
+            KeyError: an attribute is missing.
+        """
+        self.epoch, self.step, self.run_id = (state_dict[name] for name in ("epoch", "step", "run_id"))
+
+
+class ProgressBar(Hook):
     """A bar with the time left on a terminal; elsewhere (a log file) a line with it twice a minute.
 
     Args:
@@ -28,10 +60,10 @@ class StepProgress:
 
     def __init__(self, total: int, done: int, visible: bool) -> None:
         self._console = console(quiet=not visible)
-        self._total, self._done, self._first = total, done, done
+        self._total, self._first = total, done
         self._started = self._printed = time.monotonic()
         self._text = ""
-        self._bar = Progress(
+        self._bar = Bars(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
@@ -45,23 +77,22 @@ class StepProgress:
         )
         self._task = self._bar.add_task("training", total=total, completed=done, unit="steps", text="")
 
-    def __enter__(self) -> StepProgress:
+    def __enter__(self) -> ProgressBar:
         self._bar.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._bar.stop()
 
-    def advance(self) -> None:
+    def after_step(self, progress: Progress, report: StepReport) -> None:
         """One step is done."""
-        self._done += 1
-        self._bar.update(self._task, advance=1)
+        self._bar.update(self._task, completed=progress.step)
         now = time.monotonic()
         if not self._console.is_terminal and now - self._printed >= _LINE_SECONDS:
             self._printed = now
-            rate = (now - self._started) / (self._done - self._first)
-            left = timedelta(seconds=round(rate * (self._total - self._done)))
-            self._console.print(f"step {self._done}/{self._total}, {left} left, {self._text}", soft_wrap=True)
+            rate = (now - self._started) / (progress.step - self._first)
+            left = timedelta(seconds=round(rate * (self._total - progress.step)))
+            self._console.print(f"step {progress.step}/{self._total}, {left} left, {self._text}", soft_wrap=True)
 
     def show(self, text: str) -> None:
         """The latest figures."""
@@ -80,4 +111,4 @@ class StepProgress:
 
     def say(self, text: str) -> None:
         """A line that stays."""
-        self._console.print(text, soft_wrap=True)
+        self._console.print(text, highlight=False, soft_wrap=True)

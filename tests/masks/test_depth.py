@@ -136,7 +136,7 @@ def test_what_is_saved_draws_the_same_cuts_whatever_was_measured_anew(factor: fl
     mask = measured(DepthByCost(seconds=SECONDS, seed=seed))
     other = DepthByCost(seconds=[t**2 * factor for t in SECONDS], seed=seed)
     other.check(LAYOUT)
-    other.restore(mask.state(), 0)
+    other.load_state_dict(mask.state_dict())
     assert drawn(other, steps) == drawn(mask, steps)
     assert other.probabilities(BLOCKS, 0) == mask.probabilities(BLOCKS, 0)
 
@@ -145,8 +145,10 @@ def test_what_was_saved_before_the_first_refresh_leaves_times_that_were_given() 
     before, other = DepthByCost(), DepthByCost(seconds=SECONDS)
     before.check(LAYOUT)
     other.check(LAYOUT)
-    assert all(t.shape == (BLOCKS,) and t.dtype == torch.float64 for t in before.state().values())
-    other.restore(before.state(), -1)
+    state = before.state_dict()
+    assert int(state.pop("chosen_at")) == -1
+    assert all(t.shape == (BLOCKS,) and t.dtype == torch.float64 for t in state.values())
+    other.load_state_dict(before.state_dict())
     assert (other.seconds, other.masses) == (SECONDS, None)
     assert other.is_due(3)
 
@@ -187,6 +189,6 @@ def test_what_cannot_be_is_said_in_a_line() -> None:
     with pytest.raises(ValueError, match="there are 3 times of an ascent, and the model has 8 blocks"):
         mask.seconds = [1.0] * 3
     with pytest.raises(ValueError, match="the saved state has no fisher_mass, which a moving cut drawn by cost needs"):
-        mask.restore({}, 0)
+        mask.load_state_dict({})
     with pytest.raises(ValueError, match="the saved fisher_mass is of 3 blocks, the model has 8"):
-        mask.restore({name: t[:3] for name, t in mask.state().items()}, 0)
+        mask.load_state_dict({name: t[:3] if t.ndim else t for name, t in mask.state_dict().items()})

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from ssam_scale.models.ema import AveragedWeights
+from ssam_scale.models.ema import EMA
 from ssam_scale.perturbation import SparseSAM
 from ssam_scale.sharding import World
 from ssam_scale.sharding.place import place
@@ -30,7 +30,7 @@ def _outputs(world: World, backends: list[Any]) -> list[list[torch.Tensor]]:
             batch_size=8 // world.size,
         )
         opt = SparseSAM(module, base, rho=0.05)
-        average = AveragedWeights(model.model, 0.5, opt.sharding)
+        average = EMA(model.model, 0.5, opt.sharding)
         for batch in batches(3, 8):
             opt.step(loss_fn, part(batch, world.rank, world.size))
             average.update()

@@ -225,9 +225,9 @@ def test_everything_needed_to_go_on_survives_a_state_dict() -> None:
     base_only.load_state_dict(base_only.base_optimizer.state_dict())
     assert base_only.radii == [0.2, 0.1]
     with pytest.raises(ValueError, match=r"a mask of pattern tensor and sparsity 0\.5 needs"):
-        SparseSAM(other, sgd(other), mask=Scored("tensor", 0.5)).load_sparse_state(saved["sparse_sam"])
+        SparseSAM(other, sgd(other), mask=Scored("tensor", 0.5)).sparse.load_state_dict(saved["sparse_sam"])
     with pytest.raises(ValueError, match="this optimizer a Depth"):
-        SparseSAM(other, sgd(other), mask=Depth()).load_sparse_state(saved["sparse_sam"])
+        SparseSAM(other, sgd(other), mask=Depth()).sparse.load_state_dict(saved["sparse_sam"])
 
 
 def test_adaptive_perturbs_in_proportion_to_the_weights() -> None:

@@ -57,7 +57,7 @@ def measure(world: World, backends: list[Any], state: dict[str, Any] | None = No
             opt.step(loss_fn, batch)
         result["weights"] = whole_weights(opt)
         if state is not None:
-            opt.load_sparse_state(state)
+            opt.sparse.load_state_dict(state)
             result |= {"resumed": cuts(opt), "steps": opt.steps}
         results.append(result)
     return results
@@ -69,7 +69,7 @@ def saved() -> dict[str, Any]:
     opt = make(seconds=[t**3 for t in SECONDS])
     opt.refresh(loss_fn, batches(1, 8, seed=9)[0])
     opt.step(loss_fn, batches(1, 8)[0])
-    return {"state": opt.sparse_state(), "cuts": cuts(opt)}
+    return {"state": opt.sparse.state_dict(), "cuts": cuts(opt)}
 
 
 @pytest.fixture(scope="module")
@@ -107,9 +107,9 @@ def test_states_of_other_masks_are_refused(saved: dict[str, Any]) -> None:
     for mask in (Depth(), Scored("element", 0.5)):
         opt = SparseSAM(model, sgd(model), mask=mask)
         with pytest.raises(ValueError, match=f"a moving cut drawn by cost, this optimizer a {type(mask).__name__}"):
-            opt.load_sparse_state(saved["state"])
+            opt.sparse.load_state_dict(saved["state"])
     with pytest.raises(ValueError, match="has no fisher_mass, which a moving cut drawn by cost needs"):
-        make().load_sparse_state(SparseSAM(model, sgd(model), mask=Depth()).sparse_state())
+        make().sparse.load_state_dict(SparseSAM(model, sgd(model), mask=Depth()).sparse.state_dict())
 
 
 def test_without_a_refresh_or_times_a_step_says_what_to_call() -> None:

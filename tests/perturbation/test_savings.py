@@ -406,7 +406,7 @@ def reused(world: World, backends: list[Any]) -> list[dict[str, torch.Tensor]]:
         opt.refresh()
         for batch in batches(5, 8):
             opt.step(loss_fn, part(batch, world.rank, world.size))
-        state = opt.sparse_state()["reused"]
+        state = opt.sparse.state_dict()["reused"]
         named, sharding = opt.parameters.by_name, opt.sharding
         shards = sharding.shards(list(named.values()))
         weights = {n: sharding.gather(p, s.weight) for (n, p), s in zip(named.items(), shards, strict=True)}

@@ -135,9 +135,7 @@ def check_low_precision(
     for batch in data:
         masks.append(on_cpu(whole_mask(opt)))
         opt.step(loss, batch)
-    ended, _ = opt.sharding.full_state_dict(
-        opt.sharding.network.model, opt.base_optimizer
-    )  # float32 masters if there are
+    ended = opt.sharding.full_model_state_dict(opt.sharding.network.model)  # float32 masters if there are
     oracle, _ = reference(MOVING_CUT, masks)
     start = dict(MOVING_CUT.make_model().model.named_parameters())
     way = {name: (w - start[name]).detach() for name, w in oracle.named_parameters()}

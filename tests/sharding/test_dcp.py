@@ -64,7 +64,7 @@ def look(opt: SparseSAM) -> dict[str, Any]:
         for entry, value in opt.state[p].items():
             local = value.to_local() if hasattr(value, "to_local") else value
             state[f"{name}|{entry}"] = sharding.gather(p, local).clone() if value.ndim else value.clone()
-    sparse = opt.sparse_state()
+    sparse = opt.sparse.state_dict()
     return {
         "state": state,
         "mask": whole_mask(opt),

@@ -81,7 +81,7 @@ def five_steps(world: World, case: Case, opt: SparseSAM, *, slices: bool = True)
     for batch in batches(STEPS, BATCH):
         masks.append(whole_mask(opt))
         losses.append(world.sum(opt.step(case.loss_fn, part(batch, index, of))) / world.size)
-    _, state = opt.sharding.full_state_dict(opt.sharding.network.model, opt.base_optimizer)
+    state = opt.sharding.full_optimizer_state_dict(opt.sharding.network.model, opt.base_optimizer)
     entries = {f"{n}|{entry}": v for n, own in state.get("state", {}).items() for entry, v in own.items()}
     return {
         "weights": whole(opt),

@@ -91,6 +91,12 @@ def weights(engine: Any) -> list[Tensor]:
     return [sharding.gather(p, s.weight).clone() for p, s in zip(parameters, shards, strict=True)]
 
 
+def full_state(opt: SparseSAM) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Of the model and of the base optimizer."""
+    sharding, network = opt.sharding, opt.sharding.network
+    return sharding.full_model_state_dict(network), sharding.full_optimizer_state_dict(network, opt.base_optimizer)
+
+
 def loss_fn(forward: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
     """Mean cross-entropy in float32 of a network in any precision."""
     return mean_loss(lambda images: forward(images).float(), batch)
@@ -227,7 +233,8 @@ def _odd(world: World) -> list[dict[str, Any]]:
                 masks.append(whole_mask(opt))
                 own = part(batch, world.rank, world.size)
                 opt.step(case.loss_fn, *(part(own, i, case.accumulation) for i in range(case.accumulation)))
-            whole, state = opt.sharding.full_state_dict(model.model, opt.base_optimizer)
+            whole = opt.sharding.full_model_state_dict(model.model)
+            state = opt.sharding.full_optimizer_state_dict(model.model, opt.base_optimizer)
             kept = {"weights": whole, "state": state["state"]} if world.first else {}
             results.append({"kind": str(kind), "masks": masks, "read": weights(engine), **kept})
     return results
@@ -430,7 +437,7 @@ def _low_precision(world: World, kind: Kind) -> list[str]:
             masks.append(whole_mask(opt))
             opt.step(loss_fn, *(part(batch, i, accumulation) for i in range(accumulation)))
         expected = low_precision_reference(kind, masks, accumulation)
-        stepped, _ = opt.sharding.full_state_dict(engine.module.model, opt.base_optimizer)
+        stepped = opt.sharding.full_model_state_dict(engine.module.model)
         ended = [stepped[name] for name, _ in engine.module.model.named_parameters()]
         start = [p.detach().to(kind.precision) for p in small_network("vit").parameters()]
         error = distance(ended, expected) / distance(expected, start)
@@ -502,7 +509,7 @@ def _resumed(world: World, kind: Kind) -> list[str]:
     def ended(opt: SparseSAM) -> list[Tensor]:
         for batch in data[3:]:
             opt.step(loss_fn, batch)
-        whole, state = opt.sharding.full_state_dict(opt.sharding.network, opt.base_optimizer)
+        whole, state = full_state(opt)
         entries = [v for of_one in state.get("state", {}).values() for v in of_one.values() if isinstance(v, Tensor)]
         return [*whole.values(), *entries, *weights(opt.sharding.ascent_module)]
 
@@ -511,22 +518,23 @@ def _resumed(world: World, kind: Kind) -> list[str]:
         opt.refresh(loss_fn, batch)
         opt.step(loss_fn, batch)
     opt.step(loss_fn, data[2])
-    engine.save_checkpoint(folder[0], client_state=opt.sparse_state())
+    engine.save_checkpoint(folder[0], client_state=opt.sparse.state_dict())
     # A copy: the tensors may be the weights themselves.
-    whole = [copy.deepcopy(opt.sharding.full_state_dict(opt.sharding.network, opt.base_optimizer))]
+    whole = [copy.deepcopy(full_state(opt))]
     dist.broadcast_object_list(whole)
-    sparse = opt.sparse_state()
+    sparse = opt.sparse.state_dict()
     expected = ended(opt)
 
     wrong = []
     engine, opt = started()
     _, client_state = engine.load_checkpoint(folder[0])
-    opt.load_sparse_state(client_state)
+    opt.sparse.load_state_dict(client_state)
     if not same(expected, ended(opt)):
         wrong.append("DeepSpeed's checkpoint")
     _, opt = started()
-    opt.sharding.load_full_state_dict(opt.sharding.network, opt.base_optimizer, *whole[0])
-    opt.load_sparse_state(sparse)
+    opt.sharding.load_full_model_state_dict(opt.sharding.network, whole[0][0])
+    opt.sharding.load_full_optimizer_state_dict(opt.sharding.network, opt.base_optimizer, whole[0][1])
+    opt.sparse.load_state_dict(sparse)
     if not same(expected, ended(opt)):
         wrong.append("whole state")
     try:

@@ -60,7 +60,7 @@ def save(world: World, folder: Path) -> list[Any]:
     for stage, mask in CASES:
         engine, opt = started(world, stage, mask, 0)
         steps(world, opt, mask, 0, BEFORE)
-        engine.save_checkpoint(str(folder / mask), tag="saved", client_state=opt.sparse_state())
+        engine.save_checkpoint(str(folder / mask), tag="saved", client_state=opt.sparse.state_dict())
         chosen = whole_mask(opt)
         steps(world, opt, mask, BEFORE, BEFORE + AFTER)
         results.append((chosen, look(opt), opt.steps))
@@ -72,7 +72,7 @@ def resume(world: World, folder: Path) -> list[Any]:
     for stage, mask in CASES:
         engine, opt = started(world, stage, mask, 1, checkpoint={"load_universal": True})
         _, client_state = engine.load_checkpoint(str(folder / mask), tag="universal")
-        opt.load_sparse_state(client_state)
+        opt.sparse.load_state_dict(client_state)
         chosen = whole_mask(opt)
         steps(world, opt, mask, BEFORE, BEFORE + AFTER)
         results.append((chosen, look(opt), opt.steps))

@@ -166,7 +166,7 @@ def train(world: World, backend: Any, cases: list[Case], **kwargs: Any) -> list[
         named, sharding = opt.parameters.by_name, opt.sharding
         shards = sharding.shards(list(named.values()))
         weights = {n: sharding.gather(p, s.weight) for (n, p), s in zip(named.items(), shards, strict=True)}
-        _, state = sharding.full_state_dict(model.model, opt.base_optimizer)
+        state = sharding.full_optimizer_state_dict(model.model, opt.base_optimizer)
         entries = {f"{n}|{entry}": v for n, own in state.get("state", {}).items() for entry, v in own.items()}
         results.append(
             {

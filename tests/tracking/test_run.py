@@ -96,6 +96,25 @@ def test_summary_leaves_out_the_first_steps_and_keeps_the_best(config: MakeConfi
         assert run.finish_summary() == {"summary/step_time": 4.0, "summary/top1": 35.0, "summary/best_top1": 40.0}
 
 
+def test_times_are_recorded_and_summed_up_by_kind_of_step(config: MakeConfig, uri: str) -> None:
+    sparse = PhaseSummary({"perturb": 1.0}, (7.0, 9.0, 20.0))
+    base = PhaseSummary({}, (2.0,) * WARMUP_STEPS + (4.0,))
+    every = PhaseSummary({"perturb": 0.25}, sparse.step_times + base.step_times, {"sparse": sparse, "base": base})
+    with open_run(config(), enabled=True) as run:
+        run.log_window(every, loss=1, lr=1, images_per_step=1, step=13)
+        summary = run.finish_summary()
+    assert summary["summary/sparse/step_time"] == 12.0  # all of them, as there are few
+    assert summary["summary/base/step_time"] == 4.0
+    found = stored(uri, run).data.metrics
+    assert {name: value for name, value in found.items() if name.startswith("time/")} == {
+        "time/step": 2.0,
+        "time/perturb": 0.25,
+        "time/sparse/step": 9.0,
+        "time/sparse/perturb": 1.0,
+        "time/base/step": 2.0,
+    }
+
+
 def test_a_window_without_steps_and_a_diverged_loss(config: MakeConfig, uri: str) -> None:
     with open_run(config(), enabled=True) as run:
         run.log_window(PhaseSummary({}, ()), loss=float("nan"), lr=0.1, images_per_step=1, step=1)

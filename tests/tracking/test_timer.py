@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from ssam_scale.tracking.timer import PHASES, CudaMarks, HostMarks, PhaseTimer
+from ssam_scale.tracking.timer import PHASES, CudaMarks, HostMarks, PhaseSummary, PhaseTimer
 
 
 class Clock:
@@ -23,7 +23,7 @@ def run_step(timer: PhaseTimer, clock: Clock, **seconds: float) -> None:
     for name, duration in seconds.items():
         with timer(name.replace("_", " ")):  # type: ignore[arg-type]
             clock.now += duration
-    timer.step()
+    timer.step("base")
 
 
 def test_phase_names_are_those_of_the_metrics() -> None:
@@ -50,6 +50,28 @@ def test_means_over_steps_and_median_of_steps() -> None:
     assert (summary.step, summary.steps, summary.seconds) == (5.0, 3, 36.0)
 
 
+def test_each_kind_of_step_is_summed_up_by_itself() -> None:
+    clock = Clock()
+    timer = PhaseTimer(marks=HostMarks(clock))
+    for kind, seconds in (("sparse", 4), ("base", 1), ("sparse", 6), ("base", 3), ("base", 5)):
+        with timer("data"):
+            clock.now += 1
+        if kind == "sparse":
+            with timer("perturb"):
+                clock.now += 2
+        with timer("optimizer"):
+            clock.now += seconds
+        timer.step(kind)  # type: ignore[arg-type]
+    summary = timer.drain()
+    assert summary.step_times == (7.0, 2.0, 9.0, 4.0, 6.0)
+    assert summary.phases == {"data": 1.0, "perturb": 0.8, "optimizer": 3.8}
+    assert summary.by_kind == {
+        "sparse": PhaseSummary({"data": 1.0, "perturb": 2.0, "optimizer": 5.0}, (7.0, 9.0)),
+        "base": PhaseSummary({"data": 1.0, "optimizer": 3.0}, (2.0, 4.0, 6.0)),
+    }
+    assert timer.drain().by_kind == {}
+
+
 def test_occurrences_within_a_step_add_up() -> None:
     clock = Clock()
     timer = PhaseTimer(marks=HostMarks(clock))
@@ -58,7 +80,7 @@ def test_occurrences_within_a_step_add_up() -> None:
             clock.now += 2
         with timer("descent backward"):
             clock.now += 3
-    timer.step()
+    timer.step("base")
     assert timer.drain().phases == {"descent forward": 8.0, "descent backward": 12.0}
 
 
@@ -70,7 +92,7 @@ def test_a_step_includes_gaps_between_phases_but_not_between_steps() -> None:
     clock.now += 5
     with timer("optimizer"):
         clock.now += 1
-    timer.step()
+    timer.step("base")
     clock.now += 1000  # an evaluation
     run_step(timer, clock, data=2)
     assert timer.drain().step_times == (7.0, 2.0)
@@ -86,7 +108,7 @@ def test_drain_forgets_what_it_returned_and_keeps_the_step_under_way() -> None:
     assert timer.drain().steps == 0
     with timer("optimizer"):
         clock.now += 1
-    timer.step()
+    timer.step("base")
     assert timer.drain().step_times == (5.0,)
 
 
@@ -102,15 +124,15 @@ def test_misuse_is_an_error_and_leaves_the_timer_usable() -> None:
     with pytest.raises(ValueError, match="no phase 'forward'; phases are data, "):
         timer("forward")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="without a phase"):
-        timer.step()
+        timer.step("base")
     with pytest.raises(ValueError, match="'perturb' begins inside phase 'data'"), timer("data"), timer("perturb"):
         pass
     with pytest.raises(ValueError, match="ends inside phase 'data'"), timer("data"):
-        timer.step()
+        timer.step("base")
     with contextlib.suppress(RuntimeError), timer("data"):
         clock.now += 1
         raise RuntimeError("loader")
-    timer.step()
+    timer.step("base")
     assert timer.drain().step_times == (1.0,)
 
 
@@ -162,7 +184,7 @@ def test_events_are_read_only_where_the_device_has_passed_and_never_waited_for()
         for name in ("data", "optimizer"):
             with timer(name):  # type: ignore[arg-type]
                 pass
-        timer.step()
+        timer.step("base")
     assert timer.drain().steps == 0
     stream.run(7)  # 4 events of phases and 1 of the end: the first step and a part of the second
     summary = timer.drain()
@@ -179,7 +201,7 @@ def test_events_are_reused() -> None:
     for _ in range(10):
         with timer("data"):
             pass
-        timer.step()
+        timer.step("base")
         timer.drain(wait=True)
     assert stream.created == 3
 
@@ -198,7 +220,7 @@ def test_agrees_with_an_independent_clock() -> None:
             entered = now()
             sum(range(20_000))
             inside += now() - entered
-        timer.step()
+        timer.step("base")
     around = now() - begin
     summary = timer.drain()
     # The timer's clock is steered by NTP, by at most 500 ppm; the raw one is not.
@@ -216,7 +238,7 @@ def test_cuda_events_cover_the_kernel_and_not_the_launch() -> None:
     begin = time.perf_counter()
     with timer("descent forward"):
         torch.cuda._sleep(50_000_000)
-    timer.step()
+    timer.step("base")
     launched = time.perf_counter() - begin
     torch.cuda.synchronize()
     done = time.perf_counter() - begin

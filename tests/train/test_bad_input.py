@@ -138,8 +138,8 @@ def test_checkpoints_of_other_masks(data: Path, home: Path, capsys: pytest.Captu
     assert "epoch_0001: the saved state has no accumulated scores" in line
     assert line.endswith("perturbation.mask must be the one it was saved with")
     state = home / "checkpoints/epoch_0001/state.json"
-    state.write_text(state.read_text().replace('"format": 3', '"format": 2'))
-    assert "it has format 2, this version of ssam_scale reads format 3" in mistake(capsys, *resume)
+    state.write_text(state.read_text().replace('"format": 4', '"format": 3'))
+    assert "it has format 3, this version of ssam_scale reads format 4" in mistake(capsys, *resume)
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from torch import nn
 
 from ssam_scale.config import load
 from ssam_scale.data import eval_loader
-from ssam_scale.models.ema import AveragedWeights
+from ssam_scale.models.ema import EMA
 from ssam_scale.sharding import World
 from ssam_scale.sharding.place import place, sharding_of
 from ssam_scale.train.evaluation import Evaluation, evaluate
@@ -75,7 +75,7 @@ def _average(world: World, backend: str) -> list[torch.Tensor]:
     module, _ = place(
         staged, [s.block for s in staged.stages], backend, world, lambda: torch.optim.SGD(staged.parameters())
     )
-    average = AveragedWeights(staged.model, 0.75, sharding_of(module))
+    average = EMA(staged.model, 0.75, sharding_of(module))
     x = torch.ones(2, 3, 32, 32)
     module.eval()
     with torch.no_grad():

@@ -17,7 +17,8 @@ from torch import Tensor
 from ssam_scale.config.schema import Config
 from ssam_scale.data import Batch
 from ssam_scale.masks import BitMask
-from ssam_scale.train.refresh import EpochBatches, fewest_samples
+from ssam_scale.train.batches import EpochBatches
+from ssam_scale.train.refresh import fewest_samples
 from tests.support.runs import RESNET, VIT, launch, ssam_scale, write_config
 from tests.support.tracked import STEPS, artifact, history, saved, table, train
 
@@ -80,7 +81,7 @@ def test_normalization_layers(home: Path, data: Path) -> None:
     assert {name for name, [density] in densities.items() if density} == {
         n for n in densities if "bn" in n or "ple.1" in n
     }
-    assert set(saved(home)) == {"steps", "skipped", "calibrated", "shares", "chosen_at"}
+    assert set(saved(home)) == {"steps", "kept_as", "skipped", "calibrated", "shares", "chosen_at"}
 
 
 def test_named_parameters(home: Path, data: Path) -> None:

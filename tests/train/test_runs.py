@@ -90,7 +90,7 @@ def test_a_float16_run_resumes_with_its_loss_scale_and_a_radius_tied_to_the_rate
     checkpoints = tmp_path / "checkpoints"
     train("--config", str(config))
     shutil.move(checkpoints / "epoch_0002", tmp_path / "uninterrupted")
-    scale = json.loads((tmp_path / "uninterrupted/state.json").read_text())["loss_scale"]
+    scale = json.loads((tmp_path / "uninterrupted/state.json").read_text())["parts"]["scaler"]
     assert scale["scale"] > 1.0
     train("--config", str(config), "--resume", "auto")
     assert differing(tmp_path / "uninterrupted", checkpoints / "epoch_0002") == []
@@ -128,7 +128,7 @@ def test_what_is_changed_on_resuming_counts(data: Path, tmp_path: Path) -> None:
     train("--config", str(config), "train.epochs=1")
     train("--config", str(config), "--resume", "auto", "optimizer.weight_decay=0.25", "train.epochs=2")
     state = json.loads((tmp_path / "checkpoints/epoch_0002/state.json").read_text())
-    assert max(group["weight_decay"] for group in state["param_groups"]) == 0.25
+    assert max(group["weight_decay"] for group in state["parts"]["optimizer"]["param_groups"]) == 0.25
 
 
 def test_a_dry_run_leaves_nothing_behind(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -85,25 +85,27 @@ class AccumulatedFisher:
             size += score.numel()
         yield some
 
-    def whole(self) -> list[Tensor]:
-        """Copies of the scores, shaped like the whole parameters: the same under every backend. Collective."""
-        return [self._sharding.gather(p, score).clone() for p, score in zip(self._parameters, self.scores, strict=True)]
+    def state_dict(self) -> dict[str, list[Tensor]]:
+        """`scores`: copies of them, shaped like the full parameters, the same under every backend. Collective."""
+        pairs = zip(self._parameters, self.scores, strict=True)
+        return {"scores": [self._sharding.gather(p, score).clone() for p, score in pairs]}
 
-    def load(self, whole: Sequence[Tensor]) -> None:
-        """Take back what `whole` returned, under any backend and number of processes.
+    def load_state_dict(self, state_dict: Mapping[str, Sequence[Tensor]]) -> None:
+        """Take back what `state_dict` returned, under any backend and number of processes.
 
         Raises:
-            ValueError: it is of other parameters.
+            ValueError: it is of other parameters; nothing was loaded then.
         """
-        theirs = [tuple(w.shape) for w in whole]
+        full = state_dict["scores"]
+        theirs = [tuple(saved.shape) for saved in full]
         mine = [tuple(self._sharding.full_shape(p)) for p in self._parameters]
         if theirs != mine:
             other = next((i for i, (a, b) in enumerate(zip(theirs, mine, strict=False)) if a != b), None)
             what = f"{len(theirs)} tensors" if other is None else f"shape {theirs[other]} at {other}"
             has = f"{len(mine)}" if other is None else f"{mine[other]}"
             raise ValueError(f"the saved accumulated scores have {what}, these have {has}")
-        for p, score, saved in zip(self._parameters, self.scores, whole, strict=True):
-            score.copy_(self._sharding.scatter(p, saved))
+        for p, score, saved in zip(self._parameters, self.scores, full, strict=True):
+            score.copy_(self._sharding.scatter(p, saved.to(score.device)))
 
 
 @register_score("accumulated", "moving average of squared descent gradients (Adam's second moment)", "arXiv 1412.6980")

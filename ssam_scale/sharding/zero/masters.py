@@ -60,18 +60,16 @@ class MasterState:
         """
         raise RuntimeError(
             "the optimizer's state belongs to the DeepSpeed engine: call engine.save_checkpoint(..., "
-            "client_state=opt.sparse_state()), and engine.load_checkpoint with opt.load_sparse_state"
+            "client_state=opt.sparse.state_dict()), and engine.load_checkpoint with opt.sparse.load_state_dict"
         )
 
     def load_optimizer_state_dict(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
         """Refused, as `optimizer_state_dict`."""
         self.optimizer_state_dict(optimizer)
 
-    def full_state_dict(
-        self: HasMasters, network: nn.Module, optimizer: torch.optim.Optimizer
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
+    def full_model_state_dict(self: HasMasters, network: nn.Module) -> dict[str, Any]:
         """Gathers one tensor after the other; of trained weights, their masters."""
-        masters = {id(p): self.master(p) for group in self.groups() for p in group}
+        masters = _masters(self)
         weights = {}
         for name, t in network.state_dict(keep_vars=True).items():
             if (master := masters.get(id(t))) is not None:
@@ -80,6 +78,27 @@ class MasterState:
                 weights[name] = self.gather(t, self.shards([t])[0].weight).cpu().clone()
             else:
                 weights[name] = t.cpu().clone()
+        return weights
+
+    @torch.no_grad()
+    def load_full_model_state_dict(self: HasMasters, network: nn.Module, state: dict[str, Any]) -> None:
+        """Writes both the masters and the weights of the forward."""
+        masters = _masters(self)
+        for name, t in network.state_dict(keep_vars=True).items():
+            if isinstance(t, nn.Parameter):
+                local = self.scatter(t, state[name])
+                self.shards([t])[0].weight.copy_(local)
+                if (master := masters.get(id(t))) is not None:
+                    master.shard(master.tensor).copy_(local)
+            else:
+                t.copy_(state[name])
+        self.publish()
+
+    def full_optimizer_state_dict(
+        self: HasMasters, network: nn.Module, optimizer: torch.optim.Optimizer
+    ) -> dict[str, Any]:
+        """Gathers one tensor after the other."""
+        masters = _masters(self)
         state: dict[str, dict[str, Any]] = {}
         groups = [{**group, "params": []} for group in optimizer.param_groups]
         for name, p in network.named_parameters():
@@ -93,29 +112,18 @@ class MasterState:
                 else value
                 for entry, value in optimizer.state.get(master.tensor, {}).items()
             }
-        return weights, {"state": state, "param_groups": groups}
+        return {"state": state, "param_groups": groups}
 
     @torch.no_grad()
-    def load_full_state_dict(
-        self: HasMasters,
-        network: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        weights: dict[str, Any],
-        state: dict[str, Any],
+    def load_full_optimizer_state_dict(
+        self: HasMasters, network: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
     ) -> None:
-        """Writes both the masters and the weights of the forward."""
-        for name, t in network.state_dict(keep_vars=True).items():
-            if isinstance(t, nn.Parameter):
-                self.shards([t])[0].weight.copy_(self.scatter(t, weights[name]))
-            else:
-                t.copy_(weights[name])
+        """Writes the state of the masters."""
+        masters = _masters(self)
         group_of = {name: group for group in state["param_groups"] for name in group["params"]}
-        trained = {id(p) for group in self.groups() for p in group}
         for name, p in network.named_parameters():
-            if id(p) not in trained:
+            if (master := masters.get(id(p))) is None:
                 continue
-            master = self.master(p)
-            master.shard(master.tensor).copy_(self.scatter(p, weights[name]))
             mine = optimizer.state[master.tensor]
             for entry, value in state["state"].get(name, {}).items():
                 if isinstance(value, Tensor) and value.shape == self.full_shape(p):
@@ -125,7 +133,11 @@ class MasterState:
                     mine[entry] = value
             saved = group_of[name].items()
             optimizer.param_groups[master.group].update({key: value for key, value in saved if key != "params"})
-        self.publish()
+
+
+def _masters(sharding: HasMasters) -> dict[int, Master]:
+    """The master of each trained parameter, by the parameter's `id`."""
+    return {id(p): sharding.master(p) for group in sharding.groups() for p in group}
 
 
 class _HasShards(Protocol):
