@@ -48,33 +48,12 @@ __all__ = [
     "sampled_label_loss",
 ]
 
-# Imported when first used: a command that only reads a configuration should not wait seconds for torch.
-_HOMES = {
-    "Annealed": "masks",
-    "AnnealedCut": "masks",
-    "CosineRadius": "perturbation",
-    "Dense": "masks",
-    "Depth": "masks",
-    "DepthByCost": "masks",
-    "Dynamic": "masks",
-    "Interval": "perturbation",
-    "Savings": "perturbation",
-    "NM": "masks",
-    "Named": "masks",
-    "Norms": "masks",
-    "Scored": "masks",
-    "SparseSAM": "perturbation",
-    "Stage": "perturbation",
-    "StagedModel": "perturbation",
-    "LRRadius": "perturbation",
-    "UserError": "errors",
-    "Window": "perturbation",
-    "ascent_seconds": "perturbation",
-    "sampled_label_loss": "perturbation",
-}
-
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    """A public name, imported when it is first used: reading a configuration should not wait seconds for torch."""
+    if name in __all__:
+        for package in ("errors", "masks", "perturbation"):
+            found = getattr(importlib.import_module(f"{__name__}.{package}"), name, None)
+            if found is not None:
+                return found
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
