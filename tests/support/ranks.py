@@ -223,4 +223,6 @@ def _constants() -> Mapping[tuple[str, str], Any]:
 
 def _left_changed(before: Mapping[tuple[str, str], Any]) -> list[str]:
     now = _constants()
-    return [".".join(place) for place, value in before.items() if now.get(place) is not value]
+    changed = [place for place, value in before.items() if now.get(place) is not value]
+    # Not the step of an optimizer's class, which torch wraps when it makes the first one.
+    return [".".join(place) for place in changed if not getattr(now.get(place), "hooked", False)]
