@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import os
+import random
 import sys
 from typing import Any
 
 # The networks here are too small to gain from a second thread, and waiting threads take the cores from other processes.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import settings
 
 from tests.support import gpus, workers
 
-# No test depends on a wall-clock time: an example may be the one that compiles.
-settings.register_profile("ssam_scale", deadline=None)
+# No test depends on a wall-clock time (an example may be the one that compiles), and every run is the same run. Other
+# examples are looked for with --hypothesis-profile=explore.
+settings.register_profile("ssam_scale", deadline=None, derandomize=True)
+settings.register_profile("explore", deadline=None)
 settings.load_profile("ssam_scale")
 
 
@@ -24,6 +28,14 @@ def pytest_configure(config: pytest.Config) -> None:
     """Hide the GPUs before any test module could look for them."""
     if not gpus.selects_gpu_tests_only(config.option.markexpr):
         gpus.hide_gpus()
+
+
+@pytest.fixture(autouse=True)
+def _same_random_numbers() -> None:
+    """Every test draws what it draws alone."""
+    random.seed(0)
+    np.random.seed(0)  # what libraries draw from
+    torch.manual_seed(0)
 
 
 @pytest.hookimpl(trylast=True)

@@ -23,7 +23,7 @@ APART = {
 
 
 def longest_first(items: list[pytest.Item]) -> None:
-    """Files with slow tests first, and of these last those that can be shared out, so that none is left over at the end."""
+    """Files with slow tests first; last of these the ones that can be shared out, so that no long one is left over."""
     files_of_slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: (item.path not in files_of_slow, _file(item.nodeid) in APART))
 
