@@ -1,21 +1,26 @@
-"""What holds for every test: threads, which GPUs are seen, which tiers run."""
+"""What holds for every test: threads, which GPUs are seen, which tiers run, how tests are shared among workers."""
 
 from __future__ import annotations
 
 import os
+import random
 import sys
+from typing import Any
 
 # The networks here are too small to gain from a second thread, and waiting threads take the cores from other processes.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import settings
 
-from tests.support import gpus
+from tests.support import gpus, workers
 
-# No test depends on a wall-clock time: an example may be the one that compiles.
-settings.register_profile("ssam_scale", deadline=None)
+# No test depends on a wall-clock time (an example may be the one that compiles), and every run is the same run. Other
+# examples are looked for with --hypothesis-profile=explore.
+settings.register_profile("ssam_scale", deadline=None, derandomize=True)
+settings.register_profile("explore", deadline=None)
 settings.load_profile("ssam_scale")
 
 
@@ -23,6 +28,14 @@ def pytest_configure(config: pytest.Config) -> None:
     """Hide the GPUs before any test module could look for them."""
     if not gpus.selects_gpu_tests_only(config.option.markexpr):
         gpus.hide_gpus()
+
+
+@pytest.fixture(autouse=True)
+def _same_random_numbers() -> None:
+    """Every test draws what it draws alone."""
+    random.seed(0)
+    np.random.seed(0)  # what libraries draw from
+    torch.manual_seed(0)
 
 
 @pytest.hookimpl(trylast=True)
@@ -39,9 +52,23 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         left_out = [item for item in items if item.get_closest_marker("exhaustive")]
         items[:] = [item for item in items if not item.get_closest_marker("exhaustive")]
         config.hook.pytest_deselected(items=left_out)
+    if hasattr(config, "workerinput"):
+        workers.longest_first(items)
 
 
 def pytest_sessionfinish() -> None:
     """End the ranks that served all tests, where a test has started some."""
     if ranks := sys.modules.get("tests.support.ranks"):
         ranks.end_pools()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """How many workers `-n auto` means; none where tests share one GPU."""
+    return 0 if gpus.selects_gpu_tests_only(config.option.markexpr) else workers.AUTO
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Which worker gets what."""
+    return workers.scheduling(config, log)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -44,6 +45,11 @@ def test_a_child_sees_no_gpu_whatever_its_parent_lets_it_see() -> None:
             [sys.executable, "-c", SAY], env={**os.environ, **seen}, capture_output=True, text=True, check=True
         )
         assert done.stdout == "''\n"
+
+
+def test_a_script_is_told_of_no_gpu() -> None:
+    assert shutil.which("nvidia-smi")
+    assert subprocess.run(["nvidia-smi", "-L"], capture_output=True).returncode == 9
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,8 @@ METHODS = ["base", "sam", "ssam-element", "ssam-depth"]
 
 def quickstart(clone: Path, *arguments: str, **env: str):
     # The environment's own installation of the package is of the checkout that was set up, not of this copy.
-    env = {"PYTHONPATH": str(clone), "COLUMNS": "140", **env}
+    path = os.pathsep.join([str(clone), os.environ.get("PYTHONPATH", "")])
+    env = {"PYTHONPATH": path, "COLUMNS": "140", **env}
     return run(["bash", clone / "launch" / "quickstart.sh", *arguments], cwd=Path("/"), env=env, timeout=800)
 
 

@@ -33,8 +33,9 @@ def selects_gpu_tests_only(expression: str) -> bool:
 def hide_gpus() -> None:
     """For this process, which must not have looked for them yet, and all that it will start."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    path = [str(_WITHOUT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(path))
+    for variable in ("PYTHONPATH", "PATH"):  # a sitecustomize for Python, an nvidia-smi for scripts
+        path = [str(_WITHOUT), *filter(None, os.environ.get(variable, "").split(os.pathsep))]
+        os.environ[variable] = os.pathsep.join(dict.fromkeys(path))
 
 
 def are_hidden() -> bool:

@@ -17,6 +17,8 @@ import os
 import pickle
 import random
 import sys
+import tempfile
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.connection import Connection, wait
@@ -36,7 +38,9 @@ _PRELOAD = [
     "torch.distributed.fsdp",
     "ssam_scale.models.timm_model",  # and with it timm
     "ssam_scale.perturbation",
-    "ssam_scale.sharding.zero.stage3",
+    "ssam_scale.sharding.zero.stage3",  # and with it DeepSpeed
+    "ssam_scale.data.ffcv_loader",  # compiles when it is imported
+    "mlflow",
 ]
 # How long the other ranks may take to say what they think of one rank's failure.
 _PATIENCE_S = 5.0
@@ -141,6 +145,23 @@ def start_fresh_rank(rank: int, size: int, port: int, log: Path, function: Calla
     process = _context().Process(target=_logged, args=(rank, size, port, log, function, args), daemon=True)
     process.start()
     return process
+
+
+def run_fresh_ranks(size: int, function: Callable[..., Any], *args: Any, timeout: float = 600) -> str:
+    """`function(*args)` on `size` processes of their own, which must end with exit code 0; what they said."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        port, logs = free_port(), [Path(folder) / f"{rank}.log" for rank in range(size)]
+        processes = []
+        for rank, log in enumerate(logs):
+            processes.append(start_fresh_rank(rank, size, port, log, function, *args))
+            stack.callback(processes[-1].kill)
+        deadline = time.monotonic() + timeout
+        for process in processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+        said = "".join(log.read_text() for log in logs)
+        codes = [process.exitcode for process in processes]
+        assert codes == [0] * size, f"exit codes {codes}:\n{said}"
+        return said
 
 
 def _logged(rank: int, size: int, port: int, log: Path, function: Callable[..., Any], args: tuple[Any, ...]) -> None:

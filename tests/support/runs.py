@@ -17,6 +17,7 @@ from ssam_scale.data import write_beton
 from tests.support.checkout import ROOT
 from tests.support.images import make_image_folder
 from tests.support.processes import free_port, run
+from tests.support.ranks import run_fresh_ranks
 
 CLASSES = 4
 RESNET: dict[str, Any] = {
@@ -89,22 +90,18 @@ def differing(first: Path, second: Path, tolerance: float = 0.0) -> list[str]:
     return [name for name in one if not torch.allclose(one[name].double(), two[name].double(), rtol=0, atol=tolerance)]
 
 
-def launch(processes: int, config: Path, *overrides: str, launcher: str = "torchrun") -> str:
+def train_on_ranks(processes: int, config: Path, *overrides: str) -> str:
+    """`ssam-scale train` on so many processes, as a launcher would start them but with all imports done; its output."""
+    return run_fresh_ranks(processes, main, ["train", "--config", str(config), *overrides])
+
+
+def launch(launcher: str, processes: int, config: Path, *overrides: str) -> str:
+    """`launch/train.py` by torchrun or deepspeed itself; its output."""
     options = {
         "torchrun": ["--standalone", "--nproc_per_node", str(processes)],
         "deepspeed": ["--num_gpus", str(processes), "--master_port", str(free_port())],
     }
-    done = run(
-        [
-            Path(sys.executable).parent / launcher,
-            *options[launcher],
-            "launch/train.py",
-            "--config",
-            config,
-            *overrides,
-        ],
-        cwd=ROOT,
-        env={"OMP_NUM_THREADS": "1"},
-    )
+    command = [Path(sys.executable).parent / launcher, *options[launcher], "launch/train.py", "--config", config]
+    done = run([*command, *overrides], cwd=ROOT, env={"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout
     return done.stdout

@@ -17,10 +17,16 @@ IMAGES, CLASSES = 64, 1000
 
 @pytest.fixture(scope="module")
 def imagenet(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """1,000 class folders of JPEGs of 300-500 px, of which the files hold the first 64 of a random order."""
+    """1,000 class folders of JPEGs of 300-500 px, of which the files hold the first 64 of a random order.
+
+    Sixteen pictures, each in many of the folders: what is in them does not matter here.
+    """
     folder = tmp_path_factory.mktemp("imagenet")
     for split, seed in (("train", 0), ("val", 1)):
-        make_image_folder(folder / split, CLASSES, 1, (300, 500), seed)
+        pictures = make_image_folder(folder / f"{split} pictures", 16, 1, (300, 500), seed)
+        for index in range(CLASSES):
+            (folder / split / f"n{index:08}").mkdir(parents=True)
+            (folder / split / f"n{index:08}" / "0.JPEG").hardlink_to(pictures[index % 16])
         assert (
             ssam_scale(
                 "data",

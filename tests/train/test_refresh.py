@@ -19,7 +19,7 @@ from ssam_scale.data import Batch
 from ssam_scale.masks import BitMask
 from ssam_scale.train.batches import EpochBatches
 from ssam_scale.train.refresh import fewest_samples
-from tests.support.runs import RESNET, VIT, launch, ssam_scale, write_config
+from tests.support.runs import RESNET, VIT, ssam_scale, train_on_ranks, write_config
 from tests.support.tracked import STEPS, artifact, history, saved, table, train
 
 
@@ -232,7 +232,7 @@ def test_one_process_ddp_and_fsdp2_choose_the_same_weights(home: Path, data: Pat
     one = load_file(home / "single/epoch_0001/sparse.safetensors")
     assert int(one["chosen_at"]) == 2
     for backend in ("ddp", "fsdp2"):
-        launch(2, config, f"checkpoint.directory={home}/{backend}", f"sharding.backend={backend}")
+        train_on_ranks(2, config, f"checkpoint.directory={home}/{backend}", f"sharding.backend={backend}")
         other = load_file(home / backend / "epoch_0001/sparse.safetensors")
         assert other.keys() == one.keys()
         masks = [name for name in one if name.startswith("mask.")]

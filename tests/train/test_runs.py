@@ -11,7 +11,7 @@ import mlflow
 import pytest
 import yaml
 
-from tests.support.runs import RESNET, VIT, differing, launch, ssam_scale, write_config
+from tests.support.runs import RESNET, VIT, differing, launch, ssam_scale, train_on_ranks, write_config
 
 METHODS: dict[str, Any] = {
     "base": None,
@@ -166,11 +166,11 @@ def test_one_process_ddp_and_fsdp2_train_the_same_weights(method: str, data: Pat
     )
     train("--config", str(config), f"checkpoint.directory={tmp_path}/single")
     for backend in ("ddp", "fsdp2"):
-        launch(2, config, f"checkpoint.directory={tmp_path}/{backend}", f"sharding.backend={backend}")
+        train_on_ranks(2, config, f"checkpoint.directory={tmp_path}/{backend}", f"sharding.backend={backend}")
         # 8 steps of the same fp32 arithmetic in another order of summation.
         assert differing(tmp_path / "single/epoch_0002", tmp_path / backend / "epoch_0002", 2e-6) == []
     # What DDP wrote, FSDP2 goes on with, and one process ends as if nothing had happened.
-    launch(
+    train_on_ranks(
         2,
         config,
         f"checkpoint.directory={tmp_path}/mixed",
@@ -189,11 +189,11 @@ def test_resuming_equals_never_having_stopped_on_two_processes(data: Path, tmp_p
         perturbation=METHODS["ssam-depth"],
         **{**EVERYTHING, "train": {"epochs": 3, "accumulation": 2, "ema_decay": 0.9, "eval_epochs": 3}},
     )
-    launch(2, config, "checkpoint.keep=3")
+    launch("torchrun", 2, config, "checkpoint.keep=3")
     checkpoints = tmp_path / "checkpoints"
     shutil.move(checkpoints / "epoch_0003", tmp_path / "uninterrupted")
     shutil.rmtree(checkpoints / "epoch_0002")
-    launch(2, config, "checkpoint.resume=auto")
+    train_on_ranks(2, config, "checkpoint.resume=auto")
     assert differing(tmp_path / "uninterrupted", checkpoints / "epoch_0003") == []
 
 
@@ -211,10 +211,10 @@ def test_zero_trains_the_same_weights_and_checkpoints_go_both_ways(stage: int, d
     )
     zero = f"sharding.backend=zero{stage}"
     train("--config", str(config), f"checkpoint.directory={tmp_path}/single")
-    launch(2, config, f"checkpoint.directory={tmp_path}/zero", zero)
+    train_on_ranks(2, config, f"checkpoint.directory={tmp_path}/zero", zero)
     assert differing(tmp_path / "single/epoch_0002", tmp_path / "zero/epoch_0002", 2e-6) == []
     went_on = f"checkpoint.directory={tmp_path}/went_on"
-    launch(2, config, went_on, zero, f"checkpoint.resume={tmp_path}/single/epoch_0001")
+    train_on_ranks(2, config, went_on, zero, f"checkpoint.resume={tmp_path}/single/epoch_0001")
     assert differing(tmp_path / "single/epoch_0002", tmp_path / "went_on/epoch_0002", 2e-6) == []
     train("--config", str(config), went_on, f"checkpoint.resume={tmp_path}/zero/epoch_0001")
     assert differing(tmp_path / "single/epoch_0002", tmp_path / "went_on/epoch_0002", 2e-6) == []
@@ -227,5 +227,5 @@ def test_deepspeeds_launcher_and_configuration_file(data: Path, tmp_path: Path) 
     file = tmp_path / "zero.json"
     file.write_text('{"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 1e2}}')
     arguments = ["--deepspeed", "--deepspeed_config", str(file), f"checkpoint.directory={tmp_path}/zero"]
-    launch(2, config, *arguments, launcher="deepspeed")
+    launch("deepspeed", 2, config, *arguments)
     assert differing(tmp_path / "single/epoch_0002", tmp_path / "zero/epoch_0002", 2e-6) == []
