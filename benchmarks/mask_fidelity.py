@@ -1,6 +1,6 @@
 """How much alike are the masks that different scores choose? Against the empirical Fisher of single samples.
 
-    python benchmarks/mask_fidelity.py                    the tables, and benchmarks/results/mask-fidelity.md
+    python benchmarks/mask_fidelity.py                    the tables, written to benchmarks/results/ too
     python benchmarks/mask_fidelity.py --seeds 5          over more runs
 
 A small ResNet is trained on Fashion-MNIST (Debian's package dataset-fashion-mnist) by SGD, without SAM. After the first
@@ -13,18 +13,16 @@ from __future__ import annotations
 
 import argparse
 import gzip
-import shlex
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from record import provenance, result_path, write
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -39,10 +37,8 @@ from ssam_scale.perturbation.scores import (
 )
 from ssam_scale.sharding import Sharding
 from ssam_scale.sharding.place import sharding_of
-from ssam_scale.tracking.environment import git_tags, hardware_tags
 
 FOLDER = Path("/usr/share/datasets/fashion-mnist")
-RESULTS = Path(__file__).parent / "results" / "mask-fidelity.md"
 CHANNELS, BATCH, LR, MOMENTUM, WEIGHT_DECAY = (16, 32, 48, 64), 128, 0.05, 0.9, 5e-4
 SPARSITIES = (0.5, 0.9)
 REFERENCES = ("Fisher, 1,024 samples", "Fisher, 128 samples")
@@ -189,8 +185,8 @@ HEADER = [
 
 def markdown(
     tables: list[tuple[str, list[list[str]]]], seconds: dict[str, float], options: argparse.Namespace, weights: int
-) -> str:
-    """The tables with what is needed to repeat them."""
+) -> list[str]:
+    """The tables and what was measured."""
     parts = [
         "# Masks by other scores than the Fisher score of single samples",
         "",
@@ -206,23 +202,13 @@ def markdown(
         parts += [f"## {title}", ""]
         parts += ["| " + " | ".join(row) + " |" for row in (HEADER, ["---"] * len(HEADER), *rows)]
         parts.append("")
-    git = git_tags()
-    commit = git.get("git_commit", "unknown") + (" with changes" if git.get("git_dirty") == "true" else "")
-    versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "timm"))
-    given = sys.argv[1:]
     costs = ", ".join(f"{name}: {seconds[name]:.1f} s" for name in REFERENCES)
-    return "\n".join(
-        [
-            *parts,
-            f"Time of one score in the last run: {costs}. The averages, weight and random take no pass.",
-            "",
-            f"- command: `{shlex.join(['python', 'benchmarks/mask_fidelity.py', *given])}`",
-            f"- commit: {commit}",
-            f"- versions: Python {sys.version.split()[0]}, {versions}",
-            f"- hardware: {hardware_tags()['hardware']}, threads: {torch.get_num_threads()}",
-            "",
-        ]
-    )
+    threads = torch.get_num_threads()
+    return [
+        *parts,
+        f"Time of one score in the last run, {threads} thread(s): {costs}.",
+        "The averages, weight and random take no pass.",
+    ]
 
 
 def main() -> None:
@@ -232,7 +218,12 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=5, help="at least 2 (default: %(default)s)")
     parser.add_argument("--images", type=int, default=8_000, help="training images (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="of torch (default: %(default)s)")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="the Markdown file (default: %(default)s)")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=result_path("mask-fidelity"),
+        help="the Markdown file; a .json of the raw rows is written beside it (default: %(default)s)",
+    )
     options = parser.parse_args()
     if not FOLDER.is_dir():
         parser.error(f"{FOLDER} is missing: apt-get install dataset-fashion-mnist")
@@ -252,8 +243,13 @@ def main() -> None:
         for row in rows:
             table.add_row(*row)
         console.print(table)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(markdown(tables, runs[-1][1], options, runs[0][3]))
+    raw = [
+        {"seed": seed, "epoch": epoch, "top1": r[2][point], "score": name, **dict(zip(HEADER[1:], values, strict=True))}
+        for seed, r in enumerate(runs)
+        for point, epoch in enumerate((1, options.epochs))
+        for name, values in r[0][point].items()
+    ]
+    write(options.output, markdown(tables, runs[-1][1], options, runs[0][3]), raw, provenance("mask_fidelity.py"))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Which SAM is right under FSDP2? Ours and others on the same test, against the step written out for one process.
 
-    python benchmarks/peers.py                  the table, and benchmarks/results/peers-fsdp2.md
+    python benchmarks/peers.py                  the table, written to benchmarks/results/ too
     python benchmarks/peers.py --also 3.10.1    with a further release of pytorch_optimizer, from PyPI
 
 Two gloo processes train a small ViT under FSDP2 (`fully_shard` on every block and on the model) for five steps in fp32,
@@ -14,7 +14,6 @@ import argparse
 import importlib.util
 import itertools
 import os
-import shlex
 import socket
 import subprocess
 import sys
@@ -28,6 +27,7 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from record import provenance, result_path, write
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -37,11 +37,9 @@ from ssam_scale import SparseSAM
 from ssam_scale.models.torchvision_ops import ensure_torchvision
 from ssam_scale.perturbation.reference import reference_step
 from ssam_scale.sharding import World, join_world
-from ssam_scale.tracking.environment import git_tags, hardware_tags
 
 RANKS, STEPS, BATCH, IMAGE, CLASSES = 2, 5, 12, 32, 10
 RHO, LR, MOMENTUM = 0.1, 0.05, 0.9
-RESULTS = Path(__file__).parent / "results" / "peers-fsdp2.md"
 
 Batch = tuple[Tensor, Tensor]
 Step = Callable[[Batch], None]
@@ -332,6 +330,14 @@ def row(system: System, result: dict[str, Any], expected: dict[str, Tensor]) -> 
     return [system.name, system.use, f"{difference:.1e}", f"{result['drift']:.1e}", f"{result['returned']} of {STEPS}"]
 
 
+def raw_of(result: dict[str, Any], expected: dict[str, Tensor]) -> dict[str, Any]:
+    """The numbers of one system, or its error, as JSON takes them."""
+    if "error" in result:
+        return {"error": result["error"]}
+    difference = float(apart(result["weights"], expected))
+    return {"difference": difference, "drift": float(result["drift"]), "steps_returned": int(result["returned"])}
+
+
 HEADER = [
     "system",
     "used as",
@@ -341,30 +347,18 @@ HEADER = [
 ]
 
 
-def markdown(rows: list[list[str]], arguments: list[str]) -> str:
-    """The table with what is needed to repeat it."""
-    lines = ["| " + " | ".join(row) + " |" for row in (HEADER, ["---"] * len(HEADER), *rows)]
-    git = git_tags()
-    commit = git.get("git_commit", "unknown") + (" with changes" if git.get("git_dirty") == "true" else "")
-    versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "timm"))
-    return "\n".join(
-        [
-            "# SAM under FSDP2",
-            "",
-            f"Two gloo processes, a ViT of four blocks in fp32, {STEPS} steps of {BATCH} samples, dense SAM",
-            f"(rho {RHO}) around SGD (lr {LR}, momentum {MOMENTUM}). The reference is the step written out for one",
-            "process. Weights are those that a forward would gather and compute with. `no SAM` shows how far from",
-            "SAM is none at all.",
-            "",
-            *lines,
-            "",
-            f"- command: `{shlex.join(['python', 'benchmarks/peers.py', *arguments])}`",
-            f"- commit: {commit}",
-            f"- versions: Python {sys.version.split()[0]}, {versions}",
-            f"- hardware: {hardware_tags()['hardware']}",
-            "",
-        ]
-    )
+def markdown(rows: list[list[str]]) -> list[str]:
+    """The table and what was measured."""
+    return [
+        "# SAM under FSDP2",
+        "",
+        f"Two gloo processes, a ViT of four blocks in fp32, {STEPS} steps of {BATCH} samples, dense SAM",
+        f"(rho {RHO}) around SGD (lr {LR}, momentum {MOMENTUM}). The reference is the step written out for one",
+        "process. Weights are those that a forward would gather and compute with. `no SAM` shows how far from",
+        "SAM is none at all.",
+        "",
+        *("| " + " | ".join(row) + " |" for row in (HEADER, ["---"] * len(HEADER), *rows)),
+    ]
 
 
 def main(arguments: list[str]) -> None:
@@ -373,22 +367,27 @@ def main(arguments: list[str]) -> None:
     parser.add_argument(
         "--also", nargs="*", default=[], metavar="RELEASE", help="further releases of pytorch_optimizer"
     )
-    parser.add_argument("--output", type=Path, default=RESULTS, help="the Markdown file (default: %(default)s)")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=result_path("peers-fsdp2"),
+        help="the Markdown file; a .json of the raw rows is written beside it (default: %(default)s)",
+    )
     options = parser.parse_args(arguments)
     if importlib.util.find_spec("pytorch_optimizer") is None:
         parser.error("needs pytorch_optimizer: pip install -e '.[bench]'")
     expected = reference()
     table = Table(*HEADER, title=f"Dense SAM under FSDP2 on {RANKS} processes", show_lines=True)
-    rows = []
+    rows, raw = [], []
     with tempfile.TemporaryDirectory() as folder:
         for release, group in itertools.groupby(systems(options.also), key=lambda system: system.release):
             same = list(group)
             for system, result in zip(same, run(same, release, Path(folder)), strict=True):
                 rows.append(row(system, result, expected))
                 table.add_row(*rows[-1])
+                raw.append({"system": system.name, "used_as": system.use, **raw_of(result, expected)})
     Console().print(table)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(markdown(rows, arguments))
+    write(options.output, markdown(rows), raw, provenance("peers.py"))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The floors of the house: who may import whom (README, how it is built); and tests that stand alone."""
+"""The floors of the house: who may import whom (docs/tour.md); and tests that stand alone."""
 
 from __future__ import annotations
 
