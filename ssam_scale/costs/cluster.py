@@ -1,4 +1,4 @@
-"""A cluster, how weights are spread over it, and how long parts of a step take there (`cost`)."""
+"""A cluster, how the weights lie on it, and how long communication takes there."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What processes send each other: every collective, recorded as torch's dispatcher sees it.
+"""Bytes on the wire: a recorder of all collectives of a process, by torch's dispatcher.
 
 All of them come past there: those of `torch.distributed` and of DeepSpeed, of FSDP2's hooks and of DDP's reducer, in a
 forward as in a backward; what DTensors and functional collectives send counts, too. A recorder sees one process.

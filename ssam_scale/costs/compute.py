@@ -1,11 +1,11 @@
-"""What a step should cost, from the measured times of its parts: pure functions.
+"""Predicted compute time of a step, from the measured times of its stages: pure functions.
 
 A stage's backward is measured three times: as it is, without the gradients of its weights, and without the gradient of
 its input. The difference to the first is what leaving that gradient out saves. From these, nothing is needed of a
 mask but which stages it runs again and which share of each stage's weights needs a gradient; the prediction never sees
 the time of the step that it predicts.
 
-What it takes for granted: half of a batch costs half of the time; the gradients of a stage's weights cost in proportion
+Assumptions: half of a batch costs half of the time; the gradients of a stage's weights cost in proportion
 to their number; perturbing costs the same for each perturbed weight, whichever they are; nothing else takes time.
 """
 

@@ -1,4 +1,4 @@
-"""The times of a step's parts, measured on one machine and written down for another."""
+"""Measured times of a network's stages, of perturbing and of the base optimizer; saved for use on another machine."""
 
 from __future__ import annotations
 

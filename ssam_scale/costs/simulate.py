@@ -1,4 +1,4 @@
-"""One process of a job of many, run here: what it holds and sends, without the others.
+"""One rank of a large job, run alone on torch's fake process group: what it holds in memory and what it sends.
 
 torch's fake process group stands for the network: every collective returns at once, and what it leaves behind are not
 the values that other processes would have sent. So nothing can be learned of losses or times, but what the process

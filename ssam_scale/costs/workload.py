@@ -1,4 +1,4 @@
-"""What of a network and of a resolved step the cost model counts."""
+"""The input of the cost model: a network's parameters, and resolved steps with how often each kind comes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The step: which gradient is taken where, and what comes back exactly as it was."""
+"""SparseSAM and its step: the ascent pass, the perturbation, the descent pass, the base optimizer."""
 
 from .phases import Phase, Phases, no_phases
 from .profiling import ascent_seconds

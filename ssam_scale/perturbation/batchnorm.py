@@ -1,4 +1,4 @@
-"""Which passes may touch the running statistics of BatchNorm.
+"""BatchNorm under two passes: which of them updates the running statistics.
 
 One optimizer step runs two passes but sees one batch: the statistics are updated in the ascent pass, which is the one
 at the weights that are evaluated and saved, and left alone in the descent pass at the perturbed weights. Where both

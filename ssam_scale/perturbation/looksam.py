@@ -1,4 +1,4 @@
-"""LookSAM: what an ascent brought is used again in the steps between two ascents."""
+"""LookSAM: the part of SAM's gradient that changes slowly, reused in the steps between two ascents."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .perturb import at_least_fp32, squares, zero_unless_
 
 
 class LookSAM:
-    """The part of the gradient at w + ε that is across the gradient at w, added to plain gradients (arXiv 2203.02714).
+    """The component of SAM's gradient orthogonal to the plain one, added to plain gradients (arXiv 2203.02714).
 
     A step with an ascent knows the direction of g, the gradient at w, and g_s, the one at w + ε, of the perturbed
     weights. It leaves behind g_v = g_s − (⟨g_s, g⟩ / ‖g‖²) g, which changes slowly; a step between goes by
@@ -33,15 +33,15 @@ class LookSAM:
     def __init__(self, sharding: ShardedWeights, parameters: Mapping[str, nn.Parameter]) -> None:
         self._sharding, self._parameters = sharding, parameters
         self._parts: dict[str, Subset | None] = {}
-        self._across: list[Tensor] = []  # parallel to them
+        self._orthogonal: list[Tensor] = []  # parallel to them
 
     @torch.no_grad()
     def note(self, plan: Plan, epsilon: list[Tensor]) -> None:
-        """After the descent pass of a step with an ascent. Collective.
+        """Compute g_v after the descent pass of a step with an ascent. Collective.
 
         Args:
             plan: what was perturbed.
-            epsilon: by what, as `Perturbation.epsilon` returned it; overwritten.
+            epsilon: ε, as `Perturbation.epsilon` returned it; overwritten.
 
         Raises:
             ValueError: the backend shows copies of its gradients, to which nothing can be added.
@@ -58,28 +58,28 @@ class LookSAM:
         torch._foreach_sub_(sharp, epsilon)
         # Where there was no perturbation, or the gradient overflowed, there is nothing to learn.
         zero_unless_(sharp, (sums[1] > 0.0) & sums.isfinite().all())
-        self._across = sharp
+        self._orthogonal = sharp
 
     @torch.no_grad()
     def add(self, alpha: float) -> None:
-        """To the gradients of a step between two ascents. Collective. Does nothing before the first ascent.
+        """Add α (‖g‖ / ‖g_v‖) g_v to the gradients of a step without an ascent. Collective; before the first, nothing.
 
         Args:
-            alpha: α, how much of it relative to the gradient.
+            alpha: α, the length of what is added over that of the gradient.
         """
         if not self._parts:
             return
-        gradients, parts, device = self._gradients(), list(self._parts.values()), self._across[0].device
+        gradients, parts, device = self._gradients(), list(self._parts.values()), self._orthogonal[0].device
         plain = squares(masked_select(gradients, parts), device).sum()
-        sums = self._sharding.shard_group.all_reduce(torch.stack([plain, squares(self._across, device).sum()]))
+        sums = self._sharding.shard_group.all_reduce(torch.stack([plain, squares(self._orthogonal, device).sum()]))
         ratio = alpha * (sums[0] / sums[1]).sqrt()
         scale = torch.where(ratio.isfinite(), ratio, torch.zeros_like(ratio))
-        masked_add_(gradients, parts, torch._foreach_mul(self._across, scale))
+        masked_add_(gradients, parts, torch._foreach_mul(self._orthogonal, scale))
 
     @torch.no_grad()
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """`reused`: g_v by parameter, full; not a number where the last ascent perturbed nothing. Collective."""
-        across = dict(zip(self._parts, self._across, strict=True))
+        across = dict(zip(self._parts, self._orthogonal, strict=True))
         result = {}
         for name, p in self._parameters.items():
             [shard] = self._sharding.shards([p])
@@ -92,7 +92,7 @@ class LookSAM:
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Take back what `state_dict` returned, on any number of processes; without it there is nothing to reuse."""
-        self._parts, self._across = {}, []
+        self._parts, self._orthogonal = {}, []
         saved = state_dict.get("reused", {})
         for name, p in self._parameters.items():  # in their order, in which norms are summed up
             if name not in saved:
@@ -104,7 +104,7 @@ class LookSAM:
                 kept = self._sharding.scatter(p, known)
                 part = None if known.all() else BitMask(pack(kept), kept.numel())
                 self._parts[name] = part
-                self._across += masked_select([local], [part])
+                self._orthogonal += masked_select([local], [part])
 
     def _gradients(self) -> list[Tensor]:
         return self._sharding.gradients([self._parameters[name] for name in self._parts])

@@ -1,4 +1,4 @@
-"""A mask at work where the weights live: scoring them, where its choice shows, saving it."""
+"""A mask on a sharded model: scoring the weights, where the selection lies on this rank, saving it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An optimizer around another one."""
+"""A torch optimizer that wraps another one and shares its parameter groups and state."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import torch
 
 
 class OptimizerWrapper(torch.optim.Optimizer):
-    """A torch optimizer whose parameter groups and state are the base optimizer's.
+    """A torch optimizer whose `param_groups` and `state` are the base optimizer's.
 
-    They are asked for each time, because loading a state gives an optimizer new lists and dictionaries.
+    They are looked up each time, because `load_state_dict` gives an optimizer new lists and dictionaries.
 
     Args:
-        base_optimizer: whose.
-        options: defaults of what every group has beside the base optimizer's options.
+        base_optimizer: the one that is wrapped.
+        options: defaults of the options that every group has beside the base optimizer's.
     """
 
     def __init__(self, base_optimizer: torch.optim.Optimizer, **options: Any) -> None:
@@ -50,7 +50,7 @@ class OptimizerWrapper(torch.optim.Optimizer):
         self.complete_groups()
 
     def complete_groups(self) -> None:
-        """Give groups that were added or saved by the base optimizer alone the options that it does not know."""
+        """Give every group the options that the base optimizer does not know, where it lacks them."""
         for group in self.param_groups:
             for option in self._own_options:
                 group.setdefault(option, self.defaults[option])

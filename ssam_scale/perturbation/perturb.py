@@ -77,9 +77,9 @@ def zero_unless_(tensors: Sequence[Tensor], condition: Tensor) -> None:
 
 
 class Perturbation:
-    """Makes ε from the ascent gradient, adds it to the weights, and puts them back.
+    """Computes ε from the ascent gradient, adds it to the weights, and restores them.
 
-    ε is computed in float32. It also remembers what later steps need: the calibration, and how many were skipped.
+    ε is computed in float32. The calibration and the number of skipped perturbations are kept from step to step.
 
     `calibrated` keeps the radius of the dense norm without the dense gradient. Steps that have one (the first, the
     first after a refresh, every `calibrate_every`-th, and any in the form of a closure) go exactly the dense norm's way
@@ -87,7 +87,7 @@ class Perturbation:
     these shares over what a step perturbs, so that one dense pass serves every cut of a moving cut.
 
     Args:
-        sharding: where the weights live.
+        sharding: the backend.
         parameters: all that are trained.
         mask: the mask at work.
         optimizer: of the weights, whose gradients are dropped between the passes.

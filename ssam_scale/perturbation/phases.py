@@ -1,4 +1,4 @@
-"""The parts of a step that can be timed: the step names them, who measures them is not its business."""
+"""The phases of a step: the names under which a timer is told what runs now."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -14,8 +14,9 @@ Phase = Literal[
     "optimizer",
 ]
 Phases: TypeAlias = Callable[[Phase], AbstractContextManager[object]]
+"""Called as `with phases("perturb"):` around each phase; `tracking.timer.PhaseTimer` is one."""
 
 
 def no_phases(phase: Phase) -> AbstractContextManager[None]:
-    """Measure nothing."""
+    """A timer that measures nothing."""
     return nullcontext()

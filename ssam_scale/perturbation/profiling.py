@@ -1,4 +1,4 @@
-"""What an ascent costs by the place of its cut: measured, not modelled."""
+"""Profiling of the ascent pass: its time with the cut at each block."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class _AscentTimer:
 
 
 def ascent_seconds(opt: SparseSAM, loss_fn: LossFn, *batches: Any, repeats: int = 3) -> list[float]:
-    """The time of an ascent with the cut at each block: what `DepthByCost` wants to know. Collective.
+    """Measure the ascent pass with the cut at each block, in seconds, for `DepthByCost`. Collective.
 
     Each is forward, backward and reduction of the suffix as a step makes them, over `batches` as micro-batches and with
     the optimizer's `fraction`. As in a step, the prefix counts only where it is not shared with the descent, which is

@@ -1,4 +1,13 @@
-"""Random numbers that are functions of what they are for, by SplitMix64 (doi 10.1145/2660193.2660195)."""
+"""Random numbers of a step: the generator state that both passes start from, and numbers that are hashes of a seed.
+
+Both passes of a step draw the same random numbers. Dropout and stochastic depth so drop the same in both, and the
+ascent climbs the very function whose gradient is taken at the top, as in the SAM paper's own code, which gives both
+passes one key (arXiv 2010.01412). It also makes a step's result independent of whether a prefix is shared, and of the
+number of passes: a step draws as much as one pass.
+
+Random scores and seeds of samples are hashes by SplitMix64 (doi 10.1145/2660193.2660195): functions of what they are
+for, so that they are the same on any number of processes.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +19,7 @@ from torch import Tensor, arange, int64
 
 @dataclass(frozen=True)
 class RandomState:
-    """Where torch's generators of the CPU and of one other device stand."""
+    """The state of torch's generators: the CPU's, and that of one other device."""
 
     device: torch.device
     cpu: Tensor
@@ -18,12 +27,12 @@ class RandomState:
 
     @staticmethod
     def now(device: torch.device) -> RandomState:
-        """Of the CPU and of `device`. Does not wait for it: its generator's state is kept on the host."""
+        """The present state. Does not synchronise with `device`: its generator's state is kept on the host."""
         own = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
         return RandomState(device, torch.get_rng_state(), own)
 
     def restore(self) -> None:
-        """Draw from here on what was drawn from there on."""
+        """Set the generators back to this state."""
         torch.set_rng_state(self.cpu)
         if self.own is not None:
             torch.get_device_module(self.device).set_rng_state(self.own, self.device)
@@ -37,7 +46,7 @@ _MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1))
 
 
 def hashed(seed: int, index: int) -> int:
-    """64 bits for each pair of a seed and an index."""
+    """A 64-bit hash of a seed and an index."""
     bits = seed
     for word in (0, index):
         bits = (bits + (word + 1) * _STEP) % 2**64

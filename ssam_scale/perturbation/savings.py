@@ -1,4 +1,4 @@
-"""Which savings a step makes for what its mask leaves alone."""
+"""The savings of a step: one switch for each kind of work that a sparse mask makes unnecessary."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Savings:
-    """What a step leaves out because its mask leaves weights alone. Each switch works by itself.
+    """Switches for the work that a step leaves out because its mask leaves weights alone; each works by itself.
 
     None of the first four changes what a step computes. One that a backend has no use for does nothing there.
 
@@ -18,8 +18,8 @@ class Savings:
         pack: of the ascent gradient, and of perturbed weights, only what is perturbed is sent to other processes.
         keep_gathered: sharded weights that are not perturbed stay gathered from the ascent pass to the descent pass,
             which saves sending them again and costs the memory of them.
-        within_shard_group: with several copies of sharded weights (HSDP) each copy climbs by the gradient of its own
-            part of the batch, without a word to the others: sharpness of so many samples (m-sharpness).
+        within_shard_group: with several copies of sharded weights (HSDP) each copy ascends by the gradient of its own
+            part of the batch and sends the others nothing: m-sharpness, m being the samples of a copy.
     """
 
     elide: bool = True

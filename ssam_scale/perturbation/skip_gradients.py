@@ -1,4 +1,4 @@
-"""Gradients that nobody needs are not computed: those of whole parameters, and those of rows of a layer's weight."""
+"""Backward passes that skip weight gradients: of whole parameters, and of rows of linear layers and convolutions."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def only_rows(layers: Mapping[str, nn.Module], rows: Mapping[str, Rows]) -> Iter
 
 
 class _ByRows(nn.Module):
-    """What a layer is during an ascent that perturbs some of its rows."""
+    """The class of a layer during an ascent that needs the gradient of some rows of its weight only."""
 
     _perturbed_rows: Rows
 

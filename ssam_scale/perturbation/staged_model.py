@@ -1,4 +1,4 @@
-"""A network as a sequence of stages, so that the part before a cut can be run once and used by both passes."""
+"""A network as a sequence of stages, so that a prefix can run once and serve both passes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a step sends, and what is held for it, by backend: one file a kind of backend behind one interface."""
+"""Predicted communication and memory of a step, by backend: one interface, one file a backend."""
 
 from __future__ import annotations
 

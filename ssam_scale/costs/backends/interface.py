@@ -1,4 +1,4 @@
-"""The one interface between the cost model and the ways of placement weights."""
+"""The interface between the cost model and the backends."""
 
 from __future__ import annotations
 
