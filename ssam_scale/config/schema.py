@@ -193,6 +193,10 @@ class Sharding(Section):
         default_factory=dict, description="sections of DeepSpeed's configuration, for the backends zero0 to zero3"
     )
 
+    def backend_on(self, processes: int) -> str:
+        """The backend on so many processes: what `auto` stands for."""
+        return self.backend if self.backend != "auto" else "ddp" if processes > 1 else "single"
+
     @model_validator(mode="after")
     def _only_fsdp_replicates(self) -> Sharding:
         if self.replicas > 1 and self.backend != "fsdp2":

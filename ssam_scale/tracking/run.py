@@ -239,10 +239,7 @@ class Run:
     def _open(self) -> None:
         uri, config = self._config.tracking.uri, self._config
         self._client = open_store(uri, create=True)
-        world = world_size()
-        backend = config.sharding.backend
-        if backend == "auto":
-            backend = "single" if world == 1 else "ddp"
+        backend = config.sharding.backend_on(world_size())
         tags = {"method": config.method, "backend": backend} | environment_tags() | self._extra_tags
         tags = {key: shortened(value, _TAG_CHARACTERS) for key, value in tags.items()}
         known = self._resume(tags) if self._resume_run_id else None

@@ -104,15 +104,12 @@ def build(config: Config, world: World, phases: Phases) -> Components:
     _try_forward(config, staged_model)
 
     train, val = _loaders(config, world)
-    backend = config.sharding.backend
-    if backend == "auto":
-        backend = "ddp" if world.size > 1 else "single"
     network = staged_model.model
     try:
         module, base = place(
             staged_model,
             [s.block for s in staged_model.stages],
-            backend,
+            config.sharding.backend_on(world.size),
             world,
             lambda: base_optimizer(config, network),
             replicas=config.sharding.replicas,

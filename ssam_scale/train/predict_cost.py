@@ -411,9 +411,7 @@ def placement_of(config: Config, cluster: Cluster) -> Placement:
     Raises:
         UserError: its backend does not go with so many GPUs, or a setting of DeepSpeed's is no number.
     """
-    backend = config.sharding.backend
-    if backend == "auto":
-        backend = "ddp" if cluster.gpus > 1 else "single"
+    backend = config.sharding.backend_on(cluster.gpus)
     try:
         return Placement(backend, config.sharding.replicas, cluster, _zero_settings(config))
     except ValueError as error:
