@@ -37,13 +37,13 @@ def cost_command(
 ) -> None:
     """Predict time, bytes on the wire and memory of a step: base optimizer, dense SAM, the configured plan."""
     from ssam_scale.config import load
-    from ssam_scale.train.predict_cost import Machines, cost_rows, measured, placement_of, rehearsal_rows
+    from ssam_scale.train.predict_cost import Machines, cost_rows, measured, placement_of, simulated_rows
 
     machines = Machines(gpus or [1, 8], gpus_per_node, 1e9 * node_bandwidth, 1e9 * network_bandwidth, scaling)
     resolved = load(config, overrides or [])
     machines.check()
     if dry_run:
-        rows = rehearsal_rows(resolved, machines.cluster(max(machines.gpus)))
+        rows = simulated_rows(resolved, machines.cluster(max(machines.gpus)))
         show(rows, _DRY_COLUMNS, _DRY_CAPTION, as_json, "plan")
         return
     at_least(4, images=images)

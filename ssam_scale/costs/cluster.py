@@ -84,7 +84,7 @@ class Placement:
 
     @property
     def shards(self) -> int:
-        """Processes that perturbing one copy of the weights, and the optimizer's step, are spread over."""
+        """Processes that perturbing one copy of the weights, and the optimizer's step, are sharded over."""
         return self.cluster.gpus // self.replicas if backends()[self.backend].shards_weights else 1
 
     @property

@@ -32,7 +32,7 @@ _LARGEST = 1e3
 
 
 @contextmanager
-def pretended(size: int) -> Iterator[World]:
+def fake_world(size: int) -> Iterator[World]:
     """A world of so many processes on the CPU, of which this one is the first and no other exists.
 
     Args:
@@ -78,7 +78,7 @@ class _Harmless(TorchDispatchMode):
         return result
 
 
-class Presumed:
+class GivenPlan:
     """A mask that perturbs what a plan of one process with all of the weights does, on any process of many.
 
     A choice by scores asks all processes for theirs, and there are none.
@@ -87,7 +87,7 @@ class Presumed:
         plan: with parts of whole parameters.
 
     Attributes:
-        lengths: elements of this process's shards, by name; to be filled in once the weights are spread.
+        lengths: elements of this process's shards, by name; to be filled in once the weights are sharded.
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -117,7 +117,7 @@ def _slice(part: Subset, start: int, length: int) -> Subset:
 
 
 @dataclass(frozen=True)
-class Rehearsed:
+class Simulated:
     """What one process did in a step.
 
     Attributes:
@@ -133,17 +133,17 @@ class Rehearsed:
     mask: int
 
 
-def rehearse(opt: SparseSAM, loss_fn: Callable[..., Tensor], *batches: tuple[Tensor, Tensor]) -> Rehearsed:
+def simulate(opt: SparseSAM, loss_fn: Callable[..., Tensor], *batches: tuple[Tensor, Tensor]) -> Simulated:
     """Take steps with `opt`, and count in the last of them.
 
     Args:
-        opt: inside of `pretended`.
+        opt: inside of `fake_world`.
         loss_fn: as `SparseSAM.step` takes it.
         batches: this process's micro-batches.
     """
     parameters = list(opt.parameters.by_name.values())
     shards = opt.sharding.shards(parameters)
-    if isinstance(opt.mask, Presumed):
+    if isinstance(opt.mask, GivenPlan):
         opt.mask.lengths.update(
             (name, s.weight.numel()) for name, s in zip(opt.parameters.by_name, shards, strict=True)
         )
@@ -160,7 +160,7 @@ def rehearse(opt: SparseSAM, loss_fn: Callable[..., Tensor], *batches: tuple[Ten
     held = [p for p in opt.sharding.resident(parameters) if p.numel()]
     own = {p.untyped_storage().data_ptr() for p in held}
     stepped = [p for p in opt.base_optimizer.state if _local(p).untyped_storage().data_ptr() not in own]
-    return Rehearsed(
+    return Simulated(
         dict(traffic.bytes),
         sum(p.nbytes for p in (*held, *stepped)),
         sum(_local(t).nbytes for t in states if t.ndim),
@@ -169,7 +169,7 @@ def rehearse(opt: SparseSAM, loss_fn: Callable[..., Tensor], *batches: tuple[Ten
 
 
 def _all_reduce(bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    """What DDP does by itself, except that it expects a result of the collective, and a pretended one has none."""
+    """What DDP does by itself, except that it expects a result of the collective, and a fake process group has none."""
     dist.all_reduce(bucket.buffer())
     done: torch.futures.Future[Tensor] = torch.futures.Future()
     done.set_result(bucket.buffer())

@@ -1,4 +1,4 @@
-"""What the configured step would cost, on one GPU and on a cluster."""
+"""`ssam-scale cost`: what the configured step would cost on a cluster, predicted, and one process of it simulated."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ssam_scale.costs.cluster import Cluster, Placement, ZeroSettings
 from ssam_scale.costs.compute import StageTimes, StepTimes
 from ssam_scale.costs.estimate import Activations, footprint, scaled, step_cost
 from ssam_scale.costs.profile import Batch, Measured, load_times, measure_activations, measure_times, this_machine
-from ssam_scale.costs.simulate import Presumed, Rehearsed, pretended, rehearse
+from ssam_scale.costs.simulate import GivenPlan, Simulated, fake_world, simulate
 from ssam_scale.costs.workload import Ascent, ascent_of, weights_of
 from ssam_scale.errors import UserError
 from ssam_scale.masks import Plan, ScoreBased
@@ -30,204 +30,17 @@ from ssam_scale.sharding.place import place
 
 from .build import PRECISIONS, base_optimizer, perturbation_options, soft_loss
 
-
-class ConfiguredWork:
-    """A pass as the configuration has it (`costs.profile.Work`)."""
-
-    def __init__(self, config: Config, device: torch.device) -> None:
-        self._device, self._precision = device, PRECISIONS[config.train.precision]
-        self._loss = soft_loss(config, self._precision)
-
-    def loss_fn(self, forward: Callable[[Tensor], Tensor], batch: Batch) -> Tensor:
-        """The configured loss, of labels that are not mixed."""
-        return self._loss(forward, batch)
-
-    def autocast(self) -> torch.autocast:
-        """The configured precision."""
-        return torch.autocast(self._device.type, self._precision, enabled=self._precision != torch.float32)
-
-
-# Of the pass that is measured.
-_CPU_IMAGES, _CUDA_IMAGES = 8, 64
-
-
-def measured(config: Config, *, images: int | None, repeats: int, times: Path | None, save: Path | None) -> Measured:
-    """The times of the network's parts: measured here, or read.
-
-    Args:
-        config: of the run.
-        images: of the pass that is measured, at least 4; None: as many as suit the device.
-        repeats: of which the median counts.
-        times: a file to take them from instead.
-        save: a file to write them to.
-
-    Raises:
-        UserError: the network does not take the configured images, or the file is of something else.
-    """
-    network = staged_model(config)
-    expected: dict[str, Any] = {
-        "model": config.model.name,
-        "resolution": config.data.resolution,
-        "precision": config.train.precision,
-        "weights": sum(p.numel() for p in network.parameters()),
-        "stages": len(network.stages),
-    }
-    if times is not None:
-        found = load_times(times)
-        found.check(expected, times)
-    else:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        images = images or (_CUDA_IMAGES if device.type == "cuda" else _CPU_IMAGES)
-        network, work, side = network.to(device), ConfiguredWork(config, device), config.data.resolution
-        batch = (
-            torch.randn(images, 3, side, side, device=device),
-            torch.randint(config.model.num_classes, (images,), device=device),
-        )
-        try:
-            activations = measure_activations(work, network, batch)
-        except (AssertionError, RuntimeError, ValueError) as error:
-            raise UserError(
-                f"data.resolution: {config.model.name} cannot take {images} images of {side} px: "
-                f"{str(error).splitlines()[0] if str(error) else type(error).__name__}"
-            ) from error
-        del expected["stages"]
-        step = measure_times(work, network, batch, base_optimizer(config, network.model), repeats)
-        found = Measured(**expected, images=images, hardware=this_machine(), times=step, activations=activations)
-    if save is not None:
-        found.save(save)
-    return found
-
-
-def state_bytes_per_weight(config: Config) -> float:
-    """What the configured base optimizer keeps after a step, on a small layer."""
-    layer = nn.Linear(64, 64)
-    optimizer = base_optimizer(config, layer)
-    layer(torch.ones(2, 64)).sum().backward()
-    optimizer.step()
-    states = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor) and t.ndim]
-    return sum(t.nbytes for t in states) / sum(p.numel() for p in layer.parameters())
-
-
-# Of a micro-batch: neither what is sent nor what is held of the weights depends on them.
-_IMAGES = 2
-
-
-def rehearsal_rows(config: Config, cluster: Cluster) -> list[dict[str, Any]]:
-    """Rows of what the first process of the job holds and sends, and what is predicted, one a plan.
-
-    Of a plan whose steps differ, a step with an ascent; of a moving cut's draws, the one in the middle. `sent` and
-    `predicted_sent` are bytes of a step; `held` and `predicted_held` the bytes of the process's weights, base
-    optimizer's state and mask. The mask of a choice by scores is one by random scores, and `mask` says so;
-    where weights are spread what is sent of single weights and rows is not packed here, nor in `predicted_sent`.
-
-    Raises:
-        UserError: the configured backend cannot be pretended.
-    """
-    placement = placement_of(config, cluster)
-    if placement.backend == "single":
-        raise UserError("--dry-run: backend single sends nothing; add sharding.backend=fsdp2 or ddp, and --gpus 8")
-    network = staged_model(config)
-    base = base_optimizer(config, network.model)
-    weights, depth = weights_of(network, base), len(network.stages)
-    numel = sum(w.numel for w in weights.values())
-    alone = configured_sam(config, network, base)
-    drawn = sorted(plans_of(config, alone), key=lambda plan: plan.perturbed)
-    plan = drawn[len(drawn) // 2]
-    state, nothing = state_bytes_per_weight(config), StepTimes((StageTimes(0.0, 0.0, 0.0, 0.0),) * depth, 0.0, 0.0)
-    plans: dict[str, list[Ascent]] = {"base": []}
-    if config.perturbation is not None:
-        # The first kind of step is the mask's, or with the dense norm, the only one.
-        plans[config.method] = ascents_of(config, network, alone, [plan])[:1]
-    mask = Presumed(plan)
-    del network, base
-    rows = []
-    for name, ascents in plans.items():
-        try:
-            done = _rehearsed(config, placement, mask, ascends=bool(ascents))
-        except ValueError as error:
-            raise UserError(f"sharding: {error}") from error
-        # Where weights are spread a process needs to know the others' parts of a mask to pack what it sends them, and
-        # here are none.
-        packs = placement.shards == 1
-        always = [replace(a, share=1.0, between=a.between if packs else None) for a in ascents]
-        cost = step_cost(nothing, weights, always, placement, config.train.accumulation)
-        memory = footprint(
-            weights, always, placement, state, Activations(0.0, 0.0), 0.0, accumulation=config.train.accumulation
-        )
-        rows.append(
-            {
-                "plan": name,
-                "gpus": cluster.gpus,
-                "backend": placement.backend,
-                "replicas": placement.replicas,
-                "density": sum(sum(ascent.perturbed.values()) for ascent in always) / numel,
-                "mask": "by random scores" if isinstance(alone.mask, ScoreBased) and ascents else "as configured",
-                "sent": sum(done.sent.values()),
-                "sent_by_collective": done.sent,
-                "predicted_sent": cost.bytes,
-                "held": done.weights + done.optimizer + done.mask,
-                "predicted_held": memory.weights + memory.optimizer + memory.mask,
-                "memory_model": memory.model,
-                "memory_perturbing": memory.perturbing,
-            }
-        )
-    return rows
-
-
-def _usual_norm(section: Perturbation) -> Norm:
-    if section.norm != "calibrated":
-        return section.norm
-    return "dense" if section.calibrate_every == 1 else "masked"
-
-
-def _rehearsed(config: Config, placement: Placement, mask: Presumed, *, ascends: bool) -> Rehearsed:
-    section, side = config.perturbation, config.data.resolution
-    work = ConfiguredWork(config, torch.device("cpu"))
-    batches = [
-        (torch.randn(_IMAGES, 3, side, side), torch.randint(config.model.num_classes, (_IMAGES,)))
-        for _ in range(config.train.accumulation)
-    ]
-    # DeepSpeed tells its story on standard output, where the rows belong.
-    with redirect_stdout(sys.stderr), pretended(placement.cluster.gpus) as world:
-        staged = staged_model(config)
-        blocks = [stage.block for stage in staged.stages]
-        module, base = place(
-            staged,
-            blocks,
-            placement.backend,
-            world,
-            partial(base_optimizer, config, staged.model),
-            replicas=placement.replicas,
-            batch_size=_IMAGES,
-            accumulation=config.train.accumulation,
-            max_grad_norm=config.optimizer.clip_grad_norm,
-            deepspeed=config.sharding.deepspeed,
-        )
-        if section is None or not ascends:
-            opt = SparseSAM(module, base, rho=0.0, max_grad_norm=config.optimizer.clip_grad_norm)
-        else:
-            opt = SparseSAM(
-                module,
-                base,
-                rho=section.rho,
-                mask=mask,
-                # A calibration is due in the first step, and its dense ascent is not the plan's usual one.
-                norm=_usual_norm(section),
-                adaptive=section.adaptive,
-                fraction=section.fraction,
-                savings=Savings(**section.savings.model_dump()),
-                max_grad_norm=config.optimizer.clip_grad_norm,
-            )
-        done = rehearse(opt, work.loss_fn, *batches)
-        del opt, module, base, staged, blocks  # before the process group, which they hold on to
-    return done
-
-
 # Of a moving cut, so many draws stand for all.
 _DRAWS = 64
+
+
 # The mask needs to know when its sparsity changes; no file is read to find out how long an epoch is.
 _STEPS_PER_EPOCH = 1000
+
+
 _RADIUS = 0.05
+
+
 _ZERO_KEYS = {
     "reduce_bucket": "reduce_bucket_size",
     "persistent": "stage3_param_persistence_threshold",
@@ -273,75 +86,6 @@ class Machines:
     def cluster(self, gpus: int) -> Cluster:
         """The one of so many GPUs."""
         return Cluster(gpus, self.per_node, self.node_bandwidth, self.network_bandwidth)
-
-
-def random_scores(config: Config) -> Config:
-    """The configuration with a mask of the same size that needs no images.
-
-    One that is chosen by scores is chosen at random; a cut is drawn uniformly, from the same depths, if it would be
-    drawn by what it costs.
-    """
-    section = config.perturbation
-    if section is None or not isinstance(section.mask, (ChosenMask, DepthMask)):
-        return config
-    how: dict[str, Any] = {"draw": "uniform"} if isinstance(section.mask, DepthMask) else {"score": "random"}
-    if isinstance(section.mask, ElementMask):
-        how["dynamic"] = None
-    mask = section.mask.model_copy(update=how)
-    return config.model_copy(update={"perturbation": section.model_copy(update={"mask": mask})})
-
-
-def configured_sam(config: Config, network: nn.Module, base: torch.optim.Optimizer) -> SparseSAM:
-    """The configured optimizer in the middle of its run, a step with an ascent: its mask by random scores.
-
-    Raises:
-        UserError: there is no perturbation in the configuration, or its mask does not go with the network.
-    """
-    section, seen = config.perturbation, random_scores(config)
-    try:
-        if section is None:
-            return SparseSAM(network, base, rho=_RADIUS)
-        # Without the schedule: its step is to have an ascent.
-        options = {**perturbation_options(seen, _STEPS_PER_EPOCH), "schedule": None}
-        opt = SparseSAM(network, base, **options, max_grad_norm=config.optimizer.clip_grad_norm)
-        opt.steps = config.train.epochs * _STEPS_PER_EPOCH // 2
-        if isinstance(opt.mask, ScoreBased):
-            opt.refresh()
-    except ValueError as error:
-        raise UserError(f"perturbation: {error}") from error
-    return opt
-
-
-def plans_of(config: Config, opt: SparseSAM) -> list[Plan]:
-    """What the configured mask perturbs: one plan, or many draws of a moving cut."""
-    section = config.perturbation
-    draws = _DRAWS if section is not None and isinstance(section.mask, DepthMask) else 1
-    layout = opt.parameters.eligible(opt.param_groups)
-    return [opt.mask.plan(layout, opt.steps + draw) for draw in range(draws)]
-
-
-def ascents_of(config: Config, network: StagedModel, opt: SparseSAM, plans: Sequence[Plan]) -> list[Ascent]:
-    """The kinds of steps that the configured run has with these plans, each as often, and how often each comes."""
-    section = config.perturbation
-    if section is None:
-        return []
-    weights, depth = weights_of(network), len(network.stages)
-    often = (section.window[1] - section.window[0]) / section.interval / len(plans)
-    reuses = section.interval - 1 if section.reuse else 0
-    ascents = []
-    for plan in plans:
-        dense_share = opt.options.dense_share(plan)
-        for share, dense in ((1.0 - dense_share, False), (dense_share, True)):
-            if share:
-                resolved = opt.resolve(config.train.accumulation, plan=plan, dense=dense)
-                ascents.append(ascent_of(resolved, weights, depth, share=share * often, reuses=reuses))
-    return ascents
-
-
-def staged_model(config: Config) -> StagedModel:
-    """The configured network, the same each time."""
-    torch.manual_seed(config.train.seed)
-    return build_model(config).train()
 
 
 def cost_rows(config: Config, found: Measured, machines: Machines) -> list[dict[str, Any]]:
@@ -405,6 +149,75 @@ def cost_rows(config: Config, found: Measured, machines: Machines) -> list[dict[
     return rows
 
 
+def staged_model(config: Config) -> StagedModel:
+    """The configured network, the same each time."""
+    torch.manual_seed(config.train.seed)
+    return build_model(config).train()
+
+
+def configured_sam(config: Config, network: nn.Module, base: torch.optim.Optimizer) -> SparseSAM:
+    """The configured optimizer in the middle of its run, a step with an ascent: its mask by random scores.
+
+    Raises:
+        UserError: there is no perturbation in the configuration, or its mask does not go with the network.
+    """
+    section, seen = config.perturbation, random_scores(config)
+    try:
+        if section is None:
+            return SparseSAM(network, base, rho=_RADIUS)
+        # Without the schedule: its step is to have an ascent.
+        options = {**perturbation_options(seen, _STEPS_PER_EPOCH), "schedule": None}
+        opt = SparseSAM(network, base, **options, max_grad_norm=config.optimizer.clip_grad_norm)
+        opt.steps = config.train.epochs * _STEPS_PER_EPOCH // 2
+        if isinstance(opt.mask, ScoreBased):
+            opt.refresh()
+    except ValueError as error:
+        raise UserError(f"perturbation: {error}") from error
+    return opt
+
+
+def random_scores(config: Config) -> Config:
+    """The configuration with a mask of the same size that needs no images.
+
+    One that is chosen by scores is chosen at random; a cut is drawn uniformly, from the same depths, if it would be
+    drawn by what it costs.
+    """
+    section = config.perturbation
+    if section is None or not isinstance(section.mask, (ChosenMask, DepthMask)):
+        return config
+    how: dict[str, Any] = {"draw": "uniform"} if isinstance(section.mask, DepthMask) else {"score": "random"}
+    if isinstance(section.mask, ElementMask):
+        how["dynamic"] = None
+    mask = section.mask.model_copy(update=how)
+    return config.model_copy(update={"perturbation": section.model_copy(update={"mask": mask})})
+
+
+def plans_of(config: Config, opt: SparseSAM) -> list[Plan]:
+    """What the configured mask perturbs: one plan, or many draws of a moving cut."""
+    section = config.perturbation
+    draws = _DRAWS if section is not None and isinstance(section.mask, DepthMask) else 1
+    layout = opt.parameters.eligible(opt.param_groups)
+    return [opt.mask.plan(layout, opt.steps + draw) for draw in range(draws)]
+
+
+def ascents_of(config: Config, network: StagedModel, opt: SparseSAM, plans: Sequence[Plan]) -> list[Ascent]:
+    """The kinds of steps that the configured run has with these plans, each as often, and how often each comes."""
+    section = config.perturbation
+    if section is None:
+        return []
+    weights, depth = weights_of(network), len(network.stages)
+    often = (section.window[1] - section.window[0]) / section.interval / len(plans)
+    reuses = section.interval - 1 if section.reuse else 0
+    ascents = []
+    for plan in plans:
+        dense_share = opt.options.dense_share(plan)
+        for share, dense in ((1.0 - dense_share, False), (dense_share, True)):
+            if share:
+                resolved = opt.resolve(config.train.accumulation, plan=plan, dense=dense)
+                ascents.append(ascent_of(resolved, weights, depth, share=share * often, reuses=reuses))
+    return ascents
+
+
 def placement_of(config: Config, cluster: Cluster) -> Placement:
     """How the configuration spreads the weights over a cluster.
 
@@ -431,3 +244,195 @@ def _zero_settings(config: Config) -> ZeroSettings:
                     where = f"sharding.deepspeed.zero_optimization.{name}"
                     raise UserError(f"{where} is {section[name]!r}; a number is needed") from error
     return ZeroSettings(**found)
+
+
+def state_bytes_per_weight(config: Config) -> float:
+    """What the configured base optimizer keeps after a step, on a small layer."""
+    layer = nn.Linear(64, 64)
+    optimizer = base_optimizer(config, layer)
+    layer(torch.ones(2, 64)).sum().backward()
+    optimizer.step()
+    states = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor) and t.ndim]
+    return sum(t.nbytes for t in states) / sum(p.numel() for p in layer.parameters())
+
+
+# Of the pass that is measured.
+_CPU_IMAGES, _CUDA_IMAGES = 8, 64
+
+
+def measured(config: Config, *, images: int | None, repeats: int, times: Path | None, save: Path | None) -> Measured:
+    """The times of the network's parts: measured here, or read.
+
+    Args:
+        config: of the run.
+        images: of the pass that is measured, at least 4; None: as many as suit the device.
+        repeats: of which the median counts.
+        times: a file to take them from instead.
+        save: a file to write them to.
+
+    Raises:
+        UserError: the network does not take the configured images, or the file is of something else.
+    """
+    network = staged_model(config)
+    expected: dict[str, Any] = {
+        "model": config.model.name,
+        "resolution": config.data.resolution,
+        "precision": config.train.precision,
+        "weights": sum(p.numel() for p in network.parameters()),
+        "stages": len(network.stages),
+    }
+    if times is not None:
+        found = load_times(times)
+        found.check(expected, times)
+    else:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        images = images or (_CUDA_IMAGES if device.type == "cuda" else _CPU_IMAGES)
+        network, work, side = network.to(device), ConfiguredWork(config, device), config.data.resolution
+        batch = (
+            torch.randn(images, 3, side, side, device=device),
+            torch.randint(config.model.num_classes, (images,), device=device),
+        )
+        try:
+            activations = measure_activations(work, network, batch)
+        except (AssertionError, RuntimeError, ValueError) as error:
+            raise UserError(
+                f"data.resolution: {config.model.name} cannot take {images} images of {side} px: "
+                f"{str(error).splitlines()[0] if str(error) else type(error).__name__}"
+            ) from error
+        del expected["stages"]
+        step = measure_times(work, network, batch, base_optimizer(config, network.model), repeats)
+        found = Measured(**expected, images=images, hardware=this_machine(), times=step, activations=activations)
+    if save is not None:
+        found.save(save)
+    return found
+
+
+class ConfiguredWork:
+    """A pass as the configuration has it (`costs.profile.Work`)."""
+
+    def __init__(self, config: Config, device: torch.device) -> None:
+        self._device, self._precision = device, PRECISIONS[config.train.precision]
+        self._loss = soft_loss(config, self._precision)
+
+    def loss_fn(self, forward: Callable[[Tensor], Tensor], batch: Batch) -> Tensor:
+        """The configured loss, of labels that are not mixed."""
+        return self._loss(forward, batch)
+
+    def autocast(self) -> torch.autocast:
+        """The configured precision."""
+        return torch.autocast(self._device.type, self._precision, enabled=self._precision != torch.float32)
+
+
+# Of a micro-batch: neither what is sent nor what is held of the weights depends on them.
+_IMAGES = 2
+
+
+def simulated_rows(config: Config, cluster: Cluster) -> list[dict[str, Any]]:
+    """Rows of what the first process of the job holds and sends, and what is predicted, one a plan.
+
+    Of a plan whose steps differ, a step with an ascent; of a moving cut's draws, the one in the middle. `sent` and
+    `predicted_sent` are bytes of a step; `held` and `predicted_held` the bytes of the process's weights, base
+    optimizer's state and mask. The mask of a choice by scores is one by random scores, and `mask` says so;
+    where weights are spread what is sent of single weights and rows is not packed here, nor in `predicted_sent`.
+
+    Raises:
+        UserError: the configured backend cannot be simulated.
+    """
+    placement = placement_of(config, cluster)
+    if placement.backend == "single":
+        raise UserError("--dry-run: backend single sends nothing; add sharding.backend=fsdp2 or ddp, and --gpus 8")
+    network = staged_model(config)
+    base = base_optimizer(config, network.model)
+    weights, depth = weights_of(network, base), len(network.stages)
+    numel = sum(w.numel for w in weights.values())
+    alone = configured_sam(config, network, base)
+    drawn = sorted(plans_of(config, alone), key=lambda plan: plan.perturbed)
+    plan = drawn[len(drawn) // 2]
+    state, nothing = state_bytes_per_weight(config), StepTimes((StageTimes(0.0, 0.0, 0.0, 0.0),) * depth, 0.0, 0.0)
+    plans: dict[str, list[Ascent]] = {"base": []}
+    if config.perturbation is not None:
+        # The first kind of step is the mask's, or with the dense norm, the only one.
+        plans[config.method] = ascents_of(config, network, alone, [plan])[:1]
+    mask = GivenPlan(plan)
+    del network, base
+    rows = []
+    for name, ascents in plans.items():
+        try:
+            done = _simulated(config, placement, mask, ascends=bool(ascents))
+        except ValueError as error:
+            raise UserError(f"sharding: {error}") from error
+        # Where weights are spread a process needs to know the others' parts of a mask to pack what it sends them, and
+        # here are none.
+        packs = placement.shards == 1
+        always = [replace(a, share=1.0, between=a.between if packs else None) for a in ascents]
+        cost = step_cost(nothing, weights, always, placement, config.train.accumulation)
+        memory = footprint(
+            weights, always, placement, state, Activations(0.0, 0.0), 0.0, accumulation=config.train.accumulation
+        )
+        rows.append(
+            {
+                "plan": name,
+                "gpus": cluster.gpus,
+                "backend": placement.backend,
+                "replicas": placement.replicas,
+                "density": sum(sum(ascent.perturbed.values()) for ascent in always) / numel,
+                "mask": "by random scores" if isinstance(alone.mask, ScoreBased) and ascents else "as configured",
+                "sent": sum(done.sent.values()),
+                "sent_by_collective": done.sent,
+                "predicted_sent": cost.bytes,
+                "held": done.weights + done.optimizer + done.mask,
+                "predicted_held": memory.weights + memory.optimizer + memory.mask,
+                "memory_model": memory.model,
+                "memory_perturbing": memory.perturbing,
+            }
+        )
+    return rows
+
+
+def _simulated(config: Config, placement: Placement, mask: GivenPlan, *, ascends: bool) -> Simulated:
+    section, side = config.perturbation, config.data.resolution
+    work = ConfiguredWork(config, torch.device("cpu"))
+    batches = [
+        (torch.randn(_IMAGES, 3, side, side), torch.randint(config.model.num_classes, (_IMAGES,)))
+        for _ in range(config.train.accumulation)
+    ]
+    # DeepSpeed tells its story on standard output, where the rows belong.
+    with redirect_stdout(sys.stderr), fake_world(placement.cluster.gpus) as world:
+        staged = staged_model(config)
+        blocks = [stage.block for stage in staged.stages]
+        module, base = place(
+            staged,
+            blocks,
+            placement.backend,
+            world,
+            partial(base_optimizer, config, staged.model),
+            replicas=placement.replicas,
+            batch_size=_IMAGES,
+            accumulation=config.train.accumulation,
+            max_grad_norm=config.optimizer.clip_grad_norm,
+            deepspeed=config.sharding.deepspeed,
+        )
+        if section is None or not ascends:
+            opt = SparseSAM(module, base, rho=0.0, max_grad_norm=config.optimizer.clip_grad_norm)
+        else:
+            opt = SparseSAM(
+                module,
+                base,
+                rho=section.rho,
+                mask=mask,
+                # A calibration is due in the first step, and its dense ascent is not the plan's usual one.
+                norm=_usual_norm(section),
+                adaptive=section.adaptive,
+                fraction=section.fraction,
+                savings=Savings(**section.savings.model_dump()),
+                max_grad_norm=config.optimizer.clip_grad_norm,
+            )
+        done = simulate(opt, work.loss_fn, *batches)
+        del opt, module, base, staged, blocks  # before the process group, which they hold on to
+    return done
+
+
+def _usual_norm(section: Perturbation) -> Norm:
+    if section.norm != "calibrated":
+        return section.norm
+    return "dense" if section.calibrate_every == 1 else "masked"

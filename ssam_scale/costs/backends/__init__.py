@@ -17,5 +17,5 @@ for _module in pkgutil.iter_modules(__path__):
 
 
 def costs_of(weights: Weights, placement: Placement, accumulation: int = 1) -> BackendCosts:
-    """What a step of `accumulation` micro-batches sends and holds when `weights` are spread in this way."""
+    """What a step of `accumulation` micro-batches sends and holds when `weights` are placed in this way."""
     return COSTS[placement.backend](weights, placement, accumulation)

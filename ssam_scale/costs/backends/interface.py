@@ -111,7 +111,7 @@ def perturbing(ascents: Sequence[Ascent], shards: int, known: float) -> dict[str
 
     Args:
         ascents: the kinds of steps of a plan.
-        shards: processes that one copy of the weights is spread over.
+        shards: processes that one copy of the weights is sharded over.
         known: number of weights that this process knows the mask of.
     """
     perturbed = FLOAT * max((sum(a.perturbed.values()) for a in ascents), default=0) / shards
