@@ -55,7 +55,7 @@ def train() -> None:
         if dist.get_rank() == 0 and (step + 1) % 4 == 0:
             print(f"step {step + 1}: loss {loss:.3f}", flush=True)
 
-    engine.save_checkpoint("deepspeed_loop_checkpoint", client_state=opt.sparse_state())
+    engine.save_checkpoint("deepspeed_loop_checkpoint", client_state=opt.sparse.state_dict())
 
 
 if __name__ == "__main__":
