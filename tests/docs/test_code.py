@@ -73,6 +73,7 @@ from ssam_scale import SparseSAM
 from ssam_scale.config.section import Section
 """
 USES = """
+from types import SimpleNamespace
 from ssam_scale.masks.registry import MASKS
 from ssam_scale.perturbation.schedules import RADIUS_SCHEDULES
 
@@ -83,11 +84,13 @@ opt = SparseSAM(model, torch.optim.SGD(model.parameters(), lr=0.1), rho=0.1, mas
 for _ in range(5):
     opt.step(lambda forward, batch: forward(batch).square().mean(), torch.randn(8, 4))
 print(sorted(opt.report.plan.weights), round(opt.report.radius, 6), "__main__" in RADIUS_SCHEDULES)
+PrintSkipped().after_step(SimpleNamespace(step=5), opt.report)
+PrintSkipped().on_end(None)
 """
 
 
 def test_what_extending_adds_works(tmp_path: Path) -> None:
-    """The mask and the schedule of the page, in a process of their own: they register themselves."""
+    """The mask, the schedule and the hook of the page, in a process of their own: they register themselves."""
     blocks = [block.code for page, block in PYTHON if page.name == "docs/extending.md"]
     script = tmp_path / "extended.py"
     script.write_text(PRELUDE + "\n".join(blocks) + USES)
