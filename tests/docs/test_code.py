@@ -89,6 +89,7 @@ PrintSkipped().on_end(None)
 """
 
 
+@pytest.mark.slow
 def test_what_extending_adds_works(tmp_path: Path) -> None:
     """The mask, the schedule and the hook of the page, in a process of their own: they register themselves."""
     blocks = [block.code for page, block in PYTHON if page.name == "docs/extending.md"]
