@@ -10,11 +10,14 @@ import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import typer
 
 import ssam_scale
+from ssam_scale.cli.main import app
 from ssam_scale.config import load
 from tests.docs.pages import ROOT, Block, Page, pages
 from tests.support.processes import run
@@ -70,6 +73,7 @@ from ssam_scale import SparseSAM
 from ssam_scale.config.section import Section
 """
 USES = """
+from types import SimpleNamespace
 from ssam_scale.masks.registry import MASKS
 from ssam_scale.perturbation.schedules import RADIUS_SCHEDULES
 
@@ -80,11 +84,14 @@ opt = SparseSAM(model, torch.optim.SGD(model.parameters(), lr=0.1), rho=0.1, mas
 for _ in range(5):
     opt.step(lambda forward, batch: forward(batch).square().mean(), torch.randn(8, 4))
 print(sorted(opt.report.plan.weights), round(opt.report.radius, 6), "__main__" in RADIUS_SCHEDULES)
+PrintSkipped().after_step(SimpleNamespace(step=5), opt.report)
+PrintSkipped().on_end(None)
 """
 
 
+@pytest.mark.slow
 def test_what_extending_adds_works(tmp_path: Path) -> None:
-    """The mask and the schedule of the page, in a process of their own: they register themselves."""
+    """The mask, the schedule and the hook of the page, in a process of their own: they register themselves."""
     blocks = [block.code for page, block in PYTHON if page.name == "docs/extending.md"]
     script = tmp_path / "extended.py"
     script.write_text(PRELUDE + "\n".join(blocks) + USES)
@@ -117,6 +124,29 @@ def is_override(word: str) -> bool:
 def test_overrides_are_accepted(page: str, overrides: list[str]) -> None:
     backend = ["sharding.backend=fsdp2"] if any("replicas" in word for word in overrides) else []
     load(ROOT / "configs" / "resnet50.yaml", [*backend, "perturbation.norm=masked", *overrides])
+
+
+def commands() -> Iterator[tuple[str, list[str]]]:
+    """Words behind `ssam-scale` in the pages, with where."""
+    for page in pages():
+        shown = [line for block in page.blocks if block.language == "bash" for line in block.code.splitlines()]
+        for text in [*shown, *page.literals]:
+            if found := re.search(r"\bssam-scale ([a-z].*)", text):
+                yield page.name, [word for word in found[1].split() if word != "|"]
+
+
+@pytest.mark.parametrize(
+    ("page", "words"), [pytest.param(*case, id=f"{case[0]}: {' '.join(case[1])}") for case in commands()]
+)
+def test_commands_and_their_options_exist(page: str, words: list[str]) -> None:
+    command: Any = typer.main.get_command(app)
+    for word in words:
+        if hasattr(command, "commands"):
+            assert word in command.commands, f"{page}: {command.name} has no command {word}"
+            command = command.commands[word]
+        elif word.startswith("--"):
+            options = {option for parameter in command.params for option in parameter.opts}
+            assert word in options, f"{page}: {command.name} has no option {word}"
 
 
 def test_commands_are_scripts_that_exist() -> None:

@@ -30,6 +30,7 @@ def test_every_example_is_run_and_short_enough_to_read() -> None:
         assert len(path.read_text().splitlines()) <= 80, path
 
 
+@pytest.mark.slow
 def test_plain_loop(tmp_path: Path) -> None:
     output = output_of([sys.executable, EXAMPLES / "plain_loop.py"], tmp_path)
     losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", output)]
@@ -38,6 +39,7 @@ def test_plain_loop(tmp_path: Path) -> None:
     assert (tmp_path / "plain_loop.pt").exists()
 
 
+@pytest.mark.slow
 def test_coming_from_sam(tmp_path: Path) -> None:
     output = output_of([sys.executable, EXAMPLES / "coming_from_sam.py"], tmp_path)
     apart = [float(value) for value in re.findall(r"weights within (\S+)", output)]
@@ -45,6 +47,7 @@ def test_coming_from_sam(tmp_path: Path) -> None:
     assert max(apart) <= 1e-6  # the same arithmetic in fp32
 
 
+@pytest.mark.slow
 def test_own_model(tmp_path: Path) -> None:
     output = output_of([sys.executable, EXAMPLES / "own_model.py"], tmp_path)
     times = {name: float(value) for name, value in re.findall(r"^(.+): ([\d.]+) times", output, re.MULTILINE)}

@@ -7,7 +7,7 @@ from dataclasses import fields
 
 import torch
 
-from ssam_scale import CosineRadius, Interval, TiedRadius, Window
+from ssam_scale import CosineRadius, Interval, LRRadius, Window
 from tests.support.training import RHO, STEPS, Case
 
 _CASES = [
@@ -22,7 +22,7 @@ _CASES = [
     Case("vit", "moving cut", norm="calibrated", accumulation=2),
     Case("vit", "element", norm="calibrated", rho=(RHO, 0.0, 2 * RHO)),
     Case("vit", "tensor", norm="calibrated", adaptive=True, optimizer="adamw"),
-    Case("resnet", "dense", adaptive=True, schedule=TiedRadius(0.5)),
+    Case("resnet", "dense", adaptive=True, schedule=LRRadius(0.5)),
     Case("resnet", "moving cut", fraction=0.5),
     Case("convnext", "moving cut", fraction=0.3, accumulation=2, optimizer="adamw"),
     Case("vit", "dense", fraction=0.25, schedule=Interval(2, Window(2))),
