@@ -44,12 +44,14 @@ def check(text: str, expected: list[str]) -> None:
 
 @pytest.mark.slow
 def test_rows_add_up() -> None:
-    result = bench(*SMALL, "--plans", "element 50%", "--plans", "moving cut", "--json")
+    """A plan of each kind; one that moves has no one peak and is left out."""
+    plans = ["element 50%", "row 50%", "tensor 50%", "cut 0.5"]
+    result = bench(*SMALL, *(word for plan in [*plans, "moving cut"] for word in ("--plans", plan)), "--json")
     assert result.returncode == 0, result.stderr
-    check(result.stdout, ["base", "element 50%"])
+    check(result.stdout, [way.name for way in ways() if way.name in ["base", *plans]])
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive  # a process for each of some thirty plans
 def test_every_plan_has_its_row() -> None:
     result = bench(*SMALL, "--json")
     assert result.returncode == 0, result.stderr

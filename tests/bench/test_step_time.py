@@ -19,6 +19,7 @@ from ssam_scale.costs.compute import StageTimes, StepShape, StepTimes, predicted
 SMALL = ["--resolution", "32", "--batch-size", "4", "--repeats", "1"]
 MODELS = {"test_vit": 6, "test_resnet": 4}  # blocks
 Row = dict[str, Any]
+measuring = pytest.mark.slow  # every plan on two networks, once for all tests that look at them
 
 
 def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -45,7 +46,7 @@ def parts_of(rows: dict[str, Row]) -> StepTimes:
     return StepTimes(stages, parts["optimizer"], parts["perturb"])
 
 
-@pytest.mark.slow
+@measuring
 @pytest.mark.parametrize("model", MODELS)
 def test_every_plan_has_its_row(model: str, measured: list[Row]) -> None:
     rows = rows_of(model, measured)
@@ -68,6 +69,7 @@ def test_every_plan_has_its_row(model: str, measured: list[Row]) -> None:
         assert rows[name]["density"] == rows[name]["suffix_share"] == 1.0
 
 
+@measuring
 @pytest.mark.parametrize("model", MODELS)
 def test_cuts_perturb_and_cost_what_lies_behind_them(model: str, measured: list[Row]) -> None:
     rows, blocks = rows_of(model, measured), MODELS[model]
@@ -86,6 +88,7 @@ def test_cuts_perturb_and_cost_what_lies_behind_them(model: str, measured: list[
     assert rows["sam"]["target_over_base"] == 2.05
 
 
+@measuring
 @pytest.mark.parametrize("model", MODELS)
 def test_predictions_follow_from_the_parts_listed(model: str, measured: list[Row]) -> None:
     rows = rows_of(model, measured)
@@ -120,6 +123,7 @@ def test_predictions_follow_from_the_parts_listed(model: str, measured: list[Row
         assert rows[plan]["predicted_over_base"] <= without["predicted_over_base"] <= sam * (1.0 + 1e-9)
 
 
+@measuring
 @pytest.mark.parametrize("model", MODELS)
 def test_masks_have_the_density_asked_for(model: str, measured: list[Row]) -> None:
     rows = rows_of(model, measured)

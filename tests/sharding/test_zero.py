@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -33,7 +34,7 @@ from tests.support.training import (
     STEPS,
     TOLERANCE,
     Case,
-    largest_difference,
+    check,
     reference,
     train,
 )
@@ -48,6 +49,10 @@ class Kind:
     stage: int
     precision: torch.dtype = torch.float32
     more: tuple[tuple[str, Any], ...] = ()
+
+    def __str__(self) -> str:
+        words = [f"zero{self.stage}", str(self.precision).removeprefix("torch.")]
+        return " ".join([*words, *("accumulates in float32" for name, _ in self.more if name == "data_types")])
 
     @property
     def config(self) -> dict[str, Any]:
@@ -123,11 +128,6 @@ def distance(a: list[Tensor], b: list[Tensor]) -> float:
     return float(length_of({str(i): x.double() - y.double() for i, (x, y) in enumerate(zip(a, b, strict=True))}))
 
 
-def on_ranks(world: World, function: Callable[..., list[str]], kinds: list[Kind]) -> list[str]:
-    """What `function(world, kind)` says did not hold."""
-    return [f"{kind}: {wrong}" for kind in kinds for wrong in function(world, kind)]
-
-
 # Small buckets make several reductions a pass; thresholds of 0 and 300 keep no parameter and some of them whole.
 SETTINGS: list[tuple[int, dict[str, Any]]] = [
     (0, {}),
@@ -147,21 +147,25 @@ PICKED = [
 ]
 
 
-def _settings(world: World) -> list[Any]:
-    return [train(world, f"zero{stage}", PICKED, deepspeed={"zero_optimization": more}) for stage, more in SETTINGS]
-
-
-@pytest.mark.slow
-def test_equals_the_reference_under_deepspeeds_own_settings() -> None:
+def check_setting(index: int, case: Case) -> None:
+    stage, more = SETTINGS[index]
     size = 3  # which splits everything unevenly
-    ranks = run_ranks(size, _settings)
-    for index, (stage, more) in enumerate(SETTINGS):
-        differences = [largest_difference(case, ranks[0][index][i]) for i, case in enumerate(PICKED)]
-        print(f"zero{stage} × {size} {more}: {max(differences):.1e}")
-        assert max(differences) <= TOLERANCE, (stage, more, differences)
-        for other in ranks[1:]:
-            for mine, theirs in zip(ranks[0][index], other[index], strict=True):
-                assert all(torch.equal(theirs["weights"][n], w) for n, w in mine["weights"].items())
+    ranks = run_ranks(size, partial(train, deepspeed={"zero_optimization": more}), f"zero{stage}", [case])
+    check([case], ranks, f"zero{stage}")
+
+
+# Every stage meets every case: the settings of a stage follow each other.
+@pytest.mark.slow
+@pytest.mark.parametrize("index", range(len(SETTINGS)), ids=map(str, SETTINGS))
+def test_equals_the_reference_under_deepspeeds_own_settings(index: int) -> None:
+    check_setting(index, PICKED[index % len(PICKED)])
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("case", PICKED, ids=str)
+@pytest.mark.parametrize("index", range(len(SETTINGS)), ids=map(str, SETTINGS))
+def test_every_case_equals_the_reference_under_deepspeeds_own_settings(index: int, case: Case) -> None:
+    check_setting(index, case)
 
 
 class Odd(nn.Module):
@@ -322,13 +326,12 @@ def _failures(world: World, kind: Kind, threshold: int = 0) -> list[str]:
     return wrong
 
 
-def _all_failures(world: World) -> list[str]:
-    return on_ranks(world, _failures, FP32) + _failures(world, Kind(3), 300)
-
-
 @pytest.mark.slow
-def test_an_exception_anywhere_leaves_the_weights_at_w_and_the_next_step_undisturbed() -> None:
-    assert run_ranks(2, _all_failures) == [[], []]
+@pytest.mark.parametrize(("kind", "threshold"), [*((kind, 0) for kind in FP32), (Kind(3), 300)], ids=str)
+def test_an_exception_anywhere_leaves_the_weights_at_w_and_the_next_step_undisturbed(
+    kind: Kind, threshold: int
+) -> None:
+    assert run_ranks(2, _failures, kind, threshold) == [[], []]
 
 
 def _by_hand(world: World, kind: Kind) -> list[str]:
@@ -379,8 +382,9 @@ def _by_hand(world: World, kind: Kind) -> list[str]:
 
 
 @pytest.mark.slow
-def test_rho_zero_is_the_engine_alone_and_the_three_forms_are_one_step() -> None:
-    assert run_ranks(2, on_ranks, _by_hand, FP32) == [[], []]
+@pytest.mark.parametrize("kind", FP32, ids=str)
+def test_rho_zero_is_the_engine_alone_and_the_three_forms_are_one_step(kind: Kind) -> None:
+    assert run_ranks(2, _by_hand, kind) == [[], []]
 
 
 def low_precision_reference(kind: Kind, masks: list[dict[str, Tensor]], accumulation: int) -> list[Tensor]:
@@ -454,8 +458,9 @@ def _low_precision(world: World, kind: Kind) -> list[str]:
 
 
 @pytest.mark.slow
-def test_low_precision_has_float32_masters_is_moved_by_rho_and_comes_back_bit_for_bit() -> None:
-    assert run_ranks(2, on_ranks, _low_precision, BF16 + FP16) == [[], []]
+@pytest.mark.parametrize("kind", BF16 + FP16, ids=str)
+def test_low_precision_has_float32_masters_is_moved_by_rho_and_comes_back_bit_for_bit(kind: Kind) -> None:
+    assert run_ranks(2, _low_precision, kind) == [[], []]
 
 
 def _not_finite(world: World, kind: Kind) -> list[str]:
@@ -493,8 +498,9 @@ def _not_finite(world: World, kind: Kind) -> list[str]:
 
 
 @pytest.mark.slow
-def test_a_gradient_that_is_not_finite_on_one_rank_skips_on_all_of_them() -> None:
-    assert run_ranks(2, on_ranks, _not_finite, FP32 + BF16 + FP16) == [[], []]
+@pytest.mark.parametrize("kind", FP32 + BF16 + FP16, ids=str)
+def test_a_gradient_that_is_not_finite_on_one_rank_skips_on_all_of_them(kind: Kind) -> None:
+    assert run_ranks(2, _not_finite, kind) == [[], []]
 
 
 def _resumed(world: World, kind: Kind) -> list[str]:
@@ -548,8 +554,9 @@ def _resumed(world: World, kind: Kind) -> list[str]:
 
 
 @pytest.mark.slow
-def test_resuming_equals_never_having_stopped() -> None:
-    assert run_ranks(2, on_ranks, _resumed, FP32 + BF16 + FP16) == [[], []]
+@pytest.mark.parametrize("kind", FP32 + BF16 + FP16, ids=str)
+def test_resuming_equals_never_having_stopped(kind: Kind) -> None:
+    assert run_ranks(2, _resumed, kind) == [[], []]
 
 
 def _misuse(world: World) -> list[str]:

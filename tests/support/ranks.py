@@ -203,7 +203,9 @@ def _serve(rank: int, size: int, port: int, connection: Connection) -> None:
                 # gloo may abort the process at exit while wrappers of a group are alive.
                 gc.collect()
                 if changed := _left_changed(before):
-                    raise AssertionError(f"{function.__qualname__} leaves {', '.join(changed)} changed")
+                    raise AssertionError(
+                        f"{getattr(function, '__qualname__', function)} leaves {', '.join(changed)} changed"
+                    )
                 connection.send((False, result.getvalue()))
     except BaseException:
         with contextlib.suppress(OSError):

@@ -15,6 +15,7 @@ APART = {
         "launch/test_quickstart",
         "sharding/test_equivalence",
         "sharding/test_failures",
+        "sharding/test_zero",
         "tracking/test_shutdown",
         "train/test_runs",
     )
