@@ -1,1 +1,1 @@
-"""Measured claims: what a part of the package costs, next to the plain way of doing the same."""
+"""Benchmarks: time, memory and bytes of a part of the package, next to the usual alternative in the same run."""

@@ -103,7 +103,7 @@ class Savings(Section):
         False, description="fsdp2, zero3: weights left alone stay gathered between the passes, which takes their memory"
     )
     within_shard_group: bool = Field(
-        False, description="fsdp2 with replicas: each copy of the weights climbs by its own part of the batch"
+        False, description="fsdp2 with replicas: the ascent of each shard group is by its own part of the batch"
     )
 
 

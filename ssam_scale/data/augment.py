@@ -1,4 +1,4 @@
-"""Which part of an image is seen: compiled crops and flips that depend on seed, epoch and image, and on nothing else.
+"""Compiled decoding, random crops and flips, which depend on seed, epoch and image alone.
 
 FFCV's own augmentations draw from an unseeded generator per thread, so no run can be repeated or resumed exactly. Here
 every draw is a hash of (seed, epoch, index of the image in the file, number of the draw): the same for any number of

@@ -1,4 +1,4 @@
-"""The .beton file: its layout, what is checked before anybody reads it, and the sidecar that says what it should be.
+"""The .beton format: its layout, checks of a file before it is read, and the sidecar that holds its checksum.
 
 FFCV's format has neither a magic number nor a checksum, and FFCV reads a damaged file without a word. So every file is
 checked here for consistency of header, tables and size, and against `<file>.json`, which the writer leaves beside it.

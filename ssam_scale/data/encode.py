@@ -1,4 +1,4 @@
-"""One image on its way into a .beton file: decoded, checked for damage, and stored as JPEG or as raw pixels."""
+"""Encoding one image for a .beton file: decoded, checked for damage, kept as JPEG or as raw pixels."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""FFCV's loader with our decoder in it, an order that does not depend on the number of processes, and an epoch that
-can be stopped and that passes exceptions on.
+"""FFCV's `Loader` with a decoder, a traversal order and an epoch iterator of our own.
+
+The order does not depend on the number of processes; the iterator can be stopped, and raises what its thread raised.
 
 FFCV schedules, reads pages and recycles buffers; the pixels come from `augment.decode`, in threads of our own. FFCV
 would compile a loop over the batch anew for every loader (4 to 7 seconds) and run it in numba's thread pool, which
@@ -153,8 +154,8 @@ class SlicedShuffle(TraversalOrder):
     def sample_order(self, epoch: int) -> Indices:
         """The indices this process reads in `epoch`."""
         shuffled = np.random.default_rng((self._seed, epoch)).permutation(self._pool)
-        whole = len(self._pool) // (self._world_size * self._batch)
-        batches = shuffled[: whole * self._world_size * self._batch].reshape(whole, self._world_size, self._batch)
+        count = len(self._pool) // (self._world_size * self._batch)  # of full batches
+        batches = shuffled[: count * self._world_size * self._batch].reshape(count, self._world_size, self._batch)
         return np.ascontiguousarray(batches[:, self._rank]).reshape(-1)
 
 
@@ -253,7 +254,7 @@ class Reader:
         workers: int,
         seed: int = 0,
     ) -> None:
-        """`order`: a shuffle, of which PagedShuffle reads whole pages into memory, or the very indices to read."""
+        """`order`: a shuffle (PagedShuffle reads page by page into memory), or the indices to read, in their order."""
         self._decoder = ImageDecoder(path, view, workers)
         options: dict[str, Any] = {"order": order, "os_cache": isinstance(order, SlicedShuffle)}
         if isinstance(order, np.ndarray):

@@ -1,4 +1,4 @@
-"""Batches of normalised images on the device, repeatable bit for bit and the same for any number of processes."""
+"""Loaders of normalised images on the device, deterministic and independent of the number of processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writes .beton files: all of it or nothing, the same bytes for the same input, and every image checked on the way.
+"""Writing .beton files: atomically, the same bytes for the same input, every image checked.
 
 FFCV's own writer hangs when a worker dies, overwrites its target from the first byte on and fills it in whatever order
 its processes finish. Decoding and compressing leave Python's lock, so threads serve as well here, and one place that
@@ -133,10 +133,10 @@ def scan_folder(source: Path, limit: int | None = None) -> tuple[list[str], list
     if limit is not None:
         # The first of every class, then the second of every class, …: small extracts still hold all classes.
         rounds = sorted((place, label) for label, found in enumerate(files) for place in range(len(found)))[:limit]
-        taken = [0] * len(files)
+        counts = [0] * len(files)
         for _, label in rounds:
-            taken[label] += 1
-        files = [found[:count] for found, count in zip(files, taken, strict=True)]
+            counts[label] += 1
+        files = [found[:count] for found, count in zip(files, counts, strict=True)]
     samples = [Sample(str(path), path, label) for label, found in enumerate(files) for path in found]
     return [folder.name for folder in folders], samples
 

@@ -12,7 +12,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from ssam_scale.anneal import along_half_cosine
+from ssam_scale.anneal import cosine_annealed
 from ssam_scale.config.mask_sections import DepthMask
 
 from .plan import Layout, Mask, Plan
@@ -49,7 +49,7 @@ class AnnealedCut:
     def __call__(self, step: int) -> Range:
         """The range at `step`."""
         done = step / self.steps
-        low, high = (along_half_cosine(a, b, done) for a, b in zip(self.first, self.last, strict=True))
+        low, high = (cosine_annealed(a, b, done) for a, b in zip(self.first, self.last, strict=True))
         return low, high
 
 

@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from ssam_scale.anneal import along_half_cosine
+from ssam_scale.anneal import cosine_annealed
 from ssam_scale.config.mask_sections import BudgetedMask, Score
 
 from .plan import Layout, Plan, first_block
@@ -37,7 +37,7 @@ class Annealed:
 
     def __call__(self, step: int) -> float:
         """The sparsity of a mask that is chosen at `step`."""
-        return along_half_cosine(self.first, self.last, step / self.steps)
+        return cosine_annealed(self.first, self.last, step / self.steps)
 
 
 Sparsity: TypeAlias = float | Annealed

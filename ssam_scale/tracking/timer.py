@@ -1,23 +1,27 @@
 """Where the time of a step goes: seconds per phase and by kind of step, without making the device wait.
 
 On the host a phase is timed by a clock. On CUDA it is bracketed by events on the current stream, which are read only
-when a summary is asked for and only where the device has already passed them. Measured cost on the host, reading
-included (AMD EPYC, Python 3.11): 1.3 µs per phase, so 9 µs for a step of seven phases and 36 µs for one of four
-micro-batches: below 1% of steps longer than 1 ms and 4 ms.
+when a summary is asked for and only where the device has already passed them: waiting for the loader counts as data
+only while the device has nothing left to do, which is the part of the loader's time that costs anything. Measured cost
+on the host, reading included (AMD EPYC, Python 3.11): 1.3 µs per phase, so 9 µs for a step of seven phases and 36 µs
+for one of four micro-batches: below 1% of steps longer than 1 ms and 4 ms.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from statistics import median
 from types import TracebackType
-from typing import Any, Protocol, TypeAlias, cast, get_args
+from typing import TYPE_CHECKING, Any, TypeAlias, cast, get_args
 
+from ssam_scale.clock import Clock, clock_of
 from ssam_scale.perturbation import Phase, StepKind
+
+if TYPE_CHECKING:
+    import torch
 
 PHASES: tuple[Phase, ...] = get_args(Phase)
 
@@ -50,86 +54,6 @@ class PhaseSummary:
     def seconds(self) -> float:
         """Sum of the step times."""
         return sum(self.step_times)
-
-
-class Marks(Protocol):
-    """Points in time, taken now and read later."""
-
-    def mark(self) -> Any:
-        """Take one."""
-
-    def passed(self, mark: Any) -> bool:
-        """Whether the device has reached `mark`; never waits."""
-
-    def wait(self, mark: Any) -> None:
-        """Wait until the device has reached `mark`."""
-
-    def seconds(self, start: Any, end: Any) -> float:
-        """Time between two marks that the device has passed."""
-
-    def release(self, marks: Iterable[Any]) -> None:
-        """Say that these will not be read again."""
-
-
-class HostMarks:
-    """Marks of a host clock: each is passed as soon as it is taken."""
-
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
-        self.mark = clock
-
-    def passed(self, mark: float) -> bool:
-        """Always."""
-        return True
-
-    def wait(self, mark: float) -> None:
-        """Return at once."""
-
-    def seconds(self, start: float, end: float) -> float:
-        """Difference of the readings."""
-        return end - start
-
-    def release(self, marks: Iterable[float]) -> None:
-        """Nothing to do: marks are numbers."""
-
-
-class CudaMarks:
-    """Marks of a CUDA stream, reused because creating an event costs more than recording one.
-
-    Time is the device's: waiting for the loader counts as data only while the device had nothing left to do, which is
-    the part of the loader's time that costs anything.
-    """
-
-    def __init__(self, new_event: Callable[[], Any] | None = None) -> None:
-        if new_event is None:
-            import torch
-
-            def new_event() -> Any:
-                return torch.cuda.Event(enable_timing=True)
-
-        self._new_event = new_event
-        self._free: list[Any] = []
-
-    def mark(self) -> Any:
-        """Record an event on the current stream."""
-        event = self._free.pop() if self._free else self._new_event()
-        event.record()
-        return event
-
-    def passed(self, mark: Any) -> bool:
-        """Whether the stream has reached the event."""
-        return bool(mark.query())
-
-    def wait(self, mark: Any) -> None:
-        """Block the host until the stream has reached the event."""
-        mark.synchronize()
-
-    def seconds(self, start: Any, end: Any) -> float:
-        """Time between two events."""
-        return float(start.elapsed_time(end)) / 1000.0
-
-    def release(self, marks: Iterable[Any]) -> None:
-        """Keep the events for later marks."""
-        self._free.extend(marks)
 
 
 class _Span:
@@ -174,14 +98,12 @@ class PhaseTimer:
 
     Args:
         device: where the work runs; a CUDA device is timed by events, everything else by the host's clock.
-        marks: what to measure by, instead of what fits the device.
+        clock: what to measure by, instead of the device's.
     """
 
-    def __init__(self, device: object = "cpu", *, marks: Marks | None = None) -> None:
-        if marks is None:
-            marks = CudaMarks() if str(device).startswith("cuda") else HostMarks()
-        self._marks: Marks = marks
-        self._mark = marks.mark
+    def __init__(self, device: torch.device | str = "cpu", *, clock: Clock | None = None) -> None:
+        self._clock = clock or clock_of(device)
+        self._mark = self._clock.mark
         self._spans: dict[str, _Span] = {name: _Span(self, name) for name in PHASES}
         self._open: Phase | None = None
         self._opened: Any = None
@@ -233,13 +155,13 @@ class PhaseTimer:
                 yet are kept for the next drain.
         """
         if wait and self._ended:
-            self._marks.wait(self._ended[-1].end)
-        done = list(takewhile(lambda step: self._marks.passed(step.end), self._ended))
+            self._clock.wait(self._ended[-1].end)
+        done = list(takewhile(lambda step: self._clock.passed(step.end), self._ended))
         del self._ended[: len(done)]
         measured = [(step.kind, *self._measure(step)) for step in done]
         for step in done:
-            self._marks.release(mark for _, opened, closed in step.phases for mark in (opened, closed))
-            self._marks.release((step.end,))
+            self._clock.release(mark for _, opened, closed in step.phases for mark in (opened, closed))
+            self._clock.release((step.end,))
         kinds = dict.fromkeys(kind for kind, _, _ in measured)
         by_kind = {kind: _summary([m[1:] for m in measured if m[0] == kind]) for kind in kinds}
         return replace(_summary([m[1:] for m in measured]), by_kind=by_kind)
@@ -248,8 +170,8 @@ class PhaseTimer:
         """Seconds of each phase and of the whole step, all of whose marks have been passed."""
         phases: dict[Phase, float] = {}
         for name, opened, closed in step.phases:
-            phases[name] = phases.get(name, 0.0) + self._marks.seconds(opened, closed)
-        return phases, self._marks.seconds(step.phases[0][1], step.end)
+            phases[name] = phases.get(name, 0.0) + self._clock.seconds(opened, closed)
+        return phases, self._clock.seconds(step.phases[0][1], step.end)
 
 
 def _summary(steps: Sequence[tuple[dict[Phase, float], float]]) -> PhaseSummary:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from ssam_scale.clock import timed
 from ssam_scale.config.mask_sections import RefreshedMask
 from ssam_scale.config.schema import Config
 from ssam_scale.data import Batch
@@ -88,9 +88,9 @@ class RefreshMask(Hook):
             mask.seconds = ascent_seconds(self._opt, self._loss_fn, *batches.ahead(self._local_batch))
         if isinstance(mask, Refreshed) and self._opt.refresh_is_due:
             scored, samples = self._scored(mask, batches)
-            began = time.monotonic()
-            self._refresh(scored, samples)
-            self._record(time.monotonic() - began, samples)
+            with timed(self._world.device) as refresh:
+                self._refresh(scored, samples)
+            self._record(refresh.seconds, samples)
 
     def _scored(self, mask: Refreshed, batches: EpochBatches) -> tuple[list[Batch], int | None]:
         """The batches to score on this process, and how many images of all processes; none if scores are not of images.

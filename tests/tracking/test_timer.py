@@ -6,7 +6,8 @@ import time
 
 import pytest
 
-from ssam_scale.tracking.timer import PHASES, CudaMarks, HostMarks, PhaseSummary, PhaseTimer
+from ssam_scale.clock import CudaClock, HostClock
+from ssam_scale.tracking.timer import PHASES, PhaseSummary, PhaseTimer
 
 
 class Clock:
@@ -40,7 +41,7 @@ def test_phase_names_are_those_of_the_metrics() -> None:
 
 def test_means_over_steps_and_median_of_steps() -> None:
     clock = Clock()
-    timer = PhaseTimer(marks=HostMarks(clock))
+    timer = PhaseTimer(clock=HostClock(clock))
     run_step(timer, clock, data=1, descent_forward=2)
     run_step(timer, clock, data=3, descent_forward=2)
     run_step(timer, clock, data=20, descent_forward=2, optimizer=6)
@@ -52,7 +53,7 @@ def test_means_over_steps_and_median_of_steps() -> None:
 
 def test_each_kind_of_step_is_summed_up_by_itself() -> None:
     clock = Clock()
-    timer = PhaseTimer(marks=HostMarks(clock))
+    timer = PhaseTimer(clock=HostClock(clock))
     for kind, seconds in (("sparse", 4), ("base", 1), ("sparse", 6), ("base", 3), ("base", 5)):
         with timer("data"):
             clock.now += 1
@@ -74,7 +75,7 @@ def test_each_kind_of_step_is_summed_up_by_itself() -> None:
 
 def test_occurrences_within_a_step_add_up() -> None:
     clock = Clock()
-    timer = PhaseTimer(marks=HostMarks(clock))
+    timer = PhaseTimer(clock=HostClock(clock))
     for _ in range(4):
         with timer("descent forward"):
             clock.now += 2
@@ -86,7 +87,7 @@ def test_occurrences_within_a_step_add_up() -> None:
 
 def test_a_step_includes_gaps_between_phases_but_not_between_steps() -> None:
     clock = Clock()
-    timer = PhaseTimer(marks=HostMarks(clock))
+    timer = PhaseTimer(clock=HostClock(clock))
     with timer("data"):
         clock.now += 1
     clock.now += 5
@@ -100,7 +101,7 @@ def test_a_step_includes_gaps_between_phases_but_not_between_steps() -> None:
 
 def test_drain_forgets_what_it_returned_and_keeps_the_step_under_way() -> None:
     clock = Clock()
-    timer = PhaseTimer(marks=HostMarks(clock))
+    timer = PhaseTimer(clock=HostClock(clock))
     run_step(timer, clock, data=1)
     with timer("data"):
         clock.now += 4
@@ -120,7 +121,7 @@ def test_summary_of_no_steps() -> None:
 
 def test_misuse_is_an_error_and_leaves_the_timer_usable() -> None:
     clock = Clock()
-    timer = PhaseTimer(marks=HostMarks(clock))
+    timer = PhaseTimer(clock=HostClock(clock))
     with pytest.raises(ValueError, match="no phase 'forward'; phases are data, "):
         timer("forward")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="without a phase"):
@@ -179,7 +180,7 @@ class Event:
 
 def test_events_are_read_only_where_the_device_has_passed_and_never_waited_for() -> None:
     stream = Stream()
-    timer = PhaseTimer(marks=CudaMarks(stream.event))
+    timer = PhaseTimer(clock=CudaClock(stream.event))
     for _ in range(3):
         for name in ("data", "optimizer"):
             with timer(name):  # type: ignore[arg-type]
@@ -197,7 +198,7 @@ def test_events_are_read_only_where_the_device_has_passed_and_never_waited_for()
 
 def test_events_are_reused() -> None:
     stream = Stream()
-    timer = PhaseTimer(marks=CudaMarks(stream.event))
+    timer = PhaseTimer(clock=CudaClock(stream.event))
     for _ in range(10):
         with timer("data"):
             pass

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ssam_scale.anneal import along_half_cosine
+from ssam_scale.anneal import cosine_annealed
 from ssam_scale.config.schema import Perturbation
 from ssam_scale.perturbation.schedules.interface import RadiusSchedule, register_schedule
 
@@ -29,7 +29,7 @@ class CosineRadius:
 
     def __call__(self, step: int, group: Mapping[str, Any]) -> float:
         """final + (1 − final) · (1 + cos(π · step / steps)) / 2."""
-        return along_half_cosine(1.0, self.final, step / self.steps)
+        return cosine_annealed(1.0, self.final, step / self.steps)
 
 
 @register_schedule("from rho to rho_final · rho along half a cosine over the run")
