@@ -103,11 +103,7 @@ def test_a_schedule_takes_one_file_and_a_mask_and_a_score_two(tmp_path: Path) ->
     (package / "perturbation/scores/sign.py").write_text(SCORE)
     sections = package / "config/mask_sections.py"
     edit(sections, "\nMask: TypeAlias = Annotated[\n    ", SECTION)
-    edit(
-        sections,
-        'Literal["fisher", "gradient", "accumulated", ',
-        'Literal["fisher", "gradient", "sign", "accumulated", ',
-    )
+    edit(sections, "Literal[SampleScore, ", 'Literal[SampleScore, "sign", ')
     config = tmp_path / "run.yaml"
     config.write_text(CONFIG)
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias, cast, get_args
 
 from pydantic import Field, field_validator, model_validator
 
 from .section import Section, Share
 
-Score: TypeAlias = Literal["fisher", "gradient", "accumulated", "weight", "random"]
 Sparsity: TypeAlias = Annotated[float, Field(ge=0.0, lt=1.0)]
-SampleScore: TypeAlias = Literal["fisher", "gradient"]
+SampleScore: TypeAlias = Literal["fisher", "gradient"]  # computed from samples
+Score: TypeAlias = Literal[SampleScore, "accumulated", "weight", "random"]
 
 
 class DynamicChoice(Section):
@@ -73,7 +73,7 @@ class RefreshedMask(Section):
     @property
     def by_samples(self) -> tuple[SampleScore, ...]:
         """Those of its scores that are computed from samples."""
-        return tuple(s for s in self.scores if s == "fisher" or s == "gradient")
+        return tuple(cast("SampleScore", score) for score in self.scores if score in get_args(SampleScore))
 
     @property
     def is_refreshed(self) -> bool:

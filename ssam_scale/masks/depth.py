@@ -1,4 +1,4 @@
-"""The suffix of the network from a cut on: at one depth, or drawn anew at each step, by one of three distributions."""
+"""The suffix of the network from a cut on: a fixed cut, or a moving one that is drawn anew at each step."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class Depth:
         self.seed = seed
 
     def check(self, layout: Layout) -> None:
-        """Anything will do."""
+        """Any weights will do."""
 
     def cuts(self, depth: int, step: int) -> range:
         """The cuts that step number `step` may draw, of a network of `depth` blocks."""

@@ -91,13 +91,15 @@ class NM(ScoreBased):
     ) -> Mapping[str, Subset | None]:
         """See `ScoreBased`."""
         [given] = scores.values()
-        grouped = [
-            _Groups(layout.starts.get(name, 0), layout.numels[name], math.prod(layout.shapes[name][2:]), self.n, self.m)
+        shards = [
+            _GroupedShard(
+                layout.starts.get(name, 0), layout.numels[name], math.prod(layout.shapes[name][2:]), self.n, self.m
+            )
             for name in given
             if self._fits(layout, name)
         ]
         names = [name for name in given if self._fits(layout, name)]
-        masks = dict(zip(names, _choose(grouped, [given[name] for name in names], group), strict=True))
+        masks = dict(zip(names, _highest_in_groups(shards, [given[name] for name in names], group), strict=True))
         result: dict[str, Subset | None] = {}
         for name, local in given.items():
             if name in masks:
@@ -111,7 +113,7 @@ class NM(ScoreBased):
 
 
 @dataclass(frozen=True)
-class _Groups:
+class _GroupedShard:
     """Where a shard lies among its parameter's blocks: `inner` interleaved groups, contiguous together.
 
     Attributes:
@@ -143,58 +145,58 @@ class _Groups:
         return result
 
 
-def _choose(groups: list[_Groups], scores: list[Tensor], group: ShardGroup) -> list[Tensor]:
-    """Booleans for each local score. Blocks that two processes share are shown to both."""
-    if not groups:
+def _highest_in_groups(shards: list[_GroupedShard], scores: list[Tensor], group: ShardGroup) -> list[Tensor]:
+    """Boolean masks of the local scores. Processes exchange the scores of blocks that straddle their shards."""
+    if not shards:
         return []
     device = scores[0].device
-    shared = _shared_blocks(groups, scores, group, device)
-    # One all-reduce of the shared blocks of all parameters, in which each process fills in what it has.
-    lengths = [len(blocks) * g.block for g, blocks in zip(groups, shared, strict=True)]
-    meeting = torch.zeros(sum(lengths), device=device)
-    for g, s, blocks, seen in zip(groups, scores, shared, meeting.split(lengths), strict=True):
-        for block, buffer in zip(blocks, seen.view(-1, g.block), strict=True):
-            first, last, inside = _overlap(g, block, s.numel())
+    blocks_of = _straddling_blocks(shards, scores, group, device)
+    # One all-reduce of the straddling blocks of all parameters, in which each process fills in what it has.
+    lengths = [len(blocks) * shard.block for shard, blocks in zip(shards, blocks_of, strict=True)]
+    straddling = torch.zeros(sum(lengths), device=device)
+    for shard, s, blocks, seen in zip(shards, scores, blocks_of, straddling.split(lengths), strict=True):
+        for block, buffer in zip(blocks, seen.view(-1, shard.block), strict=True):
+            first, last, inside = _overlap(shard, block, s.numel())
             if first < last:
                 buffer[inside : inside + last - first] = s.reshape(-1)[first:last]
     if group.size > 1:
-        meeting = group.all_reduce(meeting)
+        straddling = group.all_reduce(straddling)
     result = []
-    for g, s, blocks, seen in zip(groups, scores, shared, meeting.split(lengths), strict=True):
+    for shard, s, blocks, seen in zip(shards, scores, blocks_of, straddling.split(lengths), strict=True):
         flat = s.reshape(-1)
         mask = torch.zeros(flat.shape, dtype=torch.bool, device=device)
-        head = min(-g.start % g.block, flat.numel())
-        tail = head + (flat.numel() - head) // g.block * g.block
-        mask[head:tail] = g.highest(flat[head:tail])
-        for block, chosen in zip(blocks, g.highest(seen).view(-1, g.block), strict=True):
-            first, last, inside = _overlap(g, block, flat.numel())
+        head = min(-shard.start % shard.block, flat.numel())
+        tail = head + (flat.numel() - head) // shard.block * shard.block
+        mask[head:tail] = shard.highest(flat[head:tail])
+        for block, chosen in zip(blocks, shard.highest(seen).view(-1, shard.block), strict=True):
+            first, last, inside = _overlap(shard, block, flat.numel())
             if first < last:
                 mask[first:last] = chosen[inside : inside + last - first]
         result.append(mask)
     return result
 
 
-def _shared_blocks(
-    groups: list[_Groups], scores: list[Tensor], group: ShardGroup, device: torch.device
+def _straddling_blocks(
+    shards: list[_GroupedShard], scores: list[Tensor], group: ShardGroup, device: torch.device
 ) -> list[list[int]]:
     """Of each parameter, the blocks that a shard begins within; the same on every process."""
     if group.size == 1:
-        return [[] for _ in groups]
-    starts = torch.zeros(group.size, len(groups), dtype=torch.int64, device=device)
-    mine = [g.start if s.numel() else 0 for g, s in zip(groups, scores, strict=True)]
+        return [[] for _ in shards]
+    starts = torch.zeros(group.size, len(shards), dtype=torch.int64, device=device)
+    mine = [shard.start if s.numel() else 0 for shard, s in zip(shards, scores, strict=True)]
     starts[group.rank] = torch.tensor(mine, device=device)
-    everyones = group.all_reduce(starts).T.tolist()
+    all_starts = group.all_reduce(starts).T.tolist()
     return [
-        sorted({start // g.block for start in column if start % g.block})
-        for g, column in zip(groups, everyones, strict=True)
+        sorted({start // shard.block for start in column if start % shard.block})
+        for shard, column in zip(shards, all_starts, strict=True)
     ]
 
 
-def _overlap(g: _Groups, block: int, length: int) -> tuple[int, int, int]:
+def _overlap(shard: _GroupedShard, block: int, length: int) -> tuple[int, int, int]:
     """Where a block lies in the shard, from and up to; and where that begins in the block."""
-    begin = block * g.block - g.start
+    begin = block * shard.block - shard.start
     first = min(max(begin, 0), length)
-    return first, min(max(begin + g.block, 0), length), first - begin
+    return first, min(max(begin + shard.block, 0), length), first - begin
 
 
 @register_mask(NMMask, "n of every m consecutive input features (channels), by score", "arXiv 2306.17504")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ssam_scale.anneal import cosine_annealed
-from ssam_scale.config.mask_sections import BudgetedMask, Score
+from ssam_scale.config.mask_sections import BudgetedMask, SampleScore, Score
 
 from .plan import Layout, Plan, first_block
 from .registry import RunInfo
@@ -105,6 +105,10 @@ class Refreshed:
     def wanted(self) -> Sequence[Score]:
         """The scores that the next refresh needs. The first is at random where there is nothing accumulated yet."""
         return ("random",) if self.chosen_at < 0 and "accumulated" in self.kinds else self.kinds
+
+    def needs_samples(self) -> bool:
+        """Whether one of them is computed from samples."""
+        return not set(get_args(SampleScore)).isdisjoint(self.wanted())
 
     def refresh(self, layout: Layout, scores: Mapping[Score, Scores], group: ShardGroup, step: int) -> None:
         """Compute the mask anew, before step number `step`. Collective.

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Literal, TypeAlias, get_args
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from ssam_scale.config.mask_sections import Allocation, BlockMask, ElementMask, RowMask, TensorMask
 
+from .allocation import budgets
 from .dynamic import dynamic_mask
 from .plan import Layout, Mask
 from .registry import RunInfo, register_mask
@@ -27,47 +27,6 @@ from .score_based import (
 from .selection import greedy_units, top_k, unit_means
 from .shard_group import ShardGroup
 from .subset import BitMask, Rows, Subset
-
-
-def uniform(numels: Sequence[int], budget: int) -> list[int]:
-    """The same density everywhere, to a weight: together exactly `budget`."""
-    return _whole_numbers([budget * n / sum(numels) for n in numels], numels, budget)
-
-
-def erk(shapes: Mapping[str, tuple[int, ...]], budget: int) -> list[int]:
-    """Densities in proportion to (sum of a layer's dimensions) / (their product), at most 1; together exactly `budget`.
-
-    Erdős–Rényi-Kernel (RigL, arXiv 1911.11134, section 3.1): small layers are kept denser. Where the rule asks for
-    more than a layer has, it gets all of its weights and the others share the rest.
-
-    Args:
-        shapes: of each parameter.
-        budget: weights over all layers, at most all of them.
-    """
-    numels = [math.prod(shape) for shape in shapes.values()]
-    raw = [sum(shape) / numel if shape else 1.0 for shape, numel in zip(shapes.values(), numels, strict=True)]
-    full: set[int] = set()
-    while True:
-        rest = [i for i in range(len(numels)) if i not in full]
-        mass = sum(raw[i] * numels[i] for i in rest)
-        left = budget - sum(numels[i] for i in full)
-        factor = left / mass if mass else 0.0
-        over = {i for i in rest if factor * raw[i] > 1.0}
-        if not over:
-            break
-        full |= over
-    return _whole_numbers([n if i in full else factor * raw[i] * n for i, n in enumerate(numels)], numels, budget)
-
-
-def _whole_numbers(shares: Sequence[float], numels: Sequence[int], budget: int) -> list[int]:
-    """`shares`, each rounded down or up so that they sum to `budget`: up where the most was cut off."""
-    counts = [min(math.floor(share), n) for share, n in zip(shares, numels, strict=True)]
-    missing = budget - sum(counts)
-    by_remainder = sorted(range(len(shares)), key=lambda i: counts[i] - shares[i])
-    for i in [i for i in by_remainder if counts[i] < numels[i]][:missing]:
-        counts[i] += 1
-    return counts
-
 
 Pattern: TypeAlias = Literal["element", "row", "tensor", "block"]
 
@@ -141,7 +100,7 @@ class Scored(ScoreBased):
         budget = int(layout.total * (1.0 - sparsity_at(self.sparsity, step)))
         [given] = scores.values()
         if self.pattern == "element":
-            return _elements(layout, given, self._budgets(layout, budget), group)
+            return _elements(layout, given, budgets(self.allocation, layout, budget), group)
         sizes = {name: self._unit(layout, name) for name in given}
         means = dict(zip(given, _means(layout, given, list(sizes.values()), group), strict=True))
         if self.pattern == "row":
@@ -159,13 +118,6 @@ class Scored(ScoreBased):
         names = {name for kept, names in zip(keep.tolist(), units.values(), strict=True) if kept for name in names}
         return {name: None for name in given if name in names}
 
-    def _budgets(self, layout: Layout, budget: int) -> list[int]:
-        if self.allocation == "global":
-            return [budget]
-        if self.allocation == "uniform":
-            return uniform(list(layout.numels.values()), budget)
-        return erk(layout.shapes, budget)
-
     def _unit(self, layout: Layout, name: str) -> int:
         shape, numel = layout.shapes[name], layout.numels[name]
         return numel // shape[0] if self.pattern == "row" and shape and numel else numel
@@ -173,13 +125,13 @@ class Scored(ScoreBased):
     def _rows(
         self, layout: Layout, scores: Scores, means: Mapping[str, Tensor], sizes: Mapping[str, int], budget: int
     ) -> Mapping[str, Subset | None]:
-        budgets = self._budgets(layout, budget)
+        shares = budgets(self.allocation, layout, budget)
         lengths = [len(m) for m in means.values()]
         each = torch.cat([torch.full((len(m),), sizes[name]) for name, m in means.items()])
-        if len(budgets) == 1:
+        if len(shares) == 1:
             keep = greedy_units(torch.cat(list(means.values())), each, budget).split(lengths)
         else:
-            triples = zip(means.values(), each.split(lengths), budgets, strict=True)
+            triples = zip(means.values(), each.split(lengths), shares, strict=True)
             keep = tuple(greedy_units(m, size, k) for m, size, k in triples)
         return {
             name: Rows(kept, sizes[name], layout.starts.get(name, 0), s.numel(), s.device)
@@ -192,9 +144,9 @@ def _means(layout: Layout, scores: Scores, sizes: list[int], group: ShardGroup) 
     return unit_means(list(scores.values()), starts, [layout.numels[name] for name in scores], sizes, group)
 
 
-def _elements(layout: Layout, scores: Scores, budgets: list[int], group: ShardGroup) -> dict[str, Subset | None]:
-    segments = None if len(budgets) == 1 else list(range(len(budgets)))
-    packed = top_k(list(scores.values()), budgets, group, segments=segments)
+def _elements(layout: Layout, scores: Scores, shares: list[int], group: ShardGroup) -> dict[str, Subset | None]:
+    segments = None if len(shares) == 1 else list(range(len(shares)))
+    packed = top_k(list(scores.values()), shares, group, segments=segments)
     return {name: BitMask(bits, s.numel()) for (name, s), bits in zip(scores.items(), packed, strict=True)}
 
 

@@ -30,7 +30,7 @@ from .scores import AccumulatedFisher, ScoreRequest, compute_scores
 
 
 class MaskState:
-    """A mask at work on the weights of a model.
+    """Computes the scores of a sharded model, refreshes its mask by them, knows the mask of full parameters, saves it.
 
     Args:
         sharding: where the weights live.
@@ -54,11 +54,11 @@ class MaskState:
         self._parameters = parameters
         self._layout = layout
         self._mask = mask
-        # Where a process knows more than its shard of a mask: each costs it a bit for every weight of the model.
-        self._wants_whole = sharding.shard_group.size > 1 and (
+        # Whether a process keeps the mask of full parameters beside that of its shards: a bit for every weight.
+        self._needs_full = sharding.shard_group.size > 1 and (
             sharding.weights_replicated or (sharding.packs_gradients and pack)
         )
-        self._wholes: Mapping[str, Subset | None] | None = None
+        self._full: Mapping[str, Subset | None] | None = None
         self.accumulated = None
         if isinstance(mask, ScoreBased) and "accumulated" in mask.kinds:
             self.accumulated = AccumulatedFisher(sharding, list(parameters.values()))
@@ -71,7 +71,7 @@ class MaskState:
             self._gather_masks(mask)
 
     def accumulate(self, scaler: torch.amp.GradScaler | None) -> None:
-        """Note the descent gradients, if the mask wants them.
+        """Average in the squared descent gradients, if the mask is chosen by accumulated scores.
 
         Args:
             scaler: what they are still scaled by.
@@ -82,18 +82,18 @@ class MaskState:
 
     def resident(self, plan: Plan) -> list[Subset | None]:
         """Which elements of `ShardedWeights.resident` a plan perturbs, by parameter; None: all of them."""
-        return self.whole(plan.weights) if self._sharding.weights_replicated else list(plan.weights.values())
+        return self.full_subsets(plan.weights) if self._sharding.weights_replicated else list(plan.weights.values())
 
-    def whole(self, parts: Mapping[str, Subset | None]) -> list[Subset | None]:
-        """The same parts of the unsharded parameters; where this process knows those of its shards only, None for each.
+    def full_subsets(self, subsets: Mapping[str, Subset | None]) -> list[Subset | None]:
+        """Subsets of the full parameters, of which `subsets` are this rank's shards; None where only these are known.
 
         Args:
-            parts: of this process's shards, by parameter, as in the plan; None: all of it, which stays None.
+            subsets: of this rank's shards, by parameter, as in the plan; None: all of it, which stays None.
         """
-        if self._wholes is None and self._sharding.shard_group.size > 1:
-            return [None] * len(parts)
-        known = parts if self._wholes is None else self._wholes
-        return [None if part is None else known[name] for name, part in parts.items()]
+        if self._full is None and self._sharding.shard_group.size > 1:
+            return [None] * len(subsets)
+        known = subsets if self._full is None else self._full
+        return [None if subset is None else known[name] for name, subset in subsets.items()]
 
     def refresh(
         self,
@@ -105,7 +105,7 @@ class MaskState:
         step: int,
         scale: float,
     ) -> None:
-        """Choose anew; see `SparseSAM.refresh`."""
+        """Compute the mask anew; see `SparseSAM.refresh`."""
         mask = self._mask
         if not isinstance(mask, Refreshed):
             raise TypeError(f"a {type(mask).__name__} mask is not chosen by scores: there is nothing to refresh")
@@ -126,21 +126,21 @@ class MaskState:
         self._gather_masks(mask)
 
     def _gather_masks(self, mask: Refreshed) -> None:
-        """Where more than the shard changes on this process, or is sent, learn which weights those are. Collective."""
-        self._wholes = None
-        if isinstance(mask, ScoreBased) and mask.selected is not None and self._wants_whole:
-            self._wholes = {name: self._whole(name, part) for name, part in mask.selected.weights.items()}
+        """Gather the mask of full parameters, where more than shards changes on this rank, or is sent. Collective."""
+        self._full = None
+        if isinstance(mask, ScoreBased) and mask.selected is not None and self._needs_full:
+            self._full = {name: self._gather_subset(name, subset) for name, subset in mask.selected.weights.items()}
 
-    def _whole(self, name: str, part: Subset | None) -> Subset | None:
-        """The part of the whole parameter, of which every process has one of its shard. Collective."""
+    def _gather_subset(self, name: str, subset: Subset | None) -> Subset | None:
+        """The subset of the full parameter, of which every rank has that of its shard. Collective."""
         p = self._parameters[name]
         numel = self._sharding.full_shape(p).numel()
-        if isinstance(part, Rows):
-            return Rows(part.keep, part.size, 0, numel, part.device)
-        if isinstance(part, BitMask):
+        if isinstance(subset, Rows):
+            return Rows(subset.keep, subset.size, 0, numel, subset.device)
+        if isinstance(subset, BitMask):
             [shard] = self._sharding.shards([p])
-            return BitMask(pack(self._sharding.gather(p, part.booleans().view(shard.weight.shape))), numel)
-        return part
+            return BitMask(pack(self._sharding.gather(p, subset.booleans().view(shard.weight.shape))), numel)
+        return subset
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors that mean the same under every sharding, under the same names at any time. Collective.
@@ -164,12 +164,12 @@ class MaskState:
             for name, p in self._parameters.items():
                 # Before the first choice everything is False, so that there is a tensor to load into from the start.
                 device = p.device if mask.kept_as == "bits" else None
-                plain = torch.full(self._flags(name), name in weights, device=device)
-                part = self._whole(name, weights.get(name))
+                plain = torch.full(self._flags_shape(name), name in weights, device=device)
+                subset = self._gather_subset(name, weights.get(name))
                 if mask.kept_as == "bits":
-                    result["mask"][name] = part.packed if isinstance(part, BitMask) else pack(plain)
+                    result["mask"][name] = subset.packed if isinstance(subset, BitMask) else pack(plain)
                 else:
-                    result["mask"][name] = part.keep.clone() if isinstance(part, Rows) else plain
+                    result["mask"][name] = subset.keep.clone() if isinstance(subset, Rows) else plain
         if self.accumulated is not None:
             full = self.accumulated.state_dict()["scores"]
             result["accumulated"] = dict(zip(self._parameters, full, strict=True))
@@ -178,8 +178,8 @@ class MaskState:
     def _kept_as(self) -> int:
         return list(_KEPT).index(self._mask.kept_as if isinstance(self._mask, Refreshed) else None)
 
-    def _flags(self, name: str) -> tuple[int, ...]:
-        """How many flags a choice has for a parameter."""
+    def _flags_shape(self, name: str) -> tuple[int, ...]:
+        """The shape of the flags that say what is perturbed of a parameter."""
         shape = self._sharding.full_shape(self._parameters[name])
         assert isinstance(self._mask, ScoreBased)
         if self._mask.kept_as == "bits":
@@ -200,20 +200,20 @@ class MaskState:
             return
         if self.accumulated is not None:
             self.accumulated.load_state_dict({"scores": [accumulated[name] for name in self._parameters]})
-        parts: dict[str, Subset | None] = {}
+        subsets: dict[str, Subset | None] = {}
         counts: list[int] = []
         for name in self._parameters:  # in the order of a choice, in which norms are summed up
             if count := self._count(name, saved[name]):
-                parts[name] = self._local(name, saved[name])
+                subsets[name] = self._local_subset(name, saved[name])
                 counts.append(count)
-        mask.restore(self._layout, parts, counts, int(state_dict["chosen_at"]))
+        mask.restore(self._layout, subsets, counts, int(state_dict["chosen_at"]))
         self._gather_masks(mask)
 
     def _check(self, state: Mapping[str, Any]) -> None:
-        """Raise a ValueError unless `state` is of such a mask on such parameters."""
+        """Raise a ValueError unless `state` is of such a mask on these parameters."""
         mask, saved = self._mask, state["mask"]
         if isinstance(mask, DepthByCost) and not saved:
-            return  # it looks for itself
+            return  # which checks for itself
         if saved and not isinstance(mask, ScoreBased):
             raise ValueError(f"the saved state has a mask chosen by scores, this optimizer a {type(mask).__name__}")
         if "fisher_mass" in state:
@@ -224,7 +224,7 @@ class MaskState:
                 what = "has no mask" if not saved else f"has masks of other parameters: {odd[0]}"
                 raise ValueError(f"the saved state {what}, this optimizer has {mask}")
             for name, flags in saved.items():
-                needed = self._flags(name)
+                needed = self._flags_shape(name)
                 if mask.kept_as == "bits":
                     needed = (-(-needed[0] // 8),)
                 if tuple(flags.shape) != needed or (flags.dtype == torch.uint8) != (mask.kept_as == "bits"):
@@ -244,8 +244,8 @@ class MaskState:
         kept: int = int(flags.sum())
         return kept * (self._sharding.full_shape(self._parameters[name]).numel() // max(flags.numel(), 1))
 
-    def _local(self, name: str, flags: Tensor) -> Subset | None:
-        """The part of this process's shard."""
+    def _local_subset(self, name: str, flags: Tensor) -> Subset | None:
+        """The subset of this rank's shard by the saved flags of the full parameter."""
         p = self._parameters[name]
         shape = self._sharding.full_shape(p)
         [shard] = self._sharding.shards([p])
@@ -254,8 +254,8 @@ class MaskState:
         if flags.dtype == torch.bool:
             size = shape.numel() // flags.numel()
             return Rows(flags.cpu(), size, shard.start, shard.weight.numel(), p.device)
-        whole = unpack(flags.to(p.device))[: shape.numel()].view(shape)
-        return BitMask(pack(self._sharding.scatter(p, whole)), shard.weight.numel())
+        full = unpack(flags.to(p.device))[: shape.numel()].view(shape)
+        return BitMask(pack(self._sharding.scatter(p, full)), shard.weight.numel())
 
 
 # Numbered in what is saved: new ones go to the end.

@@ -97,7 +97,7 @@ class RefreshMask(Hook):
 
         The processes' batches are of one size.
         """
-        if not {"fisher", "gradient"} & set(mask.wanted()):
+        if not mask.needs_samples():
             return [], None
         scored = batches.ahead(-(-self._section.samples // self._world.size))
         return scored, min(self._section.samples, sum(len(batch.labels) for batch in scored) * self._world.size)

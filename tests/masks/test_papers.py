@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssam_scale.masks import NM, Annealed, BitMask, Dynamic, Layout, Named, Norms, Rows, ScoreBased, Scored
-from ssam_scale.masks.top_scores import erk, uniform
+from ssam_scale.masks.allocation import erk, uniform
 from ssam_scale.perturbation import SparseSAM
 from ssam_scale.perturbation.reference import reference_step
 from ssam_scale.sharding import ProcessGroup

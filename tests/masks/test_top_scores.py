@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ssam_scale.config.mask_sections import Allocation
 from ssam_scale.masks import Layout, Scored
-from ssam_scale.masks.top_scores import Allocation
 from ssam_scale.sharding import ProcessGroup
 
 ALLOCATIONS = get_args(Allocation)
