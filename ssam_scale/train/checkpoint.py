@@ -191,9 +191,10 @@ def load(path: Path, config: Config, components: Components) -> None:
             raise ValueError(f"it has format {state['format']}, this version of ssam_scale reads format {_FORMAT}")
         files = {p.stem: load_file(p) for p in path.glob("*.safetensors")}
         saved = {name: _join(part, files.get(name, {})) for name, part in state["parts"].items()}
+        model = saved["model"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise UserError(f"checkpoint {path} cannot be read: {error}") from error
-    _check(path, config, state, saved["model"], components)
+    _check(path, config, state, model, components)
     if missing := sorted(components.state.keys() - saved.keys() - _OPTIONAL):
         raise UserError(f"checkpoint {path} has no {_MISSING.get(missing[0], missing[0])}")
     for name, part in components.state.items():
