@@ -91,7 +91,7 @@ def expectations(model: str, steps: int) -> tuple[list[dict[str, Any]], list[dic
     for draw, probabilities in ways.items():
         time, mass = expected(probabilities, seconds), expected(probabilities, masses)
         numbers = {"ascent_ms": 1e3 * time, "over_dense": time / seconds[0], "fisher_mass": mass}
-        draws.append({"model": model, "draw": draw, **numbers, "mass_per_ms": mass / time * seconds[0]})
+        draws.append({"model": model, "draw": draw, **numbers, "mass_per_time": mass / time * seconds[0]})
     cuts = [
         {"model": model, "cut": cut, "ascent_ms": 1e3 * time, "fisher_mass": mass, "probability_by_cost": probability}
         for cut, (time, mass, probability) in enumerate(zip(seconds, masses, ways["cost"], strict=True))
