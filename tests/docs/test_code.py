@@ -19,7 +19,7 @@ import typer
 import ssam_scale
 from ssam_scale.cli.main import app
 from ssam_scale.config import load
-from tests.docs.pages import ROOT, Block, Page, pages
+from tests.support.pages import ROOT, Block, Page, pages
 from tests.support.processes import run
 
 PYTHON = [(page, block) for page in pages() for block in page.blocks if block.language == "python"]

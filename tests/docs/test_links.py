@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from tests.docs.pages import ROOT, Page, pages
+from tests.support.pages import ROOT, Page, pages
 
 PAGES = pages()
 # Files by the kinds that are committed here. Others (`mlflow.db`, `model.safetensors`) are made by runs.

@@ -8,7 +8,7 @@ from types import ModuleType
 
 import yaml
 
-from tests.docs.pages import ROOT
+from tests.support.pages import ROOT
 
 
 def script(path: Path) -> ModuleType:
