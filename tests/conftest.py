@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import sys
 from typing import Any
 
 # The networks here are too small to gain from a second thread, and waiting threads take the cores from other processes.
@@ -15,7 +14,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from tests.support import gpus, workers
+from tests.support import gpus, ranks, workers
 
 # No test depends on a wall-clock time (an example may be the one that compiles), and every run is the same run. Other
 # examples are looked for with --hypothesis-profile=explore.
@@ -52,14 +51,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         left_out = [item for item in items if item.get_closest_marker("exhaustive")]
         items[:] = [item for item in items if not item.get_closest_marker("exhaustive")]
         config.hook.pytest_deselected(items=left_out)
+    if any(item.get_closest_marker("slow") for item in items):
+        ranks.preload_for_whole_runs()
     if hasattr(config, "workerinput"):
         workers.longest_first(items)
 
 
 def pytest_sessionfinish() -> None:
-    """End the ranks that served all tests, where a test has started some."""
-    if ranks := sys.modules.get("tests.support.ranks"):
-        ranks.end_pools()
+    """End the ranks that served all tests."""
+    ranks.end_pools()
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -17,6 +17,7 @@ from ssam_scale.sharding import World, ddp
 from tests.support.gpus import selects_gpu_tests_only
 from tests.support.processes import run
 from tests.support.ranks import RankError, run_ranks
+from tests.support.workers import APART
 
 SAY = "import os; print(repr(os.environ['CUDA_VISIBLE_DEVICES']))"
 
@@ -87,6 +88,12 @@ def test_what_a_run_of_pytest_sees(expression: str, seen: str, tmp_path: Path) -
     reason = "needs a CUDA device" if seen else "run these by themselves: pytest -m gpu"
     assert done.returncode == 0, done.stdout + done.stderr
     assert reason in done.stdout
+
+
+def test_files_that_workers_share_out_are_there_and_have_no_fixture_for_several_tests() -> None:
+    root = Path(__file__).parents[1]
+    for file in APART:
+        assert 'scope="module"' not in (root / file).read_text(), file
 
 
 def pid(world: World) -> tuple[int, str, bool]:

@@ -62,4 +62,8 @@ def each_option_once() -> list[str]:
     while wanted:
         chosen.append(max(CASES, key=lambda name: len(options_of(CASES[name]) & wanted)))
         wanted -= options_of(CASES[chosen[-1]])
+    for name in list(chosen):  # what later ones have made superfluous
+        others = set().union(*(options_of(CASES[other]) for other in chosen if other != name))
+        if options_of(CASES[name]) <= others:
+            chosen.remove(name)
     return chosen

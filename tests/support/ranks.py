@@ -39,9 +39,9 @@ _PRELOAD = [
     "ssam_scale.models.timm_model",  # and with it timm
     "ssam_scale.perturbation",
     "ssam_scale.sharding.zero.stage3",  # and with it DeepSpeed
-    "ssam_scale.data.ffcv_loader",  # compiles when it is imported
-    "mlflow",
 ]
+# For whole trainings as well. FFCV compiles when it is imported.
+_OF_WHOLE_RUNS = ["ssam_scale.data.ffcv_loader", "mlflow"]
 # How long the other ranks may take to say what they think of one rank's failure.
 _PATIENCE_S = 5.0
 
@@ -171,6 +171,11 @@ def _logged(rank: int, size: int, port: int, log: Path, function: Callable[..., 
     _tell_place(rank, size, port)
     torch.set_num_threads(1)
     function(*args)
+
+
+def preload_for_whole_runs() -> None:
+    """Let ranks that are not started yet have imported what a training needs: worth it if there are several."""
+    _PRELOAD.extend(name for name in _OF_WHOLE_RUNS if name not in _PRELOAD)
 
 
 def _context() -> Any:
