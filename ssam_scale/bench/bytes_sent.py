@@ -19,7 +19,7 @@ from ssam_scale.sharding.place import place
 
 from .networks import Setting
 from .processes import on_ranks
-from .scenarios import Way, sgd, sparse_sam, spread_ways
+from .scenarios import Scenario, sgd, sharded_scenarios, sparse_sam
 from .step_time import environment
 
 # FSDP2 learns the order of modules from the first steps. In the very first one a mask may look at the whole gradient.
@@ -63,7 +63,7 @@ def chosen_backends(names: Sequence[str] | None) -> list[str]:
     return [name for name in BACKENDS if names is None or name in names]
 
 
-def sharded_optimizer(setting: Setting, setup: BackendSetup, world: World, way: Way) -> SparseSAM:
+def sharded_optimizer(setting: Setting, setup: BackendSetup, world: World, scenario: Scenario) -> SparseSAM:
     """The optimizer of a scenario on its own network, sharded or replicated over the processes of `world`."""
     network = setting.network()
     module, base = place(
@@ -75,26 +75,28 @@ def sharded_optimizer(setting: Setting, setup: BackendSetup, world: World, way: 
         replicas=setup.replicas,
         batch_size=setting.batch_size,
     )
-    return sparse_sam(module, base, way)
+    return sparse_sam(module, base, scenario)
 
 
 def _measure(
     rank: int, size: int, device: torch.device, setting: Setting, jobs: Sequence[tuple[str, str]]
 ) -> list[Any]:
     world = World(rank, size, device)
-    known = {way.name: way for way in spread_ways()}  # by name: what builds a mask need not be picklable
+    known = {
+        scenario.name: scenario for scenario in sharded_scenarios()
+    }  # by name: what builds a mask need not be picklable
     batch = setting.batch()
     found = []
     for backend, name in jobs:
-        way = known[name]
-        opt = sharded_optimizer(setting, BACKENDS[backend], world, way)
+        scenario = known[name]
+        opt = sharded_optimizer(setting, BACKENDS[backend], world, scenario)
         for _ in range(_WARM_UP):
             opt.step(setting.loss_fn, batch)
         first = opt.steps
         for _ in range(_REPEATS):
             opt.steps, densities = first, []
             with Traffic() as traffic:
-                for _ in range(_ROUNDS * way.steps):
+                for _ in range(_ROUNDS * scenario.steps):
                     densities.append(opt.density)
                     opt.step(setting.loss_fn, batch)
         found.append(
@@ -109,7 +111,9 @@ def _measure(
     return found
 
 
-def bench_bytes(setting: Setting, ranks: int, backends: Sequence[str], compared: Sequence[Way]) -> list[dict[str, Any]]:
+def bench_bytes(
+    setting: Setting, ranks: int, backends: Sequence[str], compared: Sequence[Scenario]
+) -> list[dict[str, Any]]:
     """Rows of what one process sends in a step, one a backend and plan; `costs.collectives` says how bytes are counted.
 
     `step_bytes` are those of a whole step and `ascent_bytes` what the plan adds to a step of the base optimizer on the
@@ -130,7 +134,7 @@ def bench_bytes(setting: Setting, ranks: int, backends: Sequence[str], compared:
     by_size: dict[int, list[tuple[str, str]]] = {}
     for backend in backends:
         replicas = BACKENDS[backend].replicas
-        plans = [way.name for way in compared if replicas > 1 or way.name != _WITHIN_SHARD_GROUP]
+        plans = [scenario.name for scenario in compared if replicas > 1 or scenario.name != _WITHIN_SHARD_GROUP]
         by_size.setdefault(ranks * replicas, []).extend((backend, plan) for plan in plans)
     # One start of processes for all that has as many of them: importing DeepSpeed alone takes seconds.
     found = {

@@ -17,7 +17,7 @@ from ssam_scale.perturbation import SparseSAM
 
 from .networks import Setting
 from .processes import on_ranks
-from .scenarios import Running, Way, ways
+from .scenarios import Running, Scenario, scenarios
 from .step_time import environment
 
 
@@ -72,13 +72,15 @@ def _status(name: str) -> int:
 _WARM_UP = 2
 
 
-def has_one_peak(way: Way) -> bool:
+def has_one_peak(scenario: Scenario) -> bool:
     """Whether every step is alike; an interval, or a moving cut, has the peak of its most expensive step."""
-    return way.steps == 1
+    return scenario.steps == 1
 
 
-def _measure(rank: int, size: int, device: torch.device, way: str, setting: Setting, repeats: int) -> dict[str, Any]:
-    [found] = [w for w in ways() if w.name == way]  # by name: what builds a mask need not be picklable
+def _measure(
+    rank: int, size: int, device: torch.device, scenario: str, setting: Setting, repeats: int
+) -> dict[str, Any]:
+    [found] = [w for w in scenarios() if w.name == scenario]  # by name: what builds a mask need not be picklable
     running = Running(found, setting, setting.network())
     for _ in range(_WARM_UP):
         running.step()
@@ -103,7 +105,7 @@ def _kept_bytes(running: Running) -> int:
     return masks + sum(t.nbytes for t in kept if isinstance(t, Tensor))
 
 
-def bench_peak(setting: Setting, repeats: int, compared: Sequence[Way]) -> list[dict[str, Any]]:
+def bench_peak(setting: Setting, repeats: int, compared: Sequence[Scenario]) -> list[dict[str, Any]]:
     """Rows of the peak of memory during a step, one a plan.
 
     `persistent_bytes` lie there between steps: weights, buffers, the optimizer's state, the mask and the batch.
@@ -121,12 +123,12 @@ def bench_peak(setting: Setting, repeats: int, compared: Sequence[Way]) -> list[
     """
     rows: list[dict[str, Any]] = []
     common = environment(setting, repeats)
-    for way in filter(has_one_peak, compared):
-        found = on_ranks(1, _measure, way.name, setting, repeats)
+    for scenario in filter(has_one_peak, compared):
+        found = on_ranks(1, _measure, scenario.name, setting, repeats)
         step, threads = found["step_bytes"], found.pop("threads")
         peak = None if step is None else found["persistent_bytes"] + step
         base = rows[0]["peak_bytes"] if rows else peak
         over = None if peak is None or base is None else peak / base
-        plan = {"model": setting.model, "plan": way.name, "fraction": way.fraction}
+        plan = {"model": setting.model, "plan": scenario.name, "fraction": scenario.fraction}
         rows.append({**plan, **found, "peak_bytes": peak, "peak_over_base": over, **common, "threads": threads})
     return rows

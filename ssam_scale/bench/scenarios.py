@@ -1,4 +1,4 @@
-"""The ways of taking a step that are compared: the base optimizer, SAM as others have it, and our plans."""
+"""The scenarios that benchmarks compare: the base optimizer, dense SAM by us and by others, and our plans."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ Step = Callable[[], Any]
 
 
 @dataclass(frozen=True)
-class Way:
-    """One way of taking a step.
+class Scenario:
+    """One way of taking a step: the base optimizer, another implementation of SAM, or one of our plans.
 
     Attributes:
         name: short and unique.
         mask: of our plans; None: not ours.
         fraction: share of the batch in the ascent pass.
         interval: steps from one ascent to the next.
-        steps: how many are taken in turn before the next way's: a whole period, or several draws.
+        steps: how many are taken in turn before the next scenario's: a whole period, or several draws.
         has_cut: whether the blocks before a cut are left alone, for which there is a bound on the time.
         savings: which savings are made; None: those that cost nothing.
     """
@@ -68,86 +68,90 @@ def _random(pattern: Pattern) -> Callable[[], Mask]:
     return partial(Scored, pattern, 0.5, score="random")
 
 
-def _ours() -> list[Way]:
+def _ours() -> list[Scenario]:
     cuts = [
-        Way(f"cut {cut}{name}", partial(Depth, (cut, cut)), fraction, has_cut=True)
+        Scenario(f"cut {cut}{name}", partial(Depth, (cut, cut)), fraction, has_cut=True)
         for cut in (0.25, 0.5, 0.75)
         for name, fraction in (("", 1.0), (", fraction 0.5", 0.5))
     ]
     masks = [
-        Way("moving cut", Depth, steps=_DRAWS, has_cut=True),
-        Way("tensor 50%", _random("tensor")),
-        Way("block 50%", _random("block")),
-        Way("row 50%", _random("row")),
-        Way("norm", Norms),
-        Way("element 50%", _random("element")),
+        Scenario("moving cut", Depth, steps=_DRAWS, has_cut=True),
+        Scenario("tensor 50%", _random("tensor")),
+        Scenario("block 50%", _random("block")),
+        Scenario("row 50%", _random("row")),
+        Scenario("norm", Norms),
+        Scenario("element 50%", _random("element")),
     ]
     # What one saving contributes is what its plan costs without it.
     singly = [
-        Way("cut 0.5, no shared prefix", partial(Depth, (0.5, 0.5)), savings=Savings(share_prefix=False)),
-        *(Way(f"{p} 50%, not elided", _random(p), savings=Savings(elide=False)) for p in _ELIDED),
+        Scenario("cut 0.5, no shared prefix", partial(Depth, (0.5, 0.5)), savings=Savings(share_prefix=False)),
+        *(Scenario(f"{p} 50%, not elided", _random(p), savings=Savings(elide=False)) for p in _ELIDED),
     ]
-    intervals = [Way(f"interval {k}", Dense, interval=k, steps=k) for k in (2, 5)]
-    return [Way("sam", Dense), *cuts, *masks, *singly, *intervals]
+    intervals = [Scenario(f"interval {k}", Dense, interval=k, steps=k) for k in (2, 5)]
+    return [Scenario("sam", Dense), *cuts, *masks, *singly, *intervals]
 
 
-def ways() -> list[Way]:
+def scenarios() -> list[Scenario]:
     """All of them on one process, the base optimizer first; pytorch_optimizer's where it is installed."""
-    theirs = [Way("textbook", None)]
+    theirs = [Scenario("textbook", None)]
     if importlib.util.find_spec("pytorch_optimizer") is not None:
-        theirs.append(Way("pytorch_optimizer", None))
+        theirs.append(Scenario("pytorch_optimizer", None))
     ours = _ours()
-    return [Way("base", None), ours[0], *theirs, *ours[1:]]
+    return [Scenario("base", None), ours[0], *theirs, *ours[1:]]
 
 
-def spread_ways() -> list[Way]:
+def sharded_scenarios() -> list[Scenario]:
     """Those of several processes: where bytes depend on it, and with the savings that show there alone."""
     singly = [
-        *(Way(f"{p} 50%, unpacked", _random(p), savings=Savings(pack=False)) for p in _PACKED),
-        *(Way(f"{p} 50%, kept gathered", _random(p), savings=Savings(keep_gathered=True)) for p in _KEPT),
-        Way("sam, within the shard group", Dense, savings=Savings(within_shard_group=True)),
+        *(Scenario(f"{p} 50%, unpacked", _random(p), savings=Savings(pack=False)) for p in _PACKED),
+        *(Scenario(f"{p} 50%, kept gathered", _random(p), savings=Savings(keep_gathered=True)) for p in _KEPT),
+        Scenario("sam, within the shard group", Dense, savings=Savings(within_shard_group=True)),
     ]
-    return [Way("base", None), *(way for way in _ours() if way.fraction == 1.0), *singly]
+    return [Scenario("base", None), *(scenario for scenario in _ours() if scenario.fraction == 1.0), *singly]
 
 
-def chosen_ways(names: Sequence[str] | None, among: Sequence[Way], always: Sequence[str] = ("base",)) -> list[Way]:
+def select_scenarios(
+    names: Sequence[str] | None, among: Sequence[Scenario], always: Sequence[str] = ("base",)
+) -> list[Scenario]:
     """Those of these names, and some that others are compared to; None: all.
 
     Args:
-        names: of ways.
-        among: the ways that there are.
+        names: of scenarios.
+        among: the scenarios that there are.
         always: names of those that are there in any case.
 
     Raises:
         UserError: there is none of such a name.
     """
-    known = {way.name: way for way in among}
+    known = {scenario.name: scenario for scenario in among}
     for name in names or ():
         if name not in known:
             raise UserError(f"--plans: there is no plan {name!r}; there are {', '.join(map(repr, known))}")
-    return [way for way in known.values() if names is None or way.name in always or way.name in names]
+    return [
+        scenario for scenario in known.values() if names is None or scenario.name in always or scenario.name in names
+    ]
 
 
 class Running:
-    """A way at work on its own copy of the network.
+    """A scenario on a copy of the network of its own, ready to step.
 
     Args:
-        way: how to step.
+        scenario: how to step.
         setting: on what.
         network: the setting's, and nobody else's.
     """
 
-    def __init__(self, way: Way, setting: Setting, network: StagedModel) -> None:
-        self.way = way
+    def __init__(self, scenario: Scenario, setting: Setting, network: StagedModel) -> None:
+        self.scenario = scenario
         self.network = network
         self.batch = setting.batch()
         self._weights = weights_of(network)
         self.opt: SparseSAM | None = None
         self.optimizer: torch.optim.Optimizer
-        if way.mask is None:
-            self.optimizer, self.step = _THEIRS[way.name](self.network, setting, self.batch)
+        if scenario.mask is None:
+            self.optimizer, self.step = _THEIRS[scenario.name](self.network, setting, self.batch)
         else:
-            self.opt = sparse_sam(self.network, sgd(self.network), way)
+            self.opt = sparse_sam(self.network, sgd(self.network), scenario)
             self.optimizer = self.opt.base_optimizer
             self.step = partial(self.opt.step, setting.loss_fn, self.batch)
 
@@ -155,7 +159,7 @@ class Running:
         """What the next step is going to perturb."""
         depth = len(self.network.stages)
         if self.opt is None:
-            perturbs = self.way.name != "base"
+            perturbs = self.scenario.name != "base"
             return StepShape(0, (float(perturbs),) * depth, self.weights if perturbs else 0)
         return shape_of(self.opt.resolve(), self._weights, depth)
 
@@ -166,22 +170,24 @@ class Running:
 
 
 def sgd(network: StagedModel) -> torch.optim.Optimizer:
-    """The base optimizer of every way."""
+    """The base optimizer of every scenario."""
     return torch.optim.SGD(network.parameters(), lr=_LR, momentum=_MOMENTUM)
 
 
-def sparse_sam(model: nn.Module, base: torch.optim.Optimizer, way: Way) -> SparseSAM:
+def sparse_sam(model: nn.Module, base: torch.optim.Optimizer, scenario: Scenario) -> SparseSAM:
     """The optimizer of one of our plans, or of the base optimizer alone (a radius of 0), on any backend.
 
     Args:
         model: as `SparseSAM` takes it.
         base: its base optimizer.
-        way: `base`, or one with a mask.
+        scenario: `base`, or one with a mask.
     """
-    mask = way.mask() if way.mask is not None else None
+    mask = scenario.mask() if scenario.mask is not None else None
     rho = _RHO if mask is not None else 0.0
-    schedule = Interval(way.interval) if way.interval > 1 else None
-    opt = SparseSAM(model, base, rho=rho, mask=mask, fraction=way.fraction, schedule=schedule, savings=way.savings)
+    schedule = Interval(scenario.interval) if scenario.interval > 1 else None
+    opt = SparseSAM(
+        model, base, rho=rho, mask=mask, fraction=scenario.fraction, schedule=schedule, savings=scenario.savings
+    )
     if isinstance(mask, ScoreBased):
         opt.refresh()  # at random, which needs no samples
     return opt

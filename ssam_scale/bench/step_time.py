@@ -23,25 +23,25 @@ from ssam_scale.perturbation import StagedModel
 from ssam_scale.tracking.environment import hardware_tags, versions
 
 from .networks import Setting
-from .scenarios import Running, Way, sgd
+from .scenarios import Running, Scenario, sgd
 
 _VERSIONS = ("python", "ssam_scale", "torch", "timm")
 Kind = tuple[int, bool]  # of a step: its cut, and whether it has an ascent
 
 
 class _Steps:
-    """Takes and times the steps of one way."""
+    """Takes and times the steps of one scenario."""
 
-    def __init__(self, way: Way, setting: Setting, network: StagedModel) -> None:
-        self.way = way
+    def __init__(self, scenario: Scenario, setting: Setting, network: StagedModel) -> None:
+        self.scenario = scenario
         self._device = setting.device
-        self.running = Running(way, setting, network)
+        self.running = Running(scenario, setting, network)
         self.shapes: list[StepShape] = []
         self._seconds: list[float] = []
 
     def take(self, *, count: bool) -> None:
         """The steps of one round."""
-        for _ in range(self.way.steps):
+        for _ in range(self.scenario.steps):
             shape = self.running.shape()
             with timed(self._device) as step:
                 self.running.step()
@@ -57,7 +57,7 @@ class _Steps:
     @property
     def rounds(self) -> np.ndarray:
         """Mean seconds of a step in each round."""
-        return np.array(self._seconds).reshape(-1, self.way.steps).mean(1)
+        return np.array(self._seconds).reshape(-1, self.scenario.steps).mean(1)
 
 
 def typical(kinds: Sequence[Kind], seconds: Sequence[float]) -> float:
@@ -75,7 +75,7 @@ def interquartile_range(values: np.ndarray) -> float:
     return float(high - low)
 
 
-def bench_steps(setting: Setting, repeats: int, compared: Sequence[Way]) -> list[dict[str, Any]]:
+def bench_steps(setting: Setting, repeats: int, compared: Sequence[Scenario]) -> list[dict[str, Any]]:
     """Rows of the time of a step, one a plan.
 
     `seconds` of a step is the median over `repeats` rounds; where a plan's steps differ (an ascent or none, another
@@ -96,7 +96,7 @@ def bench_steps(setting: Setting, repeats: int, compared: Sequence[Way]) -> list
     network = setting.network()
     copied = copy.deepcopy(network)
     parts = Parts(setting, copied, setting.batch(), sgd(copied))
-    each = [_Steps(way, setting, copy.deepcopy(network)) for way in compared]
+    each = [_Steps(scenario, setting, copy.deepcopy(network)) for scenario in compared]
     for done in range(repeats + 1):
         for steps in each:
             steps.take(count=done > 0)
@@ -105,23 +105,23 @@ def bench_steps(setting: Setting, repeats: int, compared: Sequence[Way]) -> list
     common = environment(setting, repeats)
     rows = []
     for steps in each:
-        way, shapes = steps.way, steps.shapes
+        scenario, shapes = steps.scenario, steps.shapes
         t = statistics.fmean(suffix_share(times, s.cut) if s.ascends else 0.0 for s in shapes)
         rows.append(
             {
                 "model": setting.model,
-                "plan": way.name,
+                "plan": scenario.name,
                 "density": statistics.fmean(s.perturbed for s in shapes) / steps.running.weights,
                 "suffix_share": t,
-                "fraction": way.fraction,
-                "interval": way.interval,
+                "fraction": scenario.fraction,
+                "interval": scenario.interval,
                 "steps": len(shapes),
                 "seconds": steps.seconds,
                 "seconds_iqr": interquartile_range(steps.rounds),
                 "time_over_base": steps.seconds / base.seconds,
                 "time_over_base_iqr": interquartile_range(steps.rounds / base.rounds),
-                "predicted_over_base": predicted_over_base(times, shapes) if way.mask or steps is base else None,
-                "target_over_base": way.target(t),
+                "predicted_over_base": predicted_over_base(times, shapes) if scenario.mask or steps is base else None,
+                "target_over_base": scenario.target(t),
                 **common,
             }
         )

@@ -14,7 +14,7 @@ from .table import AsJson, Columns, at_least, show
 
 if TYPE_CHECKING:
     from ssam_scale.bench.networks import Setting
-    from ssam_scale.bench.scenarios import Way
+    from ssam_scale.bench.scenarios import Scenario
 
 app = typer.Typer(help="Measure parts of the package on this machine.", no_args_is_help=True)
 
@@ -115,11 +115,11 @@ def bytes_command(
     """Bytes that a process sends in a step, by plan and backend, and those of the ascent over dense SAM's."""
     from ssam_scale.bench.bytes_sent import bench_bytes, chosen_backends
     from ssam_scale.bench.networks import setting_of
-    from ssam_scale.bench.scenarios import chosen_ways, spread_ways
+    from ssam_scale.bench.scenarios import select_scenarios, sharded_scenarios
 
     if ranks < 2:
         raise UserError(f"--ranks is {ranks}; at least 2 are needed to send anything")
-    compared, chosen = chosen_ways(plans, spread_ways(), ("base", "sam")), chosen_backends(backends)
+    compared, chosen = select_scenarios(plans, sharded_scenarios(), ("base", "sam")), chosen_backends(backends)
     # What is sent depends neither on the images nor on how many there are.
     settings = [setting_of(model, _BYTES_RESOLUTION, _BYTES_BATCH) for model in models or ["vit_tiny"]]
     for setting in settings:
@@ -131,7 +131,7 @@ def bytes_command(
 
 
 def _compare(
-    bench: Callable[[Setting, int, Sequence[Way]], list[dict[str, Any]]],
+    bench: Callable[[Setting, int, Sequence[Scenario]], list[dict[str, Any]]],
     columns: Columns,
     models: list[str] | None,
     plans: list[str] | None,
@@ -141,9 +141,9 @@ def _compare(
     as_json: bool,
 ) -> None:
     """Measure each model under the plans on one process, and show it."""
-    from ssam_scale.bench.scenarios import chosen_ways, ways
+    from ssam_scale.bench.scenarios import scenarios, select_scenarios
 
-    compared = chosen_ways(plans, ways())
+    compared = select_scenarios(plans, scenarios())
     settings = _settings(models, repeats, resolution, batch_size)
     rows = [row for setting in settings for row in bench(setting, repeats, compared)]
     show(rows, columns, _caption(rows), as_json, "plan")

@@ -10,7 +10,7 @@ import pytest
 
 from ssam_scale.bench.networks import setting_of
 from ssam_scale.bench.peak_memory import has_one_peak
-from ssam_scale.bench.scenarios import ways
+from ssam_scale.bench.scenarios import scenarios
 
 SMALL = ["--models", "test_vit", "--resolution", "32", "--batch-size", "4", "--repeats", "1"]
 
@@ -48,14 +48,14 @@ def test_rows_add_up() -> None:
     plans = ["element 50%", "row 50%", "tensor 50%", "cut 0.5"]
     result = bench(*SMALL, *(word for plan in [*plans, "moving cut"] for word in ("--plans", plan)), "--json")
     assert result.returncode == 0, result.stderr
-    check(result.stdout, [way.name for way in ways() if way.name in ["base", *plans]])
+    check(result.stdout, [scenario.name for scenario in scenarios() if scenario.name in ["base", *plans]])
 
 
 @pytest.mark.exhaustive  # a process for each of some thirty plans
 def test_every_plan_has_its_row() -> None:
     result = bench(*SMALL, "--json")
     assert result.returncode == 0, result.stderr
-    check(result.stdout, [way.name for way in ways() if has_one_peak(way)])
+    check(result.stdout, [scenario.name for scenario in scenarios() if has_one_peak(scenario)])
 
 
 @pytest.mark.slow

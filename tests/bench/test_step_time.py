@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from ssam_scale.bench.networks import setting_of
-from ssam_scale.bench.scenarios import ways
+from ssam_scale.bench.scenarios import scenarios
 from ssam_scale.bench.step_time import interquartile_range, typical
 from ssam_scale.cli.main import main
 from ssam_scale.costs.compute import StageTimes, StepShape, StepTimes, predicted_over_base, suffix_share
@@ -50,15 +50,15 @@ def parts_of(rows: dict[str, Row]) -> StepTimes:
 @pytest.mark.parametrize("model", MODELS)
 def test_every_plan_has_its_row(model: str, measured: list[Row]) -> None:
     rows = rows_of(model, measured)
-    assert list(rows) == [way.name for way in ways()]
-    for way, row in zip(ways(), rows.values(), strict=True):
+    assert list(rows) == [scenario.name for scenario in scenarios()]
+    for scenario, row in zip(scenarios(), rows.values(), strict=True):
         assert row["time_over_base"] == row["seconds"] / rows["base"]["seconds"] > 0.0
-        assert row["steps"] == way.steps
-        assert row["fraction"] == way.fraction
+        assert row["steps"] == scenario.steps
+        assert row["fraction"] == scenario.fraction
         assert (row["batch_size"], row["resolution"], row["precision"], row["device"]) == (4, 32, "fp32", "cpu")
         assert row["versions"].keys() >= {"python", "torch", "timm"}
         assert row["hardware"]
-        assert (row["predicted_over_base"] is None) == (way.mask is None and way.name != "base")
+        assert (row["predicted_over_base"] is None) == (scenario.mask is None and scenario.name != "base")
     assert rows["base"]["time_over_base"] == rows["base"]["predicted_over_base"] == 1.0
     assert rows["base"]["density"] == rows["base"]["suffix_share"] == 0.0
     for steps in (2, 5):

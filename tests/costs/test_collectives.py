@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from ssam_scale.bench.bytes_sent import BACKENDS, sharded_optimizer
 from ssam_scale.bench.networks import Setting
-from ssam_scale.bench.scenarios import spread_ways
+from ssam_scale.bench.scenarios import sharded_scenarios
 from ssam_scale.costs.collectives import Traffic, ring_bytes, sent_by
 from ssam_scale.sharding import World
 from tests.support.ranks import run_ranks
@@ -82,10 +82,10 @@ def test_the_ring_by_hand() -> None:
 
 
 def _both(world: World, backends: list[str]) -> dict[str, tuple[dict[str, int], dict[str, int]]]:
-    [way] = [way for way in spread_ways() if way.name == "cut 0.5"]
+    [scenario] = [scenario for scenario in sharded_scenarios() if scenario.name == "cut 0.5"]
     found = {}
     for backend in backends:
-        opt, batch = sharded_optimizer(SETTING, BACKENDS[backend], world, way), SETTING.batch()
+        opt, batch = sharded_optimizer(SETTING, BACKENDS[backend], world, scenario), SETTING.batch()
         for _ in range(2):
             opt.step(SETTING.loss_fn, batch)
         with profile(activities=[ProfilerActivity.CPU]) as seen, Traffic() as traffic:

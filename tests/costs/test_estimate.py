@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from ssam_scale.bench.bytes_sent import BACKENDS
 from ssam_scale.bench.networks import Setting
-from ssam_scale.bench.scenarios import sparse_sam, spread_ways
+from ssam_scale.bench.scenarios import sharded_scenarios, sparse_sam
 from ssam_scale.costs.cluster import Cluster, Placement, ZeroSettings
 from ssam_scale.costs.collectives import sent_by
 from ssam_scale.costs.compute import StageTimes, StepShape, StepTimes, base_seconds, predicted_ascent_seconds
@@ -190,7 +190,7 @@ def _two_groups(network: StagedModel) -> torch.optim.Optimizer:
 
 def _counted_and_predicted(world: World, jobs: list[tuple[str, str]]) -> dict[str, tuple[float, float]]:
     """Of each backend and plan: bytes counted in a step, and predicted."""
-    known = {way.name: way for way in spread_ways()}
+    known = {scenario.name: scenario for scenario in sharded_scenarios()}
     times = StepTimes((StageTimes(1.0, 2.0, 1.0, 1.0),) * len(SETTING.network().stages), 0.0, 0.0)
     found = {}
     for backend, plan in jobs:
