@@ -68,10 +68,9 @@ def _schedules(word: str) -> list[Row]:
 
 
 def _backends(word: str) -> list[Row]:
-    from ssam_scale.sharding import backends
+    from ssam_scale.sharding import BACKENDS
 
-    found = [backend for name, backend in backends().items() if word in name]
-    return [{"name": b.name, "summary": b.summary, "paper": b.source} for b in found]
+    return _rows(BACKENDS, word)
 
 
 def _models(word: str) -> list[Row]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ssam_scale.sharding import backends
+from ssam_scale.sharding import BACKENDS
 
 from .collectives import ring_bytes
 
@@ -77,7 +77,7 @@ class Placement:
 
     def __post_init__(self) -> None:
         gpus = self.cluster.gpus
-        if backends()[self.backend].launchers is None and gpus > 1:
+        if BACKENDS[self.backend].value.launchers is None and gpus > 1:
             raise ValueError(f"backend {self.backend} on {gpus} GPUs; use ddp or fsdp2")
         if gpus % self.replicas:
             raise ValueError(f"{gpus} GPUs cannot hold {self.replicas} replicas")
@@ -85,7 +85,7 @@ class Placement:
     @property
     def shards(self) -> int:
         """Processes that perturbing one copy of the weights, and the optimizer's step, are sharded over."""
-        return self.cluster.gpus // self.replicas if backends()[self.backend].shards_weights else 1
+        return self.cluster.gpus // self.replicas if BACKENDS[self.backend].value.shards_weights else 1
 
     @property
     def everyone(self) -> Group:

@@ -20,13 +20,13 @@ from .interface import (
 )
 from .place import place, sharding_of
 from .process_group import ProcessGroup, leave_process_group
-from .registry import Backend, BackendInfo, backends
+from .registry import BACKENDS, Backend
 from .world import World, join_world
 
 __all__ = [
+    "BACKENDS",
     "AscentReduction",
     "Backend",
-    "BackendInfo",
     "Elements",
     "ProcessGroup",
     "Shard",
@@ -36,7 +36,6 @@ __all__ = [
     "Sharding",
     "World",
     "WrittenWeights",
-    "backends",
     "join_world",
     "leave_process_group",
     "place",

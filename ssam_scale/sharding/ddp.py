@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .interface import AscentReduction, Elements
 from .process_group import ProcessGroup
-from .registry import Backend, MakeOptimizer, Options, register
+from .registry import BACKENDS, Backend, MakeOptimizer, Options
 from .unsharded import ReplicatedWeights, TorchTraining
 from .world import World
 
@@ -238,11 +238,12 @@ def _place(
     return DistributedDataParallel(module, device_ids=ids, **sync), make_optimizer()
 
 
-register(
+BACKENDS.register(
+    "ddp",
+    "every rank holds all weights; gradients are all-reduced",
+    "PyTorch DistributedDataParallel, arXiv 2006.15704",
+)(
     Backend(
-        "ddp",
-        "every rank holds all weights; gradients are all-reduced",
-        "PyTorch DistributedDataParallel, arXiv 2006.15704",
         owns=lambda module: isinstance(module, DistributedDataParallel),
         sharding=DDP,
         place=_place,

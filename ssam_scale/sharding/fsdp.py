@@ -30,7 +30,7 @@ from .gradient_hooks import OnGradient, divert_gradients
 from .interface import AscentReduction, Elements, Shard, WrittenWeights
 from .packed_all_gather import RunCounts
 from .process_group import ProcessGroup
-from .registry import Backend, MakeOptimizer, Options, register
+from .registry import BACKENDS, Backend, MakeOptimizer, Options
 from .unsharded import TorchTraining
 from .world import World
 
@@ -407,11 +407,12 @@ def _place(
     return module, make_optimizer()
 
 
-register(
+BACKENDS.register(
+    "fsdp2",
+    "every parameter is sharded by rows; with replicas, in several copies (HSDP)",
+    "PyTorch fully_shard, arXiv 2304.11277",
+)(
     Backend(
-        "fsdp2",
-        "every parameter is sharded by rows; with replicas, in several copies (HSDP)",
-        "PyTorch fully_shard, arXiv 2304.11277",
         owns=lambda module: any(isinstance(m, FSDPModule) for m in module.modules()),
         sharding=FSDP2,
         place=_place,

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 from .interface import Sharding
-from .registry import MakeOptimizer, Options, backends
+from .registry import BACKENDS, MakeOptimizer, Options
 from .unsharded import Single
 from .world import World
 
@@ -26,7 +26,7 @@ def sharding_of(module: nn.Module) -> Sharding:
         ValueError: submodules are sharded but `module` is not the root of them, or the layout is not supported.
         RuntimeError: a DeepSpeed engine of a DeepSpeed whose internals are not known.
     """
-    owner = next((backend for backend in backends().values() if backend.owns(module)), None)
+    owner = next((backend for backend in (entry.value for entry in BACKENDS.values()) if backend.owns(module)), None)
     return Single(module) if owner is None else owner.sharding(module)
 
 
@@ -61,14 +61,13 @@ def place(
         ValueError: there is no such backend, it or the number of replicas does not go with the number of processes, or
             DeepSpeed does not take its configuration.
     """
-    known = backends()
-    if backend not in known:
-        raise ValueError(f"there is no backend {backend!r}; there are {', '.join(known)}")
-    chosen = known[backend]
+    if backend not in BACKENDS:
+        raise ValueError(f"there is no backend {backend!r}; there are {', '.join(sorted(BACKENDS))}")
+    chosen = BACKENDS[backend].value
     if replicas < 1:
         raise ValueError(f"replicas is {replicas}; at least 1 is needed")
     if replicas > 1 and not chosen.has_replicas:
-        able = " and ".join(name for name, other in known.items() if other.has_replicas)
+        able = " and ".join(name for name, other in BACKENDS.items() if other.value.has_replicas)
         raise ValueError(
             f"{replicas} replicas with backend {backend}; only {able} shards several copies of the weights"
         )

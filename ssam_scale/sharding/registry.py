@@ -1,21 +1,19 @@
 """The registry of backends: one entry for each way of distributing a model, made by the file that implements it.
 
-A new backend is a module (or package) of this folder that calls `register`, a file in `costs/backends` and a name in
-the configuration. Modules are found by `backends`; none is listed anywhere.
+A new backend is a module (or package) of this folder that registers in `BACKENDS`, a file in `costs/backends` and a
+name in the configuration. None is listed anywhere.
 """
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
-from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import torch
 from torch import nn
+
+from ssam_scale.registry import Registry
 
 from .interface import Sharding
 from .world import World
@@ -45,22 +43,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class BackendInfo:
-    """What a table of backends shows.
-
-    Attributes:
-        name: as the configuration has it.
-        summary: one line.
-        source: the library, and the paper.
-    """
-
-    name: str
-    summary: str
-    source: str
-
-
-@dataclass(frozen=True)
-class Backend(BackendInfo):
+class Backend:
     """One way of distributing a model.
 
     Attributes:
@@ -81,18 +64,5 @@ class Backend(BackendInfo):
     has_replicas: bool = False
 
 
-_REGISTERED: dict[str, Backend] = {}
-
-
-def register(backend: Backend) -> None:
-    """Make a backend known, under its name."""
-    assert backend.name not in _REGISTERED, f"two backends are called {backend.name}"
-    _REGISTERED[backend.name] = backend
-
-
-@cache
-def backends() -> Mapping[str, Backend]:
-    """Every backend by name. Imports all modules of this folder, but not DeepSpeed."""
-    for module in pkgutil.iter_modules(importlib.import_module(__package__).__path__):
-        importlib.import_module(f"{__package__}.{module.name}")
-    return MappingProxyType(dict(sorted(_REGISTERED.items())))
+BACKENDS: Registry[Backend] = Registry("ssam_scale.sharding")
+"""By `sharding.backend`. Looking at it imports all modules of this folder, but not DeepSpeed."""

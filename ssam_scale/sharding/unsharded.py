@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.state_dict import (
 from .gradient_hooks import OnGradient, divert_gradients
 from .interface import AscentReduction, Shard, WrittenWeights
 from .process_group import ProcessGroup
-from .registry import Backend, MakeOptimizer, Options, register
+from .registry import BACKENDS, Backend, MakeOptimizer, Options
 from .world import World
 
 _FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -165,11 +165,8 @@ def _place(
     return module, make_optimizer()
 
 
-register(
+BACKENDS.register("single", "one process that holds everything", "PyTorch")(
     Backend(
-        "single",
-        "one process that holds everything",
-        "PyTorch",
         owns=lambda module: False,  # it is what a module is on that no other backend owns
         sharding=Single,
         place=_place,

@@ -28,7 +28,7 @@ import torch
 from torch import nn
 
 from ssam_scale.sharding.interface import Sharding
-from ssam_scale.sharding.registry import Backend, MakeOptimizer, Options, register
+from ssam_scale.sharding.registry import BACKENDS, Backend, MakeOptimizer, Options
 from ssam_scale.sharding.world import World
 
 # DeepSpeed takes seconds to import, so it is imported in the functions: whoever has an engine has imported it.
@@ -87,11 +87,8 @@ _SHARDED = {
     3: "optimizer states, gradients and weights are sharded",
 }
 for _stage, _summary in _SHARDED.items():
-    register(
+    BACKENDS.register(f"zero{_stage}", f"ZeRO stage {_stage}: {_summary}", "DeepSpeed, arXiv 1910.02054")(
         Backend(
-            f"zero{_stage}",
-            f"ZeRO stage {_stage}: {_summary}",
-            "DeepSpeed, arXiv 1910.02054",
             owns=is_engine,
             sharding=zero_sharding,
             place=partial(_place, stage=_stage),
