@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from ssam_scale.cli.main import main
+
 
 def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "ssam_scale", "bench", "storage", *arguments]
@@ -31,7 +33,8 @@ def test_masks_take_a_bit_a_weight_or_less_and_weights_come_back() -> None:
     assert kept["row 50%"] < 9 / 512
 
 
-def test_too_few_weights_are_the_users_mistake() -> None:
-    result = bench("--weights", "7")
-    assert result.returncode == 2
-    assert result.stderr == "ssam-scale: error: --weights is 7; at least 1000 are needed\n"
+def test_too_few_weights_are_the_users_mistake(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["bench", "storage", "--weights", "7"])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "ssam-scale: error: --weights is 7; at least 1000 are needed\n"

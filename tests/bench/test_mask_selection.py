@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from ssam_scale.bench.mask_selection import tensor_sizes
+from ssam_scale.cli.main import main
 
 
 def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -48,10 +49,11 @@ def test_a_table_for_people() -> None:
 
 
 @pytest.mark.parametrize("option", ["--scores", "--ranks", "--repeats"])
-def test_nothing_to_measure_is_the_users_mistake(option: str) -> None:
-    result = bench(option, "0")
-    assert result.returncode == 2
-    assert result.stderr == f"ssam-scale: error: {option} is 0; at least 1 is needed\n"
+def test_nothing_to_measure_is_the_users_mistake(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["bench", "masks", option, "0"])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == f"ssam-scale: error: {option} is 0; at least 1 is needed\n"
 
 
 @pytest.mark.parametrize("total", [1, 151, 30011, 86_000_000])
