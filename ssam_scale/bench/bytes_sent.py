@@ -14,7 +14,7 @@ import torch
 from ssam_scale.costs.collectives import Traffic
 from ssam_scale.errors import UserError
 from ssam_scale.perturbation import SparseSAM
-from ssam_scale.sharding import World
+from ssam_scale.sharding import BACKENDS, World
 from ssam_scale.sharding.place import place
 
 from .networks import Setting
@@ -43,24 +43,21 @@ class BackendSetup:
     replicas: int = 1
 
 
-BACKENDS: Mapping[str, BackendSetup] = {
-    "ddp": BackendSetup("ddp"),
-    "fsdp2": BackendSetup("fsdp2"),
-    "hsdp": BackendSetup("fsdp2", 2),
-    **{f"zero{stage}": BackendSetup(f"zero{stage}") for stage in range(4)},
-}
+_BY_BACKEND = {name: BackendSetup(name) for name, backend in BACKENDS.items() if backend.value.launchers is not None}
+SETUPS: Mapping[str, BackendSetup] = dict(sorted({**_BY_BACKEND, "hsdp": BackendSetup("fsdp2", 2)}.items()))
+"""Every registered backend of several processes, and FSDP2 in two copies."""
 
 
 def chosen_backends(names: Sequence[str] | None) -> list[str]:
-    """Names of the backends asked for, in the order of `BACKENDS`; None: all.
+    """Names of the backends asked for, in the order of `SETUPS`; None: all.
 
     Raises:
         UserError: there is none of such a name.
     """
     for name in names or ():
-        if name not in BACKENDS:
-            raise UserError(f"--backends: there is no backend {name!r}; there are {', '.join(BACKENDS)}")
-    return [name for name in BACKENDS if names is None or name in names]
+        if name not in SETUPS:
+            raise UserError(f"--backends: there is no backend {name!r}; there are {', '.join(SETUPS)}")
+    return [name for name in SETUPS if names is None or name in names]
 
 
 def sharded_optimizer(setting: Setting, setup: BackendSetup, world: World, scenario: Scenario) -> SparseSAM:
@@ -89,7 +86,7 @@ def _measure(
     found = []
     for backend, name in jobs:
         scenario = known[name]
-        opt = sharded_optimizer(setting, BACKENDS[backend], world, scenario)
+        opt = sharded_optimizer(setting, SETUPS[backend], world, scenario)
         for _ in range(_WARM_UP):
             opt.step(setting.loss_fn, batch)
         first = opt.steps
@@ -133,7 +130,7 @@ def bench_bytes(
     """
     by_size: dict[int, list[tuple[str, str]]] = {}
     for backend in backends:
-        replicas = BACKENDS[backend].replicas
+        replicas = SETUPS[backend].replicas
         plans = [scenario.name for scenario in compared if replicas > 1 or scenario.name != _WITHIN_SHARD_GROUP]
         by_size.setdefault(ranks * replicas, []).extend((backend, plan) for plan in plans)
     # One start of processes for all that has as many of them: importing DeepSpeed alone takes seconds.
@@ -157,7 +154,7 @@ def bench_bytes(
                     "backend": backend,
                     "plan": plan,
                     "ranks": size,
-                    "replicas": BACKENDS[backend].replicas,
+                    "replicas": SETUPS[backend].replicas,
                     "density": counts["density"],
                     "step_bytes": _total(counts["bytes"]),
                     "step_bytes_by_collective": counts["bytes"],

@@ -30,11 +30,11 @@ _SCORE = (
 )
 
 
-class _Drifting(Section):
+class _WithDynamic(Section):
     """Declares `dynamic` before `score`, whose default depends on it."""
 
     pattern: str
-    dynamic: DynamicChoice | None = Field(None, description="SSAM-D, a choice that drifts; null: the highest scores")
+    dynamic: DynamicChoice | None = Field(None, description="null: the weights of the highest scores")
 
 
 class _ByAnyScore(Section):
@@ -136,8 +136,8 @@ _ALLOCATION = (
 )
 
 
-class ElementMask(BudgetedMask, _Drifting):
-    """Single weights: those that score highest, or a choice that drifts."""
+class ElementMask(BudgetedMask, _WithDynamic):
+    """Single weights: those that score highest, or SSAM-D's dynamic choice."""
 
     pattern: Literal["element"] = Field(description="single weights")
     allocation: Allocation = Field("global", description=_ALLOCATION)

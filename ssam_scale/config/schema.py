@@ -131,7 +131,10 @@ class Perturbation(Section):
         "calibrated: of the masked part, shortened to the length that dense would give",
     )
     calibrate_every: int | None = Field(
-        100, ge=1, description="steps between two dense ascents of norm calibrated; null: only after a refresh"
+        100,
+        ge=1,
+        description="steps between two dense ascents that measure the masked share of the gradient: of norm "
+        "calibrated, and for the metric kappa of masks of single weights and rows; null: only where they must be",
     )
     adaptive: bool = Field(False, description="perturb weights in proportion to their magnitude (ASAM)")
     fraction: float = Field(

@@ -88,17 +88,17 @@ class Placement:
         return self.cluster.gpus // self.replicas if BACKENDS[self.backend].value.shards_weights else 1
 
     @property
-    def everyone(self) -> Group:
+    def world(self) -> Group:
         """All processes."""
         return Group(self.cluster.gpus, self.cluster.gpus > self.cluster.per_node)
 
     @property
-    def of_a_copy(self) -> Group:
+    def shard_group(self) -> Group:
         """The processes of one copy."""
         return Group(self.shards, self.shards > self.cluster.per_node)
 
     @property
-    def of_a_shard(self) -> Group:
+    def replica_group(self) -> Group:
         """The processes with the same part of different copies."""
         return Group(self.replicas, self.cluster.gpus > self.cluster.per_node)
 
@@ -122,8 +122,8 @@ class Sent:
 
 
 @dataclass(frozen=True)
-class Leg:
-    """A part of a step: seconds of computing, and what is sent meanwhile."""
+class Segment:
+    """A segment of a step: compute, and the communication that can overlap with it."""
 
     computes: float
     sends: tuple[Sent, ...] = ()

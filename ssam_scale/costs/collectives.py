@@ -21,7 +21,7 @@ Small ones count like any other: a norm summed over the shards is an all_reduce 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -160,10 +160,3 @@ def _group_size(args: Iterable[Any]) -> int:
     if name is None:
         raise NotImplementedError("a collective without a process group")
     return int(_resolve_process_group(GroupName(name)).size())
-
-
-def sent_by(work: Callable[[], Any]) -> Traffic:
-    """What this process sends while `work` runs."""
-    with Traffic() as traffic:
-        work()
-    return traffic

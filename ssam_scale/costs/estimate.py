@@ -1,17 +1,17 @@
 """Predicted time, bytes on the wire and memory of a step on a cluster: `step_cost` and `footprint`, pure functions.
 
-A step is a sequence of legs, each of which computes for a time and sends something. How long a leg computes comes from
-the measured times of the stages on one process (`compute`), in proportion to the images that it sees; what it sends
-from the resolved step, the shapes of the weights and how the backend shards them (`backends`).
+A step is a sequence of segments, each of which computes for a time and sends something. How long a segment computes
+comes from the measured times of the stages on one process (`compute`), in proportion to the images that it sees; what
+it sends from the resolved step, the shapes of the weights and how the backend shards them (`backends`).
 
 Assumptions of the time:
 
 - A collective takes what a process sends by the ring algorithm (`collectives`) over the bandwidth of the slowest link
   of its group: the one between nodes, if the group does not fit into a node of consecutive ranks. Latency is not
   counted, nor are collectives of a few numbers (norms, whether gradients are finite).
-- `seconds`: what a backend sends during a forward or backward is hidden behind it as far as that lasts, a leg taking
-  the longer of the two; what it sends when nothing is computed is not hidden. `seconds_unhidden` is the sum, as if
-  nothing were ever hidden. A real step lies between.
+- `seconds`: what a backend sends during a forward or backward is hidden behind it as far as that lasts, a segment
+  taking the longer of the two; what it sends when nothing is computed is not hidden. `seconds_unhidden` is the sum, as
+  if nothing were ever hidden. A real step lies between.
 - Weights, gradients and what is sent of them are float32.
 - Each backend sends what the docstring of its module says; with several micro-batches the collectives of a forward, and
   of a backward that gathers, come in each of them.
@@ -30,8 +30,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
-from .backends import BackendCosts, InPass, costs_of
-from .cluster import Leg, Placement
+from .backends import BackendCosts, PassTraffic, costs_of
+from .cluster import Placement, Segment
 from .compute import StepTimes, ascent_backward, ascent_forward, pass_seconds
 from .workload import FLOAT, Ascent, Weights
 
@@ -97,7 +97,7 @@ def footprint(
         images: of a micro-batch of one process.
         accumulation: micro-batches of a step.
     """
-    held = costs_of(weights, placement, accumulation).holds(ascents)
+    held = costs_of(weights, placement, accumulation).memory(ascents)
     return Footprint(
         weights=held.weights,
         gradients=held.gradients,
@@ -119,8 +119,8 @@ def scaled(times: StepTimes, images: float) -> StepTimes:
     return replace(times, stages=tuple(stages))
 
 
-def step_legs(times: StepTimes, backend: BackendCosts, shards: int, ascent: Ascent | None) -> list[Leg]:
-    """The legs of a step: ascent, perturbation, descent, base optimizer.
+def step_segments(times: StepTimes, backend: BackendCosts, shards: int, ascent: Ascent | None) -> list[Segment]:
+    """The segments of a step: ascent, perturbation, descent, base optimizer.
 
     Args:
         times: of the parts, for the images that one process sees in a step.
@@ -129,19 +129,19 @@ def step_legs(times: StepTimes, backend: BackendCosts, shards: int, ascent: Asce
         ascent: its ascent; None: a step of the base optimizer.
     """
     forward = sum(s.forward for s in times.stages)
-    descent = _legs(forward, pass_seconds(times) - forward, backend.descent(ascent))
-    legs = [*descent, Leg(times.optimizer / shards)]
+    descent = _segments(forward, pass_seconds(times) - forward, backend.descent(ascent))
+    segments = [*descent, Segment(times.optimizer / shards)]
     if ascent is None:
-        return legs
+        return segments
     shape = ascent.shape
     perturb = times.perturb * shape.perturbed / shards
-    ascent_legs = _legs(ascent_forward(times, shape), ascent_backward(times, shape), backend.ascent(ascent))
-    notes = [Leg((1 + ascent.reuses) * perturb)] if ascent.reuses else []
-    return [*ascent_legs, Leg(perturb), *legs, *notes]
+    ascent_segments = _segments(ascent_forward(times, shape), ascent_backward(times, shape), backend.ascent(ascent))
+    notes = [Segment((1 + ascent.reuses) * perturb)] if ascent.reuses else []
+    return [*ascent_segments, Segment(perturb), *segments, *notes]
 
 
-def _legs(forward: float, backward: float, sends: InPass) -> list[Leg]:
-    return [Leg(forward, sends.forward), Leg(backward, sends.backward), Leg(0.0, sends.after)]
+def _segments(forward: float, backward: float, sends: PassTraffic) -> list[Segment]:
+    return [Segment(forward, sends.forward), Segment(backward, sends.backward), Segment(0.0, sends.after)]
 
 
 @dataclass(frozen=True)
@@ -179,9 +179,11 @@ def step_cost(
     ascending = [ascent for ascent in ascents if ascent.shape.ascends]
     kinds: list[tuple[float, Ascent | None]] = [(ascent.share, ascent) for ascent in ascending]
     kinds.append((1.0 - sum(ascent.share for ascent in ascending), None))
-    weighted = [(share, leg) for share, kind in kinds for leg in step_legs(times, backend, placement.shards, kind)]
+    weighted = [
+        (share, segment) for share, kind in kinds for segment in step_segments(times, backend, placement.shards, kind)
+    ]
     return StepCost(
-        sum(share * leg.seconds(cluster) for share, leg in weighted),
-        sum(share * leg.seconds(cluster, hidden=False) for share, leg in weighted),
-        sum(share * leg.bytes for share, leg in weighted),
+        sum(share * segment.seconds(cluster) for share, segment in weighted),
+        sum(share * segment.seconds(cluster, hidden=False) for share, segment in weighted),
+        sum(share * segment.bytes for share, segment in weighted),
     )

@@ -49,12 +49,12 @@ Weights = Mapping[str, Weight]
 """By name, in the order in which the optimizer has them."""
 
 
-Between = Callable[[str, tuple[int, ...]], Sequence[int]]
+CountBetween = Callable[[str, tuple[int, ...]], Sequence[int]]
 
 
 @dataclass(frozen=True)
 class Ascent:
-    """One kind of the steps of a run that have an ascent.
+    """One kind of step with an ascent, and how often it comes in a run.
 
     Attributes:
         share: of the run's steps that are of this kind.
@@ -62,14 +62,14 @@ class Ascent:
         shape: what of it takes time: `shape_of`.
         between: of a parameter that is perturbed, how many perturbed elements lie between each two neighbours of
             increasing positions; None: whole parameters are perturbed, or sent though less is.
-        reuses: steps after this one that go by what it brought (LookSAM).
+        reuses: steps for each of this kind that reuse what it brought (LookSAM).
     """
 
     share: float
     resolved: ResolvedStep
     shape: StepShape
-    between: Between | None = None
-    reuses: int = 0
+    between: CountBetween | None = None
+    reuses: float = 0.0
 
     @property
     def perturbed(self) -> Mapping[str, int]:
@@ -77,12 +77,12 @@ class Ascent:
         return self.resolved.plan.counts
 
     @property
-    def partly(self) -> bool:
+    def perturbs_subsets(self) -> bool:
         """Whether single elements or rows of parameters are perturbed, whose ε is a copy."""
         return self.resolved.plan.perturbs_subsets
 
     @property
-    def singly(self) -> bool:
+    def has_bit_mask(self) -> bool:
         """Whether single elements are, which takes a bit for each."""
         return any(isinstance(part, BitMask) for part in self.resolved.plan.weights.values())
 
@@ -119,7 +119,9 @@ def weights_of(network: StagedModel, optimizer: torch.optim.Optimizer | None = N
     }
 
 
-def ascent_of(resolved: ResolvedStep, weights: Weights, depth: int, *, share: float = 1.0, reuses: int = 0) -> Ascent:
+def ascent_of(
+    resolved: ResolvedStep, weights: Weights, depth: int, *, share: float = 1.0, reuses: float = 0.0
+) -> Ascent:
     """A resolved step with an ascent, as the cost model sees it.
 
     Args:
@@ -127,15 +129,14 @@ def ascent_of(resolved: ResolvedStep, weights: Weights, depth: int, *, share: fl
         weights: of its network before it was sharded.
         depth: stages of the network.
         share: of all steps that are of this kind.
-        reuses: steps after this one that go by what it brought (LookSAM).
+        reuses: steps for each of this kind that reuse what it brought (LookSAM).
     """
-    packed = resolved.packed and resolved.plan.perturbs_subsets
-    shape = shape_of(resolved, weights, depth)
-    return Ascent(share, resolved, shape, _between(resolved.plan) if packed else None, reuses)
+    between = _between(resolved.plan) if resolved.packed and resolved.plan.perturbs_subsets else None
+    return Ascent(share, resolved, shape_of(resolved, weights, depth), between, reuses)
 
 
 def shape_of(resolved: ResolvedStep, weights: Weights, depth: int) -> StepShape:
-    """What of a resolved step takes time.
+    """What of a resolved step takes compute time.
 
     A stage's share of computed weight gradients is by number of elements, a tied weight counting in every stage that
     uses it: each of its uses is a matrix product of its own.
@@ -150,7 +151,7 @@ def shape_of(resolved: ResolvedStep, weights: Weights, depth: int) -> StepShape:
     return StepShape(resolved.forward_from, kept, resolved.plan.perturbed, resolved.fraction)
 
 
-def _between(plan: Plan) -> Between:
+def _between(plan: Plan) -> CountBetween:
     """See `Ascent.between`."""
 
     @functools.cache

@@ -19,7 +19,7 @@ from .subset import BitMask, Subset, pack
 
 
 class Dynamic(ScoreBased):
-    """Single weights: a random choice of int(N(1 − sparsity)) of N that drifts.
+    """Single weights: SSAM-D: int(N(1 − sparsity)) of N, random at first; each refresh drops some and grows others.
 
     With L weights live, a refresh at step t drops all but the int(L(1 − d(1 + cos(π t / steps)) / 2)) of highest `drop`
     score and grows as many of highest `grow` score as the budget then lacks, among those that were not live: what is

@@ -65,6 +65,11 @@ class Plan:
     may_cut: bool = False
 
     @classmethod
+    def nothing(cls) -> Plan:
+        """The plan of a step without an ascent."""
+        return cls(0, {}, {})
+
+    @classmethod
     def of_parameters(cls, layout: Layout, names: Iterable[str]) -> Plan:
         """The plan that perturbs the parameters `names`, in full and in the order of `layout`."""
         wanted = set(names)

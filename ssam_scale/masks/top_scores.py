@@ -150,7 +150,7 @@ def _elements(layout: Layout, scores: Scores, shares: list[int], group: ShardGro
     return {name: BitMask(bits, s.numel()) for (name, s), bits in zip(scores.items(), packed, strict=True)}
 
 
-@register_mask(ElementMask, "single weights of the highest scores; or `dynamic`, one that drifts", "arXiv 2210.05177")
+@register_mask(ElementMask, "single weights of the highest scores; or `dynamic` (SSAM-D)", "arXiv 2210.05177")
 def build_element(section: ElementMask, run: RunInfo) -> Mask:
     """The mask of its section: by scores, or dynamic."""
     if section.dynamic is not None:

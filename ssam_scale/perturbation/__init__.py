@@ -2,7 +2,7 @@
 
 from .phases import Phase, Phases, no_phases
 from .profiling import ascent_seconds
-from .resolved_step import Norm, ResolvedStep, StepOptions, resolve_step
+from .resolved_step import Norm, ResolvedStep, StepOptions, StepShares, resolve_step, step_shares
 from .savings import Savings
 from .schedules import ConstantRadius, CosineRadius, Interval, LRRadius, RadiusSchedule, Window
 from .scores import sampled_label_loss
@@ -27,9 +27,11 @@ __all__ = [
     "StepKind",
     "StepOptions",
     "StepReport",
+    "StepShares",
     "Window",
     "ascent_seconds",
     "no_phases",
     "resolve_step",
     "sampled_label_loss",
+    "step_shares",
 ]

@@ -36,7 +36,7 @@ class LookSAM:
         self._orthogonal: list[Tensor] = []  # parallel to them
 
     @torch.no_grad()
-    def note(self, plan: Plan, epsilon: list[Tensor]) -> None:
+    def update(self, plan: Plan, epsilon: list[Tensor]) -> None:
         """Compute g_v after the descent pass of a step with an ascent. Collective.
 
         Args:

@@ -37,7 +37,7 @@ class MaskState:
         parameters: all that are trained, by name.
         layout: of the same.
         mask: any; one that is not chosen by scores has nothing to refresh and nothing to remember.
-        before: what was at work on fewer of these parameters, and has accumulated scores of them.
+        before: the MaskState of before parameters were added, whose accumulated scores are carried over.
         pack: whether other processes are sent no more than what is perturbed.
     """
 

@@ -62,8 +62,8 @@ class Passes:
         self._phases = phases
         self._device = parameters.device
         self._random: list[RandomState] = []  # at the start of each micro-batch of the ascent
-        self._wholes: dict[int, Tensor] = {}  # the tensors that the ascent sees the first rows of, by identity of those
-        self._seen: Tensor | None = None  # the input of the one forward of an ascent that may share its prefix
+        self._full_batch_of: dict[int, Tensor] = {}  # by identity of what the ascent sees the first rows of
+        self._ascent_input: Tensor | None = None  # the input of the one forward of an ascent that may share its prefix
         self._prefix: tuple[Tensor, RandomState] | None = None  # its output, and where the suffix began to draw
 
     def ascend(self) -> Tensor:
@@ -122,25 +122,25 @@ class Passes:
         """What the ascent sees of a micro-batch."""
         if self._resolved.fraction == 1.0:
             return batch
-        self._wholes = {}
+        self._full_batch_of = {}
         return tree_map_only(Tensor, self._first_rows, batch)
 
     def _first_rows(self, leaf: Tensor) -> Tensor:
         if not leaf.ndim:
             return leaf
         rows = leaf[: max(1, int(len(leaf) * self._resolved.fraction))]
-        self._wholes[id(rows)] = leaf
+        self._full_batch_of[id(rows)] = leaf
         return rows
 
     def _ascent_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        module, whole = self._sharding.ascent_module, self._wholes.get(id(x), x)
+        module, whole = self._sharding.ascent_module, self._full_batch_of.get(id(x), x)
         if self._resolved.may_share_prefix:
-            if self._seen is not None:
+            if self._ascent_input is not None:
                 raise ValueError(
                     "the loss function called `forward` twice; with a mask that may have a cut, concatenate the inputs "
                     "instead, or switch savings.share_prefix off"
                 )
-            self._seen = whole
+            self._ascent_input = whole
         cut, shared = self._resolved.cut, self._resolved.shares_prefix
         if cut == 0:
             with self._phases("ascent forward"):
@@ -153,7 +153,7 @@ class Passes:
             return module(hidden.detach()[: len(x)], start=cut)
 
     def _descent_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if self._seen is not None and self._seen is not x:
+        if self._ascent_input is not None and self._ascent_input is not x:
             raise ValueError(
                 "the loss function gave the descent pass another input than the ascent pass, whose prefix it shares "
                 "where the mask has a cut; move, convert or draw the input before `step`, not in the loss function, or "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from ssam_scale.sharding import Sharding, WrittenWeights
 from .mask_state import MaskState
 from .parameters import TrainedParameters
 from .phases import Phases
-from .resolved_step import Norm, ResolvedStep
+from .resolved_step import ResolvedStep
 
 _TINY = 1e-7  # of the papers' code: keeps a vanishing gradient from dividing by zero
 _ETA = 0.01  # of the ASAM paper: lets weights at zero be perturbed, too
@@ -42,7 +43,7 @@ def adaptive_scales(weights: Sequence[Tensor]) -> list[Tensor]:
     return scales
 
 
-def scale_to_radius_(gradients: Sequence[Tensor], radii: Sequence[float], reach: Tensor | float, norm: Tensor) -> None:
+def scale_to_radius_(gradients: Sequence[Tensor], radii: Sequence[float], kappa: Tensor | float, norm: Tensor) -> None:
     """Gradients become ε = ρ · κ · g / (‖·‖ + 1e-7) in place (arXiv 2210.05177, equation 5, with m in g).
 
     Where the norm is not finite they become zeros: there is no direction to go.
@@ -50,12 +51,12 @@ def scale_to_radius_(gradients: Sequence[Tensor], radii: Sequence[float], reach:
     Args:
         gradients: m ⊙ g.
         radii: ρ of each gradient.
-        reach: κ, the share of the radius to go, of shape ().
+        kappa: κ, a factor on the radius, of shape ().
         norm: the norm divided by, of shape ().
     """
     if not gradients:
         return
-    scale = reach / (norm + _TINY)
+    scale = kappa / (norm + _TINY)
     for radius in set(radii):
         torch._foreach_mul_([g for g, r in zip(gradients, radii, strict=True) if r == radius], radius * scale)
     zero_unless_(gradients, norm.isfinite())
@@ -91,7 +92,6 @@ class Perturbation:
         parameters: all that are trained.
         mask: the mask at work.
         optimizer: of the weights, whose gradients are dropped between the passes.
-        norm: what the gradient is divided by.
         adaptive: perturb weights in proportion to their magnitude (ASAM, arXiv 2102.11600).
         phases: times the parts.
 
@@ -109,16 +109,14 @@ class Perturbation:
         parameters: TrainedParameters,
         mask: MaskState,
         optimizer: torch.optim.Optimizer,
-        norm: Norm,
         adaptive: bool,
         phases: Phases,
     ) -> None:
-        self.norm = norm
         self.adaptive = adaptive
         self._sharding, self._mask, self._optimizer, self._phases = sharding, mask, optimizer, phases
         self._parameters = parameters.by_name
         self._index = {name: i for i, name in enumerate(self._parameters)}
-        self._placed: dict[tuple[str, ...], Tensor] = {}
+        self._index_cache: dict[tuple[str, ...], Tensor] = {}
         self._device = parameters.device
         self.skips = torch.zeros((), dtype=torch.bool, device=self._device)
         self.skipped = torch.zeros((), dtype=torch.int64, device=self._device)
@@ -132,7 +130,7 @@ class Perturbation:
 
         Args:
             resolved: what the step does.
-            keep: whether to yield ε, as `epsilon` makes it, and not nothing.
+            keep: whether to yield a copy of ε, as `epsilon` returns it; otherwise an empty list.
         """
         sharding, plan = self._sharding, resolved.plan
         try:
@@ -168,27 +166,28 @@ class Perturbation:
     def uncalibrate(self) -> None:
         """Calibrate in the next step: the mask is another one."""
         self.calibrated = -1
-        self._placed.clear()
+        self._index_cache.clear()
 
-    def state_dict(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Any]:
         """`skipped`, int64 of shape (); and the calibration.
 
-        That is `calibrated`, the step of the last one (−1: due), and `shares`, float32 of shape (parameters,).
+        That is `calibrated`, the step of the last one (−1: due), and `shares`, float32 of shape (), by parameter.
         """
-        calibrated = torch.tensor(self.calibrated)
-        return {"skipped": self.skipped.clone(), "calibrated": calibrated, "shares": self.shares.clone()}
+        shares = dict(zip(self._parameters, self.shares.clone().unbind(), strict=True))
+        return {"skipped": self.skipped.clone(), "calibrated": torch.tensor(self.calibrated), "shares": shares}
 
-    def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take back what `state_dict` returned.
 
         Raises:
             ValueError: the state is of other parameters; nothing was loaded then.
         """
-        if state_dict["shares"].shape != self.shares.shape:
-            mine, theirs = len(self.shares), len(state_dict["shares"])
-            raise ValueError(f"the saved state is of {theirs} parameters, this optimizer has {mine}")
+        shares = state_dict["shares"]
+        if odd := sorted(shares.keys() ^ self._parameters.keys()):
+            raise ValueError(f"the saved state is of other parameters than this optimizer's: {odd[0]}")
         self.skipped.copy_(state_dict["skipped"])
-        self.shares.copy_(state_dict["shares"])
+        if shares:
+            self.shares.copy_(torch.stack([shares[name] for name in self._parameters]))
         self.calibrated = int(state_dict["calibrated"])
 
     def epsilon(self, resolved: ResolvedStep) -> list[Tensor]:
@@ -202,29 +201,20 @@ class Perturbation:
         parts = list(plan.weights.values())
         gradients = self._sharding.gradients(chosen)
         weights = [shard.weight for shard in self._sharding.shards(chosen)] if self.adaptive else []
-        everything = self._all_squares(plan, gradients, weights) if self._sees_more(resolved) else None
+        everything = self._all_squares(plan, gradients, weights) if resolved.measures_kappa else None
         epsilon = at_least_fp32(compact_(gradients, parts))
         del gradients
         scales = adaptive_scales([w if m is None else m.take(w) for w, m in zip(weights, parts, strict=False)])
         if scales:
             torch._foreach_mul_(epsilon, scales)
         masked = squares(epsilon, self._device)
-        norm, reach = self._norm_and_reach(plan, masked, everything, resolved.step if resolved.calibrates else None)
+        norm, kappa = self._norm_and_kappa(resolved, masked, everything)
         if scales:
             torch._foreach_mul_(epsilon, scales)
-        scale_to_radius_(epsilon, list(resolved.radii.values()), reach, norm)
+        scale_to_radius_(epsilon, list(resolved.radii.values()), kappa, norm)
         self.skips = ~norm.isfinite()
         self.skipped += self.skips
         return epsilon
-
-    def _sees_more(self, resolved: ResolvedStep) -> bool:
-        """Whether there are gradients of all weights, and to look at those that are not perturbed, too.
-
-        Where they are there anyway they cost one more look to know κ, also if the norm has no use for it.
-        """
-        if self.norm != "masked" or resolved.plan.weights.keys() != self._parameters.keys():
-            return resolved.gradients == "all"
-        return resolved.gradients != "perturbed" and resolved.plan.perturbs_subsets
 
     def _all_squares(self, plan: Plan, chosen: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
         """‖g‖² of every parameter on this process; `chosen` and `weights` are of what the plan names."""
@@ -241,51 +231,48 @@ class Perturbation:
         else:
             of_each = squares(gradients, self._device)
         result = torch.empty_like(of_each)
-        result[self._places([*plan.weights, *names])] = of_each
+        result[self._indices([*plan.weights, *names])] = of_each
         return result
 
-    def _norm_and_reach(
-        self, plan: Plan, masked: Tensor, everything: Tensor | None, calibrates: int | None
+    def _norm_and_kappa(
+        self, resolved: ResolvedStep, masked: Tensor, everything: Tensor | None
     ) -> tuple[Tensor, Tensor | float]:
-        """What to divide by, and how far to go; notes κ by the way.
+        """The norm that ε is divided by, and the factor on its radius; also updates κ and the calibration.
 
         Args:
-            plan: what to perturb.
+            resolved: what the step does.
             masked: ‖m ⊙ g‖² of each parameter in the plan, on this process.
-            everything: ‖g‖² of every parameter on this process, if there is a gradient of all.
-            calibrates: number of the step if this one calibrates.
+            everything: ‖g‖² of every parameter on this process, if κ is measured.
         """
+        plan = resolved.plan
         sums = [masked.sum()[None]]
         if everything is not None:
             sums.append(everything.sum()[None])
-            if calibrates is not None:
+            if resolved.calibrates:
                 shares = everything.clone()
-                shares[self._places(plan.weights)] = masked
+                shares[self._indices(plan.weights)] = masked
                 sums.append(shares)
         both = self._sharding.shard_group.all_reduce(torch.cat(sums))
         if everything is not None:
             self.kappa = (both[0] / both[1]).sqrt()
-        if calibrates is not None:
+        if resolved.calibrates:
             usable = both[1].isfinite() & (both[1] > 0)
             self.shares.copy_(torch.where(usable, both[2:] / both[1], self.shares))
-            self.calibrated = calibrates
-        if self.norm == "dense" or calibrates is not None:
+            self.calibrated = resolved.step
+        if resolved.norm == "dense" or resolved.calibrates:
             return both[1].sqrt(), 1.0
-        reach = self._reach(plan)
-        if everything is None and isinstance(reach, Tensor):
-            self.kappa = reach
-        return both[0].sqrt(), reach
+        if resolved.norm == "masked":
+            return both[0].sqrt(), 1.0
+        share = self.shares[self._indices(plan.weights)].sum()
+        # Without a calibration that worked the radius is the masked norm's.
+        kappa = torch.where(share < 0.0, torch.ones_like(share), share.abs().sqrt())
+        if everything is None:
+            self.kappa = kappa
+        return both[0].sqrt(), kappa
 
-    def _reach(self, plan: Plan) -> Tensor | float:
-        if self.norm != "calibrated":
-            return 1.0
-        share = self.shares[self._places(plan.weights)].sum()
-        # No calibration worked yet: go as far as the masked norm does.
-        return torch.where(share < 0.0, torch.ones_like(share), share.abs().sqrt())
-
-    def _places(self, names: Iterable[str]) -> Tensor:
+    def _indices(self, names: Iterable[str]) -> Tensor:
         """Indices of parameters on the device; kept, because sending them makes the host wait for the device."""
         key = tuple(names)
-        if key not in self._placed:
-            self._placed[key] = torch.tensor([self._index[n] for n in key], dtype=torch.int64, device=self._device)
-        return self._placed[key]
+        if key not in self._index_cache:
+            self._index_cache[key] = torch.tensor([self._index[n] for n in key], dtype=torch.int64, device=self._device)
+        return self._index_cache[key]

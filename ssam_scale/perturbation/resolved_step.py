@@ -15,11 +15,12 @@ from ssam_scale.masks import Plan, Rows, Subset
 
 from .parameters import TrainedParameters
 from .savings import Savings
+from .schedules import RadiusSchedule, reuse_at
 from .skip_gradients import skips_rows
 from .step_report import StepKind
 
 Norm: TypeAlias = Literal["dense", "masked", "calibrated"]
-Gradients: TypeAlias = Literal["all", "named", "perturbed"]
+Gradients: TypeAlias = Literal["all", "planned", "perturbed"]
 
 
 @dataclass(frozen=True)
@@ -43,18 +44,12 @@ class StepOptions:
         if not 0.0 < self.fraction <= 1.0:
             raise ValueError(f"fraction is {self.fraction}; a share in (0, 1] is needed")
 
-    def looks_at_all(self, plan: Plan) -> bool:
-        """Whether some steps compute the gradient of every parameter to learn κ, though they need only some of it.
+    def measures_kappa(self, plan: Plan) -> bool:
+        """Whether some steps compute the gradient of every parameter for κ = ‖m ⊙ g‖ / ‖g‖, though they need less.
 
         The calibrated norm has to; the masked norm does it where the ascent has most of that gradient anyway.
         """
         return self.norm == "calibrated" or (self.norm == "masked" and plan.perturbs_subsets)
-
-    def dense_share(self, plan: Plan) -> float:
-        """In the long run, the share of the ascents that compute the gradient of every parameter, in [0, 1]."""
-        if self.norm == "dense":
-            return 1.0
-        return 1.0 / self.calibrate_every if self.calibrate_every and self.looks_at_all(plan) else 0.0
 
     def is_dense(self, plan: Plan, step: int, calibrated: int) -> bool:
         """Whether the ascent of step number `step` computes the gradient of every parameter.
@@ -64,7 +59,7 @@ class StepOptions:
             step: from 0.
             calibrated: the step of the last calibration; −1 when one is due.
         """
-        if not self.looks_at_all(plan):
+        if not self.measures_kappa(plan):
             return self.norm == "dense"
         if self.norm == "masked":
             return self.calibrate_every is not None and step % self.calibrate_every == 0
@@ -88,11 +83,13 @@ class ResolvedStep:
         computed: elements of the gradient that the ascent's backward computes, by parameter that it computes any of.
         elided: parameters that stages from the cut on use, of which the ascent computes no gradient.
         rows: weights of layers of which the ascent computes the gradient of these rows only.
-        reduced: the gradients that are asked for of all processes, by parameter: of which elements (None: of all).
+        reduced: the gradients to all-reduce or reduce-scatter, by parameter, and which elements of each (None: all).
+        norm: what the gradient is divided by.
         gradients: what is known of the gradient after the ascent: of every parameter (`all`), of every element of the
-            parameters in the plan (`named`), or of what is perturbed (`perturbed`).
-        calibrates: whether the norm is calibrated by this step's gradient.
-        packed: whether of perturbed weights, no more than what is perturbed is sent.
+            parameters in the plan (`planned`), or of what is perturbed (`perturbed`).
+        measures_kappa: whether κ is measured: where the gradient of every parameter is there anyway, it costs a norm.
+        calibrates: whether the calibrated norm takes its κ from this step's gradient.
+        packed: whether only what is perturbed is communicated: of gradients (`reduced`), and of the perturbed weights.
         kept: parameters that stay gathered from the ascent to the descent.
         within_shard_group: whether each copy of the weights ascends by its own part of the batch (HSDP).
     """
@@ -110,11 +107,18 @@ class ResolvedStep:
     elided: frozenset[str] = frozenset()
     rows: Mapping[str, Rows] = field(default_factory=dict)
     reduced: Mapping[str, Subset | None] = field(default_factory=dict)
-    gradients: Gradients = "named"
+    norm: Norm = "masked"
+    gradients: Gradients = "planned"
+    measures_kappa: bool = False
     calibrates: bool = False
     packed: bool = False
     kept: frozenset[str] = frozenset()
     within_shard_group: bool = False
+
+    @classmethod
+    def without_ascent(cls, step: int, alpha: float = 0.0) -> ResolvedStep:
+        """A step of the base optimizer, or with an α one that reuses what the last ascent brought (LookSAM)."""
+        return cls("reused" if alpha else "base", step, Plan.nothing(), {}, alpha)
 
     @property
     def ascends(self) -> bool:
@@ -158,12 +162,12 @@ def resolve_step(
             which is the memory that accumulation saves: then the ascent runs each prefix again, without a graph.
         dense: whether the ascent computes the gradient of every parameter: `StepOptions.is_dense`.
         packs: whether the backend reduces no more of the gradients than it is asked for.
-        by_hand: whether somebody else runs the two passes, and leaves reduced gradients of everything.
+        by_hand: whether the caller runs both passes (a closure, `perturbed`), and the gradient of everything is there.
     """
     savings = options.savings
     may_share = savings.share_prefix and options.norm != "dense" and plan.may_cut and not by_hand
     if not any(radii.get(name, 0.0) for name in plan.weights):
-        return ResolvedStep("reused" if alpha else "base", step, Plan(0, {}, {}), {}, alpha)
+        return ResolvedStep.without_ascent(step, alpha)
     cut = plan.cut if may_share and not dense else 0
     sparse = not dense and not by_hand
     elided: frozenset[str] = frozenset()
@@ -187,7 +191,10 @@ def resolve_step(
         reduced = plan.weights if savings.pack else dict.fromkeys(plan.weights)
     gradients: Gradients = "all"
     if sparse:
-        gradients = "perturbed" if rows or (savings.pack and packs and plan.perturbs_subsets) else "named"
+        gradients = "perturbed" if rows or (savings.pack and packs and plan.perturbs_subsets) else "planned"
+    measures_kappa = gradients == "all"
+    if options.norm == "masked" and plan.weights.keys() == numels.keys():
+        measures_kappa = gradients != "perturbed" and plan.perturbs_subsets
     kind: StepKind = "dense"
     if dense and options.norm != "dense" and not by_hand:
         kind = "calibrating"
@@ -206,9 +213,53 @@ def resolve_step(
         elided=elided,
         rows=rows,
         reduced=reduced,
+        norm=options.norm,
         gradients=gradients,
+        measures_kappa=measures_kappa,
         calibrates=gradients == "all" and options.norm == "calibrated",
         packed=savings.pack,
         kept=frozenset(numels.keys() - plan.weights.keys()) if savings.keep_gathered else frozenset(),
         within_shard_group=savings.within_shard_group,
     )
+
+
+@dataclass(frozen=True)
+class StepShares:
+    """How often each kind of step comes in a run, as shares of its steps.
+
+    Attributes:
+        sparse: with an ascent that computes what the plan needs.
+        dense: with an ascent that computes the gradient of every parameter.
+        reused: without an ascent, reusing the last one (LookSAM). The others are the base optimizer's.
+    """
+
+    sparse: float
+    dense: float
+    reused: float
+
+
+def step_shares(
+    schedule: RadiusSchedule, options: StepOptions, plan: Plan, steps: int, refresh_every: int | None = None
+) -> StepShares:
+    """How often each kind of step comes in a run, by the rules of the steps themselves.
+
+    Args:
+        schedule: of the radius.
+        options: of the optimizer.
+        plan: what a step perturbs; the same kind of plan in all.
+        steps: of the run.
+        refresh_every: steps between two refreshes of the mask, each of which makes a calibration due.
+    """
+    sparse = dense = reused = 0
+    calibrated = -1
+    group = {"rho": 1.0, "lr": 1.0, "initial_lr": 1.0}
+    for step in range(steps):
+        if refresh_every is not None and step % refresh_every == 0:
+            calibrated = -1
+        if schedule(step, group) <= 0.0:
+            reused += reuse_at(schedule, step) > 0.0
+        elif options.is_dense(plan, step, calibrated):
+            dense, calibrated = dense + 1, step
+        else:
+            sparse += 1
+    return StepShares(sparse / steps, dense / steps, reused / steps)

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 class Savings:
     """Switches for the work that a step leaves out because its mask leaves weights alone; each works by itself.
 
-    None of the first four changes what a step computes. One that a backend has no use for does nothing there.
+    With the whole batch in the ascent (`fraction` 1) none of the first four changes what a step computes. One that a
+    backend has no use for does nothing there.
 
     Attributes:
         elide: no ascent gradient of what is not perturbed: not of whole tensors, nor of rows of linear layers and

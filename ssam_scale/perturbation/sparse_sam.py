@@ -53,7 +53,7 @@ class SparseSAM(OptimizerWrapper):
     not finite there is no perturbation, and the step is the base optimizer's.
 
     `param_groups` and `state` are the base optimizer's, and every group has its own `rho`; a group whose rho is 0 is
-    left alone. `steps` counts the steps with an ascent due; `step(None)` by itself counts nothing.
+    left alone. `steps` counts calls of `step` with a closure or batches and of `perturbed`, not of `step(None)`.
 
     Args:
         model: a module, `DistributedDataParallel`, an FSDP2 root or a DeepSpeed engine, each plain or around a
@@ -69,7 +69,7 @@ class SparseSAM(OptimizerWrapper):
             between two looks at the whole gradient, for `kappa`; None: only after a refresh.
         fraction: share of each batch in the ascent, in (0, 1]: its first samples (m-sharpness is that of so many then).
         schedule: factor on ρ over time; 0 makes a step the base optimizer's (`Interval`, `Window`).
-        savings: which savings are made; None: those that cost nothing.
+        savings: which savings are made; None: `Savings()`, all that cost nothing.
         max_grad_norm: the descent gradient is clipped to this norm. A DeepSpeed engine clips to its own
             `gradient_clipping`; None accepts that.
         scaler: scales the losses given with batches, for float16, and skips steps whose descent gradient is not finite;
@@ -120,9 +120,10 @@ class SparseSAM(OptimizerWrapper):
         self._schedule = schedule if schedule is not None else ConstantRadius()
         self._phases, self._adaptive = phases, adaptive
         self._by_hand: ResolvedStep | None = None  # what `perturbed` has done for the step that follows it
-        self._look_at_groups()
+        self._rebuild()
 
-    def _look_at_groups(self) -> None:
+    def _rebuild(self) -> None:
+        """Set up all that depends on the parameter groups."""
         if bad := [group["rho"] for group in self.param_groups if not 0.0 <= group["rho"] < math.inf]:
             raise ValueError(f"the rho of a parameter group is {bad[0]}; a radius of at least 0 is needed")
         groups = self.sharding.unwrap_optimizer(self.base_optimizer, self.max_grad_norm)[1]
@@ -141,7 +142,6 @@ class SparseSAM(OptimizerWrapper):
             self.parameters,
             self._mask,
             self.base_optimizer,
-            self.options.norm,
             self._adaptive,
             self._phases,
         )
@@ -180,7 +180,7 @@ class SparseSAM(OptimizerWrapper):
         """
         radii = self.radii
         if plan is None:
-            plan = self.plan if any(radii) else Plan(0, {}, {})
+            plan = self.plan if any(radii) else Plan.nothing()
         if dense is None:
             dense = self.options.is_dense(plan, self.steps, self._perturbation.calibrated)
         return resolve_step(
@@ -210,7 +210,7 @@ class SparseSAM(OptimizerWrapper):
         """
         loss = None
         if closure is None:
-            resolved = self._by_hand or ResolvedStep("base", self.steps, Plan(0, {}, {}), {})
+            resolved = self._by_hand or ResolvedStep.without_ascent(self.steps)
             self._by_hand = None
         elif batches:
             resolved = self.resolve(len(batches))
@@ -258,7 +258,7 @@ class SparseSAM(OptimizerWrapper):
             with self._perturbation.applied(resolved, keep=self._looksam is not None) as epsilon:
                 passes.descend(statistics=False)
         if self._looksam is not None:
-            self._looksam.note(resolved.plan, epsilon)
+            self._looksam.update(resolved.plan, epsilon)
         return loss
 
     def _run_closure(self, resolved: ResolvedStep, closure: Callable[[], Any]) -> Any:
@@ -274,7 +274,7 @@ class SparseSAM(OptimizerWrapper):
                 random.restore()
                 closure()
         if self._looksam is not None:
-            self._looksam.note(resolved.plan, epsilon)
+            self._looksam.update(resolved.plan, epsilon)
         return loss
 
     @contextmanager
@@ -307,7 +307,7 @@ class SparseSAM(OptimizerWrapper):
 
     @torch.no_grad()
     def refresh(self, loss_fn: LossFn | None = None, *batches: Any, samples: int | None = None) -> None:
-        """Choose the weights anew, by the scores that it is chosen by. Collective.
+        """Refresh the mask: compute its scores and select the weights by them. Collective.
 
         Args:
             loss_fn: mean loss of a batch, given the forward to use; called with batches of one sample.
@@ -334,7 +334,7 @@ class SparseSAM(OptimizerWrapper):
         super().add_param_group(param_group)
         if hasattr(self, "_perturbation"):
             skipped = self._perturbation.skipped
-            self._look_at_groups()
+            self._rebuild()
             self._perturbation.skipped = skipped
 
     def state_dict(self) -> dict[str, Any]:

@@ -125,7 +125,7 @@ def newest(directory: Path) -> Path | None:
     return found[-1][1] if found else None
 
 
-def refuse_to_mix(config: Config) -> None:
+def check_fresh_directory(config: Config) -> None:
     """A run that starts afresh must not share its folder with another one, whose checkpoints it would take for its own.
 
     Raises:

@@ -38,7 +38,7 @@ def train(config: Config, world: World) -> None:
     if (path := checkpoint.resolve(config)) is not None:
         checkpoint.load(path, config, components)
     else:
-        checkpoint.refuse_to_mix(config)
+        checkpoint.check_fresh_directory(config)
     progress, total = components.progress, config.train.epochs * components.steps_per_epoch
     with (
         open_run(config, enabled=world.first, resume_run_id=progress.run_id, extra_tags={"steps": str(total)}) as run,

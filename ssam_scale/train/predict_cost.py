@@ -25,7 +25,8 @@ from ssam_scale.costs.workload import Ascent, ascent_of, weights_of
 from ssam_scale.errors import UserError
 from ssam_scale.masks import Plan, ScoreBased
 from ssam_scale.models import build_model
-from ssam_scale.perturbation import Norm, Savings, SparseSAM, StagedModel
+from ssam_scale.perturbation import Norm, SparseSAM, StagedModel, step_shares
+from ssam_scale.perturbation.schedules import build_schedule
 from ssam_scale.sharding.place import place
 
 from .build import PRECISIONS, base_optimizer, perturbation_options, soft_loss
@@ -91,7 +92,7 @@ class Machines:
 def cost_rows(config: Config, found: Measured, machines: Machines) -> list[dict[str, Any]]:
     """Rows of the cost of a mean step, for each number of GPUs: the base optimizer, dense SAM, the configured plan.
 
-    `costs.estimate` says what is taken for granted. Of a plan whose steps differ, `seconds` and
+    `costs.estimate` says the assumptions. Of a plan whose steps differ, `seconds` and
     `bytes` are the mean step's and the memory the largest's.
 
     Raises:
@@ -206,20 +207,20 @@ def ascents_of(config: Config, network: StagedModel, opt: SparseSAM, plans: Sequ
     if section is None:
         return []
     weights, depth = weights_of(network), len(network.stages)
-    often = (section.window[1] - section.window[0]) / section.interval / len(plans)
-    reuses = section.interval - 1 if section.reuse else 0
+    steps, every = config.train.epochs * _STEPS_PER_EPOCH, getattr(opt.mask, "every", None)
+    often = step_shares(build_schedule(section, steps), opt.options, plans[0], steps, every)
+    reuses = often.reused / (often.sparse + often.dense)
     ascents = []
     for plan in plans:
-        dense_share = opt.options.dense_share(plan)
-        for share, dense in ((1.0 - dense_share, False), (dense_share, True)):
+        for share, dense in ((often.sparse, False), (often.dense, True)):
             if share:
                 resolved = opt.resolve(config.train.accumulation, plan=plan, dense=dense)
-                ascents.append(ascent_of(resolved, weights, depth, share=share * often, reuses=reuses))
+                ascents.append(ascent_of(resolved, weights, depth, share=share / len(plans), reuses=reuses))
     return ascents
 
 
 def placement_of(config: Config, cluster: Cluster) -> Placement:
-    """How the configuration spreads the weights over a cluster.
+    """How the configuration shards the weights over a cluster.
 
     Raises:
         UserError: its backend does not go with so many GPUs, or a setting of DeepSpeed's is no number.
@@ -333,7 +334,7 @@ def simulated_rows(config: Config, cluster: Cluster) -> list[dict[str, Any]]:
     Of a plan whose steps differ, a step with an ascent; of a moving cut's draws, the one in the middle. `sent` and
     `predicted_sent` are bytes of a step; `held` and `predicted_held` the bytes of the process's weights, base
     optimizer's state and mask. The mask of a choice by scores is one by random scores, and `mask` says so;
-    where weights are spread what is sent of single weights and rows is not packed here, nor in `predicted_sent`.
+    where weights are sharded what is sent of single weights and rows is not packed here, nor in `predicted_sent`.
 
     Raises:
         UserError: the configured backend cannot be simulated.
@@ -361,7 +362,7 @@ def simulated_rows(config: Config, cluster: Cluster) -> list[dict[str, Any]]:
             done = _simulated(config, placement, mask, ascends=bool(ascents))
         except ValueError as error:
             raise UserError(f"sharding: {error}") from error
-        # Where weights are spread a process needs to know the others' parts of a mask to pack what it sends them, and
+        # Where weights are sharded a process needs to know the others' parts of a mask to pack what it sends them, and
         # here are none.
         packs = placement.shards == 1
         always = [replace(a, share=1.0, between=a.between if packs else None) for a in ascents]
@@ -396,7 +397,7 @@ def _simulated(config: Config, placement: Placement, mask: GivenPlan, *, ascends
         (torch.randn(_IMAGES, 3, side, side), torch.randint(config.model.num_classes, (_IMAGES,)))
         for _ in range(config.train.accumulation)
     ]
-    # DeepSpeed tells its story on standard output, where the rows belong.
+    # DeepSpeed logs to standard output, which is for the rows.
     with redirect_stdout(sys.stderr), fake_world(placement.cluster.gpus) as world:
         staged = staged_model(config)
         blocks = [stage.block for stage in staged.stages]
@@ -415,18 +416,10 @@ def _simulated(config: Config, placement: Placement, mask: GivenPlan, *, ascends
         if section is None or not ascends:
             opt = SparseSAM(module, base, rho=0.0, max_grad_norm=config.optimizer.clip_grad_norm)
         else:
-            opt = SparseSAM(
-                module,
-                base,
-                rho=section.rho,
-                mask=mask,
-                # A calibration is due in the first step, and its dense ascent is not the plan's usual one.
-                norm=_usual_norm(section),
-                adaptive=section.adaptive,
-                fraction=section.fraction,
-                savings=Savings(**section.savings.model_dump()),
-                max_grad_norm=config.optimizer.clip_grad_norm,
-            )
+            options = perturbation_options(random_scores(config), _STEPS_PER_EPOCH)
+            # A calibration is due in the first step, and its dense ascent is not the plan's usual one.
+            options |= {"mask": mask, "schedule": None, "norm": _usual_norm(section)}
+            opt = SparseSAM(module, base, **options, max_grad_norm=config.optimizer.clip_grad_norm)
         done = simulate(opt, work.loss_fn, *batches)
         del opt, module, base, staged, blocks  # before the process group, which they hold on to
     return done

@@ -113,12 +113,12 @@ def test_predictions_follow_from_the_parts_listed(model: str, measured: list[Row
         assert rows[f"interval {steps}"]["predicted_over_base"] == pytest.approx(1.0 + (sam - 1.0) / steps)
     for name in ("tensor 50%", "block 50%", "norm", "element 50%"):
         assert 1.0 < rows[name]["predicted_over_base"] <= sam * (1.0 + 1e-9)
-    # Without its lever a plan perturbs the same and costs no less.
-    for plan, lever in (
+    # Without its saving a plan perturbs the same and costs no less.
+    for plan, saving in (
         ("cut 0.5", "no shared prefix"),
         *((f"{pattern} 50%", "not elided") for pattern in ("tensor", "block", "row")),
     ):
-        without = rows[f"{plan}, {lever}"]
+        without = rows[f"{plan}, {saving}"]
         assert without["density"] == rows[plan]["density"]
         assert rows[plan]["predicted_over_base"] <= without["predicted_over_base"] <= sam * (1.0 + 1e-9)
 

@@ -107,7 +107,7 @@ TENSOR, BLOCK, CUT = (f"perturbation.mask={{pattern: {pattern}}}" for pattern in
 
 
 @pytest.mark.parametrize(
-    ("lever", "plan", "more", "less"),
+    ("saving", "plan", "more", "less"),
     [
         ("elide=false", [TENSOR, "sharding.backend=ddp"], ["seconds"], []),
         ("elide=false", [TENSOR, *FSDP2], ["seconds", "bytes"], []),
@@ -127,7 +127,7 @@ TENSOR, BLOCK, CUT = (f"perturbation.mask={{pattern: {pattern}}}" for pattern in
     ],
 )
 def test_a_lever_changes_what_it_is_for(
-    lever: str,
+    saving: str,
     plan: list[str],
     more: list[str],
     less: list[str],
@@ -142,7 +142,7 @@ def test_a_lever_changes_what_it_is_for(
     (folder / "by_hand.json").write_text(json.dumps(found))
     given = ["--times", str(folder / "by_hand.json"), "--gpus", "16", *plan]
     (*_, usual), (*_, other) = (
-        run(folder, capsys, *given, *overrides) for overrides in ([], [f"perturbation.savings.{lever}"])
+        run(folder, capsys, *given, *overrides) for overrides in ([], [f"perturbation.savings.{saving}"])
     )
     for what in more:
         assert other[what] > usual[what], what

@@ -13,12 +13,13 @@ import torch.distributed._functional_collectives as functional
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.profiler import ProfilerActivity, profile
 
-from ssam_scale.bench.bytes_sent import BACKENDS, sharded_optimizer
+from ssam_scale.bench.bytes_sent import SETUPS, sharded_optimizer
 from ssam_scale.bench.networks import Setting
 from ssam_scale.bench.scenarios import sharded_scenarios
-from ssam_scale.costs.collectives import Traffic, ring_bytes, sent_by
+from ssam_scale.costs.collectives import Traffic, ring_bytes
 from ssam_scale.sharding import World
 from tests.support.ranks import run_ranks
+from tests.support.traffic import sent_by
 
 N = 6000  # elements of a whole tensor, float32: divides over 2 and 3 processes
 SETTING = Setting("test_vit", 32, 2, torch.device("cpu"))
@@ -85,7 +86,7 @@ def _both(world: World, backends: list[str]) -> dict[str, tuple[dict[str, int], 
     [scenario] = [scenario for scenario in sharded_scenarios() if scenario.name == "cut 0.5"]
     found = {}
     for backend in backends:
-        opt, batch = sharded_optimizer(SETTING, BACKENDS[backend], world, scenario), SETTING.batch()
+        opt, batch = sharded_optimizer(SETTING, SETUPS[backend], world, scenario), SETTING.batch()
         for _ in range(2):
             opt.step(SETTING.loss_fn, batch)
         with profile(activities=[ProfilerActivity.CPU]) as seen, Traffic() as traffic:

@@ -12,11 +12,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ssam_scale.bench.bytes_sent import BACKENDS
+from ssam_scale.bench.bytes_sent import SETUPS
 from ssam_scale.bench.networks import Setting
 from ssam_scale.bench.scenarios import sharded_scenarios, sparse_sam
 from ssam_scale.costs.cluster import Cluster, Placement, ZeroSettings
-from ssam_scale.costs.collectives import sent_by
 from ssam_scale.costs.compute import StageTimes, StepShape, StepTimes, base_seconds, predicted_ascent_seconds
 from ssam_scale.costs.estimate import Activations, footprint, scaled, step_cost
 from ssam_scale.costs.workload import Ascent, Weight, Weights, ascent_of, weights_of
@@ -25,6 +24,7 @@ from ssam_scale.perturbation import ResolvedStep, StagedModel
 from ssam_scale.sharding import World
 from ssam_scale.sharding.place import place
 from tests.support.ranks import run_ranks
+from tests.support.traffic import sent_by
 
 SETTING = Setting("test_vit", 32, 2, torch.device("cpu"))
 STAGES = 3
@@ -194,7 +194,7 @@ def _counted_and_predicted(world: World, jobs: list[tuple[str, str]]) -> dict[st
     times = StepTimes((StageTimes(1.0, 2.0, 1.0, 1.0),) * len(SETTING.network().stages), 0.0, 0.0)
     found = {}
     for backend, plan in jobs:
-        network, batch, spread = SETTING.network(), SETTING.batch(), BACKENDS[backend]
+        network, batch, spread = SETTING.network(), SETTING.batch(), SETUPS[backend]
         weights = weights_of(network, _two_groups(network))
         zero = {"zero_optimization": {"stage3_param_persistence_threshold": SMALL}}
         module, base = place(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from ssam_scale import Dense, Depth, Interval, Named, Norms, Savings, Scored, SparseSAM, Window
 from ssam_scale.masks import Mask
-from ssam_scale.perturbation import ResolvedStep, StagedModel, StepOptions, no_phases
+from ssam_scale.perturbation import ConstantRadius, ResolvedStep, StagedModel, StepOptions, no_phases, step_shares
 from tests.support.networks import batches, loss_fn, small_network, small_resnext, tied_network
 
 RHO = 0.1
@@ -195,15 +196,22 @@ def test_options_out_of_their_range_are_refused(options: dict[str, Any], message
         StepOptions(**options)
 
 
-def test_dense_share_is_how_often_steps_are_dense() -> None:
-    """The cost model's mean step and the steps themselves go by one rule."""
-    for norm in ("dense", "masked", "calibrated"):
-        for mask in ("row 50%", "tensor"):
-            for every in (None, 1, 4):
-                options = StepOptions(norm=norm, calibrate_every=every)
-                plan = optimizer_for("vit", mask).plan
-                calibrated, dense = 0, 0
-                for step in range(1, 1 + 400):
-                    if options.is_dense(plan, step, calibrated):
-                        dense, calibrated = dense + 1, step
-                assert dense / 400 == options.dense_share(plan)
+@pytest.mark.parametrize("schedule", [ConstantRadius(), Interval(5), Window(50, 150), Interval(3, reuse=0.5)], ids=repr)
+@pytest.mark.parametrize("norm", ["dense", "masked", "calibrated"])
+@pytest.mark.parametrize("mask", ["row 50%", "tensor"])
+def test_shares_of_kinds_are_those_of_a_run(mask: str, norm: str, schedule: Any) -> None:
+    """The cost model's mean step comes from the rules of the steps: a run of 200, its mask refreshed every 60."""
+    model = tied_network()
+    made = MASKS[mask]()
+    opt = SparseSAM(model, sgd(model), rho=RHO, mask=made, norm=norm, calibrate_every=20, schedule=schedule)
+    kinds: Counter[str] = Counter()
+    for step in range(200):
+        if step % 60 == 0:
+            opt.refresh()
+        opt.step(loss_fn, batches(1, 2)[0])
+        assert opt.report is not None
+        kinds[opt.report.kind] += 1
+    shares = step_shares(schedule, opt.options, opt.plan, 200, 60)
+    assert shares.sparse == kinds["sparse"] / 200
+    assert shares.dense == (kinds["dense"] + kinds["calibrating"]) / 200
+    assert shares.reused == kinds["reused"] / 200

@@ -282,28 +282,28 @@ COPIES = [
 
 
 def each_copy_by_itself(case: Case, masks: list[dict[str, Tensor]]) -> tuple[dict[str, Tensor], float]:
-    """Weights after five steps in which each of two copies climbs by its half of the batch; and how far apart they
-    climbed, as a share of ρ. The descent's gradient is the mean of those of both copies, each at its own w + ε."""
+    """Weights after five steps in which each of two copies ascends by its half of the batch; and how far apart the two
+    ε were, as a share of ρ. The descent's gradient is the mean of those of both copies, each at its own w + ε."""
     model = case.make_model().model
     optimizer = case.make_optimizer(model)
     named = dict(model.named_parameters())
     apart = 0.0
     for batch, mask in zip(batches(STEPS, BATCH), masks, strict=True):
         before = {n: p.detach().clone() for n, p in named.items()}
-        gradients, climbs = [], []
+        gradients, epsilons = [], []
         for copy in range(2):
             own = part(batch, copy, 2)
-            climb = masked_by(reference_gradient(model, case.loss_fn, own)[1], mask)
-            scale = (RHO / (length_of(climb) + 1e-7)).float()
-            climbs.append({n: scale * g for n, g in climb.items()})
+            direction = masked_by(reference_gradient(model, case.loss_fn, own)[1], mask)
+            scale = (RHO / (length_of(direction) + 1e-7)).float()
+            epsilons.append({n: scale * g for n, g in direction.items()})
             with torch.no_grad():
                 for n, p in named.items():
-                    p.copy_(before[n] + climbs[-1][n])
+                    p.copy_(before[n] + epsilons[-1][n])
             gradients.append(reference_gradient(model, case.loss_fn, own)[1])
             with torch.no_grad():
                 for n, p in named.items():
                     p.copy_(before[n])
-        apart = max(apart, float(length_of({n: climbs[0][n] - climbs[1][n] for n in named}) / RHO))
+        apart = max(apart, float(length_of({n: epsilons[0][n] - epsilons[1][n] for n in named}) / RHO))
         for n, p in named.items():
             p.grad = (gradients[0][n] + gradients[1][n]) / 2
         torch.nn.utils.clip_grad_norm_(named.values(), case.clip)
@@ -315,7 +315,7 @@ def four_ranks(world: World) -> list[dict[str, Any]]:
     return train(world, "fsdp2", COPIES, replicas=2)
 
 
-def test_within_a_shard_group_each_copy_climbs_by_its_own_gradient_and_all_descend_together() -> None:
+def test_within_a_shard_group_each_copy_ascends_by_its_own_gradient_and_all_descend_together() -> None:
     ranks = run_ranks(4, four_ranks)
     for index, case in enumerate(COPIES):
         expected, apart = each_copy_by_itself(case, ranks[0][index]["masks"])

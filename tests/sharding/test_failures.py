@@ -38,7 +38,7 @@ COLLECTIVE_TIMEOUT = timedelta(seconds=20)
 PAIR_ENDS_WITHIN_S = 600.0
 
 ASCENT = "in the ascent's loss, before the forward"
-CLIMBING = "in the backward of a block, in the ascent"
+ASCENDING = "in the backward of a block, in the ascent"
 BEFORE = "in the descent's loss, before the forward"
 AFTER = "in the descent's loss, after the forward"
 BLOCK = "in the forward of a block, in the descent"
@@ -71,7 +71,7 @@ class Failing:
             self._raise_if(BLOCK)
 
     def _before_block_backward(self, block: nn.Module, gradients: Any) -> None:
-        self._raise_if(CLIMBING if self._calls == 1 else BACKWARD)
+        self._raise_if(ASCENDING if self._calls == 1 else BACKWARD)
 
     def _raise_if(self, *where: str) -> None:
         if self._armed and self._where in where:
@@ -166,7 +166,7 @@ def _fail(world: World, backend: str, where: str) -> list[str]:
 # What else ZeRO must bear stands in test_zero.
 ALL = [
     *((backend, where) for backend in ("ddp", "fsdp2", "hsdp") for where in (ASCENT, BEFORE, AFTER, BLOCK, BACKWARD)),
-    ("ddp", CLIMBING),
+    ("ddp", ASCENDING),
     *((f"zero{stage}", BLOCK) for stage in range(4)),
 ]
 
@@ -184,7 +184,7 @@ def test_after_an_exception_on_all_ranks_the_next_steps_are_as_if_nothing_had_ha
 # that raised ends, which its peer notices at once; in one it lives on, and only the timeout can end the wait.
 ALONE = [
     *((backend, BEFORE) for backend in ("ddp", "hsdp", "zero0", "zero1", "zero2", "zero3")),
-    ("ddp", CLIMBING),
+    ("ddp", ASCENDING),
     ("fsdp2", LINGERS),
     *((backend, where) for backend in ("fsdp2", "zero3") for where in (ASCENT, AFTER, BLOCK)),
 ]

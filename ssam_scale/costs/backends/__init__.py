@@ -8,9 +8,9 @@ import pkgutil
 from ssam_scale.costs.cluster import Placement
 from ssam_scale.costs.workload import Weights
 
-from .interface import COSTS, BackendCosts, Holding, InPass
+from .interface import COSTS, BackendCosts, MemoryUse, PassTraffic
 
-__all__ = ["BackendCosts", "Holding", "InPass", "costs_of"]
+__all__ = ["BackendCosts", "MemoryUse", "PassTraffic", "costs_of"]
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")

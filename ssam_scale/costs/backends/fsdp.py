@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from ssam_scale.costs.cluster import Sent
 from ssam_scale.costs.workload import FLOAT, Ascent
 
-from .interface import Common, Holding, InPass, Sends, costs_for, perturbing
+from .interface import Common, MemoryUse, PassTraffic, Sends, costs_for, perturbing
 
 Unit = int | None
 
@@ -28,7 +28,7 @@ Unit = int | None
 class FSDP2Costs(Common):
     """Of what is gathered and scattered over the processes of a copy, and reduced over those of a shard."""
 
-    def ascent(self, ascent: Ascent) -> InPass:
+    def ascent(self, ascent: Ascent) -> PassTraffic:
         """Units from the cut on, gathered; the gradients that there are, reduced."""
         kept, shape = self._staying(ascent), ascent.shape
         # A unit ahead is gathered in a backward, one that does not need it, too; not across the cut of a shared prefix.
@@ -37,29 +37,29 @@ class FSDP2Costs(Common):
         if ascent.resolved.shares_prefix:  # where the root stays, the prefix's forward has gathered it
             forward -= {None} & kept
         backward = self._units(shape.first - ahead) - kept - {None}
-        return InPass(self._gathers(forward), self._gathers(backward) + self._reductions(ascent))
+        return PassTraffic(self._gathers(forward), self._gathers(backward) + self._reductions(ascent))
 
-    def descent(self, ascent: Ascent | None) -> InPass:
+    def descent(self, ascent: Ascent | None) -> PassTraffic:
         """All units, gathered, but for those that have stayed; all gradients, reduced."""
         units, everything = self._units(0), self.weights.keys()
         reduced = self._scatter(self._padded(everything)) + self._between_copies(self._padded(everything))
         if ascent is None:
-            return InPass(self._gathers(units), self._gathers(units - {None}) + reduced)
+            return PassTraffic(self._gathers(units), self._gathers(units - {None}) + reduced)
         kept, prefix = self._staying(ascent), units - self._units(ascent.shape.cut)
         if not ascent.resolved.shares_prefix:
-            return InPass(self._gathers(units - kept), self._gathers(units - {None}) + reduced)
+            return PassTraffic(self._gathers(units - kept), self._gathers(units - {None}) + reduced)
         # The prefix's forward, which the ascent shares, is one with the root; the suffix's gathers the root again.
         again = () if None in kept else self._gathers({None})
         forward = self._gathers(prefix | {None}) + self._gathers(units - prefix - kept - {None}) + again
-        return InPass(forward, self._gathers(units - (kept & prefix) - {None}) + reduced)
+        return PassTraffic(forward, self._gathers(units - (kept & prefix) - {None}) + reduced)
 
-    def holds(self, ascents: Sequence[Ascent]) -> Holding:
+    def memory(self, ascents: Sequence[Ascent]) -> MemoryUse:
         """Its rows; gathered: the root, the unit at work, the one fetched ahead, a gradient, and units that stay."""
         shards = self.placement.shards
         mine = self._padded(self.weights) / shards
         # Who packs what others are to be sent knows the mask of all of the weights.
         known = mine + (self.numel if shards > 1 and any(a.between is not None for a in ascents) else 0)
-        return Holding(
+        return MemoryUse(
             FLOAT * mine,
             FLOAT * mine,
             FLOAT * mine,
@@ -94,7 +94,7 @@ class FSDP2Costs(Common):
     def _gathers(self, units: Collection[Unit]) -> Sends:
         whole = self._padded(name for name, w in self.weights.items() if w.unit in units)
         times = self.accumulation
-        return (Sent("all_gather", float(FLOAT * times * whole), self.placement.of_a_copy),)
+        return (Sent("all_gather", float(FLOAT * times * whole), self.placement.shard_group),)
 
     def _reductions(self, ascent: Ascent) -> Sends:
         units: dict[Unit, list[str]] = {}
@@ -118,7 +118,7 @@ class FSDP2Costs(Common):
         return shards * max(totals)
 
     def _scatter(self, elements: float) -> Sends:
-        return (Sent("reduce_scatter", float(FLOAT * elements), self.placement.of_a_copy),)
+        return (Sent("reduce_scatter", float(FLOAT * elements), self.placement.shard_group),)
 
     def _between_copies(self, elements: float) -> Sends:
-        return (Sent("all_reduce", FLOAT * elements / self.placement.shards, self.placement.of_a_shard),)
+        return (Sent("all_reduce", FLOAT * elements / self.placement.shards, self.placement.replica_group),)

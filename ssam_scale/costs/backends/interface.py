@@ -13,7 +13,7 @@ Sends = tuple[Sent, ...]
 
 
 @dataclass(frozen=True)
-class InPass:
+class PassTraffic:
     """What each process sends in one of the two passes of a step.
 
     Attributes:
@@ -29,7 +29,7 @@ class InPass:
 
 
 @dataclass(frozen=True)
-class Holding:
+class MemoryUse:
     """Bytes that one process holds for the step of a plan that takes most.
 
     Attributes:
@@ -56,17 +56,17 @@ class Holding:
 class BackendCosts(Protocol):
     """What a backend makes of a plan."""
 
-    def ascent(self, ascent: Ascent) -> InPass:
+    def ascent(self, ascent: Ascent) -> PassTraffic:
         """What the ascent pass sends, up to where every process has the perturbed weights."""
 
-    def descent(self, ascent: Ascent | None) -> InPass:
+    def descent(self, ascent: Ascent | None) -> PassTraffic:
         """What the descent pass and the optimizer's step send.
 
         Args:
             ascent: the one before it; None: the base optimizer's step.
         """
 
-    def holds(self, ascents: Sequence[Ascent]) -> Holding:
+    def memory(self, ascents: Sequence[Ascent]) -> MemoryUse:
         """What is held for steps with these ascents; none: for the base optimizer's."""
 
 
@@ -116,9 +116,9 @@ def perturbing(ascents: Sequence[Ascent], shards: int, known: float) -> dict[str
     """
     perturbed = FLOAT * max((sum(a.perturbed.values()) for a in ascents), default=0) / shards
     return {
-        "mask": known / 8 if any(a.singly for a in ascents) else 0.0,
+        "mask": known / 8 if any(a.has_bit_mask for a in ascents) else 0.0,
         "backup": perturbed,
-        "epsilon": perturbed if any(a.partly for a in ascents) else 0.0,
+        "epsilon": perturbed if any(a.perturbs_subsets for a in ascents) else 0.0,
         # The next ascent's ε is there beside what the last one left behind.
         "reuse": 2 * perturbed if any(a.reuses for a in ascents) else 0.0,
     }

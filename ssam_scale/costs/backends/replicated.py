@@ -8,26 +8,26 @@ from dataclasses import dataclass
 from ssam_scale.costs.cluster import Sent
 from ssam_scale.costs.workload import FLOAT, Ascent
 
-from .interface import Common, Holding, InPass, costs_for, perturbing
+from .interface import Common, MemoryUse, PassTraffic, costs_for, perturbing
 
 
 @costs_for("single")
 @dataclass(frozen=True)
 class SingleCosts(Common):
-    """Nobody to send anything to."""
+    """One process: no communication."""
 
-    def ascent(self, ascent: Ascent) -> InPass:
-        """Nothing."""
-        return InPass()
+    def ascent(self, ascent: Ascent) -> PassTraffic:
+        """No communication."""
+        return PassTraffic()
 
-    def descent(self, ascent: Ascent | None) -> InPass:
-        """Nothing."""
-        return InPass()
+    def descent(self, ascent: Ascent | None) -> PassTraffic:
+        """No communication."""
+        return PassTraffic()
 
-    def holds(self, ascents: Sequence[Ascent]) -> Holding:
-        """Everything, once."""
+    def memory(self, ascents: Sequence[Ascent]) -> MemoryUse:
+        """Weights, gradients and optimizer state in full."""
         whole = FLOAT * self.numel
-        return Holding(whole, whole, whole, **perturbing(ascents, 1, self.numel))
+        return MemoryUse(whole, whole, whole, **perturbing(ascents, 1, self.numel))
 
 
 @costs_for("ddp")
@@ -35,16 +35,16 @@ class SingleCosts(Common):
 class DDPCosts(Common):
     """Gradients are all-reduced while the backward goes on: all of the descent's, what is perturbed of the ascent's."""
 
-    def ascent(self, ascent: Ascent) -> InPass:
+    def ascent(self, ascent: Ascent) -> PassTraffic:
         """Of each gradient that is needed, the elements that are."""
         sent = sum(sum(ascent.reduced_between(n, (0, self.weights[n].numel))) for n in ascent.resolved.reduced)
-        return InPass(backward=(Sent("all_reduce", FLOAT * sent, self.placement.everyone),))
+        return PassTraffic(backward=(Sent("all_reduce", FLOAT * sent, self.placement.world),))
 
-    def descent(self, ascent: Ascent | None) -> InPass:
-        """Of all gradients."""
-        return InPass(backward=(Sent("all_reduce", FLOAT * self.numel, self.placement.everyone),))
+    def descent(self, ascent: Ascent | None) -> PassTraffic:
+        """All-reduce of all gradients."""
+        return PassTraffic(backward=(Sent("all_reduce", FLOAT * self.numel, self.placement.world),))
 
-    def holds(self, ascents: Sequence[Ascent]) -> Holding:
+    def memory(self, ascents: Sequence[Ascent]) -> MemoryUse:
         """Everything, and the buckets that gradients are reduced in."""
         whole = FLOAT * self.numel
-        return Holding(whole, 2 * whole, whole, **perturbing(ascents, 1, self.numel))
+        return MemoryUse(whole, 2 * whole, whole, **perturbing(ascents, 1, self.numel))

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from ssam_scale.costs.cluster import Sent
 from ssam_scale.costs.workload import FLOAT, Ascent, Weight
 
-from .interface import Common, Holding, InPass, Sends, costs_for, perturbing
+from .interface import Common, MemoryUse, PassTraffic, Sends, costs_for, perturbing
 
 # Of stage 0: elements of gradients that are copied together to be reduced at once.
 _STAGE_0_BUCKET = 500_000_000
@@ -30,22 +30,22 @@ _ALIGNED = 2
 class ZeRO0Costs(Common):
     """Stage 0: whole gradients, reduced after the backward."""
 
-    def ascent(self, ascent: Ascent) -> InPass:
+    def ascent(self, ascent: Ascent) -> PassTraffic:
         """The gradients that are needed, whole: DeepSpeed reduces no parts of one."""
-        return InPass(after=self._reduced(self.weights[name].numel for name in ascent.resolved.reduced))
+        return PassTraffic(after=self._reduced(self.weights[name].numel for name in ascent.resolved.reduced))
 
-    def descent(self, ascent: Ascent | None) -> InPass:
+    def descent(self, ascent: Ascent | None) -> PassTraffic:
         """All gradients."""
-        return InPass(after=self._reduced([self.numel]))
+        return PassTraffic(after=self._reduced([self.numel]))
 
-    def holds(self, ascents: Sequence[Ascent]) -> Holding:
+    def memory(self, ascents: Sequence[Ascent]) -> MemoryUse:
         """Everything, and the bucket that gradients are reduced in."""
         whole = FLOAT * self.numel
         bucket = FLOAT * min(self.numel, _STAGE_0_BUCKET)
-        return Holding(whole, whole + bucket, whole, **perturbing(ascents, 1, self.numel))
+        return MemoryUse(whole, whole + bucket, whole, **perturbing(ascents, 1, self.numel))
 
     def _reduced(self, elements: Iterable[int]) -> Sends:
-        return (Sent("all_reduce", float(FLOAT * sum(elements)), self.placement.everyone),)
+        return (Sent("all_reduce", float(FLOAT * sum(elements)), self.placement.world),)
 
 
 @costs_for("zero1", "zero2")
@@ -53,16 +53,16 @@ class ZeRO0Costs(Common):
 class ZeRO12Costs(Common):
     """Stages 1 and 2: whole gradients, reduced after the backward; what others stepped or perturbed, gathered."""
 
-    def ascent(self, ascent: Ascent) -> InPass:
+    def ascent(self, ascent: Ascent) -> PassTraffic:
         """The gradients that there are, and the perturbed weights."""
-        return InPass(after=self._reduced(ascent.resolved.computed) + self._published(ascent))
+        return PassTraffic(after=self._reduced(ascent.resolved.computed) + self._published(ascent))
 
-    def descent(self, ascent: Ascent | None) -> InPass:
+    def descent(self, ascent: Ascent | None) -> PassTraffic:
         """All gradients, and the stepped weights."""
         gathered = tuple(self._all_of(group) for group in self._groups())
-        return InPass(after=self._reduced(self.weights) + gathered)
+        return PassTraffic(after=self._reduced(self.weights) + gathered)
 
-    def holds(self, ascents: Sequence[Ascent]) -> Holding:
+    def memory(self, ascents: Sequence[Ascent]) -> MemoryUse:
         """All weights, a part of what is stepped, and a bucket of fixed size for gradients."""
         padded = sum(self._padded(group) for group in self._groups())
         part = FLOAT * padded / self.placement.shards
@@ -72,7 +72,7 @@ class ZeRO12Costs(Common):
         # What is put back are whole parameters, on every process, and so is the mask of them.
         extra = perturbing(ascents, self.placement.shards, padded / self.placement.shards + self.numel)
         extra["backup"] *= self.placement.shards
-        return Holding(FLOAT * padded + part, waiting + part + bucket, part, **extra)
+        return MemoryUse(FLOAT * padded + part, waiting + part + bucket, part, **extra)
 
     def _groups(self) -> list[dict[str, Weight]]:
         """The weights of each parameter group, in the order of the flat buffer."""
@@ -88,10 +88,10 @@ class ZeRO12Costs(Common):
     def _reduced(self, names: Iterable[str]) -> Sends:
         times = self.accumulation if self.placement.backend == "zero2" else 1
         whole = FLOAT * times * sum(self.weights[name].numel for name in names)
-        return (Sent("all_reduce", float(whole), self.placement.everyone),)
+        return (Sent("all_reduce", float(whole), self.placement.world),)
 
     def _all_of(self, group: Mapping[str, Weight]) -> Sent:
-        return Sent("all_gather", float(FLOAT * self._padded(group)), self.placement.everyone)
+        return Sent("all_gather", float(FLOAT * self._padded(group)), self.placement.world)
 
     def _published(self, ascent: Ascent) -> Sends:
         """What was perturbed, as `PackedAllGather` sends it: gathered, or where that is less, broadcast by each."""
@@ -102,8 +102,8 @@ class ZeRO12Costs(Common):
             if everything or not ascent.resolved.packed:
                 sends.append(self._all_of(group))
                 continue
-            gathered = Sent("all_gather", float(FLOAT * len(owned) * max(owned)), self.placement.everyone)
-            broadcast = Sent("broadcast", float(FLOAT * sum(owned)), self.placement.everyone)
+            gathered = Sent("all_gather", float(FLOAT * len(owned) * max(owned)), self.placement.world)
+            broadcast = Sent("broadcast", float(FLOAT * sum(owned)), self.placement.world)
             sends.append(min(gathered, broadcast, key=lambda sent: sent.bytes))
         return tuple(sends)
 

@@ -24,7 +24,7 @@ from functools import cached_property
 from ssam_scale.costs.cluster import Sent
 from ssam_scale.costs.workload import FLOAT, Ascent
 
-from .interface import Common, Holding, InPass, Sends, costs_for, perturbing
+from .interface import Common, MemoryUse, PassTraffic, Sends, costs_for, perturbing
 
 
 @costs_for("zero3")
@@ -32,57 +32,57 @@ from .interface import Common, Holding, InPass, Sends, costs_for, perturbing
 class ZeRO3Costs(Common):
     """What is gathered and scattered over all processes."""
 
-    def ascent(self, ascent: Ascent) -> InPass:
+    def ascent(self, ascent: Ascent) -> PassTraffic:
         """Stages from the cut on, gathered; the gradients that there are, reduced; and small weights, gathered anew."""
         shape = ascent.shape
-        again = (self._far & self._since(shape.first)) - self._staying(ascent)
+        again = (self._regathered & self._from_stage(shape.first)) - self._staying(ascent)
         some = ascent.resolved.packed or ascent.resolved.kept
-        freed = self._small & ascent.perturbed.keys() if some else self._small
-        return InPass(
-            self._gathers(self._large & self._since(shape.cut)),
+        freed = self._persistent & ascent.perturbed.keys() if some else self._persistent
+        return PassTraffic(
+            self._gathers(self._large & self._from_stage(shape.cut)),
             self._gathers(again) + self._scatters(ascent.resolved.computed),
             self._gathers(freed, times=1),
         )
 
-    def descent(self, ascent: Ascent | None) -> InPass:
+    def descent(self, ascent: Ascent | None) -> PassTraffic:
         """All weights, gathered, but for those that have stayed; reduced gradients; small weights, gathered anew."""
         there: frozenset[str] = frozenset()
-        again = self._far
+        again = self._regathered
         if ascent is not None:
-            suffix = self._since(ascent.shape.cut)
+            suffix = self._from_stage(ascent.shape.cut)
             there = self._staying(ascent) & suffix
             if ascent.resolved.shares_prefix and not self._prefix_stays(ascent):
-                again = (self._far & suffix) | (self._large - suffix - self._staying(ascent))
-        return InPass(
+                again = (self._regathered & suffix) | (self._large - suffix - self._staying(ascent))
+        return PassTraffic(
             self._gathers(self._large - there),
             self._gathers(again) + self._scatters(self.weights),
-            self._gathers(self._small, times=1),
+            self._gathers(self._persistent, times=1),
         )
 
-    def holds(self, ascents: Sequence[Ascent]) -> Holding:
+    def memory(self, ascents: Sequence[Ascent]) -> MemoryUse:
         """Its runs, twice (the optimizer steps copies), and of gradients; a bucket; and all that stays gathered."""
         shards, settings = self.placement.shards, self.placement.zero
         part = FLOAT * self._padded(self.weights) / shards
         whole = 0.0
         if shards > 1:
-            far = [self.weights[name].numel for name in self._far]
+            far = [self.weights[name].numel for name in self._regathered]
             at_work = min(sum(far), settings.prefetch + max(far, default=0))
-            staying = max((self._elements(self._far & self._staying(a)) for a in ascents), default=0)
+            staying = max((self._elements(self._regathered & self._staying(a)) for a in ascents), default=0)
             whole = FLOAT * min(self.numel, self.numel - sum(far) + at_work + staying)
         extra = perturbing(ascents, shards, self.numel / shards)
-        return Holding(2 * part, part + FLOAT * settings.reduce_bucket, part, whole, **extra)
+        return MemoryUse(2 * part, part + FLOAT * settings.reduce_bucket, part, whole, **extra)
 
     @cached_property
-    def _small(self) -> frozenset[str]:
+    def _persistent(self) -> frozenset[str]:
         """What DeepSpeed keeps gathered between steps."""
         return frozenset(name for name, w in self.weights.items() if w.numel <= self.placement.zero.persistent)
 
     @cached_property
     def _large(self) -> frozenset[str]:
-        return frozenset(self.weights) - self._small
+        return frozenset(self.weights) - self._persistent
 
     @cached_property
-    def _far(self) -> frozenset[str]:
+    def _regathered(self) -> frozenset[str]:
         """What is freed between its forward and its backward, because too much is used in between."""
         after = dict.fromkeys(sorted({w.stages[0] for w in self.weights.values()}, reverse=True), 0)
         later = 0
@@ -98,7 +98,7 @@ class ZeRO3Costs(Common):
     def _prefix_stays(self, ascent: Ascent) -> bool:
         return ascent.resolved.packed and 2 * self.numel <= self.placement.zero.reuse
 
-    def _since(self, stage: int) -> frozenset[str]:
+    def _from_stage(self, stage: int) -> frozenset[str]:
         return frozenset(name for name, w in self.weights.items() if w.stages[-1] >= stage)
 
     def _elements(self, names: Iterable[str]) -> int:
@@ -111,8 +111,8 @@ class ZeRO3Costs(Common):
 
     def _gathers(self, names: Iterable[str], times: int | None = None) -> Sends:
         times = self.accumulation if times is None else times
-        return (Sent("all_gather", float(FLOAT * times * self._padded(names)), self.placement.everyone),)
+        return (Sent("all_gather", float(FLOAT * times * self._padded(names)), self.placement.world),)
 
     def _scatters(self, names: Iterable[str]) -> Sends:
         whole = float(FLOAT * self.accumulation * self._padded(names))
-        return (Sent("reduce_scatter", whole, self.placement.everyone),)
+        return (Sent("reduce_scatter", whole, self.placement.world),)

@@ -22,7 +22,7 @@ class Interval:
         every: steps from one ascent to the next.
         schedule: of the radius in the steps that have one.
         reuse: how much of what the last ascent brought is added to the gradient of the others, relative to it: α of
-            LookSAM (see `looksam.Reuse`). With 0 they are the base optimizer's.
+            LookSAM (see `looksam.LookSAM`). With 0 they are the base optimizer's.
     """
 
     every: int
