@@ -93,6 +93,9 @@ class Schedule(Section):
     kwargs: dict[str, Any] = Field(default_factory=dict, description="further arguments of the scheduler")
 
 
+Norm: TypeAlias = Literal["dense", "masked", "calibrated"]
+
+
 class Savings(Section):
     """Savings for what a mask leaves alone, each by itself."""
 
@@ -125,7 +128,7 @@ class Perturbation(Section):
         "what else `ssam-scale list schedules` shows",
     )
     rho_final: float = Field(0.0, ge=0.0, description="share of rho at the cosine's end, or where the rate is 0")
-    norm: Literal["dense", "masked", "calibrated"] = Field(
+    norm: Norm = Field(
         "masked",
         description="what the gradient is divided by: the norm of all of it (the papers), or of the masked part; "
         "calibrated: of the masked part, shortened to the length that dense would give",

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, TypeAlias, get_args
 
+from ssam_scale.config.schema import Norm
 from ssam_scale.masks import Plan, Rows, Subset
 
 from .parameters import TrainedParameters
@@ -19,7 +20,6 @@ from .schedules import RadiusSchedule, reuse_at
 from .skip_gradients import skips_rows
 from .step_report import StepKind
 
-Norm: TypeAlias = Literal["dense", "masked", "calibrated"]
 Gradients: TypeAlias = Literal["all", "planned", "perturbed"]
 
 

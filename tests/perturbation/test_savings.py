@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ssam_scale import Depth, Interval, Named, Savings, Scored, SparseSAM, Stage, StagedModel
+from ssam_scale.config import schema
 from ssam_scale.masks import Mask, Rows
 from ssam_scale.perturbation.reference import reference_gradient, reference_step
 from ssam_scale.perturbation.skip_gradients import only_rows, row_layers
@@ -55,6 +57,10 @@ class Plain(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         hidden = self.grouped(torch.tanh(self.by_channel(torch.tanh(self.stem(x)))))
         return self.head(torch.tanh(self.twice(torch.tanh(self.twice(hidden.mean((2, 3)))))))
+
+
+def test_the_configuration_has_the_same_switches() -> None:
+    assert schema.Savings().model_dump() == asdict(Savings())
 
 
 # ---- scored cuts
