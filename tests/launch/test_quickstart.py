@@ -21,7 +21,7 @@ def quickstart(clone: Path, *arguments: str, **env: str):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
+@pytest.mark.parametrize("launcher", [pytest.param("deepspeed", marks=pytest.mark.exhaustive), "torchrun"])
 def test_short(clone, launcher):
     override = [] if launcher == "deepspeed" else ["data.resolution=28"]
     done = quickstart(clone, "--short", *override, LAUNCHER=launcher)

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-AUTO = 2
-"""Workers of `-n auto`: each has ranks of its own, and most of what ranks do is waiting for each other."""
+AUTO = 3
+"""Workers of `-n auto` on two cores: ranks, servers and schedulers wait more than they compute (with two workers the
+cores are idle for more than half of the time). Each has ranks of its own."""
 
 APART = {
     f"tests/{file}.py"

@@ -59,6 +59,12 @@ wait()
 """
 
 
+def _heed_signals() -> None:
+    """What runs in the background of a shell, or under nohup, has been told to ignore some of them."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 class Training:
     """A process that tracks a run."""
 
@@ -68,7 +74,13 @@ class Training:
         (folder / "program.py").write_text(PROGRAM % textwrap.indent(textwrap.dedent(body), " " * 8))
         command = [sys.executable, *launcher, str(folder / "program.py"), str(folder / "config.json")]
         self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=folder
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+            cwd=folder,
+            preexec_fn=_heed_signals,
         )
 
     def run_id(self, rank: int = 0) -> str:
