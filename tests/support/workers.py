@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 AUTO = 2
-"""Workers of `-n auto`. Each has ranks of its own, which stay: three workers took 18 GiB and saved a tenth of the time."""
+"""Workers of `-n auto`. Each has ranks of its own, which stay: three workers take 18 GiB and save next to no time."""
 
 APART = {
     f"tests/{file}.py"
