@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from .gradient_hooks import removing
 from .interface import AscentReduction, Elements
 from .process_group import ProcessGroup
 from .registry import BACKENDS, Backend, MakeOptimizer, Options
@@ -117,14 +118,11 @@ class BucketedAllReduce:
     @contextmanager
     def hooked(self) -> Iterator[None]:
         """Backwards inside start all-reduces from hooks on the parameters."""
-        handles = [
+        # What was started is not waited for on the way out: after an exception it may never end.
+        with removing(
             p.register_post_accumulate_grad_hook(partial(self._on_gradient, bucket)) for p, bucket in self._bucket_of
-        ]
-        try:
+        ):
             yield
-        finally:  # what was started is not waited for: after an exception it may never end
-            for handle in handles:
-                handle.remove()
 
     @property
     def pending(self) -> bool:

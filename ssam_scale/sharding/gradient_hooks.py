@@ -9,6 +9,7 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 OnGradient: TypeAlias = Callable[[int, Tensor], None]
 
@@ -35,6 +36,17 @@ def aligned_storage(tensors: Iterable[Tensor]) -> Iterator[None]:
 
 
 @contextmanager
+def removing(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Hooks that are registered inside, and removed on the way out whatever happens."""
+    registered = list(handles)
+    try:
+        yield
+    finally:
+        for handle in registered:
+            handle.remove()
+
+
+@contextmanager
 def divert_gradients(leaves: Iterable[Tensor], on_gradient: OnGradient) -> Iterator[None]:
     """`on_gradient(index, gradient)` instead of accumulating in `.grad` of each of `leaves`, which stays None.
 
@@ -50,12 +62,8 @@ def divert_gradients(leaves: Iterable[Tensor], on_gradient: OnGradient) -> Itera
         gradient, leaf.grad = leaf.grad, None
         on_gradient(index, gradient)
 
-    handles = [leaf.register_post_accumulate_grad_hook(partial(hook, i)) for i, leaf in enumerate(leaves)]
-    try:
+    with removing(leaf.register_post_accumulate_grad_hook(partial(hook, i)) for i, leaf in enumerate(leaves)):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -71,9 +79,5 @@ def observe_gradients(leaves: Iterable[Tensor], on_gradient: OnGradient) -> Iter
         with torch.no_grad():
             on_gradient(index, gradient)
 
-    handles = [leaf.register_hook(partial(hook, i)) for i, leaf in enumerate(leaves)]
-    try:
+    with removing(leaf.register_hook(partial(hook, i)) for i, leaf in enumerate(leaves)):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
