@@ -20,13 +20,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from record import provenance, result_path, write
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from ssam_scale import AnnealedCut, Depth, DepthByCost, SparseSAM, ascent_seconds
 from ssam_scale.bench.networks import Setting
+from ssam_scale.bench.record import provenance, result_path, write
 from ssam_scale.masks import suffix_sums
 
 FOLDER = Path("/usr/share/datasets/fashion-mnist")
@@ -115,7 +115,7 @@ def main() -> None:
     parser.add_argument(
         "--output",
         type=Path,
-        default=result_path("cut-draws"),
+        default=result_path(Path(__file__).parent / "results", "cut-draws"),
         help="the Markdown file; a .json of the raw rows is written beside it (default: %(default)s)",
     )
     arguments = parser.parse_args()
@@ -139,7 +139,7 @@ def main() -> None:
         "",
         *("| " + " | ".join(row) + " |" for row in (list(draws[0]), ["---"] * len(draws[0]), *shown(draws))),
     ]
-    write(arguments.output, text, [*draws, *cuts], provenance("cut_draws.py"))
+    write(arguments.output, text, [*draws, *cuts], provenance())
 
 
 if __name__ == "__main__":

@@ -22,11 +22,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from record import provenance, result_path, write
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from ssam_scale.bench.record import provenance, result_path, write
 from ssam_scale.models.torchvision_ops import ensure_torchvision
 from ssam_scale.perturbation.scores import (
     AccumulatedFisher,
@@ -221,7 +221,7 @@ def main() -> None:
     parser.add_argument(
         "--output",
         type=Path,
-        default=result_path("mask-fidelity"),
+        default=result_path(Path(__file__).parent / "results", "mask-fidelity"),
         help="the Markdown file; a .json of the raw rows is written beside it (default: %(default)s)",
     )
     options = parser.parse_args()
@@ -249,7 +249,7 @@ def main() -> None:
         for point, epoch in enumerate((1, options.epochs))
         for name, values in r[0][point].items()
     ]
-    write(options.output, markdown(tables, runs[-1][1], options, runs[0][3]), raw, provenance("mask_fidelity.py"))
+    write(options.output, markdown(tables, runs[-1][1], options, runs[0][3]), raw, provenance())
 
 
 if __name__ == "__main__":

@@ -27,13 +27,13 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from record import provenance, result_path, write
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from ssam_scale import SparseSAM
+from ssam_scale.bench.record import provenance, result_path, write
 from ssam_scale.models.torchvision_ops import ensure_torchvision
 from ssam_scale.perturbation.reference import reference_step
 from ssam_scale.sharding import World, join_world
@@ -370,7 +370,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument(
         "--output",
         type=Path,
-        default=result_path("peers-fsdp2"),
+        default=result_path(Path(__file__).parent / "results", "peers-fsdp2"),
         help="the Markdown file; a .json of the raw rows is written beside it (default: %(default)s)",
     )
     options = parser.parse_args(arguments)
@@ -387,7 +387,7 @@ def main(arguments: list[str]) -> None:
                 table.add_row(*rows[-1])
                 raw.append({"system": system.name, "used_as": system.use, **raw_of(result, expected)})
     Console().print(table)
-    write(options.output, markdown(rows), raw, provenance("peers.py"))
+    write(options.output, markdown(rows), raw, provenance())
 
 
 if __name__ == "__main__":

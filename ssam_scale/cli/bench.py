@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ssam_scale.errors import UserError
 
-from .table import AsJson, Columns, at_least, show
+from .table import AsJson, Columns, RecordIn, at_least, check_record, markdown, show
 
 if TYPE_CHECKING:
     from ssam_scale.bench.networks import Setting
@@ -42,28 +44,34 @@ def masks_command(
     ranks: Annotated[list[int] | None, typer.Option(help="Processes; may be given several times. [1 and 2]")] = None,
     repeats: Annotated[int, typer.Option(help="Repetitions, of which the median counts.")] = 5,
     means: Annotated[bool, typer.Option("--means", help="Also the means over rows that row masks need.")] = False,
+    record: RecordIn = None,
     as_json: AsJson = False,
 ) -> None:
     """Choose half of the scores: time and memory, and those of concatenating them and calling torch.topk."""
     from ssam_scale.bench.mask_selection import bench_masks
 
+    check_record(record)
     sizes = ranks or [1, 2]
     at_least(1, scores=scores, repeats=repeats, ranks=min(sizes))
     rows = bench_masks(scores, sizes, repeats, means)
-    show(rows, _MASKS, f"{rows[0]['device']}; medians of {rows[0]['repeats']}", as_json)
+    caption = f"{rows[0]['device']}; medians of {rows[0]['repeats']}"
+    _report(_Result("mask-selection", "Choosing half of the scores", _MASKS, "what"), rows, caption, record, as_json)
 
 
 @app.command("storage")
 def storage_command(
     weights: Annotated[int, typer.Option(help="Weights of the model.")] = 86_000_000,
+    record: RecordIn = None,
     as_json: AsJson = False,
 ) -> None:
     """Memory that masks of each pattern take, always and while their weights are perturbed."""
     from ssam_scale.bench.mask_memory import bench_storage
 
+    check_record(record)
     at_least(1000, weights=weights)
     rows = bench_storage(weights)
-    show(rows, _STORAGE, rows[0]["device"], as_json)
+    result = _Result("mask-memory", "Memory that masks take", _STORAGE, "what")
+    _report(result, rows, rows[0]["device"], record, as_json)
 
 
 @app.command("steps")
@@ -73,12 +81,15 @@ def steps_command(
     repeats: Annotated[int, typer.Option(help="Rounds of every plan, of which the median counts.")] = 10,
     resolution: Resolution = None,
     batch_size: BatchSize = None,
+    record: RecordIn = None,
     as_json: AsJson = False,
 ) -> None:
     """Time of a step by plan over the base optimizer's, in turns, and what the cost model predicts."""
     from ssam_scale.bench.step_time import bench_steps
 
-    _compare(bench_steps, _STEPS, models, plans, repeats, resolution, batch_size, as_json)
+    check_record(record)
+    result = _Result("step-time", "Time of a step by plan", _STEPS)
+    _compare(bench_steps, result, models, plans, repeats, resolution, batch_size, record, as_json)
 
 
 @app.command("memory")
@@ -88,12 +99,15 @@ def memory_command(
     repeats: Annotated[int, typer.Option(help="Steps of every plan, of which the median counts.")] = 3,
     resolution: Resolution = None,
     batch_size: BatchSize = None,
+    record: RecordIn = None,
     as_json: AsJson = False,
 ) -> None:
     """Peak memory of a step by plan over the base optimizer's, each in a new process."""
     from ssam_scale.bench.peak_memory import bench_peak
 
-    _compare(bench_peak, _PEAK, models, plans, repeats, resolution, batch_size, as_json)
+    check_record(record)
+    result = _Result("peak-memory", "Peak memory of a step by plan", _PEAK)
+    _compare(bench_peak, result, models, plans, repeats, resolution, batch_size, record, as_json)
 
 
 @app.command("bytes")
@@ -110,6 +124,7 @@ def bytes_command(
         typer.Option(help="ddp, fsdp2, hsdp (two copies), zero0 to zero3; may be given several times. [all]"),
     ] = None,
     ranks: Annotated[int, typer.Option(help="Processes that share or copy the weights; hsdp takes twice as many.")] = 2,
+    record: RecordIn = None,
     as_json: AsJson = False,
 ) -> None:
     """Bytes that a process sends in a step, by plan and backend, and those of the ascent over dense SAM's."""
@@ -117,6 +132,7 @@ def bytes_command(
     from ssam_scale.bench.networks import setting_of
     from ssam_scale.bench.scenarios import select_scenarios, sharded_scenarios
 
+    check_record(record)
     if ranks < 2:
         raise UserError(f"--ranks is {ranks}; at least 2 are needed to send anything")
     compared, chosen = select_scenarios(plans, sharded_scenarios(), ("base", "sam")), chosen_backends(backends)
@@ -127,17 +143,18 @@ def bytes_command(
     rows = [row for setting in settings for row in bench_bytes(setting, ranks, chosen, compared)]
     versions = rows[0]["versions"]
     caption = f"bytes that one process sends; torch {versions['torch']}, timm {versions['timm']}"
-    show(rows, _BYTES, caption, as_json, "plan")
+    _report(_Result("ascent-bytes", "Bytes that an ascent sends", _BYTES), rows, caption, record, as_json)
 
 
 def _compare(
     bench: Callable[[Setting, int, Sequence[Scenario]], list[dict[str, Any]]],
-    columns: Columns,
+    result: _Result,
     models: list[str] | None,
     plans: list[str] | None,
     repeats: int,
     resolution: int | None,
     batch_size: int | None,
+    record: Path | None,
     as_json: bool,
 ) -> None:
     """Measure each model under the plans on one process, and show it."""
@@ -146,7 +163,28 @@ def _compare(
     compared = select_scenarios(plans, scenarios())
     settings = _settings(models, repeats, resolution, batch_size)
     rows = [row for setting in settings for row in bench(setting, repeats, compared)]
-    show(rows, columns, _caption(rows), as_json, "plan")
+    _report(result, rows, _caption(rows), record, as_json)
+
+
+@dataclass(frozen=True)
+class _Result:
+    """What a result is called in its file's name and heading, and what its table shows of the rows."""
+
+    what: str
+    title: str
+    columns: Columns
+    name: str = "plan"
+
+
+def _report(result: _Result, rows: list[dict[str, Any]], caption: str, record: Path | None, as_json: bool) -> None:
+    """Show what was measured, and write it where `--record` says."""
+    show(rows, result.columns, caption, as_json, result.name)
+    if record is None:
+        return
+    from ssam_scale.bench.record import provenance, result_path, write
+
+    text = [f"# {result.title}", "", f"{caption}.", "", *markdown(rows, result.columns, result.name)]
+    write(result_path(record, result.what), text, rows, provenance())
 
 
 def _settings(models: list[str] | None, repeats: int, resolution: int | None, batch_size: int | None) -> list[Setting]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -38,3 +39,29 @@ def test_too_few_weights_are_the_users_mistake(capsys: pytest.CaptureFixture[str
         main(["bench", "storage", "--weights", "7"])
     assert ended.value.code == 2
     assert capsys.readouterr().err == "ssam-scale: error: --weights is 7; at least 1000 are needed\n"
+
+
+def test_record_writes_the_table_and_beside_it_the_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["bench", "storage", "--weights", "1000", "--record", str(tmp_path), "--json"])
+    assert not ended.value.code
+    table, raw = sorted(tmp_path.iterdir(), key=lambda path: path.suffix, reverse=True)
+    assert (table.suffix, raw.suffix, table.stem) == (".md", ".json", raw.stem)
+    assert table.stem.startswith("mask-memory_")
+    rows = json.loads(raw.read_text())
+    assert rows["rows"] == json.loads(capsys.readouterr().out)
+    assert {"command", "commit", "versions", "hardware"} < rows.keys()
+    lines = [line for line in table.read_text().splitlines() if line.startswith("| ")]
+    assert len(lines) == 2 + len(rows["rows"])
+    assert len({line.count("|") for line in lines}) == 1
+
+
+@pytest.mark.parametrize("what", ["storage", "steps", "memory", "bytes", "masks"])
+def test_a_folder_that_is_not_there_is_said_before_anything_is_measured(
+    what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["bench", what, "--record", str(tmp_path / "results")])
+    assert ended.value.code == 2
+    said = f"--record is {tmp_path / 'results'}, which is not a folder; make it, or name one that is there"
+    assert capsys.readouterr().err == f"ssam-scale: error: {said}\n"

@@ -13,29 +13,37 @@ from typing import Any
 
 from ssam_scale.tracking.environment import git_tags, hardware_tags, versions
 
-RESULTS = Path(__file__).parent / "results"
 
-
-def result_path(what: str) -> Path:
-    """`results/[what]_[hardware]_[date].md` of this machine and day."""
+def result_path(folder: Path, what: str) -> Path:
+    """`[what]_[hardware]_[date].md` of this machine and day (UTC), in `folder`."""
     hardware = re.sub(r"[^a-z0-9]+", "-", hardware_tags()["hardware"].lower()).strip("-")
-    return RESULTS / f"{what}_{hardware}_{datetime.datetime.now(datetime.timezone.utc).date()}.md"
+    return folder / f"{what}_{hardware}_{datetime.datetime.now(datetime.timezone.utc).date()}.md"
 
 
-def provenance(script: str) -> dict[str, str]:
-    """`command`, `commit`, `versions` and `hardware` of this run, as a table's last lines and its JSON say them."""
+def provenance(command: Sequence[str] | None = None) -> dict[str, str]:
+    """`command` (this process's, unless given), `commit`, `versions` and `hardware` of a result."""
     git, found = git_tags(), versions()
     dirty = " with changes" if git.get("git_dirty") == "true" else ""
+    program = Path(sys.argv[0])
+    here = ["python", f"benchmarks/{program.name}"] if program.suffix == ".py" else [program.name]
+    named = ", ".join(f"{name} {found[name]}" for name in ("torch", "timm", "deepspeed") if name in found)
     return {
-        "command": shlex.join(["python", f"benchmarks/{script}", *sys.argv[1:]]),
+        "command": shlex.join(command or [*here, *sys.argv[1:]]),
         "commit": git.get("git_commit", "unknown") + dirty,
-        "versions": f"Python {found['python']}, torch {found['torch']}, timm {found['timm']}",
+        "versions": f"Python {found['python']}, {named}",
         "hardware": hardware_tags()["hardware"],
     }
 
 
 def write(output: Path, text: Sequence[str], rows: Sequence[Mapping[str, Any]], made: Mapping[str, str]) -> None:
-    """Write the Markdown file `output`, ending with where it comes from, and a `.json` of the raw rows beside it."""
+    """Write the Markdown file `output`, ending with where it comes from, and a `.json` of the raw rows beside it.
+
+    Args:
+        output: the Markdown file; its folder is made.
+        text: its lines.
+        rows: what was measured.
+        made: of `provenance`.
+    """
     output.parent.mkdir(parents=True, exist_ok=True)
     lines = [*text, "", *(f"- {key}: {f'`{value}`' if key == 'command' else value}" for key, value in made.items())]
     output.write_text("\n".join(lines) + "\n")
