@@ -48,6 +48,9 @@ def launches_of(operator: str, arguments: Any) -> int:
     return max(-(-len(lists[0]) // _FOREACH_TENSORS[depth]), -(-blocks // _FOREACH_BLOCKS))
 
 
+_PYTHON = Path(traceback.__file__).parent
+
+
 class Watch(TorchDispatchMode):
     """Counts what runs inside on the device. Backwards run in the calling thread, so that all of it is seen.
 
@@ -145,11 +148,12 @@ class _Access(NamedTuple):
 
 
 def place() -> str:
-    """Where in the package, or else in which caller, this is."""
-    frames = [f for f in traceback.extract_stack() if "pretended_gpu" not in f.filename]
-    ours = [f for f in frames if f"{Path('ssam_scale')}/" in f.filename and "/tests/" not in f.filename]
-    found = (ours or frames)[-1]
-    return f"{'/'.join(Path(found.filename).parts[-3:])}:{found.lineno}"
+    """The innermost line that is neither torch's, nor DeepSpeed's, nor Python's own."""
+    for frame, line in traceback.walk_stack(None):
+        path = Path(frame.f_code.co_filename)
+        if "pretended_gpu" not in path.parts and "site-packages" not in path.parts and not path.is_relative_to(_PYTHON):
+            return f"{'/'.join(path.parts[-2:])}:{line}"
+    return "?"
 
 
 def _span(t: Tensor) -> tuple[int, int]:
