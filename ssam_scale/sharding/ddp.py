@@ -246,5 +246,6 @@ BACKENDS.register(
         sharding=DDP,
         place=_place,
         shards_weights=False,
+        any_memory_format=True,
     )
 )

@@ -78,4 +78,8 @@ def place(
             f"backend {backend} without a launcher; use single, or start the processes with {chosen.launchers}"
         )
     options = Options(blocks, replicas, batch_size, accumulation, max_grad_norm, deepspeed or {})
-    return chosen.place(module.to(world.device), make_optimizer, world, options)
+    module.to(world.device)
+    if not chosen.any_memory_format:
+        # Convolutions of a channels_last batch run in channels_last all the same, and convert their weights as they go.
+        module.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    return chosen.place(module, make_optimizer, world, options)

@@ -54,6 +54,7 @@ class Backend:
         launchers: what starts the processes; None: there is one process.
         shards_weights: whether each rank perturbs and steps only a shard of the weights, and not all of them.
         has_replicas: whether it takes `Options.replicas` above 1.
+        any_memory_format: whether weights may be in channels_last; FSDP2 and DeepSpeed flatten them row by row.
     """
 
     owns: Callable[[nn.Module], bool]
@@ -62,6 +63,7 @@ class Backend:
     launchers: str | None = "torchrun"
     shards_weights: bool = True
     has_replicas: bool = False
+    any_memory_format: bool = False
 
 
 BACKENDS: Registry[Backend] = Registry("ssam_scale.sharding")

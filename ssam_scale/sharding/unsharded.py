@@ -172,5 +172,6 @@ BACKENDS.register("single", "one process that holds everything", "PyTorch")(
         place=_place,
         launchers=None,
         shards_weights=False,
+        any_memory_format=True,
     )
 )

@@ -49,9 +49,13 @@ _PARAMETER_INTERNALS = {
     "ds_numel": "elements of the full parameter",
     "ds_active_sub_modules": "a parameter is not freed while there is one",
     "partition": "frees one parameter; empty_partition_cache frees all",
-    "all_gather": "gathers the persistent parameters together, as at the end of the optimizer's step",
+    "ds_status": "which persistent parameters are missing",
+    "all_gather_coalesced": "gathers them together; `all_gather` would make the host wait for the device",
 }
-_OFFLOAD_INTERNALS = {"param_coordinator": "gathers and frees weights around modules; its hooks ask for it each time"}
+_OFFLOAD_INTERNALS = {
+    "param_coordinator": "gathers and frees weights around modules; its hooks ask for it each time",
+    "_DeepSpeedZeRoOffload__allgather_stream": "it does not wait for the stream on which the step writes weights",
+}
 _COORDINATOR_INTERNALS = {
     "is_invalid_trace": "whether a trace was thrown away: what is remembered of when to free weights is of the old one",
     "_invalidate_trace": "a coordinator that has been at work is no beginning for others",
@@ -236,10 +240,13 @@ class GatheredParameters:
                 p.ds_active_sub_modules.discard(_HELD)
 
     def _before_forward(self, network: nn.Module, inputs: Sequence[Any], options: Mapping[str, Any]) -> None:
+        # What this pass gathers is what was written before it: w + ε, w again, a checkpoint's or averaged weights.
+        if (gathers := self._offload._DeepSpeedZeRoOffload__allgather_stream) is not None:
+            gathers.wait_stream(torch.get_device_module(gathers.device).current_stream())
         if self._persistent_freed:
             self._persistent_freed = False
-            if persistent := self._zero.persistent_parameters:
-                persistent[0].all_gather(persistent)  # those that are missing
+            if missing := [p for p in self._zero.persistent_parameters if p.ds_status.name == "NOT_AVAILABLE"]:
+                missing[0].all_gather_coalesced(missing).wait()
         self._offload.param_coordinator = self._coordinator(self._kind(inputs, options))
         if self._keeps and options.get("stop") is not None and torch.is_grad_enabled():
             self._prefix_held.enter_context(self.held(self._parameters))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -12,10 +10,6 @@ import torch
 import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
 from torch import Tensor
-
-
-CALLS: Counter[str] = Counter()
-"""How often this process has called each collective."""
 
 
 class _Done(dist._Work):
@@ -41,15 +35,6 @@ class _Done(dist._Work):
 
 def _host(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [torch.ops.pretended.as_host(t.detach()) for t in tensors]
-
-
-def _counted(method: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(method)
-    def counted(*args: Any, **options: Any) -> Any:
-        CALLS[method.__name__.strip("_").removesuffix("_base")] += 1
-        return method(*args, **options)
-
-    return counted
 
 
 class ProcessGroupNCCL(dist.ProcessGroup):
@@ -102,7 +87,6 @@ class ProcessGroupNCCL(dist.ProcessGroup):
             if average:
                 t.div_(self.size())
 
-    @_counted
     def allreduce(self, tensors: list[Tensor], opts: Any = None) -> Any:
         """See `dist.all_reduce`."""
         self._reduced(_host(tensors), opts if opts is not None else dist.AllreduceOptions())
@@ -117,19 +101,16 @@ class ProcessGroupNCCL(dist.ProcessGroup):
         self._reduced(_host(tensors), opts)
         return _Done(tensors)
 
-    @_counted
     def broadcast(self, tensors: list[Tensor], opts: Any) -> Any:
         """See `dist.broadcast`."""
         self._gloo.broadcast(_host(tensors), opts).wait()
         return _Done(tensors)
 
-    @_counted
     def allgather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None) -> Any:
         """See `dist.all_gather`."""
         self._gloo.allgather([_host(each) for each in outputs], _host(inputs)).wait()
         return _Done([t for each in outputs for t in each])
 
-    @_counted
     def _allgather_base(self, output: Tensor, input: Tensor, opts: Any = None) -> Any:
         [out], [part] = _host([output]), _host([input])
         pieces = [torch.empty_like(part) for _ in range(self.size())]
@@ -143,7 +124,6 @@ class ProcessGroupNCCL(dist.ProcessGroup):
             self._allgather_base(output, part)
         return _Done(outputs)
 
-    @_counted
     def _reduce_scatter_base(self, output: Tensor, input: Tensor, opts: Any = None) -> Any:
         [out], [full] = _host([output]), _host([input])
         total = full.clone()
@@ -165,7 +145,6 @@ class ProcessGroupNCCL(dist.ProcessGroup):
             self._reduce_scatter_base(output, full, opts)
         return _Done(outputs)
 
-    @_counted
     def alltoall_base(
         self, output: Tensor, input: Tensor, output_sizes: list[int], input_sizes: list[int], opts: Any = None
     ) -> Any:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -23,7 +24,7 @@ _FREE = {
     *("view", "view_as", "_unsafe_view", "_reshape_alias", "lift_fresh", "set_", "resize_", "record_stream"),
     *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "is_pinned", "_local_scalar_dense"),
 }
-# How many tensors one launch of a foreach operator takes, by the number of lists, and how many blocks of 65,536 elements
+# Tensors that one launch of a foreach operator takes, by the number of lists; and its blocks of 65,536 elements
 # (ATen/native/cuda/MultiTensorApply.cuh).
 _FOREACH_TENSORS = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}
 _FOREACH_BLOCKS, _FOREACH_BLOCK = 320, 65_536
@@ -125,6 +126,7 @@ class Watch(TorchDispatchMode):
                 if isinstance(t, Tensor):
                     accesses[id(t)] = t, writes
         for t, writes in accesses.values():
+            t = t._local_tensor if isinstance(t, DTensor) else t
             if t.device.type == "cuda" and t.numel():
                 here = self._accesses[t.untyped_storage().data_ptr()]
                 start, end = _span(t)

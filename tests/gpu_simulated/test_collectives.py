@@ -1,0 +1,122 @@
+"""One of eight pretended processes: FSDP2's collectives, counted, and streams, which wait for what others write."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from ssam_scale import Depth, SparseSAM
+from ssam_scale.masks import Dense, Mask, Named
+from ssam_scale.sharding import World
+from ssam_scale.sharding.place import place
+from tests.support.networks import batches, loss_fn, small_network
+from tests.support.pretended_gpu.watch import Watch
+from tests.support.training import on
+
+RANKS = 8
+UNITS = 5  # four blocks, and what is around them
+# Everything is gathered anew each time, by modules, with a little of it ahead.
+GATHERS_ALL = {
+    "zero_optimization": {
+        "stage3_param_persistence_threshold": 200,
+        "stage3_max_reuse_distance": 0,
+        "stage3_prefetch_bucket_size": 2000,
+    }
+}
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[World]:
+    """The first of eight processes, whose collectives return at once."""
+    dist.init_process_group("fake", rank=0, world_size=RANKS, store=FakeStore())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOCAL_RANK", "0")  # DeepSpeed wants to know
+        yield World(0, RANKS, torch.device("cuda", 0))
+    dist.destroy_process_group()
+
+
+def sam_on(world: World, backend: str, mask: Mask, **options: Any) -> SparseSAM:
+    """The optimizer of a small ViT."""
+    model = small_network("vit").to(world.device)
+    module, base = place(
+        model,
+        [stage.block for stage in model.stages],
+        backend,
+        world,
+        lambda: torch.optim.SGD(model.parameters(), lr=0.1),
+        batch_size=8,
+        deepspeed=GATHERS_ALL if backend == "zero3" else None,
+    )
+    return SparseSAM(module, base, rho=0.1, mask=mask, calibrate_every=None, **options)
+
+
+def collectives(world: World, mask: Mask) -> dict[str, Counter[str]]:
+    """By phase of a step under FSDP2, how often each collective is called."""
+    watch = Watch()
+    opt = sam_on(world, "fsdp2", mask, phases=watch.phases)
+    [batch] = [on(world.device, batch) for batch in batches(1, 8)]
+    opt.step(loss_fn, batch)
+    with watch:
+        opt.step(loss_fn, batch)
+    assert not watch.host_waits
+    return {
+        phase: Counter(
+            {name.removeprefix("c10d::").strip("_"): n for name, n in ops.items() if name.startswith("c10d::")}
+        )
+        for phase, ops in watch.launches.items()
+    }
+
+
+def test_dense_sam_gathers_and_reduces_every_unit_in_both_passes(world: World) -> None:
+    calls = collectives(world, Dense())
+    for which in ("ascent", "descent"):
+        assert calls[f"{which} forward"]["allgather_base"] == UNITS
+        # The root is still there when its backward begins.
+        assert calls[f"{which} backward"]["allgather_base"] == UNITS - 1
+        assert calls[f"{which} backward"]["reduce_scatter_base"] == UNITS
+    assert calls["perturb"] == Counter({"allreduce": 1})  # of the squared norm
+
+
+def test_an_ascent_behind_a_cut_gathers_and_reduces_the_suffix_alone(world: World) -> None:
+    """Two blocks of four, and what is around them."""
+    calls = collectives(world, Depth((0.5, 0.5)))
+    assert calls["ascent backward"]["reduce_scatter_base"] == 3
+    assert calls["ascent backward"]["allgather_base"] == 2
+    # What is around the blocks is used before the prefix and behind the suffix, which are two passes to FSDP.
+    assert calls["descent backward"]["reduce_scatter_base"] == UNITS + 1
+    assert calls["perturb"] == Counter({"allreduce": 1})
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [Named(r"qkv\.weight"), Depth((0.5, 0.5)), Dense()],
+    ids=["large tensors only", "cut", "dense"],
+)
+@pytest.mark.parametrize("backend", ["fsdp2", "zero2", "zero3"])
+def test_gathers_wait_for_the_perturbation(backend: str, mask: Mask, world: World) -> None:
+    """What a stream of its own gathers is what the step has written before: w + ε, and then w."""
+    opt = sam_on(world, backend, mask)
+    [batch] = [on(world.device, batch) for batch in batches(1, 8)]
+    opt.step(loss_fn, batch)
+    with Watch(races=True) as watch:
+        opt.step(loss_fn, batch)
+        opt.step(loss_fn, batch)
+    assert watch.races == []
+
+
+def test_gathers_wait_for_weights_that_were_loaded(world: World) -> None:
+    opt = sam_on(world, "zero3", Dense())
+    [batch] = [on(world.device, batch) for batch in batches(1, 8)]
+    opt.step(loss_fn, batch)
+    network = opt.sharding.network.model
+    weights = opt.sharding.full_model_state_dict(network)
+    with Watch(races=True) as watch:
+        opt.sharding.load_full_model_state_dict(network, weights)
+        opt.step(loss_fn, batch)
+    assert watch.races == []
