@@ -1,0 +1,85 @@
+"""Every shipped configuration, built and stepped by the trainer itself on a pretended GPU, on every backend."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ssam_scale.config.load import load
+from ssam_scale.data.encode import Encoding
+from ssam_scale.data.write import Sample, write_samples
+from ssam_scale.perturbation.phases import no_phases
+from ssam_scale.sharding import World, join_world
+from ssam_scale.train.build import build
+from tests.support.images import make_image
+from tests.support.pretended_gpu.watch import Watch
+from tests.support.processes import free_port
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+IMAGES = 8
+# Pixels and widths are fewer, so that a CPU steps them in a moment; all else is as in the file.
+SIDE = 32
+SMALLER = {
+    "resnet50": ["model.kwargs.layers=[1,1,1,1]", "perturbation.mask.samples=8"],
+    "convnext_t": ["model.kwargs.depths=[1,1,2,1]"],
+    "vit_b": [f"model.kwargs.{each}" for each in ("depth=4", "embed_dim=96", "num_heads=4", f"img_size={SIDE}")],
+    "quickstart": ["data.subset=null"],
+}
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[World]:
+    """One process in a process group; one for all tests, because DeepSpeed keeps the groups that it has made."""
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {**alone, "MASTER_PORT": str(free_port())}.items():
+            patch.setitem(os.environ, name, value)
+        with join_world() as world:
+            yield world
+
+
+@pytest.fixture(scope="module")
+def beton(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A few images."""
+    generator = np.random.default_rng(7)
+    samples = [Sample(str(i), make_image(generator, 40, 36), i % 10) for i in range(2 * IMAGES)]
+    out = tmp_path_factory.mktemp("images") / "images.beton"
+    write_samples(samples, [str(k) for k in range(10)], out, Encoding(None, 90, 0.5, 0), source={}, progress=False)
+    return out
+
+
+def test_each_configuration_has_its_smaller_one() -> None:
+    assert {path.stem for path in CONFIGS} == SMALLER.keys()
+
+
+@pytest.mark.parametrize("backend", ["as it says", "single", "ddp", "fsdp2", "zero2", "zero3"])
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_it_is_built_and_stepped(path: Path, backend: str, world: World, beton: Path) -> None:
+    overrides = [f"data.train={beton}", f"data.val={beton}", f"data.batch_size={IMAGES}", "model.num_classes=10"]
+    overrides += [f"data.resolution={SIDE}", f"data.eval_resolution={SIDE}", *SMALLER[path.stem]]
+    if backend != "as it says":
+        overrides.append(f"sharding.backend={backend}")
+    config = load(path, overrides)
+    components = build(config, world, no_phases)
+    assert {p.device.type for p in components.network.parameters()} == {"cuda"}
+    images = torch.randn(IMAGES, 3, SIDE, SIDE).cuda().to(memory_format=torch.channels_last)
+    labels = torch.arange(IMAGES).cuda()
+    opt = components.opt
+    if opt.refresh_is_due:
+        opt.refresh(components.loss_fn, (images, labels), samples=2)
+    for _ in range(2):  # makes the optimizer's state, then DDP's buckets
+        opt.step(components.loss_fn, components.mix(images, labels))
+    with Watch() as watch:
+        opt.step(components.loss_fn, components.mix(images, labels))
+    assert opt.report is not None
+    assert opt.report.loss is not None
+    assert bool(opt.report.loss.isfinite())
+    assert not opt.skipped
+    # DeepSpeed waits by itself: for the norms that it clips by, and for what it gathers.
+    if not config.sharding.backend_on(world.size).startswith("zero"):
+        assert not watch.host_waits
