@@ -6,7 +6,7 @@
 #     bash launch/test.sh -m exhaustive    every combination, before a release
 #     bash launch/test.sh -m gpu           what needs a GPU; no other run sees one
 #
-# Two workers share the tests; -n 0 runs them in one process, with a debugger or with one clear line of output.
+# Workers share the tests; -n 0 runs them in one process, with a debugger or with one clear line of output.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash launch/setup.sh dev

@@ -17,7 +17,7 @@ from ssam_scale.sharding import World, ddp
 from tests.support.gpus import selects_gpu_tests_only
 from tests.support.processes import run
 from tests.support.ranks import RankError, run_ranks
-from tests.support.workers import APART
+from tests.support.workers import APART, WAITING
 
 SAY = "import os; print(repr(os.environ['CUDA_VISIBLE_DEVICES']))"
 
@@ -95,8 +95,31 @@ def test_what_a_run_of_pytest_sees(expression: str, seen: str, tmp_path: Path) -
     assert reason in done.stdout
 
 
+@pytest.mark.slow
+def test_the_last_of_three_workers_takes_what_waits_and_the_others_all_else(tmp_path: Path) -> None:
+    """Also where there is nothing that waits, and where nothing else is left."""
+    (tmp_path / "tests" / "launch").mkdir(parents=True)
+    (tmp_path / "conftest.py").write_text(
+        "from tests.support import workers\n"
+        "def pytest_xdist_make_scheduler(config, log):\n    return workers.scheduling(config, log)\n"
+    )
+    files = ["tests/launch/test_slurm.py", *(f"tests/test_{letter}.py" for letter in "abcdef")]
+    test = "import os, time, pytest\n@pytest.mark.parametrize('n', range(3))\n"
+    test += "def test_it(n):\n    time.sleep(0.2)\n    print('ran on', os.environ['PYTEST_XDIST_WORKER'])\n"
+    for file in files:
+        (tmp_path / file).write_text(test)
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-n", "3", "-rP", "--rootdir", str(tmp_path)]
+    env = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])}
+    for asked in (files, files[1:], files[:1]):
+        done = run([*command, "-c", os.devnull, *asked], cwd=tmp_path, env=env)
+        assert f"{3 * len(asked)} passed" in done.stdout, done.stdout
+    done = run([*command, "-c", os.devnull, *files], cwd=tmp_path, env=env)
+    assert done.stdout.count("ran on gw2") == 3, done.stdout
+
+
 def test_files_that_workers_share_out_are_there_and_have_no_fixture_for_several_tests() -> None:
     root = Path(__file__).parents[1]
+    assert all((root / file).exists() for file in WAITING)
     for file in APART:
         assert 'scope="module"' not in (root / file).read_text(), file
 

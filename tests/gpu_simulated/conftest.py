@@ -1,7 +1,7 @@
-"""Everything in this folder runs in a process of its own that pretends to have GPUs (`tests.support.pretended_gpu`).
+"""Everything in this folder runs in processes that pretend to have GPUs (`tests.support.pretended_gpu`).
 
-The process is started for the first test of a file and runs all of the file's tests that were asked for; here their
-reports are handed on. `DEVICES` of a test module says how many GPUs there are; one unless it says so.
+A process is started for the first test of a module and runs all that were asked for of it, and of the other modules of
+its number of GPUs (`DEVICES`, 1 unless the module says another) and its `WORLD`; here their reports are handed on.
 """
 
 from __future__ import annotations
@@ -10,22 +10,27 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from ssam_scale.sharding import World, join_world
 from tests.support.pretended_gpu.reports import MARK, REPORTS, ROOT
+from tests.support.processes import free_port
 
+_HERE = Path(__file__).parent
 _PRETENDING = "SSAM_SCALE_PRETENDED_GPUS" in os.environ
 
 
 def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
     """Hand on what the pretending process reported of this test."""
-    if _PRETENDING:
+    if _PRETENDING or _process_of(item) is None:
         return None
     reports = item.session.stash.setdefault(REPORTS, {})
     if item.nodeid not in reports:
-        reports.update(_run([other for other in item.session.items if other.path == item.path]))
+        reports.update(_run([other for other in item.session.items if _process_of(other) == _process_of(item)]))
     item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
     for data in reports[item.nodeid]:
         report = item.config.hook.pytest_report_from_serializable(config=item.config, data=data)
@@ -34,10 +39,19 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
     return True
 
 
+def _process_of(item: pytest.Item) -> tuple[int, str] | None:
+    """What a test's process is like; None outside of this folder."""
+    module = item.getparent(pytest.Module)
+    if module is None or item.path.parent != _HERE:
+        return None
+    return getattr(module.obj, "DEVICES", 1), getattr(module.obj, "WORLD", "one process")
+
+
 def _run(items: list[pytest.Item]) -> dict[str, list[dict[str, Any]]]:
-    """The reports of a file's tests by their ids."""
-    devices = getattr(items[0].getparent(pytest.Module).obj, "DEVICES", 1)  # type: ignore[union-attr]
-    command = [sys.executable, "-m", "tests.support.pretended_gpu", "--devices", str(devices), "-m"]
+    """The reports of a process's tests by their ids."""
+    process = _process_of(items[0])
+    assert process is not None
+    command = [sys.executable, "-m", "tests.support.pretended_gpu", "--devices", str(process[0]), "-m"]
     command += ["tests.support.pretended_gpu.reports", *(item.nodeid for item in items)]
     environment = {key: value for key, value in os.environ.items() if key != "CUDA_VISIBLE_DEVICES"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=800)
@@ -50,3 +64,14 @@ def _run(items: list[pytest.Item]) -> dict[str, list[dict[str, Any]]]:
     if missing:
         pytest.fail(f"the pretending process ended before {missing[0]}:\n{(done.stdout + done.stderr)[-5000:]}")
     return reports
+
+
+@pytest.fixture(scope="session")
+def world() -> Iterator[World]:
+    """One process in a process group; one for all tests, because DeepSpeed keeps the groups that it has made."""
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {**alone, "MASTER_PORT": str(free_port())}.items():
+            patch.setenv(name, value)
+        with join_world() as world:
+            yield world

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
 
 from ssam_scale import Depth, SparseSAM
 from ssam_scale.masks import Dense, Mask, Scored
-from ssam_scale.sharding import World, join_world
+from ssam_scale.sharding import World
 from ssam_scale.sharding.place import place
 from tests.support.networks import batches, loss_fn, small_network
 from tests.support.pretended_gpu.watch import Watch
-from tests.support.processes import free_port
 from tests.support.training import BATCH, on
 
 BACKENDS = ["single", "ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3"]
@@ -25,17 +23,6 @@ MASKS: dict[str, Callable[[], Mask]] = {
 }
 # Batches of images in channels_last are summed in another order than in contiguous ones.
 TOLERANCE = 1e-5
-
-
-@pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    """One process in a process group; one for all tests, because DeepSpeed keeps the groups that it has made."""
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {**alone, "MASTER_PORT": str(free_port())}.items():
-            patch.setitem(os.environ, name, value)
-        with join_world() as world:
-            yield world
 
 
 def sam_on(world: World, backend: str, family: str, mask: Mask | None) -> SparseSAM:

@@ -19,6 +19,7 @@ from tests.support.networks import batches, loss_fn, small_network
 from tests.support.pretended_gpu.watch import Watch
 from tests.support.training import on
 
+WORLD = "one of eight processes"
 RANKS = 8
 UNITS = 5  # four blocks, and what is around them
 # Everything is gathered anew each time, by modules, with a little of it ahead.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +12,10 @@ from ssam_scale.config.load import load
 from ssam_scale.data.encode import Encoding
 from ssam_scale.data.write import Sample, write_samples
 from ssam_scale.perturbation.phases import no_phases
-from ssam_scale.sharding import World, join_world
+from ssam_scale.sharding import World
 from ssam_scale.train.build import build
 from tests.support.images import make_image
 from tests.support.pretended_gpu.watch import Watch
-from tests.support.processes import free_port
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 IMAGES = 8
@@ -30,17 +27,6 @@ SMALLER = {
     "vit_b": [f"model.kwargs.{each}" for each in ("depth=4", "embed_dim=96", "num_heads=4", f"img_size={SIDE}")],
     "quickstart": ["data.subset=null"],
 }
-
-
-@pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    """One process in a process group; one for all tests, because DeepSpeed keeps the groups that it has made."""
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {**alone, "MASTER_PORT": str(free_port())}.items():
-            patch.setitem(os.environ, name, value)
-        with join_world() as world:
-            yield world
 
 
 @pytest.fixture(scope="module")

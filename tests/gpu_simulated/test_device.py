@@ -7,7 +7,7 @@ import torch
 
 from tests.support.pretended_gpu.watch import Watch, launches_of
 
-DEVICES = 2
+DEVICES = 8
 
 
 def test_it_is_a_cuda_device_with_values() -> None:

@@ -63,7 +63,10 @@ class Cluster:
 
     def command(self, *words: str | Path, cwd: Path = Path("/"), env: Mapping[str, str] | None = None) -> str:
         """The output of a Slurm command that must succeed."""
-        done = run(words, cwd=cwd, env=self.env | dict(env or {}), timeout=60)
+        for _ in range(3):  # munged gives a client two seconds to speak, which a loaded machine may not
+            done = run(words, cwd=cwd, env=self.env | dict(env or {}), timeout=60)
+            if done.returncode == 0 or "munge" not in done.stdout.lower():
+                break
         assert done.returncode == 0, f"{words}: {done.stdout}\n{self.logs()}"
         return done.stdout
 
