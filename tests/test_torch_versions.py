@@ -27,13 +27,7 @@ GIGABYTES = 12
 """That an environment takes, with CUDA's libraries and while it is made."""
 
 QUICK = ["tests/perturbation", "tests/masks", "tests/models", "tests/sharding", "tests/test_torch_compat.py"]
-SLOW = [
-    "tests/sharding/test_fsdp.py",
-    "tests/sharding/test_dcp.py",
-    "tests/sharding/test_communication.py",
-    "tests/sharding/test_failures.py",
-    "tests/models/test_ema.py",
-]
+SLOW = ["tests/sharding/test_fsdp.py", "tests/sharding/test_dcp.py", "tests/models/test_ema.py"]
 
 
 @pytest.mark.exhaustive
