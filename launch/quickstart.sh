@@ -50,6 +50,9 @@ bash launch/setup.sh
 PATH=$PWD/.venv/bin:$PATH
 
 gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
+# A container may have GPUs without that program. Hiding all of them asks for the CPU.
+((gpus)) || gpus=$(compgen -G '/dev/nvidia[0-9]*' | wc -l)
+[[ -n ${CUDA_VISIBLE_DEVICES-all} ]] || gpus=0
 processes=${PROCESSES:-$((gpus == 1 ? 1 : 2))}
 cores=$(nproc)
 # Each process would otherwise start as many threads as there are cores.

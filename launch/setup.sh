@@ -6,13 +6,16 @@
 #
 # Safe to run again: what is there already is left alone, and with nothing to do it is done in a second.
 # PYTHON names the interpreter that .venv is made from (3.10 or newer). A torch with GPU support that this interpreter
-# has already is used and never replaced. Where pip downloads from is pip's own business (pip config, PIP_* variables).
+# has already is used and never replaced; so is any in .venv of a version that pyproject.toml takes. Where pip downloads
+# from is pip's own business (pip config, PIP_* variables).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 extra=${1:-}
 venv=$PWD/.venv
 log=$PWD/.venv/setup.log
+usual=2.13.0 # the torch that is installed where there is none
+oldest=$(sed -n 's/^ *"torch>=\([0-9.]*\)".*/\1/p' pyproject.toml)
 
 say() { printf '\033[1m==> %s\033[0m\n' "$*"; }
 die() {
@@ -153,10 +156,39 @@ system_packages() {
 
 # -------------------------------------------------------------------------------------------- the virtual environment
 
-# What torch an interpreter has: its version, then where it lies; nothing unless it can use a GPU.
-gpu_torch() {
-    "$1" -c 'import torch; v = torch.version; (v.cuda or v.hip) and print(v.__version__, torch.__file__)' \
+# What torch an interpreter has: its version, gpu or cpu, and where it lies; nothing where there is none.
+torch_of() {
+    "$1" -c 'import torch; v = torch.version; print(v.__version__, "gpu" if v.cuda or v.hip else "cpu", torch.__file__)' \
         2>/dev/null || true
+}
+
+gpu_torch() {
+    local version build _
+    read -r version build _ <<<"$(torch_of "$1")" || true
+    [[ $build != gpu ]] || printf '%s\n' "$version"
+}
+
+numbers() { # numbers VERSION: its first two; what a vendor calls 2.10.0a0+4fa3 is a 2.10
+    local major minor _
+    IFS=. read -r major minor _ <<<"$1"
+    printf '%d %d\n' "${major%%[!0-9]*}" "${minor%%[!0-9]*}"
+}
+
+too_old() { # too_old VERSION
+    local major minor least_major least_minor
+    read -r major minor <<<"$(numbers "$1")"
+    read -r least_major least_minor <<<"$(numbers "$oldest")"
+    ((major < least_major || (major == least_major && minor < least_minor)))
+}
+
+# A torch for GPUs that is not in .venv is never replaced; one that is too old is not used either.
+refuse_old_gpu_torch() {
+    local version build file
+    read -r version build file <<<"$(torch_of "$1")" || true
+    if [[ $build == gpu && $file != "$venv"/* ]] && too_old "$version"; then
+        die "torch $version in ${file%/torch/__init__.py} is too old, $oldest or newer is needed; upgrade it, or name a \
+Python without it: PYTHON=/path/to/python3"
+    fi
 }
 
 make_venv() {
@@ -169,6 +201,7 @@ make_venv() {
     fi
     if [[ ! -e $venv/bin/python ]]; then
         local existing options=()
+        refuse_old_gpu_torch "$python"
         existing=$(gpu_torch "$python")
         [[ -n $existing ]] && options=(--system-site-packages)
         say "Making a virtual environment in .venv from $python ($("$python" -V))"
@@ -191,9 +224,10 @@ pip_install() { # pip_install LABEL ARGUMENT...
     quietly "$label" "$venv/bin/python" -m pip install --progress-bar raw "$@" || exit 1
 }
 
-# The requirements of pyproject.toml, one a line: `requirements` for all, `requirements without-torch` for the others.
-requirements() {
-    "$venv/bin/python" - "${1:-}" "$extra" <<'PYTHON'
+# The requirements of pyproject.toml but torch and torchvision, one a line.
+other_requirements() {
+    "$venv/bin/python" - "$extra" <<'PYTHON'
+import re
 import sys
 from pathlib import Path
 try:
@@ -201,13 +235,23 @@ try:
 except ModuleNotFoundError:  # Python 3.10
     from pip._vendor import tomli as tomllib
 project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
-wanted = project["dependencies"] + (project["optional-dependencies"][sys.argv[2]] if sys.argv[2] else [])
-ours = {line for line in wanted if line.startswith(("torch=", "torchvision="))}
-print(*[line for line in wanted if sys.argv[1] != "without-torch" or line not in ours], sep="\n")
+wanted = project["dependencies"] + (project["optional-dependencies"][sys.argv[1]] if sys.argv[1] else [])
+print(*[line for line in wanted if re.split(r"[^\w.-]", line)[0] not in ("torch", "torchvision")], sep="\n")
 PYTHON
 }
 
 has_nvidia_gpu() { nvidia-smi -L 2>/dev/null | grep -q GPU || compgen -G '/dev/nvidia[0-9]*' >/dev/null; }
+
+# The release of torchvision that goes with a torch: 0.(N + 15) with 2.N. No other one can be told.
+vision_of() {
+    local major minor
+    read -r major minor <<<"$(numbers "$1")"
+    ((major != 2)) || printf '0.%d\n' "$((minor + 15))"
+}
+
+vision_there() {
+    "$venv/bin/python" -c 'import importlib.metadata as m; print(m.version("torchvision"))' 2>/dev/null || true
+}
 
 # pip's sources may offer builds for CPUs only, a tenth of the size; which sources those are is the user's choice.
 install_cpu_torch() {
@@ -220,39 +264,37 @@ install_cpu_torch() {
     return 1
 }
 
+# Any torch in the range is kept with the torchvision that goes with it, and both are held by constraints: else one of
+# the packages would bring another torchvision, which replaces the torch, on a CPU by a CUDA build.
 install_python_packages() {
-    local torch vision kept version file
-    torch=$(requirements | grep '^torch=') vision=$(requirements | grep '^torchvision=')
-    kept=$(gpu_torch "$venv/bin/python")
-    read -r version file <<<"$kept" || true
-    if [[ -n $kept && ($file != "$venv"/* || ! -e $venv/.torch-is-ours) ]]; then
-        # The pins of pyproject.toml must not replace it. So it is held by a constraint, everything else is installed
-        # from the list without torch and torchvision, and our package without its dependencies.
-        [[ "torch==${version%%+*}" == "$torch" ]] || printf '    note: ssam_scale is tested with %s\n' "$torch"
-        say "Keeping torch $version from ${file%/torch/__init__.py}"
-        printf 'torch==%s\n' "$version" >"$venv/constraints.txt"
-        if ! "$venv/bin/python" -c 'import importlib.metadata as m; m.version("torchvision")' 2>/dev/null; then
-            local minor=${version#*.} # torch 2.N goes with torchvision 0.(N + 15)
-            pip_install "torchvision for torch $version" --no-deps "torchvision==0.$((${minor%%.*} + 15)).*"
-        fi
-        "$venv/bin/python" -c 'import importlib.metadata as m; print("torchvision==" + m.version("torchvision"))' \
-            >>"$venv/constraints.txt"
-    else
+    local version build file vision
+    refuse_old_gpu_torch "$venv/bin/python"
+    read -r version build file <<<"$(torch_of "$venv/bin/python")" || true
+    if [[ -z $version ]] || too_old "$version"; then
         say "Installing torch and torchvision"
-        touch "$venv/.torch-is-ours"
-        printf '%s\n' "$torch" "$vision" >"$venv/constraints.txt"
-        if ! "$venv/bin/python" -c "
-import sys, importlib.metadata as m
-sys.exit(any(m.version(n).split('+')[0] != v for n, v in (line.split('==') for line in sys.argv[1:])))" \
-            "$torch" "$vision" 2>/dev/null; then
-            has_nvidia_gpu || install_cpu_torch "$torch" "$vision" || true
-            pip_install "torch" "$torch" "$vision"
+        vision=torchvision==$(vision_of "$usual").0
+        has_nvidia_gpu || install_cpu_torch "torch==$usual" "$vision" || true
+        pip_install "torch" "torch==$usual" "$vision"
+        read -r version build file <<<"$(torch_of "$venv/bin/python")" || true
+        [[ -n $version ]] || die "the torch that was installed cannot be imported: $venv/bin/python -c 'import torch'"
+    else
+        say "Keeping torch $version from ${file%/torch/__init__.py}"
+        if [[ $build == cpu ]] && has_nvidia_gpu; then
+            printf '    note: it is a build for the CPU. To use the GPU of this machine, remove .venv and run this again\n'
+        fi
+        vision=$(vision_of "$version")
+        if [[ -n $vision && $(vision_there) != "$vision".* ]]; then
+            pip_install "torchvision for torch $version" --no-deps "torchvision==$vision.*"
         fi
     fi
+    printf 'torch==%s\n' "$version" >"$venv/constraints.txt"
+    vision=$(vision_there)
+    [[ -z $vision ]] || printf 'torchvision==%s\n' "$vision" >>"$venv/constraints.txt"
     say "Installing what ssam_scale is built on"
-    requirements without-torch >"$venv/requirements.txt"
+    other_requirements >"$venv/requirements.txt"
     pip_install "packages" -r "$venv/requirements.txt" -c "$venv/constraints.txt"
     install_ffcv
+    # Without its dependencies, which are there: pip would look at torch's again.
     pip_install "ssam_scale" --no-deps --no-build-isolation -e .
 }
 

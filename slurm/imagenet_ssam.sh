@@ -3,7 +3,7 @@
 #
 #     sbatch slurm/imagenet_ssam.sh                                        configs/resnet50.yaml on 4 GPUs of one node
 #     sbatch --nodes=2 --gpus-per-node=8 slurm/imagenet_ssam.sh configs/vit_b.yaml perturbation.rho=0.2
-#     sbatch --gpus-per-node=0 slurm/imagenet_ssam.sh                      without GPUs
+#     sbatch --gpus-per-node=0 slurm/imagenet_ssam.sh                      without GPUs, also where a node has some
 #
 # Options of sbatch win over the lines below. --exclusive: loading takes all the cores there are, and step times are
 # only comparable without neighbours. A job that reaches its time limit, or whose node fails, is queued again
@@ -48,12 +48,16 @@ if (($#)) && [[ $1 != *=* ]]; then
     config=$1
     shift
 fi
-arguments=(--config "$config" checkpoint.resume=auto "checkpoint.directory=checkpoints/slurm-$SLURM_JOB_ID" "$@")
+# GPUs that the job was given must be used, and none otherwise. train.device=auto is for GPUs that Slurm knows nothing of.
+gpus=${SLURM_GPUS_ON_NODE:-0}
+device=cuda
+((gpus)) || device=cpu
+arguments=(--config "$config" "train.device=$device" checkpoint.resume=auto
+    "checkpoint.directory=checkpoints/slurm-$SLURM_JOB_ID" "$@")
 
 # A mistake shows within seconds, once, and not on every process.
 "$python" "$root/launch/train.py" "${arguments[@]}" --print-config >/dev/null
 
-gpus=${SLURM_GPUS_ON_NODE:-0}
 processes=${NPROC_PER_NODE:-$((gpus > 0 ? gpus : 1))}
 cpus=${SLURM_CPUS_ON_NODE:-1}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cpus > processes ? cpus / processes : 1))}

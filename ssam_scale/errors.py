@@ -1,4 +1,4 @@
-"""The one exception that is meant for people rather than for programmers."""
+"""The exceptions that are meant for people rather than for programmers."""
 
 
 class UserError(Exception):
@@ -6,3 +6,7 @@ class UserError(Exception):
 
     The command line prints it without a traceback and exits with code 2.
     """
+
+
+class UnsupportedVersionError(UserError, ImportError):
+    """A library that is there is of a version that this package does not work with."""

@@ -16,6 +16,9 @@ from ssam_scale.costs.profile import Batch
 from ssam_scale.errors import UserError
 from ssam_scale.models import stages_of
 from ssam_scale.perturbation import StagedModel
+from ssam_scale.sharding.device import has_bf16
+
+from .processes import bench_device
 
 DEFAULT_MODELS = ("resnet50", "vit_small")
 
@@ -46,8 +49,8 @@ class Setting:
 
     @property
     def precision(self) -> str:
-        """bf16 autocast on a GPU, float32 on a CPU."""
-        return "bf16" if self.device.type == "cuda" else "fp32"
+        """bf16 autocast on a GPU that has it, otherwise float32."""
+        return "bf16" if self.device.type == "cuda" and has_bf16(self.device) else "fp32"
 
     def network(self) -> StagedModel:
         """The network in stages, in training mode, the same weights each time.
@@ -116,8 +119,12 @@ class Setting:
 
 
 def setting_of(model: str, resolution: int | None, batch_size: int | None) -> Setting:
-    """The setting of this machine: small images where there is no GPU, ImageNet's usual ones on a GPU."""
-    if torch.cuda.is_available():
-        device = torch.device("cuda", torch.cuda.current_device())
+    """The setting of this machine: small images where there is no GPU, ImageNet's usual ones on a GPU.
+
+    Raises:
+        UserError: as `bench_device`.
+    """
+    device = bench_device()
+    if device.type == "cuda":
         return Setting(model, resolution or _CUDA_RESOLUTION, batch_size or _CUDA_BATCH, device)
-    return Setting(model, resolution or _CPU_RESOLUTION, batch_size or _CPU_BATCH, torch.device("cpu"))
+    return Setting(model, resolution or _CPU_RESOLUTION, batch_size or _CPU_BATCH, device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import tempfile
 from collections.abc import Callable
 from datetime import timedelta
@@ -18,13 +19,23 @@ import torch.multiprocessing as mp
 from ssam_scale.cores import usable_cores
 from ssam_scale.errors import UserError
 from ssam_scale.sharding import leave_process_group
+from ssam_scale.sharding.device import choose_device
 
 _TIMEOUT = timedelta(minutes=60)
+_MISTAKE = "mistake"  # the file in which a process leaves what a person can mend
 
 
-def _entry(rank: int, function: Callable[..., Any], size: int, folder: str, args: tuple[Any, ...]) -> None:
+def bench_device() -> torch.device:
+    """Where this machine is measured: on its first GPU, or on the CPU.
+
+    Raises:
+        UserError: there seems to be a GPU that torch cannot use.
+    """
+    return choose_device(ask_for_cpu="CUDA_VISIBLE_DEVICES= before the command")
+
+
+def _entry(rank: int, function: Callable[..., Any], size: int, cuda: bool, folder: str, args: tuple[Any, ...]) -> None:
     os.dup2(2, 1)  # DeepSpeed logs to stdout, which is for the rows
-    cuda = torch.cuda.is_available()
     device = torch.device("cuda", rank % torch.cuda.device_count()) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
@@ -36,7 +47,11 @@ def _entry(rank: int, function: Callable[..., Any], size: int, folder: str, args
     if size > 1:
         store = dist.FileStore(f"{folder}/store", size)  # no port that another program may take in the meantime
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_TIMEOUT)
-    result = function(rank, size, device, *args)
+    try:
+        result = function(rank, size, device, *args)
+    except UserError as error:
+        Path(folder, _MISTAKE).write_text(str(error))
+        sys.exit(2)
     if rank == 0:
         Path(folder, "result.json").write_text(json.dumps(result))
     if size > 1:
@@ -54,12 +69,16 @@ def on_ranks(size: int, function: Callable[..., Any], *args: Any) -> Any:
         args: what else it is given; can be pickled.
 
     Raises:
-        UserError: a process was killed, as one is that asks for more memory than there is.
+        UserError: `function` raised one; a process was killed, as one is that asks for more memory than there is; or as
+            `bench_device`.
     """
+    cuda = bench_device().type == "cuda"
     with tempfile.TemporaryDirectory() as folder:
         try:
-            mp.start_processes(_entry, (function, size, folder, args), nprocs=size, start_method="spawn")
+            mp.start_processes(_entry, (function, size, cuda, folder, args), nprocs=size, start_method="spawn")
         except mp.ProcessExitedException as error:
+            if (said := Path(folder, _MISTAKE)).exists():
+                raise UserError(said.read_text()) from None
             if error.signal_name != signal.SIGKILL.name:
                 raise
             raise UserError(

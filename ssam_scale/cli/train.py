@@ -36,7 +36,7 @@ def train_command(
     from ssam_scale import train
     from ssam_scale.sharding import join_world
 
-    with join_world() as world:
+    with join_world(device=resolved.train.device) as world:
         if dry_run:
             done = train.dry_run(resolved, world)
             if world.first:

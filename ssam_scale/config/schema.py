@@ -228,6 +228,11 @@ class Train(Section):
     """How long, how precisely, from where."""
 
     epochs: int = Field(ge=1, description="passes over the training images")
+    device: Literal["auto", "cuda", "cpu"] = Field(
+        "auto",
+        description="where processes compute: cuda: each on its own GPU; cpu; auto: on GPUs if this machine has any, "
+        "which torch must be able to use",
+    )
     precision: Literal["fp32", "bf16", "fp16"] = Field(
         "fp32", description="bf16, fp16: autocast, weights stay fp32; fp16 with loss scaling"
     )

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from ssam_scale.tracking.environment import hardware_tags
 
 from .compute import StageTimes, StepTimes
 from .estimate import Activations
+
+if TYPE_CHECKING:
+    from ssam_scale.sharding.device import DeviceChoice
 
 Batch = tuple[Tensor, Tensor]
 
@@ -256,6 +259,6 @@ def _kept_bytes(work: Work, network: StagedModel, batch: Batch) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
-def this_machine() -> str:
-    """What `Measured.hardware` says of this one."""
-    return str(hardware_tags()["hardware"])
+def this_machine(device: DeviceChoice = "auto") -> str:
+    """What `Measured.hardware` says of this one, and of what was told to compute on this device."""
+    return str(hardware_tags(device)["hardware"])

@@ -3,6 +3,7 @@
 Importing this package imports neither FFCV nor numba; the first loader or writer does.
 """
 
+from ssam_scale import torch_compat  # noqa: F401 - refuses a torch that is too old, before anything looks for more
 from ssam_scale.data.beton import Beton, inspect, verify
 from ssam_scale.data.fashion_mnist import prepare_fashion_mnist
 from ssam_scale.data.loaders import Batch, ImageLoader, eval_loader, train_loader

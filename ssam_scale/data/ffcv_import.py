@@ -2,11 +2,19 @@
 
 On import, in every loader and in every epoch's thread FFCV sets the number of torch's threads to its own number of
 workers. Training would then run on as many cores as the loader was given; here that call keeps numba's half only.
+
+Where torch sees a GPU, an epoch's thread enters streams for the copies that FFCV's `ToDevice` would make. A thread
+begins on device 0, and is back there between batches: that makes a context on it, half a gigabyte, for each process of
+a machine. And buffers are pinned, which makes one on the current device also of a process that computes on the CPU.
+Here FFCV only fills buffers, which are pinned where the process uses a GPU already, and `loaders.py` copies them.
 """
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import numba
+import numpy as np
 import torch
 
 from ssam_scale.errors import UserError
@@ -15,8 +23,9 @@ _threads = torch.get_num_threads()
 try:
     from ffcv.fields import IntField, RGBImageField
     from ffcv.libffcv import lib
-    from ffcv.loader import Loader, OrderOption
+    from ffcv.loader import Loader, OrderOption, epoch_iterator
     from ffcv.loader.epoch_iterator import EpochIterator
+    from ffcv.pipeline import graph
     from ffcv.pipeline.allocation_query import AllocationQuery
     from ffcv.pipeline.compiler import Compiler
     from ffcv.pipeline.operation import Operation
@@ -37,7 +46,19 @@ def _set_num_threads(cls: type[Compiler], count: int) -> None:
     numba.set_num_threads(cls.num_threads)
 
 
+def _allocate(query: AllocationQuery, batch_size: int, count: int) -> np.ndarray:
+    """So many buffers of a batch, [count, batch size, ...], as a numpy array that owns their memory."""
+    shape = (count, batch_size, *query.shape)
+    buffers = torch.empty(shape, dtype=torch.from_numpy(np.empty(0, query.dtype)).dtype)
+    if torch.cuda.is_initialized():
+        with suppress(RuntimeError):  # a system may forbid so much of it; copies are slower then
+            buffers = buffers.pin_memory()
+    return buffers.numpy()
+
+
 Compiler.set_num_threads = classmethod(_set_num_threads)
+epoch_iterator.IS_CUDA = False
+graph.allocate_query = _allocate
 
 __all__ = [
     "ALLOC_TABLE_TYPE",

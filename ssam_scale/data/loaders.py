@@ -75,7 +75,7 @@ class ImageLoader:
         """
         self.close()
         with torch.cuda.device(self._device) if self._copies is not None else nullcontext():
-            # FFCV pins its buffers and makes its streams for whichever device is the current one.
+            # Buffers are pinned for whichever device is the current one.
             running = self._running = self._reader.start(self._epoch)
         try:
             while (item := running.next_batch()) is not None:

@@ -1,5 +1,7 @@
 """Masks: which weights each step perturbs. One file for each pattern; `registry` has them all by name."""
 
+from ssam_scale import torch_compat  # noqa: F401 - refuses a torch that is too old, before anything looks for more
+
 from .dense import Dense
 from .depth import AnnealedCut, Depth, DepthByCost, suffix_sums
 from .dynamic import Dynamic

@@ -1,5 +1,7 @@
 """Networks: timm models, cut into stages for the shared prefix."""
 
+from ssam_scale import torch_compat  # noqa: F401 - refuses a torch that is too old, before anything looks for more
+
 from .torchvision_ops import ensure_torchvision
 
 ensure_torchvision()

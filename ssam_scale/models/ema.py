@@ -70,3 +70,4 @@ class EMA:
         torch._foreach_copy_(live, self._averaged)
         torch._foreach_copy_(self._averaged, held)
         self._sharding.publish()
+        torch.clear_autocast_cache()  # an autocast around this may remember low-precision copies of the others

@@ -1,5 +1,7 @@
 """SparseSAM and its step: the ascent pass, the perturbation, the descent pass, the base optimizer."""
 
+from ssam_scale import torch_compat  # noqa: F401 - refuses a torch that is too old, before anything looks for more
+
 from .phases import Phase, Phases, no_phases
 from .profiling import ascent_seconds
 from .resolved_step import Norm, ResolvedStep, StepOptions, StepShares, resolve_step, step_shares

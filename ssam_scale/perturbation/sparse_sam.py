@@ -209,6 +209,8 @@ class SparseSAM(OptimizerWrapper):
             The loss at w (over what this process's ascent saw, detached), or what the closure returned at w.
         """
         loss = None
+        if closure is not None:
+            torch.clear_autocast_cache()  # a forward without gradients may have left copies that none flow through
         if closure is None:
             resolved = self._by_hand or ResolvedStep.without_ascent(self.steps)
             self._by_hand = None
@@ -223,6 +225,8 @@ class SparseSAM(OptimizerWrapper):
             if self._looksam is not None and resolved.kind == "reused":
                 self._looksam.add(resolved.alpha)
             self.sharding.step(self.base_optimizer, self.max_grad_norm, self.scaler if batches else None)
+            # An autocast around the loop remembers low-precision copies of the weights as they were before the step.
+            torch.clear_autocast_cache()
             if closure is not None:
                 self.zero_grad()
                 self.steps += 1
@@ -354,6 +358,7 @@ class SparseSAM(OptimizerWrapper):
         sparse = own.pop("sparse_sam", None)
         self.sharding.load_optimizer_state_dict(self.base_optimizer, own)
         self.complete_groups()
+        torch.clear_autocast_cache()  # the weights may have been loaded as well
         if sparse is not None:
             self.sparse.load_state_dict(sparse)
 

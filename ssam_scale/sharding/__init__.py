@@ -8,6 +8,8 @@
 | `process_group.py`, `world.py` | collectives; joining and leaving the processes of a run |
 """
 
+from ssam_scale import torch_compat  # noqa: F401 - refuses a torch that is too old, before anything looks for more
+
 from .interface import (
     AscentReduction,
     Elements,

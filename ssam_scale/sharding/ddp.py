@@ -5,7 +5,6 @@ The ascent's gradients are all-reduced here, masked elements only, and not by DD
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -15,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+from ssam_scale.torch_compat import FORWARD_SYNC_BUFFERS, broadcasts_buffers
 
 from .gradient_hooks import removing
 from .interface import AscentReduction, Elements
@@ -172,11 +173,10 @@ class DDP(ReplicatedWeights, TorchTraining):
     """
 
     def __init__(self, module: DistributedDataParallel) -> None:
-        syncs = getattr(module, "forward_sync_buffers", None)
-        if (module.broadcast_buffers if syncs is None else syncs) and any(True for _ in module.module.buffers()):
+        if broadcasts_buffers(module) and any(True for _ in module.module.buffers()):
             raise ValueError(
                 "DistributedDataParallel broadcasts buffers in each forward, also between the two passes of one step; "
-                "build it with forward_sync_buffers=False and average BatchNorm statistics before evaluation"
+                f"build it with {FORWARD_SYNC_BUFFERS}=False and average BatchNorm statistics before evaluation"
             )
         self.network: nn.Module = module.module
         self.ascent_module: nn.Module = module.module
@@ -229,9 +229,7 @@ class DDP(ReplicatedWeights, TorchTraining):
 def _place(
     module: nn.Module, make_optimizer: MakeOptimizer, world: World, options: Options
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
-    # The argument that keeps DDP from broadcasting buffers in each forward was renamed in torch 2.13.
-    renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
-    sync: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+    sync: dict[str, Any] = {FORWARD_SYNC_BUFFERS: False}
     ids = [world.device.index] if world.device.type == "cuda" else None
     return DistributedDataParallel(module, device_ids=ids, **sync), make_optimizer()
 

@@ -26,6 +26,13 @@ from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo
 from torch.distributed.tensor import DTensor, Placement, Replicate
 from torch.distributed.tensor import Shard as ShardPlacement
 
+from ssam_scale.torch_compat import (
+    fsdp_param_groups,
+    reduce_scatter_single,
+    reset_iter_state,
+    separate_reduce_scatter_group,
+)
+
 from .gradient_hooks import OnGradient, divert_gradients
 from .interface import AscentReduction, Elements, Shard, WrittenWeights
 from .packed_all_gather import RunCounts
@@ -94,7 +101,7 @@ class PackedReduceScatter(ReduceScatter):
         if not width:
             return None
         received = input_tensor.new_empty(width)
-        dist.reduce_scatter_single(received, self._packed(input_tensor, width), op=op, group=group)
+        reduce_scatter_single(received, self._packed(input_tensor, width), op, group)
         offset = 0
         for g, start in zip(self._gradients, self._starts, strict=False):
             values = received[offset : offset + g.counts[self._rank]]
@@ -251,7 +258,7 @@ class FSDP2(TorchTraining):
 
     def _param_groups(self) -> list[Any]:
         """Every `FSDPParamGroup`: what FSDP gathers and frees together."""
-        return [group for state in self._state._state_ctx.all_states for group in state._fsdp_param_groups]
+        return [group for state in self._state._state_ctx.all_states for group in fsdp_param_groups(state)]
 
     def _fsdp_params(self) -> Iterator[Any]:
         """Every `FSDPParam`: what FSDP knows of one parameter."""
@@ -308,7 +315,7 @@ class FSDP2(TorchTraining):
     def reshard(self) -> None:
         """Reshard every module. FSDP's `reshard` would not do: it leaves those whose forward raised."""
         self._kept_gathered = []
-        self._root.reset_iter_state()
+        reset_iter_state(self._root)
 
 
 def _consists_of(group: Any, parameters: Set[int]) -> bool:
@@ -356,7 +363,8 @@ def _without_replicas(groups: Sequence[Any]) -> Iterator[None]:
     try:
         for group, hybrid, after_forward in before:
             plain = FSDPMeshInfo(hybrid.mesh, shard_mesh_dim=hybrid.shard_mesh_dim)
-            plain.reduce_scatter_process_group = hybrid.reduce_scatter_process_group
+            if (apart := separate_reduce_scatter_group(hybrid)) is not None:
+                plain.reduce_scatter_process_group = apart
             group.mesh_info = plain
             if after_forward is hybrid:
                 group.post_forward_mesh_info = plain

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ssam_scale.torch_compat import all_gather_single
+
 from .interface import Elements
 
 Run: TypeAlias = tuple[int, int, int]
@@ -80,7 +82,7 @@ class PackedAllGather:
         if even:
             buffer = received[0]._base
             assert buffer is not None
-            dist.all_gather_single(buffer, received[rank])
+            all_gather_single(buffer, received[rank])
         else:
             works = [dist.broadcast(piece, src=r, async_op=True) for r, piece in enumerate(received) if len(piece)]
             for work in works:

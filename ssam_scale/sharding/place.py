@@ -24,7 +24,7 @@ def sharding_of(module: nn.Module) -> Sharding:
 
     Raises:
         ValueError: submodules are sharded but `module` is not the root of them, or the layout is not supported.
-        RuntimeError: a DeepSpeed engine of a DeepSpeed whose internals are not known.
+        UnsupportedVersionError: a DeepSpeed engine of a DeepSpeed whose internals are not known.
     """
     owner = next((backend for backend in (entry.value for entry in BACKENDS.values()) if backend.owns(module)), None)
     return Single(module) if owner is None else owner.sharding(module)
@@ -60,6 +60,7 @@ def place(
     Raises:
         ValueError: there is no such backend, it or the number of replicas does not go with the number of processes, or
             DeepSpeed does not take its configuration.
+        UserError: the backend needs DeepSpeed and there is none, or not one that is supported.
     """
     if backend not in BACKENDS:
         raise ValueError(f"there is no backend {backend!r}; there are {', '.join(sorted(BACKENDS))}")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ssam_scale.errors import UserError
 
+from .device import DeviceChoice, choose_device
 from .process_group import leave_process_group
 
 # A rank that waits longer for another one ends the job instead of hanging it.
@@ -47,16 +48,18 @@ class World:
 
 
 @contextmanager
-def join_world(timeout: timedelta = TIMEOUT) -> Iterator[World]:
+def join_world(timeout: timedelta = TIMEOUT, device: DeviceChoice = "auto") -> Iterator[World]:
     """Join the processes that torchrun or deepspeed started; alone without their environment variables.
 
     Uses NCCL on CUDA and gloo on the CPU.
 
     Args:
         timeout: a collective that waits longer for another process raises.
+        device: as `choose_device` takes it.
 
     Raises:
-        UserError: processes were started without telling them of each other, or there are more of them than GPUs.
+        UserError: processes were started without telling them of each other, or there is not the device that they need
+            (see `choose_device`).
     """
     if "RANK" not in os.environ:
         for variable in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
@@ -67,20 +70,15 @@ def join_world(timeout: timedelta = TIMEOUT) -> Iterator[World]:
                 )
     size = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if torch.cuda.is_available():
-        if local_rank >= torch.cuda.device_count():
-            raise UserError(f"process {local_rank} of this machine has no GPU: there are {torch.cuda.device_count()}")
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
-    else:
-        device = torch.device("cpu")
-    world = World(rank, size, device)
+    own = choose_device(device)
+    if own.type == "cuda":
+        torch.cuda.set_device(own)
+    world = World(rank, size, own)
     if "RANK" not in os.environ:
         yield world
         return
-    if device.type == "cuda":
-        dist.init_process_group("nccl", timeout=timeout, device_id=device)
+    if own.type == "cuda":
+        dist.init_process_group("nccl", timeout=timeout, device_id=own)
     else:
         dist.init_process_group("gloo", timeout=timeout)
     failed = True
@@ -90,5 +88,5 @@ def join_world(timeout: timedelta = TIMEOUT) -> Iterator[World]:
     finally:
         # Destroying an NCCL group waits for the collectives under way. After an exception the other processes may never
         # come to them, and NCCL's watchdog would end this process before it could say what went wrong.
-        if not (failed and device.type == "cuda"):
+        if not (failed and own.type == "cuda"):
             leave_process_group()

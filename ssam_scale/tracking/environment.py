@@ -11,20 +11,28 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ssam_scale.cores import usable_cores
+
+if TYPE_CHECKING:
+    from ssam_scale.sharding.device import DeviceChoice
 
 _PACKAGES = ("ssam_scale", "torch", "torchvision", "timm", "ffcv", "numba", "deepspeed", "mlflow")
 _REPOSITORY = Path(__file__).resolve().parent
 
 
-def environment_tags() -> dict[str, str]:
-    """All tags of this process; what cannot be found out is left out. Takes some 20 ms, and no network."""
+def environment_tags(device: DeviceChoice = "auto") -> dict[str, str]:
+    """All tags of this process; what cannot be found out is left out. Takes some 20 ms, and no network.
+
+    Args:
+        device: that it was told to compute on.
+    """
     world = world_size()
     return {
         **git_tags(),
         **{f"version/{name}": version for name, version in versions().items()},
-        **hardware_tags(),
+        **hardware_tags(device),
         **_slurm_tags(),
         "world_size": str(world),
         "process": process(),
@@ -84,13 +92,13 @@ def versions() -> dict[str, str]:
     return found
 
 
-def hardware_tags() -> dict[str, str]:
+def hardware_tags(device: DeviceChoice = "auto") -> dict[str, str]:
     """`cpu`, `cores` (those this process may use), `memory_gib`, `gpus`, and `hardware`, which sums them up.
 
-    Times are compared only between runs with the same `hardware`.
+    Times are compared only between runs with the same `hardware`. GPUs count only where they are computed on.
     """
     memory = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30)
-    cores, cpu, gpus = usable_cores(), _cpu_model(), _gpus()
+    cores, cpu, gpus = usable_cores(), _cpu_model(), _gpus(device)
     hardware = f"{gpus}; {cpu}, {cores} cores" if gpus else f"{cpu}, {cores} cores"
     return {"cpu": cpu, "cores": str(cores), "memory_gib": str(memory), "gpus": gpus or "none", "hardware": hardware}
 
@@ -105,9 +113,13 @@ def _cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
-def _gpus() -> str:
+def _gpus(device: DeviceChoice) -> str:
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_available():
+        return ""
+    from ssam_scale.sharding.device import cpu_is_asked_for
+
+    if cpu_is_asked_for(device):
         return ""
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return ", ".join(f"{names.count(name)} × {name}" for name in dict.fromkeys(names))

@@ -240,7 +240,7 @@ class Run:
         uri, config = self._config.tracking.uri, self._config
         self._client = open_store(uri, create=True)
         backend = config.sharding.backend_on(world_size())
-        tags = {"method": config.method, "backend": backend} | environment_tags() | self._extra_tags
+        tags = {"method": config.method, "backend": backend} | environment_tags(config.train.device) | self._extra_tags
         tags = {key: shortened(value, _TAG_CHARACTERS) for key, value in tags.items()}
         known = self._resume(tags) if self._resume_run_id else None
         if known is None:

@@ -24,6 +24,7 @@ from ssam_scale.perturbation import Phases, Savings, SparseSAM
 from ssam_scale.perturbation.loss import LossFn
 from ssam_scale.perturbation.schedules import build_schedule
 from ssam_scale.sharding import World
+from ssam_scale.sharding.device import has_bf16
 from ssam_scale.sharding.place import place
 from ssam_scale.tracking.run import Run
 from ssam_scale.tracking.timer import PhaseTimer
@@ -86,8 +87,7 @@ def build(config: Config, world: World, phases: Phases) -> Components:
     Raises:
         UserError: what the configuration asks for cannot be had.
     """
-    if config.train.precision == "bf16" and world.device.type == "cuda" and not torch.cuda.is_bf16_supported():
-        raise UserError(f"train.precision: {torch.cuda.get_device_name()} has no bf16; use fp32")
+    check_precision(config, world.device)
     per_step = world.size * config.train.accumulation
     if config.data.batch_size % per_step:
         raise UserError(
@@ -150,6 +150,23 @@ def build(config: Config, world: World, phases: Phases) -> Components:
         steps_per_epoch=steps,
         progress=progress,
         state=state,
+    )
+
+
+def check_precision(config: Config, device: torch.device) -> None:
+    """Whether the device computes in the configured precision.
+
+    Raises:
+        UserError: it does not; names what it can.
+    """
+    if config.train.precision != "bf16" or has_bf16(device):
+        return
+    major, minor = torch.cuda.get_device_capability(device)
+    # Loss scaling under ZeRO would be DeepSpeed's own.
+    others = "fp32, or fp16 on ddp or fsdp2" if config.sharding.backend.startswith("zero") else "fp16 or fp32"
+    raise UserError(
+        f"train.precision bf16: {torch.cuda.get_device_name(device)} has none (its compute capability is "
+        f"{major}.{minor}, bf16 needs 8.0); use {others}"
     )
 
 

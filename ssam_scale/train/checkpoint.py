@@ -67,6 +67,7 @@ class ModelState:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take back what `state_dict` returned. Collective."""
         self._sharding.load_full_model_state_dict(self._network, state_dict)
+        torch.clear_autocast_cache()  # an autocast around this may remember low-precision copies of those before
 
 
 class OptimizerState:

@@ -27,9 +27,10 @@ from ssam_scale.masks import Plan, ScoreBased
 from ssam_scale.models import build_model
 from ssam_scale.perturbation import Norm, SparseSAM, StagedModel, step_shares
 from ssam_scale.perturbation.schedules import build_schedule
+from ssam_scale.sharding.device import choose_device
 from ssam_scale.sharding.place import place
 
-from .build import PRECISIONS, base_optimizer, perturbation_options, soft_loss
+from .build import PRECISIONS, base_optimizer, check_precision, perturbation_options, soft_loss
 
 # Of a moving cut, so many draws stand for all.
 _DRAWS = 64
@@ -272,7 +273,8 @@ def measured(config: Config, *, images: int | None, repeats: int, times: Path | 
         save: a file to write them to.
 
     Raises:
-        UserError: the network does not take the configured images, or the file is of something else.
+        UserError: the network does not take the configured images, the device is not there or not able to do it, or the
+            file is of something else.
     """
     network = staged_model(config)
     expected: dict[str, Any] = {
@@ -286,7 +288,8 @@ def measured(config: Config, *, images: int | None, repeats: int, times: Path | 
         found = load_times(times)
         found.check(expected, times)
     else:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = choose_device(config.train.device)
+        check_precision(config, device)
         images = images or (_CUDA_IMAGES if device.type == "cuda" else _CPU_IMAGES)
         network, work, side = network.to(device), ConfiguredWork(config, device), config.data.resolution
         batch = (
@@ -302,7 +305,9 @@ def measured(config: Config, *, images: int | None, repeats: int, times: Path | 
             ) from error
         del expected["stages"]
         step = measure_times(work, network, batch, base_optimizer(config, network.model), repeats)
-        found = Measured(**expected, images=images, hardware=this_machine(), times=step, activations=activations)
+        found = Measured(
+            **expected, images=images, hardware=this_machine(config.train.device), times=step, activations=activations
+        )
     if save is not None:
         found.save(save)
     return found

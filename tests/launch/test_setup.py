@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -120,6 +121,172 @@ def test_an_unknown_argument(bare):
     done = subprocess.run(["bash", bare / "launch" / "setup.sh", "devel"], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr == "setup: unknown argument devel; the only one is: dev\n"
+
+
+# A Python that writes down what pip is to install, "installs" torch by leaving its version beside itself, and is a real
+# one otherwise.
+PYTHON = r"""#!/bin/bash
+here=$(dirname "$0")
+case $* in
+*"import torch;"*) exec cat "$here/torch" ;;
+*'m.version("torchvision")'*) exec cat "$here/torchvision" ;;
+*"-m venv"*)
+    target=${*: -1}
+    mkdir -p "$target/bin"
+    cp "$0" "$target/bin/python"
+    [[ $* != *--system-site-packages* ]] || cp "$here/torch" "$here/torchvision" "$target/bin" 2>/dev/null || true
+    ;;
+*"-m pip install"*)
+    [[ $* != *+cpu* || -e $here/../../cpu-builds ]] || exit 1
+    all=$*
+    printf '%s\n' "${all##*raw }" >>"$here/../../called"
+    for word; do
+        version=${word##*==} build=gpu
+        [[ $version != *+cpu ]] || build=cpu
+        case $word in
+        torch==*)
+            [[ $(cat "$here/torch") == "$version"* ]] ||
+                printf '%s' "$version $build $here/torch/__init__.py" >"$here/torch"
+            ;;
+        torchvision==*) printf '%s' "${version/.\*/.9}" >"$here/torchvision" ;;
+        esac
+    done
+    ;;
+*"-m pip"* | *"import ffcv"*) ;;
+*) exec @PYTHON@ "$@" ;;
+esac
+"""
+
+
+class Checkout:
+    """Where set-up is run with a stand-in for Python, which may have a torch."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.python = folder / "outer" / "python"
+        self.python.parent.mkdir()
+        self.python.write_text(PYTHON.replace("@PYTHON@", os.path.realpath(sys.executable)))
+        self.python.chmod(0o755)
+        (folder / "launch").mkdir()
+        shutil.copy(ROOT / "launch" / "setup.sh", folder / "launch")
+        shutil.copy(ROOT / "pyproject.toml", folder)
+
+    def has(self, where: str, torch: str, build: str, vision: str | None = None) -> None:
+        """A torch, of this version and for this, where a Python lies."""
+        (self.folder / where / "torch").write_text(f"{torch} {build} {self.folder / where}/torch/__init__.py")
+        if vision is not None:
+            (self.folder / where / "torchvision").write_text(vision)
+
+    def has_venv(self) -> None:
+        (self.folder / ".venv" / "bin").mkdir(parents=True)
+        shutil.copy(self.python, self.folder / ".venv" / "bin" / "python")
+
+    def set_up(self) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            ["bash", self.folder / "launch" / "setup.sh"],
+            env={**os.environ, "PYTHON": str(self.python)},
+            capture_output=True,
+            text=True,
+        )
+        if "system packages are missing" in done.stderr or "install by hand" in done.stderr:
+            pytest.skip("system packages are missing, which come first")
+        return done
+
+    @property
+    def installed(self) -> list[str]:
+        """What pip was given that has to do with torch, one call a line."""
+        calls = (self.folder / "called").read_text().splitlines()
+        return [call for call in calls if "torch==" in call or "torchvision==" in call]
+
+    @property
+    def constraints(self) -> list[str]:
+        return (self.folder / ".venv" / "constraints.txt").read_text().splitlines()
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Checkout:
+    return Checkout(tmp_path)
+
+
+without_gpu = pytest.mark.skipif(Path("/dev/nvidia0").exists(), reason="for machines without a GPU")
+
+
+@without_gpu
+@pytest.mark.parametrize(("cpu_builds", "version"), [(True, "2.13.0+cpu"), (False, "2.13.0")])
+def test_where_there_is_no_torch_the_usual_one_is_installed(checkout: Checkout, cpu_builds: bool, version: str) -> None:
+    if cpu_builds:
+        (checkout.folder / "cpu-builds").touch()
+    done = checkout.set_up()
+    assert done.returncode == 0, done.stderr
+    cpu = ["torch==2.13.0+cpu torchvision==0.28.0+cpu"] if cpu_builds else []
+    assert checkout.installed == [*cpu, "torch==2.13.0 torchvision==0.28.0"]
+    # Nothing that is installed later can replace them.
+    assert checkout.constraints[0] == f"torch=={version}"
+    assert checkout.constraints[1].startswith("torchvision==0.28.0")
+    wanted = (checkout.folder / ".venv" / "requirements.txt").read_text()
+    assert "torch" not in wanted
+    assert "timm>=" in wanted
+
+
+@pytest.mark.parametrize(
+    ("torch", "vision"),
+    [("2.10.0+cu128", "0.25"), ("2.11.0", "0.26"), ("2.14.1", "0.29"), ("2.10.0a0+b4e4ee8.nv25.12", "0.25")],
+)
+def test_a_torch_for_gpus_is_kept_with_the_torchvision_that_goes_with_it(
+    checkout: Checkout, torch: str, vision: str
+) -> None:
+    checkout.has("outer", torch, "gpu")
+    done = checkout.set_up()
+    assert done.returncode == 0, done.stderr
+    assert f"Keeping torch {torch} from " in done.stdout
+    assert checkout.installed == [f"--no-deps torchvision=={vision}.*"]
+    assert checkout.constraints == [f"torch=={torch}", f"torchvision=={vision}.9"]
+
+
+def test_a_torchvision_that_goes_with_it_stays(checkout: Checkout) -> None:
+    checkout.has("outer", "2.11.0+cu128", "gpu", vision="0.26.0+cu128")
+    assert checkout.set_up().returncode == 0
+    assert checkout.installed == []
+    assert checkout.constraints == ["torch==2.11.0+cu128", "torchvision==0.26.0+cu128"]
+
+
+@pytest.mark.parametrize(
+    ("torch", "vision"), [("2.13.0+cpu", "0.28.0"), ("2.14.1+cpu", "0.29.1"), ("2.10.0", "0.25.0")]
+)
+def test_whatever_is_in_the_environment_and_in_range_stays(checkout: Checkout, torch: str, vision: str) -> None:
+    checkout.has_venv()
+    checkout.has(".venv/bin", torch, "cpu", vision=vision)
+    assert checkout.set_up().returncode == 0
+    assert checkout.installed == []
+    assert checkout.constraints == [f"torch=={torch}", f"torchvision=={vision}"]
+
+
+def test_a_torchvision_of_another_release_is_replaced_alone(checkout: Checkout) -> None:
+    checkout.has_venv()
+    checkout.has(".venv/bin", "2.14.1+cpu", "cpu", vision="0.28.0")
+    assert checkout.set_up().returncode == 0
+    assert checkout.installed == ["--no-deps torchvision==0.29.*"]
+
+
+@pytest.mark.parametrize("torch", ["2.9.1+cu128", "1.13.1", "2.9.0a0+50eac811a6.nv25.9"])
+def test_a_torch_for_gpus_that_is_too_old_is_told_and_left_alone(checkout: Checkout, torch: str) -> None:
+    checkout.has("outer", torch, "gpu", vision="0.24.1")
+    done = checkout.set_up()
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"setup: torch {torch} in {checkout.folder}/outer is too old, 2.10 or newer is needed; upgrade it, or name a "
+        "Python without it: PYTHON=/path/to/python3\n"
+    )
+    assert not (checkout.folder / "called").exists()
+
+
+def test_one_that_is_too_old_in_the_environment_is_replaced(checkout: Checkout) -> None:
+    checkout.has_venv()
+    checkout.has(".venv/bin", "2.9.1", "gpu", vision="0.24.1")
+    done = checkout.set_up()
+    assert done.returncode == 0, done.stderr
+    assert checkout.installed[-1] == "torch==2.13.0 torchvision==0.28.0"
+    assert checkout.constraints[0] == "torch==2.13.0"
 
 
 @pytest.mark.parametrize("script", sorted([*ROOT.glob("launch/*.sh"), *ROOT.glob("slurm/*.sh"), ROOT / ".ci" / "run"]))

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ssam_scale import Depth, Scored, SparseSAM
+from ssam_scale.errors import UnsupportedVersionError
 from ssam_scale.masks import Dense, Mask
 from ssam_scale.perturbation import Stage, StagedModel
 from ssam_scale.perturbation.reference import length_of
@@ -567,7 +568,7 @@ def _misuse(world: World) -> list[str]:
     def said(function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         try:
             function(*args, **kwargs)
-        except (ValueError, RuntimeError) as error:
+        except (ValueError, RuntimeError, UnsupportedVersionError) as error:
             messages.append(str(error))
         else:
             messages.append("nothing")
@@ -582,7 +583,7 @@ def _misuse(world: World) -> list[str]:
     said(SparseSAM, engine, base)
     engine.optimizer.averaged_gradients = kept
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(deepspeed, "__version_minor__", 18)
+        patch.setattr(deepspeed, "__version__", "0.18.9")
         said(SparseSAM, engine, base)
     said(SparseSAM(engine, base).add_param_group, {"params": [nn.Parameter(torch.zeros(2))]})
     for kind, more in [
@@ -609,7 +610,7 @@ def test_misuse_is_an_error_at_construction() -> None:
             "nothing",
             "a DeepSpeed engine scales losses itself",
             "DeepSpeedZeroOptimizer lacks averaged_gradients",
-            "at least 0.19.8 and below 0.20.0 is needed",
+            "DeepSpeed 0.18.9 is not supported: at least 0.19.8 and below 0.20.0 is needed",
             "only before deepspeed.initialize",
             "does not support wall_clock_breakdown",
             "does not support managed_gradient_accumulation: false",

@@ -4,6 +4,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 from ssam_scale.tracking import environment
 
@@ -43,3 +44,16 @@ def test_slurm_jobs_are_tagged(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_world_size_comes_from_the_launcher_where_there_is_no_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "16")
     assert environment.world_size() == 16
+
+
+def test_gpus_are_hardware_of_a_run_only_if_it_computes_on_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "A100")
+    assert environment.hardware_tags()["gpus"] == "2 × A100"
+    assert environment.hardware_tags()["hardware"].startswith("2 × A100; ")
+    assert environment.environment_tags("cpu")["gpus"] == "none"
+    assert "A100" not in environment.hardware_tags("cpu")["hardware"]
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    assert environment.hardware_tags()["gpus"] == "none"

@@ -31,6 +31,8 @@ from ssam_scale.sharding.interface import Sharding
 from ssam_scale.sharding.registry import BACKENDS, Backend, MakeOptimizer, Options
 from ssam_scale.sharding.world import World
 
+from .version import import_deepspeed
+
 # DeepSpeed takes seconds to import, so it is imported in the functions: whoever has an engine has imported it.
 
 
@@ -48,7 +50,7 @@ def zero_sharding(engine: Any) -> Sharding:
 
     Raises:
         ValueError: the engine is set up in a way that is not supported; names the setting.
-        RuntimeError: this DeepSpeed is not one whose internals are known.
+        UnsupportedVersionError: this DeepSpeed is not one whose internals are known.
     """
     from .engine import check_internals, check_setup
     from .stage0 import ZeRO0, ZeRO0LowPrecision
@@ -74,6 +76,7 @@ def zero_sharding(engine: Any) -> Sharding:
 def _place(
     module: nn.Module, make_optimizer: MakeOptimizer, world: World, options: Options, stage: int
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
+    import_deepspeed(world.device)
     from .engine import zero_engine
 
     optimizer = make_optimizer()

@@ -17,9 +17,8 @@ from ssam_scale.sharding.interface import AscentReduction
 from ssam_scale.sharding.process_group import ProcessGroup
 from ssam_scale.sharding.registry import Options
 
-# From, up to but without. 0.19.7 fails the tests: stage 3 on four processes is sporadically wrong (2 of 25 runs, none
-# of 146 with 0.19.8), and bf16 with float32 accumulation raises where a gradient is not finite.
-VERSIONS = ((0, 19, 8), (0, 20, 0))
+from .version import check_version
+
 BACKWARD_INTERNALS = {"exit_backward": "a backward through a shared prefix enters two engine outputs but leaves one"}
 
 
@@ -31,16 +30,10 @@ def check_internals(owner: Any, internals: Mapping[str, str]) -> None:
         internals: attributes of it that are used although they are not public, and why.
 
     Raises:
-        RuntimeError: DeepSpeed's version is another, or an attribute is missing.
+        UnsupportedVersionError: DeepSpeed's version is another, or an attribute is missing.
     """
-    numbers = (deepspeed.__version_major__, deepspeed.__version_minor__, deepspeed.__version_patch__)
     missing = [name for name in internals if not hasattr(owner, name)]
-    if missing or not VERSIONS[0] <= numbers < VERSIONS[1]:
-        low, high = (".".join(map(str, bound)) for bound in VERSIONS)
-        what = f"; {type(owner).__name__} lacks {', '.join(missing)}" if missing else ""
-        raise RuntimeError(
-            f"DeepSpeed {deepspeed.__version__} is not supported: at least {low} and below {high} is needed{what}"
-        )
+    check_version(deepspeed.__version__, f" ({type(owner).__name__} lacks {', '.join(missing)})" if missing else "")
 
 
 def zero_engine(module: nn.Module, optimizer: torch.optim.Optimizer, stage: int, options: Options) -> nn.Module:

@@ -17,11 +17,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from ssam_scale.sharding.interface import Shard, WrittenWeights
 from ssam_scale.sharding.packed_all_gather import PackedAllGather, Run, WrittenParameter
+from ssam_scale.torch_compat import all_gather_single
 
 from .engine import BACKWARD_INTERNALS, ZeROTraining
 from .masters import FlatShards, Master, MasterState
@@ -93,7 +93,7 @@ class _FlatBuffers(FlatShards, MasterState):
         for group, buffer in enumerate(self._buffers):
             changes = None if written is None else self._changes(group, written)
             if changes is None:
-                dist.all_gather_single(buffer.detach(), self._own_partition(group))
+                all_gather_single(buffer.detach(), self._own_partition(group))
             else:
                 self._packed_all_gather(changes)
 

@@ -1,0 +1,143 @@
+"""The one place that knows of versions of PyTorch: refuses what is too old, and has the names that came late.
+
+Importing it is the check. The packages that compute import it first, so that an old torch is told in one line, and not
+by whatever it lacks first. A torch newer than any that is named here is used as the newest of them.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ssam_scale.errors import UnsupportedVersionError
+
+# FSDP2's parts that are used here (a reduce-scatter of one's own, its groups of parameters) are there from it on.
+OLDEST = (2, 10)
+
+
+def check_torch(version: str) -> None:
+    """Refuse a torch that is too old.
+
+    Args:
+        version: of it. Builds of vendors call a release by what it is going to be (2.10.0a0+b4e4ee8).
+
+    Raises:
+        UnsupportedVersionError: it is older than `OLDEST`.
+    """
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    if numbers is not None and (int(numbers[1]), int(numbers[2])) < OLDEST:
+        oldest = ".".join(map(str, OLDEST))
+        raise UnsupportedVersionError(
+            f"torch {version} is too old: ssam_scale needs {oldest} or newer; pip install 'torch>={oldest}' torchvision"
+        )
+
+
+check_torch(torch.__version__)
+
+# Beyond this line nothing asks for a version: a name is there or it is not.
+
+
+def all_gather_single(output: torch.Tensor, own: torch.Tensor, group: dist.ProcessGroup | None = None) -> None:
+    """`own` of every rank one after the other in `output`; collective. Called so from torch 2.13 on.
+
+    Args:
+        output: of shape (ranks · elements,).
+        own: of shape (elements,).
+        group: the ranks; None: all.
+    """
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(output, own, group=group)
+
+
+def reduce_scatter_single(output: torch.Tensor, parts: torch.Tensor, op: Any, group: dist.ProcessGroup | None) -> None:
+    """This rank's part of the reduced `parts` in `output`; collective. Called so from torch 2.13 on.
+
+    Args:
+        output: of shape (elements,).
+        parts: of shape (ranks · elements,).
+        op: how they are reduced.
+        group: the ranks; None: all.
+    """
+    scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    scatter(output, parts, op=op, group=group)
+
+
+def _buffers_argument() -> str:
+    renamed = "forward_sync_buffers" in inspect.signature(torch.nn.parallel.DistributedDataParallel).parameters
+    return "forward_sync_buffers" if renamed else "broadcast_buffers"
+
+
+FORWARD_SYNC_BUFFERS = _buffers_argument()
+"""DDP's argument for broadcasting buffers in each forward: `forward_sync_buffers` from torch 2.13 on."""
+
+
+def broadcasts_buffers(module: torch.nn.parallel.DistributedDataParallel) -> bool:
+    """Whether DDP does so."""
+    return bool(getattr(module, FORWARD_SYNC_BUFFERS))
+
+
+def fsdp_param_groups(state: Any) -> list[Any]:
+    """Every `FSDPParamGroup` of an `FSDPState`: a list from torch 2.12 on, before it one or None."""
+    groups = getattr(state, "_fsdp_param_groups", None)
+    if groups is None:
+        groups = [state._fsdp_param_group] if state._fsdp_param_group is not None else []
+    return list(groups)
+
+
+def separate_reduce_scatter_group(mesh_info: Any) -> dist.ProcessGroup | None:
+    """The group that FSDP2 reduce-scatters over if not the one that it gathers over; there may be one from 2.13 on."""
+    group: dist.ProcessGroup | None = getattr(mesh_info, "reduce_scatter_process_group", None)
+    return group
+
+
+def reset_iter_state(root: Any) -> None:
+    """Reshard every module of an FSDP2 root and forget the pass that was under way; a method of it from 2.13 on.
+
+    `FSDPModule.reshard` would leave a module whose forward raised.
+    """
+    if hasattr(root, "reset_iter_state"):
+        root.reset_iter_state()
+        return
+    from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
+
+    state = root._get_fsdp_state()
+    context, stream = state._comm_ctx, state._device_handle.current_stream()
+    # Buffers of collectives that are under way may be freed when the stream that goes on has waited for them.
+    listed = hasattr(context, "reduce_scatter_states")  # from torch 2.12 on
+    scattered = context.reduce_scatter_states if listed else [context.reduce_scatter_state]
+    for pending in (context.all_gather_state, *scattered):
+        _wait(stream, None if pending is None else pending.event)
+    context.all_gather_state = None
+    if listed:
+        context.reduce_scatter_states.clear()
+    else:
+        context.reduce_scatter_state = None
+    context.post_forward_order.clear()
+    for each in state._state_ctx.all_states:
+        each._modules_to_run_forward.clear()
+        each._training_state = TrainingState.IDLE
+        for group in fsdp_param_groups(each):
+            if (gathered := group._all_gather_result) is not None:
+                _wait(stream, gathered.all_gather_event)
+                if isinstance(gathered.all_gather_work, dist.Work):
+                    gathered.all_gather_work.wait()
+                group._all_gather_result = None
+            group._wait_for_post_backward()
+            if group._reshard_after_forward_event is not None:
+                group._wait_all_gather_streams_on_event(group._reshard_after_forward_event)
+                group._reshard_after_forward_event = None
+            group._partial_reduce_output = None
+            group._post_forward_indices.clear()
+            group._training_state = TrainingState.IDLE
+            group._to_sharded()
+    state._state_ctx.iter_forward_root = None
+    state._state_ctx.post_backward_final_callback_queued = False
+
+
+def _wait(stream: Any, event: Any) -> None:
+    if event is not None:
+        stream.wait_event(event)
