@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ssam_scale.sharding import World, ddp
+from ssam_scale.sharding import World, bucketed_all_reduce
 from tests.support.gpus import selects_gpu_tests_only
 from tests.support.processes import run
 from tests.support.ranks import RankError, run_ranks

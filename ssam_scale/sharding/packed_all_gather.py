@@ -34,7 +34,8 @@ class RunCounts:
             return [length for _, _, length in runs]
         if (known := self._counts.get(elements)) is None:
             flags = elements.booleans()
-            known = self._counts[elements] = [int(flags[start : start + length].sum()) for _, start, length in runs]
+            sums = [flags[start : start + length].sum() for _, start, length in runs]
+            known = self._counts[elements] = torch.stack(sums).tolist()
         return known
 
 

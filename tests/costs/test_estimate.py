@@ -152,8 +152,8 @@ def test_a_footprint_by_hand() -> None:
     two, three = (footprint(weights, [half], s, 8.0, Activations(0.0, 0.0), 2.0) for s in on_zero)
     # The flat buffer is padded to 96, of which a quarter is stepped, in a copy; a bucket of 100.
     assert (two.weights, two.gradients, two.optimizer) == (4 * (96 + 24), 4 * (24 + 100), 8 * 24)
-    # Whole parameters are put back on each process, which knows the mask of all and of its part; ε is of a part.
-    assert (two.mask, two.perturbation) == ((24 + 94) / 8, 4 * (47 + 47 / 4))
+    # Each process perturbs and puts back all, and knows the mask of all and of its part.
+    assert (two.mask, two.perturbation) == ((24 + 94) / 8, 4 * (47 + 47))
     assert (three.weights, three.gradients, three.optimizer) == (4 * 2 * 24, 4 * (24 + 100), 8 * 24)
     # Between the two passes of the first stage lie 64 elements: it is freed, but for the largest and what is fetched.
     assert three.gathered == 4 * (32 + 32 + 5)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ssam_scale import Depth, SparseSAM
 from ssam_scale.perturbation import Savings
-from ssam_scale.sharding import World, ddp, join_world
+from ssam_scale.sharding import World, bucketed_all_reduce, join_world
 from ssam_scale.sharding.place import place
 from tests.support.networks import batches, freeze_batchnorm, loss_fn, part, small_network
 from tests.support.processes import daemon, free_port
