@@ -103,7 +103,7 @@ def sparse_sam(world: World, backend: str) -> tuple[SparseSAM, nn.Module]:
 def small_buckets() -> Iterator[None]:
     """So that some of an ascent's are on their way when its backward raises."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ddp, "_BUCKET_BYTES", 2000)
+        patch.setattr(bucketed_all_reduce, "_BUCKET_BYTES", 2000)
         yield
 
 
