@@ -82,6 +82,8 @@ class PackedAllGather:
             buffer = received[0]._base
             assert buffer is not None
             dist.all_gather_single(buffer, received[rank])
+        elif dist.get_backend() == "nccl":  # which makes one launch of all broadcasts; gloo gathers equal pieces alone
+            dist.all_gather(received, received[rank])
         else:
             works = [dist.broadcast(piece, src=r, async_op=True) for r, piece in enumerate(received) if len(piece)]
             for work in works:
