@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ssam_scale.sharding import World, ddp
+from ssam_scale.sharding import World, bucketed_all_reduce
 from tests.support.gpus import selects_gpu_tests_only
 from tests.support.processes import run
 from tests.support.ranks import RankError, run_ranks
@@ -140,7 +140,7 @@ def exits(world: World) -> None:
 
 
 def patches(world: World) -> None:
-    ddp._BUCKET_BYTES += 1
+    bucketed_all_reduce._BUCKET_BYTES += 1
 
 
 def draws(world: World) -> torch.Tensor:
@@ -167,7 +167,7 @@ def test_ranks_stay_see_no_gpu_and_start_each_job_alike() -> None:
     [
         (breaks, (1,), "rank 1 of 2: Traceback.*ValueError: on purpose"),
         (exits, (), "rank 1 of 2: ended with exit code 7"),
-        (patches, (), "patches leaves ssam_scale.sharding.ddp._BUCKET_BYTES changed"),
+        (patches, (), "patches leaves ssam_scale.sharding.bucketed_all_reduce._BUCKET_BYTES changed"),
     ],
 )
 def test_a_failure_on_a_rank_is_told_and_the_next_job_gets_new_ranks(function: Any, args: Any, message: str) -> None:

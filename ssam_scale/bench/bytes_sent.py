@@ -1,32 +1,45 @@
-"""The bytes that processes send each other in a step by plan and backend, next to dense SAM's."""
+"""The bytes that processes send each other in a step by plan and backend, next to dense SAM's and to the least.
+
+Beside what is counted stand what the cost model predicts for the same step and the floor of the ascent: what its passes
+must gather on that backend, and the density of what is reduced (`BackendCosts.floor`).
+"""
 
 from __future__ import annotations
 
+import copy
 import gc
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 
+from ssam_scale.costs.backends import BackendCosts, costs_of
+from ssam_scale.costs.cluster import Cluster, Placement, ZeroSettings
 from ssam_scale.costs.collectives import Traffic
+from ssam_scale.costs.workload import Ascent, ascent_of, weights_of
 from ssam_scale.errors import UserError
-from ssam_scale.perturbation import SparseSAM
+from ssam_scale.perturbation import SparseSAM, StagedModel
 from ssam_scale.sharding import BACKENDS, World
 from ssam_scale.sharding.place import place
 
 from .networks import Setting
 from .processes import on_ranks
-from .scenarios import Scenario, sgd, sharded_scenarios, sparse_sam
+from .scenarios import Scenario, sgd_by_shape, sharded_scenarios, sparse_sam
 from .step_time import environment
 
-# FSDP2 learns the order of modules from the first steps. In the very first one a mask may look at the whole gradient.
-_WARM_UP = 2
-# Stage 3 records each kind of pass once and takes it up the second time: the same steps, with the same cuts, once more.
-_REPEATS = 3
-_ROUNDS = 2
+# In the very first step a mask may look at the whole gradient.
+_FIRST = 1
+# Steps are counted when each kind of them has come so often: DDP settles its buckets in the first, and stage 3 records
+# a kind of pass in its first two.
+_SEEN = 2
+_DEFAULTS = ZeroSettings()
+# What takes seconds to import, once for all processes.
+_IMPORTED = ("ssam_scale.bench.bytes_sent", "ssam_scale.models.timm_model", "ssam_scale.sharding.zero.stage3")
+# Of the floor, by which an ascent may be above it: norms are summed, and shards of a mask are not all alike.
+_ALLOWED = 1.02
 _WITHIN_SHARD_GROUP = "sam, within the shard group"
 
 
@@ -60,64 +73,141 @@ def chosen_backends(names: Sequence[str] | None) -> list[str]:
     return [name for name in SETUPS if names is None or name in names]
 
 
-def sharded_optimizer(setting: Setting, setup: BackendSetup, world: World, scenario: Scenario) -> SparseSAM:
-    """The optimizer of a scenario on its own network, sharded or replicated over the processes of `world`."""
-    network = setting.network()
+@dataclass(frozen=True)
+class Job:
+    """One plan on one backend.
+
+    Attributes:
+        backend: of `SETUPS`.
+        plan: name of a scenario; by name, because what builds a mask need not be picklable.
+    """
+
+    backend: str
+    plan: str
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What one process sent in the mean step of a job, and what it should have.
+
+    Attributes:
+        density: the perturbed share.
+        bytes: by collective.
+        calls: of collectives.
+        predicted: bytes of the whole step, by the cost model.
+        floor: bytes that the ascent must add to a step of the base optimizer.
+    """
+
+    density: float
+    bytes: Mapping[str, float]
+    calls: float
+    predicted: float
+    floor: float
+
+
+def sharded_optimizer(
+    setting: Setting,
+    setup: BackendSetup,
+    world: World,
+    scenario: Scenario,
+    zero: ZeroSettings = _DEFAULTS,
+    network: StagedModel | None = None,
+) -> SparseSAM:
+    """The optimizer of a scenario on its own network, sharded or replicated over the processes of `world`.
+
+    Args:
+        setting: on what.
+        setup: the backend.
+        world: the processes.
+        scenario: how to step.
+        zero: settings of stage 3.
+        network: the setting's, and nobody else's; None: built anew.
+    """
+    network = setting.network() if network is None else network
+    on_zero = {"zero_optimization": {"stage3_param_persistence_threshold": zero.persistent}}
     module, base = place(
         network,
         [stage.block for stage in network.stages],
         setup.backend,
         world,
-        partial(sgd, network),
+        partial(sgd_by_shape, network),
         replicas=setup.replicas,
         batch_size=setting.batch_size,
+        deepspeed=on_zero if setup.backend.startswith("zero") else None,
     )
     return sparse_sam(module, base, scenario)
 
 
-def _measure(
-    rank: int, size: int, device: torch.device, setting: Setting, jobs: Sequence[tuple[str, str]]
-) -> list[Any]:
-    world = World(rank, size, device)
-    known = {
-        scenario.name: scenario for scenario in sharded_scenarios()
-    }  # by name: what builds a mask need not be picklable
-    batch = setting.batch()
+def count_bytes(world: World, setting: Setting, jobs: Sequence[Job], zero: ZeroSettings = _DEFAULTS) -> list[Counted]:
+    """What each job sends. Collective.
+
+    Args:
+        world: the processes.
+        setting: on what.
+        jobs: the plans, and the backends that they are taken on.
+        zero: settings of stage 3.
+    """
+    known = {scenario.name: scenario for scenario in sharded_scenarios()}
+    network, batch = setting.network(), setting.batch()
+    weights = weights_of(network, sgd_by_shape(network))
+    steps = {plan: _steps(known[plan], copy.deepcopy(network)) for plan in {job.plan for job in jobs}}
     found = []
-    for backend, name in jobs:
-        scenario = known[name]
-        opt = sharded_optimizer(setting, SETUPS[backend], world, scenario)
-        for _ in range(_WARM_UP):
+    for job in jobs:
+        setup, scenario = SETUPS[job.backend], known[job.plan]
+        opt = sharded_optimizer(setting, setup, world, scenario, zero, copy.deepcopy(network))
+        for _ in range(_FIRST):
             opt.step(setting.loss_fn, batch)
-        first = opt.steps
-        for _ in range(_REPEATS):
-            opt.steps, densities = first, []
-            with Traffic() as traffic:
-                for _ in range(_ROUNDS * scenario.steps):
-                    densities.append(opt.density)
-                    opt.step(setting.loss_fn, batch)
-        found.append(
-            {
-                "density": statistics.fmean(densities),
-                "bytes": {name: sent / len(densities) for name, sent in traffic.bytes.items()},
-                "calls": sum(traffic.calls.values()) / len(densities),
-            }
-        )
+        for _ in range(_SEEN):
+            opt.steps = _FIRST
+            for _ in range(scenario.steps):
+                opt.step(setting.loss_fn, batch)
+        opt.steps, densities = _FIRST, []
+        with Traffic() as traffic:
+            for _ in range(scenario.steps):
+                densities.append(opt.density)
+                opt.step(setting.loss_fn, batch)
         del opt
         gc.collect()  # modules, hooks and optimizers hold each other
+        cluster = Cluster(world.size, world.size, 1.0, 1.0)
+        costs = costs_of(weights, Placement(setup.backend, setup.replicas, cluster, zero))
+        taken = steps[job.plan]
+        found.append(
+            Counted(
+                statistics.fmean(densities),
+                {name: sent / scenario.steps for name, sent in traffic.bytes.items()},
+                sum(traffic.calls.values()) / scenario.steps,
+                statistics.fmean(_predicted(costs, ascent) for ascent in taken),
+                statistics.fmean(0.0 if a is None else sum(s.bytes for s in costs.floor(a)) for a in taken),
+            )
+        )
     return found
+
+
+def _steps(scenario: Scenario, network: StagedModel) -> list[Ascent | None]:
+    """The ascents of the steps that are counted, as one process with all of the weights takes them: the same ones."""
+    base = sgd_by_shape(network)
+    weights, alone = weights_of(network, base), sparse_sam(network, base, scenario)
+    taken: list[Ascent | None] = []
+    for step in range(scenario.steps):
+        alone.steps = _FIRST + step
+        resolved = alone.resolve()
+        taken.append(ascent_of(resolved, weights, len(network.stages)) if resolved.ascends else None)
+    return taken
+
+
+def _predicted(costs: BackendCosts, ascent: Ascent | None) -> float:
+    passes = [costs.descent(ascent)] + ([] if ascent is None else [costs.ascent(ascent)])
+    return sum(sent.bytes for traffic in passes for sent in (*traffic.forward, *traffic.backward, *traffic.after))
+
+
+def _measure(rank: int, size: int, device: torch.device, setting: Setting, jobs: Sequence[Job]) -> list[Any]:
+    return [vars(counted) for counted in count_bytes(World(rank, size, device), setting, jobs)]
 
 
 def bench_bytes(
     setting: Setting, ranks: int, backends: Sequence[str], compared: Sequence[Scenario]
 ) -> list[dict[str, Any]]:
-    """Rows of what one process sends in a step, one a backend and plan; `costs.collectives` says how bytes are counted.
-
-    `step_bytes` are those of a whole step and `ascent_bytes` what the plan adds to a step of the base optimizer on the
-    same backend, whose one pass costs what a descent pass costs; both also by collective, and `step_calls` and
-    `ascent_calls` the number of collectives. `ascent_bytes_over_dense` is the ratio to dense SAM's ascent and
-    `target_over_dense` the most that we want: the density and one percent. Of plans whose steps differ, all are means
-    over a period or several draws, each of which has been taken before.
+    """Rows of what one process sends in a step, one a backend and plan: see `rows_of`.
 
     Args:
         setting: on what; one that `Setting.check` finds nothing wrong with. Its batch is each process's own.
@@ -128,46 +218,65 @@ def bench_bytes(
     Raises:
         UserError: a process was killed.
     """
-    by_size: dict[int, list[tuple[str, str]]] = {}
+    by_size: dict[int, list[Job]] = {}
     for backend in backends:
         replicas = SETUPS[backend].replicas
         plans = [scenario.name for scenario in compared if replicas > 1 or scenario.name != _WITHIN_SHARD_GROUP]
-        by_size.setdefault(ranks * replicas, []).extend((backend, plan) for plan in plans)
-    # One start of processes for all that has as many of them: importing DeepSpeed alone takes seconds.
+        by_size.setdefault(ranks * replicas, []).extend(Job(backend, plan) for plan in plans)
+    # One start of processes for all that has as many of them.
     found = {
-        job: (size, counts)
+        job: (size, Counted(**counts))
         for size, jobs in by_size.items()
-        for job, counts in zip(jobs, on_ranks(size, _measure, setting, jobs), strict=True)
+        for job, counts in zip(jobs, on_ranks(size, _measure, setting, jobs, imported=_IMPORTED), strict=True)
     }
+    return rows_of(setting, found)
+
+
+def rows_of(setting: Setting, found: Mapping[Job, tuple[int, Counted]]) -> list[dict[str, Any]]:
+    """Rows of what was counted, by backend; `costs.collectives` says how bytes are counted.
+
+    `step_bytes` are those of a whole step and `ascent_bytes` what the plan adds to a step of the base optimizer on the
+    same backend, whose one pass costs what a descent pass costs; both also by collective, and `step_calls` and
+    `ascent_calls` the number of collectives. `ascent_bytes_over_dense` is the ratio to dense SAM's ascent,
+    `floor_over_dense` that of the least that the plan's ascent must send on this backend (`BackendCosts.floor`), and
+    `target_over_dense`, two percent above, the most that we want: a plan that leaves a saving out is above it by what
+    the saving is worth. `predicted_bytes` are the cost model's for the step. Of plans whose steps differ, all are means
+    over a period or several draws, each of which has been taken before.
+
+    Args:
+        setting: on what.
+        found: by job, the number of processes and what one sent; with the plans `base` and `sam` of each backend.
+    """
     common = environment(setting, 1)
     rows = []
-    for backend in backends:
-        base, dense = found[backend, "base"][1], found[backend, "sam"][1]
-        dense_ascent = _total(_minus(dense["bytes"], base["bytes"]))
-        for (of, plan), (size, counts) in found.items():
-            if of != backend:
-                continue
-            ascent = _minus(counts["bytes"], base["bytes"])
-            rows.append(
-                {
-                    "model": setting.model,
-                    "backend": backend,
-                    "plan": plan,
-                    "ranks": size,
-                    "replicas": SETUPS[backend].replicas,
-                    "density": counts["density"],
-                    "step_bytes": _total(counts["bytes"]),
-                    "step_bytes_by_collective": counts["bytes"],
-                    "step_calls": counts["calls"],
-                    "ascent_bytes": _total(ascent),
-                    "ascent_bytes_by_collective": ascent,
-                    "ascent_calls": counts["calls"] - base["calls"],
-                    "step_bytes_over_base": _total(counts["bytes"]) / _total(base["bytes"]),
-                    "ascent_bytes_over_dense": _total(ascent) / dense_ascent,
-                    "target_over_dense": None if plan == "base" else counts["density"] + 0.01,
-                    **common,
-                }
-            )
+    for job, (size, counted) in found.items():
+        base, dense = (found[replace(job, plan=plan)][1] for plan in ("base", "sam"))
+        dense_ascent = _total(_minus(dense.bytes, base.bytes))
+        ascent = _minus(counted.bytes, base.bytes)
+        floor = counted.floor / dense_ascent
+        rows.append(
+            {
+                "model": setting.model,
+                "backend": job.backend,
+                "plan": job.plan,
+                "ranks": size,
+                "replicas": SETUPS[job.backend].replicas,
+                "density": counted.density,
+                "step_bytes": _total(counted.bytes),
+                "step_bytes_by_collective": counted.bytes,
+                "step_calls": counted.calls,
+                "predicted_bytes": counted.predicted,
+                "ascent_bytes": _total(ascent),
+                "ascent_bytes_by_collective": ascent,
+                "ascent_calls": counted.calls - base.calls,
+                "floor_bytes": counted.floor,
+                "step_bytes_over_base": _total(counted.bytes) / _total(base.bytes),
+                "ascent_bytes_over_dense": _total(ascent) / dense_ascent,
+                "floor_over_dense": None if job.plan == "base" else floor,
+                "target_over_dense": None if job.plan == "base" else _ALLOWED * floor,
+                **common,
+            }
+        )
     return rows
 
 

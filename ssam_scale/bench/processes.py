@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,7 @@ def _entry(rank: int, function: Callable[..., Any], size: int, cuda: bool, folde
         leave_process_group()
 
 
-def on_ranks(size: int, function: Callable[..., Any], *args: Any) -> Any:
+def on_ranks(size: int, function: Callable[..., Any], *args: Any, imported: Sequence[str] = ()) -> Any:
     """What `function(rank, size, device, *args)` returns on the first of `size` new processes.
 
     They share this machine's cores, and its GPUs if there are any; more than one are joined in a process group.
@@ -67,15 +67,22 @@ def on_ranks(size: int, function: Callable[..., Any], *args: Any) -> Any:
         size: number of processes.
         function: importable; its result can be written as JSON.
         args: what else it is given; can be pickled.
+        imported: modules that are imported once for all processes of this and later calls, where there is no GPU: the
+            processes are forks then. What is measured must not depend on it, as memory does.
 
     Raises:
         UserError: `function` raised one; a process was killed, as one is that asks for more memory than there is; or as
             `bench_device`.
     """
     cuda = bench_device().type == "cuda"
+    # Where CUDA was looked for, as importing DeepSpeed does, a fork can not use it.
+    forks = bool(imported) and not torch.cuda.is_available()
+    if forks:
+        mp.get_context("forkserver").set_forkserver_preload(list(imported))
     with tempfile.TemporaryDirectory() as folder:
         try:
-            mp.start_processes(_entry, (function, size, cuda, folder, args), nprocs=size, start_method="spawn")
+            start = "forkserver" if forks else "spawn"
+            mp.start_processes(_entry, (function, size, cuda, folder, args), nprocs=size, start_method=start)
         except mp.ProcessExitedException as error:
             if (said := Path(folder, _MISTAKE)).exists():
                 raise UserError(said.read_text()) from None

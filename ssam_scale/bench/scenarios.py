@@ -174,6 +174,12 @@ def sgd(network: StagedModel) -> torch.optim.Optimizer:
     return torch.optim.SGD(network.parameters(), lr=_LR, momentum=_MOMENTUM)
 
 
+def sgd_by_shape(network: StagedModel) -> torch.optim.Optimizer:
+    """The same with two groups, matrices and the rest, as timm's factory makes them for weight decay of the former."""
+    groups = [[p for p in network.parameters() if (p.ndim > 1) == matrix] for matrix in (True, False)]
+    return torch.optim.SGD([{"params": group} for group in groups if group], lr=_LR, momentum=_MOMENTUM)
+
+
 def sparse_sam(model: nn.Module, base: torch.optim.Optimizer, scenario: Scenario) -> SparseSAM:
     """The optimizer of one of our plans, or of the base optimizer alone (a radius of 0), on any backend.
 

@@ -127,7 +127,7 @@ def bytes_command(
     record: RecordIn = None,
     as_json: AsJson = False,
 ) -> None:
-    """Bytes that a process sends in a step, by plan and backend, and those of the ascent over dense SAM's."""
+    """Bytes that a process sends in a step, by plan and backend, and those of the ascent beside their floor."""
     from ssam_scale.bench.bytes_sent import bench_bytes, chosen_backends
     from ssam_scale.bench.networks import setting_of
     from ssam_scale.bench.scenarios import select_scenarios, sharded_scenarios
@@ -249,10 +249,12 @@ _BYTES: Columns = {
     "processes": ("ranks", 1, "d"),
     "density": ("density", 1.0, ".3f"),
     "step KiB": ("step_bytes", 2**-10, ",.1f"),
+    "predicted": ("predicted_bytes", 2**-10, ",.1f"),
     "ascent KiB": ("ascent_bytes", 2**-10, ",.1f"),
     "collectives": ("ascent_calls", 1.0, ".4g"),
     "step / base": ("step_bytes_over_base", 1.0, ".3f"),
     "ascent / dense": ("ascent_bytes_over_dense", 1.0, ".3f"),
+    "floor": ("floor_over_dense", 1.0, ".3f"),
     "at most": ("target_over_dense", 1.0, ".3f"),
 }
 _PEAK: Columns = {

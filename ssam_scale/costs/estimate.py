@@ -125,7 +125,7 @@ def step_segments(times: StepTimes, backend: BackendCosts, shards: int, ascent: 
     Args:
         times: of the parts, for the images that one process sees in a step.
         backend: what it sends.
-        shards: processes that perturbing and stepping are sharded over.
+        shards: processes that stepping is sharded over.
         ascent: its ascent; None: a step of the base optimizer.
     """
     forward = sum(s.forward for s in times.stages)
@@ -134,7 +134,7 @@ def step_segments(times: StepTimes, backend: BackendCosts, shards: int, ascent: 
     if ascent is None:
         return segments
     shape = ascent.shape
-    perturb = times.perturb * shape.perturbed / shards
+    perturb = times.perturb * shape.perturbed / backend.perturbing
     ascent_segments = _segments(ascent_forward(times, shape), ascent_backward(times, shape), backend.ascent(ascent))
     notes = [Segment((1 + ascent.reuses) * perturb)] if ascent.reuses else []
     return [*ascent_segments, Segment(perturb), *segments, *notes]

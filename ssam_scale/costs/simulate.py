@@ -105,7 +105,7 @@ class GivenPlan:
                 name: None if part is None else _slice(part, layout.starts[name], self.lengths[name])
                 for name, part in self._whole.weights.items()
             }
-            self._mine = replace(self._whole, weights=weights)
+            self._mine = replace(self._whole, weights=weights, full=self._whole.weights)
         return self._mine
 
 
@@ -124,7 +124,7 @@ class Simulated:
         sent: bytes by collective, as `traffic` counts them.
         weights: bytes of the weights that it holds, and of copies that the optimizer steps instead of them.
         optimizer: bytes of the base optimizer's state.
-        mask: bytes of the mask.
+        mask: bytes of the mask, of others' parts of it, and of what is sent of buffers of gradients.
     """
 
     sent: dict[str, float]
@@ -156,7 +156,12 @@ def simulate(opt: SparseSAM, loss_fn: Callable[..., Tensor], *batches: tuple[Ten
             with _Harmless(), Traffic() as traffic:
                 opt.step(loss_fn, *batches)
     states = (t for state in opt.base_optimizer.state.values() for t in state.values() if isinstance(t, Tensor))
-    parts = opt.plan.weights.values() if any(opt.radii) else ()
+    masks: list[Subset | None] = []
+    if any(opt.radii):
+        masks += opt.plan.weights.values()
+        if opt.sharding.shard_group.size > 1 and opt.plan.full is not None:
+            masks += opt.plan.full.values()
+    packings = getattr(opt.sharding, "packings", None)
     held = [p for p in opt.sharding.resident(parameters) if p.numel()]
     own = {p.untyped_storage().data_ptr() for p in held}
     stepped = [p for p in opt.base_optimizer.state if _local(p).untyped_storage().data_ptr() not in own]
@@ -164,7 +169,7 @@ def simulate(opt: SparseSAM, loss_fn: Callable[..., Tensor], *batches: tuple[Ten
         dict(traffic.bytes),
         sum(p.nbytes for p in (*held, *stepped)),
         sum(_local(t).nbytes for t in states if t.ndim),
-        sum(part.packed.nbytes for part in parts if isinstance(part, BitMask)),
+        sum(m.packed.nbytes for m in masks if isinstance(m, BitMask)) + (packings.bits // 8 if packings else 0),
     )
 
 

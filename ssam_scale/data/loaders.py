@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from ssam_scale.config.schema import Data
 from ssam_scale.cores import usable_cores
+from ssam_scale.data.aside import Aside
 from ssam_scale.data.beton import Beton, Sidecar, inspect
 from ssam_scale.errors import UserError
 
@@ -55,7 +56,8 @@ class ImageLoader:
         self._running: Epoch | None = None
         self._epoch = 0
         self._device = device
-        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.aside = Aside(device)
+        """Where batches are copied to the device and normalised; more can be done with them there."""
         self._scale = (1.0 / (255.0 * torch.tensor(std))).view(1, 3, 1, 1).to(device)
         self._shift = (-torch.tensor(mean) / torch.tensor(std)).view(1, 3, 1, 1).to(device)
 
@@ -74,13 +76,18 @@ class ImageLoader:
             UserError: an image in the file is damaged.
         """
         self.close()
-        with torch.cuda.device(self._device) if self._copies is not None else nullcontext():
+        with torch.cuda.device(self._device) if self.aside.overlaps else nullcontext():
             # Buffers are pinned for whichever device is the current one.
             running = self._running = self._reader.start(self._epoch)
+        self.aside.follow()  # mean and std are there
         try:
             while (item := running.next_batch()) is not None:
-                yield self._on_device(*item)
+                batch = self._on_device(*item)
+                self.aside.hand_over(batch)
+                yield batch
+                self.aside.wait_for_copies()  # FFCV refills these buffers once the next batch is asked for
         finally:
+            self.aside.wait_for_copies()
             running.stop()
             if self._running is running:
                 self._running = None
@@ -94,19 +101,14 @@ class ImageLoader:
     def _on_device(self, pixels: torch.Tensor, labels: torch.Tensor) -> Batch:
         """A batch of its own from FFCV's buffers: uint8 [N, H, W, 3] and int64 [N, 1]."""
         pixels, labels = pixels.permute(0, 3, 1, 2), labels[:, 0]
-        if self._copies is None:
+        if not self.aside.overlaps:
             images = pixels.to(self._device, torch.float32, memory_format=torch.contiguous_format)
             return Batch(images.mul_(self._scale).add_(self._shift), labels.to(self._device, copy=True))
-        # A stream of its own lets the copy run beside the training step before it. FFCV refills these buffers once
-        # further batches have been taken, so the copy has to be over by then: it is waited for here, and it is short.
-        current = torch.cuda.current_stream(self._device)
-        with torch.cuda.stream(self._copies):
+        with self.aside:
             pixels, labels = pixels.to(self._device, non_blocking=True), labels.to(self._device, non_blocking=True)
-        self._copies.synchronize()
-        for copied in (pixels, labels):
-            copied.record_stream(current)
-        images = pixels.to(torch.float32)  # keeps the memory format, which is channels_last
-        return Batch(images.mul_(self._scale).add_(self._shift), labels)
+            self.aside.note_copies()
+            images = pixels.to(torch.float32)  # keeps the memory format, which is channels_last
+            return Batch(images.mul_(self._scale).add_(self._shift), labels)
 
 
 def train_loader(

@@ -57,12 +57,14 @@ class Plan:
             named is perturbed on no process and needs no ascent gradient.
         counts: how many weights of each parameter in `weights` are perturbed, over all processes.
         may_cut: whether `cut` is above 0 here or may be in another step.
+        full: as `weights`, of the full parameters, from a mask that knows them; None: only the shards' are known here.
     """
 
     cut: int
     weights: Mapping[str, Subset | None]
     counts: Mapping[str, int]
     may_cut: bool = False
+    full: Mapping[str, Subset | None] | None = None
 
     @classmethod
     def nothing(cls) -> Plan:

@@ -24,11 +24,13 @@ class Subset(Protocol):
     Attributes:
         count: how many they are.
         numel: elements of the tensor.
+        device: where the tensor is.
         spans: where they lie, for compiled loops; None on other devices than the CPU, which do without.
     """
 
     count: int
     numel: int
+    device: torch.device
     spans: Spans | None
 
     def take(self, source: Tensor) -> Tensor:
@@ -39,6 +41,9 @@ class Subset(Protocol):
 
     def booleans(self) -> Tensor:
         """The boolean mask: True for the elements, of shape (numel,)."""
+
+    def of_booleans(self, booleans: Tensor) -> Subset:
+        """Of another tensor, the elements for which `booleans`, of shape (its elements,), are True."""
 
     def gather_chunks(self, flat: Tensor, values: Tensor) -> None:
         """Without compiled loops, copy the elements of `flat` to `values`, which may be `flat`'s own first elements."""
@@ -62,6 +67,10 @@ class _Subset:
         """See `Subset`."""
         masked_scatter_([target], [self], [values])
 
+    def of_booleans(self, booleans: Tensor) -> Subset:
+        """See `Subset`."""
+        return BitMask(pack(booleans), booleans.numel())
+
 
 class BitMask(_Subset):
     """Any elements, as a bit mask: one bit for each element of the tensor.
@@ -72,8 +81,7 @@ class BitMask(_Subset):
     """
 
     def __init__(self, packed: Tensor, numel: int) -> None:
-        self.packed = packed
-        self.numel = numel
+        self.packed, self.numel, self.device = packed, numel, packed.device
         self.spans = spans_of_bits(packed, numel) if _streams(packed) else None
         if self.spans is not None:
             self.count = self.spans.count

@@ -82,17 +82,25 @@ class MaskState:
 
     def resident(self, plan: Plan) -> list[Subset | None]:
         """Which elements of `ShardedWeights.resident` a plan perturbs, by parameter; None: all of them."""
-        return self.full_subsets(plan.weights) if self._sharding.weights_replicated else list(plan.weights.values())
+        if not self._sharding.weights_replicated:
+            return list(plan.weights.values())
+        return self.full_subsets(plan, plan.weights)
 
-    def full_subsets(self, subsets: Mapping[str, Subset | None]) -> list[Subset | None]:
+    def knows_full(self, plan: Plan) -> bool:
+        """Whether this rank knows which elements of the full parameters a plan perturbs, and not only of its shards."""
+        known = self._full is not None or plan.full is not None
+        return known or self._sharding.shard_group.size == 1 or not plan.perturbs_subsets
+
+    def full_subsets(self, plan: Plan, subsets: Mapping[str, Subset | None]) -> list[Subset | None]:
         """Subsets of the full parameters, of which `subsets` are this rank's shards; None where only these are known.
 
         Args:
-            subsets: of this rank's shards, by parameter, as in the plan; None: all of it, which stays None.
+            plan: what a step perturbs.
+            subsets: the plan's `weights`; or of other parameters None: all of it, which stays None.
         """
-        if self._full is None and self._sharding.shard_group.size > 1:
+        if not self.knows_full(plan):
             return [None] * len(subsets)
-        known = subsets if self._full is None else self._full
+        known = plan.full if plan.full is not None else subsets if self._full is None else self._full
         return [None if subset is None else known[name] for name, subset in subsets.items()]
 
     def refresh(

@@ -91,7 +91,7 @@ class Passes:
             AscentReduction(
                 [every[name] for name in resolved.reduced],
                 list(resolved.reduced.values()),
-                self._mask.full_subsets(resolved.reduced),
+                self._mask.full_subsets(resolved.plan, resolved.reduced),
                 [p for name, p in every.items() if name in resolved.kept],
                 resolved.within_shard_group,
             )

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ssam_scale.masks import Plan, compact_, masked_add_, masked_scatter_, masked_select
+from ssam_scale.masks import Plan, Subset, compact_, masked_add_, masked_scatter_, masked_select
 from ssam_scale.sharding import Sharding, WrittenWeights
 
 from .mask_state import MaskState
@@ -77,6 +77,61 @@ def zero_unless_(tensors: Sequence[Tensor], condition: Tensor) -> None:
             torch._foreach_mul_(same, condition.to(integer))
 
 
+class _Side:
+    """What this process perturbs: its shards of the weights."""
+
+    def __init__(self, sharding: Sharding, mask: MaskState) -> None:
+        self._sharding, self._mask = sharding, mask
+
+    def weights(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+        """What is written to."""
+        return [shard.weight for shard in self._sharding.shards(parameters)]
+
+    def gradients(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+        """Their gradients after the ascent."""
+        return self._sharding.gradients(parameters)
+
+    def parts(self, plan: Plan) -> list[Subset | None]:
+        """Which elements of them a plan perturbs; None: all."""
+        return list(plan.weights.values())
+
+    def sum(self, squares: Tensor) -> Tensor:
+        """What is a sum over this process's elements, over all elements. Collective."""
+        return self._sharding.shard_group.all_reduce(squares)
+
+    def of_shards(self, plan: Plan, parameters: Sequence[nn.Parameter], epsilon: Sequence[Tensor]) -> list[Tensor]:
+        """A copy of the ε of this process's shards. A copy, because ε may lie where the next gradient will."""
+        return [e.clone() for e in epsilon]
+
+
+class _Whole(_Side):
+    """All weights, on every process alike."""
+
+    def weights(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+        return self._sharding.resident(parameters)
+
+    def gradients(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+        return self._sharding.resident_gradients(parameters)
+
+    def parts(self, plan: Plan) -> list[Subset | None]:
+        return self._mask.resident(plan)
+
+    def sum(self, squares: Tensor) -> Tensor:
+        return squares
+
+    def of_shards(self, plan: Plan, parameters: Sequence[nn.Parameter], epsilon: Sequence[Tensor]) -> list[Tensor]:
+        result = []
+        shards, local = self._sharding.shards(parameters), plan.weights.values()
+        for e, shard, part, own in zip(epsilon, shards, self.parts(plan), local, strict=True):
+            full = e
+            if part is not None:
+                full = e.new_zeros(shard.numel)
+                part.put(full, e)
+            mine = full.view(-1)[shard.start : shard.start + shard.weight.numel()]
+            result.append(mine.clone() if own is None else own.take(mine))
+        return result
+
+
 class Perturbation:
     """Computes ε from the ascent gradient, adds it to the weights, and restores them.
 
@@ -130,9 +185,10 @@ class Perturbation:
 
         Args:
             resolved: what the step does.
-            keep: whether to yield a copy of ε, as `epsilon` returns it; otherwise an empty list.
+            keep: whether to yield a copy of ε, that of this process's shards; otherwise an empty list.
         """
         sharding, plan = self._sharding, resolved.plan
+        side = self._side(resolved)
         try:
             with self._phases("perturb"), torch.no_grad():
                 epsilon = self.epsilon(resolved)
@@ -144,15 +200,14 @@ class Perturbation:
             raise
         try:
             with self._phases("perturb"), torch.no_grad():
-                masked_add_(
-                    [shard.weight for shard in sharding.shards(perturbed)], list(plan.weights.values()), epsilon
-                )
-                kept = [e.clone() for e in epsilon] if keep else []  # ε may lie where the next gradient will
+                masked_add_(side.weights(perturbed), side.parts(plan), epsilon)
+                kept = side.of_shards(plan, perturbed, epsilon) if keep else []
                 del epsilon
                 sharding.clear_gradients(self._optimizer)
-                sharding.publish(
-                    WrittenWeights(perturbed, list(plan.weights.values()), changed) if resolved.packed else None
-                )
+                if not resolved.whole:
+                    sharding.publish(
+                        WrittenWeights(perturbed, list(plan.weights.values()), changed) if resolved.packed else None
+                    )
                 # It remembers low-precision copies until its outermost context ends, which may be around the step.
                 torch.clear_autocast_cache()
             yield kept
@@ -191,24 +246,24 @@ class Perturbation:
         self.calibrated = int(state_dict["calibrated"])
 
     def epsilon(self, resolved: ResolvedStep) -> list[Tensor]:
-        """ε of each parameter in the plan, of the elements that it perturbs alone. Collective.
+        """ε of each parameter in the plan, of the elements that this process perturbs alone. Collective.
 
-        Float32, where there is a `Subset` of shape (its count,), else shaped like the shard. Fp32 gradients are
-        overwritten: ε takes their memory.
+        Float32, where there is a `Subset` of shape (its count,), else shaped like the shard, or where the step is
+        `whole`, the parameter. Fp32 gradients are overwritten: ε takes their memory.
         """
-        plan = resolved.plan
+        plan, side = resolved.plan, self._side(resolved)
         chosen = [self._parameters[name] for name in plan.weights]
-        parts = list(plan.weights.values())
-        gradients = self._sharding.gradients(chosen)
-        weights = [shard.weight for shard in self._sharding.shards(chosen)] if self.adaptive else []
-        everything = self._all_squares(plan, gradients, weights) if resolved.measures_kappa else None
+        parts = side.parts(plan)
+        gradients = side.gradients(chosen)
+        weights = side.weights(chosen) if self.adaptive else []
+        everything = self._all_squares(side, plan, gradients, weights) if resolved.measures_kappa else None
         epsilon = at_least_fp32(compact_(gradients, parts))
         del gradients
         scales = adaptive_scales([w if m is None else m.take(w) for w, m in zip(weights, parts, strict=False)])
         if scales:
             torch._foreach_mul_(epsilon, scales)
         masked = squares(epsilon, self._device)
-        norm, kappa = self._norm_and_kappa(resolved, masked, everything)
+        norm, kappa = self._norm_and_kappa(resolved, side, masked, everything)
         if scales:
             torch._foreach_mul_(epsilon, scales)
         scale_to_radius_(epsilon, list(resolved.radii.values()), kappa, norm)
@@ -216,13 +271,16 @@ class Perturbation:
         self.skipped += self.skips
         return epsilon
 
-    def _all_squares(self, plan: Plan, chosen: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+    def _side(self, resolved: ResolvedStep) -> _Side:
+        return _Whole(self._sharding, self._mask) if resolved.whole else _Side(self._sharding, self._mask)
+
+    def _all_squares(self, side: _Side, plan: Plan, chosen: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
         """‖g‖² of every parameter on this process; `chosen` and `weights` are of what the plan names."""
         names = [name for name in self._parameters if name not in plan.weights]
         others = [self._parameters[name] for name in names]
-        gradients = [*chosen, *self._sharding.gradients(others)]
+        gradients = [*chosen, *side.gradients(others)]
         if self.adaptive:
-            weights = [*weights, *(shard.weight for shard in self._sharding.shards(others))]
+            weights = [*weights, *side.weights(others)]
             # One after the other, so that the products never exist together.
             each = [
                 squares([g * adaptive_scales([w])[0]], self._device) for g, w in zip(gradients, weights, strict=True)
@@ -235,12 +293,13 @@ class Perturbation:
         return result
 
     def _norm_and_kappa(
-        self, resolved: ResolvedStep, masked: Tensor, everything: Tensor | None
+        self, resolved: ResolvedStep, side: _Side, masked: Tensor, everything: Tensor | None
     ) -> tuple[Tensor, Tensor | float]:
         """The norm that ε is divided by, and the factor on its radius; also updates κ and the calibration.
 
         Args:
             resolved: what the step does.
+            side: what this process perturbs.
             masked: ‖m ⊙ g‖² of each parameter in the plan, on this process.
             everything: ‖g‖² of every parameter on this process, if κ is measured.
         """
@@ -252,7 +311,7 @@ class Perturbation:
                 shares = everything.clone()
                 shares[self._indices(plan.weights)] = masked
                 sums.append(shares)
-        both = self._sharding.shard_group.all_reduce(torch.cat(sums))
+        both = side.sum(torch.cat(sums))
         if everything is not None:
             self.kappa = (both[0] / both[1]).sqrt()
         if resolved.calibrates:

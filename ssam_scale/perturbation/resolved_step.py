@@ -92,6 +92,8 @@ class ResolvedStep:
         packed: whether only what is perturbed is communicated: of gradients (`reduced`), and of the perturbed weights.
         kept: parameters that stay gathered from the ascent to the descent.
         within_shard_group: whether each copy of the weights ascends by its own part of the batch (HSDP).
+        whole: whether each process perturbs all weights by itself, though the optimizer steps shards of them, from
+            gradients that the ascent leaves whole on every one: nothing is published.
     """
 
     kind: StepKind
@@ -114,6 +116,7 @@ class ResolvedStep:
     packed: bool = False
     kept: frozenset[str] = frozenset()
     within_shard_group: bool = False
+    whole: bool = False
 
     @classmethod
     def without_ascent(cls, step: int, alpha: float = 0.0) -> ResolvedStep:
@@ -147,6 +150,7 @@ def resolve_step(
     micro_batches: int = 1,
     dense: bool = False,
     packs: bool = True,
+    whole: bool = False,
     by_hand: bool = False,
 ) -> ResolvedStep:
     """Decide what a step does.
@@ -162,6 +166,7 @@ def resolve_step(
             which is the memory that accumulation saves: then the ascent runs each prefix again, without a graph.
         dense: whether the ascent computes the gradient of every parameter: `StepOptions.is_dense`.
         packs: whether the backend reduces no more of the gradients than it is asked for.
+        whole: whether the backend leaves whole gradients on every process, and each knows the mask of all weights.
         by_hand: whether the caller runs both passes (a closure, `perturbed`), and the gradient of everything is there.
     """
     savings = options.savings
@@ -220,6 +225,7 @@ def resolve_step(
         packed=savings.pack,
         kept=frozenset(numels.keys() - plan.weights.keys()) if savings.keep_gathered else frozenset(),
         within_shard_group=savings.within_shard_group,
+        whole=whole and not by_hand,
     )
 
 

@@ -193,6 +193,7 @@ class SparseSAM(OptimizerWrapper):
             micro_batches=micro_batches,
             dense=dense,
             packs=self.sharding.packs_gradients,
+            whole=self.sharding.reduces_whole and self._mask.knows_full(plan),
             by_hand=by_hand,
         )
 

@@ -12,8 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -34,51 +32,31 @@ from ssam_scale.torch_compat import (
 )
 
 from .gradient_hooks import OnGradient, divert_gradients
-from .interface import AscentReduction, Elements, Shard, WrittenWeights
-from .packed_all_gather import RunCounts
+from .interface import AscentReduction, Shard, WrittenWeights
+from .packed_reduce_scatter import Asked, Packing, Packings
 from .process_group import ProcessGroup
 from .registry import BACKENDS, Backend, MakeOptimizer, Options
 from .unsharded import TorchTraining
 from .world import World
 
 
-@dataclass(frozen=True)
-class PackedGradient:
-    """One parameter's place in the buffer that FSDP reduce-scatters, and which elements of it are sent.
-
-    Attributes:
-        numel: elements of the full gradient.
-        padded: elements of each rank's shard, with padding.
-        lengths: elements of each rank's shard, without.
-        full: which elements of the full gradient are sent; None: all of them.
-        local: which elements of this rank's shard those are.
-        counts: how many elements are sent to each rank.
-    """
-
-    numel: int
-    padded: int
-    lengths: Sequence[int]
-    full: Elements | None
-    local: Elements | None
-    counts: Sequence[int]
-
-
 class PackedReduceScatter(ReduceScatter):
-    """FSDP's reduce-scatter, of the masked elements only; the result is zero elsewhere.
+    """FSDP's reduce-scatter, of what a packing sends; the result is zero elsewhere.
 
-    What each rank is sent is padded to the rank that is sent most. Where not all of the gradients are there (a pass did
-    not use a parameter) everything is sent.
+    Where not all of the gradients are there (a pass did not use a parameter) everything is sent.
 
     Args:
         usual: FSDP's own, which also allocates.
-        gradients: in the order in which FSDP has them.
-        rank: of this process in the shard group.
+        packing: what is sent.
+        between_copies: the ranks that hold the same shards, over which the result is averaged; None: there are none.
+        averages: whether the result is divided by their number.
     """
 
-    def __init__(self, usual: Any, gradients: Sequence[PackedGradient], rank: int) -> None:
-        self._usual, self._gradients, self._rank = usual, gradients, rank
-        self._totals = [sum(counts) for counts in zip(*(g.counts for g in gradients), strict=True)]
-        self._starts = [0, *accumulate(g.padded for g in gradients)]
+    def __init__(
+        self, usual: Any, packing: Packing, between_copies: dist.ProcessGroup | None = None, averages: bool = True
+    ) -> None:
+        self._usual, self._packing = usual, packing
+        self._between_copies, self._averages = between_copies, averages
 
     def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         """As FSDP's own."""
@@ -94,37 +72,24 @@ class PackedReduceScatter(ReduceScatter):
         async_op: bool = False,
     ) -> dist.Work | None:
         """`input_tensor` is the padded shards of all gradients for rank 0, then those for rank 1, and so on."""
-        if input_tensor.numel() != self._starts[-1] * len(self._totals):
-            return self._usual(output_tensor, input_tensor, group, op, async_op)
-        output_tensor.zero_()
-        width = max(self._totals)
-        if not width:
+        if output_tensor.numel() != self._packing.numel:
+            self._usual(output_tensor, input_tensor, group, op)
+            self._between(output_tensor)
             return None
-        received = input_tensor.new_empty(width)
-        reduce_scatter_single(received, self._packed(input_tensor, width), op, group)
-        offset = 0
-        for g, start in zip(self._gradients, self._starts, strict=False):
-            values = received[offset : offset + g.counts[self._rank]]
-            offset += len(values)
-            shard = output_tensor[start : start + g.lengths[self._rank]]
-            if g.full is None:
-                shard.copy_(values)
-            elif g.local is not None:
-                g.local.put(shard, values)
+        output_tensor.zero_()
+        if not self._packing.width:
+            return None
+        received = input_tensor.new_empty(self._packing.width)
+        reduce_scatter_single(received, self._packing.pack(input_tensor), op, group)
+        self._between(received)
+        self._packing.unpack(received, output_tensor)
         return None
 
-    def _packed(self, buffer: Tensor, width: int) -> Tensor:
-        by_rank = buffer.view(len(self._totals), -1)
-        split = []
-        for g, start in zip(self._gradients, self._starts, strict=False):
-            # Shards are consecutive rows, so that one after the other they are the gradient, and then padding.
-            full = by_rank[:, start : start + g.padded].reshape(-1)[: g.numel]
-            split.append((full if g.full is None else g.full.take(full)).split(list(g.counts)))
-        padding = buffer.new_zeros(width)
-        pieces: list[Tensor] = []
-        for total, of_rank in zip(self._totals, zip(*split, strict=True), strict=True):
-            pieces += [*of_rank, padding[: width - total]]
-        return torch.cat(pieces)
+    def _between(self, reduced: Tensor) -> None:
+        if self._between_copies is not None:
+            if self._averages:
+                reduced.div_(self._between_copies.size())
+            dist.all_reduce(reduced, group=self._between_copies)
 
 
 _PLACEMENTS: dict[int, tuple[Placement, ...]] = {1: (ShardPlacement(0),), 2: (Replicate(), ShardPlacement(0))}
@@ -179,7 +144,8 @@ class FSDP2(TorchTraining):
         self.shard_group = ProcessGroup(self._mesh.get_group(self._mesh.ndim - 1))
         self.data_parallel_group = ProcessGroup(_group_of_all(self._mesh))
         self.packs_gradients = self.shard_group.size > 1
-        self._counts = RunCounts()
+        _forget_forwards_without_graph(module, self._state._comm_ctx)
+        self.packings = Packings(self.shard_group.size, self.shard_group.rank)
 
     def shards(self, parameters: Sequence[nn.Parameter]) -> list[Shard]:
         """The local rows of each parameter."""
@@ -193,41 +159,36 @@ class FSDP2(TorchTraining):
         """The local rows of each parameter's `.grad`, which FSDP has reduced."""
         return [torch.zeros_like(_local(p)) if p.grad is None else _local(p.grad) for p in parameters]
 
+    def resident_gradients(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+        """The same."""
+        return self.gradients(parameters)
+
     @contextmanager
     def ascent(self, reduction: AscentReduction) -> Iterator[None]:
         """FSDP averages in the backward what gradients there are: packed, over one replica or all, as asked for."""
         kept = {id(p) for p in reduction.keep_gathered}
         kept_groups = [group for group in self._param_groups() if kept and _consists_of(group, kept)]
-        unreplicated = self._param_groups() if reduction.within_shard_group and self._mesh.ndim > 1 else []
-        with _without_replicas(unreplicated), _kept_gathered(kept_groups), _packing(self._packed(reduction)):
+        packed, unreplicated, between_copies = self._packed(reduction), [], None
+        if self._mesh.ndim > 1 and reduction.within_shard_group:
+            unreplicated = self._param_groups()
+        elif self._mesh.ndim > 1:  # a packed reduction averages over the copies itself, without what it has not sent
+            unreplicated, between_copies = [group for group, _ in packed], self._mesh.get_group(0)
+        with _without_replicas(unreplicated), _kept_gathered(kept_groups), _packing(packed, between_copies):
             yield
         self._kept_gathered = kept_groups
 
-    def _packed(self, reduction: AscentReduction) -> list[tuple[Any, list[PackedGradient]]]:
+    def _packed(self, reduction: AscentReduction) -> list[tuple[Any, Packing]]:
         """The parameter groups of whose gradients not everything is needed, and what is."""
-        elements = {
-            id(p): (local, full)
-            for p, local, full in zip(reduction.parameters, reduction.local, reduction.full, strict=True)
-            if full is not None
-        }
-        if not elements or self.shard_group.size == 1:
+        if self.shard_group.size == 1:
             return []
+        asked = Asked(reduction)
         packed = []
         for group in self._param_groups():
-            trained = [fsdp_param.sharded_param for fsdp_param in group.fsdp_params]
-            trained = [p for p in trained if p.requires_grad]
-            if any(id(p) in elements for p in trained):
-                packed.append((group, [self._packed_gradient(p, *elements.get(id(p), (None, None))) for p in trained]))
+            trained = [one.sharded_param for one in group.fsdp_params if one.sharded_param.requires_grad]
+            gradients = [asked.of(p, p.numel(), self._padded_numel(p)) for p in trained]
+            if (packing := self.packings(id(group), gradients)) is not None:
+                packed.append((group, packing))
         return packed
-
-    def _packed_gradient(
-        self, parameter: nn.Parameter, local: Elements | None, full: Elements | None
-    ) -> PackedGradient:
-        numel, padded, size = parameter.numel(), self._padded_numel(parameter), self.shard_group.size
-        starts = [min(rank * padded, numel) for rank in range(size + 1)]
-        lengths = [end - start for start, end in pairwise(starts)]
-        runs = list(zip(range(size), starts, lengths, strict=False))
-        return PackedGradient(numel, padded, lengths, full, local, self._counts(full, runs))
 
     def _padded_numel(self, parameter: nn.Parameter) -> int:
         """Elements of the largest shard. FSDP2 splits like torch.chunk: equal parts, the last ones short or empty."""
@@ -236,12 +197,27 @@ class FSDP2(TorchTraining):
 
     @contextmanager
     def micro_batch(self, *, last: bool) -> Iterator[None]:
-        """Gradients stay unsharded until the last micro-batch."""
+        """Gradients stay unsharded until the last micro-batch, and the root's own weights gathered until its end.
+
+        A backward through a shared prefix comes by the root in its middle, where FSDP would free them, and gather them
+        again for the prefix.
+        """
+        freed = [group for group in fsdp_param_groups(self._state) if group.reshard_after_backward]
         self._root.set_requires_gradient_sync(last)
         try:
+            for group in freed:
+                group.reshard_after_backward = False
             yield
         finally:
             self._root.set_requires_gradient_sync(True)
+            for group in freed:
+                group.reshard_after_backward = True
+                group.reshard()
+
+    def backward(self, loss: Tensor) -> None:
+        """Autograd's, in which FSDP gathers ahead what the backward comes to and nothing else."""
+        _forget_frozen_beginning(self._state._comm_ctx)
+        super().backward(loss)
 
     @contextmanager
     def capture_gradients(self, parameters: Sequence[nn.Parameter], on_gradient: OnGradient) -> Iterator[None]:
@@ -324,6 +300,34 @@ def _consists_of(group: Any, parameters: Set[int]) -> bool:
     return all(id(p) in parameters or not p.requires_grad for p in sharded)
 
 
+def _forget_frozen_beginning(context: Any) -> None:
+    """A backward that ends where weights begin to be trained has no use for what ran before in the forward."""
+    order = context.post_forward_order
+    trains = (any(one.sharded_param.requires_grad for one in group.fsdp_params) for group in order)
+    frozen = next((index for index, trained in enumerate(trains) if trained), 0)
+    if frozen:
+        for group in set(order):
+            group._post_forward_indices[:] = [i - frozen for i in group._post_forward_indices if i >= frozen]
+        del order[:frozen]
+
+
+def _forget_forwards_without_graph(root: nn.Module, context: Any) -> None:
+    """A backward gathers ahead what ran before in a forward; what ran without a graph it has no use for."""
+    recorded: list[int] = []
+
+    def before(module: nn.Module, inputs: Any) -> None:
+        recorded[:] = [] if torch.is_grad_enabled() else [len(context.post_forward_order)]
+
+    def after(module: nn.Module, inputs: Any, output: Any) -> None:
+        for start in recorded:
+            for group in reversed(context.post_forward_order[start:]):
+                group._post_forward_indices.pop()
+            del context.post_forward_order[start:]
+
+    root.register_forward_pre_hook(before)
+    root.register_forward_hook(after)
+
+
 @contextmanager
 def _kept_gathered(groups: Sequence[Any]) -> Iterator[None]:
     """Forwards and backwards inside do not reshard the parameter groups."""
@@ -338,13 +342,15 @@ def _kept_gathered(groups: Sequence[Any]) -> Iterator[None]:
 
 
 @contextmanager
-def _packing(packed: Sequence[tuple[Any, Sequence[PackedGradient]]]) -> Iterator[None]:
-    """Backwards inside reduce-scatter, of each parameter group, no more than the elements given with it."""
+def _packing(packed: Sequence[tuple[Any, Packing]], between_copies: dist.ProcessGroup | None) -> Iterator[None]:
+    """Backwards inside reduce, of each parameter group, no more than its packing sends; between copies too."""
     before = [(group, group._reduce_scatter_comm) for group, _ in packed]
     try:
-        for group, gradients in packed:
+        for group, packing in packed:
+            # FSDP sums where it was given a number to divide by, and has divided by it.
+            averages = group.gradient_divide_factor is None
             group._reduce_scatter_comm = PackedReduceScatter(
-                group._reduce_scatter_comm, gradients, group.mesh_info.shard_mesh_rank
+                group._reduce_scatter_comm, packing, between_copies, averages
             )
         yield
     finally:

@@ -20,10 +20,12 @@ class Elements(Protocol):
     Attributes:
         count: how many.
         numel: elements of the tensor.
+        device: where the tensor is.
     """
 
     count: int
     numel: int
+    device: torch.device
 
     def take(self, source: Tensor) -> Tensor:
         """The elements of `source`, of shape (count,)."""
@@ -33,6 +35,9 @@ class Elements(Protocol):
 
     def booleans(self) -> Tensor:
         """True for the elements: bool of shape (numel,)."""
+
+    def of_booleans(self, booleans: Tensor) -> Elements:
+        """Of another tensor, the elements for which `booleans`, of shape (its elements,), are True."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +110,9 @@ class ShardedWeights(Protocol):
     def gradients(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
         """The local gradients of `parameters`, shaped like their shards; zeros where a pass left none."""
 
+    def resident_gradients(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+        """The gradients of what is `resident`, after an `ascent` of a backend with `reduces_whole`."""
+
     def full_shape(self, parameter: nn.Parameter) -> torch.Size:
         """The shape of the full parameter, on a rank that may hold only a shard of it."""
 
@@ -142,6 +150,8 @@ class ShardedPasses(Protocol):
         data_parallel_group: the ranks that a batch is split over, in the order of their parts.
         supports_grad_scaler: whether `step` takes a GradScaler.
         packs_gradients: whether `ascent` reduces nothing but the elements that it is asked for.
+        reduces_whole: whether `ascent` leaves whole gradients on every rank though the optimizer steps shards (ZeRO 1
+            and 2): each rank can perturb all weights by itself, and has nothing to publish.
     """
 
     network: nn.Module
@@ -150,6 +160,7 @@ class ShardedPasses(Protocol):
     data_parallel_group: ProcessGroup
     supports_grad_scaler: bool
     packs_gradients: bool
+    reduces_whole: bool
 
     def unwrap_optimizer(
         self, optimizer: torch.optim.Optimizer, max_grad_norm: float | None

@@ -36,7 +36,8 @@ class RunCounts:
             return [length for _, _, length in runs]
         if (known := self._counts.get(elements)) is None:
             flags = elements.booleans()
-            known = self._counts[elements] = [int(flags[start : start + length].sum()) for _, start, length in runs]
+            sums = [flags[start : start + length].sum() for _, start, length in runs]
+            known = self._counts[elements] = torch.stack(sums).tolist()
         return known
 
 
@@ -83,6 +84,8 @@ class PackedAllGather:
             buffer = received[0]._base
             assert buffer is not None
             all_gather_single(buffer, received[rank])
+        elif dist.get_backend() == "nccl":  # which makes one launch of all broadcasts; gloo gathers equal pieces alone
+            dist.all_gather(received, received[rank])
         else:
             works = [dist.broadcast(piece, src=r, async_op=True) for r, piece in enumerate(received) if len(piece)]
             for work in works:

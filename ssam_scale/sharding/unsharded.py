@@ -65,6 +65,7 @@ class TorchTraining(TorchState):
 
     supports_grad_scaler = True
     packs_gradients = False
+    reduces_whole = False  # or the shard is the whole
 
     def unwrap_optimizer(
         self, optimizer: torch.optim.Optimizer, max_grad_norm: float | None
@@ -119,6 +120,10 @@ class ReplicatedWeights:
     def gradients(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
         """Each parameter's `.grad`."""
         return [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+
+    def resident_gradients(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+        """The same."""
+        return self.gradients(parameters)
 
     def full_shape(self, parameter: nn.Parameter) -> torch.Size:
         """Its shape."""

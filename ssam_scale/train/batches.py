@@ -3,23 +3,56 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
+from typing import TypeAlias
+
+from torch import Tensor
 
 from ssam_scale.data import Batch, ImageLoader
 
+Transform: TypeAlias = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Of images and labels, on their device."""
+
 
 class EpochBatches:
-    """One epoch's batches of this process, which can be looked at before they are trained on.
+    """One epoch's batches of this process, by steps, which can be looked at before they are trained on.
+
+    Where the device works beside the host, the batches of the next step are copied to it and transformed while it is
+    still at the step before.
 
     Args:
         loader: of the training images, its epoch set.
+        transform: of each batch, such as mixing; None: there is none.
+        per_step: micro-batches of a step.
+        steps: of the epoch.
     """
 
-    def __init__(self, loader: ImageLoader) -> None:
+    def __init__(
+        self, loader: ImageLoader, transform: Transform | None = None, per_step: int = 1, steps: int | None = None
+    ) -> None:
+        self._loader, self._transform, self._per_step = loader, transform, per_step
+        self._left = len(loader) // per_step if steps is None else steps
         self._loaded = iter(loader)
-        self._ahead: deque[Batch] = deque()
+        self._ahead: deque[Batch] = deque()  # as they are loaded, what is prepared among them
+        self._prepared: list[tuple[Tensor, Tensor]] = []
 
-    def __next__(self) -> Batch:
-        return self._ahead.popleft() if self._ahead else next(self._loaded)
+    def next_step(self) -> list[tuple[Tensor, Tensor]]:
+        """The micro-batches of the next step, transformed.
+
+        Raises:
+            StopIteration: the epoch has no further step.
+        """
+        self._prepare()
+        prepared, self._prepared = self._prepared, []
+        for _ in prepared:
+            self._ahead.popleft()
+        self._left -= 1
+        return prepared
+
+    def prefetch(self) -> None:
+        """Prepare the next step's, if there is one, and if that goes on beside the step that the device is at."""
+        if self._loader.aside.overlaps and self._left > 0:
+            self._prepare()
 
     def ahead(self, samples: int) -> list[Batch]:
         """The next batches, which stay where they are: as many as hold `samples`, or all that the epoch has left."""
@@ -37,3 +70,19 @@ class EpochBatches:
     def close(self) -> None:
         """End the loader's iteration."""
         self._loaded.close()
+
+    def _prepare(self) -> None:
+        """Load what is not loaded yet of the next step, and transform it, in the order of the batches."""
+        while len(self._prepared) < self._per_step:
+            index = len(self._prepared)
+            if index == len(self._ahead):
+                self._ahead.append(next(self._loaded))
+            self._prepared.append(self._transformed(self._ahead[index]))
+
+    def _transformed(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        if self._transform is None:
+            return batch
+        with self._loader.aside as aside:
+            result = self._transform(*batch)
+        aside.hand_over(result)
+        return result

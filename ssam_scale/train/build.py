@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
 from dataclasses import dataclass
 from traceback import walk_tb
 from typing import Any
@@ -29,6 +28,7 @@ from ssam_scale.sharding.place import place
 from ssam_scale.tracking.run import Run
 from ssam_scale.tracking.timer import PhaseTimer
 
+from .batches import Transform
 from .checkpoint import ModelState, OptimizerState, SaveCheckpoint
 from .evaluation import Evaluate
 from .hooks import (
@@ -44,7 +44,6 @@ from .progress import Progress, ProgressBar
 from .refresh import RefreshMask, refreshed_section
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-Transform = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ class Components:
         ema: averaged weights, if wanted.
         loss_fn: what `opt.step` is given.
         train, val: the loaders.
-        mix: mixup and CutMix on a batch.
+        mix: mixup and CutMix on a batch, on its device; None: neither.
         precision: dtype of forward passes.
         steps_per_epoch: optimizer steps in one epoch.
         progress: how far the run has come.
@@ -74,7 +73,7 @@ class Components:
     loss_fn: LossFn
     train: ImageLoader
     val: ImageLoader
-    mix: Transform
+    mix: Transform | None
     precision: torch.dtype
     steps_per_epoch: int
     progress: Progress
@@ -337,7 +336,8 @@ def _scheduler(config: Config, base: torch.optim.Optimizer, steps_per_epoch: int
     return scheduler
 
 
-def _mix(config: Config) -> Transform:
+def _mix(config: Config) -> Transform | None:
+    """What is drawn for it is drawn on the host, so that nothing has to be read back from the device."""
     from torchvision.transforms import v2
 
     classes = config.model.num_classes
@@ -347,7 +347,7 @@ def _mix(config: Config) -> Transform:
     if config.loss.cutmix:
         choices.append(v2.CutMix(alpha=config.loss.cutmix, num_classes=classes))
     if not choices:
-        return lambda images, labels: (images, labels)
+        return None
     return v2.RandomChoice(choices)
 
 

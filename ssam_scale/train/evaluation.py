@@ -113,4 +113,4 @@ def _measure(module: nn.Module, batch: tuple[Tensor, Tensor], precision: torch.d
     logits = logits.float()
     best = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
     loss = F.cross_entropy(logits, labels, reduction="sum")
-    return torch.stack([best[:, 0].sum(), best.sum(), loss, torch.tensor(len(labels), device=loss.device)]).double()
+    return torch.stack([best[:, 0].sum(), best.sum(), loss, loss.new_full((), len(labels))]).double()

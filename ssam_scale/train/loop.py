@@ -96,8 +96,10 @@ def _train_step(
     for hook in hooks:
         hook.before_step(progress, batches)
     with phases("data"):
-        micro_batches = [components.mix(*next(batches)) for _ in range(config.train.accumulation)]
+        micro_batches = batches.next_step()
     opt.step(components.loss_fn, *micro_batches)
+    with phases("data"):
+        batches.prefetch()
     report = opt.report
     assert report is not None
     progress.step += 1
@@ -112,7 +114,8 @@ def _batches(config: Config, world: World, components: Components) -> EpochBatch
     torch.manual_seed(random.Random(f"{config.train.seed} {epoch} {world.rank}").getrandbits(63))
     components.train.set_epoch(epoch)
     components.module.train()
-    return EpochBatches(components.train)
+    steps = components.steps_per_epoch
+    return EpochBatches(components.train, components.mix, config.train.accumulation, steps)
 
 
 def _announce(config: Config, world: World, components: Components, bar: ProgressBar, resumed: Path | None) -> None:

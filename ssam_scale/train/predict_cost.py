@@ -338,8 +338,7 @@ def simulated_rows(config: Config, cluster: Cluster) -> list[dict[str, Any]]:
 
     Of a plan whose steps differ, a step with an ascent; of a moving cut's draws, the one in the middle. `sent` and
     `predicted_sent` are bytes of a step; `held` and `predicted_held` the bytes of the process's weights, base
-    optimizer's state and mask. The mask of a choice by scores is one by random scores, and `mask` says so;
-    where weights are sharded what is sent of single weights and rows is not packed here, nor in `predicted_sent`.
+    optimizer's state and mask. The mask of a choice by scores is one by random scores, and `mask` says so.
 
     Raises:
         UserError: the configured backend cannot be simulated.
@@ -367,10 +366,7 @@ def simulated_rows(config: Config, cluster: Cluster) -> list[dict[str, Any]]:
             done = _simulated(config, placement, mask, ascends=bool(ascents))
         except ValueError as error:
             raise UserError(f"sharding: {error}") from error
-        # Where weights are sharded a process needs to know the others' parts of a mask to pack what it sends them, and
-        # here are none.
-        packs = placement.shards == 1
-        always = [replace(a, share=1.0, between=a.between if packs else None) for a in ascents]
+        always = [replace(a, share=1.0) for a in ascents]
         cost = step_cost(nothing, weights, always, placement, config.train.accumulation)
         memory = footprint(
             weights, always, placement, state, Activations(0.0, 0.0), 0.0, accumulation=config.train.accumulation

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ssam_scale import SparseSAM
 from ssam_scale.perturbation import Savings
 from ssam_scale.perturbation.reference import length_of, masked_by, reference_gradient, reference_step
-from ssam_scale.sharding import World, ddp
+from ssam_scale.sharding import World, bucketed_all_reduce
 from ssam_scale.sharding.place import place
 from tests.support.masks import whole_mask
 from tests.support.networks import batches, part
@@ -204,7 +204,7 @@ TRAFFIC = {
 
 def two_ranks(world: World) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ddp, "_BUCKET_BYTES", 20_000)  # a dozen of them
+        patch.setattr(bucketed_all_reduce, "_BUCKET_BYTES", 20_000)  # a dozen of them
         return {
             "trained": {backend: train(world, backend, cases) for backend, cases in WORK.items()},
             "traffic": {name: [traffic(world, case, name) for case in cases] for name, cases in TRAFFIC.items()},

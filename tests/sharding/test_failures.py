@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ssam_scale import Depth, SparseSAM
 from ssam_scale.perturbation import Savings
-from ssam_scale.sharding import World, ddp, join_world
+from ssam_scale.sharding import World, bucketed_all_reduce, join_world
 from ssam_scale.sharding.place import place
 from tests.support.networks import batches, freeze_batchnorm, loss_fn, part, small_network
 from tests.support.processes import daemon, free_port
@@ -103,7 +103,7 @@ def sparse_sam(world: World, backend: str) -> tuple[SparseSAM, nn.Module]:
 def small_buckets() -> Iterator[None]:
     """So that some of an ascent's are on their way when its backward raises."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ddp, "_BUCKET_BYTES", 2000)
+        patch.setattr(bucketed_all_reduce, "_BUCKET_BYTES", 2000)
         yield
 
 

@@ -302,7 +302,8 @@ def _failures(world: World, kind: Kind, threshold: int = 0) -> list[str]:
         opt = SparseSAM(engine, base, rho=0.5, mask=mask)
         undisturbed = SparseSAM(other, other_base, rho=0.5, mask=mask)
         if isinstance(mask, Scored):
-            opt.refresh(loss_fn, data[0])
+            for o in (opt, undisturbed):  # each process knows the mask of all of its weights by a refresh of its own
+                o.refresh(loss_fn, data[0])
         # In the ascent and in the descent; what breaks a backward comes last.
         for step, (where, call) in enumerate((w, c) for w in places for c in (1, 2 * micro)):
             what = f"threshold {threshold}, {mask.__class__.__name__}, {micro} micro-batches, call {call}, {where}"
@@ -377,8 +378,12 @@ def _by_hand(world: World, kind: Kind) -> list[str]:
         by_hand.zero_grad()
         closure.step(lambda engine=theirs, backward=backward: backward(engine))
         batch_form.step(loss_fn, own)
-    if not same(weights(ours), weights(theirs)) or not same(weights(ours), weights(batched)):
-        wrong.append("three forms")
+    if not same(weights(ours), weights(theirs)):
+        wrong.append("by hand and by a closure")
+    # Where the engine reduces it leaves each process a part, by which norms are summed; given batches, all is there.
+    apart = distance(weights(ours), weights(batched))
+    if apart > (TOLERANCE if kind.stage in (1, 2) else 0.0):
+        wrong.append(f"three forms differ by {apart}")
     return wrong
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ssam_scale.config.schema import Config
-from ssam_scale.data import Batch
 from ssam_scale.masks import BitMask
-from ssam_scale.train.batches import EpochBatches
 from ssam_scale.train.refresh import fewest_samples
 from tests.support.runs import RESNET, VIT, ssam_scale, train_on_ranks, write_config
 from tests.support.tracked import STEPS, artifact, history, saved, table, train
@@ -147,45 +143,7 @@ def shapes_of_run(home: Path) -> list[str]:
     return [name for name, _ in model.named_parameters()]
 
 
-# ---- when there are fewer samples left, and what is peeked at
-
-
-class Loader:
-    """Batches 0, 1, 2, … of two samples; `closed` tells whether the iteration was ended."""
-
-    def __init__(self, batches: int) -> None:
-        self.batches = batches
-        self.closed = False
-
-    def __iter__(self) -> Iterator[Batch]:
-        try:
-            for i in range(self.batches):
-                yield Batch(torch.full((2, 1), float(i)), torch.full((2,), i))
-        finally:
-            self.closed = True
-
-
-def numbers(batches: list[Batch]) -> list[int]:
-    return [int(batch.labels[0]) for batch in batches]
-
-
-def test_what_is_looked_at_comes_again_in_its_order() -> None:
-    loader = Loader(5)
-    with closing(EpochBatches(loader)) as batches:  # type: ignore[arg-type]
-        assert numbers(batches.ahead(3)) == [0, 1]
-        assert numbers(batches.ahead(2)) == [0]
-        assert numbers([next(batches)]) == [0]
-        assert numbers(batches.ahead(4)) == [1, 2]
-        assert numbers([next(batches), next(batches), next(batches)]) == [1, 2, 3]
-        assert numbers(batches.ahead(100)) == [4]
-        assert numbers([next(batches)]) == [4]
-        assert batches.ahead(1) == []
-        with pytest.raises(StopIteration):
-            next(batches)
-    loader = Loader(5)
-    with closing(EpochBatches(loader)) as batches:  # type: ignore[arg-type]
-        batches.ahead(1)
-    assert loader.closed
+# ---- when there are fewer samples left
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,13 @@
 """FSDP2 and HSDP: every parameter is split by rows over the processes of a copy; units are gathered to compute.
 
-A unit (a block) is gathered for a forward and again for its backward, the root's own weights once for both, and in the
-backward of an ascent one unit ahead, though nothing needs it. Gradients that there are of a unit are reduce-scattered
-together, padded to whole rows of each process; of single weights and rows, to the process that is sent most. With
-several copies of the weights the sums are then all-reduced between them, unless an ascent stays within its copy.
+A unit (a block) is gathered for a forward and again for its backward, the root's own weights once for both. Gradients
+that are needed of a unit are reduce-scattered together, padded to whole rows of each process; of single weights and
+rows, as many to each process as to the one that needs most. With several copies of the weights the sums are then
+all-reduced between them, unless an ascent stays within its copy.
 
-With a shared prefix the root's weights are gathered twice more, once for each of the suffix's passes. Units that stay
-gathered are gathered once for the forward of the ascent, its backward and the forward of the descent; those of a shared
-prefix once for all that the step does with them.
+With a shared prefix the root's weights are gathered for the prefix and the ascent, and once more when they were
+perturbed. Units that stay gathered are gathered once for the forward of the ascent, its backward and the forward of the
+descent; those of a shared prefix once for all that the step does with them.
 """
 
 from __future__ import annotations
@@ -29,36 +29,56 @@ class FSDP2Costs(Common):
     """Of what is gathered and scattered over the processes of a copy, and reduced over those of a shard."""
 
     def ascent(self, ascent: Ascent) -> PassTraffic:
-        """Units from the cut on, gathered; the gradients that there are, reduced."""
+        """Units from the cut on, gathered; the gradients that are needed, reduced."""
         kept, shape = self._staying(ascent), ascent.shape
-        # A unit ahead is gathered in a backward, one that does not need it, too; not across the cut of a shared prefix.
-        ahead = 0 if ascent.resolved.shares_prefix else 1
         forward = self._units(shape.cut)
-        if ascent.resolved.shares_prefix:  # where the root stays, the prefix's forward has gathered it
-            forward -= {None} & kept
-        backward = self._units(shape.first - ahead) - kept - {None}
+        if ascent.resolved.shares_prefix:  # whose forward has gathered the root
+            forward -= {None}
+        backward = self._units(shape.first) - kept - {None}
         return PassTraffic(self._gathers(forward), self._gathers(backward) + self._reductions(ascent))
 
     def descent(self, ascent: Ascent | None) -> PassTraffic:
         """All units, gathered, but for those that have stayed; all gradients, reduced."""
         units, everything = self._units(0), self.weights.keys()
-        reduced = self._scatter(self._padded(everything)) + self._between_copies(self._padded(everything))
+        mine = self._padded(everything) / self.placement.shards
+        reduced = self._scatter(mine) + self._between_copies(mine)
         if ascent is None:
             return PassTraffic(self._gathers(units), self._gathers(units - {None}) + reduced)
         kept, prefix = self._staying(ascent), units - self._units(ascent.shape.cut)
         if not ascent.resolved.shares_prefix:
             return PassTraffic(self._gathers(units - kept), self._gathers(units - {None}) + reduced)
-        # The prefix's forward, which the ascent shares, is one with the root; the suffix's gathers the root again.
-        again = () if None in kept else self._gathers({None})
-        forward = self._gathers(prefix | {None}) + self._gathers(units - prefix - kept - {None}) + again
+        # The prefix's forward, which the ascent shares, is one with the root; the suffix's gathers a perturbed one.
+        forward = self._gathers(prefix | {None}) + self._gathers(units - prefix - kept)
         return PassTraffic(forward, self._gathers(units - (kept & prefix) - {None}) + reduced)
+
+    def floor(self, ascent: Ascent) -> Sends:
+        """Each unit gathered where its weights are used and were not there before, and the density of what is reduced.
+
+        A unit is there from a forward on until it is freed, which is before its backward, and at the latest when its
+        weights are perturbed. The root is not freed before its backward, nor is a unit before the descent's backward
+        that a plan keeps gathered, or before its end if the ascent shares it.
+        """
+        kept, resolved = self._staying(ascent), ascent.resolved
+        run, climbed = self._units(ascent.shape.cut), self._units(ascent.shape.first)
+        gathers = 0
+        for unit in self._units(0):
+            if unit is None:
+                more = 0 if unit in kept else 1  # than the one of the base optimizer's step
+            elif unit in kept:
+                more = -1 if resolved.shares_prefix and unit not in run else 0
+            else:
+                more = (unit in run) + (unit in climbed)
+            gathers += more * self._of_units({unit})
+        mine = self.share_of(ascent, lambda w: w.padded(self.placement.shards)) / self.placement.shards
+        between = () if resolved.within_shard_group else self._between_copies(mine)
+        gathered = Sent("all_gather", float(FLOAT * self.accumulation * gathers), self.placement.shard_group)
+        return (gathered, *self._scatter(mine), *between)
 
     def memory(self, ascents: Sequence[Ascent]) -> MemoryUse:
         """Its rows; gathered: the root, the unit at work, the one fetched ahead, a gradient, and units that stay."""
         shards = self.placement.shards
         mine = self._padded(self.weights) / shards
-        # Who packs what others are to be sent knows the mask of all of the weights.
-        known = mine + (self.numel if shards > 1 and any(a.between is not None for a in ascents) else 0)
+        known = mine + self.packing_knows(ascents, mine)
         return MemoryUse(
             FLOAT * mine,
             FLOAT * mine,
@@ -91,34 +111,40 @@ class FSDP2Costs(Common):
     def _padded(self, names: Iterable[str]) -> int:
         return sum(self.weights[name].padded(self.placement.shards) for name in names)
 
+    def _of_units(self, units: Collection[Unit]) -> int:
+        return self._padded(name for name, w in self.weights.items() if w.unit in units)
+
     def _gathers(self, units: Collection[Unit]) -> Sends:
-        whole = self._padded(name for name, w in self.weights.items() if w.unit in units)
-        times = self.accumulation
-        return (Sent("all_gather", float(FLOAT * times * whole), self.placement.shard_group),)
+        whole = self.accumulation * self._of_units(units)
+        return (Sent("all_gather", float(FLOAT * whole), self.placement.shard_group),)
 
     def _reductions(self, ascent: Ascent) -> Sends:
         units: dict[Unit, list[str]] = {}
-        for name in ascent.resolved.computed:
-            units.setdefault(self.weights[name].unit, []).append(name)
-        scattered = self._scatter(sum(self._scattered(ascent, names) for names in units.values()))
-        if ascent.resolved.within_shard_group:
-            return scattered
-        return scattered + self._between_copies(self._padded(ascent.resolved.computed))
+        for name, w in self.weights.items():
+            if name not in ascent.resolved.elided:
+                units.setdefault(w.unit, []).append(name)
+        mine = sum(self._scattered(ascent, names) for names in units.values())
+        between = () if ascent.resolved.within_shard_group else self._between_copies(mine)
+        return self._scatter(mine) + between
 
-    def _scattered(self, ascent: Ascent, names: Sequence[str]) -> int:
-        """Elements of a unit's gradients over all processes, each sent as many as the one that is sent most."""
-        shards = self.placement.shards
-        if ascent.between is None:
-            return self._padded(names)
+    def _scattered(self, ascent: Ascent, names: Sequence[str]) -> float:
+        """Elements of a unit's gradients that each process is sent."""
+        shards, resolved = self.placement.shards, ascent.resolved
+        computed = [name for name in names if name in resolved.computed]
+        if len(computed) < len(names):  # a pass that does not use some of them: nothing is packed
+            return self._padded(computed) / shards
+        needed = [name for name in computed if name in resolved.reduced]
+        if ascent.between is None or all(resolved.reduced[name] is None for name in needed):
+            return self._padded(needed) / shards
         totals = [0] * shards
-        for name in names:
+        for name in needed:
             w = self.weights[name]
             bounds = tuple(min(i * w.padded(shards) // shards, w.numel) for i in range(shards + 1))
             totals = [total + n for total, n in zip(totals, ascent.reduced_between(name, bounds), strict=True)]
-        return shards * max(totals)
+        return max(totals)
 
-    def _scatter(self, elements: float) -> Sends:
-        return (Sent("reduce_scatter", float(FLOAT * elements), self.placement.shard_group),)
+    def _scatter(self, mine: float) -> Sends:
+        return (Sent("reduce_scatter", float(FLOAT * self.placement.shards * mine), self.placement.shard_group),)
 
-    def _between_copies(self, elements: float) -> Sends:
-        return (Sent("all_reduce", FLOAT * elements / self.placement.shards, self.placement.replica_group),)
+    def _between_copies(self, mine: float) -> Sends:
+        return (Sent("all_reduce", FLOAT * mine, self.placement.replica_group),)

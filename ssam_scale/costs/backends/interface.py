@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from ssam_scale.costs.cluster import Placement, Sent
-from ssam_scale.costs.workload import FLOAT, Ascent, Weights
+from ssam_scale.costs.workload import FLOAT, Ascent, Weight, Weights
 
 Sends = tuple[Sent, ...]
 
@@ -56,6 +56,10 @@ class MemoryUse:
 class BackendCosts(Protocol):
     """What a backend makes of a plan."""
 
+    @property
+    def perturbing(self) -> int:
+        """Processes that share the work of perturbing one copy of the weights."""
+
     def ascent(self, ascent: Ascent) -> PassTraffic:
         """What the ascent pass sends, up to where every process has the perturbed weights."""
 
@@ -64,6 +68,15 @@ class BackendCosts(Protocol):
 
         Args:
             ascent: the one before it; None: the base optimizer's step.
+        """
+
+    def floor(self, ascent: Ascent) -> Sends:
+        """The least that a step with this ascent sends beyond one of the base optimizer, as weights lie on the backend.
+
+        That is what its passes must gather and the base optimizer's step does not (where less is gathered, below 0),
+        and of what dense SAM's ascent reduces, the density. Of what a plan's savings can change only what is kept
+        gathered, where the ascent begins and whether it stays within a copy matter: leaving out another one costs what
+        the step sends beyond this.
         """
 
     def memory(self, ascents: Sequence[Ascent]) -> MemoryUse:
@@ -101,9 +114,42 @@ class Common:
     accumulation: int
 
     @property
+    def perturbing(self) -> int:
+        """Those that share the weights."""
+        return self.placement.shards
+
+    @property
     def numel(self) -> int:
         """Elements of all weights."""
         return sum(w.numel for w in self.weights.values())
+
+    def all_reduced(self, ascent: Ascent) -> Sends:
+        """Of each gradient that an ascent asks for, the elements that it does, reduced by every process for itself."""
+        sent = sum(sum(ascent.reduced_between(n, (0, self.weights[n].numel))) for n in ascent.resolved.reduced)
+        return (Sent("all_reduce", float(FLOAT * sent), self.placement.world),)
+
+    def all_reduced_floor(self, ascent: Ascent) -> Sends:
+        """The same of what is perturbed: nothing is gathered."""
+        return (Sent("all_reduce", float(FLOAT * sum(ascent.perturbed.values())), self.placement.world),)
+
+    def packing_knows(self, ascents: Sequence[Ascent], mine: float) -> float:
+        """Weights that a process knows the mask of to pack what others are sent, beside those of its own part.
+
+        They are all weights; and again as they lie in the buffers that are scattered, once of all processes and once of
+        its own.
+
+        Args:
+            ascents: the kinds of steps of a plan.
+            mine: elements of its part of those buffers.
+        """
+        shards = self.placement.shards
+        packs = shards > 1 and any(ascent.between is not None for ascent in ascents)
+        return self.numel + (shards + 1) * mine if packs else 0.0
+
+    def share_of(self, ascent: Ascent, elements: Callable[[Weight], int]) -> float:
+        """`elements` of all weights, of each in the share of it that is perturbed."""
+        weights = self.weights
+        return sum(n / weights[name].numel * elements(weights[name]) for name, n in ascent.perturbed.items() if n)
 
 
 def perturbing(ascents: Sequence[Ascent], shards: int, known: float) -> dict[str, float]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ssam_scale.costs.cluster import Sent
 from ssam_scale.costs.workload import FLOAT, Ascent
 
-from .interface import Common, MemoryUse, PassTraffic, costs_for, perturbing
+from .interface import Common, MemoryUse, PassTraffic, Sends, costs_for, perturbing
 
 
 @costs_for("single")
@@ -24,6 +24,10 @@ class SingleCosts(Common):
         """No communication."""
         return PassTraffic()
 
+    def floor(self, ascent: Ascent) -> Sends:
+        """No communication."""
+        return ()
+
     def memory(self, ascents: Sequence[Ascent]) -> MemoryUse:
         """Weights, gradients and optimizer state in full."""
         whole = FLOAT * self.numel
@@ -37,12 +41,15 @@ class DDPCosts(Common):
 
     def ascent(self, ascent: Ascent) -> PassTraffic:
         """Of each gradient that is needed, the elements that are."""
-        sent = sum(sum(ascent.reduced_between(n, (0, self.weights[n].numel))) for n in ascent.resolved.reduced)
-        return PassTraffic(backward=(Sent("all_reduce", FLOAT * sent, self.placement.world),))
+        return PassTraffic(backward=self.all_reduced(ascent))
 
     def descent(self, ascent: Ascent | None) -> PassTraffic:
         """All-reduce of all gradients."""
         return PassTraffic(backward=(Sent("all_reduce", FLOAT * self.numel, self.placement.world),))
+
+    def floor(self, ascent: Ascent) -> Sends:
+        """The density: nothing is gathered."""
+        return self.all_reduced_floor(ascent)
 
     def memory(self, ascents: Sequence[Ascent]) -> MemoryUse:
         """Everything, and the buckets that gradients are reduced in."""

@@ -1,17 +1,18 @@
 """DeepSpeed's ZeRO, stages 0 to 2: every process holds all of the weights (DeepSpeed 0.19.8 with its defaults).
 
-Stage 0 all-reduces whole gradients when a backward is over: of an ascent those of the parameters that are needed.
+An ascent is DDP's in all of them: what is perturbed of the gradients is all-reduced while the backward goes on, every
+process perturbs all weights, and puts them back from its own copy. In a descent stage 0 all-reduces whole gradients
+when the backward is over.
 
 In stages 1 and 2 the weights of a parameter group lie in one flat buffer, which is cut into equal parts; each process
-steps one, and keeps the optimizer's state and a float32 copy of that part alone, in float32 too. Every gradient that
-there is goes whole into a bucket and is all-reduced, not reduced to its owner, when the backward is over (stage 2: each
-backward). After the optimizer's step the parts are gathered. The perturbed weights are sent to the others by their
-owners, and put back by each process from its own copy of them, of the whole parameters: nothing is sent for that.
+steps one, and keeps the optimizer's state and a float32 copy of that part alone, in float32 too. In a descent every
+gradient goes whole into a bucket and is all-reduced, not reduced to its owner, when the backward is over (stage 2: each
+backward). After the optimizer's step the parts are gathered.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ssam_scale.costs.cluster import Sent
@@ -31,12 +32,16 @@ class ZeRO0Costs(Common):
     """Stage 0: whole gradients, reduced after the backward."""
 
     def ascent(self, ascent: Ascent) -> PassTraffic:
-        """The gradients that are needed, whole: DeepSpeed reduces no parts of one."""
-        return PassTraffic(after=self._reduced(self.weights[name].numel for name in ascent.resolved.reduced))
+        """Of each gradient that is needed, the elements that are."""
+        return PassTraffic(backward=self.all_reduced(ascent))
 
     def descent(self, ascent: Ascent | None) -> PassTraffic:
         """All gradients."""
-        return PassTraffic(after=self._reduced([self.numel]))
+        return PassTraffic(after=(Sent("all_reduce", float(FLOAT * self.numel), self.placement.world),))
+
+    def floor(self, ascent: Ascent) -> Sends:
+        """The density: nothing is gathered."""
+        return self.all_reduced_floor(ascent)
 
     def memory(self, ascents: Sequence[Ascent]) -> MemoryUse:
         """Everything, and the bucket that gradients are reduced in."""
@@ -44,35 +49,45 @@ class ZeRO0Costs(Common):
         bucket = FLOAT * min(self.numel, _STAGE_0_BUCKET)
         return MemoryUse(whole, whole + bucket, whole, **perturbing(ascents, 1, self.numel))
 
-    def _reduced(self, elements: Iterable[int]) -> Sends:
-        return (Sent("all_reduce", float(FLOAT * sum(elements)), self.placement.world),)
-
 
 @costs_for("zero1", "zero2")
 @dataclass(frozen=True)
 class ZeRO12Costs(Common):
-    """Stages 1 and 2: whole gradients, reduced after the backward; what others stepped or perturbed, gathered."""
+    """Stages 1 and 2: whole gradients of a descent, reduced after the backward; what others stepped, gathered."""
+
+    @property
+    def perturbing(self) -> int:
+        """Each process perturbs all."""
+        return 1
 
     def ascent(self, ascent: Ascent) -> PassTraffic:
-        """The gradients that there are, and the perturbed weights."""
-        return PassTraffic(after=self._reduced(ascent.resolved.computed) + self._published(ascent))
+        """Of each gradient that is needed, the elements that are."""
+        return PassTraffic(backward=self.all_reduced(ascent))
 
     def descent(self, ascent: Ascent | None) -> PassTraffic:
         """All gradients, and the stepped weights."""
-        gathered = tuple(self._all_of(group) for group in self._groups())
-        return PassTraffic(after=self._reduced(self.weights) + gathered)
+        times = self.accumulation if self.placement.backend == "zero2" else 1
+        reduced = Sent("all_reduce", float(FLOAT * times * self.numel), self.placement.world)
+        gathered = FLOAT * sum(self._padded(group) for group in self._groups())
+        return PassTraffic(after=(reduced, Sent("all_gather", float(gathered), self.placement.world)))
+
+    def floor(self, ascent: Ascent) -> Sends:
+        """The density: an all-reduce is a reduce-scatter to those who perturb, and a gathering of what they have."""
+        return self.all_reduced_floor(ascent)
 
     def memory(self, ascents: Sequence[Ascent]) -> MemoryUse:
-        """All weights, a part of what is stepped, and a bucket of fixed size for gradients."""
+        """All weights, a part of what is stepped, and for gradients a bucket of fixed size, or an ascent's whole."""
         padded = sum(self._padded(group) for group in self._groups())
         part = FLOAT * padded / self.placement.shards
         # Stage 1 reduces in the last micro-batch, until when gradients are whole.
         waiting = FLOAT * self.numel if self.placement.backend == "zero1" and self.accumulation > 1 else 0
-        bucket = FLOAT * self.placement.zero.reduce_bucket
-        # What is put back are whole parameters, on every process, and so is the mask of them.
-        extra = perturbing(ascents, self.placement.shards, padded / self.placement.shards + self.numel)
-        extra["backup"] *= self.placement.shards
-        return MemoryUse(FLOAT * padded + part, waiting + part + bucket, part, **extra)
+        gradients = waiting + part + FLOAT * self.placement.zero.reduce_bucket
+        if ascents:  # which go past the bucket
+            gradients = max(gradients, FLOAT * self.numel)
+        # Every process perturbs all, and knows the mask of all, but remembers what it reuses for its part alone.
+        extra = perturbing(ascents, 1, padded / self.placement.shards + self.numel)
+        extra["reuse"] /= self.placement.shards
+        return MemoryUse(FLOAT * padded + part, gradients, part, **extra)
 
     def _groups(self) -> list[dict[str, Weight]]:
         """The weights of each parameter group, in the order of the flat buffer."""
@@ -84,39 +99,3 @@ class ZeRO12Costs(Common):
     def _padded(self, group: Mapping[str, Weight]) -> int:
         alignment = _ALIGNED * self.placement.shards
         return -(-sum(w.numel for w in group.values()) // alignment) * alignment
-
-    def _reduced(self, names: Iterable[str]) -> Sends:
-        times = self.accumulation if self.placement.backend == "zero2" else 1
-        whole = FLOAT * times * sum(self.weights[name].numel for name in names)
-        return (Sent("all_reduce", float(whole), self.placement.world),)
-
-    def _all_of(self, group: Mapping[str, Weight]) -> Sent:
-        return Sent("all_gather", float(FLOAT * self._padded(group)), self.placement.world)
-
-    def _published(self, ascent: Ascent) -> Sends:
-        """What was perturbed, as `PackedAllGather` sends it: gathered, or where that is less, broadcast by each."""
-        sends: list[Sent] = []
-        for group in self._groups():
-            owned = self._perturbed_of_each(ascent, group)
-            everything = sum(owned) == sum(w.numel for w in group.values())
-            if everything or not ascent.resolved.packed:
-                sends.append(self._all_of(group))
-                continue
-            gathered = Sent("all_gather", float(FLOAT * len(owned) * max(owned)), self.placement.world)
-            broadcast = Sent("broadcast", float(FLOAT * sum(owned)), self.placement.world)
-            sends.append(min(gathered, broadcast, key=lambda sent: sent.bytes))
-        return tuple(sends)
-
-    def _perturbed_of_each(self, ascent: Ascent, group: Mapping[str, Weight]) -> list[int]:
-        """How many elements that are sent each process owns of a group."""
-        size = self._padded(group) // self.placement.shards
-        owned = [0] * self.placement.shards
-        start = 0
-        for name, w in group.items():
-            if name in ascent.perturbed:
-                first, last = start // size, (start + w.numel - 1) // size
-                bounds = (0, *((process + 1) * size - start for process in range(first, last)), w.numel)
-                for process, count in enumerate(ascent.perturbed_between(name, bounds), first):
-                    owned[process] += count
-            start += w.numel
-        return owned

@@ -8,8 +8,9 @@ reductions go on while the pass computes; gathering the persistent ones does not
 
 The ascent gathers what it runs, and perturbing frees what was written to (all, where nothing is packed), the persistent
 ones too. A shared prefix stays gathered from its forward to its backward if any whole pass of the network would stay.
-Weights that nothing perturbs can stay from the ascent to the descent. Every gradient that there is is reduce-scattered
-in every micro-batch, in full.
+Weights that nothing perturbs can stay from the ascent to the descent. Gradients are reduce-scattered in every
+micro-batch: those of a descent in full, of those of an ascent what is needed, all together, as many elements to each
+process as to the one that needs most.
 
 Taken for granted: the trace by which DeepSpeed knows what is used next is the right one for each kind of pass, which it
 is from the third pass of a kind on.
@@ -40,7 +41,7 @@ class ZeRO3Costs(Common):
         freed = self._persistent & ascent.perturbed.keys() if some else self._persistent
         return PassTraffic(
             self._gathers(self._large & self._from_stage(shape.cut)),
-            self._gathers(again) + self._scatters(ascent.resolved.computed),
+            self._gathers(again) + self._scatters(self._needed(ascent)),
             self._gathers(freed, times=1),
         )
 
@@ -55,21 +56,38 @@ class ZeRO3Costs(Common):
                 again = (self._regathered & suffix) | (self._large - suffix - self._staying(ascent))
         return PassTraffic(
             self._gathers(self._large - there),
-            self._gathers(again) + self._scatters(self.weights),
+            self._gathers(again) + self._scatters(self._padded(self.weights)),
             self._gathers(self._persistent, times=1),
         )
+
+    def floor(self, ascent: Ascent) -> Sends:
+        """What DeepSpeed gathers where it knows what is used next, and the density of what is reduced.
+
+        Weights are gathered for the ascent and for the descent, once each or, where DeepSpeed frees them in between,
+        twice; small ones anew if they were perturbed.
+        """
+        gathered = (*self.ascent(ascent).forward, *self.ascent(ascent).backward, *self.descent(ascent).forward)
+        gathered += self.descent(ascent).backward
+        whole = sum(sent.whole for sent in gathered if sent.collective == "all_gather")
+        base = self.descent(None)
+        whole -= sum(sent.whole for sent in base.forward + base.backward if sent.collective == "all_gather")
+        whole += FLOAT * self._padded(self._persistent & ascent.perturbed.keys())
+        shards = self.placement.shards
+        elements = self.share_of(ascent, lambda w: -(-w.numel // shards) * shards)
+        return (Sent("all_gather", float(whole), self.placement.world), *self._scatters(elements))
 
     def memory(self, ascents: Sequence[Ascent]) -> MemoryUse:
         """Its runs, twice (the optimizer steps copies), and of gradients; a bucket; and all that stays gathered."""
         shards, settings = self.placement.shards, self.placement.zero
-        part = FLOAT * self._padded(self.weights) / shards
+        mine = self._padded(self.weights) / shards
+        part = FLOAT * mine
         whole = 0.0
         if shards > 1:
             far = [self.weights[name].numel for name in self._regathered]
             at_work = min(sum(far), settings.prefetch + max(far, default=0))
             staying = max((self._elements(self._regathered & self._staying(a)) for a in ascents), default=0)
             whole = FLOAT * min(self.numel, self.numel - sum(far) + at_work + staying)
-        extra = perturbing(ascents, shards, self.numel / shards)
+        extra = perturbing(ascents, shards, self.numel / shards + self.packing_knows(ascents, mine))
         return MemoryUse(2 * part, part + FLOAT * settings.reduce_bucket, part, whole, **extra)
 
     @cached_property
@@ -113,6 +131,18 @@ class ZeRO3Costs(Common):
         times = self.accumulation if times is None else times
         return (Sent("all_gather", float(FLOAT * times * self._padded(names)), self.placement.world),)
 
-    def _scatters(self, names: Iterable[str]) -> Sends:
-        whole = float(FLOAT * self.accumulation * self._padded(names))
-        return (Sent("reduce_scatter", whole, self.placement.world),)
+    def _needed(self, ascent: Ascent) -> float:
+        """Elements of the gradients that are sent, to all processes together."""
+        resolved, shards = ascent.resolved, self.placement.shards
+        needed = [name for name in resolved.computed if name in resolved.reduced]
+        if ascent.between is None or all(resolved.reduced[name] is None for name in needed):
+            return self._padded(needed)
+        totals = [0] * shards
+        for name in needed:
+            w = self.weights[name]
+            bounds = tuple(min(i * -(-w.numel // shards), w.numel) for i in range(shards + 1))
+            totals = [total + n for total, n in zip(totals, ascent.reduced_between(name, bounds), strict=True)]
+        return shards * max(totals)
+
+    def _scatters(self, elements: float) -> Sends:
+        return (Sent("reduce_scatter", float(FLOAT * self.accumulation * elements), self.placement.world),)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import deepspeed
@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ssam_scale.sharding.bucketed_all_reduce import AscentAllReduce
 from ssam_scale.sharding.gradient_hooks import OnGradient, aligned_storage, observe_gradients
 from ssam_scale.sharding.interface import AscentReduction
 from ssam_scale.sharding.process_group import ProcessGroup
@@ -147,6 +148,9 @@ def check_setup(engine: Any) -> None:
 class DeepSpeedTraining:
     """Forward, backward, clipping and step of every stage are the engine's.
 
+    Where every rank holds whole weights (stages 0 to 2) the gradients of an ascent are reduced here and not by the
+    engine, which reduces whole gradients and, where the optimizer steps shards, leaves each rank its shard alone.
+
     Attributes:
         survives_interruption: whether the engine can go on after an exception inside a backward; else its reductions
             are half done, and nothing takes them back.
@@ -154,16 +158,24 @@ class DeepSpeedTraining:
 
     supports_grad_scaler = False
     packs_gradients = False
+    reduces_whole = False
     weights_replicated: bool
     survives_interruption = True
 
     def __init__(self, engine: Any) -> None:
         self._engine = engine
         self._interrupted = False
+        self._all_reduce: AscentAllReduce | None = None
         self.network: nn.Module = engine.module
         self.ascent_module: nn.Module = engine
         self.descent_module: nn.Module = engine
         self.data_parallel_group = ProcessGroup(dist.group.WORLD)
+
+    def reduce_ascents(self) -> None:
+        """Reduce the gradients of ascents here from now on, if there is another rank."""
+        if self.data_parallel_group.size > 1:
+            self._all_reduce = AscentAllReduce(dist.group.WORLD, self._engine.communication_data_type)
+            self.packs_gradients = True
 
     def groups(self) -> list[list[nn.Parameter]]:
         """The model's parameters that the optimizer steps, by group."""
@@ -201,12 +213,16 @@ class DeepSpeedTraining:
                 "are as they were, so save a checkpoint and load it into a new engine"
             )
         self._engine.set_gradient_accumulation_boundary(last)
+        if last and self._all_reduce is not None:
+            self._all_reduce.expect_last()
         yield
 
     def backward(self, loss: Tensor) -> None:
         """The engine's; the loss is already divided by the number of micro-batches."""
         self._interrupted = True
         self._engine.backward(loss, scale_wrt_gas=False)
+        if self._all_reduce is not None:
+            self._all_reduce.finish()
         self._interrupted = False
 
     def loss_scale(self) -> float:
@@ -231,9 +247,19 @@ class DeepSpeedTraining:
         finally:
             self._engine.set_gradient_accumulation_boundary(boundary)
 
-    def ascent(self, reduction: AscentReduction) -> AbstractContextManager[None]:
-        """The engine averages in the backward what gradients there are, in full."""
-        return nullcontext()
+    @contextmanager
+    def ascent(self, reduction: AscentReduction) -> Iterator[None]:
+        """Bucketed all-reduce of what is asked for; or the engine averages what gradients there are, in full."""
+        if self._all_reduce is None:
+            yield
+            return
+        with self._without_reduction(), self._all_reduce.of(reduction):
+            yield
+
+    def _without_reduction(self) -> AbstractContextManager[None]:
+        """Backwards inside leave gradients as they are in `.grad`."""
+        unreduced: AbstractContextManager[None] = self._engine.no_sync()
+        return unreduced
 
     def clear_gradients(self, optimizer: torch.optim.Optimizer) -> None:
         """Drop `.grad`."""

@@ -1,19 +1,16 @@
 """ZeRO stage 0: nothing is sharded, and every rank perturbs all weights.
 
-The ascent gradient is `.grad`, which the engine has all-reduced in the backward; the perturbation is written to the
-parameters, on every rank the same, so there is nothing to publish; `.grad` is cleared between the passes. In bf16 the
-optimizer steps float32 masters, which the perturbation does not touch.
+The ascent gradient is `.grad`, of which the masked elements are all-reduced here, within the engine's `no_sync`; the
+perturbation is written to the parameters, on every rank the same, so there is nothing to publish; `.grad` is cleared
+between the passes. In bf16 the optimizer steps float32 masters, which the perturbation does not touch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from ssam_scale.sharding.interface import AscentReduction
 from ssam_scale.sharding.unsharded import ReplicatedWeights, TorchState
 
 from .engine import DeepSpeedTraining, check_internals
@@ -27,35 +24,11 @@ _LOW_PRECISION_INTERNALS = {
 
 
 class _Stage0(ReplicatedWeights, DeepSpeedTraining):
-    """Passes of stage 0, with an ascent that reduces no more than it needs.
-
-    The engine reduces a gradient of every parameter that requires one, and zeros where there is none. An ascent that
-    starts behind the first block has none before it: while the engine looks for gradients, these do not require any.
-    """
+    """Passes of stage 0, which reduce the ascent's gradients themselves."""
 
     def __init__(self, engine: Any) -> None:
         super().__init__(engine)
-        self._not_reduced: list[nn.Parameter] = []
-
-    @contextmanager
-    def ascent(self, reduction: AscentReduction) -> Iterator[None]:
-        """The engine averages, in the backward, the gradients of no other parameters than these."""
-        reduced = {id(p) for p in reduction.parameters}
-        self._not_reduced = [p for p in self.network.parameters() if p.requires_grad and id(p) not in reduced]
-        try:
-            yield
-        finally:
-            self._not_reduced = []
-
-    def backward(self, loss: Tensor) -> None:
-        """The engine's. The graph is there already and does not care what requires a gradient now."""
-        for p in self._not_reduced:
-            p.requires_grad_(False)
-        try:
-            super().backward(loss)
-        finally:
-            for p in self._not_reduced:
-                p.requires_grad_(True)
+        self.reduce_ascents()
 
 
 class ZeRO0(TorchState, _Stage0):

@@ -1,19 +1,26 @@
-"""ZeRO stages 1 and 2: every rank holds full weights, as views of flat buffers, and perturbs its partition of them.
+"""ZeRO stages 1 and 2: every rank holds full weights, as views of flat buffers, and its optimizer steps a partition.
 
-- Ascent gradient: this rank's partition, which DeepSpeed has reduced into `averaged_gradients` (or, in bf16 with
-  float32 accumulation, into `fp32_groups_gradient_flat_partition`).
-- Perturbation: written to this rank's partition of the flat buffer that the parameters are views of. The optimizer
-  steps float32 masters and never sees it.
-- Publishing: an all-gather of the partitions, or of the masked elements of them. Restoring needs none: each rank copies
-  its full weights back.
+- Ascent gradient: `.grad`, of which the masked elements are all-reduced here; DeepSpeed, which would reduce all of it,
+  is kept from reducing as its own `coalesce_grad_reduction` keeps it.
+- Perturbation: written to the parameters, on every rank the same, so there is nothing to publish. That sends as little
+  as reducing to the owner of each partition and gathering what it perturbed, and it sends from every rank alike where
+  a cut perturbs the partitions of few. The optimizer steps float32 masters and never sees it.
+- Restoring: each rank copies its full weights back.
 - Cleared between the passes: `.grad` and the reduced gradients, to which the descent's would be added.
+
+By hand (a closure, `perturbed`) the engine has reduced: the ascent gradient is this rank's partition alone, in
+`averaged_gradients` (or, in bf16 with float32 accumulation, in `fp32_groups_gradient_flat_partition`). The perturbation
+is written to this rank's partition of the flat buffer that the parameters are views of, and published by an all-gather
+of the partitions, or of the masked elements of them. So it is where gradients are accumulated in another dtype than the
+weights', which is not in `.grad`.
 
 A shard is the run of a parameter that lies in this rank's partition; it may be empty.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,7 +30,7 @@ from ssam_scale.sharding.interface import Shard, WrittenWeights
 from ssam_scale.sharding.packed_all_gather import PackedAllGather, Run, WrittenParameter
 from ssam_scale.torch_compat import all_gather_single
 
-from .engine import BACKWARD_INTERNALS, ZeROTraining
+from .engine import BACKWARD_INTERNALS, ZeROTraining, check_internals
 from .masters import FlatShards, Master, MasterState
 
 _STAGES_1_2_INTERNALS = BACKWARD_INTERNALS | {
@@ -33,6 +40,11 @@ _STAGES_1_2_INTERNALS = BACKWARD_INTERNALS | {
     "single_partition_of_fp32_groups": "the masters: they key the optimizer's state, and loading writes them",
     "averaged_gradients": "this rank's partition of the reduced gradient; safe_get_full_grad would gather all of it",
     "all_grad_tensors": "accumulates over backwards; without dropping it the descent gradient adds to the ascent's",
+    "use_grad_accum_attribute": "whether gradients are somewhere else than in .grad",
+    "_coalesce_grad_reduction": "keeps the hooks on gradients from reducing, as in engine.coalesce_grad_reduction",
+}
+_ENGINE_INTERNALS = {
+    "inside_no_sync_ctxt": "keeps the engine from reducing after a backward; its no_sync refuses stage 2",
 }
 _BF16_INTERNALS = BACKWARD_INTERNALS | {  # bf16 with data_types.grad_accum_dtype fp32; the first four as above
     "bf16_groups": "as bit16_groups",
@@ -87,6 +99,10 @@ class _FlatBuffers(FlatShards, MasterState):
     def resident(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
         """The full parameters: every rank holds all of them."""
         return [p.detach() for p in parameters]
+
+    def resident_gradients(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+        """Each parameter's `.grad`."""
+        return [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
 
     def publish(self, written: WrittenWeights | None = None) -> None:
         """Gather every rank's partition into the flat buffers, or what was written to of it."""
@@ -166,13 +182,28 @@ class ZeRO12(_FlatBuffers, ZeROTraining):
         zero = engine.optimizer
         partitions, masters = zero.parallel_partitioned_bit16_groups, zero.single_partition_of_fp32_groups
         _FlatBuffers.__init__(self, zero.bit16_groups, zero.bit16_groups_flat, partitions, masters)
+        check_internals(engine, _ENGINE_INTERNALS)
+        if not zero.use_grad_accum_attribute:
+            self.reduce_ascents()
+            self.reduces_whole = self.packs_gradients
+
+    @contextmanager
+    def _without_reduction(self) -> Iterator[None]:
+        self._engine.inside_no_sync_ctxt = self._zero._coalesce_grad_reduction = True
+        try:
+            yield
+        finally:
+            self._engine.inside_no_sync_ctxt = self._zero._coalesce_grad_reduction = False
 
     def gradients(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
         """This rank's run of each parameter's reduced gradient."""
         pieces = {group: self._pieces(group) for group in {self._group_of[id(p)] for p in parameters}}
         result = []
         for p in parameters:
-            group, (in_partition, _, length) = self._group_of[id(p)], self._own_run(p)
+            group, (in_partition, in_parameter, length) = self._group_of[id(p)], self._own_run(p)
+            if p.grad is not None:  # reduced here and not by the engine, which leaves none
+                result.append(p.grad.reshape(-1).narrow(0, in_parameter, length))
+                continue
             piece = pieces[group].get(in_partition) if length else None
             result.append(self._own_partition(group).new_zeros(length) if piece is None else piece)
         return result
@@ -195,7 +226,7 @@ class ZeRO12(_FlatBuffers, ZeROTraining):
 
 
 class ZeRO1BF16(_FlatBuffers, ZeROTraining):
-    """Stage 1 in bf16 with gradients accumulated in float32.
+    """Stage 1 in bf16 with gradients accumulated in float32, which the engine reduces.
 
     Raises:
         ValueError: gradients are not accumulated at once.

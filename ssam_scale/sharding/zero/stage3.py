@@ -3,7 +3,8 @@
 How it is perturbed, in the order of a step:
 
 - Ascent: forward and backward are the engine's. It gathers each module's parameters, frees them and reduce-scatters
-  the gradients. What the mask leaves alone can stay gathered for the descent (`ascent`).
+  the gradients, of which a collective of ours sends what is perturbed. What the mask leaves alone can stay gathered for
+  the descent (`ascent`).
 - Ascent gradient: this rank's run of each parameter's, which `safe_get_local_grad` shows (`gradients`).
 - Perturbation: written to `ds_tensor`, this rank's run of the weights, without the padding at its end (`shards`). The
   optimizer steps float32 masters and never sees it.
@@ -21,15 +22,21 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
+from typing import Any, TypeAlias
 
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from deepspeed.runtime.zero import stage3
 from deepspeed.utils import safe_get_local_grad
 from torch import Tensor, nn
 
 from ssam_scale.sharding.interface import AscentReduction, Shard, WrittenWeights
+from ssam_scale.sharding.packed_reduce_scatter import Asked, Packings
+from ssam_scale.torch_compat import reduce_scatter_single
 
 from .engine import BACKWARD_INTERNALS, ZeROTraining, check_internals
 from .masters import FlatShards, Master, MasterState
@@ -42,7 +49,10 @@ _OPTIMIZER_INTERNALS = BACKWARD_INTERNALS | {
     "empty_partition_cache": "frees gathered weights; the engine's method of that name collects garbage each time too",
     "persistent_parameters": "small parameters that DeepSpeed keeps gathered between steps",
     "parameter_offload": "gathers and frees weights; the lists below say what of it is used",
+    "reduce_scatter": "whether gradients come by the two functions below",
+    "_DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads": "knows the parameters of the gradients that are scattered",
 }
+_MODULE_INTERNALS = {"reduce_scatter_coalesced": "scatters whole gradients, where we scatter what is perturbed"}
 _PARAMETER_INTERNALS = {
     "ds_tensor": "this rank's run, padded to the same length on each; public calls reach the float32 master only",
     "ds_shape": "the full shape, which also tells weights from padding",
@@ -61,6 +71,7 @@ _COORDINATOR_INTERNALS = {
     "_invalidate_trace": "a coordinator that has been at work is no beginning for others",
     "_clear_trace_structures": "copies of a coordinator must not record into the same list",
 }
+_reduce_scatter_coalesced = stage3.reduce_scatter_coalesced
 _NETWORK_INTERNALS = {
     "ds_inflight_param_registry": "weights that are being gathered must have come before they are freed"
 }
@@ -76,9 +87,12 @@ class ZeRO3(FlatShards, MasterState, ZeROTraining):
         check_internals(offload, _OFFLOAD_INTERNALS)
         check_internals(offload.param_coordinator, _COORDINATOR_INTERNALS)
         check_internals(self.network, _NETWORK_INTERNALS)
+        check_internals(stage3, _MODULE_INTERNALS)
         for p in next(iter(self._zero.fp16_groups), [])[:1]:
             check_internals(p, _PARAMETER_INTERNALS)
         self._gathered = GatheredParameters.of(engine)
+        self.packs_gradients = self._zero.reduce_scatter and self.shard_group.size > 1
+        self.packings = Packings(self.shard_group.size, self.shard_group.rank)
         self._kept_gathered: set[int] = set()  # by identity, what an ascent has left gathered
         self._place: dict[int, tuple[int, int]] = {}  # of each parameter: its sub-group, and where it starts in it
         for index, sub_group in enumerate(self._zero.fp16_groups):
@@ -87,10 +101,14 @@ class ZeRO3(FlatShards, MasterState, ZeROTraining):
                 self._place[id(p)] = index, start
                 start += p.ds_tensor.numel()
 
-    def ascent(self, reduction: AscentReduction) -> AbstractContextManager[None]:
-        """The engine averages in the backward what gradients there are, in full. What is to be kept is not freed."""
+    @contextmanager
+    def ascent(self, reduction: AscentReduction) -> Iterator[None]:
+        """The engine averages in the backward what is asked for of the gradients. What is to be kept is not freed."""
         self._kept_gathered = {id(p) for p in reduction.keep_gathered}
-        return self._gathered.held(reduction.keep_gathered)
+        scatter = partial(_scatter, self.packings, Asked(reduction))
+        packing = _scattering(self._zero, scatter) if self.packs_gradients else nullcontext()
+        with self._gathered.held(reduction.keep_gathered), packing:
+            yield
 
     @contextmanager
     def micro_batch(self, *, last: bool) -> Iterator[None]:
@@ -106,6 +124,10 @@ class ZeRO3(FlatShards, MasterState, ZeROTraining):
         """This rank's run of each parameter's reduced gradient, without the padding."""
         lengths = [shard.weight.numel() for shard in self.shards(parameters)]
         return [safe_get_local_grad(p)[:length] for p, length in zip(parameters, lengths, strict=True)]
+
+    def resident_gradients(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+        """The same."""
+        return self.gradients(parameters)
 
     def shards(self, parameters: Sequence[nn.Parameter]) -> list[Shard]:
         """This rank's run of each parameter, flat, without the padding."""
@@ -156,6 +178,65 @@ class ZeRO3(FlatShards, MasterState, ZeROTraining):
         [shard] = self.shards([parameter])
         master = self._zero.fp32_partitioned_groups_flat[index]
         return Master(master, start, shard.weight.numel(), self._zero.sub_group_to_group_id[index])
+
+
+Scatter: TypeAlias = Callable[[Sequence[nn.Parameter], list[Tensor], Any], list[Tensor]]
+"""As DeepSpeed's `reduce_scatter_coalesced`, which is not told the parameters of the gradients."""
+
+
+@contextmanager
+def _scattering(zero: Any, scatter: Scatter) -> Iterator[None]:
+    """Backwards inside scatter gradients by `scatter`; all that DeepSpeed does before and after, it does as always."""
+    averaged = zero._DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads
+
+    def of_known_parameters(parameters: Sequence[nn.Parameter], dtype: torch.dtype) -> Any:
+        stage3.reduce_scatter_coalesced = partial(scatter, list(parameters))
+        try:
+            return averaged(parameters, dtype)
+        finally:
+            stage3.reduce_scatter_coalesced = _reduce_scatter_coalesced
+
+    zero._DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads = of_known_parameters
+    try:
+        yield
+    finally:
+        del zero._DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads  # the class's own shows again
+
+
+def _scatter(
+    packings: Packings,
+    asked: Asked,
+    parameters: Sequence[nn.Parameter],
+    gradients: Sequence[Tensor],
+    group: dist.ProcessGroup | None = None,
+) -> list[Tensor]:
+    """This rank's runs of the averages of whole gradients, without padding; zero where nothing was asked for."""
+    size, rank = dist.get_world_size(group), dist.get_rank(group)
+    places = [asked.of(p, g.numel(), -(-g.numel() // size)) for p, g in zip(parameters, gradients, strict=True)]
+    output = gradients[0].new_zeros(sum(place.padded for place in places if place.asked))
+    needed = [(place, g) for place, g in zip(places, gradients, strict=True) if place.asked]
+    packing = packings(tuple(map(id, parameters)), [place for place, _ in needed])
+    if packing is None and len(needed) == len(places):
+        return list(_reduce_scatter_coalesced(gradients, group))
+    width = len(output) if packing is None else packing.width
+    if width:
+        padded = [F.pad(g.reshape(-1), (0, size * place.padded - place.numel)) for place, g in needed]
+        buffer = torch.cat([g.view(size, -1) for g in padded], dim=1).view(-1)
+        del padded
+        sent = buffer if packing is None else packing.pack(buffer)
+        received = output if packing is None else output.new_empty(width)
+        reduce_scatter_single(received, sent.div_(size), dist.ReduceOp.SUM, group)
+        if packing is not None:
+            packing.unpack(received, output)
+    result, offset = [], 0
+    for place in places:
+        length = max(0, min(place.padded, place.numel - rank * place.padded))
+        if place.asked:
+            result.append(output[offset : offset + length])
+            offset += place.padded
+        else:
+            result.append(output.new_zeros(length))
+    return result
 
 
 # Of a cut there are three: prefix, ascent and descent. A mask that leaves tensors out has others after each refresh.
