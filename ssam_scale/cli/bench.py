@@ -237,9 +237,9 @@ _STEPS: Columns = {
     "t": ("suffix_share", 1.0, ".3f"),
     "f": ("fraction", 1.0, ".2g"),
     "ms": ("seconds", 1e3, ",.1f"),
-    "iqr": ("seconds_iqr", 1e3, ",.1f"),
+    "ms iqr": ("seconds_iqr", 1e3, ",.1f"),
     "time / base": ("time_over_base", 1.0, ".3f"),
-    "iqr ": ("time_over_base_iqr", 1.0, ".3f"),
+    "time / base iqr": ("time_over_base_iqr", 1.0, ".3f"),
     "predicted": ("predicted_over_base", 1.0, ".3f"),
     "at most": ("target_over_base", 1.0, ".3f"),
 }

@@ -53,7 +53,7 @@ def show(rows: Sequence[Mapping[str, Any]], columns: Columns, caption: str, as_j
 def markdown(rows: Sequence[Mapping[str, Any]], columns: Columns, name: str = "what") -> list[str]:
     """Lines of the same table in Markdown."""
     aligned = " | ".join("---:" for _ in columns)
-    lines = [f"| {' | '.join([name, *(title.strip() for title in columns)])} |", f"| --- | {aligned} |"]
+    lines = [f"| {' | '.join([name, *columns])} |", f"| --- | {aligned} |"]
     return lines + [f"| {' | '.join(_cells(row, columns, name))} |" for row in rows]
 
 
