@@ -41,7 +41,7 @@ def swap(old: str, new: str) -> str:
         (
             SMALL + "  zzz: 3\n",
             "given.yaml:18: train.zzz: unknown key; "
-            "train has epochs, precision, accumulation, ema_decay, seed, eval_epochs",
+            "train has epochs, device, precision, accumulation, ema_decay, seed, eval_epochs",
         ),
         # values
         (swap("128", "abc"), 'given.yaml:7: data.batch_size: must be a whole number, given "abc"'),
