@@ -6,7 +6,6 @@ import difflib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +15,7 @@ from ssam_scale.costs.profile import Batch
 from ssam_scale.errors import UserError
 from ssam_scale.models import stages_of
 from ssam_scale.perturbation import StagedModel
-from ssam_scale.sharding.device import has_bf16
+from ssam_scale.sharding.device import has_bf16, to_device
 
 from .processes import bench_device
 
@@ -61,10 +60,7 @@ class Setting:
         torch.manual_seed(0)
         model = self._built()
         staged = StagedModel(model, stages_of(model)).train()
-        # Convolutions in half precision are only fast this way on a GPU; one that cuts patches makes no difference.
-        channels_last = self.device.type == "cuda" and not hasattr(model, "patch_embed")
-        kept: Any = {"memory_format": torch.channels_last} if channels_last else {}
-        return staged.to(self.device, **kept)
+        return to_device(staged, self.device)
 
     def batch(self, images: int | None = None) -> Batch:
         """Random images and labels, the same each time."""

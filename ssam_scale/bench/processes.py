@@ -19,7 +19,7 @@ import torch.multiprocessing as mp
 from ssam_scale.cores import usable_cores
 from ssam_scale.errors import UserError
 from ssam_scale.sharding import leave_process_group
-from ssam_scale.sharding.device import choose_device
+from ssam_scale.sharding.device import choose_device, use_device
 
 _TIMEOUT = timedelta(minutes=60)
 _MISTAKE = "mistake"  # the file in which a process leaves what a person can mend
@@ -31,14 +31,15 @@ def bench_device() -> torch.device:
     Raises:
         UserError: there seems to be a GPU that torch cannot use.
     """
-    return choose_device(ask_for_cpu="CUDA_VISIBLE_DEVICES= before the command")
+    device = choose_device(ask_for_cpu="CUDA_VISIBLE_DEVICES= before the command")
+    use_device(device)
+    return device
 
 
 def _entry(rank: int, function: Callable[..., Any], size: int, cuda: bool, folder: str, args: tuple[Any, ...]) -> None:
     os.dup2(2, 1)  # DeepSpeed logs to stdout, which is for the rows
     device = torch.device("cuda", rank % torch.cuda.device_count()) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
+    use_device(device)
     # NCCL refuses two processes on one GPU; gloo takes them.
     backend = "nccl" if cuda and size <= torch.cuda.device_count() else "gloo"
     torch.set_num_threads(max(1, usable_cores() // size))

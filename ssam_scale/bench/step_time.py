@@ -91,8 +91,6 @@ def bench_steps(setting: Setting, repeats: int, compared: Sequence[Scenario]) ->
         repeats: rounds, after one that warms up.
         compared: the plans, the base optimizer first.
     """
-    if setting.device.type == "cuda":
-        torch.backends.cudnn.benchmark = True
     network = setting.network()
     copied = copy.deepcopy(network)
     parts = Parts(setting, copied, setting.batch(), sgd(copied))

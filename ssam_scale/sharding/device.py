@@ -9,12 +9,14 @@ from __future__ import annotations
 import os
 import warnings
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, TypeVar
 
 import torch
+from torch import nn
 
 from ssam_scale.errors import UserError
 
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 DeviceChoice: TypeAlias = Literal["auto", "cuda", "cpu"]
 
 # One file for each GPU of NVIDIA's that its driver, or a container's runtime, lets processes see.
@@ -55,6 +57,26 @@ def choose_device(asked: DeviceChoice = "auto", *, ask_for_cpu: str = "train.dev
 def cpu_is_asked_for(asked: DeviceChoice) -> bool:
     """Whether a process uses no GPU although torch may see some."""
     return asked == "cpu" or os.environ.get("DS_ACCELERATOR") == "cpu"
+
+
+def use_device(device: torch.device) -> None:
+    """Make a device this process's, with torch set as training, benchmarks and predictions have it alike.
+
+    On a GPU: cuDNN measures which of its convolutions is the fastest, since batches are of one size; and products of
+    float32 matrices are made of TF32, where there is no autocast, as cuDNN's are by default.
+    """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision("high")
+
+
+def to_device(module: ModuleT, device: torch.device) -> ModuleT:
+    """Move a network to a device, on a GPU in channels_last: convolutions in half precision are only fast so."""
+    module.to(device)
+    if device.type == "cuda":
+        module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return module
 
 
 def has_bf16(device: torch.device) -> bool:

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from .device import to_device
 from .interface import Sharding
 from .registry import BACKENDS, MakeOptimizer, Options
 from .unsharded import Single
@@ -46,7 +47,8 @@ def place(
     """Distribute `module` and build its optimizer, each when the backend needs it: what `SparseSAM` is given.
 
     Args:
-        module: the model, identically initialised on every rank; moved to the world's device.
+        module: the model, identically initialised on every rank; moved to the world's device, on a GPU in
+            channels_last where the backend takes it.
         blocks: submodules that FSDP2 gathers and frees as one unit.
         backend: name of a registered backend.
         world: over whom.
@@ -79,8 +81,9 @@ def place(
             f"backend {backend} without a launcher; use single, or start the processes with {chosen.launchers}"
         )
     options = Options(blocks, replicas, batch_size, accumulation, max_grad_norm, deepspeed or {})
-    module.to(world.device)
-    if not chosen.any_memory_format:
+    if chosen.any_memory_format:
+        to_device(module, world.device)
+    else:
         # Convolutions of a channels_last batch run in channels_last all the same, and convert their weights as they go.
-        module.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        module.to(world.device).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     return chosen.place(module, make_optimizer, world, options)

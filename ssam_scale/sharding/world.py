@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ssam_scale.errors import UserError
 
-from .device import DeviceChoice, choose_device
+from .device import DeviceChoice, choose_device, use_device
 from .process_group import leave_process_group
 
 # A rank that waits longer for another one ends the job instead of hanging it.
@@ -71,8 +71,7 @@ def join_world(timeout: timedelta = TIMEOUT, device: DeviceChoice = "auto") -> I
     size = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
     own = choose_device(device)
-    if own.type == "cuda":
-        torch.cuda.set_device(own)
+    use_device(own)
     world = World(rank, size, own)
     if "RANK" not in os.environ:
         yield world

@@ -98,8 +98,6 @@ def build(config: Config, world: World, phases: Phases) -> Components:
     mask = config.perturbation.mask if config.perturbation is not None else None
     if isinstance(mask, (DepthMask, BlockMask)):
         stages_of(staged_model.model)  # says which families can be cut
-    if world.device.type == "cuda":
-        staged_model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     _try_forward(config, staged_model)
 
     train, val = _loaders(config, world)

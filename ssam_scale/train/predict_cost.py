@@ -27,7 +27,7 @@ from ssam_scale.masks import Plan, ScoreBased
 from ssam_scale.models import build_model
 from ssam_scale.perturbation import Norm, SparseSAM, StagedModel, step_shares
 from ssam_scale.perturbation.schedules import build_schedule
-from ssam_scale.sharding.device import choose_device
+from ssam_scale.sharding.device import choose_device, to_device, use_device
 from ssam_scale.sharding.place import place
 
 from .build import PRECISIONS, base_optimizer, check_precision, perturbation_options, soft_loss
@@ -289,9 +289,10 @@ def measured(config: Config, *, images: int | None, repeats: int, times: Path | 
         found.check(expected, times)
     else:
         device = choose_device(config.train.device)
+        use_device(device)
         check_precision(config, device)
         images = images or (_CUDA_IMAGES if device.type == "cuda" else _CPU_IMAGES)
-        network, work, side = network.to(device), ConfiguredWork(config, device), config.data.resolution
+        network, work, side = to_device(network, device), ConfiguredWork(config, device), config.data.resolution
         batch = (
             torch.randn(images, 3, side, side, device=device),
             torch.randint(config.model.num_classes, (images,), device=device),
