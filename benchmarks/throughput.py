@@ -2,8 +2,8 @@
 
     python benchmarks/throughput.py --models resnet50 vit_base_patch16_224 convnext_tiny
 
-Every loop takes the same random batch, on the device already, in turns: timm's plain loop (forward, loss, backward, step,
-`zero_grad`; on a GPU in channels_last and bf16 autocast), `SparseSAM` at ρ = 0, dense SAM, and plans.
+Every loop takes the same random batch, on the device already, in turns: timm's plain loop (forward, loss, backward,
+step, `zero_grad`; on a GPU in channels_last and bf16 autocast), `SparseSAM` at ρ = 0, dense SAM, and plans.
 """
 
 from __future__ import annotations
@@ -173,8 +173,8 @@ def main() -> None:
     first = rows[0]
     caption = (
         f"Batches of {first['batch_size']} images of {first['resolution']} × {first['resolution']}, "
-        f"{first['precision']}; medians of {arguments.repeats} steps taken in turns; MFU by the FLOPs of a base step over "
-        f"{first['peak_flops'] / 1e12:.1f} TFLOP/s."
+        f"{first['precision']}; medians of {arguments.repeats} steps taken in turns; MFU by the FLOPs of a base step "
+        f"over {first['peak_flops'] / 1e12:.1f} TFLOP/s."
     )
     table = markdown(rows, COLUMNS, "loop")
     print("\n".join(table))

@@ -32,12 +32,17 @@ from .step_time import environment
 
 # In the very first step a mask may look at the whole gradient.
 _FIRST = 1
-# Steps are counted when each kind of them has come so often: DDP settles its buckets in the first, and stage 3 records
-# a kind of pass in its first two.
-_SEEN = 2
+# Steps are counted when each kind of them has come so often: stage 3 records a kind of pass in its first two. DDP has
+# settled its buckets after the very first.
+_SEEN = {"zero3": 2}
 _DEFAULTS = ZeroSettings()
-# What takes seconds to import, once for all processes.
-_IMPORTED = ("ssam_scale.bench.bytes_sent", "ssam_scale.models.timm_model", "ssam_scale.sharding.zero.stage3")
+# What takes seconds to import, once for all processes; the last is what DeepSpeed imports for its first engine.
+_IMPORTED = (
+    "ssam_scale.bench.bytes_sent",
+    "ssam_scale.models.timm_model",
+    "ssam_scale.sharding.zero.stage3",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+)
 # Of the floor, by which an ascent may be above it: norms are summed, and shards of a mask are not all alike.
 _ALLOWED = 1.02
 _WITHIN_SHARD_GROUP = "sam, within the shard group"
@@ -150,14 +155,16 @@ def count_bytes(world: World, setting: Setting, jobs: Sequence[Job], zero: ZeroS
     known = {scenario.name: scenario for scenario in sharded_scenarios()}
     network, batch = setting.network(), setting.batch()
     weights = weights_of(network, sgd_by_shape(network))
-    steps = {plan: _steps(known[plan], copy.deepcopy(network)) for plan in {job.plan for job in jobs}}
+    steps = {plan: _steps(known[plan], copy.deepcopy(network)) for plan in dict.fromkeys(job.plan for job in jobs)}
     found = []
+    gc.collect()
+    gc.freeze()  # what is there already: looking through it takes longer than most steps
     for job in jobs:
         setup, scenario = SETUPS[job.backend], known[job.plan]
         opt = sharded_optimizer(setting, setup, world, scenario, zero, copy.deepcopy(network))
         for _ in range(_FIRST):
             opt.step(setting.loss_fn, batch)
-        for _ in range(_SEEN):
+        for _ in range(_SEEN.get(job.backend, 1)):
             opt.steps = _FIRST
             for _ in range(scenario.steps):
                 opt.step(setting.loss_fn, batch)
@@ -180,6 +187,7 @@ def count_bytes(world: World, setting: Setting, jobs: Sequence[Job], zero: ZeroS
                 statistics.fmean(0.0 if a is None else sum(s.bytes for s in costs.floor(a)) for a in taken),
             )
         )
+    gc.unfreeze()
     return found
 
 

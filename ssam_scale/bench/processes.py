@@ -7,8 +7,10 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +61,18 @@ def _entry(rank: int, function: Callable[..., Any], size: int, cuda: bool, folde
         leave_process_group()
 
 
+@contextmanager
+def _stdout_to_stderr() -> Iterator[None]:
+    """For what a process inherits that is started inside: importing DeepSpeed logs to stdout, which is for the rows."""
+    kept = os.dup(1)
+    try:
+        os.dup2(2, 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
 def on_ranks(size: int, function: Callable[..., Any], *args: Any, imported: Sequence[str] = ()) -> Any:
     """What `function(rank, size, device, *args)` returns on the first of `size` new processes.
 
@@ -80,6 +94,8 @@ def on_ranks(size: int, function: Callable[..., Any], *args: Any, imported: Sequ
     forks = bool(imported) and not torch.cuda.is_available()
     if forks:
         mp.get_context("forkserver").set_forkserver_preload(list(imported))
+        with _stdout_to_stderr():
+            forkserver.ensure_running()
     with tempfile.TemporaryDirectory() as folder:
         try:
             start = "forkserver" if forks else "spawn"

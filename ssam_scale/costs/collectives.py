@@ -11,7 +11,7 @@ library that carries them does. With n the bytes of the whole tensor:
 | all_reduce | 2 (W − 1) / W · n |
 | all_gather | (W − 1) / W · n, n of what is gathered |
 | reduce_scatter | (W − 1) / W · n, n of what is scattered |
-| all_to_all, gather, scatter | (W − 1) / W · n |
+| all_to_all, gather, scatter | (W − 1) / W · n; of pieces that differ, what this process sends to others |
 | broadcast, reduce, send | n |
 | barrier | 0 |
 
@@ -68,6 +68,8 @@ _WHOLE: dict[str, tuple[str, int]] = {
     "_c10d_functional::broadcast_": ("broadcast", 0),
     "_c10d_functional::isend": ("send", 0),
 }
+# Of `c10d::alltoall_base_`, where the rows that go to each process stand; none: as many to each.
+_PIECES = 4
 # These send nothing that is counted, or belong to a `send` that is.
 _SILENT = {
     "c10d::barrier",
@@ -139,24 +141,31 @@ class Traffic(TorchDispatchMode):
         if name not in _WHOLE:
             raise NotImplementedError(f"{name} is a collective whose bytes are not counted; add it to {__name__}")
         collective, position = _WHOLE[name]
-        size = _group_size(args)
-        if size > 1:
+        size, rank = _size_and_rank(args)
+        if size == 1:
+            return
+        self.calls[collective] += 1
+        if name == "c10d::alltoall_base_" and (pieces := args[_PIECES]):
+            sent, rows = args[position], sum(pieces)
+            self.bytes[collective] += sent.nbytes * (rows - pieces[rank]) / max(rows, 1)
+        else:
             self.bytes[collective] += ring_bytes(collective, _nbytes(result if position < 0 else args[position]), size)
-            self.calls[collective] += 1
 
 
 def _nbytes(tensors: Any) -> int:
     return sum(t.nbytes for t in tree_leaves(tensors) if isinstance(t, Tensor))
 
 
-def _group_size(args: Iterable[Any]) -> int:
+def _size_and_rank(args: Iterable[Any]) -> tuple[int, int]:
     """Of the process group among the arguments: itself, or its name, the last text."""
     name = None
     for arg in args:
         if isinstance(arg, torch.ScriptObject) and "ProcessGroup" in str(arg._type()):
-            return int(dist.ProcessGroup.unbox(arg).size())
+            group = dist.ProcessGroup.unbox(arg)
+            return int(group.size()), int(group.rank())
         if isinstance(arg, str):
             name = arg
     if name is None:
         raise NotImplementedError("a collective without a process group")
-    return int(_resolve_process_group(GroupName(name)).size())
+    group = _resolve_process_group(GroupName(name))
+    return int(group.size()), int(group.rank())

@@ -76,13 +76,12 @@ class PackedReduceScatter(ReduceScatter):
             self._usual(output_tensor, input_tensor, group, op)
             self._between(output_tensor)
             return None
-        output_tensor.zero_()
-        if not self._packing.width:
-            return None
-        received = input_tensor.new_empty(self._packing.width)
-        reduce_scatter_single(received, self._packing.pack(input_tensor), op, group)
-        self._between(received)
-        self._packing.unpack(received, output_tensor)
+
+        def reduce(received: Tensor, packed: Tensor) -> None:
+            reduce_scatter_single(received, packed, op, group)
+            self._between(received)
+
+        self._packing.reduce_scatter(output_tensor.zero_(), input_tensor, reduce, group)
         return None
 
     def _between(self, reduced: Tensor) -> None:

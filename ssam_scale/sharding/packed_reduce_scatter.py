@@ -8,16 +8,19 @@ there are, and takes one bit for each of its elements.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from .interface import AscentReduction, Elements
 
+# Of what is needed, by which what is sent may be more for the sake of one collective instead of two.
+_SLACK = 1.01
 # Of FSDP2 there is one for each parameter group, of ZeRO 3 one for each content of its bucket.
 _MAX_REMEMBERED = 1024
 
@@ -67,24 +70,80 @@ class Asked:
         return ScatteredGradient(numel, padded, id(parameter) in self._full, self._full.get(id(parameter)))
 
 
+@dataclass(frozen=True)
+class Shares:
+    """How the elements that are sent are shared out among the ranks that sum them up.
+
+    Attributes:
+        width: elements that each rank sums up: a reduce-scatter knows no other way.
+        counts: elements that each rank is to have in the end, in the order of ranks.
+        moved: whether ranks pass on what others are to have. Otherwise each sums up what it is to have.
+    """
+
+    width: int
+    counts: tuple[int, ...]
+    moved: bool
+
+    @classmethod
+    def of(cls, counts: Sequence[int], capacity: int) -> Shares:
+        """Shares for ranks that need `counts`, each of at most `capacity` elements; some get more than they need.
+
+        Where they need about as many, each sums up as many as the one that needs most. Else all the elements are cut
+        into equal parts, and what a rank has summed up for others it passes on, which is sent once and not by each.
+        """
+        size, total, most = len(counts), sum(counts), max(counts)
+        if size * most <= _SLACK * total:
+            return cls(most, (most,) * size, moved=False)
+        width, more = -(-total // size), list(counts)
+        left = size * width - total
+        for rank in sorted(range(size), key=lambda rank: counts[rank]):
+            extra = min(capacity - counts[rank], left)
+            more[rank] += extra
+            left -= extra
+        return cls(width, tuple(more), moved=True)
+
+    def between(self, summing: int, having: int) -> int:
+        """Elements that rank `summing` sums up and rank `having` is to have."""
+        start = sum(self.counts[:having])
+        end = start + self.counts[having]
+        return max(0, min((summing + 1) * self.width, end) - max(summing * self.width, start))
+
+    @property
+    def passed_on(self) -> float:
+        """Elements that a rank passes on, the mean over ranks."""
+        if not self.moved:
+            return 0.0
+        ends = list(accumulate(self.counts))
+        kept = 0
+        for rank, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
+            kept += max(0, min((rank + 1) * self.width, end) - max(rank * self.width, start))
+        return self.width - kept / len(self.counts)
+
+
 class Packing(Protocol):
     """What of the buffer is sent.
 
     Attributes:
         numel: elements of the buffer for one rank.
-        width: elements that are sent to each rank.
         bits: that are remembered for it, one an element.
     """
 
     numel: int
-    width: int
     bits: int
 
-    def pack(self, buffer: Tensor) -> Tensor:
-        """What is sent, of shape (ranks · width,), of the buffer of shape (ranks · numel,)."""
+    def reduce_scatter(self, output: Tensor, buffer: Tensor, reduce: Reduce, group: dist.ProcessGroup | None) -> None:
+        """What is sent of `buffer`, reduced, to its places in `output`; the rest of that stays as it is. Collective.
 
-    def unpack(self, received: Tensor, output: Tensor) -> None:
-        """Write `received`, of shape (width,), to its places among this rank's shards, of shape (numel,)."""
+        Args:
+            output: of shape (numel,).
+            buffer: of shape (ranks · numel,).
+            reduce: the reduce-scatter of what is sent.
+            group: the ranks.
+        """
+
+
+Reduce: TypeAlias = Callable[[Tensor, Tensor], object]
+"""Given the tensor of shape (n,) that the sums go to, and what is summed up, of shape (ranks · n,)."""
 
 
 class _Columns:
@@ -103,36 +162,46 @@ class _Columns:
             if self._ranges and self._ranges[-1][1] == start:
                 start = self._ranges.pop()[0]
             self._ranges.append((start, end))
-        self.width = sum(end - start for start, end in self._ranges)
 
-    def pack(self, buffer: Tensor) -> Tensor:
+    def reduce_scatter(self, output: Tensor, buffer: Tensor, reduce: Reduce, group: dist.ProcessGroup | None) -> None:
+        """See `Packing`."""
+        lengths = [end - start for start, end in self._ranges]
+        if not lengths:
+            return
         by_rank = buffer.view(self._size, -1)
-        return torch.cat([by_rank[:, start:end] for start, end in self._ranges], dim=1).view(-1)
-
-    def unpack(self, received: Tensor, output: Tensor) -> None:
-        sources = received.split([end - start for start, end in self._ranges])
-        torch._foreach_copy_([output[start:end] for start, end in self._ranges], list(sources))
+        received = buffer.new_empty(sum(lengths))
+        reduce(received, torch.cat([by_rank[:, start:end] for start, end in self._ranges], dim=1).view(-1))
+        torch._foreach_copy_([output[start:end] for start, end in self._ranges], list(received.split(lengths)))
 
 
 class _Bits:
-    """Any elements. Ranks that need fewer than another are sent some more, so that all are sent as many."""
+    """Any elements."""
 
     def __init__(self, gradients: Sequence[ScatteredGradient], size: int, rank: int) -> None:
         self.numel = sum(g.padded for g in gradients)
         some = next(g.full for g in gradients if g.full is not None)
         flags = torch.cat([_flags(g, some.device, size) for g in gradients], dim=1)
         counts = flags.sum(1)
-        most = counts.max()
+        self._shares = shares = Shares.of(counts.tolist(), self.numel)
+        more = torch.tensor(shares.counts, device=some.device) - counts
         free = ~flags
-        flags |= free & (free.cumsum(1, dtype=torch.int32) <= (most - counts)[:, None])
+        flags |= free & (free.cumsum(1, dtype=torch.int32) <= more[:, None])
         self._every, self._own = some.of_booleans(flags.view(-1)), some.of_booleans(flags[rank])
-        self.width, self.bits = self._own.count, self._every.numel + self._own.numel
+        self.bits = self._every.numel + self._own.numel
+        self._passed = [shares.between(rank, other) for other in range(size)]
+        self._received = [shares.between(other, rank) for other in range(size)]
 
-    def pack(self, buffer: Tensor) -> Tensor:
-        return self._every.take(buffer)
-
-    def unpack(self, received: Tensor, output: Tensor) -> None:
-        self._own.put(output, received)
+    def reduce_scatter(self, output: Tensor, buffer: Tensor, reduce: Reduce, group: dist.ProcessGroup | None) -> None:
+        """See `Packing`."""
+        if not self._shares.width:
+            return
+        summed = buffer.new_empty(self._shares.width)
+        reduce(summed, self._every.take(buffer))
+        if self._shares.moved:
+            own = buffer.new_empty(self._own.count)
+            dist.all_to_all_single(own, summed, self._received, self._passed, group=group)
+            summed = own
+        self._own.put(output, summed)
 
 
 def _flags(g: ScatteredGradient, device: torch.device, size: int) -> Tensor:

@@ -37,8 +37,8 @@ JOBS += [Job("zero3", "cut 0.5, no shared prefix"), Job("zero3", "tensor 50%, no
 ON_COPIES = ["base", "sam", "cut 0.5", "element 50%", "block 50%, kept gathered", "sam, within the shard group"]
 
 
-def counted(world: World, jobs: list[Job]) -> list[Counted]:
-    return count_bytes(world, SETTING, jobs, ZERO)
+def counted(world: World, jobs: list[Job]) -> list[dict[str, Any]]:
+    return [vars(counts) for counts in count_bytes(world, SETTING, jobs, ZERO)]
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def found() -> dict[Job, tuple[int, Counted]]:
     copies = [Job("hsdp", plan) for plan in ON_COPIES]
     by_size = {2: JOBS, 4: copies}
     return {
-        job: (size, counts)
+        job: (size, Counted(**counts))
         for size, jobs in by_size.items()
         for job, counts in zip(jobs, run_ranks(size, counted, jobs)[0], strict=True)
     }

@@ -2,8 +2,8 @@
 
 A unit (a block) is gathered for a forward and again for its backward, the root's own weights once for both. Gradients
 that are needed of a unit are reduce-scattered together, padded to whole rows of each process; of single weights and
-rows, as many to each process as to the one that needs most. With several copies of the weights the sums are then
-all-reduced between them, unless an ascent stays within its copy.
+rows, what is needed, shared out as `sharding.packed_reduce_scatter` says. With several copies of the weights the sums
+are then all-reduced between them, unless an ascent stays within its copy.
 
 With a shared prefix the root's weights are gathered for the prefix and the ascent, and once more when they were
 perturbed. Units that stay gathered are gathered once for the forward of the ascent, its backward and the forward of the
@@ -69,7 +69,9 @@ class FSDP2Costs(Common):
             else:
                 more = (unit in run) + (unit in climbed)
             gathers += more * self._of_units({unit})
-        mine = self.share_of(ascent, lambda w: w.padded(self.placement.shards)) / self.placement.shards
+        shards = self.placement.shards
+        units = [[name for name, w in self.weights.items() if w.unit == unit] for unit in self._units(0)]
+        mine = sum(self.needed_of(ascent, names, lambda w: w.padded(shards)) for names in units) / shards
         between = () if resolved.within_shard_group else self._between_copies(mine)
         gathered = Sent("all_gather", float(FLOAT * self.accumulation * gathers), self.placement.shard_group)
         return (gathered, *self._scatter(mine), *between)
@@ -123,25 +125,22 @@ class FSDP2Costs(Common):
         for name, w in self.weights.items():
             if name not in ascent.resolved.elided:
                 units.setdefault(w.unit, []).append(name)
-        mine = sum(self._scattered(ascent, names) for names in units.values())
+        scattered = [self._scattered(ascent, names) for names in units.values()]
+        mine, passed_on = (sum(each) for each in zip(*scattered, strict=True))
         between = () if ascent.resolved.within_shard_group else self._between_copies(mine)
-        return self._scatter(mine) + between
+        return self._scatter(mine) + self.passed_on(passed_on) + between
 
-    def _scattered(self, ascent: Ascent, names: Sequence[str]) -> float:
-        """Elements of a unit's gradients that each process is sent."""
+    def _scattered(self, ascent: Ascent, names: Sequence[str]) -> tuple[float, float]:
+        """Elements of a unit's gradients that each process sums up, and those that it passes on."""
         shards, resolved = self.placement.shards, ascent.resolved
         computed = [name for name in names if name in resolved.computed]
         if len(computed) < len(names):  # a pass that does not use some of them: nothing is packed
-            return self._padded(computed) / shards
+            return self._padded(computed) / shards, 0.0
         needed = [name for name in computed if name in resolved.reduced]
         if ascent.between is None or all(resolved.reduced[name] is None for name in needed):
-            return self._padded(needed) / shards
-        totals = [0] * shards
-        for name in needed:
-            w = self.weights[name]
-            bounds = tuple(min(i * w.padded(shards) // shards, w.numel) for i in range(shards + 1))
-            totals = [total + n for total, n in zip(totals, ascent.reduced_between(name, bounds), strict=True)]
-        return max(totals)
+            return self._padded(needed) / shards, 0.0
+        shares = self.scattered(ascent, needed, lambda w: w.padded(shards))
+        return shares.width, shares.passed_on
 
     def _scatter(self, mine: float) -> Sends:
         return (Sent("reduce_scatter", float(FLOAT * self.placement.shards * mine), self.placement.shard_group),)

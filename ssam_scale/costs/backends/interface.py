@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from ssam_scale.costs.cluster import Placement, Sent
 from ssam_scale.costs.workload import FLOAT, Ascent, Weight, Weights
+from ssam_scale.sharding.packed_reduce_scatter import Shares
 
 Sends = tuple[Sent, ...]
 
@@ -146,10 +147,39 @@ class Common:
         packs = shards > 1 and any(ascent.between is not None for ascent in ascents)
         return self.numel + (shards + 1) * mine if packs else 0.0
 
-    def share_of(self, ascent: Ascent, elements: Callable[[Weight], int]) -> float:
-        """`elements` of all weights, of each in the share of it that is perturbed."""
-        weights = self.weights
-        return sum(n / weights[name].numel * elements(weights[name]) for name, n in ascent.perturbed.items() if n)
+    def scattered(self, ascent: Ascent, names: Sequence[str], padded: Callable[[Weight], int]) -> Shares:
+        """How a reduction of gradients of which not all is needed is shared out among the shards.
+
+        Args:
+            ascent: which needs some.
+            names: of the gradients in a buffer.
+            padded: elements of one over all processes, when each has as many.
+        """
+        shards = self.placement.shards
+        totals = [0] * shards
+        for name in names:
+            w = self.weights[name]
+            bounds = tuple(min(i * padded(w) // shards, w.numel) for i in range(shards + 1))
+            totals = [total + n for total, n in zip(totals, ascent.reduced_between(name, bounds), strict=True)]
+        return Shares.of(totals, sum(padded(self.weights[name]) for name in names) // shards)
+
+    def passed_on(self, elements: float) -> Sends:
+        """Sums that a process passes on to those who need them, the mean over processes."""
+        group = self.placement.shard_group
+        return (Sent("all_to_all", FLOAT * elements * group.size / max(group.size - 1, 1), group),) if elements else ()
+
+    def needed_of(self, ascent: Ascent, names: Iterable[str], padded: Callable[[Weight], int]) -> int:
+        """What must be reduced of gradients that are reduced together: what is perturbed, or whole ones with padding.
+
+        Args:
+            ascent: which perturbs some of it.
+            names: of the weights.
+            padded: elements of one over all processes, when each has as many.
+        """
+        some = {name: ascent.perturbed[name] for name in names if ascent.perturbed.get(name)}
+        if all(count == self.weights[name].numel for name, count in some.items()):
+            return sum(padded(self.weights[name]) for name in some)
+        return sum(some.values())
 
 
 def perturbing(ascents: Sequence[Ascent], shards: int, known: float) -> dict[str, float]:

@@ -9,8 +9,8 @@ reductions go on while the pass computes; gathering the persistent ones does not
 The ascent gathers what it runs, and perturbing frees what was written to (all, where nothing is packed), the persistent
 ones too. A shared prefix stays gathered from its forward to its backward if any whole pass of the network would stay.
 Weights that nothing perturbs can stay from the ascent to the descent. Gradients are reduce-scattered in every
-micro-batch: those of a descent in full, of those of an ascent what is needed, all together, as many elements to each
-process as to the one that needs most.
+micro-batch: those of a descent in full, of those of an ascent what is needed, all together, shared out as
+`sharding.packed_reduce_scatter` says.
 
 Taken for granted: the trace by which DeepSpeed knows what is used next is the right one for each kind of pass, which it
 is from the third pass of a kind on.
@@ -41,7 +41,7 @@ class ZeRO3Costs(Common):
         freed = self._persistent & ascent.perturbed.keys() if some else self._persistent
         return PassTraffic(
             self._gathers(self._large & self._from_stage(shape.cut)),
-            self._gathers(again) + self._scatters(self._needed(ascent)),
+            self._gathers(again) + self._needed(ascent),
             self._gathers(freed, times=1),
         )
 
@@ -73,7 +73,7 @@ class ZeRO3Costs(Common):
         whole -= sum(sent.whole for sent in base.forward + base.backward if sent.collective == "all_gather")
         whole += FLOAT * self._padded(self._persistent & ascent.perturbed.keys())
         shards = self.placement.shards
-        elements = self.share_of(ascent, lambda w: -(-w.numel // shards) * shards)
+        elements = self.needed_of(ascent, self.weights, lambda w: -(-w.numel // shards) * shards)
         return (Sent("all_gather", float(whole), self.placement.world), *self._scatters(elements))
 
     def memory(self, ascents: Sequence[Ascent]) -> MemoryUse:
@@ -131,18 +131,14 @@ class ZeRO3Costs(Common):
         times = self.accumulation if times is None else times
         return (Sent("all_gather", float(FLOAT * times * self._padded(names)), self.placement.world),)
 
-    def _needed(self, ascent: Ascent) -> float:
-        """Elements of the gradients that are sent, to all processes together."""
+    def _needed(self, ascent: Ascent) -> Sends:
+        """The gradients that are needed, in one bucket."""
         resolved, shards = ascent.resolved, self.placement.shards
         needed = [name for name in resolved.computed if name in resolved.reduced]
         if ascent.between is None or all(resolved.reduced[name] is None for name in needed):
-            return self._padded(needed)
-        totals = [0] * shards
-        for name in needed:
-            w = self.weights[name]
-            bounds = tuple(min(i * -(-w.numel // shards), w.numel) for i in range(shards + 1))
-            totals = [total + n for total, n in zip(totals, ascent.reduced_between(name, bounds), strict=True)]
-        return shards * max(totals)
+            return self._scatters(self._padded(needed))
+        shares = self.scattered(ascent, needed, lambda w: -(-w.numel // shards) * shards)
+        return self._scatters(shards * shares.width) + self.passed_on(self.accumulation * shares.passed_on)
 
     def _scatters(self, elements: float) -> Sends:
         return (Sent("reduce_scatter", float(FLOAT * self.accumulation * elements), self.placement.world),)

@@ -218,16 +218,18 @@ def _scatter(
     packing = packings(tuple(map(id, parameters)), [place for place, _ in needed])
     if packing is None and len(needed) == len(places):
         return list(_reduce_scatter_coalesced(gradients, group))
-    width = len(output) if packing is None else packing.width
-    if width:
+    if needed:
         padded = [F.pad(g.reshape(-1), (0, size * place.padded - place.numel)) for place, g in needed]
         buffer = torch.cat([g.view(size, -1) for g in padded], dim=1).view(-1)
         del padded
-        sent = buffer if packing is None else packing.pack(buffer)
-        received = output if packing is None else output.new_empty(width)
-        reduce_scatter_single(received, sent.div_(size), dist.ReduceOp.SUM, group)
-        if packing is not None:
-            packing.unpack(received, output)
+
+        def reduce(received: Tensor, sent: Tensor) -> None:
+            reduce_scatter_single(received, sent.div_(size), dist.ReduceOp.SUM, group)
+
+        if packing is None:
+            reduce(output, buffer)
+        else:
+            packing.reduce_scatter(output, buffer, reduce, group)
     result, offset = [], 0
     for place in places:
         length = max(0, min(place.padded, place.numel - rank * place.padded))
