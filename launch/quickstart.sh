@@ -51,7 +51,7 @@ PATH=$PWD/.venv/bin:$PATH
 
 gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
 # A container may have GPUs without that program. Hiding all of them asks for the CPU.
-((gpus)) || gpus=$(compgen -G '/dev/nvidia[0-9]*' | wc -l)
+((gpus)) || gpus=$({ compgen -G '/dev/nvidia[0-9]*' || true; } | wc -l)
 [[ -n ${CUDA_VISIBLE_DEVICES-all} ]] || gpus=0
 processes=${PROCESSES:-$((gpus == 1 ? 1 : 2))}
 cores=$(nproc)

@@ -275,7 +275,7 @@ def test_units_kept_gathered_are_not_gathered_in_the_descents_forward(two: Any) 
     kept, freed, *_ = two[0]["traffic"]["fsdp2"]
     print(f"fsdp2, ascent, descent's forward, rest: kept gathered {kept}, freed {freed}")
     assert kept[1]["gather"] < freed[1]["gather"]
-    assert kept[0]["gather"] < freed[0]["gather"]
+    assert kept[0]["gather"] <= freed[0]["gather"]
     assert kept[2]["gather"] == freed[2]["gather"]
 
 
