@@ -201,6 +201,8 @@ def install(library: ctypes.CDLL, devices: int) -> None:
         "device_count": lambda: devices,
         "current_device": lambda: int(library.get_device()),
         "set_device": _set_device,
+        "_exchange_device": lambda device: _exchange(device),
+        "_maybe_exchange_device": lambda device: _exchange(device),
         "synchronize": _synchronize,
         "current_stream": current_stream,
         "default_stream": lambda device=None: Stream(stream_id=0, device_index=_device(device).index, device_type=1),
