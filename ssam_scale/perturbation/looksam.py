@@ -41,7 +41,7 @@ class LookSAM:
 
         Args:
             plan: what was perturbed.
-            epsilon: ε, as `Perturbation.epsilon` returned it; overwritten.
+            epsilon: ε, as `Epsilon.computed` returned it; overwritten.
 
         Raises:
             ValueError: the backend shows copies of its gradients, to which nothing can be added.
@@ -74,7 +74,7 @@ class LookSAM:
         sums = self._sharding.shard_group.all_reduce(torch.stack([plain, squares(self._orthogonal, device).sum()]))
         ratio = alpha * (sums[0] / sums[1]).sqrt()
         scale = torch.where(ratio.isfinite(), ratio, torch.zeros_like(ratio))
-        masked_add_(gradients, parts, torch._foreach_mul(self._orthogonal, scale))
+        masked_add_(gradients, parts, self._orthogonal, alpha=scale)
 
     @torch.no_grad()
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
