@@ -6,7 +6,7 @@ from .backup import Backup
 from .dense import Dense
 from .depth import AnnealedCut, Depth, DepthByCost, suffix_sums
 from .dynamic import Dynamic
-from .masked import masked_add_, masked_scatter_, masked_select, masked_squares
+from .masked import inner_product, masked_add_, masked_scatter_, masked_select, masked_squares
 from .named import Named
 from .nm import NM
 from .norm import Norms
@@ -43,6 +43,7 @@ __all__ = [
     "ShardGroup",
     "Subset",
     "build_mask",
+    "inner_product",
     "masked_add_",
     "masked_scatter_",
     "masked_select",

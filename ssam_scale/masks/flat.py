@@ -9,7 +9,7 @@ This is the way of all devices but the CPU, and of what the CPU's compiled loops
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
@@ -198,6 +198,20 @@ def by_kind(kinds: Sequence[_Kind]) -> dict[_Kind, list[int]]:
     for place, kind in enumerate(kinds):
         places.setdefault(kind, []).append(place)
     return places
+
+
+def together(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Both lists of tensors, row-major, as few vectors that belong together; at least one.
+
+    Args:
+        tensors: at least one, of one dtype.
+        others: of the same shapes.
+    """
+    grouped = _Grouped(tensors, [None] * len(tensors), None)
+    for group in grouped.groups:
+        yield grouped.joined(group, tensors), grouped.joined(group, others)
+    if not grouped.groups:
+        yield tensors[0].reshape(-1), others[0].reshape(-1)
 
 
 @torch.no_grad()

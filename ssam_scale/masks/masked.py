@@ -119,6 +119,16 @@ def masked_squares(tensors: Sequence[Tensor], subsets: Subsets, *, every: bool =
     return squared(norms), squared(whole) if every else None
 
 
+def inner_product(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
+    """⟨x, y⟩ over all tensors together: float32 of shape ().
+
+    Args:
+        tensors: at least one, of one floating dtype.
+        others: of the same shapes.
+    """
+    return torch.stack([(x * y).sum(dtype=torch.float32) for x, y in flat.together(tensors, others)]).sum()
+
+
 def masked_add_(
     tensors: Sequence[Tensor],
     subsets: Subsets,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -50,6 +51,14 @@ class Subset(Protocol):
     def booleans(self) -> Tensor:
         """The boolean mask: True for the elements, of shape (numel,)."""
 
+    @staticmethod
+    def masked_select(tensors: Sequence[Tensor], subsets: Sequence[Any]) -> list[Tensor]:
+        """The function of this name, for those who know subsets by what they do (`sharding`)."""
+
+    @staticmethod
+    def masked_scatter_(tensors: Sequence[Tensor], subsets: Sequence[Any], values: Sequence[Tensor]) -> None:
+        """The function of this name."""
+
     def of_booleans(self, booleans: Tensor) -> Subset:
         """Of another tensor, the elements for which `booleans`, of shape (its elements,), are True."""
 
@@ -59,6 +68,16 @@ class _Subset:
 
     count: int
     spans: Spans | None
+
+    @staticmethod
+    def masked_select(tensors: Sequence[Tensor], subsets: Sequence[Any]) -> list[Tensor]:
+        """See `Subset`."""
+        return masked_select(tensors, subsets)
+
+    @staticmethod
+    def masked_scatter_(tensors: Sequence[Tensor], subsets: Sequence[Any], values: Sequence[Tensor]) -> None:
+        """See `Subset`."""
+        masked_scatter_(tensors, subsets, values)
 
     def take(self: Subset, source: Tensor) -> Tensor:
         """See `Subset`."""
