@@ -35,8 +35,12 @@ def in_threads(work: Callable[[slice], None], tasks: Any) -> None:
         return
     inner = np.searchsorted(done, [total * n // threads for n in range(1, threads)]).tolist()
     edges = [0, *inner, len(tasks)]
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(work, map(slice, edges, edges[1:])))
+    mine, *theirs = map(slice, edges, edges[1:])
+    with ThreadPoolExecutor(threads - 1) as pool:
+        others = [pool.submit(work, part) for part in theirs]
+        work(mine)
+        for other in others:
+            other.result()
 
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])

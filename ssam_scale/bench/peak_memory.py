@@ -59,7 +59,7 @@ def mask_bytes(opt: SparseSAM) -> int:
         if isinstance(part, BitMask):
             kept.append(part.packed)
         elif isinstance(part, Rows):
-            kept += [part.keep, part.rows]
+            kept += [part.keep, part.kept, *([part.bits] if part.spans is None else [])]
     return sum(t.nbytes for t in kept)
 
 
@@ -98,17 +98,18 @@ def _measure(
 
 
 def _kept_bytes(running: Running) -> int:
-    """What stays between two steps: weights, buffers, the optimizer's state, the mask, the batch."""
+    """What stays between two steps: weights, buffers, the optimizer's state, mask, memory for the backup, the batch."""
     state: Iterable[Any] = itertools.chain.from_iterable(s.values() for s in running.optimizer.state.values())
     kept = [*running.network.parameters(), *running.network.buffers(), *state, *running.batch]
-    masks = 0 if running.opt is None else mask_bytes(running.opt)
-    return masks + sum(t.nbytes for t in kept if isinstance(t, Tensor))
+    ours = 0 if running.opt is None else mask_bytes(running.opt) + running.opt.backup_bytes
+    return ours + sum(t.nbytes for t in kept if isinstance(t, Tensor))
 
 
 def bench_peak(setting: Setting, repeats: int, compared: Sequence[Scenario]) -> list[dict[str, Any]]:
     """Rows of the peak of memory during a step, one a plan.
 
-    `persistent_bytes` lie there between steps: weights, buffers, the optimizer's state, the mask and the batch.
+    `persistent_bytes` lie there between steps: weights, buffers, the optimizer's state, the mask, memory for the backup
+    of perturbed weights (which is kept on a CPU only), and the batch.
     `step_bytes`: the peak during a step beyond what was taken before it, the median of `repeats` steps
     (`extra_bytes` tells how it is measured). `peak_bytes` is the sum, `peak_over_base` its ratio to the base
     optimizer's; all are None where that cannot be measured.

@@ -18,7 +18,8 @@ from ssam_scale.costs.workload import shape_of, weights_of
 from ssam_scale.errors import UserError
 from ssam_scale.masks import Dense, Depth, Mask, Norms, ScoreBased, Scored
 from ssam_scale.masks.top_scores import Pattern
-from ssam_scale.perturbation import Interval, Savings, SparseSAM, StagedModel
+from ssam_scale.perturbation import Interval, Phases, Savings, SparseSAM, StagedModel
+from ssam_scale.perturbation.phases import no_phases
 
 from .networks import Setting
 
@@ -139,9 +140,10 @@ class Running:
         scenario: how to step.
         setting: on what.
         network: the setting's, and nobody else's.
+        phases: measures the parts of a step of our plans.
     """
 
-    def __init__(self, scenario: Scenario, setting: Setting, network: StagedModel) -> None:
+    def __init__(self, scenario: Scenario, setting: Setting, network: StagedModel, phases: Phases = no_phases) -> None:
         self.scenario = scenario
         self.network = network
         self.batch = setting.batch()
@@ -151,7 +153,7 @@ class Running:
         if scenario.mask is None:
             self.optimizer, self.step = _THEIRS[scenario.name](self.network, setting, self.batch)
         else:
-            self.opt = sparse_sam(self.network, sgd(self.network), scenario)
+            self.opt = sparse_sam(self.network, sgd(self.network), scenario, phases)
             self.optimizer = self.opt.base_optimizer
             self.step = partial(self.opt.step, setting.loss_fn, self.batch)
 
@@ -180,19 +182,29 @@ def sgd_by_shape(network: StagedModel) -> torch.optim.Optimizer:
     return torch.optim.SGD([{"params": group} for group in groups if group], lr=_LR, momentum=_MOMENTUM)
 
 
-def sparse_sam(model: nn.Module, base: torch.optim.Optimizer, scenario: Scenario) -> SparseSAM:
+def sparse_sam(
+    model: nn.Module, base: torch.optim.Optimizer, scenario: Scenario, phases: Phases = no_phases
+) -> SparseSAM:
     """The optimizer of one of our plans, or of the base optimizer alone (a radius of 0), on any backend.
 
     Args:
         model: as `SparseSAM` takes it.
         base: its base optimizer.
         scenario: `base`, or one with a mask.
+        phases: measures the parts of a step.
     """
     mask = scenario.mask() if scenario.mask is not None else None
     rho = _RHO if mask is not None else 0.0
     schedule = Interval(scenario.interval) if scenario.interval > 1 else None
     opt = SparseSAM(
-        model, base, rho=rho, mask=mask, fraction=scenario.fraction, schedule=schedule, savings=scenario.savings
+        model,
+        base,
+        rho=rho,
+        mask=mask,
+        fraction=scenario.fraction,
+        schedule=schedule,
+        savings=scenario.savings,
+        phases=phases,
     )
     if isinstance(mask, ScoreBased):
         opt.refresh()  # at random, which needs no samples

@@ -15,28 +15,47 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ssam_scale.clock import timed
 from ssam_scale.costs.compute import StepShape, base_seconds, predicted_over_base, suffix_share
 from ssam_scale.costs.profile import Parts
 from ssam_scale.perturbation import StagedModel
 from ssam_scale.tracking.environment import hardware_tags, versions
+from ssam_scale.tracking.timer import PhaseTimer
 
 from .networks import Setting
 from .scenarios import Running, Scenario, sgd
 
 _VERSIONS = ("python", "ssam_scale", "torch", "timm")
+# What has to be moved of each perturbed weight, in numbers of its size: the gradient is read for the norm; gradient and
+# weight are read, the weight as it was and the perturbed one written; the first is read and written back. 28 bytes.
+_MOVED = 7
 Kind = tuple[int, bool]  # of a step: its cut, and whether it has an ascent
 
 
 class _Steps:
-    """Takes and times the steps of one scenario."""
+    """Takes and times the steps of one scenario.
 
-    def __init__(self, scenario: Scenario, setting: Setting, network: StagedModel) -> None:
+    Args:
+        scenario: whose.
+        setting: on what.
+        network: the setting's, and nobody else's.
+        copies: memory for copies of the weights, by name, which scenarios share.
+
+    Attributes:
+        perturb: of each step with an ascent by one of our plans, the seconds of its phase "perturb", and of moving by
+            copying what has to be moved for that.
+    """
+
+    def __init__(self, scenario: Scenario, setting: Setting, network: StagedModel, copies: dict[str, Tensor]) -> None:
         self.scenario = scenario
         self._device = setting.device
-        self.running = Running(scenario, setting, network)
+        self._timer = PhaseTimer(setting.device)
+        self._copies = copies
+        self.running = Running(scenario, setting, network, self._timer)
         self.shapes: list[StepShape] = []
+        self.perturb: list[tuple[float, float]] = []
         self._seconds: list[float] = []
 
     def take(self, *, count: bool) -> None:
@@ -45,9 +64,38 @@ class _Steps:
             shape = self.running.shape()
             with timed(self._device) as step:
                 self.running.step()
+            perturb = self._perturb_seconds() if shape.ascends else None
             if count:
                 self._seconds.append(step.seconds)
                 self.shapes.append(shape)
+                self.perturb += [perturb] if perturb is not None else []
+
+    def _perturb_seconds(self) -> tuple[float, float] | None:
+        """Of the last step; see `perturb`."""
+        opt = self.running.opt
+        if opt is None or opt.report is None:
+            return None
+        self._timer.step(opt.report.kind)
+        phases = self._timer.drain(wait=True).phases
+        plan = opt.report.plan
+        weights = {name: opt.parameters.by_name[name].detach() for name in plan.weights}
+        for name, w in weights.items():
+            if name not in self._copies:
+                self._copies[name] = torch.empty_like(w)
+        with timed(self._device) as copying:
+            torch._foreach_copy_([self._copies[name] for name in weights], list(weights.values()))
+        copied = 2 * sum(w.nbytes for w in weights.values())
+        moved = _MOVED * sum(plan.counts[name] * w.element_size() for name, w in weights.items())
+        return phases["perturb"], copying.seconds * moved / copied
+
+    @property
+    def over_floor(self) -> dict[str, float | None]:
+        """What a row says of `perturb`."""
+        kinds = [(s.cut, True) for s in self.shapes if s.ascends]
+        if not self.perturb:
+            return dict.fromkeys(("perturb_seconds", "perturb_floor_seconds", "perturb_over_floor"))
+        seconds, floor = (typical(kinds, values) for values in zip(*self.perturb, strict=True))
+        return {"perturb_seconds": seconds, "perturb_floor_seconds": floor, "perturb_over_floor": seconds / floor}
 
     @property
     def seconds(self) -> float:
@@ -86,6 +134,10 @@ def bench_steps(setting: Setting, repeats: int, compared: Sequence[Scenario]) ->
     `predicted_over_base` comes from the measured parts alone (`costs.compute`), which the row of the base optimizer
     lists; `target_over_base` is the most that we want.
 
+    `perturb_seconds` is what perturbing and restoring take, the phase "perturb" of a step with an ascent, and
+    `perturb_floor_seconds` what moving 28 bytes a perturbed weight takes when the tensors that have perturbed weights
+    are copied, right after the step; `perturb_over_floor` is their ratio. None for what is not ours.
+
     Args:
         setting: on what; one that `Setting.check` finds nothing wrong with.
         repeats: rounds, after one that warms up.
@@ -94,7 +146,8 @@ def bench_steps(setting: Setting, repeats: int, compared: Sequence[Scenario]) ->
     network = setting.network()
     copied = copy.deepcopy(network)
     parts = Parts(setting, copied, setting.batch(), sgd(copied))
-    each = [_Steps(scenario, setting, copy.deepcopy(network)) for scenario in compared]
+    copies: dict[str, Tensor] = {}
+    each = [_Steps(scenario, setting, copy.deepcopy(network), copies) for scenario in compared]
     for done in range(repeats + 1):
         for steps in each:
             steps.take(count=done > 0)
@@ -120,6 +173,7 @@ def bench_steps(setting: Setting, repeats: int, compared: Sequence[Scenario]) ->
                 "time_over_base_iqr": interquartile_range(steps.rounds / base.rounds),
                 "predicted_over_base": predicted_over_base(times, shapes) if scenario.mask or steps is base else None,
                 "target_over_base": scenario.target(t),
+                **steps.over_floor,
                 **common,
             }
         )

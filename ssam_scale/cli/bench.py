@@ -242,6 +242,7 @@ _STEPS: Columns = {
     "time / base iqr": ("time_over_base_iqr", 1.0, ".3f"),
     "predicted": ("predicted_over_base", 1.0, ".3f"),
     "at most": ("target_over_base", 1.0, ".3f"),
+    "perturb / floor": ("perturb_over_floor", 1.0, ".2f"),
 }
 _BYTES: Columns = {
     "model": ("model", 1, ""),

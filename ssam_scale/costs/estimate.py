@@ -20,9 +20,9 @@ Assumptions of the time:
 
 Counted in the memory of one GPU, in bytes: this process's part of the weights, of their gradients and of the base
 optimizer's state; the buckets that gradients are reduced in; what is gathered at once (`backends` says what that is);
-the mask, a bit a weight where single weights are perturbed; the backup of the perturbed weights, and ε where it is not
-in the place of the gradient; what LookSAM keeps; and the activations that one micro-batch keeps for its backward. Not
-counted: buffers, what a kernel works with, what an allocator wastes, and what the communication library needs.
+the mask, a bit a weight where single weights or rows are perturbed; the backup of the perturbed weights; what LookSAM
+keeps; and the activations that one micro-batch keeps for its backward. Not counted: buffers, what a kernel works with,
+what an allocator wastes, and what the communication library needs.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Footprint:
 
     @property
     def perturbing(self) -> float:
-        """What perturbing adds: the mask, the backup and ε, and what LookSAM keeps."""
+        """What perturbing adds: the mask, the backup, and what LookSAM keeps."""
         return self.mask + self.perturbation + self.reuse
 
     @property
@@ -104,7 +104,7 @@ def footprint(
         optimizer=state_bytes_per_weight * held.stepped / FLOAT,
         gathered=held.gathered,
         mask=held.mask,
-        perturbation=held.backup + held.epsilon,
+        perturbation=held.backup,
         reuse=held.reuse,
         activations=activations.of(images),
     )

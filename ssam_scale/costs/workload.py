@@ -77,14 +77,9 @@ class Ascent:
         return self.resolved.plan.counts
 
     @property
-    def perturbs_subsets(self) -> bool:
-        """Whether single elements or rows of parameters are perturbed, whose ε is a copy."""
-        return self.resolved.plan.perturbs_subsets
-
-    @property
     def has_bit_mask(self) -> bool:
-        """Whether single elements are, which takes a bit for each."""
-        return any(isinstance(part, BitMask) for part in self.resolved.plan.weights.values())
+        """Whether single elements or rows are, which takes a bit for each element of a GPU."""
+        return self.resolved.plan.perturbs_subsets
 
     def perturbed_between(self, name: str, bounds: tuple[int, ...]) -> Sequence[int]:
         """How many elements of a perturbed parameter are to be sent from between each two neighbouring positions."""

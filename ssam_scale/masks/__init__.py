@@ -2,9 +2,11 @@
 
 from ssam_scale import torch_compat  # noqa: F401 - refuses a torch that is too old, before anything looks for more
 
+from .backup import Backup
 from .dense import Dense
 from .depth import AnnealedCut, Depth, DepthByCost, suffix_sums
 from .dynamic import Dynamic
+from .masked import inner_product, masked_add_, masked_scatter_, masked_select, masked_squares
 from .named import Named
 from .nm import NM
 from .norm import Norms
@@ -12,7 +14,7 @@ from .plan import Layout, Mask, Plan
 from .registry import MASKS, RunInfo, build_mask, register_mask
 from .score_based import Annealed, Refreshed, Score, ScoreBased, Scores
 from .shard_group import ShardGroup
-from .subset import BitMask, Rows, Subset, compact_, masked_add_, masked_scatter_, masked_select, pack, popcount, unpack
+from .subset import BitMask, Rows, Subset, pack, popcount, unpack
 from .top_scores import Scored
 
 __all__ = [
@@ -20,6 +22,7 @@ __all__ = [
     "NM",
     "Annealed",
     "AnnealedCut",
+    "Backup",
     "BitMask",
     "Dense",
     "Depth",
@@ -40,10 +43,11 @@ __all__ = [
     "ShardGroup",
     "Subset",
     "build_mask",
-    "compact_",
+    "inner_product",
     "masked_add_",
     "masked_scatter_",
     "masked_select",
+    "masked_squares",
     "pack",
     "popcount",
     "register_mask",

@@ -8,7 +8,16 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ssam_scale.masks import BitMask, Plan, Subset, masked_add_, masked_scatter_, masked_select, pack
+from ssam_scale.masks import (
+    BitMask,
+    Plan,
+    Subset,
+    inner_product,
+    masked_add_,
+    masked_scatter_,
+    masked_select,
+    pack,
+)
 from ssam_scale.sharding import ShardedWeights
 
 from .perturb import at_least_fp32, squares, zero_unless_
@@ -41,7 +50,7 @@ class LookSAM:
 
         Args:
             plan: what was perturbed.
-            epsilon: ε, as `Perturbation.epsilon` returned it; overwritten.
+            epsilon: ε, as `Epsilon.computed` returned it; overwritten.
 
         Raises:
             ValueError: the backend shows copies of its gradients, to which nothing can be added.
@@ -51,8 +60,8 @@ class LookSAM:
         if any(a.data_ptr() != b.data_ptr() for a, b in zip(gradients, self._gradients(), strict=True) if a.numel()):
             raise ValueError("reuse between ascents needs float32 gradients with ZeRO stage 3, which copies others")
         sharp = at_least_fp32(masked_select(gradients, list(self._parts.values())))
-        along = torch.stack([product.sum() for product in torch._foreach_mul(sharp, epsilon)])
-        sums = torch.stack([along.sum(), squares(epsilon, device).sum(), squares(sharp, device).sum()])
+        along = inner_product(sharp, epsilon)
+        sums = torch.stack([along, squares(epsilon, device).sum(), squares(sharp, device).sum()])
         sums = self._sharding.shard_group.all_reduce(sums)
         torch._foreach_mul_(epsilon, sums[0] / sums[1])
         torch._foreach_sub_(sharp, epsilon)
@@ -74,7 +83,7 @@ class LookSAM:
         sums = self._sharding.shard_group.all_reduce(torch.stack([plain, squares(self._orthogonal, device).sum()]))
         ratio = alpha * (sums[0] / sums[1]).sqrt()
         scale = torch.where(ratio.isfinite(), ratio, torch.zeros_like(ratio))
-        masked_add_(gradients, parts, torch._foreach_mul(self._orthogonal, scale))
+        masked_add_(gradients, parts, self._orthogonal, alpha=scale)
 
     @torch.no_grad()
     def state_dict(self) -> dict[str, dict[str, Tensor]]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ssam_scale.masks import Plan, Subset, compact_, masked_add_, masked_scatter_, masked_select
+from ssam_scale.masks import Backup, Plan, Subset, masked_add_, masked_scatter_, masked_select, masked_squares
 from ssam_scale.sharding import Sharding, WrittenWeights
 
 from .mask_state import MaskState
@@ -29,9 +31,7 @@ def at_least_fp32(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 def squares(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     """Σ x² of each tensor: float32 of shape (number of tensors,)."""
-    if not tensors:
-        return torch.zeros(0, device=device)
-    return torch.stack(torch._foreach_norm(list(tensors), 2, dtype=torch.float32)).square_()
+    return masked_squares(tensors, [None] * len(tensors))[0] if tensors else torch.zeros(0, device=device)
 
 
 def adaptive_scales(weights: Sequence[Tensor]) -> list[Tensor]:
@@ -43,23 +43,11 @@ def adaptive_scales(weights: Sequence[Tensor]) -> list[Tensor]:
     return scales
 
 
-def scale_to_radius_(gradients: Sequence[Tensor], radii: Sequence[float], kappa: Tensor | float, norm: Tensor) -> None:
-    """Gradients become ε = ρ · κ · g / (‖·‖ + 1e-7) in place (arXiv 2210.05177, equation 5, with m in g).
-
-    Where the norm is not finite they become zeros: there is no direction to go.
-
-    Args:
-        gradients: m ⊙ g.
-        radii: ρ of each gradient.
-        kappa: κ, a factor on the radius, of shape ().
-        norm: the norm divided by, of shape ().
-    """
-    if not gradients:
-        return
-    scale = kappa / (norm + _TINY)
-    for radius in set(radii):
-        torch._foreach_mul_([g for g, r in zip(gradients, radii, strict=True) if r == radius], radius * scale)
-    zero_unless_(gradients, norm.isfinite())
+def _picked(tensors: Sequence[Tensor], parts: Sequence[Subset | None]) -> list[Tensor]:
+    """Copies of the elements that parts have, and the tensors themselves where all take part."""
+    some = [(t, part) for t, part in zip(tensors, parts, strict=True) if part is not None]
+    copies = iter(masked_select([t for t, _ in some], [part for _, part in some]))
+    return [t if part is None else next(copies) for t, part in zip(tensors, parts, strict=True)]
 
 
 def zero_unless_(tensors: Sequence[Tensor], condition: Tensor) -> None:
@@ -99,9 +87,9 @@ class _Side:
         """What is a sum over this process's elements, over all elements. Collective."""
         return self._sharding.shard_group.all_reduce(squares)
 
-    def of_shards(self, plan: Plan, parameters: Sequence[nn.Parameter], epsilon: Sequence[Tensor]) -> list[Tensor]:
-        """A copy of the ε of this process's shards. A copy, because ε may lie where the next gradient will."""
-        return [e.clone() for e in epsilon]
+    def of_shards(self, plan: Plan, parameters: Sequence[nn.Parameter], epsilon: list[Tensor]) -> list[Tensor]:
+        """The ε of this process's shards."""
+        return epsilon
 
 
 class _Whole(_Side):
@@ -119,7 +107,7 @@ class _Whole(_Side):
     def sum(self, squares: Tensor) -> Tensor:
         return squares
 
-    def of_shards(self, plan: Plan, parameters: Sequence[nn.Parameter], epsilon: Sequence[Tensor]) -> list[Tensor]:
+    def of_shards(self, plan: Plan, parameters: Sequence[nn.Parameter], epsilon: list[Tensor]) -> list[Tensor]:
         result = []
         shards, local = self._sharding.shards(parameters), plan.weights.values()
         for e, shard, part, own in zip(epsilon, shards, self.parts(plan), local, strict=True):
@@ -128,8 +116,53 @@ class _Whole(_Side):
                 full = e.new_zeros(shard.numel)
                 part.put(full, e)
             mine = full.view(-1)[shard.start : shard.start + shard.weight.numel()]
-            result.append(mine.clone() if own is None else own.take(mine))
+            result.append(mine if own is None else own.take(mine))
         return result
+
+
+@dataclass(frozen=True)
+class Epsilon:
+    """ε = α · ρ · g of each parameter in a plan, which is computed while it is added.
+
+    Attributes:
+        gradients: what is scaled; where there is a `Subset` of shape (its count,), or that of the shard, of which the
+            subset's elements count.
+        parts: of each, as in `Plan.weights`.
+        radii: ρ of each.
+        alpha: α = κ / (‖·‖ + 1e-7), float32 of shape ().
+        exists: whether the norm is finite, bool of shape (); else ε is 0: there is no direction to go.
+    """
+
+    gradients: Sequence[Tensor]
+    parts: Sequence[Subset | None]
+    radii: Sequence[float]
+    alpha: Tensor
+    exists: Tensor
+
+    def add_(self, weights: Sequence[Tensor], backup: Backup | None) -> None:
+        """w ← w + ε, rounded once to the weights' dtype; see `masked_add_`."""
+        masked_add_(
+            weights,
+            self.parts,
+            self.gradients,
+            alpha=self.alpha,
+            factors=self.radii,
+            when=self.exists,
+            backup=backup,
+        )
+
+    def computed(self) -> list[Tensor]:
+        """ε itself: float32, where there is a `Subset` of shape (its count,), else shaped like the shard."""
+        counted = [
+            None if part is None or g.numel() == part.count else part
+            for g, part in zip(self.gradients, self.parts, strict=True)
+        ]
+        result = at_least_fp32(masked_select(self.gradients, counted))
+        if result:
+            torch._foreach_mul_(result, self.alpha)
+            torch._foreach_mul_(result, list(self.radii))
+            zero_unless_(result, self.exists)
+        return [e if part is None else e.reshape(-1) for e, part in zip(result, self.parts, strict=True)]
 
 
 class Perturbation:
@@ -151,6 +184,7 @@ class Perturbation:
         phases: times the parts.
 
     Attributes:
+        backup: of the weights, empty between steps.
         kappa: ‖m ⊙ g‖ / ‖g‖ of the last step where both were known, float32 of shape (); not a number before.
         skips: whether the last perturbation was left out because the gradient was not finite, bool of shape ().
         skipped: how many were, int64 of shape ().
@@ -168,6 +202,7 @@ class Perturbation:
         phases: Phases,
     ) -> None:
         self.adaptive = adaptive
+        self.backup = Backup()
         self._sharding, self._mask, self._optimizer, self._phases = sharding, mask, optimizer, phases
         self._parameters = parameters.by_name
         self._index = {name: i for i, name in enumerate(self._parameters)}
@@ -185,38 +220,41 @@ class Perturbation:
 
         Args:
             resolved: what the step does.
-            keep: whether to yield a copy of ε, that of this process's shards; otherwise an empty list.
+            keep: whether to yield the ε of this process's shards, as `Epsilon.computed` returns it; otherwise nothing.
         """
-        sharding, plan = self._sharding, resolved.plan
-        side = self._side(resolved)
         try:
             with self._phases("perturb"), torch.no_grad():
-                epsilon = self.epsilon(resolved)
-                perturbed = [self._parameters[name] for name in plan.weights]
-                changing, changed = sharding.resident(perturbed), self._mask.resident(plan)
-                backup = masked_select(changing, changed)
-        except BaseException:
-            sharding.reshard()  # an ascent may have left some for the descent
-            raise
-        try:
-            with self._phases("perturb"), torch.no_grad():
-                masked_add_(side.weights(perturbed), side.parts(plan), epsilon)
-                kept = side.of_shards(plan, perturbed, epsilon) if keep else []
-                del epsilon
-                sharding.clear_gradients(self._optimizer)
-                if not resolved.whole:
-                    sharding.publish(
-                        WrittenWeights(perturbed, list(plan.weights.values()), changed) if resolved.packed else None
-                    )
-                # It remembers low-precision copies until its outermost context ends, which may be around the step.
-                torch.clear_autocast_cache()
+                kept = self._perturb(resolved, keep)
             yield kept
         finally:
             # Nothing in here waits for another process: this may be the only one that failed.
             with self._phases("perturb"), torch.no_grad():
-                masked_scatter_(changing, changed, backup)
-                sharding.reshard()
+                self.backup.restore_()
+                self._sharding.reshard()  # an ascent may have left some for the descent
                 torch.clear_autocast_cache()
+
+    def _perturb(self, resolved: ResolvedStep, keep: bool) -> list[Tensor]:
+        """Everything between the passes: the weights become w + ε, on every process. Collective."""
+        sharding, plan, side = self._sharding, resolved.plan, self._side(resolved)
+        perturbed = [self._parameters[name] for name in plan.weights]
+        epsilon = self.epsilon(resolved)
+        if not resolved.whole and sharding.weights_replicated and sharding.shard_group.size > 1:
+            # Other processes write to some of what changes here.
+            changing, changed = sharding.resident(perturbed), self._mask.resident(plan)
+            self.backup.keep(partial(masked_scatter_, changing, changed, masked_select(changing, changed)))
+            epsilon.add_(side.weights(perturbed), None)
+        else:
+            epsilon.add_(side.weights(perturbed), self.backup)
+        # A copy, because gradients may lie where the next ones will.
+        kept = side.of_shards(plan, perturbed, epsilon.computed()) if keep else []
+        del epsilon
+        sharding.clear_gradients(self._optimizer)
+        if not resolved.whole:
+            written = WrittenWeights(perturbed, list(plan.weights.values()), self._mask.resident(plan))
+            sharding.publish(written if resolved.packed else None)
+        # It remembers low-precision copies until its outermost context ends, which may be around the step.
+        torch.clear_autocast_cache()
+        return kept
 
     def uncalibrate(self) -> None:
         """Calibrate in the next step: the mask is another one."""
@@ -245,51 +283,56 @@ class Perturbation:
             self.shares.copy_(torch.stack([shares[name] for name in self._parameters]))
         self.calibrated = int(state_dict["calibrated"])
 
-    def epsilon(self, resolved: ResolvedStep) -> list[Tensor]:
-        """ε of each parameter in the plan, of the elements that this process perturbs alone. Collective.
+    def epsilon(self, resolved: ResolvedStep) -> Epsilon:
+        """ε of what this process perturbs of each parameter in the plan. Collective.
 
-        Float32, where there is a `Subset` of shape (its count,), else shaped like the shard, or where the step is
-        `whole`, the parameter. Fp32 gradients are overwritten: ε takes their memory.
+        An adaptive one takes the memory of fp32 gradients.
         """
         plan, side = resolved.plan, self._side(resolved)
         chosen = [self._parameters[name] for name in plan.weights]
-        parts = side.parts(plan)
-        gradients = side.gradients(chosen)
-        weights = side.weights(chosen) if self.adaptive else []
-        everything = self._all_squares(side, plan, gradients, weights) if resolved.measures_kappa else None
-        epsilon = at_least_fp32(compact_(gradients, parts))
-        del gradients
-        scales = adaptive_scales([w if m is None else m.take(w) for w, m in zip(weights, parts, strict=False)])
-        if scales:
-            torch._foreach_mul_(epsilon, scales)
-        masked = squares(epsilon, self._device)
+        parts, gradients = side.parts(plan), side.gradients(chosen)
+        if self.adaptive:
+            weights = side.weights(chosen)
+            everything = self._all_scaled_squares(side, plan, gradients, weights) if resolved.measures_kappa else None
+            gradients, scales = at_least_fp32(_picked(gradients, parts)), adaptive_scales(_picked(weights, parts))
+            if gradients:
+                torch._foreach_mul_(gradients, scales)
+            masked = squares(gradients, self._device)
+            if gradients:
+                torch._foreach_mul_(gradients, scales)
+        else:
+            masked, of_chosen = masked_squares(gradients, parts, every=resolved.measures_kappa)
+            everything = None if of_chosen is None else self._all_squares(side, plan, of_chosen)
         norm, kappa = self._norm_and_kappa(resolved, side, masked, everything)
-        if scales:
-            torch._foreach_mul_(epsilon, scales)
-        scale_to_radius_(epsilon, list(resolved.radii.values()), kappa, norm)
-        self.skips = ~norm.isfinite()
+        exists = norm.isfinite()
+        self.skips = ~exists
         self.skipped += self.skips
-        return epsilon
+        return Epsilon(gradients, parts, list(resolved.radii.values()), kappa / (norm + _TINY), exists)
 
     def _side(self, resolved: ResolvedStep) -> _Side:
         return _Whole(self._sharding, self._mask) if resolved.whole else _Side(self._sharding, self._mask)
 
-    def _all_squares(self, side: _Side, plan: Plan, chosen: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
-        """‖g‖² of every parameter on this process; `chosen` and `weights` are of what the plan names."""
+    def _all_squares(self, side: _Side, plan: Plan, of_chosen: Tensor) -> Tensor:
+        """‖g‖² of every parameter on this process; `of_chosen` is that of what the plan names."""
+        names = [name for name in self._parameters if name not in plan.weights]
+        others = squares(side.gradients([self._parameters[name] for name in names]), self._device)
+        return self._in_order([*plan.weights, *names], torch.cat([of_chosen, others]))
+
+    def _all_scaled_squares(
+        self, side: _Side, plan: Plan, chosen: Sequence[Tensor], weights: Sequence[Tensor]
+    ) -> Tensor:
+        """‖T g‖² of every parameter on this process; `chosen` and `weights` are of what the plan names."""
         names = [name for name in self._parameters if name not in plan.weights]
         others = [self._parameters[name] for name in names]
-        gradients = [*chosen, *side.gradients(others)]
-        if self.adaptive:
-            weights = [*weights, *side.weights(others)]
-            # One after the other, so that the products never exist together.
-            each = [
-                squares([g * adaptive_scales([w])[0]], self._device) for g, w in zip(gradients, weights, strict=True)
-            ]
-            of_each = torch.cat(each)
-        else:
-            of_each = squares(gradients, self._device)
+        gradients, weights = [*chosen, *side.gradients(others)], [*weights, *side.weights(others)]
+        # One after the other, so that the products never exist together.
+        each = [squares([g * adaptive_scales([w])[0]], self._device) for g, w in zip(gradients, weights, strict=True)]
+        return self._in_order([*plan.weights, *names], torch.cat(each))
+
+    def _in_order(self, names: Sequence[str], of_each: Tensor) -> Tensor:
+        """Numbers of the parameters `names`, in the order of all parameters."""
         result = torch.empty_like(of_each)
-        result[self._indices([*plan.weights, *names])] = of_each
+        result[self._indices(names)] = of_each
         return result
 
     def _norm_and_kappa(

@@ -163,6 +163,11 @@ class SparseSAM(OptimizerWrapper):
         return self.plan.perturbed / self.parameters.layout.total if any(self.radii) else 0.0
 
     @property
+    def backup_bytes(self) -> int:
+        """Memory for the backup of perturbed weights that is held between steps, which it is on a CPU only."""
+        return self._perturbation.backup.nbytes
+
+    @property
     def skipped(self) -> int:
         """How many steps had no perturbation because the ascent gradient was not finite. Waits for the device."""
         return int(self._perturbation.skipped)
@@ -325,6 +330,7 @@ class SparseSAM(OptimizerWrapper):
             FloatingPointError: a score is not finite; the mask stays what it was.
             ValueError: there are fewer samples than are to be used, or the mask selects nothing; it stays what it was.
         """
+        self._perturbation.backup.release()  # scores take memory, too
         scale = 1024.0 if self.scaler is not None else 1.0  # the choice does not depend on a common factor
         layout = self.parameters.eligible(self.param_groups)
         self._mask.refresh(layout, self.base_optimizer, loss_fn, batches, samples, self.steps, scale)

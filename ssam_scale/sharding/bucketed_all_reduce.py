@@ -52,11 +52,17 @@ class _Bucket:
 
     def start(self, group: dist.ProcessGroup | None, dtype: torch.dtype | None) -> None:
         """Start the all-reduce of the gradients, divided by the number of ranks; a missing gradient counts as zeros."""
-        pieces = []
-        for p, elements in zip(self.parameters, self.elements, strict=True):
+        gradients = []
+        for p in self.parameters:
             if p.grad is None:  # here, but perhaps not on another rank, and all reduce the same
                 p.grad = torch.zeros_like(p)
-            pieces.append(p.grad.reshape(-1) if elements is None else elements.take(p.grad))
+            gradients.append(p.grad)
+        pieces = [g.reshape(-1) for g in gradients]
+        some, places = self._subsets()
+        if some:
+            found = some[0].masked_select([gradients[i] for i in places], some)
+            for i, piece in zip(places, found, strict=True):
+                pieces[i] = piece
         self.flat = torch.cat(pieces).to(dtype=dtype).div_(dist.get_world_size(group))
         for p, elements, piece in zip(self.parameters, self.elements, self._split(), strict=True):
             if elements is None and piece.dtype == p.dtype:  # frees the unreduced gradient now, not with the sum
@@ -67,13 +73,23 @@ class _Bucket:
         """Wait for the all-reduce, on the device, and write what is not there yet to the gradients."""
         assert self.work is not None
         self.work.wait()
+        gradients, pieces = [], []
         for p, elements, piece in zip(self.parameters, self.elements, self._split(), strict=True):
             assert p.grad is not None
-            if elements is not None:
-                elements.put(p.grad, piece.to(p.dtype))
-            elif piece.dtype != p.dtype:
+            gradients.append(p.grad)
+            pieces.append(piece)
+            if elements is None and piece.dtype != p.dtype:
                 p.grad.copy_(piece.view(p.shape))
+        some, places = self._subsets()
+        if some:
+            values = [pieces[i].to(gradients[i].dtype) for i in places]
+            some[0].masked_scatter_([gradients[i] for i in places], some, values)
         self.flat = None
+
+    def _subsets(self) -> tuple[list[Elements], list[int]]:
+        """The elements of each parameter that is not reduced in full, and which parameters these are."""
+        places = [i for i, elements in enumerate(self.elements) if elements is not None]
+        return [elements for elements in self.elements if elements is not None], places
 
     def _split(self) -> Sequence[Tensor]:
         assert self.flat is not None

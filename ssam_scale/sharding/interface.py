@@ -36,6 +36,14 @@ class Elements(Protocol):
     def booleans(self) -> Tensor:
         """True for the elements: bool of shape (numel,)."""
 
+    @staticmethod
+    def masked_select(tensors: Sequence[Tensor], elements: Sequence[Any]) -> list[Tensor]:
+        """What `take` returns of each tensor, at once; None: a copy of all of it."""
+
+    @staticmethod
+    def masked_scatter_(tensors: Sequence[Tensor], elements: Sequence[Any], values: Sequence[Tensor]) -> None:
+        """What `put` does to each tensor, at once; None: all of it is written to."""
+
     def of_booleans(self, booleans: Tensor) -> Elements:
         """Of another tensor, the elements for which `booleans`, of shape (its elements,), are True."""
 

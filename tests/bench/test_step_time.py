@@ -59,6 +59,10 @@ def test_every_plan_has_its_row(model: str, measured: list[Row]) -> None:
         assert row["versions"].keys() >= {"python", "torch", "timm"}
         assert row["hardware"]
         assert (row["predicted_over_base"] is None) == (scenario.mask is None and scenario.name != "base")
+        assert (row["perturb_over_floor"] is None) == (scenario.mask is None)
+        if scenario.mask is not None:
+            assert row["perturb_over_floor"] == row["perturb_seconds"] / row["perturb_floor_seconds"] > 0.0
+            assert row["perturb_seconds"] < row["seconds"] * scenario.interval
     assert rows["base"]["time_over_base"] == rows["base"]["predicted_over_base"] == 1.0
     assert rows["base"]["density"] == rows["base"]["suffix_share"] == 0.0
     for steps in (2, 5):
@@ -138,6 +142,7 @@ def test_a_table_of_some_plans_for_people() -> None:
     result = bench("--models", "test_resnet", *SMALL, "--plans", "cut 0.5")
     assert result.returncode == 0, result.stderr
     assert "time / base" in result.stdout
+    assert "perturb / floor" in result.stdout
     assert "cut 0.5" in result.stdout
     assert "cut 0.25" not in result.stdout
     assert "fp32" in result.stdout

@@ -12,30 +12,29 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ssam_scale.masks import (
+    Backup,
     BitMask,
     Rows,
     Subset,
-    compact_,
     masked_add_,
     masked_scatter_,
     masked_select,
+    masked_squares,
     pack,
     popcount,
-    subset,
     unpack,
 )
+from ssam_scale.masks.kernels import move
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 
 
-@pytest.fixture(params=["compiled", "in chunks"])
+@pytest.fixture(params=["compiled", "flat"])
 def _way(request: pytest.FixtureRequest) -> Iterator[None]:
-    """The way of the CPU, and that of other devices with chunks that are small enough to have several."""
+    """The way of the CPU, and that of other devices."""
     with pytest.MonkeyPatch.context() as patch:
-        if request.param == "in chunks":
-            patch.setattr(subset, "_streams", lambda tensor: False)
-            patch.setattr(subset, "_CHUNK", 16)
-            patch.setattr(subset, "_ROWS_CHUNK", 16)
+        if request.param == "flat":
+            patch.setattr(move, "streams", lambda tensor: False)
         yield
 
 
@@ -50,15 +49,15 @@ def check(part: Subset, booleans: Tensor, dtype: torch.dtype) -> None:
     expected = source.clone()
     expected[booleans] = values
     assert torch.equal(target, expected)
-    if dtype != torch.float64:
-        summands = torch.randn(part.count)
-        masked_add_([target], [part], [summands])
-        expected[booleans] = (expected[booleans].float() + summands).to(dtype)
-        assert torch.equal(target, expected)
-    memory = source.clone()
-    [front] = compact_([memory], [part])
-    assert torch.equal(front, source[booleans])
-    assert not part.count or front.data_ptr() == memory.data_ptr()
+    summands = torch.randn(part.count)
+    masked_add_([target], [part], [summands])
+    wide = torch.promote_types(dtype, torch.float32)
+    expected[booleans] = (expected[booleans].to(wide) + summands).to(dtype)
+    assert torch.equal(target, expected)
+    [square], whole = masked_squares([source], [part], every=True)
+    assert float(square) == pytest.approx(float(source[booleans].double().square().sum()), rel=1e-6)
+    assert whole is not None
+    assert float(whole) == pytest.approx(float(source.double().square().sum()), rel=1e-6)
 
 
 @pytest.mark.usefixtures("_way")
@@ -95,7 +94,6 @@ def test_the_order_is_row_major_whatever_the_strides() -> None:
         source = torch.randn(4, 3, 2, 5).to(memory_format=torch.channels_last)
         values = part.take(source)
         assert torch.equal(values, source[chosen])
-        assert torch.equal(compact_([source.clone()], [part])[0], values)
         expected = source.clone()
         expected[chosen] = -values
         part.put(source, -values)
@@ -126,12 +124,12 @@ def test_any_number_of_threads_moves_many_tensors_at_once(threads: int) -> None:
         masked_add_(summed, some, values)
         written = [torch.zeros_like(s) for s in sources]
         masked_scatter_(written, some, values)
-        fronts = compact_([s.clone() for s in sources], some)
+        squares, _ = masked_squares(sources, some)
     finally:
         torch.set_num_threads(before)
     for i, (source, chosen) in enumerate(zip(sources, booleans, strict=True)):
         assert torch.equal(values[i], expected[i])
-        assert torch.equal(fronts[i], expected[i])
+        assert float(squares[i]) == pytest.approx(float(expected[i].double().square().sum()), rel=1e-6)
         assert torch.equal(summed[i], torch.where(chosen, source + source, source))
         assert torch.equal(written[i], torch.where(chosen, source, 0.0))
 
@@ -145,28 +143,55 @@ def test_values_that_do_not_fit_are_refused_before_anything_is_written() -> None
     assert not target.any()
 
 
+def test_bits_that_stand_for_nothing_are_refused() -> None:
+    """Compiled loops go by every bit that is set: one beyond the tensor would write beyond its memory."""
+    for packed, numel in ((torch.tensor([8], dtype=torch.uint8), 3), (torch.tensor([1, 0], dtype=torch.uint8), 3)):
+        with pytest.raises(ValueError, match="do not stand for 3 elements"):
+            BitMask(packed, numel)
+
+
+@pytest.mark.parametrize("size", [8, 16, 64])
+def test_counts_are_those_of_equal_parts(size: int) -> None:
+    booleans = torch.rand(100, generator=torch.Generator().manual_seed(0)) < 0.5
+    rows = torch.tensor([True, False, True, True, False])
+    for part in (BitMask(pack(booleans), 100), Rows(rows, 30, 13, 100, torch.device("cpu"))):
+        flags = part.booleans()
+        assert part.counts(size) == [int(chunk.sum()) for chunk in flags.split(size)]
+        assert part.counts(104) == [part.count] == [int(flags.sum())]
+        assert torch.equal(unpack(part.bits)[:100], flags)
+
+
 @pytest.mark.gpu
 def test_a_gpu_moves_what_the_cpu_moves_without_the_host_waiting() -> None:
     booleans = torch.rand(3000, 7, generator=torch.Generator().manual_seed(0)) < 0.3
     rows = torch.rand(3000, generator=torch.Generator().manual_seed(1)) < 0.3
     source = torch.randn(3000, 7)
     there = source.cuda()
+    alpha, yes = torch.tensor(0.5), torch.tensor(True)
     for here, part in (
         (BitMask(pack(booleans), 21000), BitMask(pack(booleans).cuda(), 21000)),
         (Rows(rows, 7, 3, 20990, torch.device("cpu")), Rows(rows, 7, 3, 20990, torch.device("cuda"))),
+        (None, None),
     ):
-        start = source.numel() - here.numel
+        start = source.numel() - (21000 if here is None else here.numel)
         mine, theirs = source.view(-1)[start:].clone(), there.view(-1)[start:].clone()
+        before, gradient = mine.clone(), torch.randn(mine.shape)
+        on_device = gradient.cuda(), alpha.cuda(), yes.cuda()
+        backup = Backup()
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
         try:
-            values = part.take(theirs)
-            part.put(theirs, values * 2)
-            masked_add_([theirs], [part], [values])
-            [front] = compact_([theirs.clone()], [part])
+            [values] = masked_select([theirs], [part])
+            masked_scatter_([theirs], [part], [values * 2])
+            [squares], _ = masked_squares([theirs], [part])
+            masked_add_([theirs], [part], [on_device[0]], alpha=on_device[1], when=on_device[2], backup=backup)
+            perturbed = theirs.clone()
+            backup.restore_()
+            masked_scatter_([theirs], [part], [values])
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        here.put(mine, here.take(mine) * 2)
-        masked_add_([mine], [here], [values.cpu()])
-        assert torch.equal(theirs.cpu(), mine)
-        assert torch.equal(front.cpu(), here.take(mine))
+        masked_scatter_([mine], [here], [masked_select([mine], [here])[0] * 2])
+        assert float(squares) == pytest.approx(float(masked_squares([mine], [here])[0]), rel=1e-6)
+        masked_add_([mine], [here], [gradient], alpha=alpha, when=yes)
+        torch.testing.assert_close(perturbed.cpu(), mine, rtol=1e-6, atol=0)
+        assert torch.equal(theirs.cpu(), before)

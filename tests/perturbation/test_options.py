@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ssam_scale import CosineRadius, Depth, Interval, LRRadius, Scored, SparseSAM, Window
-from ssam_scale.perturbation.perturb import scale_to_radius_, squares
+from ssam_scale.perturbation.perturb import Epsilon, squares
 from ssam_scale.perturbation.reference import length_of, masked_by, reference_gradient
 from tests.support.masks import whole_mask
 from tests.support.networks import batches, freeze_batchnorm, loss_fn, small_network
@@ -407,13 +407,17 @@ def test_weights_of_two_bytes_are_moved_in_float32_and_come_back_bit_for_bit() -
 )
 def test_without_a_finite_norm_nothing_is_left_of_a_gradient(lists: list[list[float]], norm: float, bad: bool) -> None:
     gradients = [torch.tensor(values, dtype=torch.float32) for values in lists]
+    alpha, finite = torch.tensor(1.0) / (torch.tensor(norm) + 1e-7), torch.tensor(norm).isfinite()
     expected = [g * (0.1 / (norm + 1e-7)) if math.isfinite(norm) else torch.zeros_like(g) for g in gradients]
     if bad and not math.isfinite(norm):
         for g in gradients:
             g[:1] = math.nan
-    scale_to_radius_(gradients, [0.1] * len(gradients), 1.0, torch.tensor(norm))
-    for mine, other in zip(gradients, expected, strict=True):
+    epsilon = Epsilon(gradients, [None] * len(gradients), [0.1] * len(gradients), alpha, finite)
+    weights = [torch.ones_like(g) for g in gradients]
+    epsilon.add_(weights, None)
+    for mine, w, other in zip(epsilon.computed(), weights, expected, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-6, atol=0)
+        assert torch.equal(w, 1.0 + mine) or torch.allclose(w, 1.0 + mine, rtol=2e-7, atol=0)
 
 
 def test_squares_of_nothing_are_nothing() -> None:

@@ -40,7 +40,6 @@ class MemoryUse:
         gathered: of weights that are whole for a while, and of the whole gradients that belong to them.
         mask: of the mask's bits.
         backup: of the perturbed weights as they were.
-        epsilon: of ε where it is not in the place of the gradient.
         reuse: of what is kept for steps without an ascent, and of ε when that is renewed.
     """
 
@@ -50,7 +49,6 @@ class MemoryUse:
     gathered: float = 0.0
     mask: float = 0.0
     backup: float = 0.0
-    epsilon: float = 0.0
     reuse: float = 0.0
 
 
@@ -194,7 +192,6 @@ def perturbing(ascents: Sequence[Ascent], shards: int, known: float) -> dict[str
     return {
         "mask": known / 8 if any(a.has_bit_mask for a in ascents) else 0.0,
         "backup": perturbed,
-        "epsilon": perturbed if any(a.perturbs_subsets for a in ascents) else 0.0,
         # The next ascent's ε is there beside what the last one left behind.
         "reuse": 2 * perturbed if any(a.reuses for a in ascents) else 0.0,
     }

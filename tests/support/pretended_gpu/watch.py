@@ -28,6 +28,7 @@ _FREE = {
 # (ATen/native/cuda/MultiTensorApply.cuh).
 _FOREACH_TENSORS = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}
 _FOREACH_BLOCKS, _FOREACH_BLOCK = 320, 65_536
+_JOINED = 128  # tensors that one launch joins (ATen/native/cuda/Shape.cu)
 
 
 def launches_of(operator: str, arguments: Any) -> int:
@@ -39,11 +40,16 @@ def launches_of(operator: str, arguments: Any) -> int:
     """
     if operator in _FREE:
         return 0
-    if not operator.startswith("_foreach_"):
-        return 1
     lists = [a for a in arguments if isinstance(a, (list, tuple)) and a and isinstance(a[0], Tensor)]
-    if not lists:
+    if operator in ("cat", "stack") and lists:
+        return -(-len(lists[0]) // _JOINED)
+    if not operator.startswith(("_foreach_", "_fused_")) or not lists:
         return 1
+    unlike = any(len({t.dtype for t in one}) > 1 for one in lists) or any(
+        t.stride() != first.stride() for one in lists[1:] for first, t in zip(lists[0], one, strict=True)
+    )
+    if unlike:  # one after the other
+        return len(lists[0])
     depth = min(max(len(lists) + (not operator.endswith("_")), 1), 5)
     blocks = sum(-(-t.numel() // _FOREACH_BLOCK) for t in lists[0])
     return max(-(-len(lists[0]) // _FOREACH_TENSORS[depth]), -(-blocks // _FOREACH_BLOCKS))

@@ -1,0 +1,273 @@
+"""Masked select, scatter, add and sum of squares over lists of tensors, of each of which a subset or all takes part.
+
+What torch's functions of these names do with boolean masks, without index tensors as large as the tensors: on the CPU
+by compiled loops (`kernels.move`), elsewhere by few large launches (`flat`), and of whole tensors by torch's own
+functions for lists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, TypeAlias
+
+import torch
+from torch import Tensor
+
+from . import flat
+from .backup import Backup
+from .kernels import move
+from .kernels.move import Move, spans_of_all
+
+if TYPE_CHECKING:
+    from .subset import Subset
+
+Subsets: TypeAlias = "Sequence[Subset | None]"
+
+
+@dataclass
+class _Ways:
+    """Places in a list of tensors, by what moves their elements.
+
+    Attributes:
+        whole: all elements, by torch's functions for lists.
+        compiled: compiled loops, on row-major tensors.
+        copied: compiled loops, on row-major copies, one after the other, so that these never exist together.
+        flat: few large launches.
+    """
+
+    whole: list[int] = field(default_factory=list)
+    compiled: list[int] = field(default_factory=list)
+    copied: list[int] = field(default_factory=list)
+    flat: list[int] = field(default_factory=list)
+
+
+def _ways(tensors: Sequence[Tensor], subsets: Subsets, *, computes: bool = False) -> _Ways:
+    """Those of each tensor: to move elements, or to compute with them, which compiled loops do in float32 only."""
+    ways = _Ways()
+    for i, (t, subset) in enumerate(zip(tensors, subsets, strict=True)):
+        if subset is None:
+            ways.whole.append(i)
+        elif subset.spans is None or (computes and t.dtype != torch.float32):
+            ways.flat.append(i)
+        else:
+            (ways.compiled if t.is_contiguous() else ways.copied).append(i)
+    return ways
+
+
+def masked_select(tensors: Sequence[Tensor], subsets: Subsets) -> list[Tensor]:
+    """Copies of the elements of each tensor that its subset has, of shape (its count,); None is all of the tensor."""
+    ways, values = _ways(tensors, subsets), list(tensors)
+    for i in ways.whole:
+        values[i] = torch.empty_like(tensors[i])
+    _foreach_copy_([values[i] for i in ways.whole], [tensors[i] for i in ways.whole])
+    for i in (*ways.compiled, *ways.copied):
+        values[i] = tensors[i].new_empty(_of(subsets, i).count)
+    move.take([_move(tensors[i], _of(subsets, i), values[i]) for i in ways.compiled])
+    for i in ways.copied:
+        move.take([_move(tensors[i].reshape(-1), _of(subsets, i), values[i])])
+    if ways.flat:
+        found = flat.select([tensors[i] for i in ways.flat], [_of(subsets, i) for i in ways.flat])
+        for i, value in zip(ways.flat, found, strict=True):
+            values[i] = value
+    return values
+
+
+def masked_scatter_(tensors: Sequence[Tensor], subsets: Subsets, values: Sequence[Tensor]) -> None:
+    """Write `values`, as `masked_select` returns them, to the elements of each tensor that its subset has."""
+    ways = _ways(tensors, subsets)
+    _foreach_copy_([tensors[i] for i in ways.whole], [values[i] for i in ways.whole])
+    move.put([_move(tensors[i], _of(subsets, i), values[i]) for i in ways.compiled])
+    for i in ways.copied:
+        copy = tensors[i].reshape(-1)
+        move.put([_move(copy, _of(subsets, i), values[i])])
+        tensors[i].copy_(copy.view(tensors[i].shape))
+    if ways.flat:
+        targets, parts = [tensors[i] for i in ways.flat], [_of(subsets, i) for i in ways.flat]
+        flat.scatter_(targets, parts, [values[i] for i in ways.flat])
+
+
+def masked_squares(tensors: Sequence[Tensor], subsets: Subsets, *, every: bool = False) -> tuple[Tensor, Tensor | None]:
+    """Σ x² of the elements of each tensor that its subset has: float32 of shape (number of tensors,).
+
+    Args:
+        tensors: at least one.
+        subsets: of each; None: all of it.
+        every: whether to return Σ x² of all elements of each tensor, too, as the second result; else that is None.
+    """
+    ways = _ways(tensors, subsets, computes=True)
+    norms: dict[int, Tensor] = {}  # of each tensor's subset
+    whole: dict[int, Tensor] = {}  # of all of it, where that is known
+    for places in (ways.compiled, *([i] for i in ways.copied)):
+        parts = [_of(subsets, i) for i in places]
+        spans = [s.spans for s in parts if s.spans is not None]
+        sums = torch.from_numpy(move.squares([tensors[i].reshape(-1) for i in places], spans)).sqrt_().float()
+        norms.update(zip(places, sums[:, 0].unbind(), strict=True))
+        whole.update((i, norm) for i, norm, s in zip(places, sums[:, 1], spans, strict=True) if s.bits is not None)
+    if ways.flat:
+        found = flat.norms([tensors[i] for i in ways.flat], [_of(subsets, i) for i in ways.flat])
+        norms.update(zip(ways.flat, found, strict=True))
+    others = [i for i in range(len(tensors)) if i not in whole] if every else ways.whole
+    if others:
+        whole.update(zip(others, flat.foreach_norm([tensors[i] for i in others]), strict=True))
+        norms.update((i, whole[i]) for i in ways.whole)
+
+    def squared(of: dict[int, Tensor]) -> Tensor:
+        return torch.stack([of[i] for i in range(len(tensors))]).square_()
+
+    return squared(norms), squared(whole) if every else None
+
+
+def inner_product(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
+    """⟨x, y⟩ over all tensors together: float32 of shape ().
+
+    Args:
+        tensors: at least one, of one floating dtype.
+        others: of the same shapes.
+    """
+    return torch.stack([(x * y).sum(dtype=torch.float32) for x, y in flat.together(tensors, others)]).sum()
+
+
+def masked_add_(
+    tensors: Sequence[Tensor],
+    subsets: Subsets,
+    values: Sequence[Tensor],
+    *,
+    alpha: Tensor | None = None,
+    factors: Sequence[float] | None = None,
+    when: Tensor | None = None,
+    backup: Backup | None = None,
+) -> None:
+    """Add values, or α · factor · values, to the elements of each tensor that its subset has.
+
+    Computed in the more precise dtype and at least in float32, and rounded once to that of the tensor; the product is
+    rounded, too, but not where all of a tensor is added to on another device than the CPU.
+
+    Args:
+        tensors: of any floating dtype.
+        subsets: of each; None: all of it.
+        values: of each, as `masked_select` returns them; or shaped like the tensor, of which the subset's are added.
+        alpha: of shape (), float32; None: 1.
+        factors: of each tensor, beside α; None: 1.
+        when: bool of shape (); if False, nothing is added, whatever the values are. None: True.
+        backup: keeps the elements as they were. None: nothing is kept.
+    """
+    if when is not None and when.is_cpu and not when:
+        return
+    tensors, values = _in_memory(tensors, subsets, values)
+    ways = _ways_to_add(tensors, subsets, values)
+    if ways.compiled or ways.copied:
+        known = {f: 1.0 if alpha is None else float(alpha * f) for f in set(factors or (1.0,))}
+        scales = [known[f] for f in factors or (1.0,) * len(tensors)]
+        moves = [_addition(tensors[i], subsets[i], values[i]) for i in ways.compiled]
+        move.add(moves, [scales[i] for i in ways.compiled], backup)
+        for i in ways.copied:
+            _back_up([tensors[i]], [subsets[i]], backup)
+            copy = tensors[i].reshape(-1)
+            move.add([_addition(copy, subsets[i], values[i].reshape(-1))], [scales[i]])
+            tensors[i].copy_(copy.view(tensors[i].shape))
+    if ways.whole:
+        targets = [tensors[i] for i in ways.whole]
+        _back_up(targets, [None] * len(targets), backup)
+        kinds = [(t.dtype, 1.0 if factors is None else factors[i]) for i, t in zip(ways.whole, targets, strict=True)]
+        for (_, factor), same in flat.by_kind(kinds).items():
+            scale = None if alpha is None else alpha * factor
+            _foreach_add_([targets[k] for k in same], [values[ways.whole[k]] for k in same], scale, when)
+    if ways.flat:
+        flat.add_(
+            [tensors[i] for i in ways.flat],
+            [subsets[i] for i in ways.flat],
+            [values[i] for i in ways.flat],
+            alpha=alpha,
+            factors=None if factors is None else [factors[i] for i in ways.flat],
+            when=when,
+            backup=backup,
+        )
+
+
+def _in_memory(
+    tensors: Sequence[Tensor], subsets: Subsets, values: Sequence[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The same, of whole tensors as vectors where both lie in memory in one order: which does not matter then."""
+    targets, summands = list(tensors), list(values)
+    for i, (t, subset, value) in enumerate(zip(tensors, subsets, values, strict=True)):
+        if subset is not None or t.ndim < 2:
+            continue
+        if t.is_contiguous() and value.is_contiguous():
+            targets[i], summands[i] = t.view(-1), value.view(-1)
+        elif t.stride() == value.stride() and t.is_contiguous(memory_format=_CHANNELS_LAST.get(t.ndim, _ROW_MAJOR)):
+            targets[i], summands[i] = (x.as_strided((t.numel(),), (1,)) for x in (t, value))
+    return targets, summands
+
+
+_ROW_MAJOR = torch.contiguous_format
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def _ways_to_add(tensors: Sequence[Tensor], subsets: Subsets, values: Sequence[Tensor]) -> _Ways:
+    ways = _Ways()
+    for i, (t, subset, value) in enumerate(zip(tensors, subsets, values, strict=True)):
+        alike = t.is_contiguous() and value.is_contiguous()
+        if t.dtype == value.dtype == torch.float32 and move.streams(t) and (subset is None or subset.spans is not None):
+            (ways.compiled if alike else ways.copied).append(i)
+        elif subset is None and alike and t.dtype == value.dtype and t.dtype in _FUSED:
+            ways.whole.append(i)
+        else:
+            ways.flat.append(i)
+    return ways
+
+
+# `_fused_sgd_` of torch 2.13.0 leaves most weights of two bytes as they are on a CPU where there is no momentum.
+_FUSED = (torch.float32, torch.float64)
+
+
+def _addition(t: Tensor, subset: Subset | None, value: Tensor) -> Move:
+    if subset is None:
+        return t, spans_of_all(t.numel()), value
+    assert subset.spans is not None
+    return t, subset.spans, value
+
+
+def _back_up(tensors: Sequence[Tensor], subsets: Subsets, backup: Backup | None) -> None:
+    if backup is not None:
+        backup.keep(partial(masked_scatter_, tensors, subsets, masked_select(tensors, subsets)))
+
+
+def _foreach_add_(tensors: list[Tensor], values: list[Tensor], alpha: Tensor | None, when: Tensor | None) -> None:
+    """Add α · values to tensors of one dtype, in one pass over them, rounded once."""
+    if alpha is None and when is None:
+        torch._foreach_add_(tensors, values)
+        return
+    # What torch's SGD does with a learning rate and a GradScaler's verdict that lie on the device.
+    alpha = alpha if alpha is not None else torch.ones((), device=tensors[0].device)
+    torch._fused_sgd_(
+        tensors,
+        values,
+        [],
+        weight_decay=0.0,
+        momentum=0.0,
+        lr=alpha,
+        dampening=0.0,
+        nesterov=False,
+        maximize=True,
+        is_first_step=False,
+        found_inf=None if when is None else torch.logical_not(when).float(),
+    )
+
+
+def _foreach_copy_(targets: list[Tensor], sources: list[Tensor]) -> None:
+    """Copy all; those of one dtype together, which others would keep from it."""
+    for same in flat.by_kind([(t.dtype, s.dtype) for t, s in zip(targets, sources, strict=True)]).values():
+        torch._foreach_copy_([targets[k] for k in same], [sources[k] for k in same])
+
+
+def _of(subsets: Subsets, place: int) -> Subset:
+    subset = subsets[place]
+    assert subset is not None
+    return subset
+
+
+def _move(t: Tensor, subset: Subset, values: Tensor) -> Move:
+    assert subset.spans is not None
+    return t, subset.spans, values
