@@ -23,7 +23,7 @@ def list_command(
 ) -> None:
     """List what a configuration can name: masks, scores, schedules, backends, timm models that can be cut."""
     if kind not in KINDS:
-        from ssam_scale.config.explain import nearest
+        from ssam_scale.config.spelling import nearest
 
         near = nearest(kind, KINDS)
         hint = f"; did you mean {near}?" if near else ""

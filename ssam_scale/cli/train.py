@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from ssam_scale.errors import UserError
+
 ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="The run's YAML file.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Dotted overrides, e.g. perturbation.rho=0.2 data.batch_size=512.")
@@ -22,6 +24,18 @@ def train_command(
     print_config: Annotated[
         bool, typer.Option("--print-config", help="Print the resolved configuration and stop.")
     ] = False,
+    deepspeed_config: Annotated[
+        str | None,
+        typer.Option(
+            "--deepspeed-config",
+            "--deepspeed_config",
+            metavar="FILE",
+            help="A configuration file of DeepSpeed's own, whose keys go below sharding.deepspeed.",
+        ),
+    ] = None,
+    deepspeed: Annotated[
+        bool, typer.Option("--deepspeed", help="Check that the backend is a stage of ZeRO, as DeepSpeed's users say.")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Build everything and take one step; record and save nothing.")
     ] = False,
@@ -29,7 +43,13 @@ def train_command(
     """Train a model. Under torchrun or deepspeed, every process runs this command."""
     from ssam_scale.config import dump, load
 
-    resolved = load(config, [*(overrides or []), *([f"checkpoint.resume={resume}"] if resume else [])])
+    given = [*(overrides or []), *([f"checkpoint.resume={resume}"] if resume else [])]
+    resolved = load(config, given, deepspeed_config)
+    if deepspeed and not resolved.sharding.backend.startswith("zero"):
+        raise UserError(
+            f"--deepspeed: sharding.backend is {resolved.sharding.backend}; say which stage of ZeRO: "
+            "sharding.backend=zero2, or --deepspeed_config FILE with a stage"
+        )
     if print_config:
         print(dump(resolved), end="")
         return

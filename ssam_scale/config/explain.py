@@ -5,20 +5,22 @@ A line names the key, where it was given, what is expected there, and the neares
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from ssam_scale.config.schema import Config
+from ssam_scale.config.spelling import nearest
 from ssam_scale.config.yaml_lines import KeyPath
 
 Sections = list[type[BaseModel]]
+
+DEEPSPEED: KeyPath = ("sharding", "deepspeed")
 
 Origins = Mapping[KeyPath, str]
 """Where each key was given: `configs/a.yaml:3` or `override train.epochs=3`."""
@@ -50,6 +52,8 @@ def describe(error: ValidationError, values: dict[str, Any], origins: Origins) -
                 lines.append(f"{_origin(path, origins)}: {_dotted(path[:-1])}: item number {path[-1] + 1} is missing")
             case "missing":
                 lines.append(f"{_origin(path, origins)}: {_dotted(path)} is missing")
+            case "deepspeed":
+                lines.append(_of_deepspeed(path, detail["ctx"]["text"], origins))
             case "union_tag_invalid":
                 lines.append(_invalid_tag(path, detail, origins))
             case _:
@@ -116,6 +120,15 @@ def _wrong(path: KeyPath, here: Sections, detail: ErrorDetails, origins: Origins
     return f"{_origin(path, origins)}: {_dotted(path)}: {problem}"
 
 
+def _of_deepspeed(path: KeyPath, problem: str, origins: Origins) -> str:
+    """About a key of DeepSpeed's configuration: by its name there if it stands in a file of DeepSpeed's own."""
+    own = path[len(DEEPSPEED) :]
+    first = _origin(path, origins)
+    others = [_origin(key, origins) for key in _keys_in(problem) if key in origins]
+    name = _dotted(own) if own and first.startswith(f"{origins.get(DEEPSPEED)}:") else _dotted(path)
+    return f"{', '.join(dict.fromkeys([first, *others]))}: {name}: {problem}"
+
+
 def _plain(match: re.Match[str]) -> str:
     words = {"integer": "a whole number", "number": "a number", "string": "text", "boolean": "true or false"}
     return words.get(match[1], "a list")
@@ -131,35 +144,17 @@ def _alternatives(choices: list[str]) -> str:
     return " or ".join(filter(None, [", ".join(choices[:-1]), choices[-1]]))
 
 
-def nearest(name: str, valid: Iterable[str]) -> str | None:
-    """The valid name that `name` most likely was meant to be, if any comes near."""
-    # Half the letters is near enough: a short name such as lr loses half of itself with one wrong letter.
-    near = difflib.get_close_matches(name, list(valid), n=5, cutoff=0.5)
-    # difflib compares common runs of letters, by which "worder" is nearer to workers than to order.
-    return min(near, key=lambda known: _edits(name, known), default=None)
-
-
-def _edits(one: str, other: str) -> int:
-    """How many letters must be added, left out, changed or exchanged with the next to make one word the other."""
-    before, last = [0] * (len(other) + 1), list(range(len(other) + 1))
-    for i, letter in enumerate(one, 1):
-        row = [i]
-        for j, wanted in enumerate(other, 1):
-            steps = min(last[j] + 1, row[j - 1] + 1, last[j - 1] + (letter != wanted))
-            if i > 1 and j > 1 and letter == other[j - 2] and one[i - 2] == wanted:
-                steps = min(steps, before[j - 2] + 1)
-            row.append(steps)
-        before, last = last, row
-    return last[-1]
-
-
 def _involved(path: KeyPath, problem: str, origins: Origins) -> str:
     """Where the keys that a rule speaks of were given; the section if it names none."""
-    words = [tuple(word.split(".")) for word in re.findall(r"[a-z_]+(?:\.[a-z_]+)*", problem)]
-    keys = [(*path, *word) for word in words if (*path, *word) in origins]
+    keys = [(*path, *word) for word in _keys_in(problem) if (*path, *word) in origins]
     # Keys with dots are certainly keys; one that is a plain word counts only where the sentence begins with it.
     keys = [key for index, key in enumerate(keys) if len(key) > len(path) + 1 or index == 0]
     return ", ".join(dict.fromkeys(_origin(key, origins) for key in keys)) or _origin(path, origins)
+
+
+def _keys_in(text: str) -> list[KeyPath]:
+    """What may be names of keys in a text, dotted or not."""
+    return [tuple(word.split(".")) for word in re.findall(r"[a-z0-9_]+(?:\.[a-z0-9_]+)*", text)]
 
 
 def _origin(path: KeyPath, origins: Origins) -> str:

@@ -11,7 +11,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ssam_scale.config.explain import comments, describe
+from ssam_scale.config.deepspeed import stage_of
+from ssam_scale.config.deepspeed_file import read_deepspeed
+from ssam_scale.config.explain import DEEPSPEED, comments, describe
 from ssam_scale.config.schema import Config
 from ssam_scale.config.yaml_lines import KeyPath, parse, write
 from ssam_scale.errors import UserError
@@ -19,11 +21,17 @@ from ssam_scale.errors import UserError
 _KEY = re.compile(r"[^\s.=]+(\.[^\s.=]+)*")
 
 
-def load(path: Path, overrides: Sequence[str] = ()) -> Config:
+def load(path: Path, overrides: Sequence[str] = (), deepspeed: str | None = None) -> Config:
     """The configuration in a file, changed by overrides such as `perturbation.rho=0.2` or `perturbation.mask=null`.
 
     An override's value is read by the same rules as in the file. An override below a section that is null or absent
     creates the section; later overrides win. Relative paths are left as they are: relative to the current folder.
+
+    Args:
+        path: the file.
+        overrides: see above.
+        deepspeed: a file of DeepSpeed's own (`read_deepspeed`), whose keys go below `sharding.deepspeed`, before
+            overrides.
 
     Raises:
         UserError: something in the file or the overrides cannot be; the message names key, line and what would work.
@@ -34,13 +42,23 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
     if not isinstance(values, dict):
         raise UserError(f"{path}:1: a configuration is a section with keys, this is {json.dumps(values)[:60]}")
     origins = {(): str(path)} | {key: f"{path}:{line}" for key, line in lines.items()}
+    if deepspeed is not None:
+        _add_deepspeed(deepspeed, values, origins)
     for override in overrides:
         _apply(override, values, origins)
+    _choose_stage(values, origins)
     try:
         # As JSON because strictness is just right there: no "3" or true for 3, but lists for tuples and text for paths.
-        return Config.model_validate_json(json.dumps(values), strict=True)
+        config = Config.model_validate_json(json.dumps(values), strict=True)
     except ValidationError as error:
         mistakes = describe(error, values, origins)
+    else:
+        if deepspeed is not None and not config.sharding.backend.startswith("zero"):
+            raise UserError(
+                f"--deepspeed_config {deepspeed}: it has no stage of ZeRO; say zero_optimization.stage there, or "
+                "sharding.backend=zero2"
+            )
+        return config
     if len(mistakes) == 1:
         raise UserError(mistakes[0])
     raise UserError("\n  ".join([f"{path}: {len(mistakes)} mistakes in the configuration", *mistakes]))
@@ -65,6 +83,32 @@ def _read(path: Path) -> str:
         raise UserError(f"{path}: not a text file (byte {error.start} is not UTF-8)") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _add_deepspeed(given: str, values: dict[str, Any], origins: dict[KeyPath, str]) -> None:
+    """Put the keys of a file of DeepSpeed's into `values`, in place."""
+    sections, lines, where = read_deepspeed(given)
+    sharding = values.get("sharding") or {}
+    own = sharding.get("deepspeed") or {} if isinstance(sharding, dict) else {}
+    if not isinstance(sharding, dict) or not isinstance(own, dict):
+        return  # a mistake that is told as one
+    values["sharding"] = {**sharding, "deepspeed": {**own, **sections}}
+    origins[DEEPSPEED] = where
+    for key in sections:
+        for known in [known for known in origins if known[:3] == (*DEEPSPEED, key)]:
+            del origins[known]
+    origins.update({(*DEEPSPEED, *key): f"{where}:{line}" for key, line in lines.items()})
+
+
+def _choose_stage(values: dict[str, Any], origins: dict[KeyPath, str]) -> None:
+    """Where the backend is left open and DeepSpeed's configuration has a stage of ZeRO, that is the backend."""
+    sharding = values.get("sharding")
+    if not isinstance(sharding, dict) or sharding.get("backend", "auto") != "auto":
+        return
+    if (stage := stage_of(sharding.get("deepspeed"))) is not None:
+        sharding["backend"] = f"zero{stage}"
+        where = (*DEEPSPEED, "zero_optimization", "stage")
+        origins["sharding", "backend"] = next(origins[where[:n]] for n in range(4, -1, -1) if where[:n] in origins)
 
 
 def _apply(override: str, values: dict[str, Any], origins: dict[KeyPath, str]) -> None:

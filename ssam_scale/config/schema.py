@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import pkgutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from .deepspeed import SAID_ELSEWHERE, WEIGHT_BY_WEIGHT
+from .deepspeed import WEIGHT_BY_WEIGHT, problems
 from .mask_sections import DepthMask, ElementMask, Mask
 from .section import Section, Share
 
@@ -34,7 +35,9 @@ class Data(Section):
     val: Path = Field(description="validation images, a .beton file")
     subset: int | None = Field(None, ge=1, description="train on this many images, the same random choice in every run")
     batch_size: int = Field(ge=1, description="images in one optimizer step over all processes and micro-batches")
-    eval_batch_size: int | None = Field(None, ge=1, description="images in one evaluation forward over all processes")
+    eval_batch_size: int | None = Field(
+        None, ge=1, description="images in one evaluation forward over all processes; null: as many as in training"
+    )
     resolution: int = Field(224, ge=8, description="side of the training crop, pixels")
     eval_resolution: int = Field(224, ge=8, description="side of the evaluation centre crop, pixels")
     eval_crop_ratio: float = Field(0.875, gt=0.0, le=1.0, description="centre crop's share of the image's short side")
@@ -188,7 +191,9 @@ class Sharding(Section):
     """Where the weights live."""
 
     backend: Literal["auto", "single", "ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3"] = Field(
-        "auto", description="auto: single on one process, ddp on several; zero0 to zero3: stages of DeepSpeed's ZeRO"
+        "auto",
+        description="auto: single on one process, ddp on several; zero0 to zero3: stages of DeepSpeed's ZeRO. Without "
+        "a launcher there is one process, and the backend is single",
     )
     replicas: int = Field(
         1,
@@ -196,31 +201,25 @@ class Sharding(Section):
         description="copies of the weights that fsdp2 keeps: 1 shards over all processes, n over n groups (HSDP)",
     )
     deepspeed: dict[str, Any] = Field(
-        default_factory=dict, description="sections of DeepSpeed's configuration, for the backends zero0 to zero3"
+        default_factory=dict,
+        description="sections of DeepSpeed's configuration, for the backends zero0 to zero3; with backend auto, its "
+        "stage of ZeRO is the backend",
     )
 
-    def backend_on(self, processes: int) -> str:
-        """The backend on so many processes: what `auto` stands for."""
-        return self.backend if self.backend != "auto" else "ddp" if processes > 1 else "single"
+    def backend_on(self, processes: int, *, launched: bool = True) -> str:
+        """The backend on so many processes.
+
+        `auto` is `single` on one process and `ddp` on several. One process that no launcher started has nobody to share
+        with and can join nobody: it is `single` there, which computes the same, unless replicas or settings of
+        DeepSpeed's own were asked for, which would be left out.
+        """
+        alone = processes == 1 and not launched and self.replicas == 1 and not self.deepspeed
+        return "single" if alone else self.backend if self.backend != "auto" else "ddp" if processes > 1 else "single"
 
     @model_validator(mode="after")
     def _only_fsdp_replicates(self) -> Sharding:
         if self.replicas > 1 and self.backend != "fsdp2":
             raise ValueError(f"replicas: is for the backend fsdp2, and backend is {self.backend}")
-        return self
-
-    @model_validator(mode="after")
-    def _only_deepspeeds_own(self) -> Sharding:
-        if self.deepspeed and not self.backend.startswith("zero"):
-            raise ValueError(f"deepspeed: is for the backends zero0 to zero3, and backend is {self.backend}")
-        for key in self.deepspeed:
-            if key in SAID_ELSEWHERE:
-                raise ValueError(f"deepspeed.{key}: leave it out, {SAID_ELSEWHERE[key]}")
-        zero = self.deepspeed.get("zero_optimization", {})
-        if not isinstance(zero, dict):
-            raise ValueError("deepspeed.zero_optimization: must be a section with keys of its own")
-        if "stage" in zero:
-            raise ValueError("deepspeed.zero_optimization.stage: leave it out, sharding.backend says it")
         return self
 
 
@@ -236,10 +235,41 @@ class Train(Section):
     precision: Literal["fp32", "bf16", "fp16"] = Field(
         "fp32", description="bf16, fp16: autocast, weights stay fp32; fp16 with loss scaling"
     )
-    accumulation: int = Field(1, ge=1, description="micro-batches whose gradients make one step")
+    accumulation: int | None = Field(
+        None,
+        ge=1,
+        description="micro-batches whose gradients make one step; null: the fewest that max_micro_batch allows, 1 "
+        "without it",
+    )
+    max_micro_batch: Annotated[int, Field(ge=1)] | Literal["auto"] | None = Field(
+        None,
+        description="most images of one micro-batch on one process, which chooses the accumulation for any number of "
+        "processes; auto: what the device's memory holds, found before training; null: no limit",
+    )
+    activation_checkpointing: bool = Field(
+        False,
+        description="keep the input of each block only and compute the block again in the backward: the same "
+        "gradients, less memory, one more forward a pass",
+    )
     ema_decay: float | None = Field(None, gt=0.0, lt=1.0, description="decay per step of the averaged weights")
     seed: int = Field(0, ge=0, description="seed of weights, order, augmentation and masks")
     eval_epochs: int = Field(1, ge=1, description="epochs between two evaluations; the last epoch is always evaluated")
+
+    @field_validator("max_micro_batch", mode="before")
+    @classmethod
+    def _number_or_auto(cls, value: Any) -> Any:
+        if value is None or value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+            return value
+        raise ValueError("must be a whole number of at least 1, auto or null")
+
+    @model_validator(mode="after")
+    def _chosen_once(self) -> Train:
+        if self.accumulation is not None and self.max_micro_batch == "auto":
+            raise ValueError(
+                f"max_micro_batch auto chooses the accumulation, and accumulation is {self.accumulation}; leave one of "
+                "them out"
+            )
+        return self
 
 
 class Checkpoint(Section):
@@ -276,7 +306,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _divisible(self) -> Config:
-        if self.data.batch_size % self.train.accumulation:
+        if self.data.batch_size % (self.train.accumulation or 1):
             raise ValueError(
                 f"data.batch_size {self.data.batch_size} is not a multiple of "
                 f"train.accumulation {self.train.accumulation}"
@@ -299,6 +329,23 @@ class Config(Section):
                 f"optimizer.name {name}{' with caution' if cautious else ''} may look at whole tensors, and "
                 f"sharding.backend {backend} hands it flat pieces; use sgd, adamw, lion or another that treats every "
                 "weight alike, or the backends ddp, fsdp2 or zero0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _agrees_with_deepspeeds(self) -> Config:
+        """Every key at once, because people bring whole files."""
+        if self.sharding.deepspeed and (found := problems(self.sharding.deepspeed, self)):
+            raise ValidationError.from_exception_data(
+                "Config",
+                [
+                    InitErrorDetails(
+                        type=PydanticCustomError("deepspeed", "{text}", {"text": problem.text}),
+                        loc=("sharding", "deepspeed", *problem.path),
+                        input=None,
+                    )
+                    for problem in found
+                ],
             )
         return self
 

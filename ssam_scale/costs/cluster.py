@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ssam_scale.config.deepspeed import REDUCE_BUCKET
 from ssam_scale.sharding import BACKENDS
 
 from .collectives import ring_bytes
@@ -50,7 +51,7 @@ class ZeroSettings:
         prefetch: elements that stage 3 gathers ahead.
     """
 
-    reduce_bucket: int = 500_000_000
+    reduce_bucket: int = REDUCE_BUCKET
     persistent: int = 100_000
     reuse: int = 1_000_000_000
     prefetch: int = 50_000_000

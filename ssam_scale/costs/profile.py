@@ -161,6 +161,7 @@ class Measured:
         hardware: on what.
         times: seconds of the parts.
         activations: bytes that a forward keeps.
+        activation_checkpointing: whether backwards compute their stages again, and forwards keep less for it.
     """
 
     model: str
@@ -171,6 +172,7 @@ class Measured:
     hardware: str
     times: StepTimes
     activations: Activations
+    activation_checkpointing: bool = False
 
     def save(self, path: Path) -> None:
         """Write them as JSON.

@@ -161,8 +161,13 @@ def train_loader(
     )
 
 
-def eval_loader(data: Data, *, rank: int, world_size: int, device: torch.device, num_classes: int) -> ImageLoader:
+def eval_loader(
+    data: Data, *, rank: int, world_size: int, device: torch.device, num_classes: int, micro_batch: int | None = None
+) -> ImageLoader:
     """Validation images: central crops, each image exactly once over all processes, nothing padded or dropped.
+
+    `data.eval_batch_size` of them in one batch of all processes; without it `micro_batch` on each process, as many as
+    in training, by default the whole `data.batch_size`.
 
     Raises:
         UserError: the file is missing, damaged or no .beton; fewer images than processes; a label outside the model's
@@ -173,7 +178,10 @@ def eval_loader(data: Data, *, rank: int, world_size: int, device: torch.device,
         raise UserError(f"{data.val}: holds no images; write it with `ssam-scale data write FOLDER {data.val}`")
     if beton.images < world_size:
         raise UserError(f"{data.val}: {beton.images} images are fewer than one for each of {world_size} processes")
-    batch = max(1, (data.eval_batch_size or data.batch_size) // world_size)
+    if data.eval_batch_size is None and micro_batch is not None:
+        batch = micro_batch
+    else:
+        batch = max(1, (data.eval_batch_size or data.batch_size) // world_size)
     mine = np.arange(beton.images * rank // world_size, beton.images * (rank + 1) // world_size)
     most = -(-beton.images // world_size)
     from ssam_scale.data.ffcv_loader import Reader, View

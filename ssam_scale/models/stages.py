@@ -111,8 +111,15 @@ def with_ends(
     ]
 
 
-def stages_of(model: nn.Module) -> list[Stage]:
+_OF_MASKS = "the patterns depth and block work"
+
+
+def stages_of(model: nn.Module, what: str = _OF_MASKS) -> list[Stage]:
     """The stages of a timm model: one per residual or transformer block.
+
+    Args:
+        model: timm's.
+        what: needs them, in the words of the error.
 
     Raises:
         UserError: the model's family is not known here; stages of your own make a `StagedModel` all the same.
@@ -120,8 +127,8 @@ def stages_of(model: nn.Module) -> list[Stage]:
     family = _family_of(model)
     if family is None:
         raise UserError(
-            f"{type(model).__name__} has no stages: the patterns depth and block work on {', '.join(sorted(FAMILIES))} "
-            "and on a StagedModel built from stages of your own; the others work on any model"
+            f"{type(model).__name__} has no stages: {what} on {', '.join(sorted(FAMILIES))} and on a StagedModel built "
+            f"from stages of your own{'; the others work on any model' if what == _OF_MASKS else ''}"
         )
     return family.stages(model)
 

@@ -2,14 +2,22 @@
 
 One optimizer step runs two passes but sees one batch: the statistics are updated in the ascent pass, which is the one
 at the weights that are evaluated and saved, and left alone in the descent pass at the perturbed weights. Where both
-passes share a prefix, its statistics are updated once because it runs once.
+passes share a prefix, its statistics are updated once because it runs once. What a backward computes again, for the
+activations that a forward did not keep, updates nothing.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+
+def batchnorms(model: nn.Module) -> list[_BatchNorm]:
+    """Every BatchNorm in `model`."""
+    return [module for module in model.modules() if isinstance(module, _BatchNorm)]
 
 
 @contextmanager
@@ -20,7 +28,7 @@ def frozen_statistics(model: nn.Module) -> Iterator[None]:
     its side effect on `num_batches_tracked`, and it costs no arithmetic.
     """
     # A layer in evaluation mode normalises by its running statistics, which it needs to keep seeing.
-    layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
+    layers = [layer for layer in batchnorms(model) if layer.training and layer.track_running_stats]
     for layer in layers:
         layer.track_running_stats = False
     try:
@@ -28,6 +36,37 @@ def frozen_statistics(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.track_running_stats = True
+
+
+def repeating(layers: list[_BatchNorm]) -> AbstractContextManager[None]:
+    """A forward inside normalises as one would now, when this is called, and updates no running statistics.
+
+    The ascent may run a prefix whose statistics it updates, and the descent's backward compute it again, in which all
+    statistics are frozen. Also what is saved for the backward is the same: a layer without running statistics would
+    save less. A layer that normalises by its batch does not read them, so it is given empty ones to write to.
+
+    Args:
+        layers: every BatchNorm that the forward may run.
+    """
+    return _repeating([(layer, layer.track_running_stats) for layer in layers if layer.training])
+
+
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+@contextmanager
+def _repeating(tracked: list[tuple[Any, bool]]) -> Iterator[None]:
+    before = [(layer.track_running_stats, [layer._buffers[name] for name in _STATISTICS]) for layer, _ in tracked]
+    for layer, tracks in tracked:
+        layer.track_running_stats = tracks
+        if tracks:
+            layer._buffers.update({name: torch.empty_like(layer._buffers[name]) for name in _STATISTICS})
+    try:
+        yield
+    finally:
+        for (layer, _), (tracks, statistics) in zip(tracked, before, strict=True):
+            layer.track_running_stats = tracks
+            layer._buffers.update(zip(_STATISTICS, statistics, strict=True))
 
 
 @contextmanager

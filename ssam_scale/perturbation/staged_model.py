@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .batchnorm import batchnorms, repeating
 
 
 @dataclass(frozen=True)
@@ -31,25 +36,41 @@ class StagedModel(nn.Module):
     The whole model is `staged(x)`; the prefix of a cut is `staged(x, stop=cut)` and the suffix `staged(h, start=cut)`.
     Being one `forward`, it passes unchanged through the wrappers of DDP, FSDP2 and DeepSpeed.
 
+    With activation checkpointing a forward in training mode keeps the input of each stage, and the backward computes
+    the stage again, with the same random numbers and without touching BatchNorm's statistics a second time: the
+    gradients are the same, bit for bit. Not the last stage's, whose backward comes first: keeping it costs no memory.
+
     Args:
         model: the network; `staged.model` afterwards.
         stages: its stages in order; their forwards, composed, must equal `model.forward`.
+        activation_checkpointing: whether stages are computed again in the backward. May be changed between steps.
 
     Raises:
         ValueError: there is no stage.
     """
 
-    def __init__(self, model: nn.Module, stages: Sequence[Stage]) -> None:
+    def __init__(self, model: nn.Module, stages: Sequence[Stage], *, activation_checkpointing: bool = False) -> None:
         super().__init__()
         if not stages:
             raise ValueError("a staged model needs at least one stage")
         self.model = model
         self.stages = tuple(stages)
+        self.activation_checkpointing = activation_checkpointing
 
     def forward(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
         """Run stages `start` to `stop` (exclusive) on the output of stage `start - 1`, the images if `start` is 0."""
+        again = self.activation_checkpointing and self.training and torch.is_grad_enabled()
+        layers = batchnorms(self.model) if again else []
+
+        def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+            """Around a stage's forward, and around computing it again."""
+            return nullcontext(), repeating(layers)
+
         for stage in self.stages[start:stop]:
-            x = stage.forward(x)
+            if again and stage is not self.stages[-1]:
+                x = checkpoint(stage.forward, x, use_reentrant=False, context_fn=contexts)
+            else:
+                x = stage.forward(x)
         return x
 
     def stages_of_parameters(self) -> dict[str, tuple[int, ...]]:

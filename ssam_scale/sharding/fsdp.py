@@ -426,6 +426,7 @@ BACKENDS.register(
     "PyTorch fully_shard, arXiv 2304.11277",
 )(
     Backend(
+        title="FSDP2",
         owns=lambda module: any(isinstance(m, FSDPModule) for m in module.modules()),
         sharding=FSDP2,
         place=_place,

@@ -47,6 +47,7 @@ class Backend:
     """One way of distributing a model.
 
     Attributes:
+        title: what people call it.
         owns: whether a module was placed on this backend, by us or by the user.
         sharding: the implementation for such a module. Raises ValueError where its layout is not supported.
         place: puts a module, which is on its device, on the backend and builds its optimizer, in the order that the
@@ -55,8 +56,11 @@ class Backend:
         shards_weights: whether each rank perturbs and steps only a shard of the weights, and not all of them.
         has_replicas: whether it takes `Options.replicas` above 1.
         any_memory_format: whether weights may be in channels_last; FSDP2 and DeepSpeed flatten them row by row.
+        held_beside: given the number of weights and sections of DeepSpeed's configuration, bytes that a process holds
+            at most beside a plain module's weights, gradients and optimizer state.
     """
 
+    title: str
     owns: Callable[[nn.Module], bool]
     sharding: Callable[[Any], Sharding]
     place: Callable[[nn.Module, MakeOptimizer, World, Options], tuple[nn.Module, torch.optim.Optimizer]]
@@ -64,6 +68,7 @@ class Backend:
     shards_weights: bool = True
     has_replicas: bool = False
     any_memory_format: bool = False
+    held_beside: Callable[[int, Mapping[str, Any]], int] = lambda weights, deepspeed: 0
 
 
 BACKENDS: Registry[Backend] = Registry("ssam_scale.sharding")

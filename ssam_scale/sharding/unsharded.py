@@ -172,6 +172,7 @@ def _place(
 
 BACKENDS.register("single", "one process that holds everything", "PyTorch")(
     Backend(
+        title="single",
         owns=lambda module: False,  # it is what a module is on that no other backend owns
         sharding=Single,
         place=_place,

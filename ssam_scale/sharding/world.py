@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -39,6 +40,38 @@ class World:
     def first(self) -> bool:
         """Whether this process is the one that prints, tracks and writes."""
         return self.rank == 0
+
+    @property
+    def launched(self) -> bool:
+        """Whether a launcher started this process, and perhaps others: it has joined a process group."""
+        return dist.is_available() and dist.is_initialized()
+
+    @property
+    def nodes(self) -> int:
+        """How many machines the processes are on, as torchrun, deepspeed or Slurm says."""
+        said = (os.environ.get(name) for name in ("GROUP_WORLD_SIZE", "CROSS_SIZE", "SLURM_NNODES"))
+        return next((int(count) for count in said if count), 1) if self.launched else 1
+
+    def devices(self) -> str:
+        """What all processes compute on, such as `4 × NVIDIA A100-SXM4-40GB (cuda)` or `CPU`. Collective."""
+        if self.device.type == "cpu":
+            return "CPU"
+        names: list[Any] = [torch.get_device_module(self.device).get_device_name(self.device)]
+        here = torch.get_device_module(self.device).device_count()
+        if not self.launched and here > 1:
+            return f"1 of {here} × {names[0]} ({self.device.type})"
+        if self.size > 1:
+            names *= self.size
+            dist.all_gather_object(names, names[self.rank])
+        return f"{', '.join(f'{names.count(n)} × {n}' for n in dict.fromkeys(names))} ({self.device.type})"
+
+    def smallest(self, value: int) -> int:
+        """The smallest `value` of all processes: an all-reduce."""
+        if self.size == 1:
+            return value
+        smallest = torch.tensor(value, device=self.device)
+        dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
+        return int(smallest)
 
     def sum(self, value: Tensor) -> Tensor:
         """`value` summed over all processes, in place: an all-reduce."""

@@ -14,7 +14,15 @@ from ssam_scale.errors import UserError
 from ssam_scale.tracking.store import one_line, open_store, without_password
 
 # Parameters that do not make a run another experiment: seeds are pooled, the rest changes no result.
-_POOLED = ("train.seed", "tracking.", "checkpoint.", "data.workers", "data.eval_batch_size")
+_POOLED = (
+    "train.seed",
+    "train.micro_batch",
+    "train.max_micro_batch",
+    "tracking.",
+    "checkpoint.",
+    "data.workers",
+    "data.eval_batch_size",
+)
 
 # A ratio of times means something only where all of these are the same.
 _TIME_PARAMS = (
@@ -23,6 +31,7 @@ _TIME_PARAMS = (
     "data.resolution",
     "train.precision",
     "train.accumulation",
+    "train.activation_checkpointing",
 )
 _TIME_TAGS = ("backend", "world_size", "hardware")
 

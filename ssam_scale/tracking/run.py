@@ -48,7 +48,12 @@ _FINISH_S = {"FINISHED": 60.0, "FAILED": 6.0, "KILLED": 3.0}  # and the last tab
 
 
 def open_run(
-    config: Config, *, enabled: bool, resume_run_id: str | None = None, extra_tags: Mapping[str, str] | None = None
+    config: Config,
+    *,
+    enabled: bool,
+    resume_run_id: str | None = None,
+    extra_tags: Mapping[str, str] | None = None,
+    extra_params: Mapping[str, str] | None = None,
 ) -> Run:
     """The run that `config` describes, to be entered with `with`.
 
@@ -61,11 +66,12 @@ def open_run(
             and a failure there is what the run is marked by.
         resume_run_id: continue this run; a new one, tagged `resumed_from`, is made if the store does not know it.
         extra_tags: further tags, which win over the ones found out here (e.g. `backend` once it is resolved).
+        extra_params: further parameters, which win over the configuration's (what it leaves to the machine).
 
     Raises:
         UserError: on entering, when the tracking store cannot be used.
     """
-    return Run(config, enabled, resume_run_id, dict(extra_tags or {}))
+    return Run(config, enabled, resume_run_id, dict(extra_tags or {}), dict(extra_params or {}))
 
 
 def _typical(times: Sequence[float]) -> float:
@@ -83,10 +89,17 @@ def _phase_times(prefix: str, summary: PhaseSummary) -> dict[str, float]:
 class Run:
     """See `open_run`. `id` is MLflow's run id; None on processes that do not track."""
 
-    def __init__(self, config: Config, enabled: bool, resume_run_id: str | None, extra_tags: dict[str, str]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        enabled: bool,
+        resume_run_id: str | None,
+        extra_tags: dict[str, str],
+        extra_params: dict[str, str],
+    ) -> None:
         self.id: str | None = None
         self._config, self._enabled = config, enabled
-        self._resume_run_id, self._extra_tags = resume_run_id, extra_tags
+        self._resume_run_id, self._extra_tags, self._extra_params = resume_run_id, extra_tags, extra_params
         self._client: Any = None
         self._writer: MetricWriter | None = None
         self._layers: LayerRecorder | None = None
@@ -277,7 +290,7 @@ class Run:
 
         # A parameter cannot change once it is logged; what a resumed run changes is kept as a tag.
         params, changed = [], []
-        for key, value in flatten(self._config).items():
+        for key, value in {**flatten(self._config), **self._extra_params}.items():
             if key not in known:
                 params.append(Param(key, value))
             elif known[key] != value:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass
+from functools import partial
 from traceback import walk_tb
 from typing import Any
 
@@ -12,7 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.checkpoint.stateful import Stateful
 
+from ssam_scale.config.deepspeed import batch_problems, taken
 from ssam_scale.config.mask_sections import BlockMask, DepthMask
+from ssam_scale.config.micro_batches import MicroBatches, micro_batches
 from ssam_scale.config.schema import Config, Perturbation
 from ssam_scale.data import ImageLoader, eval_loader, train_loader
 from ssam_scale.errors import UserError
@@ -40,6 +43,7 @@ from .hooks import (
     LogMetrics,
     UpdateEMA,
 )
+from .memory import largest_micro_batch
 from .progress import Progress, ProgressBar
 from .refresh import RefreshMask, refreshed_section
 
@@ -59,6 +63,7 @@ class Components:
         loss_fn: what `opt.step` is given.
         train, val: the loaders.
         mix: mixup and CutMix on a batch, on its device; None: neither.
+        split: how the images of a step are shared out.
         precision: dtype of forward passes.
         steps_per_epoch: optimizer steps in one epoch.
         progress: how far the run has come.
@@ -74,53 +79,64 @@ class Components:
     train: ImageLoader
     val: ImageLoader
     mix: Transform | None
+    split: MicroBatches
     precision: torch.dtype
     steps_per_epoch: int
     progress: Progress
     state: dict[str, Stateful]
 
 
-def build(config: Config, world: World, phases: Phases) -> Components:
+def build(config: Config, world: World, phases: Phases, found: int | None = None) -> Components:
     """Build what the configuration describes; with the same weights on every process.
+
+    Args:
+        config: of the run.
+        world: the processes.
+        phases: times the steps.
+        found: what `max_micro_batch: auto` came to before; None: it is looked for.
 
     Raises:
         UserError: what the configuration asks for cannot be had.
     """
     check_precision(config, world.device)
-    per_step = world.size * config.train.accumulation
-    if config.data.batch_size % per_step:
-        raise UserError(
-            f"data.batch_size {config.data.batch_size} does not divide over {world.size} processes with "
-            f"{config.train.accumulation} micro-batches each; use a multiple of {per_step}"
-        )
+    if found is None:
+        shared_out(config, world)  # what cannot be is said before anything is built
     torch.manual_seed(config.train.seed)
     staged_model = build_model(config)
+    staged_model.activation_checkpointing = config.train.activation_checkpointing
     mask = config.perturbation.mask if config.perturbation is not None else None
     if isinstance(mask, (DepthMask, BlockMask)):
         stages_of(staged_model.model)  # says which families can be cut
+    if config.train.activation_checkpointing:
+        stages_of(staged_model.model, "train.activation_checkpointing works")
     _try_forward(config, staged_model)
+    precision = PRECISIONS[config.train.precision]
+    loss_fn = soft_loss(config, precision)
+    if config.train.max_micro_batch == "auto" and found is None:
+        build_optimizer = partial(base_optimizer, config)
+        found = largest_micro_batch(config, world, backend_of(config, world), staged_model, build_optimizer, loss_fn)
+    split = shared_out(config, world, found)
 
-    train, val = _loaders(config, world)
+    train, val = _loaders(config, world, split)
     network = staged_model.model
     try:
         module, base = place(
             staged_model,
             [s.block for s in staged_model.stages],
-            config.sharding.backend_on(world.size),
+            backend_of(config, world),
             world,
             lambda: base_optimizer(config, network),
             replicas=config.sharding.replicas,
-            batch_size=config.data.batch_size // per_step,
-            accumulation=config.train.accumulation,
+            batch_size=split.images,
+            accumulation=split.accumulation,
             max_grad_norm=config.optimizer.clip_grad_norm,
-            deepspeed=config.sharding.deepspeed,
+            deepspeed=taken(config.sharding.deepspeed),
         )
     except ValueError as error:
         raise UserError(f"sharding: {error}") from error
     scaler = torch.amp.GradScaler(world.device.type) if config.train.precision == "fp16" else None
-    steps = len(train) // config.train.accumulation
+    steps = len(train) // split.accumulation
     opt = _sparse_sam(config, module, base, scaler, steps, phases)
-    precision = PRECISIONS[config.train.precision]
     ema = EMA(network, config.train.ema_decay, opt.sharding) if config.train.ema_decay is not None else None
     progress = Progress()
     state: dict[str, Stateful] = {
@@ -139,10 +155,11 @@ def build(config: Config, world: World, phases: Phases) -> Components:
         opt=opt,
         scheduler=_scheduler(config, base, steps),
         ema=ema,
-        loss_fn=soft_loss(config, precision),
+        loss_fn=loss_fn,
         train=train,
         val=val,
         mix=_mix(config),
+        split=split,
         precision=precision,
         steps_per_epoch=steps,
         progress=progress,
@@ -165,6 +182,31 @@ def check_precision(config: Config, device: torch.device) -> None:
         f"train.precision bf16: {torch.cuda.get_device_name(device)} has none (its compute capability is "
         f"{major}.{minor}, bf16 needs 8.0); use {others}"
     )
+
+
+def shared_out(config: Config, world: World, found: int | None = None) -> MicroBatches:
+    """How the images of a step are shared out to these processes.
+
+    Args:
+        config: of the run.
+        world: the processes.
+        found: what `max_micro_batch: auto` has come to.
+
+    Raises:
+        UserError: they cannot be, or DeepSpeed's configuration says otherwise.
+    """
+    split = micro_batches(config, world.size, found)
+    if config.train.max_micro_batch == "auto" and found is None:
+        return split  # not the last word
+    if problems := list(batch_problems(config.sharding.deepspeed, config, split)):
+        lines = (f"sharding.deepspeed.{'.'.join(map(str, problem.path))}: {problem.text}" for problem in problems)
+        raise UserError("\n  ".join(lines))
+    return split
+
+
+def backend_of(config: Config, world: World) -> str:
+    """The backend of a run on these processes."""
+    return config.sharding.backend_on(world.size, launched=world.launched)
 
 
 def build_hooks(
@@ -203,7 +245,7 @@ def build_hooks(
     ]
 
 
-def _loaders(config: Config, world: World) -> tuple[ImageLoader, ImageLoader]:
+def _loaders(config: Config, world: World, split: MicroBatches) -> tuple[ImageLoader, ImageLoader]:
     """Of the training and of the validation images."""
     train = train_loader(
         config.data,
@@ -211,7 +253,7 @@ def _loaders(config: Config, world: World) -> tuple[ImageLoader, ImageLoader]:
         world_size=world.size,
         device=world.device,
         seed=config.train.seed,
-        micro_batch=config.data.batch_size // (world.size * config.train.accumulation),
+        micro_batch=split.images,
         num_classes=config.model.num_classes,
     )
     refreshed, images = refreshed_section(config), train.images * world.size
@@ -222,6 +264,7 @@ def _loaders(config: Config, world: World) -> tuple[ImageLoader, ImageLoader]:
         rank=world.rank,
         world_size=world.size,
         device=world.device,
+        micro_batch=split.images,
         num_classes=config.model.num_classes,
     )
     return train, val

@@ -20,6 +20,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ssam_scale.config.micro_batches import MicroBatches
 from ssam_scale.config.schema import Config
 from ssam_scale.errors import UserError
 from ssam_scale.perturbation import SparseSAM
@@ -159,6 +161,19 @@ def resolve(config: Config) -> Path | None:
     return path
 
 
+def micro_batch_of(path: Path, config: Config, world: World) -> int | None:
+    """The images of a micro-batch that a checkpoint was saved with, where a run goes on as it was begun.
+
+    So a resumed run with `max_micro_batch: auto` takes the same steps, unless the processes or the batch are others.
+    """
+    try:
+        split = MicroBatches(**json.loads((path / "state.json").read_text())["micro_batches"])
+        same = split.processes == world.size and split.batch == config.data.batch_size
+    except (OSError, ValueError, KeyError, TypeError):  # `load` says what is wrong with it
+        return None
+    return split.images if same else None
+
+
 def save(config: Config, world: World, components: Components) -> None:
     """Write one checkpoint and drop the oldest beyond `checkpoint.keep`. Collective.
 
@@ -172,6 +187,7 @@ def save(config: Config, world: World, components: Components) -> None:
         "method": config.method,
         "optimizer": config.optimizer.name,
         "config": config.model_dump(mode="json"),
+        "micro_batches": asdict(components.split),
         "parts": {name: _split(part.state_dict(), files[name]) for name, part in components.state.items()},
     }
     failure = _write(config, components.progress.epoch, files, state) if world.first else ""

@@ -10,16 +10,18 @@ from pathlib import Path
 import torch
 
 from ssam_scale.config.schema import Config
+from ssam_scale.console import console
 from ssam_scale.perturbation import StepReport
-from ssam_scale.sharding import World
+from ssam_scale.sharding import BACKENDS, World
 from ssam_scale.tracking.run import open_run
 from ssam_scale.tracking.timer import PhaseTimer
 
 from . import checkpoint
 from .batches import EpochBatches
-from .build import Components, build, build_hooks
+from .build import Components, backend_of, build, build_hooks
 from .evaluation import evaluate
 from .hooks import Hook, ending
+from .memory import explaining_out_of_memory
 from .progress import ProgressBar
 from .refresh import fewest_samples
 
@@ -33,21 +35,29 @@ def train(config: Config, world: World) -> None:
     Raises:
         UserError: what the configuration asks for cannot be had.
     """
-    phases = PhaseTimer(world.device)
-    components = build(config, world, phases)
-    if (path := checkpoint.resolve(config)) is not None:
-        checkpoint.load(path, config, components)
-    else:
+    what = describe(config, world)
+    console(quiet=not world.first).print(what, soft_wrap=True)
+    if (path := checkpoint.resolve(config)) is None:
         checkpoint.check_fresh_directory(config)
+    phases = PhaseTimer(world.device)
+    components = _build(config, world, phases, path)
+    split = components.split
     progress, total = components.progress, config.train.epochs * components.steps_per_epoch
     with (
-        open_run(config, enabled=world.first, resume_run_id=progress.run_id, extra_tags={"steps": str(total)}) as run,
+        open_run(
+            config,
+            enabled=world.first,
+            resume_run_id=progress.run_id,
+            extra_tags={"steps": str(total), "backend": backend_of(config, world)},
+            # What the configuration leaves to the number of processes, or to the device's memory.
+            extra_params={"train.accumulation": str(split.accumulation), "train.micro_batch": str(split.images)},
+        ) as run,
         ProgressBar(total, progress.step, world.first) as bar,
     ):
         progress.run_id = run.id
         _announce(config, world, components, bar, path)
         hooks = build_hooks(config, world, components, phases, run, bar)
-        with ending(hooks):
+        with ending(hooks), explaining_out_of_memory(config, split):
             while progress.epoch < config.train.epochs:
                 _train_epoch(config, world, components, hooks, phases)
 
@@ -58,22 +68,47 @@ def dry_run(config: Config, world: World) -> str:
     Raises:
         UserError: what the configuration asks for cannot be had.
     """
+    what = describe(config, world)
     phases = PhaseTimer(world.device)
-    components = build(config, world, phases)
-    if (path := checkpoint.resolve(config)) is not None:
-        checkpoint.load(path, config, components)
+    components = _build(config, world, phases, checkpoint.resolve(config))
     with open_run(config, enabled=False) as run, ProgressBar(1, 0, visible=False) as bar:
         hooks = build_hooks(config, world, components, phases, run, bar)
-        with ending(hooks), closing(_batches(config, world, components)) as batches:
+        with (
+            ending(hooks),
+            explaining_out_of_memory(config, components.split),
+            closing(_batches(config, world, components)) as batches,
+        ):
             loss = _train_step(config, components, batches, hooks, phases).loss
     assert loss is not None
-    with closing(iter(components.val)) as batches:
+    with explaining_out_of_memory(config, components.split), closing(iter(components.val)) as batches:
         evaluate(components.module, [next(batches)], 1, world, components.precision)
-    micro_batch = config.data.batch_size // world.size // config.train.accumulation
     return (
-        f"dry run: {config.method} {config.model.name}, one step of {config.train.accumulation} micro-batch(es) of "
-        f"{micro_batch} images on each of {world.size} process(es), loss {float(loss):.4f}; "
+        f"dry run: {what}, one step of {components.split}, loss {float(loss):.4f}; "
         f"an epoch has {components.steps_per_epoch} steps"
+    )
+
+
+def _build(config: Config, world: World, phases: PhaseTimer, path: Path | None) -> Components:
+    """The components of a run, as the checkpoint that it goes on from has them, if there is one."""
+    with explaining_out_of_memory(config):
+        found = checkpoint.micro_batch_of(path, config, world) if path is not None else None
+        components = build(config, world, phases, found)
+        if path is not None:
+            checkpoint.load(path, config, components)
+    return components
+
+
+def describe(config: Config, world: World) -> str:
+    """What is trained, and where: the first line that a run prints. Collective."""
+    processes = "1 process" if world.size == 1 else f"{world.size} processes"
+    backend = backend_of(config, world)
+    title, replicas = BACKENDS[backend].value.title, config.sharding.replicas
+    how = f"{title} with {replicas} replicas" if replicas > 1 else title
+    if config.sharding.backend not in ("auto", backend):
+        how += f" (without a launcher there is nobody to share with: not {config.sharding.backend})"
+    return (
+        f"{config.method} {config.model.name} on {processes} of {world.nodes} node{'s'[: world.nodes > 1]}, {how}, "
+        f"{world.devices()}, {config.train.precision}"
     )
 
 
@@ -115,13 +150,13 @@ def _batches(config: Config, world: World, components: Components) -> EpochBatch
     components.train.set_epoch(epoch)
     components.module.train()
     steps = components.steps_per_epoch
-    return EpochBatches(components.train, components.mix, config.train.accumulation, steps)
+    return EpochBatches(components.train, components.mix, components.split.accumulation, steps)
 
 
 def _announce(config: Config, world: World, components: Components, bar: ProgressBar, resumed: Path | None) -> None:
     bar.say(
-        f"{config.method} {config.model.name}: {config.train.epochs} epochs of {components.steps_per_epoch} steps of "
-        f"{config.data.batch_size} images on {world.size} process(es), {world.device.type}"
+        f"{config.train.epochs} epochs of {components.steps_per_epoch} steps of {config.data.batch_size} images, "
+        f"{components.split}{', found to fit' if config.train.max_micro_batch == 'auto' else ''}"
     )
     fewest = fewest_samples(config, components.steps_per_epoch, components.train.images * world.size)
     if fewest is not None:

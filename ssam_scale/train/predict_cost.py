@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ssam_scale.config.deepspeed import taken
 from ssam_scale.config.mask_sections import ChosenMask, DepthMask, ElementMask
+from ssam_scale.config.micro_batches import accumulation_on
 from ssam_scale.config.schema import Config, Perturbation
 from ssam_scale.costs.cluster import Cluster, Placement, ZeroSettings
 from ssam_scale.costs.compute import StageTimes, StepTimes
@@ -103,19 +105,22 @@ def cost_rows(config: Config, found: Measured, machines: Machines) -> list[dict[
     base_of_ours = base_optimizer(config, network.model)
     weights, total = weights_of(network, base_of_ours), found.weights
     opt = configured_sam(config, network, base_of_ours)
-    ours = ascents_of(config, network, opt, plans_of(config, opt))
+    drawn = plans_of(config, opt)
     dense_config = config.model_copy(update={"perturbation": None})
     dense = configured_sam(dense_config, network, base_optimizer(config, network.model))
     plans: dict[str, list[Ascent]] = {"base": [], "sam": [ascent_of(dense.resolve(), weights, len(network.stages))]}
-    if config.method not in plans:
-        plans[config.method] = ours
-    elif ours:  # dense SAM as configured: its fraction, its interval
-        plans["sam"] = ours
-    accumulation, state = config.train.accumulation, state_bytes_per_weight(config)
+    state = state_bytes_per_weight(config)
     rows = []
     for gpus in machines.gpus:
         placement = placement_of(config, machines.cluster(gpus))
-        images = accumulation * found.images if machines.scaling == "weak" else config.data.batch_size / gpus
+        if machines.scaling == "weak":
+            images: float = (config.train.accumulation or 1) * found.images
+            accumulation = accumulation_on(config, gpus, batch=int(images) * gpus)
+        else:
+            images, accumulation = config.data.batch_size / gpus, accumulation_on(config, gpus)
+        ours = ascents_of(config, network, opt, drawn, accumulation)
+        if ours or config.method not in plans:  # dense SAM as configured, too: its fraction, its interval
+            plans[config.method] = ours
         if images < accumulation:
             raise UserError(
                 f"--gpus {gpus}: data.batch_size {config.data.batch_size} gives each GPU less than one image in each "
@@ -154,7 +159,9 @@ def cost_rows(config: Config, found: Measured, machines: Machines) -> list[dict[
 def staged_model(config: Config) -> StagedModel:
     """The configured network, the same each time."""
     torch.manual_seed(config.train.seed)
-    return build_model(config).train()
+    network = build_model(config).train()
+    network.activation_checkpointing = config.train.activation_checkpointing
+    return network
 
 
 def configured_sam(config: Config, network: nn.Module, base: torch.optim.Optimizer) -> SparseSAM:
@@ -202,7 +209,9 @@ def plans_of(config: Config, opt: SparseSAM) -> list[Plan]:
     return [opt.mask.plan(layout, opt.steps + draw) for draw in range(draws)]
 
 
-def ascents_of(config: Config, network: StagedModel, opt: SparseSAM, plans: Sequence[Plan]) -> list[Ascent]:
+def ascents_of(
+    config: Config, network: StagedModel, opt: SparseSAM, plans: Sequence[Plan], accumulation: int
+) -> list[Ascent]:
     """The kinds of steps that the configured run has with these plans, each as often, and how often each comes."""
     section = config.perturbation
     if section is None:
@@ -215,7 +224,7 @@ def ascents_of(config: Config, network: StagedModel, opt: SparseSAM, plans: Sequ
     for plan in plans:
         for share, dense in ((often.sparse, False), (often.dense, True)):
             if share:
-                resolved = opt.resolve(config.train.accumulation, plan=plan, dense=dense)
+                resolved = opt.resolve(accumulation, plan=plan, dense=dense)
                 ascents.append(ascent_of(resolved, weights, depth, share=share / len(plans), reuses=reuses))
     return ascents
 
@@ -235,7 +244,7 @@ def placement_of(config: Config, cluster: Cluster) -> Placement:
 
 def _zero_settings(config: Config) -> ZeroSettings:
     """What the configuration's section for DeepSpeed says of them; keys of stage 3 may do without their prefix."""
-    section = config.sharding.deepspeed.get("zero_optimization", {})
+    section = taken(config.sharding.deepspeed).get("zero_optimization", {})
     found = {}
     for field, key in _ZERO_KEYS.items():
         for name in (key, key.removeprefix("stage3_")):
@@ -283,6 +292,7 @@ def measured(config: Config, *, images: int | None, repeats: int, times: Path | 
         "precision": config.train.precision,
         "weights": sum(p.numel() for p in network.parameters()),
         "stages": len(network.stages),
+        "activation_checkpointing": network.activation_checkpointing,
     }
     if times is not None:
         found = load_times(times)
@@ -355,23 +365,22 @@ def simulated_rows(config: Config, cluster: Cluster) -> list[dict[str, Any]]:
     drawn = sorted(plans_of(config, alone), key=lambda plan: plan.perturbed)
     plan = drawn[len(drawn) // 2]
     state, nothing = state_bytes_per_weight(config), StepTimes((StageTimes(0.0, 0.0, 0.0, 0.0),) * depth, 0.0, 0.0)
+    accumulation = accumulation_on(config, cluster.gpus)
     plans: dict[str, list[Ascent]] = {"base": []}
     if config.perturbation is not None:
         # The first kind of step is the mask's, or with the dense norm, the only one.
-        plans[config.method] = ascents_of(config, network, alone, [plan])[:1]
+        plans[config.method] = ascents_of(config, network, alone, [plan], accumulation)[:1]
     mask = GivenPlan(plan)
     del network, base
     rows = []
     for name, ascents in plans.items():
         try:
-            done = _simulated(config, placement, mask, ascends=bool(ascents))
+            done = _simulated(config, placement, mask, accumulation, ascends=bool(ascents))
         except ValueError as error:
             raise UserError(f"sharding: {error}") from error
         always = [replace(a, share=1.0) for a in ascents]
-        cost = step_cost(nothing, weights, always, placement, config.train.accumulation)
-        memory = footprint(
-            weights, always, placement, state, Activations(0.0, 0.0), 0.0, accumulation=config.train.accumulation
-        )
+        cost = step_cost(nothing, weights, always, placement, accumulation)
+        memory = footprint(weights, always, placement, state, Activations(0.0, 0.0), 0.0, accumulation)
         rows.append(
             {
                 "plan": name,
@@ -392,12 +401,12 @@ def simulated_rows(config: Config, cluster: Cluster) -> list[dict[str, Any]]:
     return rows
 
 
-def _simulated(config: Config, placement: Placement, mask: GivenPlan, *, ascends: bool) -> Simulated:
+def _simulated(config: Config, placement: Placement, mask: GivenPlan, accumulation: int, *, ascends: bool) -> Simulated:
     section, side = config.perturbation, config.data.resolution
     work = ConfiguredWork(config, torch.device("cpu"))
     batches = [
         (torch.randn(_IMAGES, 3, side, side), torch.randint(config.model.num_classes, (_IMAGES,)))
-        for _ in range(config.train.accumulation)
+        for _ in range(accumulation)
     ]
     # DeepSpeed logs to standard output, which is for the rows.
     with redirect_stdout(sys.stderr), fake_world(placement.cluster.gpus) as world:
@@ -411,9 +420,9 @@ def _simulated(config: Config, placement: Placement, mask: GivenPlan, *, ascends
             partial(base_optimizer, config, staged.model),
             replicas=placement.replicas,
             batch_size=_IMAGES,
-            accumulation=config.train.accumulation,
+            accumulation=accumulation,
             max_grad_norm=config.optimizer.clip_grad_norm,
-            deepspeed=config.sharding.deepspeed,
+            deepspeed=taken(config.sharding.deepspeed),
         )
         if section is None or not ascends:
             opt = SparseSAM(module, base, rho=0.0, max_grad_norm=config.optimizer.clip_grad_norm)

@@ -41,7 +41,8 @@ def swap(old: str, new: str) -> str:
         (
             SMALL + "  zzz: 3\n",
             "given.yaml:18: train.zzz: unknown key; "
-            "train has epochs, device, precision, accumulation, ema_decay, seed, eval_epochs",
+            "train has epochs, device, precision, accumulation, max_micro_batch, activation_checkpointing, ema_decay, "
+            "seed, eval_epochs",
         ),
         # values
         (swap("128", "abc"), 'given.yaml:7: data.batch_size: must be a whole number, given "abc"'),
@@ -116,6 +117,19 @@ def swap(old: str, new: str) -> str:
         (
             SMALL + "  accumulation: 3\n",
             "given.yaml:7, given.yaml:18: data.batch_size 128 is not a multiple of train.accumulation 3",
+        ),
+        (
+            SMALL + "  accumulation: 2\n  max_micro_batch: auto\n",
+            "given.yaml:19: train: max_micro_batch auto chooses the accumulation, and accumulation is 2; leave one of "
+            "them out",
+        ),
+        *(
+            (
+                SMALL + f"  max_micro_batch: {value}\n",
+                "given.yaml:18: train.max_micro_batch: must be a whole number of at least 1, auto or null, given "
+                + shown,
+            )
+            for value, shown in {"0": "0", "1.5": "1.5", "true": "true", "atuo": '"atuo"', "[1]": "[1]"}.items()
         ),
         # not YAML, or not ours
         (SMALL + "  epochs: 4\n", "given.yaml:18: train.epochs: given twice, first in line 17"),

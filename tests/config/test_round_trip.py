@@ -84,11 +84,27 @@ def section(model: type[BaseModel]) -> st.SearchStrategy[dict[str, Any]]:
     return st.fixed_dictionaries(fields)
 
 
+def deepspeed() -> st.SearchStrategy[dict[str, Any]]:
+    """Sections of DeepSpeed's that go with any configuration."""
+    zero = {"reduce_bucket_size": st.floats(1, 1e9).map(round) | st.just("auto"), "overlap_comm": st.booleans()}
+    return st.fixed_dictionaries(
+        {},
+        optional={
+            "zero_optimization": st.fixed_dictionaries({}, optional=zero),
+            "steps_per_print": st.integers(1) | st.none(),
+            "comms_logger": st.dictionaries(TEXTS, ANYTHING, max_size=3),
+            "train_batch_size": st.just("auto"),
+        },
+    )
+
+
 @st.composite
 def configs(draw: st.DrawFn) -> Config:
     data = draw(section(Config))
     # What the rules about several keys ask for.
-    data["data"]["batch_size"] *= data["train"]["accumulation"]
+    data["data"]["batch_size"] *= data["train"]["accumulation"] or 1
+    if data["train"]["accumulation"] is not None and data["train"]["max_micro_batch"] == "auto":
+        data["train"]["max_micro_batch"] = None
     data["schedule"]["warmup_epochs"] = draw(st.floats(0, float(min(data["train"]["epochs"], 2**53)), exclude_max=True))
     for name in ("crop_scale", "crop_ratio"):
         data["data"][name] = sorted(abs(x) + 1e-6 for x in data["data"][name])
@@ -119,8 +135,7 @@ def configs(draw: st.DrawFn) -> Config:
     if data["sharding"]["backend"].startswith("zero"):
         data["optimizer"] |= {"name": "sgd", "kwargs": {}}
         data["train"]["precision"] = "bf16"
-    else:
-        data["sharding"]["deepspeed"] = {}
+    data["sharding"]["deepspeed"] = draw(deepspeed()) if data["sharding"]["backend"].startswith("zero") else {}
     return Config.model_validate(data)
 
 

@@ -25,7 +25,7 @@ def test_launchers_arguments_are_dropped(tmp_path: Path):
         assert (same.returncode, same.stdout) == (0, plain.stdout)
 
 
-def test_deepspeeds_configuration_file_becomes_overrides(tmp_path: Path):
+def test_deepspeeds_configuration_file_chooses_the_stage(tmp_path: Path):
     (tmp_path / "zero.json").write_text('{"zero_optimization": {"stage": 2, "reduce_bucket_size": 5e8}}')
     arguments = ["--deepspeed", "--deepspeed_config=zero.json", "--config", QUICKSTART, "--print-config"]
     done = run([sys.executable, SCRIPT, *arguments], cwd=tmp_path)
@@ -34,17 +34,20 @@ def test_deepspeeds_configuration_file_becomes_overrides(tmp_path: Path):
     assert "reduce_bucket_size: 500000000.0" in done.stdout
 
 
+def test_deepspeed_says_what_the_configuration_says(tmp_path: Path):
+    arguments = ["--local_rank=0", "--deepspeed", "--config", ROOT / "configs/vit_b.yaml", "--print-config"]
+    done = run([sys.executable, SCRIPT, *arguments], cwd=tmp_path)
+    assert done.returncode == 0, done.stdout
+    assert "backend: zero2" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--deepspeed"], "train.py: error: --deepspeed: say which stage"),
-        (["--deepspeed_config=none.json"], "train.py: error: --deepspeed_config none.json: cannot be read"),
-        (["--deepspeed_config=list.json"], "train.py: error: --deepspeed_config list.json: a DeepSpeed configuration"),
-        (
-            ["--deepspeed_config=clip.json"],
-            "ssam-scale: error: override sharding.deepspeed.gradient_clipping=1.0: sharding: "
-            "deepspeed.gradient_clipping: leave it out, optimizer.clip_grad_norm says it",
-        ),
+        (["--deepspeed"], "--deepspeed: sharding.backend is auto; say which stage of ZeRO: sharding.backend=zero2, or"),
+        (["--deepspeed_config=none.json"], "--deepspeed_config none.json: no such file"),
+        (["--deepspeed_config=list.json"], "list.json: a configuration of DeepSpeed's is an object with keys"),
+        (["--deepspeed-config=clip.json"], "clip.json:1: gradient_clipping: 1.0 contradicts optimizer.clip_grad_norm"),
     ],
 )
 def test_a_mistake_with_deepspeed_is_one_line(options: list[str], message: str, tmp_path: Path):
@@ -53,7 +56,7 @@ def test_a_mistake_with_deepspeed_is_one_line(options: list[str], message: str, 
     done = run([sys.executable, SCRIPT, *options, "--config", QUICKSTART], cwd=tmp_path)
     assert done.returncode == 2
     assert done.stdout.count("\n") == 1
-    assert done.stdout.startswith(message)
+    assert done.stdout.startswith(f"ssam-scale: error: {message}")
 
 
 def test_a_mistake_is_one_line_and_exit_code_2(tmp_path: Path):

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -167,6 +168,64 @@ def test_equals_the_reference_under_deepspeeds_own_settings(index: int) -> None:
 @pytest.mark.parametrize("index", range(len(SETTINGS)), ids=map(str, SETTINGS))
 def test_every_case_equals_the_reference_under_deepspeeds_own_settings(index: int, case: Case) -> None:
     check_setting(index, case)
+
+
+# Settings that a configuration may hand on to DeepSpeed (config/deepspeed.py) and that must change nothing.
+HANDED_ON: dict[str, Any] = {
+    "comms_logger": {"enabled": True},
+    "memory_breakdown": True,
+    "steps_per_print": 1,
+    "timers": {"throughput": {"enabled": False}},
+    "dump_state": True,
+    "disable_allgather": True,
+    "disable_python_gc": True,
+    "communication_data_type": "fp32",
+    "checkpoint": {"tag_validation": "Ignore"},
+    "data_types": {"grad_accum_dtype": "fp32"},
+    "zero_optimization": {
+        "elastic_checkpoint": True,
+        "reduce_scatter": False,
+        "allgather_partitions": False,
+        "enable_sanity_checks": True,
+        "load_from_fp32_weights": False,
+    },
+}
+HANDED_ON_3: dict[str, Any] = {
+    "use_all_reduce_for_fetch_params": True,
+    "stage3_module_granularity_threshold": 100,
+    "stage3_max_live_parameters": 1000,
+    "stage3_max_reuse_distance": 0,
+    "stage3_model_persistence_threshold": 1000,
+    "sub_group_size": 4000,
+    "memory_efficient_linear": False,
+    "override_module_apply": False,
+    "log_trace_cache_warnings": True,
+    "pipeline_loading_checkpoint": True,
+}
+
+
+def _steps_with(world: World, stage: int, more: dict[str, Any], monitor: str) -> list[Tensor]:
+    engine, base = engine_of(
+        world, Kind(stage), deepspeed={**more, "csv_monitor": {"enabled": bool(monitor), "output_path": monitor}}
+    )
+    opt = SparseSAM(engine, base, rho=0.1, mask=Depth((0.0, 1.0), seed=3))
+    for batch in data_of(world, Kind(stage), 3):
+        opt.step(loss_fn, batch)
+    return weights(engine)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", range(4))
+def test_what_is_handed_on_to_deepspeed_changes_nothing(stage: int, tmp_path: Path) -> None:
+    plain = run_ranks(2, _steps_with, stage, {}, "")
+    more = [HANDED_ON]
+    if stage == 3:
+        more += [{"zero_optimization": HANDED_ON_3}, {"zero_optimization": {"stage3_allgather_sequential": True}}]
+    for sections in more:
+        for mine, others in zip(plain, run_ranks(2, _steps_with, stage, sections, str(tmp_path)), strict=True):
+            # The same sums in another order.
+            assert max(float((a - b).abs().max()) for a, b in zip(mine, others, strict=True)) <= 1e-7
+    assert list(tmp_path.rglob("*.csv"))
 
 
 class Odd(nn.Module):

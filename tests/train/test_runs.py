@@ -9,7 +9,9 @@ from typing import Any
 
 import mlflow
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
 from tests.support.runs import RESNET, VIT, differing, launch, ssam_scale, train_on_ranks, write_config
 
@@ -114,7 +116,6 @@ def test_a_finished_run_resumed_again_does_nothing(data: Path, tmp_path: Path) -
 
 def test_old_checkpoints_are_dropped_and_the_weights_load_into_timm(data: Path, tmp_path: Path) -> None:
     import timm
-    from safetensors.torch import load_file
 
     config = write_config(tmp_path / "run.yaml", data, train={"epochs": 3}, checkpoint={"keep": 2})
     train("--config", str(config), f"checkpoint.directory={tmp_path}/kept")
@@ -218,6 +219,32 @@ def test_zero_trains_the_same_weights_and_checkpoints_go_both_ways(stage: int, d
     assert differing(tmp_path / "single/epoch_0002", tmp_path / "went_on/epoch_0002", 2e-6) == []
     train("--config", str(config), went_on, f"checkpoint.resume={tmp_path}/zero/epoch_0001")
     assert differing(tmp_path / "single/epoch_0002", tmp_path / "went_on/epoch_0002", 2e-6) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_deepspeeds_bf16_weights_have_float32_masters_in_checkpoints(stage: int, data: Path, tmp_path: Path) -> None:
+    config = write_config(
+        tmp_path / "run.yaml",
+        data,
+        model=VIT,
+        perturbation=METHODS["ssam-depth"],
+        train={"epochs": 2, "precision": "bf16", "max_micro_batch": 3},
+        optimizer={"name": "adamw", "lr": 1e-3},
+    )
+    bf16 = f"sharding.deepspeed={{zero_optimization: {{stage: {stage}}}, bf16: {{enabled: true}}}}"
+    said = train_on_ranks(2, config, f"checkpoint.directory={tmp_path}/zero", bf16)
+    assert f"on 2 processes of 1 node, ZeRO stage {stage}, CPU, bf16\n" in said
+    weights = load_file(tmp_path / "zero/epoch_0002/model.safetensors")
+    assert {w.dtype for w in weights.values()} == {torch.float32}
+    assert any(not torch.equal(w, w.bfloat16().float()) for w in weights.values())
+    # One process with float32 weights under autocast goes on from it, and so do the bf16 weights.
+    start, where = f"checkpoint.resume={tmp_path}/zero/epoch_0001", f"checkpoint.directory={tmp_path}"
+    train("--config", str(config), f"{where}/single", start)
+    train_on_ranks(2, config, f"{where}/again", start, bf16)
+    assert differing(tmp_path / "zero/epoch_0002", tmp_path / "again/epoch_0002") == []
+    # bf16 keeps 8 bits, in 8 steps of AdamW of at most a learning rate each.
+    assert differing(tmp_path / "zero/epoch_0002", tmp_path / "single/epoch_0002", 1e-2) == []
 
 
 @pytest.mark.slow

@@ -21,12 +21,14 @@ anywhere else; one that looks at whole tensors (LAMB, LARS, AdamP, Muon) compute
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from ssam_scale.config.deepspeed import REDUCE_BUCKET, taken
 from ssam_scale.sharding.interface import Sharding
 from ssam_scale.sharding.registry import BACKENDS, Backend, MakeOptimizer, Options
 from ssam_scale.sharding.world import World
@@ -83,6 +85,15 @@ def _place(
     return zero_engine(module, optimizer, stage, options), optimizer
 
 
+def _held_beside(weights: int, deepspeed: Mapping[str, Any], stage: int) -> int:
+    """Masters, and the buckets that gradients are reduced in: of a fixed size, two of them where that overlaps."""
+    if stage == 0:
+        return 4 * weights
+    zero = taken(deepspeed).get("zero_optimization", {})
+    buckets = 2 if zero.get("overlap_comm", stage == 3) else 1
+    return 4 * weights + 4 * buckets * int(zero.get("reduce_bucket_size", REDUCE_BUCKET))
+
+
 _SHARDED = {
     0: "nothing is sharded; gradients are all-reduced",
     1: "optimizer states are sharded",
@@ -92,10 +103,12 @@ _SHARDED = {
 for _stage, _summary in _SHARDED.items():
     BACKENDS.register(f"zero{_stage}", f"ZeRO stage {_stage}: {_summary}", "DeepSpeed, arXiv 1910.02054")(
         Backend(
+            title=f"ZeRO stage {_stage}",
             owns=is_engine,
             sharding=zero_sharding,
             place=partial(_place, stage=_stage),
             launchers="deepspeed or torchrun",
             shards_weights=_stage > 0,
+            held_beside=partial(_held_beside, stage=_stage),
         )
     )

@@ -70,7 +70,7 @@ def zero_engine(module: nn.Module, optimizer: torch.optim.Optimizer, stage: int,
     }
     try:
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
-    except (ValueError, AssertionError, deepspeed.DeepSpeedConfigError) as error:
+    except (ValueError, AssertionError, NotImplementedError, ImportError, deepspeed.DeepSpeedConfigError) as error:
         raise ValueError(f"DeepSpeed does not take its configuration: {_short(error)}") from error
     assert isinstance(engine, nn.Module)
     if not sections.get("torch_autocast"):
