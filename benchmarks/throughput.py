@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import copy
 import statistics
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from ssam_scale.bench.record import provenance, result_path, write
 from ssam_scale.bench.scenarios import Scenario, scenarios, sgd, sparse_sam
 from ssam_scale.cli.table import Columns, markdown
 from ssam_scale.clock import timed
+from ssam_scale.errors import UserError
 from ssam_scale.sharding.device import to_device
 
 PLANS = ["sam", "textbook", "cut 0.5", "cut 0.75, fraction 0.5", "moving cut", "tensor 50%", "row 50%", "element 50%"]
@@ -182,4 +184,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        print(f"throughput: error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -221,6 +221,9 @@ def install(library: ctypes.CDLL, devices: int) -> None:
             properties.total_memory - int(library.memory_allocated()),
             properties.total_memory,
         ),
+        "set_per_process_memory_fraction": lambda fraction, device=None: library.set_memory_limit(
+            ctypes.c_long(int(fraction * properties.total_memory))
+        ),
         "memory_stats": lambda device=None: {},
         "empty_cache": lambda: None,
         "ipc_collect": lambda: None,

@@ -15,6 +15,7 @@
 #include <malloc.h>
 
 #include <atomic>
+#include <climits>
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
@@ -92,6 +93,7 @@ std::mutex freed_mutex;
 std::vector<void*> freed;  // since they were last asked for: their addresses may come again
 
 std::atomic<long> allocated{0}, most_allocated{0};  // bytes
+std::atomic<long> memory_limit{LONG_MAX};           // of all devices together
 
 void give_back(void* data) {
   if (data) {
@@ -106,6 +108,9 @@ struct Memory final : c10::Allocator {
   c10::DataPtr allocate(size_t bytes) override {
     void* data = nullptr;
     if (bytes) {
+      TORCH_CHECK_WITH(OutOfMemoryError, bytes < static_cast<size_t>(LONG_MAX) && allocated + static_cast<long>(bytes) <= memory_limit,
+                       "CUDA out of memory. Tried to allocate ", bytes, " bytes. The pretended GPU has ", memory_limit.load(),
+                       " bytes of which ", allocated.load(), " are allocated.");
       if (posix_memalign(&data, 512, bytes)) throw std::bad_alloc();
       const long now = allocated += static_cast<long>(malloc_usable_size(data));
       long most = most_allocated;
@@ -442,6 +447,7 @@ long host_waits_so_far() { return waits; }
 void set_sync_debug_mode(int mode) { sync_debug_mode = mode; }
 int get_sync_debug_mode() { return sync_debug_mode; }
 long memory_allocated() { return allocated; }
+void set_memory_limit(long bytes) { memory_limit = bytes; }
 long max_memory_allocated() { return most_allocated; }
 void reset_peak_memory_stats() { most_allocated = allocated.load(); }
 // Addresses of device memory that was freed since the last call, at most `most` of them.
