@@ -140,7 +140,8 @@ class Perturbation(Section):
         100,
         ge=1,
         description="steps between two dense ascents that measure the masked share of the gradient: of norm "
-        "calibrated, and for the metric kappa of masks of single weights and rows; null: only where they must be",
+        "calibrated (more often at first), and for the metric kappa of masks of single weights and rows; null: only "
+        "where they must be",
     )
     adaptive: bool = Field(False, description="perturb weights in proportion to their magnitude (ASAM)")
     fraction: float = Field(

@@ -23,6 +23,11 @@ from .shard_group import ShardGroup
 
 Range: TypeAlias = tuple[float, float]
 
+_NO_BLOCKS = (
+    "a mask with a cut needs a model in stages to be cut between, and this one has none: give SparseSAM a StagedModel, "
+    "such as StagedModel(model, stages_of(model)) for timm's families, or one of stages of your own"
+)
+
 
 @dataclass(frozen=True)
 class AnnealedCut:
@@ -58,7 +63,8 @@ class Depth:
 
     Args:
         cut: lowest and highest depth of the cut as shares of the number of blocks, in [0, 1]; or a range that moves. A
-            share s stands for the block of index round(s · blocks), at most the last; equal shares fix the cut.
+            share s stands for the block of index round(s · blocks), at most the last; equal shares, or one number, fix
+            the cut.
         seed: of the draws. The draw is a function of seed and step alone, so every process makes the same one and a
             resumed run continues the sequence.
 
@@ -66,14 +72,21 @@ class Depth:
         ValueError: shares outside [0, 1] or in the wrong order.
     """
 
-    def __init__(self, cut: Range | AnnealedCut = (0.0, 1.0), seed: int = 0) -> None:
+    def __init__(self, cut: float | Range | AnnealedCut = (0.0, 1.0), seed: int = 0) -> None:
         if not isinstance(cut, AnnealedCut):
+            cut = (float(cut), float(cut)) if isinstance(cut, (int, float)) else cut
             _check_range(cut)
         self.cut = cut
         self.seed = seed
 
     def check(self, layout: Layout) -> None:
-        """Any weights will do."""
+        """There must be blocks to cut between.
+
+        Raises:
+            ValueError: the model is not in stages.
+        """
+        if layout.depth == 1:
+            raise ValueError(_NO_BLOCKS)
 
     def cuts(self, depth: int, step: int) -> range:
         """The cuts that step number `step` may draw, of a network of `depth` blocks."""
@@ -135,7 +148,7 @@ class DepthByCost(Refreshed, Depth):
 
     def __init__(
         self,
-        cut: Range | AnnealedCut = (0.0, 1.0),
+        cut: float | Range | AnnealedCut = (0.0, 1.0),
         *,
         seconds: Sequence[float] | None = None,
         every: int | None = None,
@@ -165,11 +178,12 @@ class DepthByCost(Refreshed, Depth):
         self._seconds = tuple(float(t) for t in seconds)
 
     def check(self, layout: Layout) -> None:
-        """There must be a time for each block.
+        """There must be blocks, and a time for each.
 
         Raises:
-            ValueError: there are others.
+            ValueError: there are none, or other times.
         """
+        Depth.check(self, layout)
         if self._seconds is not None:
             self._check_depth(self._seconds, layout.depth)
         self._depth = layout.depth
@@ -270,8 +284,8 @@ def probabilities_by_cost(masses: Sequence[float], seconds: Sequence[float], cut
 
 
 def _check_range(cut: Range) -> None:
-    if not 0.0 <= cut[0] <= cut[1] <= 1.0:
-        raise ValueError(f"cut is {cut}; two shares in [0, 1], the smaller first, are needed")
+    if not isinstance(cut, Sequence) or len(cut) != 2 or not 0.0 <= cut[0] <= cut[1] <= 1.0:
+        raise ValueError(f"cut is {cut}; one share in [0, 1], or two, the smaller first, are needed")
 
 
 @register_mask(DepthMask, "all weights from a block (the cut) on; the prefix before it runs once for both passes")

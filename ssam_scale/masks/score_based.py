@@ -151,7 +151,7 @@ class ScoreBased(Refreshed):
         """Any weights will do."""
 
     def plan(self, layout: Layout, step: int) -> Plan:
-        """That of the last refresh.
+        """That of the last refresh, without what has been frozen or left alone since.
 
         Raises:
             RuntimeError: there was none yet.
@@ -160,7 +160,10 @@ class ScoreBased(Refreshed):
             raise RuntimeError(
                 "the mask has no scores yet: call SparseSAM.refresh(loss_fn, batch) before the first step"
             )
-        return self.selected
+        if self.selected.weights.keys() <= layout.shapes.keys():
+            return self.selected
+        kept = {name: subset for name, subset in self.selected.weights.items() if name in layout.shapes}
+        return self._plan_of(layout, kept, [self.selected.counts[name] for name in kept])
 
     def choose(
         self, layout: Layout, scores: Mapping[Score, Scores], group: ShardGroup, step: int

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from ssam_scale.masks import (
     BitMask,
-    Plan,
     Subset,
     inner_product,
     masked_add_,
@@ -21,6 +20,7 @@ from ssam_scale.masks import (
 from ssam_scale.sharding import ShardedWeights
 
 from .perturb import at_least_fp32, squares, zero_unless_
+from .resolved_step import ResolvedStep
 
 
 class LookSAM:
@@ -45,17 +45,20 @@ class LookSAM:
         self._orthogonal: list[Tensor] = []  # parallel to them
 
     @torch.no_grad()
-    def update(self, plan: Plan, epsilon: list[Tensor]) -> None:
+    def update(self, resolved: ResolvedStep, epsilon: list[Tensor]) -> None:
         """Compute g_v after the descent pass of a step with an ascent. Collective.
 
         Args:
-            plan: what was perturbed.
+            resolved: what the step did.
             epsilon: ε, as `Epsilon.computed` returned it; overwritten.
 
         Raises:
             ValueError: the backend shows copies of its gradients, to which nothing can be added.
         """
-        self._parts = dict(plan.weights)
+        self._parts = dict(resolved.plan.weights)
+        radii = list(resolved.radii.values())
+        if len(set(radii)) > 1:  # groups go the way of one gradient, each as far as its own radius
+            torch._foreach_div_(epsilon, radii)
         gradients, device = self._gradients(), epsilon[0].device
         if any(a.data_ptr() != b.data_ptr() for a, b in zip(gradients, self._gradients(), strict=True) if a.numel()):
             raise ValueError("reuse between ascents needs float32 gradients with ZeRO stage 3, which copies others")

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
+
+# A GradScaler tells nobody that it has unscaled an optimizer's gradients, but it asks for its groups to do it.
+_UNSCALE = torch.amp.GradScaler._unscale_grads_.__code__
 
 
 class OptimizerWrapper(torch.optim.Optimizer):
@@ -15,7 +19,12 @@ class OptimizerWrapper(torch.optim.Optimizer):
     Args:
         base_optimizer: the one that is wrapped.
         options: defaults of the options that every group has beside the base optimizer's.
+
+    Attributes:
+        unscaled: whether a `GradScaler` has unscaled the gradients since this was last set to False.
     """
+
+    unscaled = False
 
     def __init__(self, base_optimizer: torch.optim.Optimizer, **options: Any) -> None:
         super().__init__(base_optimizer.param_groups, base_optimizer.defaults | options)
@@ -26,6 +35,8 @@ class OptimizerWrapper(torch.optim.Optimizer):
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         """The base optimizer's."""
+        if sys._getframe(1).f_code is _UNSCALE:
+            self.unscaled = True
         return self.base_optimizer.param_groups if "base_optimizer" in self.__dict__ else self._given_groups
 
     @param_groups.setter

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -26,6 +26,8 @@ class TrainedParameters:
         uses: the stages that use each, rising; several for a tied weight.
         group_of: index of the parameter group of each, by name.
         layers: the layers that can compute the gradient of some rows of their weight, by its name.
+        foreign: parameters of the network that are trained and not by this optimizer, with the first stage that uses
+            each.
     """
 
     by_name: dict[str, nn.Parameter]
@@ -33,6 +35,7 @@ class TrainedParameters:
     uses: dict[str, tuple[int, ...]]
     group_of: dict[str, int]
     layers: dict[str, nn.Module]
+    foreign: list[tuple[nn.Parameter, int]] = field(default_factory=list)
     _eligible: dict[tuple[bool, ...], Layout] = field(default_factory=dict, repr=False)  # asked for in every step
 
     @property
@@ -60,11 +63,15 @@ def trained_parameters(sharding: ShardedWeights, groups: Sequence[Sequence[nn.Pa
     group_of = {id(p): index for index, group in enumerate(groups) for p in group}
     parameters = {name: p for name, p in network.named_parameters() if id(p) in group_of}
     if len(parameters) < len(group_of):
-        raise ValueError(f"{len(group_of) - len(parameters)} of the optimizer's parameters are not the model's")
+        raise ValueError(
+            f"{len(group_of) - len(parameters)} of the optimizer's parameters are not the model's: it was built over "
+            "another model, or before weights of this one were replaced (by another layer, fully_shard or a copy); "
+            "build the optimizer last"
+        )
     if isinstance(module, StagedModel):
         uses, depth = module.stages_of_parameters(), len(module.stages)
     else:
-        uses, depth = dict.fromkeys(parameters, (0,)), 1
+        uses, depth = {name: (0,) for name, _ in network.named_parameters()}, 1
     shards = sharding.shards(list(parameters.values()))
     contracted, norms = _roles(network)
     layout = Layout(
@@ -82,7 +89,31 @@ def trained_parameters(sharding: ShardedWeights, groups: Sequence[Sequence[nn.Pa
         {name: uses[name] for name in parameters},
         {name: group_of[id(p)] for name, p in parameters.items()},
         {name: layers[id(p)] for name, p in parameters.items() if id(p) in layers},
+        [(p, uses[n][0]) for n, p in network.named_parameters() if p.requires_grad and id(p) not in group_of],
     )
+
+
+Fingerprint: TypeAlias = tuple[tuple[tuple[int, bool], ...], tuple[int, ...]]
+
+
+def fingerprint(network: nn.Module, groups: Sequence[Mapping[str, Any]]) -> Fingerprint:
+    """What tells whether parameters have been replaced, frozen, unfrozen or given to an optimizer.
+
+    Asked for in every step, so it walks the modules without making names.
+
+    Args:
+        network: whose parameters, by identity and whether they are trained.
+        groups: of the optimizer, by identity.
+    """
+    own, seen, modules = [], set(), [network]
+    while modules:
+        module = modules.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        own += [(id(p), p.requires_grad) for p in module._parameters.values() if p is not None]
+        modules += [child for child in module._modules.values() if child is not None]
+    return tuple(own), tuple(id(p) for group in groups for p in group["params"])
 
 
 def _roles(network: nn.Module) -> tuple[set[int], set[int]]:

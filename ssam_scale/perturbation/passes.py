@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map_only
 
 from ssam_scale.sharding import AscentReduction, ShardedPasses
 
+from .arguments import check_loss, explained
 from .batchnorm import frozen_statistics
 from .loss import Forward, LossFn
 from .mask_state import MaskState
@@ -74,8 +75,10 @@ class Passes:
         """
         every, resolved = self._parameters.by_name, self._resolved
         losses = []
+        # Another optimizer's weights get the gradient of the descent only, as from a step without SAM.
+        foreign = [p for p, stage in self._parameters.foreign if stage >= resolved.cut]
         with (
-            without_gradient([every[name] for name in resolved.elided]),
+            without_gradient([*(every[name] for name in resolved.elided), *foreign]),
             only_rows(self._parameters.layers, resolved.rows),
             self._reducing(),
         ):
@@ -113,9 +116,14 @@ class Passes:
 
     def _run(self, index: int, forward: Forward, batch: Any, backward_phase: Phase) -> Tensor:
         with self._sharding.micro_batch(last=index == len(self._batches) - 1):
-            loss = self._loss_fn(forward, batch) / len(self._batches)
+            loss = check_loss(self._loss_fn(forward, batch)) / len(self._batches)
             with self._phases(backward_phase):
-                self._sharding.backward(loss if self._scaler is None else self._scaler.scale(loss))
+                try:
+                    self._sharding.backward(loss if self._scaler is None else self._scaler.scale(loss))
+                except RuntimeError as error:
+                    if (better := explained(error)) is not None:
+                        raise better from error
+                    raise
         return loss.detach()
 
     def _first_samples(self, batch: Any) -> Any:
@@ -132,8 +140,13 @@ class Passes:
         self._full_batch_of[id(rows)] = leaf
         return rows
 
-    def _ascent_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        module, whole = self._sharding.ascent_module, self._full_batch_of.get(id(x), x)
+    def _ascent_forward(self, *args: Any, **kwargs: Any) -> Any:
+        module, cut, shared = self._sharding.ascent_module, self._resolved.cut, self._resolved.shares_prefix
+        if not self._resolved.may_share_prefix and cut == 0:
+            with self._phases("ascent forward"):
+                return module(*args, **kwargs)
+        x = _only_input(args, kwargs)
+        whole = self._full_batch_of.get(id(x), x)
         if self._resolved.may_share_prefix:
             if self._ascent_input is not None:
                 raise ValueError(
@@ -141,28 +154,49 @@ class Passes:
                     "instead, or switch savings.share_prefix off"
                 )
             self._ascent_input = whole
-        cut, shared = self._resolved.cut, self._resolved.shares_prefix
         if cut == 0:
             with self._phases("ascent forward"):
-                return module(x, *args, **kwargs)
+                return module(x)
         with self._phases("descent forward" if shared else "ascent forward"), torch.set_grad_enabled(shared):
             hidden = module(whole if shared else x, stop=cut)
         if shared:
             self._prefix = hidden, RandomState.now(self._device)
         with self._phases("ascent forward"):
-            return module(hidden.detach()[: len(x)], start=cut)
+            return module(self._ascents_part(hidden.detach(), x, whole), start=cut)
 
-    def _descent_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if self._ascent_input is not None and self._ascent_input is not x:
+    def _ascents_part(self, hidden: Tensor, x: Tensor, whole: Tensor) -> Tensor:
+        """Of what a shared prefix put out for all samples, what belongs to the first ones."""
+        if not self._resolved.shares_prefix or x is whole:
+            return hidden
+        if len(hidden) != len(whole):
+            raise ValueError(
+                f"with a fraction below 1 a shared prefix has to put out one row a sample, and for {len(whole)} "
+                f"samples it put out a tensor of shape {tuple(hidden.shape)}; switch savings.share_prefix off"
+            )
+        return hidden[: len(x)]
+
+    def _descent_forward(self, *args: Any, **kwargs: Any) -> Any:
+        module = self._sharding.descent_module
+        if self._ascent_input is not None and self._ascent_input is not _only_input(args, kwargs):
             raise ValueError(
                 "the loss function gave the descent pass another input than the ascent pass, whose prefix it shares "
                 "where the mask has a cut; move, convert or draw the input before `step`, not in the loss function, or "
                 "switch savings.share_prefix off"
             )
-        module = self._sharding.descent_module
         with self._phases("descent forward"):
             if self._prefix is None:
-                return module(x, *args, **kwargs)
+                return module(*args, **kwargs)
             hidden, random = self._prefix
             random.restore()
             return module(hidden, start=self._resolved.cut)
+
+
+def _only_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """What a model in stages is called with, of which stages see nothing but what the one before put out."""
+    given = [*args, *kwargs.values()]
+    if len(given) != 1 or not isinstance(given[0], Tensor):
+        kinds = ", ".join([*(type(a).__name__ for a in args), *(f"{k}={type(v).__name__}" for k, v in kwargs.items())])
+        raise ValueError(
+            f"the loss function called forward({kinds}); a model that a mask cuts is in stages, which take one tensor"
+        )
+    return given[0]

@@ -63,7 +63,10 @@ class StepOptions:
             return self.norm == "dense"
         if self.norm == "masked":
             return self.calibrate_every is not None and step % self.calibrate_every == 0
-        return calibrated < 0 or (self.calibrate_every is not None and step - calibrated >= self.calibrate_every)
+        if calibrated < 0 or self.calibrate_every is None:
+            return calibrated < 0
+        # The share changes fastest in the first steps: these are 0, 1, 2, 4, 8 and so on.
+        return step - calibrated >= min(self.calibrate_every, max(calibrated, 1))
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,10 @@ for, so that they are the same on any number of processes.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, arange, int64
+from torch import Tensor, arange, int64, nn
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,38 @@ class RandomState:
         torch.set_rng_state(self.cpu)
         if self.own is not None:
             torch.get_device_module(self.device).set_rng_state(self.own, self.device)
+
+
+class FirstForward:
+    """Forward pre-hook that notes the state of the generators when the first training forward of a step begins.
+
+    Whoever runs both passes by hand says nothing when the first one begins. A copy of the module gets a hook of its
+    own, and what is compiled runs none.
+
+    Args:
+        device: of the generator beside the CPU's.
+
+    Attributes:
+        state: at the first forward since `forget`; None: there has been none.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.state: RandomState | None = None
+
+    def __call__(self, module: nn.Module, inputs: Any) -> None:
+        """Torch's, before `module.forward`."""
+        if torch.compiler.is_compiling() or self.state is not None:
+            return
+        if module.training and torch.is_grad_enabled():
+            self.state = RandomState.now(self.device)
+
+    def forget(self) -> None:
+        """The next forward is the first of a step."""
+        self.state = None
+
+    def __reduce__(self) -> tuple[type[FirstForward], tuple[torch.device]]:
+        return FirstForward, (self.device,)
 
 
 _TOGETHER = 2**20  # numbers whose int64 state is in memory at once: 8 MiB

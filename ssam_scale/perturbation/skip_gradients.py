@@ -19,12 +19,13 @@ _MOST_ROWS = 0.9
 @contextmanager
 def without_gradient(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     """Forwards inside keep no graph towards `parameters`, so their gradient is neither computed nor saved for."""
-    for p in parameters:
+    trained = [p for p in parameters if p.requires_grad]
+    for p in trained:
         p.requires_grad_(False)
     try:
         yield
     finally:
-        for p in parameters:
+        for p in trained:
             p.requires_grad_(True)
 
 

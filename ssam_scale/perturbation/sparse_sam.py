@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -13,18 +15,20 @@ from torch.distributed.checkpoint.stateful import Stateful
 
 from ssam_scale.masks import Dense, Depth, Mask, Plan, Refreshed
 from ssam_scale.sharding.place import sharding_of
+from ssam_scale.sharding.unsupported import check_alone, owner_of
 
+from .arguments import check_loss_fn, check_mask, check_optimizer, check_stages, module_of
 from .batchnorm import frozen_statistics
 from .looksam import LookSAM
 from .loss import LossFn
 from .mask_state import MaskState, SparseState
 from .optimizer_wrapper import OptimizerWrapper
-from .parameters import trained_parameters
+from .parameters import fingerprint, trained_parameters
 from .passes import Passes
 from .perturb import Perturbation
 from .phases import Phases, no_phases
 from .resolved_step import Norm, ResolvedStep, StepOptions, resolve_step
-from .rng import RandomState
+from .rng import FirstForward, RandomState
 from .savings import Savings
 from .schedules import ConstantRadius, RadiusSchedule, ever_reuses, reuse_at
 from .step_report import StepReport
@@ -46,6 +50,12 @@ class SparseSAM(OptimizerWrapper):
             loss_at_the_perturbed_weights().backward()
         opt.step()
 
+    In all forms both passes draw the same random numbers, and BatchNorm's running statistics are updated once. `step`
+    without any of them is the base optimizer's alone, and warns once where there is a radius.
+
+    Layers may be frozen and unfrozen, and parameter groups changed, between steps. What replaces weights (a new layer,
+    `fully_shard`, `DistributedDataParallel`) belongs before the optimizer is built; a step says so where it was not.
+
     The perturbation is ε = ρ · (m ⊙ g) / ‖g‖ (`norm="dense"`, SSAM, arXiv 2210.05177) or ρ · (m ⊙ g) / ‖m ⊙ g‖
     (`norm="masked"`, all that a sparse ascent can know) or ρ · κ · (m ⊙ g) / ‖m ⊙ g‖ (`norm="calibrated"`: the dense
     norm's length, by a share κ = ‖m ⊙ g‖ / ‖g‖ measured now and then), g the gradient of the global batch. It is
@@ -65,20 +75,23 @@ class SparseSAM(OptimizerWrapper):
         mask: which weights are perturbed; None: all of them.
         norm: what the gradient is divided by.
         adaptive: perturb weights in proportion to their magnitude (ASAM, arXiv 2102.11600).
-        calibrate_every: steps between two dense ascents of `norm="calibrated"`, and of masks of single weights and rows
-            between two looks at the whole gradient, for `kappa`; None: only after a refresh.
+        calibrate_every: steps between two dense ascents of `norm="calibrated"`, which come more often at first (in
+            steps 0, 1, 2, 4, 8 and so on), and of masks of single weights and rows between two looks at the whole
+            gradient, for `kappa`; None: only after a refresh.
         fraction: share of each batch in the ascent, in (0, 1]: its first samples (m-sharpness is that of so many then).
         schedule: factor on ρ over time; 0 makes a step the base optimizer's (`Interval`, `Window`).
         savings: which savings are made; None: `Savings()`, all that cost nothing.
         max_grad_norm: the descent gradient is clipped to this norm. A DeepSpeed engine clips to its own
             `gradient_clipping`; None accepts that.
         scaler: scales the losses given with batches, for float16, and skips steps whose descent gradient is not finite;
-            by hand, use it as with any optimizer (`scaler.step(opt)`). A DeepSpeed engine has its own.
+            a closure scales its loss itself, and by hand it is used as with any optimizer (`scaler.step(opt)`). A
+            DeepSpeed engine has its own.
         phases: measures the parts of the step.
 
     Raises:
-        ValueError: an argument is out of its range, the optimizer has parameters that are not the model's, or the
-            model's sharding is not supported.
+        TypeError: an argument is of another kind.
+        ValueError: an argument is out of its range, the optimizer has parameters that are not the model's, the mask
+            needs a model in stages, or the model's sharding is not supported.
     """
 
     def __init__(
@@ -98,8 +111,11 @@ class SparseSAM(OptimizerWrapper):
         scaler: torch.amp.GradScaler | None = None,
         phases: Phases = no_phases,
     ) -> None:
-        if not 0.0 <= rho < math.inf:
+        if not isinstance(rho, (int, float)) or not 0.0 <= rho < math.inf:
             raise ValueError(f"rho is {rho}; a radius of at least 0 is needed")
+        check_optimizer(base_optimizer)
+        if mask is not None:
+            check_mask(mask)
         self.options = StepOptions(norm, calibrate_every, fraction, savings if savings is not None else Savings())
         if norm == "dense" and isinstance(mask, Depth):
             raise ValueError(
@@ -108,7 +124,9 @@ class SparseSAM(OptimizerWrapper):
             )
         if adaptive and schedule is not None and ever_reuses(schedule):
             raise ValueError("reuse between ascents knows the gradient by the perturbation, which adaptive distorts")
-        self.sharding = sharding_of(model if isinstance(model, nn.Module) else nn.ParameterList(model))
+        self._model = module_of(model)
+        self.sharding, self._owner = sharding_of(self._model), owner_of(self._model)
+        check_stages(self.sharding.network, mask if mask is not None else Dense())
         base_optimizer, _ = self.sharding.unwrap_optimizer(base_optimizer, max_grad_norm)
         if scaler is not None and not self.sharding.supports_grad_scaler:
             raise ValueError("a DeepSpeed engine scales losses itself: leave scaler at None")
@@ -120,7 +138,12 @@ class SparseSAM(OptimizerWrapper):
         self._schedule = schedule if schedule is not None else ConstantRadius()
         self._phases, self._adaptive = phases, adaptive
         self._by_hand: ResolvedStep | None = None  # what `perturbed` has done for the step that follows it
+        self._running = False  # a step, in which parameters are frozen for a while
+        self._warned = self._placed = self._cleared = False
         self._rebuild()
+        self._first_forward = FirstForward(self.parameters.device)
+        hook = self.sharding.network.register_forward_pre_hook(self._first_forward)
+        weakref.finalize(self, hook.remove)
 
     def _rebuild(self) -> None:
         """Set up all that depends on the parameter groups."""
@@ -146,10 +169,43 @@ class SparseSAM(OptimizerWrapper):
             self._phases,
         )
         self._looksam = LookSAM(self.sharding, self.parameters.by_name) if ever_reuses(self._schedule) else None
+        self._known = fingerprint(self.sharding.network, self.param_groups)
+
+    def _follow(self) -> None:
+        """Take notice of parameters that were frozen, unfrozen, replaced or regrouped since the last step.
+
+        Raises:
+            ValueError: the optimizer's are not the model's any more.
+        """
+        if self._running or fingerprint(self.sharding.network, self.param_groups) == self._known:
+            return
+        self.sharding.reshard()  # after an evaluation FSDP2's root shows gathered weights as its parameters
+        if fingerprint(self.sharding.network, self.param_groups) == self._known:
+            return
+        if (owner := owner_of(self._model)) is not self._owner:
+            self.sharding, self._owner = sharding_of(self._model), owner
+        trained = set(map(id, self.parameters.by_name.values()))
+        others = {id(p) for p, _ in self.parameters.foreign}
+        self.complete_groups()
+        self._rebuild_with_counts()
+        lost = [p for p, _ in self.parameters.foreign if id(p) not in trained | others]
+        if lost:
+            names = {id(p): name for name, p in self.sharding.network.named_parameters()}
+            warnings.warn(
+                f"{len(lost)} parameters that require gradients now (the first: {names[id(lost[0])]}) are in no "
+                "parameter group of the optimizer, which does not train them; opt.add_param_group gives it some",
+                stacklevel=3,
+            )
+
+    def _rebuild_with_counts(self) -> None:
+        skipped = self._perturbation.skipped
+        self._rebuild()
+        self._perturbation.skipped = skipped
 
     @property
     def plan(self) -> Plan:
         """What the next step perturbs."""
+        self._follow()
         return self.mask.plan(self.parameters.eligible(self.param_groups), self.steps)
 
     @property
@@ -215,24 +271,31 @@ class SparseSAM(OptimizerWrapper):
             The loss at w (over what this process's ascent saw, detached), or what the closure returned at w.
         """
         loss = None
+        self._check_placed()
+        self._follow()
         if closure is not None:
             torch.clear_autocast_cache()  # a forward without gradients may have left copies that none flow through
+        scaler = None if closure is None else self.scaler
         if closure is None:
-            resolved = self._by_hand or ResolvedStep.without_ascent(self.steps)
-            self._by_hand = None
-        elif batches:
-            resolved = self.resolve(len(batches))
-            loss = self._run_passes(resolved, closure, batches)
+            resolved = self._end_by_hand()
         else:
-            resolved = self.resolve(by_hand=True)
-            loss = self._run_closure(resolved, closure)
+            with self._busy():
+                if batches:
+                    check_loss_fn(closure, self._model)
+                    resolved = self.resolve(len(batches))
+                    loss = self._run_passes(resolved, closure, batches)
+                else:
+                    resolved = self.resolve(by_hand=True)
+                    loss = self._run_closure(resolved, closure)
         with self._phases("optimizer"):
-            self._mask.accumulate(self.scaler if batches else None)
+            self._mask.accumulate(scaler)
             if self._looksam is not None and resolved.kind == "reused":
                 self._looksam.add(resolved.alpha)
-            self.sharding.step(self.base_optimizer, self.max_grad_norm, self.scaler if batches else None)
+            self.sharding.step(self.base_optimizer, self.max_grad_norm, scaler)
             # An autocast around the loop remembers low-precision copies of the weights as they were before the step.
             torch.clear_autocast_cache()
+            self._first_forward.forget()
+            self.unscaled = False
             if closure is not None:
                 self.zero_grad()
                 self.steps += 1
@@ -246,6 +309,36 @@ class SparseSAM(OptimizerWrapper):
             resolved.plan.perturbed / self.parameters.layout.total,
         )
         return loss
+
+    @contextmanager
+    def _busy(self) -> Iterator[None]:
+        self._running = True
+        try:
+            yield
+        finally:
+            self._running = False
+
+    def _check_placed(self) -> None:
+        """Once, before the first step: nobody has wrapped the model since."""
+        if not self._placed:
+            self._placed = True
+            check_alone(self._model, self.sharding.data_parallel_group)
+
+    def _end_by_hand(self) -> ResolvedStep:
+        """What the gradients that are there for a step of the base optimizer come of."""
+        resolved, self._by_hand = self._by_hand, None
+        if resolved is not None:
+            return resolved
+        # torch.distributed.checkpoint initialises optimizer state by a step with a learning rate of 0.
+        if not self._warned and any(self.radii) and any(group.get("lr", 1.0) for group in self.param_groups):
+            self._warned = True
+            # Past this method, `step`, and torch's two decorators of it.
+            warnings.warn(
+                "opt.step() with nothing to run is a step of the base optimizer, without SAM: call opt.step(loss_fn, "
+                "batch) or opt.step(closure), or run the second pass in `with opt.perturbed():` before it",
+                stacklevel=5,
+            )
+        return ResolvedStep.without_ascent(self.steps)
 
     def passes(
         self,
@@ -268,15 +361,32 @@ class SparseSAM(OptimizerWrapper):
             with self._perturbation.applied(resolved, keep=self._looksam is not None) as epsilon:
                 passes.descend(statistics=False)
         if self._looksam is not None:
-            self._looksam.update(resolved.plan, epsilon)
+            self._looksam.update(resolved, epsilon)
         return loss
 
     def _run_closure(self, resolved: ResolvedStep, closure: Callable[[], Any]) -> Any:
         with torch.enable_grad():
-            if not resolved.ascends:
-                return closure()
+            accumulated = [(p, p.grad) for p in self.parameters.by_name.values() if p.grad is not None]
+            accumulated = [(p, g) for p, g in accumulated if resolved.ascends and g.any()]
+            foreign = [(p, p.grad) for p, _ in self.parameters.foreign] if resolved.ascends else []
+            for p, _ in foreign:
+                p.grad = None
+            self._cleared = False
             random = RandomState.now(self.parameters.device)
             loss = closure()
+            if self.scaler is not None and self.scaler.is_enabled() and self.scaler._scale is None:
+                raise RuntimeError("the closure called backward on a loss that the scaler has not scaled: scale it")
+            if not resolved.ascends:
+                return loss
+            if not self._cleared and any(p.grad is g for p, g in accumulated):
+                self.zero_grad()
+                raise RuntimeError(
+                    "the closure added to gradients that were there before: the ascent would be by all of these "
+                    "batches, and the descent by the closure's alone; give all of them at once, opt.step(loss_fn, "
+                    "*batches), or let the closure run all of them, or clear gradients"
+                )
+            for p, g in foreign:  # of the ascent, another optimizer's weights have nothing
+                p.grad = g
             with (
                 self._perturbation.applied(resolved, keep=self._looksam is not None) as epsilon,
                 frozen_statistics(self.sharding.network),
@@ -284,7 +394,7 @@ class SparseSAM(OptimizerWrapper):
                 random.restore()
                 closure()
         if self._looksam is not None:
-            self._looksam.update(resolved.plan, epsilon)
+            self._looksam.update(resolved, epsilon)
         return loss
 
     @contextmanager
@@ -293,15 +403,32 @@ class SparseSAM(OptimizerWrapper):
 
         The ascent gradient is taken from `.grad`, which is empty inside at first and holds the descent gradient at the
         end. On DDP and FSDP2 it must have been reduced, as a synchronised backward leaves it. A gradient that a
-        `GradScaler` has scaled will do: the length of ε does not depend on it.
+        `GradScaler` has scaled will do: the length of ε does not depend on it. Random numbers are drawn as from the
+        first forward of the step on, in code that is not compiled.
         """
-        resolved = self.resolve(by_hand=True)
-        if resolved.ascends:
-            with self._perturbation.applied(resolved):
-                yield
-        else:
+        if self.unscaled:
             self.zero_grad()
-            yield
+            raise RuntimeError(
+                "scaler.unscale_(opt) was called before `with opt.perturbed()`, so that the scaler would take the "
+                "gradients of the second pass for unscaled; call it after the block"
+            )
+        self._check_placed()
+        self._follow()
+        resolved = self.resolve(by_hand=True)
+        random, self._first_forward.state = self._first_forward.state, None
+        for p, _ in self.parameters.foreign:
+            p.grad = None
+        with self._busy(), frozen_statistics(self.sharding.network):
+            if resolved.ascends:
+                with self._perturbation.applied(resolved):
+                    if random is not None:
+                        random.restore()
+                    yield
+            else:
+                self.zero_grad()
+                if random is not None:
+                    random.restore()
+                yield
         self._by_hand = resolved
         self.steps += 1
 
@@ -330,6 +457,9 @@ class SparseSAM(OptimizerWrapper):
             FloatingPointError: a score is not finite; the mask stays what it was.
             ValueError: there are fewer samples than are to be used, or the mask selects nothing; it stays what it was.
         """
+        self._follow()
+        if loss_fn is not None:
+            check_loss_fn(loss_fn, self._model)
         self._perturbation.backup.release()  # scores take memory, too
         scale = 1024.0 if self.scaler is not None else 1.0  # the choice does not depend on a common factor
         layout = self.parameters.eligible(self.param_groups)
@@ -338,15 +468,27 @@ class SparseSAM(OptimizerWrapper):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients of the base optimizer's parameters, also where a backend keeps its own."""
+        self._cleared = True
+        self.unscaled = False
+        self._first_forward.forget()
         self.sharding.clear_gradients(self.base_optimizer)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters of the model to the base optimizer and to the weights that can be perturbed."""
         super().add_param_group(param_group)
         if hasattr(self, "_perturbation"):
-            skipped = self._perturbation.skipped
-            self._rebuild()
-            self._perturbation.skipped = skipped
+            self._rebuild_with_counts()
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        """A copy would train the original's weights, or none.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError(
+            "a SparseSAM cannot be copied or pickled, because it is of one model: build one for the copy, and load "
+            "opt.state_dict() into it"
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state, and that of `sparse` as `sparse_sam`. Collective where weights are sharded.

@@ -13,6 +13,7 @@ from .device import to_device
 from .interface import Sharding
 from .registry import BACKENDS, MakeOptimizer, Options
 from .unsharded import Single
+from .unsupported import owner_of, refuse_unsupported
 from .world import World
 
 
@@ -24,10 +25,11 @@ def sharding_of(module: nn.Module) -> Sharding:
             `DeepSpeedEngine`.
 
     Raises:
-        ValueError: submodules are sharded but `module` is not the root of them, or the layout is not supported.
+        ValueError: `module` is around what is distributed, or the layout is not supported.
         UnsupportedVersionError: a DeepSpeed engine of a DeepSpeed whose internals are not known.
     """
-    owner = next((backend for backend in (entry.value for entry in BACKENDS.values()) if backend.owns(module)), None)
+    refuse_unsupported(module)
+    owner = owner_of(module)
     return Single(module) if owner is None else owner.sharding(module)
 
 

@@ -108,7 +108,7 @@ KINDS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "moving cut": ({"mask": Depth((0.5, 0.5))}, ["sparse", "sparse"]),
     "calibrated": (
         {"mask": Depth((0.5, 0.5)), "norm": "calibrated", "calibrate_every": 2},
-        ["calibrating", "sparse"] * 2,
+        ["calibrating"] * 3 + ["sparse", "calibrating"] * 2,
     ),
     "norms, dense norm": ({"mask": Norms(), "norm": "dense"}, ["dense", "dense"]),
     "rows, a look at all": (

@@ -1,0 +1,175 @@
+"""What `SparseSAM` is given by mistake, said in one sentence before it fails somewhere inside or means nothing."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ssam_scale.masks import Depth, Mask
+
+from .staged_model import StagedModel
+
+_LABELS = {"y", "label", "labels", "target", "targets"}
+
+
+def module_of(model: nn.Module | Iterable[nn.Parameter]) -> nn.Module:
+    """The model, or a module that holds the parameters that were given in its place.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    if isinstance(model, nn.Module):
+        return model
+    if isinstance(model, type) and issubclass(model, nn.Module):
+        raise TypeError(f"model is the class {model.__name__}; an instance is needed")
+    parameters = list(model) if isinstance(model, Iterable) and not isinstance(model, (str, bytes, Tensor)) else None
+    if parameters is None or not all(isinstance(p, nn.Parameter) for p in parameters):
+        raise TypeError(f"model is {_described(model)}; a torch.nn.Module is needed, or the parameters of one")
+    return nn.ParameterList(parameters)
+
+
+def check_optimizer(optimizer: Any) -> None:
+    """Refuse what cannot be a base optimizer.
+
+    Raises:
+        TypeError: it is no optimizer.
+        ValueError: it is one that needs more than one gradient a step, or gradients of another kind.
+    """
+    if isinstance(optimizer, type) and issubclass(optimizer, torch.optim.Optimizer):
+        name = optimizer.__name__
+        raise TypeError(
+            f"base_optimizer is the class {name}; an instance is needed: {name}(model.parameters(), lr=0.1)"
+        )
+    if not hasattr(optimizer, "param_groups") or not callable(getattr(optimizer, "step", None)):
+        raise TypeError(f"base_optimizer is {_described(optimizer)}; a torch.optim.Optimizer is needed")
+    # By its name, because what is around another optimizer is of many classes.
+    kind = type(getattr(optimizer, "optimizer", optimizer)).__name__
+    if hasattr(optimizer, "base_optimizer") and hasattr(optimizer, "perturbed"):
+        raise ValueError("base_optimizer is a SparseSAM already; give it the optimizer that is to step")
+    if kind == "LBFGS":
+        raise ValueError("LBFGS evaluates the loss several times in a step, at points of its own; use SGD or AdamW")
+    if kind == "SparseAdam":
+        raise ValueError("SparseAdam steps sparse gradients, which cannot be scaled with others; use Adam or AdamW")
+
+
+def check_mask(mask: Any) -> None:
+    """Refuse what is no mask.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if isinstance(mask, type):
+        raise TypeError(f"mask is the class {mask.__name__}; an instance is needed: {mask.__name__}(…)")
+    if not callable(getattr(mask, "plan", None)) or not callable(getattr(mask, "check", None)):
+        raise TypeError(
+            f"mask is {_described(mask)}; an instance of one of ssam_scale.masks is needed, such as Depth() or "
+            'Scored("element", 0.5), or None for all weights'
+        )
+
+
+def check_stages(network: nn.Module, mask: Mask) -> None:
+    """Refuse a mask with a cut on a `StagedModel` that something is around: nothing can run a part of it there.
+
+    Raises:
+        ValueError: it is such a model.
+    """
+    if not isinstance(mask, Depth) or isinstance(network, StagedModel):
+        return
+    for name, module in network.named_modules():
+        if isinstance(module, StagedModel):
+            how = "give SparseSAM the StagedModel itself, or wrap what is around it in stages of its own"
+            if type(network).__name__ == "OptimizedModule":
+                how = "compile its stages instead: staged.compile()"
+            raise ValueError(
+                f"a {type(mask).__name__} mask runs parts of a StagedModel, and a {type(network).__name__} is around "
+                f"it ({name}): {how}"
+            )
+
+
+def check_loss_fn(loss_fn: Any, network: nn.Module) -> None:
+    """Refuse a loss function that cannot be called as `loss_fn(forward, batch)`.
+
+    Raises:
+        TypeError: it cannot.
+    """
+    form = "it is called as loss_fn(forward, batch), with what to call in the place of the model, for each batch"
+    if not callable(loss_fn):
+        raise TypeError(f"the loss function is {_described(loss_fn)}; {form}")
+    called = loss_fn.forward if isinstance(loss_fn, nn.Module) else loss_fn
+    name = getattr(loss_fn, "__name__", type(loss_fn).__name__)
+    taken = _names(called)
+    if taken is not None and len(taken) > 1 and taken[1].lower() in _LABELS:
+        raise TypeError(
+            f"the loss function {name}({', '.join(taken)}) takes outputs and labels; {form}: "
+            "lambda forward, batch: criterion(forward(batch[0]), batch[1])"
+        )
+    if not _takes(called, 2):
+        raise TypeError(f"the loss function {name}({', '.join(taken or [])}) does not take two arguments; {form}")
+    if isinstance(network, nn.ParameterList):
+        raise TypeError(
+            "SparseSAM was given parameters, and nothing that a loss function could call: give it the model, or use "
+            "the form with a closure that calls the model and backward itself"
+        )
+
+
+def check_loss(loss: Any) -> Tensor:
+    """What a loss function returned, if it is a mean loss that a backward can begin at.
+
+    Raises:
+        TypeError: it is no tensor.
+        ValueError: it has several elements, or no graph.
+    """
+    if not isinstance(loss, Tensor):
+        hint = ", and nothing beside it" if isinstance(loss, (tuple, list, dict)) else ""
+        raise TypeError(f"the loss function returned {_described(loss)}; the mean loss as a tensor is needed{hint}")
+    if loss.numel() != 1:
+        raise ValueError(
+            f"the loss function returned a tensor of shape {tuple(loss.shape)}; the mean over the batch is needed"
+        )
+    if not loss.requires_grad:
+        raise ValueError(
+            "the loss that the loss function returned depends on no trained weight by a graph: it has been detached, "
+            "or computed under torch.no_grad, or not by the `forward` that it was given"
+        )
+    return loss.reshape(())
+
+
+def explained(error: RuntimeError) -> Exception | None:
+    """What an error of autograd's means that comes of a loss function that calls backward itself; None: another."""
+    if "backward through the graph a second time" not in str(error):
+        return None
+    return ValueError(
+        "the graph of the loss is gone: the loss function calls backward itself, which SparseSAM does for each pass; "
+        "let it return the loss, or use the form with a closure, which calls backward"
+    )
+
+
+def _takes(function: Callable[..., Any], arguments: int) -> bool:
+    try:
+        inspect.signature(function).bind(*[None] * arguments)
+    except TypeError:
+        return False
+    except ValueError:  # a builtin, of which nothing is known
+        return True
+    return True
+
+
+def _names(function: Callable[..., Any]) -> list[str] | None:
+    """The names of its arguments; None: nothing is known of them."""
+    try:
+        return list(inspect.signature(function).parameters)
+    except (TypeError, ValueError):
+        return None
+
+
+def _described(value: Any) -> str:
+    """What something is, in a few words."""
+    if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+        kinds = sorted({type(item).__name__ for item in value})
+        return f"a {type(value).__name__} of {', '.join(kinds) or 'nothing'}"
+    shown = repr(value)
+    return f"{shown if len(shown) <= 40 else shown[:40] + '…'} ({type(value).__name__})"

@@ -1,0 +1,354 @@
+"""What people give SparseSAM by mistake: one sentence that says what would work, before anything is trained."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+
+from ssam_scale import Depth, Scored, SparseSAM
+from ssam_scale.masks import Mask
+from ssam_scale.models import staged
+from ssam_scale.perturbation import Stage, StagedModel
+from ssam_scale.sharding import World
+from ssam_scale.sharding.unsupported import refuse_unsupported
+from tests.support.networks import batches, loss_fn, small_network
+from tests.support.ranks import run_ranks
+
+BATCH = batches(1, 4)[0]
+
+
+def sgd(model: nn.Module) -> torch.optim.SGD:
+    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+
+def small() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 8), nn.Tanh(), nn.Linear(8, 10))
+
+
+def optimizer(model: nn.Module | None = None, **options: Any) -> SparseSAM:
+    model = small() if model is None else model
+    return SparseSAM(model, sgd(model), rho=0.1, **options)
+
+
+class Complex(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(2, dtype=torch.complex64))
+
+
+def of(model: nn.Module, **options: Any) -> Callable[[], Any]:
+    return lambda: optimizer(model, **options)
+
+
+WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+    "a mask's name": (lambda: optimizer(mask="depth"), TypeError, r"mask is 'depth' \(str\); an instance .* Depth\(\)"),
+    "a mask's class": (lambda: optimizer(mask=Depth), TypeError, r"mask is the class Depth; .* Depth\(…\)"),
+    "an optimizer's class": (
+        lambda: SparseSAM(small(), torch.optim.SGD),  # type: ignore[arg-type]
+        TypeError,
+        r"class SGD; an instance is needed: SGD\(model.parameters\(\), lr=0.1\)",
+    ),
+    "parameters for an optimizer": (
+        lambda: SparseSAM(small(), list(small().parameters())),  # type: ignore[arg-type]
+        TypeError,
+        "base_optimizer is a list of Parameter; a torch.optim.Optimizer is needed",
+    ),
+    "a SparseSAM for a base optimizer": (
+        lambda: SparseSAM(m := small(), SparseSAM(m, sgd(m))),
+        ValueError,
+        "is a SparseSAM already",
+    ),
+    "LBFGS": (lambda: SparseSAM(m := small(), torch.optim.LBFGS(m.parameters())), ValueError, "use SGD or AdamW"),
+    "SparseAdam": (
+        lambda: SparseSAM(m := small(), torch.optim.SparseAdam(m.parameters())),
+        ValueError,
+        "use Adam or AdamW",
+    ),
+    "a model's class": (lambda: SparseSAM(nn.Linear, sgd(small())), TypeError, "the class Linear; an instance"),  # type: ignore[arg-type]
+    "a model's name": (lambda: SparseSAM("resnet50", sgd(small())), TypeError, r"model is 'resnet50' \(str\)"),  # type: ignore[arg-type]
+    "another model's optimizer": (
+        lambda: SparseSAM(small(), sgd(small())),
+        ValueError,
+        "4 of the optimizer's parameters are not the model's: .* build the optimizer last",
+    ),
+    "a copy's optimizer": (lambda: SparseSAM(copy.deepcopy(m := small()), sgd(m)), ValueError, "over another model"),
+    "rho as text": (lambda: SparseSAM(m := small(), sgd(m), rho="0.1"), ValueError, "rho is 0.1; a radius"),  # type: ignore[arg-type]
+    "a cut above 1": (lambda: Depth(1.5), ValueError, "one share in"),
+    "three shares": (lambda: Depth((0.1, 0.2, 0.3)), ValueError, "one share in"),  # type: ignore[arg-type]
+    "a cut without stages": (of(small(), mask=Depth()), ValueError, r"needs a model in stages.*stages_of\(model\)"),
+    "a cut of one stage": (
+        lambda: optimizer(staged(small()), mask=Depth(0.5)),
+        ValueError,
+        "needs a model in stages",
+    ),
+    "something around stages": (
+        lambda: optimizer(nn.Sequential(small_network("vit")), mask=Depth()),
+        ValueError,
+        r"a Sequential is around it \(0\): give SparseSAM the StagedModel itself",
+    ),
+    "compiled stages": (
+        lambda: optimizer(torch.compile(small_network("vit")), mask=Depth()),  # type: ignore[arg-type]
+        ValueError,
+        r"compile its stages instead: staged.compile\(\)",
+    ),
+    "complex weights": (of(Complex()), ValueError, "parameter w is torch.complex64; only real weights"),
+    "sparse gradients": (
+        of(nn.Sequential(nn.Embedding(4, 4, sparse=True))),
+        ValueError,
+        "0 is an Embedding with sparse gradients.*sparse=False",
+    ),
+    "a model on no device": (of(nn.Linear(2, 2, device="meta")), ValueError, "weight is on the meta device"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_argument_is_one_sentence(case: str) -> None:
+    make, kind, told = WRONG[case]
+    with pytest.raises(kind, match=told) as caught:
+        make()
+    assert "\n" not in str(caught.value)
+
+
+def test_lazy_layers_are_run_first() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.LazyLinear(3))
+    with pytest.raises(ValueError, match=r"parameter 1.weight has no shape yet: run the model once"):
+        refuse_unsupported(model)
+
+
+def test_one_number_fixes_a_cut() -> None:
+    assert Depth(0.5).cut == (0.5, 0.5)
+    assert Depth(1).cut == (1.0, 1.0)
+
+
+LOSSES: dict[str, tuple[Any, tuple[Any, ...], type[Exception], str]] = {
+    "outputs and labels": (F.cross_entropy, (BATCH,), TypeError, r"cross_entropy\(input, target, .*takes outputs and"),
+    "a criterion": (nn.CrossEntropyLoss(), (BATCH,), TypeError, r"CrossEntropyLoss\(input, target\) takes outputs and"),
+    "x and y": (lambda x, y: x, (BATCH,), TypeError, r"<lambda>\(x, y\) takes outputs and labels"),
+    "one argument": (lambda batch: batch, (BATCH,), TypeError, r"<lambda>\(batch\) does not take two arguments"),
+    "three arguments": (lambda f, x, z: x, (BATCH,), TypeError, "does not take two arguments"),
+    "a tensor": (torch.ones(()), (BATCH,), TypeError, r"the loss function is tensor\(1.\) \(Tensor\)"),
+    "a tuple": (
+        lambda f, b: (loss_fn(f, b), 1),
+        (BATCH,),
+        TypeError,
+        "returned a tuple of Tensor, int.*nothing",
+    ),
+    "a number": (lambda f, b: loss_fn(f, b).item(), (BATCH,), TypeError, r"returned .* \(float\); the mean loss as a"),
+    "a loss for each sample": (
+        lambda f, b: F.cross_entropy(f(b[0]), b[1], reduction="none"),
+        (BATCH,),
+        ValueError,
+        r"shape \(4,\); the mean over the batch",
+    ),
+    "a loss without a graph": (lambda f, b: loss_fn(f, b).detach(), (BATCH,), ValueError, "no trained weight by a"),
+    "backward called": (
+        lambda f, b: (loss := loss_fn(f, b)).backward() or loss,
+        (BATCH,),
+        ValueError,
+        "calls backward itself",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", LOSSES)
+@pytest.mark.filterwarnings("ignore:.*backward.*")
+def test_a_wrong_loss_function_is_one_sentence_and_the_weights_stay(case: str) -> None:
+    wrong, given, kind, told = LOSSES[case]
+    model = small()
+    opt, before = optimizer(model), [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(kind, match=told) as caught:
+        opt.step(wrong, *given)
+    assert "\n" not in str(caught.value)
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+    opt.step(loss_fn, BATCH)  # and nothing is left of it
+
+
+def test_parameters_alone_take_closures_only() -> None:
+    model = small()
+    opt = SparseSAM(model.parameters(), sgd(model), rho=0.1)
+    with pytest.raises(TypeError, match=r"was given parameters, .* give it the model, or use the form with a closure"):
+        opt.step(loss_fn, BATCH)
+
+    def closure() -> Tensor:
+        opt.zero_grad()
+        loss = loss_fn(model, BATCH)
+        loss.backward()
+        return loss
+
+    opt.step(closure)
+    assert opt.report is not None
+    assert opt.report.kind == "dense"
+
+
+def test_a_copy_is_refused() -> None:
+    opt = optimizer()
+    for copied in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match=r"cannot be copied or pickled.*state_dict"):
+            copied(opt)
+
+
+def test_its_model_can_be_copied_and_pickled() -> None:
+    model = small()
+    opt = optimizer(model)
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        copied(BATCH[0]).sum().backward()
+        assert opt._first_forward.state is None  # the copy's forward is none of ours
+        optimizer(copied).step(loss_fn, BATCH)
+
+
+def test_a_step_of_the_base_optimizer_alone_says_so_once() -> None:
+    model = small()
+    opt = optimizer(model)
+    loss_fn(model, BATCH).backward()
+    with pytest.warns(UserWarning, match=r"without SAM: call opt.step\(loss_fn, batch\)") as caught:
+        opt.step()
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loss_fn(model, BATCH).backward()
+        opt.step()
+        other = SparseSAM(m := small(), sgd(m), rho=0.0)  # which is meant to be without
+        loss_fn(m, BATCH).backward()
+        other.step()
+        opt = optimizer(model)
+        loss_fn(model, BATCH).backward()
+        with opt.perturbed():
+            loss_fn(model, BATCH).backward()
+        opt.step()
+
+
+def wrapped_too_late(world: World, how: str) -> str:
+    """What a rank is told whose model was wrapped after SparseSAM was built."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.nn.parallel import DistributedDataParallel
+
+    model = small()
+    base = sgd(model)
+    opt = SparseSAM(model, base, rho=0.1)
+    wrapper: nn.Module = model
+    if how == "ddp":
+        wrapper = DistributedDataParallel(model)
+    elif how == "ddp around a module around it":
+        wrapper = DistributedDataParallel(nn.Sequential(model))
+    elif how.startswith("fully_shard"):
+        fully_shard(model)
+        if how == "fully_shard, the optimizer's weights replaced":  # as accelerate's `prepare` does
+            base.param_groups[0]["params"] = list(model.parameters())
+            base.state.clear()
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            loss_fn(wrapper, BATCH).backward()
+            with opt.perturbed():
+                loss_fn(wrapper, BATCH).backward()
+            opt.step()
+    except ValueError as error:
+        return str(error)
+    return "; ".join(str(w.message) for w in caught) or f"trained on {type(opt.sharding).__name__}"
+
+
+def test_a_model_that_was_wrapped_too_late_is_told() -> None:
+    for how, told in {
+        "ddp": "the model was wrapped in DDP after SparseSAM was built from it",
+        "ddp around a module around it": "the model was wrapped in DDP after SparseSAM was built from it",
+        "fully_shard": "are not the model's: it was built over another model, or before weights of this one were",
+        "fully_shard, the optimizer's weights replaced": "trained on FSDP2",
+        "nothing": "this is one of 2 processes, and SparseSAM trains a model that no other shares",
+    }.items():
+        for said in run_ranks(2, wrapped_too_late, how):
+            assert told in said, how
+
+
+def around(world: World) -> dict[str, str]:
+    """What a rank is told of wrappers that hide others."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.nn.parallel import DistributedDataParallel
+
+    class Around(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.net = inner
+
+    sharded = small()
+    fully_shard(sharded[1])
+    made = {
+        "around": Around(DistributedDataParallel(small())),
+        "compiled": torch.compile(DistributedDataParallel(small())),
+        "fsdp1": FullyShardedDataParallel(small(), device_id=torch.device("cpu")),
+        "fsdp1 inside": Around(FullyShardedDataParallel(small(), device_id=torch.device("cpu"))),
+        "a part": sharded,
+    }
+    told = {}
+    for name, module in made.items():
+        try:
+            optimizer(module)  # type: ignore[arg-type]
+            told[name] = "nothing"
+        except ValueError as error:
+            told[name] = str(error)
+    return told
+
+
+def test_wrappers_that_hide_others_are_refused() -> None:
+    for told in run_ranks(2, around):
+        assert "a Around around DDP (net), which it hides: give SparseSAM the DistributedDataParallel" in told["around"]
+        assert "OptimizedModule around DDP" in told["compiled"]
+        assert "compile before it is wrapped: DistributedDataParallel(torch.compile(model))" in told["compiled"]
+        assert "(FSDP1), which is not supported; call fully_shard" in told["fsdp1"]
+        assert told["fsdp1 inside"] == told["fsdp1"]
+        assert "submodule 1 is sharded by FSDP2 but the model itself is not" in told["a part"]
+
+
+def test_a_stage_that_is_checkpointed_reentrantly_is_refused_behind_a_cut() -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    def stages(model: Any, reentrant: bool) -> list[Stage]:
+        def run(block: nn.Module) -> Callable[[Tensor], Tensor]:
+            return lambda x: checkpoint(block, x, use_reentrant=reentrant)
+
+        blocks = [Stage(str(i), model[i], run(model[i])) for i in (1, 2)]
+        return [Stage("0", model[0], model[0]), *blocks, Stage("3", model[3], model[3])]
+
+    def model() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(
+            nn.Sequential(nn.Flatten(), nn.Linear(3072, 8)), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 10)
+        )
+
+    plain, same = model(), model()
+    with pytest.raises(ValueError, match=r"no gradient flows through 2, .* use use_reentrant=False"):
+        optimizer(StagedModel(plain, stages(plain, True)), mask=Depth(0.5)).step(loss_fn, BATCH)
+    optimizer(StagedModel(plain := model(), stages(plain, False)), mask=Depth(0.5)).step(loss_fn, BATCH)
+    whole = [Stage(str(i), same[i], same[i]) for i in range(4)]
+    optimizer(StagedModel(same, whole), mask=Depth(0.5)).step(loss_fn, BATCH)
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), same.parameters(), strict=True))
+
+
+MASKS: dict[str, Callable[[], Mask | None]] = {
+    "all": lambda: None,
+    "cut": lambda: Depth(0.5),
+    "element": lambda: Scored("element", 0.5, score="weight"),
+}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_a_model_in_stages_takes_one_tensor(mask: str) -> None:
+    opt = optimizer(small_network("vit"), mask=MASKS[mask]())
+    if opt.refresh_is_due:
+        opt.refresh()
+
+    def wrong(forward: Any, batch: Any) -> Tensor:
+        return F.cross_entropy(forward(batch[0], attention=batch[1]), batch[1])
+
+    told = "a model that a mask cuts is in stages" if mask == "cut" else "unexpected keyword argument 'attention'"
+    with pytest.raises((ValueError, TypeError), match=told):
+        opt.step(wrong, BATCH)
