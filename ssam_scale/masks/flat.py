@@ -258,7 +258,7 @@ def scatter_(
 
 @torch.no_grad()
 def norms(tensors: Sequence[Tensor], subsets: Sequence[Subset], limit: int | None = None) -> list[Tensor]:
-    """The 2-norm of the elements of each tensor that its subset has: float32, each of shape ().
+    """The 2-norm of the elements of each tensor that its subset has, each of shape (), as of `foreach_norm`.
 
     Args:
         tensors: of floating dtypes.
@@ -285,13 +285,16 @@ def _norm(of_pieces: Sequence[Tensor], device: torch.device) -> Tensor:
 
 
 def foreach_norm(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The 2-norm of each tensor: float32, each of shape (). Those of one dtype together, which others would hinder."""
+    """The 2-norm of each tensor: float32, of a float64 one float64, each of shape ().
+
+    Those of one dtype together, which others would hinder.
+    """
     norms = list(tensors)
     for dtype, places in by_kind([t.dtype for t in tensors]).items():
         wide = torch.promote_types(dtype, torch.float32)
         found = torch._foreach_norm([tensors[i] for i in places], 2, dtype=wide)
         for i, norm in zip(places, found, strict=True):
-            norms[i] = norm if wide == torch.float32 else norm.float()
+            norms[i] = norm
     return norms
 
 

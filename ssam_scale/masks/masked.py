@@ -89,7 +89,9 @@ def masked_scatter_(tensors: Sequence[Tensor], subsets: Subsets, values: Sequenc
 
 
 def masked_squares(tensors: Sequence[Tensor], subsets: Subsets, *, every: bool = False) -> tuple[Tensor, Tensor | None]:
-    """Σ x² of the elements of each tensor that its subset has: float32 of shape (number of tensors,).
+    """Σ x² of the elements of each tensor that its subset has, of shape (number of tensors,).
+
+    In float32; in float64 where a tensor is.
 
     Args:
         tensors: at least one.
@@ -120,13 +122,14 @@ def masked_squares(tensors: Sequence[Tensor], subsets: Subsets, *, every: bool =
 
 
 def inner_product(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
-    """⟨x, y⟩ over all tensors together: float32 of shape ().
+    """⟨x, y⟩ over all tensors together, of shape (): float32, of float64 tensors float64.
 
     Args:
         tensors: at least one, of one floating dtype.
         others: of the same shapes.
     """
-    return torch.stack([(x * y).sum(dtype=torch.float32) for x, y in flat.together(tensors, others)]).sum()
+    wide = torch.promote_types(tensors[0].dtype, torch.float32)
+    return torch.stack([(x * y).sum(dtype=wide) for x, y in flat.together(tensors, others)]).sum()
 
 
 def masked_add_(
@@ -218,8 +221,9 @@ def _ways_to_add(tensors: Sequence[Tensor], subsets: Subsets, values: Sequence[T
     return ways
 
 
-# `_fused_sgd_` of torch 2.13.0 leaves most weights of two bytes as they are on a CPU where there is no momentum.
-_FUSED = (torch.float32, torch.float64)
+# `_fused_sgd_` of torch 2.13.0 leaves most weights of two bytes as they are on a CPU where there is no momentum, and
+# takes a learning rate on the device in float32 only.
+_FUSED = (torch.float32,)
 
 
 def _addition(t: Tensor, subset: Subset | None, value: Tensor) -> Move:

@@ -30,7 +30,7 @@ def at_least_fp32(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def squares(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
-    """Σ x² of each tensor: float32 of shape (number of tensors,)."""
+    """Σ x² of each tensor, of shape (number of tensors,): float32, or float64 where a tensor is."""
     return masked_squares(tensors, [None] * len(tensors))[0] if tensors else torch.zeros(0, device=device)
 
 
@@ -129,7 +129,7 @@ class Epsilon:
             subset's elements count.
         parts: of each, as in `Plan.weights`.
         radii: ρ of each.
-        alpha: α = κ / (‖·‖ + 1e-7), float32 of shape ().
+        alpha: α = κ / (‖·‖ + 1e-7), of shape (): float32, or float64 where gradients are.
         exists: whether the norm is finite, bool of shape (); else ε is 0: there is no direction to go.
     """
 
@@ -168,7 +168,8 @@ class Epsilon:
 class Perturbation:
     """Computes ε from the ascent gradient, adds it to the weights, and restores them.
 
-    ε is computed in float32. The calibration and the number of skipped perturbations are kept from step to step.
+    ε is computed in float32, that of float64 weights in float64. The calibration and the number of skipped
+    perturbations are kept from step to step.
 
     `calibrated` keeps the radius of the dense norm without the dense gradient. Steps that have one (the first, the
     first after a refresh, every `calibrate_every`-th, and any in the form of a closure) go exactly the dense norm's way
@@ -356,7 +357,7 @@ class Perturbation:
                 sums.append(shares)
         both = side.sum(torch.cat(sums))
         if everything is not None:
-            self.kappa = (both[0] / both[1]).sqrt()
+            self.kappa = (both[0] / both[1]).sqrt().float()
         if resolved.calibrates:
             usable = both[1].isfinite() & (both[1] > 0)
             self.shares.copy_(torch.where(usable, both[2:] / both[1], self.shares))

@@ -14,10 +14,17 @@ from torch import Tensor, nn
 from .batchnorm import frozen_statistics
 
 
+def at_least_fp32(t: Tensor) -> Tensor:
+    """What the perturbation is computed in."""
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
 def reference_gradient(
     model: nn.Module, loss_fn: Callable[[nn.Module, Any], Tensor], batch: Any, *, adaptive: bool = False
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss and, by parameter name, its gradient: float32, zeros where there is none, times |w| + 0.01 if adaptive.
+    """The loss and, by parameter name, its gradient, zeros where there is none, times |w| + 0.01 if adaptive.
+
+    In float32, or float64 where the weights are.
 
     Args:
         model: the network.
@@ -34,10 +41,10 @@ def reference_gradient(
         if p.requires_grad
     }
     model.zero_grad()
-    gradient = {name: g.float() for name, g in gradient.items()}
+    gradient = {name: at_least_fp32(g) for name, g in gradient.items()}
     if adaptive:
         weights = dict(model.named_parameters())
-        gradient = {name: g * (weights[name].detach().float().abs() + 0.01) for name, g in gradient.items()}
+        gradient = {name: g * (at_least_fp32(weights[name].detach()).abs() + 0.01) for name, g in gradient.items()}
     return loss.detach(), gradient
 
 
@@ -94,8 +101,8 @@ def reference_step(
     with torch.no_grad():
         for name, p in named.items():
             radius = rho[name] if isinstance(rho, Mapping) else rho
-            scale = before[name].float().abs() + 0.01 if adaptive else 1.0
-            p.copy_(before[name] + (radius / (length + 1e-7)).float() * scale * masked[name])
+            scale = at_least_fp32(before[name]).abs() + 0.01 if adaptive else 1.0
+            p.copy_(before[name] + (radius / (length + 1e-7)).to(masked[name].dtype) * scale * masked[name])
 
     optimizer.zero_grad()
     torch.set_rng_state(random)

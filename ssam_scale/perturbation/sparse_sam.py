@@ -23,7 +23,7 @@ from .looksam import LookSAM
 from .loss import LossFn
 from .mask_state import MaskState, SparseState
 from .optimizer_wrapper import OptimizerWrapper
-from .parameters import fingerprint, trained_parameters
+from .parameters import TrainedParameters, fingerprint, trained_parameters
 from .passes import Passes
 from .perturb import Perturbation
 from .phases import Phases, no_phases
@@ -59,8 +59,8 @@ class SparseSAM(OptimizerWrapper):
     The perturbation is ε = ρ · (m ⊙ g) / ‖g‖ (`norm="dense"`, SSAM, arXiv 2210.05177) or ρ · (m ⊙ g) / ‖m ⊙ g‖
     (`norm="masked"`, all that a sparse ascent can know) or ρ · κ · (m ⊙ g) / ‖m ⊙ g‖ (`norm="calibrated"`: the dense
     norm's length, by a share κ = ‖m ⊙ g‖ / ‖g‖ measured now and then), g the gradient of the global batch. It is
-    computed in float32; the weights come back by copy, also when the second pass raises. Where the ascent gradient is
-    not finite there is no perturbation, and the step is the base optimizer's.
+    computed in float32 (of float64 weights in float64); the weights come back by copy, also when the second pass
+    raises. Where the ascent gradient is not finite there is no perturbation, and the step is the base optimizer's.
 
     `param_groups` and `state` are the base optimizer's, and every group has its own `rho`; a group whose rho is 0 is
     left alone. `steps` counts calls of `step` with a closure or batches and of `perturbed`, not of `step(None)`.
@@ -141,7 +141,7 @@ class SparseSAM(OptimizerWrapper):
         self._running = False  # a step, in which parameters are frozen for a while
         self._warned = self._placed = self._cleared = False
         self._rebuild()
-        self._first_forward = FirstForward(self.parameters.device)
+        self._first_forward = FirstForward(self._parameters.device)
         hook = self.sharding.network.register_forward_pre_hook(self._first_forward)
         weakref.finalize(self, hook.remove)
 
@@ -150,25 +150,25 @@ class SparseSAM(OptimizerWrapper):
         if bad := [group["rho"] for group in self.param_groups if not 0.0 <= group["rho"] < math.inf]:
             raise ValueError(f"the rho of a parameter group is {bad[0]}; a radius of at least 0 is needed")
         groups = self.sharding.unwrap_optimizer(self.base_optimizer, self.max_grad_norm)[1]
-        self.parameters = trained_parameters(self.sharding, groups)
-        self.mask.check(self.parameters.eligible(self.param_groups))
+        self._parameters = trained_parameters(self.sharding, groups)
+        self.mask.check(self._parameters.eligible(self.param_groups))
         self._mask = MaskState(
             self.sharding,
-            self.parameters.by_name,
-            self.parameters.layout,
+            self._parameters.by_name,
+            self._parameters.layout,
             self.mask,
             getattr(self, "_mask", None),
             self.options.savings.pack,
         )
         self._perturbation = Perturbation(
             self.sharding,
-            self.parameters,
+            self._parameters,
             self._mask,
             self.base_optimizer,
             self._adaptive,
             self._phases,
         )
-        self._looksam = LookSAM(self.sharding, self.parameters.by_name) if ever_reuses(self._schedule) else None
+        self._looksam = LookSAM(self.sharding, self._parameters.by_name) if ever_reuses(self._schedule) else None
         self._known = fingerprint(self.sharding.network, self.param_groups)
 
     def _follow(self) -> None:
@@ -184,11 +184,11 @@ class SparseSAM(OptimizerWrapper):
             return
         if (owner := owner_of(self._model)) is not self._owner:
             self.sharding, self._owner = sharding_of(self._model), owner
-        trained = set(map(id, self.parameters.by_name.values()))
-        others = {id(p) for p, _ in self.parameters.foreign}
+        trained = set(map(id, self._parameters.by_name.values()))
+        others = {id(p) for p, _ in self._parameters.foreign}
         self.complete_groups()
         self._rebuild_with_counts()
-        lost = [p for p, _ in self.parameters.foreign if id(p) not in trained | others]
+        lost = [p for p, _ in self._parameters.foreign if id(p) not in trained | others]
         if lost:
             names = {id(p): name for name, p in self.sharding.network.named_parameters()}
             warnings.warn(
@@ -203,10 +203,16 @@ class SparseSAM(OptimizerWrapper):
         self._perturbation.skipped = skipped
 
     @property
+    def parameters(self) -> TrainedParameters:
+        """What is trained, as the model and the parameter groups are now."""
+        self._follow()
+        return self._parameters
+
+    @property
     def plan(self) -> Plan:
         """What the next step perturbs."""
         self._follow()
-        return self.mask.plan(self.parameters.eligible(self.param_groups), self.steps)
+        return self.mask.plan(self._parameters.eligible(self.param_groups), self.steps)
 
     @property
     def radii(self) -> list[float]:
@@ -216,7 +222,7 @@ class SparseSAM(OptimizerWrapper):
     @property
     def density(self) -> float:
         """The share of the weights that the next step perturbs; 0 where there is no radius."""
-        return self.plan.perturbed / self.parameters.layout.total if any(self.radii) else 0.0
+        return self.plan.perturbed / self._parameters.layout.total if any(self.radii) else 0.0
 
     @property
     def backup_bytes(self) -> int:
@@ -247,8 +253,8 @@ class SparseSAM(OptimizerWrapper):
         return resolve_step(
             plan,
             self.options,
-            self.parameters,
-            radii={name: radii[self.parameters.group_of[name]] for name in plan.weights},
+            self._parameters,
+            radii={name: radii[self._parameters.group_of[name]] for name in plan.weights},
             step=self.steps,
             alpha=reuse_at(self._schedule, self.steps) if self._looksam is not None else 0.0,
             micro_batches=micro_batches,
@@ -306,7 +312,7 @@ class SparseSAM(OptimizerWrapper):
             resolved.radius,
             self.kappa,
             self._perturbation.skips if resolved.ascends else torch.zeros_like(self._perturbation.skips),
-            resolved.plan.perturbed / self.parameters.layout.total,
+            resolved.plan.perturbed / self._parameters.layout.total,
         )
         return loss
 
@@ -349,7 +355,7 @@ class SparseSAM(OptimizerWrapper):
         phases: Phases,
     ) -> Passes:
         """The two passes of a step, which leave their reduced gradients and take no step."""
-        return Passes(self.sharding, self.parameters, self._mask, resolved, loss_fn, batches, scaler, phases)
+        return Passes(self.sharding, self._parameters, self._mask, resolved, loss_fn, batches, scaler, phases)
 
     def _run_passes(self, resolved: ResolvedStep, loss_fn: LossFn, batches: tuple[Any, ...]) -> Tensor:
         self.zero_grad()  # what an exception in an earlier step left behind
@@ -366,13 +372,13 @@ class SparseSAM(OptimizerWrapper):
 
     def _run_closure(self, resolved: ResolvedStep, closure: Callable[[], Any]) -> Any:
         with torch.enable_grad():
-            accumulated = [(p, p.grad) for p in self.parameters.by_name.values() if p.grad is not None]
+            accumulated = [(p, p.grad) for p in self._parameters.by_name.values() if p.grad is not None]
             accumulated = [(p, g) for p, g in accumulated if resolved.ascends and g.any()]
-            foreign = [(p, p.grad) for p, _ in self.parameters.foreign] if resolved.ascends else []
+            foreign = [(p, p.grad) for p, _ in self._parameters.foreign] if resolved.ascends else []
             for p, _ in foreign:
                 p.grad = None
             self._cleared = False
-            random = RandomState.now(self.parameters.device)
+            random = RandomState.now(self._parameters.device)
             loss = closure()
             if self.scaler is not None and self.scaler.is_enabled() and self.scaler._scale is None:
                 raise RuntimeError("the closure called backward on a loss that the scaler has not scaled: scale it")
@@ -416,7 +422,7 @@ class SparseSAM(OptimizerWrapper):
         self._follow()
         resolved = self.resolve(by_hand=True)
         random, self._first_forward.state = self._first_forward.state, None
-        for p, _ in self.parameters.foreign:
+        for p, _ in self._parameters.foreign:
             p.grad = None
         with self._busy(), frozen_statistics(self.sharding.network):
             if resolved.ascends:
@@ -462,7 +468,7 @@ class SparseSAM(OptimizerWrapper):
             check_loss_fn(loss_fn, self._model)
         self._perturbation.backup.release()  # scores take memory, too
         scale = 1024.0 if self.scaler is not None else 1.0  # the choice does not depend on a common factor
-        layout = self.parameters.eligible(self.param_groups)
+        layout = self._parameters.eligible(self.param_groups)
         self._mask.refresh(layout, self.base_optimizer, loss_fn, batches, samples, self.steps, scale)
         self._perturbation.uncalibrate()
 

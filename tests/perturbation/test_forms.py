@@ -112,9 +112,7 @@ def test_gradients_unscaled_too_early_are_refused() -> None:
     model = vit()
     before = copy.deepcopy(model)
     opt = SparseSAM(model, sgd(model.parameters()), rho=RHO)
-    with pytest.raises(
-        RuntimeError, match=r"unscale_\(opt\) was called before `with opt.perturbed"
-    ):
+    with pytest.raises(RuntimeError, match=r"unscale_\(opt\) was called before `with opt.perturbed"):
         scaled(opt, model, torch.amp.GradScaler("cpu", 1024.0), batches(1, 8)[0], "before")
     same(model, before, atol=0)
     off = torch.amp.GradScaler("cpu", enabled=False)  # scales nothing, so it does not matter when
