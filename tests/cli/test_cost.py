@@ -207,7 +207,7 @@ def test_copies_and_micro_batches_of_a_dry_run(folder: Path, capsys: pytest.Capt
         (["--gpus", "8", "sharding.backend=single"], "backend single on 8 GPUs; use ddp or fsdp2"),
         (
             ["sharding.backend=zero3", "sharding.deepspeed={zero_optimization: {stage3_max_reuse_distance: far}}"],
-            "sharding.deepspeed.zero_optimization.stage3_max_reuse_distance is 'far'; a number is needed",
+            'sharding.deepspeed.zero_optimization.stage3_max_reuse_distance: must be a whole number, given "far"',
         ),
         (["--dry-run", "--gpus", "1", "sharding.backend=single"], "--dry-run: backend single sends nothing"),
         (["--times", "nowhere.json"], "--times nowhere.json: No such file or directory"),

@@ -25,12 +25,18 @@ PART = 48
 
 @contextmanager
 def free_memory(size: int) -> Iterator[None]:
-    """The GPU has so many bytes left: all others are taken."""
-    whole = torch.cuda.mem_get_info
-    total = whole()[1]
+    """The GPU has so many bytes left: what earlier tests have left there counts as another process's."""
+    allocated, limit = torch.cuda.memory_allocated, torch.cuda.set_per_process_memory_fraction
+    _, total = torch.cuda.mem_get_info()
+    others = allocated()
+    changed = {
+        "mem_get_info": lambda device=None: (size - (allocated() - others), total),
+        "memory_reserved": lambda device=None: allocated() - others,
+        "set_per_process_memory_fraction": lambda fraction, device=None: limit(fraction + others / total),
+    }
     with pytest.MonkeyPatch.context() as patch:
-        used = total - whole()[0]
-        patch.setattr(torch.cuda, "mem_get_info", lambda device=None: (size - (total - whole()[0] - used), total))
+        for name, function in changed.items():
+            patch.setattr(torch.cuda, name, function)
         yield
 
 

@@ -1,7 +1,4 @@
-"""`python -m tests.support.pretended_gpu [--devices N] ARGUMENT...` is `python ARGUMENT...` with pretended GPUs.
-
-The arguments are `-m MODULE`, `-c CODE` or a file, and what these are given.
-"""
+"""`python -m tests.support.pretended_gpu [--devices N] -m MODULE [ARGUMENT]...`: run a module with pretended GPUs."""
 
 from __future__ import annotations
 
@@ -9,18 +6,14 @@ import argparse
 import os
 import runpy
 import sys
-from pathlib import Path
 
 
-def main() -> None:
-    """Pretend, then be `python ARGUMENT...`."""
-    parser = argparse.ArgumentParser(prog="python -m tests.support.pretended_gpu", description=__doc__)
-    parser.add_argument("--devices", type=int, default=1)
-    arguments = sys.argv[1:]
-    before = 2 if arguments[:1] == ["--devices"] else 0
-    devices = parser.parse_args(arguments[:before]).devices
-    if not (what := arguments[before:]):
-        parser.error("nothing to run")
+def pretend(devices: int) -> None:
+    """From here on, this process has so many GPUs. Before torch is imported.
+
+    Args:
+        devices: how many.
+    """
     os.environ["DS_ACCELERATOR"] = "cuda" if devices else "cpu"
     os.environ["SSAM_SCALE_PRETENDED_GPUS"] = str(devices)
 
@@ -32,16 +25,17 @@ def main() -> None:
 
     cuda.install(library, devices)
     nccl.install()
-    if what[0] == "-m":
-        sys.argv = what[1:]
-        runpy.run_module(what[1], run_name="__main__", alter_sys=True)
-    elif what[0] == "-c":
-        sys.argv = ["-c", *what[2:]]
-        exec(compile(what[1], "<string>", "exec"), {"__name__": "__main__"})
-    else:
-        sys.argv = what
-        sys.path.insert(0, str(Path(what[0]).resolve().parent))
-        runpy.run_path(what[0], run_name="__main__")
+
+
+def main() -> None:
+    """Pretend, then be `python -m MODULE ARGUMENT...`."""
+    parser = argparse.ArgumentParser(prog="python -m tests.support.pretended_gpu", description=__doc__)
+    parser.add_argument("--devices", type=int, default=1)
+    before, (_, module, *arguments) = sys.argv[1 : sys.argv.index("-m")], sys.argv[sys.argv.index("-m") :]
+    asked = parser.parse_args(before)
+    pretend(asked.devices)
+    sys.argv = [module, *arguments]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -68,9 +69,11 @@ class Event:
         self, enable_timing: bool = False, blocking: bool = False, interprocess: bool = False, **_: Any
     ) -> None:
         self.recorded: Any = None
+        self._seconds = 0.0  # of the host's clock, when it was recorded: operators run when they are launched
 
     def record(self, stream: Any = None) -> None:
         """See `torch.cuda.Event`."""
+        self._seconds = time.perf_counter()
         self.recorded = TIMELINE.record((stream if stream is not None else current_stream()).stream_id)
 
     def wait(self, stream: Any = None) -> None:
@@ -86,8 +89,8 @@ class Event:
         TIMELINE.host_waits("event.synchronize", self.recorded)
 
     def elapsed_time(self, end: Event) -> float:
-        """Milliseconds, which nothing takes."""
-        return 0.0
+        """Milliseconds."""
+        return 1000.0 * (end._seconds - self._seconds)
 
 
 _library: ctypes.CDLL
@@ -169,7 +172,14 @@ def _resize_storage(storage: Any, bytes: int) -> Any:
     return storage
 
 
-_resize_on_host = torch.UntypedStorage.resize_
+def _clone_storage(storage: Any) -> Any:
+    """`UntypedStorage.clone`, which a build without CUDA refuses."""
+    if storage.device.type != "cuda":
+        return _clone_on_host(storage)
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage).clone().untyped_storage()
+
+
+_resize_on_host, _clone_on_host = torch.UntypedStorage.resize_, torch.UntypedStorage.clone
 
 
 def install(library: ctypes.CDLL, devices: int) -> None:
@@ -234,6 +244,7 @@ def install(library: ctypes.CDLL, devices: int) -> None:
     torch.cuda.Event = torch.cuda.streams.Event = Event  # type: ignore[misc,assignment]
     torch.cuda._initialized = True
     torch.UntypedStorage.resize_ = _resize_storage  # type: ignore[method-assign]
+    torch.UntypedStorage.clone = _clone_storage  # type: ignore[method-assign]
     nothing = SimpleNamespace(rangePushA=lambda message: 0, rangePop=lambda: 0, markA=lambda message: None)
     torch.cuda.nvtx._nvtx = nothing  # type: ignore[assignment]
     # Operators draw from the CPU's generator.
