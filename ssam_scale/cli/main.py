@@ -32,9 +32,48 @@ app.add_typer(bench.app, name="bench")
 def main(argv: list[str] | None = None) -> None:
     """Run `ssam-scale` with `argv` (the process's own arguments by default) and exit: 0 done, 2 the user's mistake."""
     try:
+        _refuse_keys_as_options(sys.argv[1:] if argv is None else argv)
         app(args=argv)
     except UserError as error:
+        _tell_launcher(error)
         # Most mistakes are seen by every process of a job alike, but a damaged file may be seen by one of them only.
         prefix = "" if os.environ.get("RANK", "0") == "0" else f"process {os.environ['RANK']}: "
         print(f"ssam-scale: {prefix}error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def _refuse_keys_as_options(arguments: list[str]) -> None:
+    """Say how a key of the configuration is written, for `--lr 0.1` and `--train.epochs=3`.
+
+    Raises:
+        UserError: an option is none, but a key of the configuration is called so.
+    """
+    command = typer.main.get_command(app).commands.get(next(iter(arguments), ""))  # type: ignore[attr-defined]
+    if command is None or not any("overrides" in parameter.opts for parameter in command.params):
+        return
+    known = {option for parameter in command.params for option in parameter.opts} | {"--help", "--"}
+    for place, argument in enumerate(arguments[1:], start=2):
+        option, equals, value = argument.partition("=")
+        if not option.startswith("--") or option in known:
+            continue
+        from ssam_scale.config.explain import dotted_names
+
+        name = option.removeprefix("--").replace("-", "_")
+        keys = [key for key in dotted_names() if key == name or key.rpartition(".")[2] == name]
+        if keys:
+            following = next(iter(arguments[place:]), "")
+            value = value if equals else following if following[:2] != "--" and "=" not in following else "VALUE"
+            written = " or ".join(dict.fromkeys(f"{key}={value or 'VALUE'}" for key in keys))
+            raise UserError(
+                f"{option}: no such option; keys of the configuration are written without dashes: {written}"
+            )
+
+
+def _tell_launcher(error: UserError) -> None:
+    """Under torchrun, put the line where its report of the failure looks for it."""
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        handler = get_error_handler()
+        handler.initialize()
+        handler.record_exception(error)

@@ -105,6 +105,8 @@ def _wrong(path: KeyPath, here: Sections, detail: ErrorDetails, origins: Origins
     match detail["type"]:
         case "literal_error":
             problem = _choice(given, re.findall(r"'([^']*)'", detail["ctx"]["expected"]))
+            if path == ("sharding", "backend") and re.search("zero|deepspeed", str(given), re.I):
+                problem = problem.partition("; did you mean")[0] + _STAGES
         case "value_error":
             problem = str(detail["ctx"]["error"])
             if here:  # a rule about several keys of a section
@@ -112,12 +114,32 @@ def _wrong(path: KeyPath, here: Sections, detail: ErrorDetails, origins: Origins
                 return f"{_involved(path, problem, origins)}: {prefix}{problem}"
             problem += f", given {_shown(given)}"
         case "model_type" | "model_attributes_type" | "dict_type":
-            problem = f"must be a section with keys of its own, given {_shown(given)}"
+            problem = f"must be a section with keys of its own, given {_shown(given)}{_as_section(path, here, given)}"
         case _:
             problem = re.sub(r"^(Input|Tuple|List|String|Value) should", "must", detail["msg"])
             problem = re.sub(r"\ba valid (integer|number|string|boolean|tuple|array)", _plain, problem)
             problem = problem.replace(" after validation", "") + f", given {_shown(given)}"
     return f"{_origin(path, origins)}: {_dotted(path)}: {problem}"
+
+
+_STAGES = (
+    "; zero0 to zero3 are DeepSpeed's ZeRO: zero1 shards optimizer states, zero2 gradients too, zero3 weights too, and "
+    "zero0 nothing"
+)
+
+
+def _as_section(path: KeyPath, here: Sections, given: Any) -> str:
+    """What somebody meant who gave a section's kind, or a method, in its place."""
+    if not isinstance(given, str):
+        return ""
+    patterns = [
+        choice for section in here if "pattern" in section.model_fields for choice in _tags(section) if choice == given
+    ]
+    if patterns:
+        return f"; write '{_dotted(path)}={{pattern: {given}}}'"
+    if path == ("perturbation",):
+        return "; dense SAM is perturbation.rho=0.05, and no perturbation null"
+    return ""
 
 
 def _of_deepspeed(path: KeyPath, problem: str, origins: Origins) -> str:

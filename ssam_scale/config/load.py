@@ -38,12 +38,13 @@ def load(path: Path, overrides: Sequence[str] = (), deepspeed: str | None = None
     """
     values, lines = parse(_read(path), str(path))
     if values is None:
-        values = {}
+        raise UserError(f"{path}: is empty; start from one of the files in configs/, such as configs/quickstart.yaml")
     if not isinstance(values, dict):
         raise UserError(f"{path}:1: a configuration is a section with keys, this is {json.dumps(values)[:60]}")
     origins = {(): str(path)} | {key: f"{path}:{line}" for key, line in lines.items()}
     if deepspeed is not None:
         _add_deepspeed(deepspeed, values, origins)
+    _refuse_split(overrides)
     for override in overrides:
         _apply(override, values, origins)
     _choose_stage(values, origins)
@@ -77,12 +78,28 @@ def _read(path: Path) -> str:
             raise UserError(f"{path}: no such file: there is no folder {path.parent}") from None
         there = sorted(p.name for p in path.parent.iterdir() if p.suffix in (".yaml", ".yml"))
         near = difflib.get_close_matches(path.name, there, n=3, cutoff=0.5) or there[:8]
-        hint = f"the nearest in {path.parent} are {', '.join(near)}" if near else f"no YAML files in {path.parent}"
+        which = f"the nearest in {path.parent} {'is' if len(near) == 1 else 'are'} {', '.join(near)}"
+        hint = which if near else f"no YAML files in {path.parent}"
         raise UserError(f"{path}: no such file; {hint}") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: is a folder; give the YAML file of a run") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not a text file (byte {error.start} is not UTF-8)") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _refuse_split(overrides: Sequence[str]) -> None:
+    """Say what a shell has made of an override in brackets that was not quoted."""
+    for index, override in enumerate(overrides):
+        value = override.partition("=")[2].lstrip()
+        for opening, closing in ("{}", "[]"):
+            if not value.startswith(opening) or value.count(opening) <= value.count(closing):
+                continue
+            for last in range(index + 1, len(overrides) + 1):
+                whole = " ".join(overrides[index:last])
+                if whole.count(opening) == whole.count(closing):
+                    raise UserError(f"override {override}: the shell has cut it at a space; quote it: '{whole}'")
 
 
 def _add_deepspeed(given: str, values: dict[str, Any], origins: dict[KeyPath, str]) -> None:
@@ -118,6 +135,8 @@ def _apply(override: str, values: dict[str, Any], origins: dict[KeyPath, str]) -
     if not equals or not _KEY.fullmatch(key):
         raise UserError(f"{origin}: an override is written key=value, for example train.epochs=3")
     value, _ = parse(given, origin)
+    if re.search(r"(^|\s)#", given) and "#" not in json.dumps(value):
+        raise UserError(f"{origin}: # begins a comment in YAML; quote the value: '{key}=\"{given}\"'")
     if isinstance(value, (dict, list)) and given.lstrip()[:1] not in ("{", "["):
         raise UserError(f"{origin}: not one value; quote a text, or write a list [a, b] or a section {{key: value}}")
     path: KeyPath = tuple(key.split("."))

@@ -15,31 +15,64 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from .deepspeed import WEIGHT_BY_WEIGHT, problems
 from .mask_sections import DepthMask, ElementMask, Mask
-from .section import Section, Share
+from .section import Section, Share, UserPath, home, without
 
 
 class Model(Section):
     """The network, built by timm."""
 
     name: str = Field(description="timm model name, e.g. resnet50 or vit_base_patch16_224")
-    num_classes: int = Field(1000, ge=2, description="classes of the classifier head")
+    num_classes: int = Field(1000, ge=2, le=10**7, description="classes of the classifier head")
     drop_rate: Share = Field(0.0, description="dropout probability before the head")
     drop_path_rate: Share = Field(0.0, description="stochastic depth probability of the last block")
     kwargs: dict[str, Any] = Field(default_factory=dict, description="further arguments of timm.create_model")
+
+    @field_validator("name")
+    @classmethod
+    def _a_model(cls, value: str) -> str:
+        name, dot, tag = value.removeprefix("hf-hub:").removeprefix("timm/").partition(".")
+        if dot:
+            raise ValueError(
+                f"tag {tag} names pretrained weights, which cannot be loaded yet; {name} is the same network, "
+                "randomly initialised"
+            )
+        if name != value:
+            raise ValueError(f"models are named without where they come from: {name}")
+        return value
+
+    @field_validator("kwargs")
+    @classmethod
+    def _nothing_of_ours(cls, value: dict[str, Any]) -> dict[str, Any]:
+        return without(
+            value,
+            {
+                **{name: f"it is model.{name}" for name in ("num_classes", "drop_rate", "drop_path_rate")},
+                "model_name": "it is model.name",
+                "in_chans": "images are RGB, of 3 channels",
+                **dict.fromkeys(("pretrained", "checkpoint_path"), "weights cannot be loaded yet"),
+                **dict.fromkeys(("pretrained_cfg", "pretrained_cfg_overlay"), "weights cannot be loaded yet"),
+                "features_only": "a classifier is trained",
+            },
+        )
 
 
 class Data(Section):
     """Images and how they are read. Files are written by `ssam-scale data`."""
 
-    train: Path = Field(description="training images, a .beton file")
-    val: Path = Field(description="validation images, a .beton file")
+    train: UserPath = Field(description="training images, a .beton file")
+    val: UserPath = Field(description="validation images, a .beton file")
     subset: int | None = Field(None, ge=1, description="train on this many images, the same random choice in every run")
-    batch_size: int = Field(ge=1, description="images in one optimizer step over all processes and micro-batches")
-    eval_batch_size: int | None = Field(
-        None, ge=1, description="images in one evaluation forward over all processes; null: as many as in training"
+    batch_size: int = Field(
+        ge=1, le=10**7, description="images in one optimizer step over all processes and micro-batches"
     )
-    resolution: int = Field(224, ge=8, description="side of the training crop, pixels")
-    eval_resolution: int = Field(224, ge=8, description="side of the evaluation centre crop, pixels")
+    eval_batch_size: int | None = Field(
+        None,
+        ge=1,
+        le=10**7,
+        description="images in one evaluation forward over all processes; null: as many as in training",
+    )
+    resolution: int = Field(224, ge=8, le=8192, description="side of the training crop, pixels")
+    eval_resolution: int = Field(224, ge=8, le=8192, description="side of the evaluation centre crop, pixels")
     eval_crop_ratio: float = Field(0.875, gt=0.0, le=1.0, description="centre crop's share of the image's short side")
     crop_scale: tuple[float, float] = Field((0.08, 1.0), description="area of the random crop, share of the image")
     crop_ratio: tuple[float, float] = Field((0.75, 4.0 / 3.0), description="aspect ratio of the random crop")
@@ -47,7 +80,9 @@ class Data(Section):
     order: Literal["random", "quasi_random"] = Field(
         "random", description="quasi_random reads nearly sequentially (slow disks, little memory); one process only"
     )
-    workers: int | None = Field(None, ge=1, description="loader threads per process; null: the cores it may use")
+    workers: int | None = Field(
+        None, ge=1, le=1024, description="loader threads per process; null: the cores it may use"
+    )
     mean: tuple[float, float, float] = Field((0.485, 0.456, 0.406), description="channel means of RGB in [0, 1]")
     std: tuple[float, float, float] = Field((0.229, 0.224, 0.225), description="channel deviations of RGB in [0, 1]")
 
@@ -78,22 +113,50 @@ class Optimizer(Section):
     """The base optimizer, built by timm's factory."""
 
     name: str = Field("sgd", description="timm optimizer name, e.g. sgd, adamw, lamb, lion")
-    lr: float = Field(gt=0.0, description="peak learning rate")
-    weight_decay: float = Field(0.0, ge=0.0, description="weight decay of weights")
+    lr: float = Field(gt=0.0, le=1000.0, description="peak learning rate")
+    weight_decay: float = Field(0.0, ge=0.0, le=1000.0, description="weight decay of weights")
     decay_norm_and_bias: bool = Field(False, description="apply weight decay to biases and normalization layers too")
     momentum: float = Field(0.9, ge=0.0, lt=1.0, description="momentum of optimizers that have one")
     clip_grad_norm: float | None = Field(None, gt=0.0, description="largest norm of the descent gradient")
     kwargs: dict[str, Any] = Field(default_factory=dict, description="further arguments of the optimizer")
+
+    @field_validator("kwargs")
+    @classmethod
+    def _nothing_of_ours(cls, value: dict[str, Any]) -> dict[str, Any]:
+        return without(
+            value,
+            {
+                **{name: f"it is optimizer.{name}" for name in ("lr", "weight_decay", "momentum")},
+                "opt": "it is optimizer.name",
+                "filter_bias_and_bn": "it is optimizer.decay_norm_and_bias, which says the opposite",
+                "params": "all parameters of the model are trained",
+                "model_or_params": "all parameters of the model are trained",
+            },
+        )
 
 
 class Schedule(Section):
     """The learning rate over time, built by timm's scheduler factory and updated every step."""
 
     name: Literal["cosine", "step", "poly", "tanh"] = Field("cosine", description="shape after the warm-up")
-    warmup_epochs: float = Field(0.0, ge=0.0, description="epochs of linear warm-up")
+    warmup_epochs: float = Field(0.0, ge=0.0, le=10**6, description="epochs of linear warm-up")
     warmup_lr: float = Field(0.0, ge=0.0, description="learning rate at the first step of the warm-up")
     min_lr: float = Field(0.0, ge=0.0, description="learning rate that the decay ends at")
     kwargs: dict[str, Any] = Field(default_factory=dict, description="further arguments of the scheduler")
+
+    @field_validator("kwargs")
+    @classmethod
+    def _nothing_of_ours(cls, value: dict[str, Any]) -> dict[str, Any]:
+        always = "it follows from the run"
+        return without(
+            value,
+            {
+                **{name: f"it is schedule.{name}" for name in ("warmup_epochs", "warmup_lr", "min_lr")},
+                "sched": "it is schedule.name",
+                "num_epochs": "it is train.epochs",
+                **dict.fromkeys(("optimizer", "warmup_prefix", "step_on_epochs", "updates_per_epoch"), always),
+            },
+        )
 
 
 Norm: TypeAlias = Literal["dense", "masked", "calibrated"]
@@ -227,7 +290,7 @@ class Sharding(Section):
 class Train(Section):
     """How long, how precisely, from where."""
 
-    epochs: int = Field(ge=1, description="passes over the training images")
+    epochs: int = Field(ge=1, le=10**6, description="passes over the training images")
     device: Literal["auto", "cuda", "cpu"] = Field(
         "auto",
         description="where processes compute: cuda: each on its own GPU; cpu; auto: on GPUs if this machine has any, "
@@ -276,10 +339,15 @@ class Train(Section):
 class Checkpoint(Section):
     """What survives the process."""
 
-    directory: Path = Field(Path("checkpoints"), description="folder of this run's checkpoints")
+    directory: UserPath = Field(Path("checkpoints"), description="folder of this run's checkpoints")
     every_epochs: int = Field(1, ge=1, description="epochs between two checkpoints; the last epoch is always saved")
     keep: int = Field(2, ge=1, description="how many checkpoints are kept")
     resume: str | None = Field(None, description="auto: the newest in directory if any; or the path of a checkpoint")
+
+    @field_validator("resume")
+    @classmethod
+    def _home(cls, value: str | None) -> str | None:
+        return value if value is None or not value.startswith("~") else str(home(Path(value)))
 
 
 class Tracking(Section):

@@ -78,6 +78,8 @@ def parse(text: str, where: str) -> tuple[Any, dict[KeyPath, int]]:
         mark = error.problem_mark or error.context_mark
         place = f"{where}:{mark.line + 1}:{mark.column + 1}" if mark else where
         context = f" {error.context}" if error.context else ""
+        if "'\\t'" in str(error.problem):
+            raise UserError(f"{place}: not YAML: a tab; lines are indented with spaces") from None
         if not text.count("\n"):  # an override: its place says it all
             place = where
         raise UserError(f"{place}: not YAML: {error.problem}{context}") from None
@@ -103,6 +105,11 @@ def _value(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], where: str
             if not isinstance(key_node, yaml.ScalarNode):
                 raise UserError(f"{where}:{line}: a key must be a word, not a list or a section")
             key = key_node.value
+            if key == "<<":
+                raise UserError(
+                    f"{where}:{line}: << (merging an anchor's keys) is not supported, nor is including a file; repeat "
+                    "the keys, or change a configuration by overrides"
+                )
             if key in result:
                 full = ".".join(map(str, (*path, key)))
                 raise UserError(f"{where}:{line}: {full}: given twice, first in line {lines[(*path, key)]}")

@@ -80,6 +80,11 @@ class Beton:
         """How many images the file holds."""
         return len(self.labels)
 
+    @property
+    def classes(self) -> int:
+        """How many classes it was written with; without a sidecar, one more than its highest label."""
+        return len(self.sidecar.classes) if self.sidecar is not None else int(self.labels.max(initial=-1)) + 1
+
 
 def layout() -> tuple[np.dtype[Any], np.dtype[Any], np.dtype[Any], np.dtype[Any]]:
     """Record types of header, field descriptor, one image's metadata (f0: image, f1: label) and allocation table."""
@@ -158,6 +163,10 @@ def inspect(path: Path) -> Beton:
         UserError: no such file, not a .beton file, cut short, of other fields, or not the file the sidecar describes.
     """
     try:
+        if path.is_dir():
+            inside = ", ".join(str(file) for file in sorted(path.glob("*.beton"))[:3])
+            hint = f"; did you mean {inside}?" if inside else f"; write it with `ssam-scale data write {path} FILE`"
+            raise UserError(f"{path}: is a folder, and a .beton file is needed{hint}")
         if not path.is_file():
             raise UserError(f"{path}: no such file; write it with `ssam-scale data write FOLDER {path}`")
         return _inspect(path)

@@ -17,6 +17,8 @@ from ssam_scale.data.beton import JPEG, PAGE_SIZE, RAW
 Pixels = NDArray[np.uint8]
 
 _LARGEST_SIDE = 65535
+# Pillow takes them for numbers up to 255: floats up to 1 become black, and 16 bits white.
+_UNKNOWN_RANGE = {"F", "I", "I;16", "I;16B", "I;16L", "I;16N"}
 
 
 class BadImageError(Exception):
@@ -75,6 +77,10 @@ def _load(path: Path) -> tuple[bytes | None, Pixels]:
             raise BadImageError("empty file")
         with Image.open(io.BytesIO(data)) as image:
             width, height = image.size
+            if image.mode in _UNKNOWN_RANGE:
+                raise BadImageError(
+                    f"pixels of mode {image.mode}, whose range is not known; convert it to 8 bits a channel first"
+                )
             if image.format != "JPEG" or image.mode not in ("RGB", "L"):
                 return None, np.asarray(image.convert("RGB"))
             # A progressive JPEG takes about three times as long to decode, in every epoch: better compressed anew.

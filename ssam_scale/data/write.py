@@ -137,6 +137,13 @@ def scan_folder(source: Path, limit: int | None = None) -> tuple[list[str], list
         for _, label in rounds:
             counts[label] += 1
         files = [found[:count] for found, count in zip(files, counts, strict=True)]
+    for folder in folders:
+        try:
+            folder.name.encode()
+        except UnicodeEncodeError:
+            raise UserError(
+                f"{source}: the class folder {folder.name!r} has a name that is not UTF-8; rename it"
+            ) from None
     samples = [Sample(str(path), path, label) for label, found in enumerate(files) for path in found]
     return [folder.name for folder in folders], samples
 

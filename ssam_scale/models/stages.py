@@ -126,9 +126,12 @@ def stages_of(model: nn.Module, what: str = _OF_MASKS) -> list[Stage]:
     """
     family = _family_of(model)
     if family is None:
+        module = type(model).__module__.partition(".")[0]
+        whose = f"{module}'s " if module != "timm" and type(model).__name__ in FAMILIES else ""
+        others = "; element, row, tensor, nm, norm and named work on any model" if what == _OF_MASKS else ""
         raise UserError(
-            f"{type(model).__name__} has no stages: {what} on {', '.join(sorted(FAMILIES))} and on a StagedModel built "
-            f"from stages of your own{'; the others work on any model' if what == _OF_MASKS else ''}"
+            f"{whose}{type(model).__name__} has no stages: {what} on timm's {', '.join(sorted(FAMILIES))}, and in "
+            f"Python on a StagedModel built from stages of your own{others}"
         )
     return family.stages(model)
 

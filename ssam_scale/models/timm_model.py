@@ -21,7 +21,7 @@ def build_model(config: Config) -> StagedModel:
     """
     name = config.model.name
     if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
+        near = _nearest(name)
         hint = f"; nearest: {', '.join(near)}" if near else ""
         raise UserError(f"model.name: timm {timm.__version__} knows no model {name!r}{hint}")
     section = config.model
@@ -35,8 +35,16 @@ def build_model(config: Config) -> StagedModel:
     try:
         model = timm.create_model(name, pretrained=False, **arguments)
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-        raise UserError(f"model: timm could not build {name} with {arguments}: {error}") from error
+        hint = "; without what the file says in model.kwargs: model.kwargs={}" if section.kwargs else ""
+        raise UserError(f"model: timm could not build {name} with {arguments}: {error}{hint}") from error
     return staged(model)
+
+
+def _nearest(name: str) -> list[str]:
+    """What timm knows that begins like a name, the usual sizes first, or is spelt like it."""
+    wanted, known = name.lower().replace("-", "_"), timm.list_models()
+    begun = sorted((n for n in known if n.startswith(wanted)), key=lambda n: ("patch16_224" not in n, len(n), n))
+    return begun[:3] or difflib.get_close_matches(wanted, known, n=3, cutoff=0.5)
 
 
 def average_statistics(network: nn.Module, world: World) -> None:

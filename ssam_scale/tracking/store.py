@@ -17,6 +17,7 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 
 from ssam_scale.config.schema import Config
 from ssam_scale.errors import UserError
+from ssam_scale.folders import why_not_writable
 
 # The limit of MLflow's stores.
 _CHARACTERS = 6000
@@ -77,6 +78,22 @@ def open_store(uri: str, *, create: bool) -> Any:
     except Exception as error:  # MLflow lets its drivers' errors through, of every kind
         raise UserError(_refused(uri, str(error))) from error
     return client
+
+
+def check_store(uri: str) -> None:
+    """Look at a store before there is something to record, and make nothing there.
+
+    Raises:
+        UserError: it cannot be recorded in.
+    """
+    path = sqlite_path(uri) if urlsplit(uri).scheme == "sqlite" else None
+    if path is None or str(path) == ":memory:":
+        _probe(uri, create=True)
+        return
+    if path.is_file():
+        _probe(uri, create=False)
+    elif (problem := why_not_writable(path.parent)) is not None or path.exists():
+        raise UserError(_refused(uri, problem or f"{path} is a folder"))
 
 
 def experiment_id(client: Any, uri: str, name: str) -> str:

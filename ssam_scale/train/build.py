@@ -23,6 +23,7 @@ from ssam_scale.masks import RunInfo, build_mask
 from ssam_scale.models import build_model, stages_of
 from ssam_scale.models.ema import EMA
 from ssam_scale.perturbation import Phases, Savings, SparseSAM
+from ssam_scale.perturbation.batchnorm import batchnorms, frozen_statistics
 from ssam_scale.perturbation.loss import LossFn
 from ssam_scale.perturbation.schedules import build_schedule
 from ssam_scale.sharding import World
@@ -106,7 +107,10 @@ def build(config: Config, world: World, phases: Phases, found: int | None = None
     staged_model.activation_checkpointing = config.train.activation_checkpointing
     mask = config.perturbation.mask if config.perturbation is not None else None
     if isinstance(mask, (DepthMask, BlockMask)):
-        stages_of(staged_model.model)  # says which families can be cut
+        try:
+            stages_of(staged_model.model)  # says which families can be cut
+        except UserError as error:
+            raise UserError(f"perturbation.mask.pattern {mask.pattern} on {config.model.name}: {error}") from error
     if config.train.activation_checkpointing:
         stages_of(staged_model.model, "train.activation_checkpointing works")
     _try_forward(config, staged_model)
@@ -117,6 +121,7 @@ def build(config: Config, world: World, phases: Phases, found: int | None = None
         found = largest_micro_batch(config, world, backend_of(config, world), staged_model, build_optimizer, loss_fn)
     split = shared_out(config, world, found)
 
+    _try_micro_batch(config, staged_model, split)
     train, val = _loaders(config, world, split)
     network = staged_model.model
     try:
@@ -404,3 +409,23 @@ def _try_forward(config: Config, model: nn.Module) -> None:
             reason = str(error).splitlines()[0]
             raise UserError(f"data.{key}: {config.model.name} cannot take images of {side} px: {reason}") from error
     model.train()
+
+
+@torch.no_grad()
+def _try_micro_batch(config: Config, model: nn.Module, split: MicroBatches) -> None:
+    """A micro-batch of one image that BatchNorm cannot normalise is found out here, and not in the first step."""
+    fraction = 1.0 if config.perturbation is None else config.perturbation.fraction
+    if max(1, int(split.images * fraction)) > 1 or not batchnorms(model):
+        return
+    side = config.data.resolution
+    try:
+        with torch.random.fork_rng(devices=[]), frozen_statistics(model):
+            model.train()(torch.zeros(1, 3, side, side))
+    except ValueError as error:
+        if "Expected more than 1 value per channel" not in str(error):
+            raise
+        why = f"perturbation.fraction {fraction} leaves the ascent" if split.images > 1 else f"{split} leave a pass"
+        raise UserError(
+            f"{why} a single image, which BatchNorm of {config.model.name} cannot normalise at {side} px; take larger "
+            "micro-batches (data.batch_size, train.accumulation, train.max_micro_batch) or a larger fraction"
+        ) from error

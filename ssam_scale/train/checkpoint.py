@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from ssam_scale.config.micro_batches import MicroBatches
 from ssam_scale.config.schema import Config
 from ssam_scale.errors import UserError
+from ssam_scale.folders import why_not_writable
 from ssam_scale.perturbation import SparseSAM
 from ssam_scale.sharding import Sharding, World
 
@@ -140,6 +141,16 @@ def check_fresh_directory(config: Config) -> None:
             f"checkpoint.directory {directory} has {other.name} of an earlier run: go on from it with --resume auto, "
             "or choose another folder"
         )
+
+
+def check_writable(config: Config) -> None:
+    """The folder of checkpoints can be written to, or made.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if (problem := why_not_writable(config.checkpoint.directory)) is not None:
+        raise UserError(f"checkpoint.directory {config.checkpoint.directory}: {problem}; choose another folder")
 
 
 def resolve(config: Config) -> Path | None:

@@ -11,9 +11,11 @@ import torch
 
 from ssam_scale.config.schema import Config
 from ssam_scale.console import console
+from ssam_scale.data.beton import inspect
 from ssam_scale.perturbation import StepReport
 from ssam_scale.sharding import BACKENDS, World
 from ssam_scale.tracking.run import open_run
+from ssam_scale.tracking.store import check_store
 from ssam_scale.tracking.timer import PhaseTimer
 
 from . import checkpoint
@@ -35,9 +37,10 @@ def train(config: Config, world: World) -> None:
     Raises:
         UserError: what the configuration asks for cannot be had.
     """
+    path = _check_folders(config, world)
     what = describe(config, world)
     console(quiet=not world.first).print(what, soft_wrap=True)
-    if (path := checkpoint.resolve(config)) is None:
+    if path is None:
         checkpoint.check_fresh_directory(config)
     phases = PhaseTimer(world.device)
     components = _build(config, world, phases, path)
@@ -68,9 +71,10 @@ def dry_run(config: Config, world: World) -> str:
     Raises:
         UserError: what the configuration asks for cannot be had.
     """
+    path = _check_folders(config, world)
     what = describe(config, world)
     phases = PhaseTimer(world.device)
-    components = _build(config, world, phases, checkpoint.resolve(config))
+    components = _build(config, world, phases, path)
     with open_run(config, enabled=False) as run, ProgressBar(1, 0, visible=False) as bar:
         hooks = build_hooks(config, world, components, phases, run, bar)
         with (
@@ -86,6 +90,21 @@ def dry_run(config: Config, world: World) -> str:
         f"dry run: {what}, one step of {components.split}, loss {float(loss):.4f}; "
         f"an epoch has {components.steps_per_epoch} steps"
     )
+
+
+def _check_folders(config: Config, world: World) -> Path | None:
+    """What can be known of files and stores in the first second. Returns the checkpoint that the run goes on from.
+
+    Raises:
+        UserError: something cannot be read or written.
+    """
+    path = checkpoint.resolve(config)
+    for file in (config.data.train, config.data.val):
+        inspect(file)
+    if world.first:
+        checkpoint.check_writable(config)
+        check_store(config.tracking.uri)
+    return path
 
 
 def _build(config: Config, world: World, phases: PhaseTimer, path: Path | None) -> Components:
@@ -164,5 +183,13 @@ def _announce(config: Config, world: World, components: Components, bar: Progres
             f"perturbation.mask.samples: a refresh near the end of an epoch scores what is left of it, {fewest} "
             "images at the least (metric mask/samples)"
         )
-    if resumed is not None:
+    classes = inspect(config.data.train).classes
+    if classes < config.model.num_classes:
+        bar.say(
+            f"model.num_classes {config.model.num_classes}: {config.data.train} has {classes} classes, so that "
+            f"{config.model.num_classes - classes} outputs are never a label"
+        )
+    if resumed is not None and components.progress.epoch >= config.train.epochs:
+        bar.say(f"{resumed} is of epoch {components.progress.epoch}, the last: nothing is left to train")
+    elif resumed is not None:
         bar.say(f"resumed from {resumed} after epoch {components.progress.epoch}")
