@@ -86,9 +86,12 @@ def check_store(uri: str) -> None:
     Raises:
         UserError: it cannot be recorded in.
     """
-    path = sqlite_path(uri) if urlsplit(uri).scheme == "sqlite" else None
+    parts = urlsplit(uri)
+    path = sqlite_path(uri) if parts.scheme == "sqlite" else None
     if path is None or str(path) == ":memory:":
         _probe(uri, create=True)
+        if parts.scheme in ("http", "https"):
+            _connect(uri, (parts.hostname or "localhost", parts.port or {"http": 80, "https": 443}[parts.scheme]))
         return
     if path.is_file():
         _probe(uri, create=False)
@@ -200,11 +203,14 @@ def _probe(uri: str, *, create: bool) -> None:
             raise UserError(f"tracking.uri {uri}: there is no folder {folder}; train first, or name another store")
     elif scheme in _DATABASES:
         parts = urlsplit(uri)
-        address = (parts.hostname or "localhost", parts.port or _DATABASES[scheme])
-        try:
-            socket.create_connection(address, timeout=_ANSWER_WITHIN_S).close()
-        except OSError as error:
-            raise UserError(_refused(uri, f"{address[0]} port {address[1]}: {error}")) from error
+        _connect(uri, (parts.hostname or "localhost", parts.port or _DATABASES[scheme]))
+
+
+def _connect(uri: str, address: tuple[str, int]) -> None:
+    try:
+        socket.create_connection(address, timeout=_ANSWER_WITHIN_S).close()
+    except OSError as error:
+        raise UserError(_refused(uri, f"{address[0]} port {address[1]}: {error}")) from error
 
 
 def _probe_sqlite(uri: str, *, create: bool) -> None:

@@ -1,0 +1,152 @@
+"""Likely mistakes on the command line, each answered by what to type instead."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ssam_scale.cli.main import main
+from ssam_scale.config import load
+from ssam_scale.data.write import write_beton
+from ssam_scale.errors import UserError
+from tests.support.configs import SMALL
+
+CASES = {
+    "a section cut by the shell": (
+        ["perturbation.mask={pattern:", "depth,", "cut:", "[0.5,", "0.5]}"],
+        "override perturbation.mask={pattern:: the shell has cut it at a space; quote it: "
+        "'perturbation.mask={pattern: depth, cut: [0.5, 0.5]}'",
+    ),
+    "a list cut by the shell": (
+        ["data.mean=[0.5,", "0.5,", "0.5]"],
+        "the shell has cut it at a space; quote it: 'data.mean=[0.5, 0.5, 0.5]'",
+    ),
+    "a key as an option": (
+        ["--lr", "0.3"],
+        "--lr: no such option; keys of the configuration are written without",
+    ),
+    "a key of several words": (["--batch-size=32"], "written without dashes: data.batch_size=32"),
+    "a dotted key": (["--train.epochs", "3"], "written without dashes: train.epochs=3"),
+    "a comment in an override": (
+        ["tracking.run_name=run #3"],
+        "# begins a comment in YAML; quote the value: 'tracking.run_name=\"run #3\"'",
+    ),
+    "a mask's name": (["perturbation.mask=row"], "given \"row\"; write 'perturbation.mask={pattern: row}'"),
+    "a method's name": (["perturbation=sam"], "dense SAM is perturbation.rho=0.05, and no perturbation null"),
+    "ZeRO without a stage": (["sharding.backend=zero"], 'given "zero"; zero0 to zero3 are DeepSpeed\'s ZeRO: zero1'),
+    "DeepSpeed": (["sharding.backend=deepspeed"], "zero0 to zero3 are DeepSpeed's ZeRO: zero1 shards optimizer states"),
+    "a tag": (["model.name=resnet18.a1_in1k"], "tag a1_in1k names pretrained weights, which cannot be loaded yet"),
+    "a hub's name": (["model.name=timm/resnet18"], "models are named without where they come from: resnet18"),
+    **{
+        f"{section}.kwargs.{name}": ([f"{section}.kwargs.{name}=1"], f"{name} does not belong here: {where}")
+        for section, name, where in [
+            ("model", "num_classes", "it is model.num_classes"),
+            ("model", "drop_path_rate", "it is model.drop_path_rate"),
+            ("model", "in_chans", "images are RGB"),
+            ("model", "pretrained", "weights cannot be loaded yet"),
+            ("model", "checkpoint_path", "weights cannot be loaded yet"),
+            ("optimizer", "lr", "it is optimizer.lr"),
+            ("optimizer", "momentum", "it is optimizer.momentum"),
+            ("optimizer", "weight_decay", "it is optimizer.weight_decay"),
+            ("schedule", "min_lr", "it is schedule.min_lr"),
+            ("schedule", "num_epochs", "it is train.epochs"),
+        ]
+    },
+    **{
+        key: ([f"{key}={value}"], f"{key}: must be less than or equal to")
+        for key, value in {
+            "train.epochs": 10**21,
+            "optimizer.lr": "1e30",
+            "optimizer.weight_decay": "1e9",
+            "data.workers": 100000,
+            "data.batch_size": 10**12,
+            "data.resolution": 10**6,
+            "model.num_classes": 10**9,
+        }.items()
+    },
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_mistake_is_one_line_with_what_to_type(
+    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments, told = CASES[case]
+    monkeypatch.chdir(tmp_path)
+    Path("run.yaml").write_text(SMALL)
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "--config", "run.yaml", *arguments])
+    out, err = capsys.readouterr()
+    assert ended.value.code == 2
+    assert out == ""
+    assert told in err
+    assert err.count("\n") == 1
+    assert [entry.name for entry in Path().iterdir()] == ["run.yaml"]
+
+
+FILES = {
+    "": "is empty; start from one of the files in configs/",
+    "# nothing\n": "is empty; start from one of the files in configs/",
+    "model:\n\tname: x\n": "run.yaml:2:1: not YAML: a tab; lines are indented with spaces",
+    "a: &a {x: 1}\nb:\n  <<: *a\n": "run.yaml:3: << (merging an anchor's keys) is not supported",
+}
+
+
+@pytest.mark.parametrize("text", FILES)
+def test_a_file_that_is_no_configuration(text: str, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(UserError) as caught:
+        load(tmp_path / "run.yaml")
+    assert FILES[text] in str(caught.value)
+
+
+def test_what_is_not_there_or_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("q.yaml").write_text(SMALL)
+    with pytest.raises(UserError, match=r"nosuch.yaml: no such file; the nearest in . is q.yaml"):
+        load(Path("nosuch.yaml"))
+    with pytest.raises(UserError, match="is a folder; give the YAML file of a run"):
+        load(tmp_path)
+
+
+def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run.yaml").write_text(SMALL)
+    keys = {
+        "data.train": "~/t.beton",
+        "data.val": "~/v.beton",
+        "checkpoint.directory": "~/c",
+        "checkpoint.resume": "~/r",
+    }
+    config = load(tmp_path / "run.yaml", [f"{key}={value}" for key, value in keys.items()])
+    assert config.data.train == tmp_path / "t.beton"
+    assert config.data.val == tmp_path / "v.beton"
+    assert config.checkpoint.directory == tmp_path / "c"
+    assert config.checkpoint.resume == str(tmp_path / "r")
+    assert load(tmp_path / "run.yaml", ["data.train=~nobody-of-this-name/x"]).data.train == Path(
+        "~nobody-of-this-name/x"
+    )
+
+
+def test_a_hash_within_a_word_or_in_quotes_is_no_comment(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(SMALL)
+    for given, name in {"a#b": "a#b", '"run #3"': "run #3", "'#'": "#"}.items():
+        assert load(tmp_path / "run.yaml", [f"tracking.run_name={given}"]).tracking.run_name == name
+
+
+def test_pixels_of_unknown_range_and_names_that_are_no_text_are_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "images" / "a"
+    folder.mkdir(parents=True)
+    for mode, pixels in {"F": np.float32, "I;16": np.uint16}.items():
+        Image.fromarray(np.ones((8, 8), pixels)).save(folder / "x.tiff")
+        with pytest.raises(UserError, match=f"pixels of mode {mode}.*, whose range is not known; convert it to 8 bits"):
+            write_beton(tmp_path / "images", tmp_path / "x.beton", progress=False)
+    Image.fromarray(np.ones((8, 8), np.uint8)).save(folder / "x.tiff")
+    folder.rename(os.fsdecode(os.fsencode(tmp_path / "images") + b"/\xff"))
+    with pytest.raises(UserError, match=r"the class folder .* has a name that is not UTF-8; rename it"):
+        write_beton(tmp_path / "images", tmp_path / "x.beton", progress=False)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["images"]

@@ -1,0 +1,63 @@
+"""What can be known in the first second is said in the first second, by a training and by a dry run."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from ssam_scale.folders import why_not_writable
+from tests.support.runs import ssam_scale, write_config
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    capsys.readouterr()
+    assert ssam_scale("train", *arguments) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    return err
+
+
+@pytest.mark.parametrize("form", [[], ["--dry-run"]], ids=["train", "dry run"])
+def test_folders_and_stores_are_looked_at_first(
+    form: list[str], data: Path, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before the model is built: one that does not exist would be the next mistake."""
+    config = str(write_config(home / "run.yaml", data))
+    (home / "file").write_text("")
+    (home / "nothing").symlink_to(home / "gone")
+    there = sorted(home.rglob("*"))
+    for override, told in {
+        f"checkpoint.directory={home}/file/c": "file is not a folder; choose another folder",
+        f"checkpoint.directory={home}/nothing/c": "nothing is a link to nothing",
+        "checkpoint.directory=/proc/c": "checkpoint.directory /proc/c",
+        f"tracking.uri=sqlite:///{home}/file/x.db": "is not a folder",
+        f"tracking.uri=sqlite:///{home}": "is a folder",
+        f"tracking.uri=sqlite:///{home}/run.yaml": "file is not a database",
+        "tracking.uri=smb://there": "is no MLflow tracking URI",
+        "tracking.uri=http://127.0.0.1:9": "no MLflow server answers",
+        f"checkpoint.resume={home}": "is not a checkpoint",
+        f"data.train={data}": "is a folder, and a .beton file is needed; did you mean",
+    }.items():
+        if "/proc" in override and os.geteuid() == 0 and why_not_writable(Path("/proc/c")) is None:
+            continue  # root may write anywhere, as far as the system says
+        assert told in refusal(capsys, "--config", config, "model.name=no_such_model", override, *form), override
+    assert sorted(home.rglob("*")) == there
+
+
+def test_batchnorm_of_a_single_image(data: Path, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = str(write_config(home / "run.yaml", data, perturbation={"rho": 0.1}))
+    told = refusal(capsys, "--config", config, "data.batch_size=12", "train.accumulation=12")
+    assert "12 micro-batches of 1 images on each process leave a pass a single image, which BatchNorm of" in told
+    told = refusal(capsys, "--config", config, "data.batch_size=12", "perturbation.fraction=0.1")
+    assert "perturbation.fraction 0.1 leaves the ascent a single image" in told
+
+
+def test_what_is_said_of_a_run(data: Path, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = write_config(home / "run.yaml", data, train={"epochs": 1})
+    assert ssam_scale("train", "--config", config, "model.num_classes=12") == 0
+    assert "model.num_classes 12: " in (said := capsys.readouterr().out)
+    assert "outputs are never a label" in said
+    assert ssam_scale("train", "--config", config, "model.num_classes=12", "--resume", "auto") == 0
+    assert "is of epoch 1, the last: nothing is left to train" in capsys.readouterr().out
