@@ -10,6 +10,7 @@ below, is FSDP's: the parameters that one `fully_shard` call gathers and frees t
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from typing import Any
@@ -143,7 +144,7 @@ class FSDP2(TorchTraining):
         self.shard_group = ProcessGroup(self._mesh.get_group(self._mesh.ndim - 1))
         self.data_parallel_group = ProcessGroup(_group_of_all(self._mesh))
         self.packs_gradients = self.shard_group.size > 1
-        _forget_forwards_without_graph(module, self._state._comm_ctx)
+        _OrderOfForwards(module, self._state._comm_ctx, fsdp_param_groups(self._state))
         self.packings = Packings(self.shard_group.size, self.shard_group.rank)
 
     def shards(self, parameters: Sequence[nn.Parameter]) -> list[Shard]:
@@ -310,21 +311,46 @@ def _forget_frozen_beginning(context: Any) -> None:
         del order[:frozen]
 
 
-def _forget_forwards_without_graph(root: nn.Module, context: Any) -> None:
-    """A backward gathers ahead what ran before in a forward; what ran without a graph it has no use for."""
-    recorded: list[int] = []
+class _OrderOfForwards:
+    """What a backward gathers ahead: FSDP's order of the forwards before it, kept to what the backward comes to.
 
-    def before(module: nn.Module, inputs: Any) -> None:
-        recorded[:] = [] if torch.is_grad_enabled() else [len(context.post_forward_order)]
+    FSDP notes the parameter groups in the order in which forwards use them, by which the backward of each gathers the
+    one before it, and forgets them all at the end of a backward. But a forward without a graph has no backward; and
+    that of a shared prefix comes after the ascent's, as a part of the descent's: a forward that goes on from the output
+    of an earlier one goes on with its order, too.
 
-    def after(module: nn.Module, inputs: Any, output: Any) -> None:
-        for start in recorded:
-            for group in reversed(context.post_forward_order[start:]):
+    Args:
+        root: the FSDP2 root.
+        context: its `FSDPCommContext`.
+        own: the root's own parameter groups, which stay gathered from the suffix's backward to the prefix's.
+    """
+
+    def __init__(self, root: nn.Module, context: Any, own: Sequence[Any]) -> None:
+        self._context, self._own = context, own
+        self._start = 0  # of the forward under way
+        self._used: list[tuple[weakref.ref[Tensor], list[Any]]] = []  # by forwards whose output there still is
+        root.register_forward_pre_hook(self._before, prepend=True)  # FSDP's own hook replaces the inputs
+        root.register_forward_hook(self._after)
+
+    def _before(self, root: nn.Module, inputs: Sequence[Any]) -> None:
+        order = self._context.post_forward_order
+        self._used = [(output, used) for output, used in self._used if output() is not None]
+        if torch.is_grad_enabled() and not order:  # what is there has not been through a backward yet
+            for output, used in self._used:
+                for group in used if any(x is output() for x in inputs) else []:
+                    group._post_forward_indices.append(len(order))
+                    order.append(group)
+        self._start = len(order)
+
+    def _after(self, root: nn.Module, inputs: Any, output: Any) -> None:
+        order = self._context.post_forward_order
+        if not torch.is_grad_enabled():
+            for group in reversed(order[self._start :]):
                 group._post_forward_indices.pop()
-            del context.post_forward_order[start:]
-
-    root.register_forward_pre_hook(before)
-    root.register_forward_hook(after)
+            del order[self._start :]
+        elif isinstance(output, Tensor) and output.requires_grad:
+            used = [group for group in order[self._start :] if group not in self._own]
+            self._used.append((weakref.ref(output), used))
 
 
 @contextmanager
