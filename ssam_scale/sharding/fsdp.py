@@ -11,15 +11,18 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo
 from torch.distributed.tensor import DTensor, Placement, Replicate
@@ -34,6 +37,7 @@ from ssam_scale.torch_compat import (
 
 from .gradient_hooks import OnGradient, divert_gradients
 from .interface import AscentReduction, Shard, WrittenWeights
+from .low_precision import cast_parameters
 from .packed_reduce_scatter import Asked, Packing, Packings
 from .process_group import ProcessGroup
 from .registry import BACKENDS, Backend, MakeOptimizer, Options
@@ -439,11 +443,45 @@ def _place(
     else:
         shape = (replicas, world.size // replicas)
         mesh = dist.init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))
+    policy = MixedPrecisionPolicy()
+    if cast_parameters(module, options.precision):
+        # Autocast casts what layers are given.
+        policy = MixedPrecisionPolicy(options.precision, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in options.blocks:
         if block is not module:
-            fully_shard(block, mesh=mesh)
-    fully_shard(module, mesh=mesh)
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+    root = fully_shard(module, mesh=mesh, mp_policy=policy)
+    if policy.param_dtype is not None:
+        _keep_float32(root, {id(p) for p in cast_parameters(module, options.precision)})
     return module, make_optimizer()
+
+
+def _keep_float32(root: FSDPModule, cast: Set[int]) -> None:
+    """Gather the parameters of an FSDP2 root in float32, except those, given by identity, that its policy casts.
+
+    A policy is for all parameters of a `fully_shard` call, and a call of their own for those that stay float32 would
+    double the number of collectives. FSDP gathers several dtypes together, but it reduces only one: gradients
+    accumulate in float32, as autocast makes them. Collective.
+    """
+    sharded = [module for module in root.modules() if isinstance(module, FSDPModule)]  # type: ignore[attr-defined]
+    params = {
+        module: [one for group in fsdp_param_groups(module._get_fsdp_state()) for one in group.fsdp_params]
+        for module in sharded
+    }
+    for one in chain(*params.values()):
+        if id(one.sharded_param) not in cast:
+            # FSDP asks each parameter for its dtypes, and again in every `unshard()`.
+            one.init_dtype_attrs = partial(_without_cast, one.init_dtype_attrs)
+    root._get_fsdp_state()._lazy_init()
+    for module, own in params.items():
+        module.unshard()  # there is no unsharded parameter before
+        for one in own:
+            one._unsharded_param.grad_dtype = torch.float32
+        module.reshard()
+
+
+def _without_cast(init_dtypes: Callable[[MixedPrecisionPolicy], None], policy: MixedPrecisionPolicy) -> None:
+    init_dtypes(replace(policy, param_dtype=None))
 
 
 BACKENDS.register(

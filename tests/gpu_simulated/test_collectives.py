@@ -46,8 +46,8 @@ def world() -> Iterator[World]:
     dist.destroy_process_group()
 
 
-def sam_on(world: World, backend: str, mask: Mask, **options: Any) -> SparseSAM:
-    """The optimizer of a small ViT."""
+def sam_on(world: World, backend: str, mask: Mask, precision: torch.dtype = torch.float32, **options: Any) -> SparseSAM:
+    """The optimizer of a small ViT, whose forwards run under autocast to a precision."""
     model = small_network("vit").to(world.device)
     module, base = place(
         model,
@@ -57,6 +57,7 @@ def sam_on(world: World, backend: str, mask: Mask, **options: Any) -> SparseSAM:
         lambda: torch.optim.SGD(model.parameters(), lr=0.1),
         batch_size=8,
         deepspeed=GATHERS_ALL if backend == "zero3" else None,
+        precision=precision,
     )
     return SparseSAM(module, base, rho=0.1, mask=mask, calibrate_every=None, **options)
 
@@ -174,4 +175,22 @@ def test_gathers_wait_for_weights_that_were_loaded(world: World) -> None:
     with Watch(races=True) as watch:
         opt.sharding.load_full_model_state_dict(network, weights)
         opt.step(loss_fn, batch)
+    assert watch.races == []
+
+
+def in_bf16(forward: Any, batch: Any) -> torch.Tensor:
+    """The mean loss of a forward under autocast."""
+    with torch.autocast("cuda", torch.bfloat16):
+        logits = forward(batch[0])
+    return torch.nn.functional.cross_entropy(logits.float(), batch[1])
+
+
+@pytest.mark.parametrize("backend", ["fsdp2", "zero3"])
+def test_what_is_cast_before_a_gather_is_what_was_written_before(backend: str, world: World) -> None:
+    opt = sam_on(world, backend, Depth((0.5, 0.5)), torch.bfloat16)
+    [batch] = [on(world.device, batch) for batch in batches(1, 8)]
+    opt.step(in_bf16, batch)
+    with Watch(races=True) as watch:
+        opt.step(in_bf16, batch)
+        opt.step(in_bf16, batch)
     assert watch.races == []
