@@ -159,6 +159,10 @@ class FSDP2(TorchTraining):
             result.append(Shard(_local(p), start, p.numel()))
         return result
 
+    def masters(self, parameters: Sequence[nn.Parameter]) -> list[Tensor] | None:
+        """There are none: what is gathered in low precision is cast from the shards."""
+        return None
+
     def gradients(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
         """The local rows of each parameter's `.grad`, which FSDP has reduced."""
         return [torch.zeros_like(_local(p)) if p.grad is None else _local(p.grad) for p in parameters]

@@ -195,7 +195,7 @@ def test_in_bf16_one_process_of_eight_gathers_half_as_predicted(
         assert row["predicted_held"] == pytest.approx(row["held"], rel=0.01)
         assert row["held"] == other["held"]
         gathered, whole = (each["sent_by_collective"]["all_gather"] for each in (row, other))
-        assert 0.5 < gathered / whole < 0.56  # norms and biases stay float32
+        assert 0.5 < gathered / whole < 0.57  # norms and biases stay float32
 
 
 @pytest.mark.slow
