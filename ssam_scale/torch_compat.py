@@ -94,6 +94,10 @@ def separate_reduce_scatter_group(mesh_info: Any) -> dist.ProcessGroup | None:
     return group
 
 
+HAS_GRAD_DTYPE = hasattr(torch.Tensor, "grad_dtype")
+"""Whether gradients of a leaf may accumulate in another dtype than its own: without it FSDP2 gathers in float32."""
+
+
 def reset_iter_state(root: Any) -> None:
     """Reshard every module of an FSDP2 root and forget the pass that was under way; a method of it from 2.13 on.
 

@@ -139,6 +139,7 @@ def sharded_optimizer(
         replicas=setup.replicas,
         batch_size=setting.batch_size,
         deepspeed=on_zero if setup.backend.startswith("zero") else None,
+        precision=setting.dtype,
     )
     return sparse_sam(module, base, scenario)
 
@@ -154,7 +155,7 @@ def count_bytes(world: World, setting: Setting, jobs: Sequence[Job], zero: ZeroS
     """
     known = {scenario.name: scenario for scenario in sharded_scenarios()}
     network, batch = setting.network(), setting.batch()
-    weights = weights_of(network, sgd_by_shape(network))
+    weights = weights_of(network, sgd_by_shape(network), setting.dtype)
     steps = {plan: _steps(known[plan], copy.deepcopy(network)) for plan in dict.fromkeys(job.plan for job in jobs)}
     found = []
     gc.collect()

@@ -39,17 +39,25 @@ class Setting:
         resolution: side of the images, pixels.
         batch_size: images of a step.
         device: where.
+        asked: the precision of passes, `bf16` or `fp32`; None: bf16 on a GPU that has it, otherwise float32.
     """
 
     model: str
     resolution: int
     batch_size: int
     device: torch.device
+    asked: str | None = None
 
     @property
     def precision(self) -> str:
-        """bf16 autocast on a GPU that has it, otherwise float32."""
-        return "bf16" if self.device.type == "cuda" and has_bf16(self.device) else "fp32"
+        """`bf16`, which is by autocast, or `fp32`."""
+        usual = "bf16" if self.device.type == "cuda" and has_bf16(self.device) else "fp32"
+        return self.asked or usual
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The same."""
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
     def network(self) -> StagedModel:
         """The network in stages, in training mode, the same weights each time.
@@ -77,7 +85,7 @@ class Setting:
 
     def autocast(self) -> torch.autocast:
         """The precision of forwards."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+        return torch.autocast(self.device.type, self.dtype, enabled=self.precision == "bf16")
 
     def check(self) -> None:
         """Build the network and show it two images, on the CPU.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -124,6 +124,10 @@ def bytes_command(
         typer.Option(help="ddp, fsdp2, hsdp (two copies), zero0 to zero3; may be given several times. [all]"),
     ] = None,
     ranks: Annotated[int, typer.Option(help="Processes that share or copy the weights; hsdp takes twice as many.")] = 2,
+    bf16: Annotated[
+        bool,
+        typer.Option("--bf16", help="Under bf16 autocast, as with train.precision=bf16; a GPU that has it does so."),
+    ] = False,
     record: RecordIn = None,
     as_json: AsJson = False,
 ) -> None:
@@ -138,11 +142,13 @@ def bytes_command(
     compared, chosen = select_scenarios(plans, sharded_scenarios(), ("base", "sam")), chosen_backends(backends)
     # What is sent depends neither on the images nor on how many there are.
     settings = [setting_of(model, _BYTES_RESOLUTION, _BYTES_BATCH) for model in models or ["vit_tiny"]]
+    settings = [replace(setting, asked="bf16") if bf16 else setting for setting in settings]
     for setting in settings:
         setting.check()
     rows = [row for setting in settings for row in bench_bytes(setting, ranks, chosen, compared)]
     versions = rows[0]["versions"]
-    caption = f"bytes that one process sends; torch {versions['torch']}, timm {versions['timm']}"
+    precision = rows[0]["precision"]
+    caption = f"bytes that one process sends, {precision}; torch {versions['torch']}, timm {versions['timm']}"
     _report(_Result("ascent-bytes", "Bytes that an ascent sends", _BYTES), rows, caption, record, as_json)
 
 

@@ -297,7 +297,9 @@ class Train(Section):
         "which torch must be able to use",
     )
     precision: Literal["fp32", "bf16", "fp16"] = Field(
-        "fp32", description="bf16, fp16: autocast, weights stay fp32; fp16 with loss scaling"
+        "fp32",
+        description="bf16, fp16: autocast, weights stay fp32, and bf16 is what FSDP2 and ZeRO 3 gather them in; fp16 "
+        "with loss scaling",
     )
     accumulation: int | None = Field(
         None,

@@ -106,7 +106,7 @@ def footprint(
         mask=held.mask,
         perturbation=held.backup,
         reuse=held.reuse,
-        activations=activations.of(images),
+        activations=replace(activations, fixed=max(0.0, activations.fixed + held.copies)).of(images),
     )
 
 

@@ -12,6 +12,7 @@ import torch
 
 from ssam_scale.masks import BitMask, Plan, Rows, unpack
 from ssam_scale.perturbation import ResolvedStep, StagedModel
+from ssam_scale.sharding.low_precision import cast_parameters
 
 from .compute import StepShape
 
@@ -27,12 +28,14 @@ class Weight:
         stages: that use it, rising; several for a tied weight.
         unit: the block that FSDP2 gathers it with; None: the root's own.
         group: index of its parameter group in the base optimizer.
+        gathered: bytes of an element where a backend gathers it for a pass; it is float32 everywhere else.
     """
 
     shape: tuple[int, ...]
     stages: tuple[int, ...]
     unit: int | None
     group: int = 0
+    gathered: int = FLOAT
 
     @property
     def numel(self) -> int:
@@ -94,12 +97,15 @@ class Ascent:
         return [end - start for start, end in itertools.pairwise(bounds)]
 
 
-def weights_of(network: StagedModel, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Weight]:
+def weights_of(
+    network: StagedModel, optimizer: torch.optim.Optimizer | None = None, precision: torch.dtype = torch.float32
+) -> dict[str, Weight]:
     """All parameters of a network before it is sharded, by name.
 
     Args:
         network: in stages.
         optimizer: over its parameters, in their order; None: one with a single parameter group.
+        precision: of the autocast that forwards run under; float32: there is none.
     """
     units = {id(p): index for index, stage in enumerate(network.stages) for p in stage.block.parameters()}
     groups = (
@@ -108,8 +114,15 @@ def weights_of(network: StagedModel, optimizer: torch.optim.Optimizer | None = N
         else {id(p): index for index, group in enumerate(optimizer.param_groups) for p in group["params"]}
     )
     stages = network.stages_of_parameters()
+    cast = {id(p) for p in cast_parameters(network, precision)}
     return {
-        name: Weight(tuple(p.shape), stages[name], units.get(id(p)), groups.get(id(p), 0))
+        name: Weight(
+            tuple(p.shape),
+            stages[name],
+            units.get(id(p)),
+            groups.get(id(p), 0),
+            precision.itemsize if id(p) in cast else FLOAT,
+        )
         for name, p in network.model.named_parameters()
     }
 

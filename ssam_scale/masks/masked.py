@@ -7,7 +7,7 @@ functions for lists.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
@@ -141,6 +141,7 @@ def masked_add_(
     factors: Sequence[float] | None = None,
     when: Tensor | None = None,
     backup: Backup | None = None,
+    sources: Sequence[Tensor] | None = None,
 ) -> None:
     """Add values, or α · factor · values, to the elements of each tensor that its subset has.
 
@@ -155,8 +156,26 @@ def masked_add_(
         factors: of each tensor, beside α; None: 1.
         when: bool of shape (); if False, nothing is added, whatever the values are. None: True.
         backup: keeps the elements as they were. None: nothing is kept.
+        sources: what is added to instead, float32 and shaped like the tensors; these become the sums, rounded.
     """
     if when is not None and when.is_cpu and not when:
+        return
+    if sources is not None:
+        _back_up(tensors, subsets, backup)
+        for some in _at_once(tensors):
+            targets, parts = [tensors[i] for i in some], [subsets[i] for i in some]
+            sums = [s.reshape(-1) for s in masked_select([sources[i] for i in some], parts)]
+            masked_add_(
+                sums,
+                [None] * len(some),
+                _selected([values[i] for i in some], parts),
+                alpha=alpha,
+                factors=None if factors is None else [factors[i] for i in some],
+                when=when,
+            )
+            rounded = [s.to(t.dtype) for s, t in zip(sums, targets, strict=True)]
+            shaped = [r if p else r.view(t.shape) for r, t, p in zip(rounded, targets, parts, strict=True)]
+            masked_scatter_(targets, parts, shaped)
         return
     tensors, values = _in_memory(tensors, subsets, values)
     ways = _ways_to_add(tensors, subsets, values)
@@ -187,6 +206,34 @@ def masked_add_(
             when=when,
             backup=backup,
         )
+
+
+_AT_ONCE = 1 << 24  # elements of which there are float32 copies at one time
+
+
+def _at_once(tensors: Sequence[Tensor]) -> Iterator[list[int]]:
+    """Places in a list of tensors, the next few together."""
+    some: list[int] = []
+    count = 0
+    for i, t in enumerate(tensors):
+        if some and count + t.numel() > _AT_ONCE:
+            yield some
+            some, count = [], 0
+        some.append(i)
+        count += t.numel()
+    if some:
+        yield some
+
+
+def _selected(values: Sequence[Tensor], subsets: Subsets) -> list[Tensor]:
+    """Values as vectors, as `masked_select` returns them where they are shaped like their tensor."""
+    some = [
+        i for i, (v, subset) in enumerate(zip(values, subsets, strict=True)) if subset and v.numel() != subset.count
+    ]
+    found = [v.reshape(-1) for v in values]
+    for i, picked in zip(some, masked_select([values[i] for i in some], [subsets[i] for i in some]), strict=True):
+        found[i] = picked
+    return found
 
 
 def _in_memory(

@@ -75,6 +75,10 @@ class _Side:
         """What is written to."""
         return [shard.weight for shard in self._sharding.shards(parameters)]
 
+    def masters(self, parameters: Sequence[nn.Parameter]) -> list[Tensor] | None:
+        """What that is rounded from, if it is."""
+        return self._sharding.masters(parameters)
+
     def gradients(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
         """Their gradients after the ascent."""
         return self._sharding.gradients(parameters)
@@ -97,6 +101,9 @@ class _Whole(_Side):
 
     def weights(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
         return self._sharding.resident(parameters)
+
+    def masters(self, parameters: Sequence[nn.Parameter]) -> list[Tensor] | None:
+        return None
 
     def gradients(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
         return self._sharding.resident_gradients(parameters)
@@ -139,8 +146,8 @@ class Epsilon:
     alpha: Tensor
     exists: Tensor
 
-    def add_(self, weights: Sequence[Tensor], backup: Backup | None) -> None:
-        """w ← w + ε, rounded once to the weights' dtype; see `masked_add_`."""
+    def add_(self, weights: Sequence[Tensor], backup: Backup | None, masters: Sequence[Tensor] | None = None) -> None:
+        """w ← w + ε, or master + ε where there are masters, rounded once to the weights' dtype; see `masked_add_`."""
         masked_add_(
             weights,
             self.parts,
@@ -149,6 +156,7 @@ class Epsilon:
             factors=self.radii,
             when=self.exists,
             backup=backup,
+            sources=masters,
         )
 
     def computed(self) -> list[Tensor]:
@@ -243,9 +251,9 @@ class Perturbation:
             # Other processes write to some of what changes here.
             changing, changed = sharding.resident(perturbed), self._mask.resident(plan)
             self.backup.keep(partial(masked_scatter_, changing, changed, masked_select(changing, changed)))
-            epsilon.add_(side.weights(perturbed), None)
+            epsilon.add_(side.weights(perturbed), None, side.masters(perturbed))
         else:
-            epsilon.add_(side.weights(perturbed), self.backup)
+            epsilon.add_(side.weights(perturbed), self.backup, side.masters(perturbed))
         # A copy, because gradients may lie where the next ones will.
         kept = side.of_shards(plan, perturbed, epsilon.computed()) if keep else []
         del epsilon

@@ -10,15 +10,19 @@ below, is FSDP's: the parameters that one `fully_shard` call gathers and frees t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence, Set
+import weakref
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo
 from torch.distributed.tensor import DTensor, Placement, Replicate
@@ -33,6 +37,7 @@ from ssam_scale.torch_compat import (
 
 from .gradient_hooks import OnGradient, divert_gradients
 from .interface import AscentReduction, Shard, WrittenWeights
+from .low_precision import cast_parameters
 from .packed_reduce_scatter import Asked, Packing, Packings
 from .process_group import ProcessGroup
 from .registry import BACKENDS, Backend, MakeOptimizer, Options
@@ -143,7 +148,7 @@ class FSDP2(TorchTraining):
         self.shard_group = ProcessGroup(self._mesh.get_group(self._mesh.ndim - 1))
         self.data_parallel_group = ProcessGroup(_group_of_all(self._mesh))
         self.packs_gradients = self.shard_group.size > 1
-        _forget_forwards_without_graph(module, self._state._comm_ctx)
+        _OrderOfForwards(module, self._state._comm_ctx, fsdp_param_groups(self._state))
         self.packings = Packings(self.shard_group.size, self.shard_group.rank)
 
     def shards(self, parameters: Sequence[nn.Parameter]) -> list[Shard]:
@@ -153,6 +158,10 @@ class FSDP2(TorchTraining):
             start = min(self.shard_group.rank * self._padded_numel(p), p.numel())
             result.append(Shard(_local(p), start, p.numel()))
         return result
+
+    def masters(self, parameters: Sequence[nn.Parameter]) -> list[Tensor] | None:
+        """There are none: what is gathered in low precision is cast from the shards."""
+        return None
 
     def gradients(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
         """The local rows of each parameter's `.grad`, which FSDP has reduced."""
@@ -310,21 +319,46 @@ def _forget_frozen_beginning(context: Any) -> None:
         del order[:frozen]
 
 
-def _forget_forwards_without_graph(root: nn.Module, context: Any) -> None:
-    """A backward gathers ahead what ran before in a forward; what ran without a graph it has no use for."""
-    recorded: list[int] = []
+class _OrderOfForwards:
+    """What a backward gathers ahead: FSDP's order of the forwards before it, kept to what the backward comes to.
 
-    def before(module: nn.Module, inputs: Any) -> None:
-        recorded[:] = [] if torch.is_grad_enabled() else [len(context.post_forward_order)]
+    FSDP notes the parameter groups in the order in which forwards use them, by which the backward of each gathers the
+    one before it, and forgets them all at the end of a backward. But a forward without a graph has no backward; and
+    that of a shared prefix comes after the ascent's, as a part of the descent's: a forward that goes on from the output
+    of an earlier one goes on with its order, too.
 
-    def after(module: nn.Module, inputs: Any, output: Any) -> None:
-        for start in recorded:
-            for group in reversed(context.post_forward_order[start:]):
+    Args:
+        root: the FSDP2 root.
+        context: its `FSDPCommContext`.
+        own: the root's own parameter groups, which stay gathered from the suffix's backward to the prefix's.
+    """
+
+    def __init__(self, root: nn.Module, context: Any, own: Sequence[Any]) -> None:
+        self._context, self._own = context, own
+        self._start = 0  # of the forward under way
+        self._used: list[tuple[weakref.ref[Tensor], list[Any]]] = []  # by forwards whose output there still is
+        root.register_forward_pre_hook(self._before, prepend=True)  # FSDP's own hook replaces the inputs
+        root.register_forward_hook(self._after)
+
+    def _before(self, root: nn.Module, inputs: Sequence[Any]) -> None:
+        order = self._context.post_forward_order
+        self._used = [(output, used) for output, used in self._used if output() is not None]
+        if torch.is_grad_enabled() and not order:  # what is there has not been through a backward yet
+            for output, used in self._used:
+                for group in used if any(x is output() for x in inputs) else []:
+                    group._post_forward_indices.append(len(order))
+                    order.append(group)
+        self._start = len(order)
+
+    def _after(self, root: nn.Module, inputs: Any, output: Any) -> None:
+        order = self._context.post_forward_order
+        if not torch.is_grad_enabled():
+            for group in reversed(order[self._start :]):
                 group._post_forward_indices.pop()
-            del context.post_forward_order[start:]
-
-    root.register_forward_pre_hook(before)
-    root.register_forward_hook(after)
+            del order[self._start :]
+        elif isinstance(output, Tensor) and output.requires_grad:
+            used = [group for group in order[self._start :] if group not in self._own]
+            self._used.append((weakref.ref(output), used))
 
 
 @contextmanager
@@ -413,11 +447,45 @@ def _place(
     else:
         shape = (replicas, world.size // replicas)
         mesh = dist.init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))
+    policy = MixedPrecisionPolicy()
+    if cast_parameters(module, options.precision):
+        # Autocast casts what layers are given.
+        policy = MixedPrecisionPolicy(options.precision, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in options.blocks:
         if block is not module:
-            fully_shard(block, mesh=mesh)
-    fully_shard(module, mesh=mesh)
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+    root = fully_shard(module, mesh=mesh, mp_policy=policy)
+    if policy.param_dtype is not None:
+        _keep_float32(root, {id(p) for p in cast_parameters(module, options.precision)})
     return module, make_optimizer()
+
+
+def _keep_float32(root: FSDPModule, cast: Set[int]) -> None:
+    """Gather the parameters of an FSDP2 root in float32, except those, given by identity, that its policy casts.
+
+    A policy is for all parameters of a `fully_shard` call, and a call of their own for those that stay float32 would
+    double the number of collectives. FSDP gathers several dtypes together, but it reduces only one: gradients
+    accumulate in float32, as autocast makes them. Collective.
+    """
+    sharded = [module for module in root.modules() if isinstance(module, FSDPModule)]  # type: ignore[attr-defined]
+    params = {
+        module: [one for group in fsdp_param_groups(module._get_fsdp_state()) for one in group.fsdp_params]
+        for module in sharded
+    }
+    for one in chain(*params.values()):
+        if id(one.sharded_param) not in cast:
+            # FSDP asks each parameter for its dtypes, and again in every `unshard()`.
+            one.init_dtype_attrs = partial(_without_cast, one.init_dtype_attrs)
+    root._get_fsdp_state()._lazy_init()
+    for module, own in params.items():
+        module.unshard()  # there is no unsharded parameter before
+        for one in own:
+            one._unsharded_param.grad_dtype = torch.float32
+        module.reshard()
+
+
+def _without_cast(init_dtypes: Callable[[MixedPrecisionPolicy], None], policy: MixedPrecisionPolicy) -> None:
+    init_dtypes(replace(policy, param_dtype=None))
 
 
 BACKENDS.register(

@@ -115,6 +115,13 @@ class ShardedWeights(Protocol):
     def shards(self, parameters: Sequence[nn.Parameter]) -> list[Shard]:
         """The local shards of `parameters`."""
 
+    def masters(self, parameters: Sequence[nn.Parameter]) -> list[Tensor] | None:
+        """Of shards in bf16 or fp16, the float32 numbers that they are rounded from; None: the shards are all there is.
+
+        The optimizer steps these and ε is added to them, of which a shard of few bits would lose most. Of the shards'
+        shapes, and not to be written to.
+        """
+
     def gradients(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
         """The local gradients of `parameters`, shaped like their shards; zeros where a pass left none."""
 
@@ -159,7 +166,7 @@ class ShardedPasses(Protocol):
         supports_grad_scaler: whether `step` takes a GradScaler.
         packs_gradients: whether `ascent` reduces nothing but the elements that it is asked for.
         reduces_whole: whether `ascent` leaves whole gradients on every rank though the optimizer steps shards (ZeRO 1
-            and 2): each rank can perturb all weights by itself, and has nothing to publish.
+            and 2 in float32): each rank can perturb all weights by itself, and has nothing to publish.
     """
 
     network: nn.Module

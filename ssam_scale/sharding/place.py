@@ -45,6 +45,7 @@ def place(
     accumulation: int = 1,
     max_grad_norm: float | None = None,
     deepspeed: Mapping[str, Any] | None = None,
+    precision: torch.dtype = torch.float32,
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
     """Distribute `module` and build its optimizer, each when the backend needs it: what `SparseSAM` is given.
 
@@ -60,6 +61,8 @@ def place(
         accumulation: micro-batches in one step; DeepSpeed wants to know.
         max_grad_norm: what the descent gradient will be clipped to; DeepSpeed clips itself.
         deepspeed: sections of DeepSpeed's configuration beside those that say the same as the other arguments.
+        precision: of the autocast that every forward is going to run under; float32: there is none. What autocast would
+            cast to bf16, a backend that gathers weights gathers in bf16 (`low_precision`).
 
     Raises:
         ValueError: there is no such backend, it or the number of replicas does not go with the number of processes, or
@@ -82,7 +85,7 @@ def place(
         raise ValueError(
             f"backend {backend} without a launcher; use single, or start the processes with {chosen.launchers}"
         )
-    options = Options(blocks, replicas, batch_size, accumulation, max_grad_norm, deepspeed or {})
+    options = Options(blocks, replicas, batch_size, accumulation, max_grad_norm, deepspeed or {}, precision)
     if chosen.any_memory_format:
         to_device(module, world.device)
     else:

@@ -32,6 +32,7 @@ class Options:
         accumulation: micro-batches in one step (DeepSpeed).
         max_grad_norm: what the descent gradient is clipped to (DeepSpeed clips itself).
         deepspeed: further sections of DeepSpeed's configuration.
+        precision: of the autocast that forwards run under; float32: there is none. See `low_precision`.
     """
 
     blocks: Sequence[nn.Module] = ()
@@ -40,6 +41,7 @@ class Options:
     accumulation: int = 1
     max_grad_norm: float | None = None
     deepspeed: Mapping[str, Any] = field(default_factory=dict)
+    precision: torch.dtype = torch.float32
 
 
 @dataclass(frozen=True)

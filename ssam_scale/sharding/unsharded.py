@@ -117,6 +117,10 @@ class ReplicatedWeights:
         """The parameters themselves."""
         return [Shard(p.detach(), 0, p.numel()) for p in parameters]
 
+    def masters(self, parameters: Sequence[nn.Parameter]) -> list[Tensor] | None:
+        """There are none."""
+        return None
+
     def gradients(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
         """Each parameter's `.grad`."""
         return [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]

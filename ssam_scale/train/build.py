@@ -136,6 +136,7 @@ def build(config: Config, world: World, phases: Phases, found: int | None = None
             accumulation=split.accumulation,
             max_grad_norm=config.optimizer.clip_grad_norm,
             deepspeed=taken(config.sharding.deepspeed),
+            precision=precision,
         )
     except ValueError as error:
         raise UserError(f"sharding: {error}") from error

@@ -103,7 +103,7 @@ def cost_rows(config: Config, found: Measured, machines: Machines) -> list[dict[
     """
     network = staged_model(config)
     base_of_ours = base_optimizer(config, network.model)
-    weights, total = weights_of(network, base_of_ours), found.weights
+    weights, total = weights_of(network, base_of_ours, PRECISIONS[config.train.precision]), found.weights
     opt = configured_sam(config, network, base_of_ours)
     drawn = plans_of(config, opt)
     dense_config = config.model_copy(update={"perturbation": None})
@@ -359,7 +359,7 @@ def simulated_rows(config: Config, cluster: Cluster) -> list[dict[str, Any]]:
         raise UserError("--dry-run: backend single sends nothing; add sharding.backend=fsdp2 or ddp, and --gpus 8")
     network = staged_model(config)
     base = base_optimizer(config, network.model)
-    weights, depth = weights_of(network, base), len(network.stages)
+    weights, depth = weights_of(network, base, PRECISIONS[config.train.precision]), len(network.stages)
     numel = sum(w.numel for w in weights.values())
     alone = configured_sam(config, network, base)
     drawn = sorted(plans_of(config, alone), key=lambda plan: plan.perturbed)
@@ -423,6 +423,7 @@ def _simulated(config: Config, placement: Placement, mask: GivenPlan, accumulati
             accumulation=accumulation,
             max_grad_norm=config.optimizer.clip_grad_norm,
             deepspeed=taken(config.sharding.deepspeed),
+            precision=PRECISIONS[config.train.precision],
         )
         if section is None or not ascends:
             opt = SparseSAM(module, base, rho=0.0, max_grad_norm=config.optimizer.clip_grad_norm)

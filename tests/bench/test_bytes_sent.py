@@ -9,6 +9,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from ssam_scale.sharding import World
 from tests.support.ranks import run_ranks
 
 SETTING = Setting("test_vit", 32, 2, torch.device("cpu"))
+BF16 = replace(SETTING, asked="bf16")
 # Of stage 3, so that the small network has parameters that are kept gathered and others that are not.
 ZERO = ZeroSettings(persistent=5000)
 
@@ -34,11 +36,12 @@ JOBS = [Job(backend, plan) for backend in ("ddp", "fsdp2") for plan in PLANS + U
 JOBS += [Job("fsdp2", "block 50%, kept gathered")]
 JOBS += [Job(f"zero{stage}", plan) for stage in range(4) for plan in PLANS if plan not in ("norm", "interval 2")]
 JOBS += [Job("zero3", "cut 0.5, no shared prefix"), Job("zero3", "tensor 50%, not elided")]
+IN_BF16 = [Job(backend, plan) for backend in ("fsdp2", "zero3") for plan in ("base", "sam", "cut 0.5", "element 50%")]
 ON_COPIES = ["base", "sam", "cut 0.5", "element 50%", "block 50%, kept gathered", "sam, within the shard group"]
 
 
-def counted(world: World, jobs: list[Job]) -> list[dict[str, Any]]:
-    return [vars(counts) for counts in count_bytes(world, SETTING, jobs, ZERO)]
+def counted(world: World, jobs: list[Job], setting: Setting = SETTING) -> list[dict[str, Any]]:
+    return [vars(counts) for counts in count_bytes(world, setting, jobs, ZERO)]
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +56,13 @@ def found() -> dict[Job, tuple[int, Counted]]:
 
 
 @pytest.fixture(scope="module")
+def in_bf16() -> dict[Job, Counted]:
+    return {
+        job: Counted(**counts) for job, counts in zip(IN_BF16, run_ranks(2, counted, IN_BF16, BF16)[0], strict=True)
+    }
+
+
+@pytest.fixture(scope="module")
 def rows(found: dict[Job, tuple[int, Counted]]) -> dict[tuple[str, str], dict[str, Any]]:
     return {(row["backend"], row["plan"]): row for row in rows_of(SETTING, found)}
 
@@ -62,6 +72,20 @@ def test_the_cost_model_predicts_the_bytes_of_real_processes(found: dict[Job, tu
     """Within half a percent: norms, and whether all processes have the same trace, are a few hundred bytes."""
     for job, (_, counts) in found.items():
         assert counts.predicted == pytest.approx(sum(counts.bytes.values()), rel=0.005), job
+
+
+@pytest.mark.slow
+def test_in_bf16_weights_are_gathered_by_half_the_bytes(
+    in_bf16: dict[Job, Counted], found: dict[Job, tuple[int, Counted]]
+) -> None:
+    """But for what stays float32: norms and position embeddings, and what DeepSpeed gathers of stepped weights.
+    Gradients are reduced as they are without, and the cost model says both."""
+    for job, counts in in_bf16.items():
+        _, float32 = found[job]
+        assert counts.predicted == pytest.approx(sum(counts.bytes.values()), rel=0.005), job
+        assert counts.bytes["reduce_scatter"] == float32.bytes["reduce_scatter"]
+        most = 0.53 if job.backend == "fsdp2" else 0.65
+        assert 0.5 < counts.bytes["all_gather"] / float32.bytes["all_gather"] < most, job
 
 
 @pytest.mark.slow

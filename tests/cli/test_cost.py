@@ -185,6 +185,19 @@ def test_one_process_of_512_sends_and_holds_what_is_predicted(
     assert rows[0]["sent"] < rows[1]["sent"] <= 2.01 * rows[0]["sent"]
 
 
+def test_in_bf16_one_process_of_eight_gathers_half_as_predicted(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    how = ["--dry-run", "--gpus", "8", "sharding.backend=fsdp2", "perturbation.mask.cut=[0.5, 0.5]"]
+    float32, bf16 = (run(folder, capsys, *how, f"train.precision={name}") for name in ("fp32", "bf16"))
+    for row, other in zip(bf16, float32, strict=True):
+        assert row["predicted_sent"] == pytest.approx(row["sent"], rel=0.01)
+        assert row["predicted_held"] == pytest.approx(row["held"], rel=0.01)
+        assert row["held"] == other["held"]
+        gathered, whole = (each["sent_by_collective"]["all_gather"] for each in (row, other))
+        assert 0.5 < gathered / whole < 0.57  # norms and biases stay float32
+
+
 @pytest.mark.slow
 def test_copies_and_micro_batches_of_a_dry_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     how = ["sharding.backend=fsdp2", "sharding.replicas=8", "train.accumulation=2", ELEMENT]

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from ssam_scale import Depth, SparseSAM
 from ssam_scale.masks import Dense, Mask, Named
+from ssam_scale.perturbation import Savings
 from ssam_scale.sharding import World
 from ssam_scale.sharding.place import place
 from tests.support.networks import batches, loss_fn, small_network
@@ -21,7 +24,8 @@ from tests.support.training import on
 
 WORLD = "one of eight processes"
 RANKS = 8
-UNITS = 5  # four blocks, and what is around them
+BLOCKS = 4
+UNITS = BLOCKS + 1  # and what is around them
 # Everything is gathered anew each time, by modules, with a little of it ahead.
 GATHERS_ALL = {
     "zero_optimization": {
@@ -42,8 +46,8 @@ def world() -> Iterator[World]:
     dist.destroy_process_group()
 
 
-def sam_on(world: World, backend: str, mask: Mask, **options: Any) -> SparseSAM:
-    """The optimizer of a small ViT."""
+def sam_on(world: World, backend: str, mask: Mask, precision: torch.dtype = torch.float32, **options: Any) -> SparseSAM:
+    """The optimizer of a small ViT, whose forwards run under autocast to a precision."""
     model = small_network("vit").to(world.device)
     module, base = place(
         model,
@@ -53,6 +57,7 @@ def sam_on(world: World, backend: str, mask: Mask, **options: Any) -> SparseSAM:
         lambda: torch.optim.SGD(model.parameters(), lr=0.1),
         batch_size=8,
         deepspeed=GATHERS_ALL if backend == "zero3" else None,
+        precision=precision,
     )
     return SparseSAM(module, base, rho=0.1, mask=mask, calibrate_every=None, **options)
 
@@ -94,6 +99,56 @@ def test_an_ascent_behind_a_cut_gathers_and_reduces_the_suffix_alone(world: Worl
     assert calls["perturb"] == Counter({"allreduce": 1})
 
 
+def gathered_ahead(world: World, monkeypatch: pytest.MonkeyPatch, **savings: bool) -> list[bool]:
+    """In the descent's backward behind a cut, of each block from the last to the first: whether its gather is under way
+    before the backward of what the backward comes to before it has ended."""
+    events: list[tuple[str, str]] = []
+    phase = "else"
+
+    @contextmanager
+    def phases(name: str) -> Iterator[None]:
+        nonlocal phase
+        before, phase = phase, name
+        yield
+        phase = before
+
+    gather, end = FSDPParamGroup.unshard, FSDPParamGroup.post_backward
+
+    def noted_gather(group: Any, *args: Any) -> None:
+        before = group._all_gather_result
+        gather(group, *args)
+        if group._all_gather_result is not before and phase == "descent backward":
+            events.append(("gathers", group._module_fqn))
+
+    def noted_end(group: Any, *args: Any) -> None:
+        if phase == "descent backward" and ("ends", group._module_fqn) not in events:
+            events.append(("ends", group._module_fqn))
+        end(group, *args)
+
+    opt = sam_on(world, "fsdp2", Depth((0.5, 0.5)), phases=phases, savings=Savings(**savings))
+    [batch] = [on(world.device, batch) for batch in batches(1, 8)]
+    opt.step(loss_fn, batch)
+    with monkeypatch.context() as patch:
+        patch.setattr(FSDPParamGroup, "unshard", noted_gather)
+        patch.setattr(FSDPParamGroup, "post_backward", noted_end)
+        opt.step(loss_fn, batch)
+    last_to_first = [f"model.blocks.{index}" for index in reversed(range(BLOCKS))]
+    assert [name for what, name in events if what == "gathers"] == last_to_first
+    ends_before = [events.index(("ends", name)) for name in last_to_first[:-1]]
+    return [
+        events.index(("gathers", name)) < ends
+        for name, ends in zip(last_to_first, [len(events), *ends_before], strict=True)
+    ]
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["shared prefix", "each pass its own"])
+def test_a_descent_gathers_every_block_ahead_of_its_backward(
+    shared: bool, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of a shared prefix too, whose forward came before the ascent's backward."""
+    assert gathered_ahead(world, monkeypatch, share_prefix=shared, keep_gathered=False) == [True] * BLOCKS
+
+
 @pytest.mark.parametrize(
     "mask",
     [Named(r"qkv\.weight"), Depth((0.5, 0.5)), Dense()],
@@ -120,4 +175,22 @@ def test_gathers_wait_for_weights_that_were_loaded(world: World) -> None:
     with Watch(races=True) as watch:
         opt.sharding.load_full_model_state_dict(network, weights)
         opt.step(loss_fn, batch)
+    assert watch.races == []
+
+
+def in_bf16(forward: Any, batch: Any) -> torch.Tensor:
+    """The mean loss of a forward under autocast."""
+    with torch.autocast("cuda", torch.bfloat16):
+        logits = forward(batch[0])
+    return torch.nn.functional.cross_entropy(logits.float(), batch[1])
+
+
+@pytest.mark.parametrize("backend", ["fsdp2", "zero3"])
+def test_what_is_cast_before_a_gather_is_what_was_written_before(backend: str, world: World) -> None:
+    opt = sam_on(world, backend, Depth((0.5, 0.5)), torch.bfloat16)
+    [batch] = [on(world.device, batch) for batch in batches(1, 8)]
+    opt.step(in_bf16, batch)
+    with Watch(races=True) as watch:
+        opt.step(in_bf16, batch)
+        opt.step(in_bf16, batch)
     assert watch.races == []

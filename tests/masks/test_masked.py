@@ -83,6 +83,36 @@ def test_adding_is_exact_to_a_rounding_and_undone_to_the_bit(
         assert target.stride() == g.tensor.clone().stride()
 
 
+@settings(max_examples=60, deadline=None)
+@given(tensors(wholes=True), st.booleans(), st.sampled_from([None, True, False]))
+def test_what_is_added_to_a_source_is_rounded_into_the_tensor(
+    given: list[Given], compact: bool, when: bool | None
+) -> None:
+    """Of weights that are rounded masters; the sum is float32 before it is rounded."""
+    generator = torch.Generator().manual_seed(0)
+    sources = [torch.randn(g.tensor.shape, generator=generator) for g in given]
+    targets = [g.tensor.clone().copy_(source) for source, g in zip(sources, given, strict=True)]
+    before = [target.clone() for target in targets]
+    values = [g.gradient[g.booleans] if compact and g.subset is not None else g.gradient for g in given]
+    backup = Backup()
+    masked_add_(
+        targets,
+        [g.subset for g in given],
+        values,
+        alpha=torch.tensor(0.5),
+        when=None if when is None else torch.tensor(when),
+        backup=backup,
+        sources=sources,
+    )
+    for g, source, target, was in zip(given, sources, targets, before, strict=True):
+        summed = (source + 0.5 * g.gradient.float()).to(target.dtype)
+        expected = was if when is False else torch.where(g.booleans, summed, was)
+        torch.testing.assert_close(target, expected, rtol=torch.finfo(target.dtype).eps, atol=0)
+        assert torch.equal(target[~g.booleans], was[~g.booleans])
+    backup.restore_()
+    assert all(torch.equal(target, was) for target, was in zip(targets, before, strict=True))
+
+
 def test_a_product_is_rounded_to_float32_and_then_the_sum() -> None:
     """As torch rounds `w + alpha * g`; the same on every process, whatever part of a tensor it has."""
     generator = torch.Generator().manual_seed(0)

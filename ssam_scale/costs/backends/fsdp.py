@@ -2,7 +2,8 @@
 
 A unit (a block) is gathered for a forward and again for its backward, the root's own weights once for both. Gradients
 that are needed of a unit are reduce-scattered together, padded to whole rows of each process; of single weights and
-rows, what is needed, shared out as `sharding.packed_reduce_scatter` says. With several copies of the weights the sums
+rows, what is needed, shared out as `sharding.packed_reduce_scatter` says. What autocast would cast is cast before it is
+gathered (`sharding.low_precision`); gradients are float32. With several copies of the weights the sums
 are then all-reduced between them, unless an ascent stays within its copy.
 
 With a shared prefix the root's weights are gathered for the prefix and the ascent, and once more when they were
@@ -68,12 +69,12 @@ class FSDP2Costs(Common):
                 more = -1 if resolved.shares_prefix and unit not in run else 0
             else:
                 more = (unit in run) + (unit in climbed)
-            gathers += more * self._of_units({unit})
+            gathers += more * self._gathered_bytes({unit})
         shards = self.placement.shards
         units = [[name for name, w in self.weights.items() if w.unit == unit] for unit in self._units(0)]
         mine = sum(self.needed_of(ascent, names, lambda w: w.padded(shards)) for names in units) / shards
         between = () if resolved.within_shard_group else self._between_copies(mine)
-        gathered = Sent("all_gather", float(FLOAT * self.accumulation * gathers), self.placement.shard_group)
+        gathered = Sent("all_gather", float(self.accumulation * gathers), self.placement.shard_group)
         return (gathered, *self._scatter(mine), *between)
 
     def memory(self, ascents: Sequence[Ascent]) -> MemoryUse:
@@ -86,6 +87,7 @@ class FSDP2Costs(Common):
             FLOAT * mine,
             FLOAT * mine,
             max([self._gathered(frozenset()), *(self._gathered(self._staying(a)) for a in ascents)]),
+            copies=-float(sum((FLOAT - w.gathered) * w.numel for w in self.weights.values())),
             **perturbing(ascents, shards, known),
         )
 
@@ -102,23 +104,26 @@ class FSDP2Costs(Common):
     def _gathered(self, staying: Collection[Unit]) -> float:
         if self.placement.shards == 1:
             return 0.0
-        sizes: dict[Unit, int] = {None: 0}
-        for w in self.weights.values():
-            sizes[w.unit] = sizes.get(w.unit, 0) + w.padded(self.placement.shards)
+        sizes = {unit: self._gathered_bytes({unit}) for unit in self._units(0)}
+        gradient = FLOAT * max(self._padded(self._of_units({unit})) for unit in sizes)
         root = sizes.pop(None)
         kept = sum(sizes[unit] for unit in staying if unit is not None)
         at_work = sorted((size for unit, size in sizes.items() if unit not in staying), reverse=True)[:2]
-        return float(FLOAT * (root + kept + sum(at_work) + max([root, *sizes.values()])))
+        return float(root + kept + sum(at_work) + gradient)
 
     def _padded(self, names: Iterable[str]) -> int:
         return sum(self.weights[name].padded(self.placement.shards) for name in names)
 
-    def _of_units(self, units: Collection[Unit]) -> int:
-        return self._padded(name for name, w in self.weights.items() if w.unit in units)
+    def _of_units(self, units: Collection[Unit]) -> list[str]:
+        return [name for name, w in self.weights.items() if w.unit in units]
+
+    def _gathered_bytes(self, units: Collection[Unit]) -> int:
+        names, shards = self._of_units(units), self.placement.shards
+        return sum(self.weights[name].gathered * self.weights[name].padded(shards) for name in names)
 
     def _gathers(self, units: Collection[Unit]) -> Sends:
-        whole = self.accumulation * self._of_units(units)
-        return (Sent("all_gather", float(FLOAT * whole), self.placement.shard_group),)
+        whole = self.accumulation * self._gathered_bytes(units)
+        return (Sent("all_gather", float(whole), self.placement.shard_group),)
 
     def _reductions(self, ascent: Ascent) -> Sends:
         units: dict[Unit, list[str]] = {}

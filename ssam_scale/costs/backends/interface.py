@@ -41,6 +41,8 @@ class MemoryUse:
         mask: of the mask's bits.
         backup: of the perturbed weights as they were.
         reuse: of what is kept for steps without an ascent, and of ε when that is renewed.
+        copies: of weights, cast by autocast, that are kept from a forward to its backward, more than on one process,
+            where activations are measured with them; below 0 where the backend casts weights before it gathers them.
     """
 
     weights: float
@@ -50,6 +52,7 @@ class MemoryUse:
     mask: float = 0.0
     backup: float = 0.0
     reuse: float = 0.0
+    copies: float = 0.0
 
 
 class BackendCosts(Protocol):

@@ -8,9 +8,10 @@ reductions go on while the pass computes; gathering the persistent ones does not
 
 The ascent gathers what it runs, and perturbing frees what was written to (all, where nothing is packed), the persistent
 ones too. A shared prefix stays gathered from its forward to its backward if any whole pass of the network would stay.
-Weights that nothing perturbs can stay from the ascent to the descent. Gradients are reduce-scattered in every
-micro-batch: those of a descent in full, of those of an ascent what is needed, all together, shared out as
-`sharding.packed_reduce_scatter` says.
+Weights that nothing perturbs can stay from the ascent to the descent. What autocast would cast is cast before it is
+gathered for a pass (`sharding.low_precision`), but not before DeepSpeed gathers what it has stepped. Gradients are
+reduce-scattered in every micro-batch: those of a descent in full, of those of an ascent what is needed, all together,
+shared out as `sharding.packed_reduce_scatter` says.
 
 Taken for granted: the trace by which DeepSpeed knows what is used next is the right one for each kind of pass, which it
 is from the third pass of a kind on.
@@ -57,7 +58,7 @@ class ZeRO3Costs(Common):
         return PassTraffic(
             self._gathers(self._large - there),
             self._gathers(again) + self._scatters(self._padded(self.weights)),
-            self._gathers(self._persistent, times=1),
+            (Sent("all_gather", float(FLOAT * self._padded(self._persistent)), self.placement.world),),
         )
 
     def floor(self, ascent: Ascent) -> Sends:
@@ -71,7 +72,7 @@ class ZeRO3Costs(Common):
         whole = sum(sent.whole for sent in gathered if sent.collective == "all_gather")
         base = self.descent(None)
         whole -= sum(sent.whole for sent in base.forward + base.backward if sent.collective == "all_gather")
-        whole += FLOAT * self._padded(self._persistent & ascent.perturbed.keys())
+        whole += self._gathered_bytes(self._persistent & ascent.perturbed.keys())
         shards = self.placement.shards
         elements = self.needed_of(ascent, self.weights, lambda w: -(-w.numel // shards) * shards)
         return (Sent("all_gather", float(whole), self.placement.world), *self._scatters(elements))
@@ -129,7 +130,10 @@ class ZeRO3Costs(Common):
 
     def _gathers(self, names: Iterable[str], times: int | None = None) -> Sends:
         times = self.accumulation if times is None else times
-        return (Sent("all_gather", float(FLOAT * times * self._padded(names)), self.placement.world),)
+        return (Sent("all_gather", float(times * self._gathered_bytes(names)), self.placement.world),)
+
+    def _gathered_bytes(self, names: Iterable[str]) -> int:
+        return sum(self.weights[name].gathered * self._padded([name]) for name in names)
 
     def _needed(self, ascent: Ascent) -> Sends:
         """The gradients that are needed, in one bucket."""

@@ -8,7 +8,8 @@
 
 Except for stage 0 in fp32, the optimizer steps float32 masters that are kept apart from the weights of the forward.
 Only the latter are perturbed, and put back by copy: the optimizer never sees w + ε. In bf16 and fp16 that makes it the
-usual mixed-precision training; a loss scale is in all gradients alike, and ε does not depend on it.
+usual mixed-precision training: what the forward reads is master + ε, rounded, because most of a small ε is lost where
+it is added to what was rounded already. A loss scale is in all gradients alike, and ε does not depend on it.
 
 DeepSpeed has no public calls for most of this. What is used of its internals is listed in the files of the stages, with
 the reason, and looked for when a backend is constructed: another DeepSpeed fails there and not in the middle of

@@ -10,11 +10,13 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.torch_autocast import PARAM_COMM_DTYPE_ATTR_NAME
 from torch import Tensor, nn
 
 from ssam_scale.sharding.bucketed_all_reduce import AscentAllReduce
 from ssam_scale.sharding.gradient_hooks import OnGradient, aligned_storage, observe_gradients
 from ssam_scale.sharding.interface import AscentReduction
+from ssam_scale.sharding.low_precision import cast_parameters
 from ssam_scale.sharding.process_group import ProcessGroup
 from ssam_scale.sharding.registry import Options
 
@@ -68,6 +70,10 @@ def zero_engine(module: nn.Module, optimizer: torch.optim.Optimizer, stage: int,
         **said,
         "zero_optimization": {**zero, "stage": stage},
     }
+    if stage == 3:
+        for p in cast_parameters(module, options.precision):
+            # Asked for by each gather of stage 3. Reductions ask only where `torch_autocast` is on, too.
+            setattr(p, PARAM_COMM_DTYPE_ATTR_NAME, options.precision)
     try:
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
     except (ValueError, AssertionError, NotImplementedError, ImportError, deepspeed.DeepSpeedConfigError) as error:

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from ssam_scale.sharding.interface import Shard, ShardedWeights
 from ssam_scale.sharding.process_group import ProcessGroup
 
+FLOAT = 4  # bytes
+
 
 @dataclass(frozen=True)
 class Master:
@@ -50,7 +52,15 @@ class HasMasters(ShardedWeights, Protocol):
 
 
 class MasterState:
-    """Saves and loads a backend that `HasMasters`."""
+    """Saves and loads a backend that `HasMasters`, and says what its weights are rounded from."""
+
+    def masters(self: HasMasters, parameters: Sequence[nn.Parameter]) -> list[Tensor] | None:
+        """The masters, where the weights of the forward have fewer bits."""
+        shards = [shard.weight for shard in self.shards(parameters)]
+        if all(weight.element_size() >= FLOAT for weight in shards):
+            return None
+        found = [self.master(p) for p in parameters]
+        return [m.shard(m.tensor.detach()).view(w.shape) for m, w in zip(found, shards, strict=True)]
 
     def optimizer_state_dict(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """Refused: the optimizer does not know the model's parameters.

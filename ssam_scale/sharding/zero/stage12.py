@@ -4,7 +4,8 @@
   is kept from reducing as its own `coalesce_grad_reduction` keeps it.
 - Perturbation: written to the parameters, on every rank the same, so there is nothing to publish. That sends as little
   as reducing to the owner of each partition and gathering what it perturbed, and it sends from every rank alike where
-  a cut perturbs the partitions of few. The optimizer steps float32 masters and never sees it.
+  a cut perturbs the partitions of few. The optimizer steps float32 masters and never sees it. In bf16 and fp16 each
+  rank perturbs its partition, of which it has the masters, and publishes it.
 - Restoring: each rank copies its full weights back.
 - Cleared between the passes: `.grad` and the reduced gradients, to which the descent's would be added.
 
@@ -31,7 +32,7 @@ from ssam_scale.sharding.packed_all_gather import PackedAllGather, Run, WrittenP
 from ssam_scale.torch_compat import all_gather_single
 
 from .engine import BACKWARD_INTERNALS, ZeROTraining, check_internals
-from .masters import FlatShards, Master, MasterState
+from .masters import FLOAT, FlatShards, Master, MasterState
 
 _STAGES_1_2_INTERNALS = BACKWARD_INTERNALS | {
     "bit16_groups": "which parameters are trained, by group; the optimizer's own groups hold flat partitions instead",
@@ -185,7 +186,8 @@ class ZeRO12(_FlatBuffers, ZeROTraining):
         check_internals(engine, _ENGINE_INTERNALS)
         if not zero.use_grad_accum_attribute:
             self.reduce_ascents()
-            self.reduces_whole = self.packs_gradients
+            # What each rank has of low-precision weights of others it has without their masters.
+            self.reduces_whole = self.packs_gradients and all(b.element_size() >= FLOAT for b in zero.bit16_groups_flat)
 
     @contextmanager
     def _without_reduction(self) -> Iterator[None]:
