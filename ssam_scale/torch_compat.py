@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
 from typing import Any
 
 import torch
@@ -78,6 +79,35 @@ FORWARD_SYNC_BUFFERS = _buffers_argument()
 def broadcasts_buffers(module: torch.nn.parallel.DistributedDataParallel) -> bool:
     """Whether DDP does so."""
     return bool(getattr(module, FORWARD_SYNC_BUFFERS))
+
+
+def allow_graphs(of_a_code: int) -> None:
+    """Let `torch.compile` make at least so many graphs of one code in this process; beyond that it compiles nothing."""
+    from torch._dynamo import config  # takes a second to import
+
+    config.recompile_limit = max(config.recompile_limit, of_a_code)
+    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, of_a_code)
+
+
+def compile_module(module: torch.nn.Module, options: dict[str, Any]) -> None:
+    """`module.compile(**options)`, also of torch's own modules (`nn.Sequential`), of which that compiles nothing.
+
+    Dynamo leaves code of torch's own alone where a call begins in it; this one begins here.
+    """
+    if not type(module).__module__.startswith("torch.nn."):
+        module.compile(**options)
+        return
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return module._call_impl(*args, **kwargs)
+
+    module._compiled_call_impl = torch.compile(call, **options)
+
+
+def is_compiled(module: torch.nn.Module) -> bool:
+    """Whether it is what `torch.compile` returned: a module around the model, which gives parameters other names."""
+    dynamo = sys.modules.get("torch._dynamo")
+    return dynamo is not None and isinstance(module, dynamo.OptimizedModule)
 
 
 def fsdp_param_groups(state: Any) -> list[Any]:

@@ -20,7 +20,7 @@ from ssam_scale.config.schema import Config, Perturbation
 from ssam_scale.data import ImageLoader, eval_loader, train_loader
 from ssam_scale.errors import UserError
 from ssam_scale.masks import RunInfo, build_mask
-from ssam_scale.models import build_model, stages_of
+from ssam_scale.models import build_model, check_compiler, stages_of
 from ssam_scale.models.ema import EMA
 from ssam_scale.perturbation import Phases, Savings, SparseSAM
 from ssam_scale.perturbation.loss import LossFn
@@ -99,6 +99,8 @@ def build(config: Config, world: World, phases: Phases, found: int | None = None
         UserError: what the configuration asks for cannot be had.
     """
     check_precision(config, world.device)
+    if config.train.compile:
+        check_compiler(world.device)
     if found is None:
         shared_out(config, world)  # what cannot be is said before anything is built
     torch.manual_seed(config.train.seed)
@@ -110,6 +112,8 @@ def build(config: Config, world: World, phases: Phases, found: int | None = None
     if config.train.activation_checkpointing:
         stages_of(staged_model.model, "train.activation_checkpointing works")
     _try_forward(config, staged_model)
+    if config.train.compile:
+        staged_model.compile()
     precision = PRECISIONS[config.train.precision]
     loss_fn = soft_loss(config, precision)
     if config.train.max_micro_batch == "auto" and found is None:
