@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch
 from torch import Tensor
 
@@ -23,10 +25,13 @@ def check_compiler(device: torch.device, option: str = "train.compile=true") -> 
             from torch._inductor.cpp_builder import get_cpp_compiler
 
             get_cpp_compiler()  # what is compiled already, and kept on disk, would need none
+        elif importlib.util.find_spec("triton") is None:
+            raise ImportError("Triton is not installed")
         compiled = torch.compile(_work, dynamic=False)
         compiled(torch.ones(8, device=device))
     except Exception as error:  # of as many kinds as there are compilers
-        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+        said: BaseException = getattr(error, "inner_exception", error)  # dynamo's own says who raised it, and no more
+        reason = next(iter(str(said).strip().splitlines()), "") or type(said).__name__
         raise UserError(
             f"{option}: torch.compile makes no code for {device.type} here ({reason}); it needs {_NEEDS[device.type]}"
         ) from error
