@@ -110,6 +110,36 @@ def is_compiled(module: torch.nn.Module) -> bool:
     return dynamo is not None and isinstance(module, dynamo.OptimizedModule)
 
 
+FUSED_STEPS = {torch.optim.SGD: "_fused_sgd_", torch.optim.Adam: "_fused_adam_", torch.optim.AdamW: "_fused_adamw_"}
+"""The operator that each optimizer of torch's with fused kernels steps by."""
+
+
+def fuses(optimizer: Any, parameter: torch.Tensor) -> bool:
+    """Whether torch has fused kernels of an optimizer for a parameter.
+
+    Args:
+        optimizer: its class; subclasses of torch's own step in their own way.
+        parameter: on its device. Of a DTensor, also torch's rules for sharding must know the operator: of SGD's, those
+            of torch 2.13 do not.
+    """
+    from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
+
+    if optimizer not in FUSED_STEPS or not parameter.is_floating_point():
+        return False
+    if parameter.device.type not in _get_fused_kernels_supported_devices():
+        return False
+    return not hasattr(parameter, "device_mesh") or _shards(FUSED_STEPS[optimizer])
+
+
+def _shards(operator: str) -> bool:
+    from torch.distributed.tensor import DTensor
+
+    propagator = DTensor._op_dispatcher.sharding_propagator
+    tables = ("op_strategy_funcs", "op_single_dim_strategy_funcs", "op_to_rules")
+    overload = getattr(torch.ops.aten, operator).default
+    return any(overload in getattr(propagator, table, {}) for table in tables)
+
+
 def fsdp_param_groups(state: Any) -> list[Any]:
     """Every `FSDPParamGroup` of an `FSDPState`: a list from torch 2.12 on, before it one or None."""
     groups = getattr(state, "_fsdp_param_groups", None)

@@ -23,6 +23,7 @@ from ssam_scale.masks import RunInfo, build_mask
 from ssam_scale.models import build_model, check_compiler, stages_of
 from ssam_scale.models.ema import EMA
 from ssam_scale.perturbation import Phases, Savings, SparseSAM
+from ssam_scale.perturbation.fused import fused_options
 from ssam_scale.perturbation.loss import LossFn
 from ssam_scale.perturbation.schedules import build_schedule
 from ssam_scale.sharding import World
@@ -337,7 +338,7 @@ def base_optimizer(config: Config, network: nn.Module) -> torch.optim.Optimizer:
     Raises:
         UserError: timm has no such optimizer, or does not take these arguments.
     """
-    from timm.optim import create_optimizer_v2, list_optimizers
+    from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers
 
     section = config.optimizer
     if section.name.lower() not in list_optimizers():
@@ -353,6 +354,9 @@ def base_optimizer(config: Config, network: nn.Module) -> torch.optim.Optimizer:
             momentum=section.momentum,
             filter_bias_and_bn=not section.decay_norm_and_bias,
             **section.kwargs,
+            **fused_options(
+                get_optimizer_class(section.name.lower(), bind_defaults=False), network.parameters(), section.kwargs
+            ),
         )
     except (TypeError, ValueError) as error:
         raise UserError(f"optimizer: timm could not build {section.name} with {section.kwargs}: {error}") from error
