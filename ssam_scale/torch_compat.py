@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
 from typing import Any
 
 import torch
@@ -78,6 +79,65 @@ FORWARD_SYNC_BUFFERS = _buffers_argument()
 def broadcasts_buffers(module: torch.nn.parallel.DistributedDataParallel) -> bool:
     """Whether DDP does so."""
     return bool(getattr(module, FORWARD_SYNC_BUFFERS))
+
+
+def allow_graphs(of_a_code: int) -> None:
+    """Let `torch.compile` make at least so many graphs of one code in this process; beyond that it compiles nothing."""
+    from torch._dynamo import config  # takes a second to import
+
+    config.recompile_limit = max(config.recompile_limit, of_a_code)
+    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, of_a_code)
+
+
+def compile_module(module: torch.nn.Module, options: dict[str, Any]) -> None:
+    """`module.compile(**options)`, also of torch's own modules (`nn.Sequential`), of which that compiles nothing.
+
+    Dynamo leaves code of torch's own alone where a call begins in it; this one begins here.
+    """
+    if not type(module).__module__.startswith("torch.nn."):
+        module.compile(**options)
+        return
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return module._call_impl(*args, **kwargs)
+
+    module._compiled_call_impl = torch.compile(call, **options)
+
+
+def is_compiled(module: torch.nn.Module) -> bool:
+    """Whether it is what `torch.compile` returned: a module around the model, which gives parameters other names."""
+    dynamo = sys.modules.get("torch._dynamo")
+    return dynamo is not None and isinstance(module, dynamo.OptimizedModule)
+
+
+FUSED_STEPS = {torch.optim.SGD: "_fused_sgd_", torch.optim.Adam: "_fused_adam_", torch.optim.AdamW: "_fused_adamw_"}
+"""The operator that each optimizer of torch's with fused kernels steps by."""
+
+
+def fuses(optimizer: Any, parameter: torch.Tensor) -> bool:
+    """Whether torch has fused kernels of an optimizer for a parameter.
+
+    Args:
+        optimizer: its class; subclasses of torch's own step in their own way.
+        parameter: on its device. Of a DTensor, also torch's rules for sharding must know the operator: of SGD's, those
+            of torch 2.13 do not.
+    """
+    from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
+
+    if optimizer not in FUSED_STEPS or not parameter.is_floating_point():
+        return False
+    if parameter.device.type not in _get_fused_kernels_supported_devices():
+        return False
+    return not hasattr(parameter, "device_mesh") or _shards(FUSED_STEPS[optimizer])
+
+
+def _shards(operator: str) -> bool:
+    from torch.distributed.tensor import DTensor
+
+    propagator = DTensor._op_dispatcher.sharding_propagator
+    tables = ("op_strategy_funcs", "op_single_dim_strategy_funcs", "op_to_rules")
+    overload = getattr(torch.ops.aten, operator).default
+    return any(overload in getattr(propagator, table, {}) for table in tables)
 
 
 def fsdp_param_groups(state: Any) -> list[Any]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ssam_scale.costs.profile import Batch
 from ssam_scale.errors import UserError
-from ssam_scale.models import stages_of
+from ssam_scale.models import check_compiler, stages_of
 from ssam_scale.perturbation import StagedModel
 from ssam_scale.sharding.device import has_bf16, to_device
 
@@ -40,6 +40,7 @@ class Setting:
         batch_size: images of a step.
         device: where.
         asked: the precision of passes, `bf16` or `fp32`; None: bf16 on a GPU that has it, otherwise float32.
+        compile: whether the network is compiled, by blocks.
     """
 
     model: str
@@ -47,6 +48,7 @@ class Setting:
     batch_size: int
     device: torch.device
     asked: str | None = None
+    compile: bool = False
 
     @property
     def precision(self) -> str:
@@ -68,6 +70,8 @@ class Setting:
         torch.manual_seed(0)
         model = self._built()
         staged = StagedModel(model, stages_of(model)).train()
+        if self.compile:
+            staged.compile()
         return to_device(staged, self.device)
 
     def batch(self, images: int | None = None) -> Batch:
@@ -122,13 +126,15 @@ class Setting:
         return model
 
 
-def setting_of(model: str, resolution: int | None, batch_size: int | None) -> Setting:
+def setting_of(model: str, resolution: int | None, batch_size: int | None, compile: bool = False) -> Setting:
     """The setting of this machine: small images where there is no GPU, ImageNet's usual ones on a GPU.
 
     Raises:
-        UserError: as `bench_device`.
+        UserError: as `bench_device`; or nothing can be compiled here and it is asked for.
     """
     device = bench_device()
+    if compile:
+        check_compiler(device, "--compile")
     if device.type == "cuda":
-        return Setting(model, resolution or _CUDA_RESOLUTION, batch_size or _CUDA_BATCH, device)
-    return Setting(model, resolution or _CPU_RESOLUTION, batch_size or _CPU_BATCH, device)
+        return Setting(model, resolution or _CUDA_RESOLUTION, batch_size or _CUDA_BATCH, device, compile=compile)
+    return Setting(model, resolution or _CPU_RESOLUTION, batch_size or _CPU_BATCH, device, compile=compile)

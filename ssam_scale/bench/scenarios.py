@@ -19,6 +19,7 @@ from ssam_scale.errors import UserError
 from ssam_scale.masks import Dense, Depth, Mask, Norms, ScoreBased, Scored
 from ssam_scale.masks.top_scores import Pattern
 from ssam_scale.perturbation import Interval, Phases, Savings, SparseSAM, StagedModel
+from ssam_scale.perturbation.fused import fused_options
 from ssam_scale.perturbation.phases import no_phases
 
 from .networks import Setting
@@ -173,13 +174,17 @@ class Running:
 
 def sgd(network: StagedModel) -> torch.optim.Optimizer:
     """The base optimizer of every scenario."""
-    return torch.optim.SGD(network.parameters(), lr=_LR, momentum=_MOMENTUM)
+    return torch.optim.SGD(network.parameters(), **_options(network))
+
+
+def _options(network: nn.Module) -> dict[str, Any]:
+    return {"lr": _LR, "momentum": _MOMENTUM, **fused_options(torch.optim.SGD, network.parameters())}
 
 
 def sgd_by_shape(network: StagedModel) -> torch.optim.Optimizer:
     """The same with two groups, matrices and the rest, as timm's factory makes them for weight decay of the former."""
     groups = [[p for p in network.parameters() if (p.ndim > 1) == matrix] for matrix in (True, False)]
-    return torch.optim.SGD([{"params": group} for group in groups if group], lr=_LR, momentum=_MOMENTUM)
+    return torch.optim.SGD([{"params": group} for group in groups if group], **_options(network))
 
 
 def sparse_sam(
@@ -251,7 +256,7 @@ def _textbook(network: StagedModel, setting: Setting, batch: Batch) -> tuple[tor
 def _pytorch_optimizer(network: StagedModel, setting: Setting, batch: Batch) -> tuple[torch.optim.Optimizer, Step]:
     """The SAM of the package of that name, as its docstring shows."""
     sam = importlib.import_module("pytorch_optimizer").SAM
-    optimizer = sam(network.parameters(), torch.optim.SGD, rho=_RHO, lr=_LR, momentum=_MOMENTUM)
+    optimizer = sam(network.parameters(), torch.optim.SGD, rho=_RHO, **_options(network))
 
     def closure() -> Tensor:
         optimizer.zero_grad()

@@ -50,13 +50,29 @@ class _Steps:
 
     def __init__(self, scenario: Scenario, setting: Setting, network: StagedModel, copies: dict[str, Tensor]) -> None:
         self.scenario = scenario
-        self._device = setting.device
+        self._device, self._compiled = setting.device, setting.compile
         self._timer = PhaseTimer(setting.device)
         self._copies = copies
         self.running = Running(scenario, setting, network, self._timer)
         self.shapes: list[StepShape] = []
         self.perturb: list[tuple[float, float]] = []
         self._seconds: list[float] = []
+
+    def warm_up(self, rounds: int) -> None:
+        """Compile, if anything is, what the steps of so many rounds run: a cut met first may need graphs of its own."""
+        if not self._compiled or self.running.opt is None:
+            return
+        opt, met = self.running.opt, set()
+        for step in range(rounds * self.scenario.steps):
+            opt.steps = step
+            shape = self.running.shape()
+            if (kind := (shape.cut, shape.ascends)) not in met:
+                met.add(kind)
+                self.running.step()
+                if opt.report is not None:
+                    self._timer.step(opt.report.kind)
+        opt.steps = 0
+        self._timer.drain(wait=True)
 
     def take(self, *, count: bool) -> None:
         """The steps of one round."""
@@ -148,6 +164,8 @@ def bench_steps(setting: Setting, repeats: int, compared: Sequence[Scenario]) ->
     parts = Parts(setting, copied, setting.batch(), sgd(copied))
     copies: dict[str, Tensor] = {}
     each = [_Steps(scenario, setting, copy.deepcopy(network), copies) for scenario in compared]
+    for steps in each:
+        steps.warm_up(repeats + 1)
     for done in range(repeats + 1):
         for steps in each:
             steps.take(count=done > 0)
@@ -188,6 +206,7 @@ def environment(setting: Setting, repeats: int) -> dict[str, Any]:
         "resolution": setting.resolution,
         "batch_size": setting.batch_size,
         "precision": setting.precision,
+        "compile": setting.compile,
         "repeats": repeats,
         "device": torch.cuda.get_device_name(setting.device) if setting.device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),

@@ -28,6 +28,7 @@ Models = Annotated[
 ]
 Resolution = Annotated[int | None, typer.Option(help="Side of the images, pixels. [96; 224 on a GPU]")]
 Plans = Annotated[list[str] | None, typer.Option(help="Only these beside `base`; may be given several times. [all]")]
+Compile = Annotated[bool, typer.Option("--compile", help="Compile the networks, as train.compile does.")]
 BatchSize = Annotated[int | None, typer.Option(help="Images of a step. [8; 128 on a GPU]")]
 
 _BYTES_RESOLUTION, _BYTES_BATCH = 32, 2
@@ -81,6 +82,7 @@ def steps_command(
     repeats: Annotated[int, typer.Option(help="Rounds of every plan, of which the median counts.")] = 10,
     resolution: Resolution = None,
     batch_size: BatchSize = None,
+    compile: Compile = False,
     record: RecordIn = None,
     as_json: AsJson = False,
 ) -> None:
@@ -89,7 +91,7 @@ def steps_command(
 
     check_record(record)
     result = _Result("step-time", "Time of a step by plan", _STEPS)
-    _compare(bench_steps, result, models, plans, repeats, resolution, batch_size, record, as_json)
+    _compare(bench_steps, result, models, plans, repeats, resolution, batch_size, compile, record, as_json)
 
 
 @app.command("memory")
@@ -99,6 +101,7 @@ def memory_command(
     repeats: Annotated[int, typer.Option(help="Steps of every plan, of which the median counts.")] = 3,
     resolution: Resolution = None,
     batch_size: BatchSize = None,
+    compile: Compile = False,
     record: RecordIn = None,
     as_json: AsJson = False,
 ) -> None:
@@ -107,7 +110,7 @@ def memory_command(
 
     check_record(record)
     result = _Result("peak-memory", "Peak memory of a step by plan", _PEAK)
-    _compare(bench_peak, result, models, plans, repeats, resolution, batch_size, record, as_json)
+    _compare(bench_peak, result, models, plans, repeats, resolution, batch_size, compile, record, as_json)
 
 
 @app.command("bytes")
@@ -160,6 +163,7 @@ def _compare(
     repeats: int,
     resolution: int | None,
     batch_size: int | None,
+    compile: bool,
     record: Path | None,
     as_json: bool,
 ) -> None:
@@ -167,7 +171,7 @@ def _compare(
     from ssam_scale.bench.scenarios import scenarios, select_scenarios
 
     compared = select_scenarios(plans, scenarios())
-    settings = _settings(models, repeats, resolution, batch_size)
+    settings = _settings(models, repeats, resolution, batch_size, compile)
     rows = [row for setting in settings for row in bench(setting, repeats, compared)]
     _report(result, rows, _caption(rows), record, as_json)
 
@@ -193,13 +197,15 @@ def _report(result: _Result, rows: list[dict[str, Any]], caption: str, record: P
     write(result_path(record, result.what), text, rows, provenance())
 
 
-def _settings(models: list[str] | None, repeats: int, resolution: int | None, batch_size: int | None) -> list[Setting]:
+def _settings(
+    models: list[str] | None, repeats: int, resolution: int | None, batch_size: int | None, compile: bool
+) -> list[Setting]:
     """One a model; all are looked at before the first is measured."""
     from ssam_scale.bench.networks import DEFAULT_MODELS, setting_of
 
     at_least(1, repeats=repeats, resolution=resolution)
     at_least(4, batch_size=batch_size)  # half of a batch is a plan of its own, and BatchNorm needs two images
-    settings = [setting_of(model, resolution, batch_size) for model in models or DEFAULT_MODELS]
+    settings = [setting_of(model, resolution, batch_size, compile) for model in models or DEFAULT_MODELS]
     for setting in settings:
         setting.check()
     return settings
@@ -208,9 +214,10 @@ def _settings(models: list[str] | None, repeats: int, resolution: int | None, ba
 def _caption(rows: list[dict[str, Any]]) -> str:
     first = rows[0]
     side, versions = first["resolution"], first["versions"]
+    precision = f"{first['precision']}{', compiled' if first['compile'] else ''}"
     caption = (
         f"{first['hardware']}, {first['threads']} threads; batches of {first['batch_size']} images of {side} × {side}, "
-        f"{first['precision']}; medians of {first['repeats']}; torch {versions['torch']}, timm {versions['timm']}"
+        f"{precision}; medians of {first['repeats']}; torch {versions['torch']}, timm {versions['timm']}"
     )
     missing = importlib.util.find_spec("pytorch_optimizer") is None
     return caption + ("; pytorch_optimizer is not installed and left out" if missing else "")

@@ -317,6 +317,11 @@ class Train(Section):
         description="keep the input of each block only and compute the block again in the backward: the same "
         "gradients, less memory, one more forward a pass",
     )
+    compile: bool = Field(
+        False,
+        description="compile the network with torch.compile, block by block, which a moving cut needs; a minute or "
+        "several before the first steps",
+    )
     ema_decay: float | None = Field(None, gt=0.0, lt=1.0, description="decay per step of the averaged weights")
     seed: int = Field(0, ge=0, description="seed of weights, order, augmentation and masks")
     eval_epochs: int = Field(1, ge=1, description="epochs between two evaluations; the last epoch is always evaluated")
@@ -417,6 +422,15 @@ class Config(Section):
                     )
                     for problem in found
                 ],
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _gathered_outside_of_what_is_compiled(self) -> Config:
+        if self.train.compile and self.sharding.backend == "zero3":
+            raise ValueError(
+                "train.compile: sharding.backend zero3 gathers the weights of each layer in hooks, which compiled "
+                "blocks do not wait for; use fsdp2, or zero2"
             )
         return self
 

@@ -162,6 +162,7 @@ class Measured:
         times: seconds of the parts.
         activations: bytes that a forward keeps.
         activation_checkpointing: whether backwards compute their stages again, and forwards keep less for it.
+        compile: whether the network was compiled.
     """
 
     model: str
@@ -173,6 +174,7 @@ class Measured:
     times: StepTimes
     activations: Activations
     activation_checkpointing: bool = False
+    compile: bool = False
 
     def save(self, path: Path) -> None:
         """Write them as JSON.

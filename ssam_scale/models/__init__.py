@@ -6,7 +6,17 @@ from .torchvision_ops import ensure_torchvision
 
 ensure_torchvision()
 
+from .compiler import check_compiler  # noqa: E402
 from .stages import FAMILIES, Family, register_family, staged, stages_of  # noqa: E402
 from .timm_model import average_statistics, build_model  # noqa: E402
 
-__all__ = ["FAMILIES", "Family", "average_statistics", "build_model", "register_family", "staged", "stages_of"]
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "average_statistics",
+    "build_model",
+    "check_compiler",
+    "register_family",
+    "staged",
+    "stages_of",
+]

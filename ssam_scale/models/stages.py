@@ -7,10 +7,11 @@ pooling, head) to the last.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import timm
+import torch
 from torch import Tensor, nn
 
 from ssam_scale.errors import UserError
@@ -68,11 +69,14 @@ def register_family(
     return decorate
 
 
+Function = Callable[[Tensor], Tensor]
+
+
 @dataclass(frozen=True)
 class _Chain:
     """Functions in sequence; an object rather than a closure, so that a deep copy of a model calls its own modules."""
 
-    functions: tuple[Callable[[Tensor], Tensor], ...]
+    functions: tuple[Function, ...]
 
     def __call__(self, x: Tensor) -> Tensor:
         for function in self.functions:
@@ -80,15 +84,41 @@ class _Chain:
         return x
 
 
-def chain(*functions: Callable[[Tensor], Tensor]) -> _Chain:
-    """`functions` in sequence, as one."""
-    return _Chain(functions)
+@dataclass(frozen=True)
+class _AroundBlock:
+    """The forward of a stage: what runs before its block, the block, and what runs after it."""
+
+    before: Function
+    block: nn.Module
+    after: Function
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.after(self.block(self.before(x)))
+
+    def compiled(self, **options: Any) -> Function:
+        """The same with both ends compiled; the block is a module, and compiled as one."""
+        return replace(self, before=_compiled(self.before, options), after=_compiled(self.after, options))
+
+
+def _compiled(part: Function, options: dict[str, Any]) -> Function:
+    return part if part == _Chain(()) else torch.compile(part, **options)
+
+
+def around(block: nn.Module, *, before: Sequence[Function] = (), after: Sequence[Function] = ()) -> _AroundBlock:
+    """The forward of a stage that is not its block alone.
+
+    Args:
+        block: the stage's.
+        before: run before it, in sequence.
+        after: run after it.
+    """
+    return _AroundBlock(_Chain(tuple(before)), block, _Chain(tuple(after)))
 
 
 def with_ends(
     blocks: Sequence[tuple[str, nn.Module]],
-    stem: Callable[[Tensor], Tensor],
-    head: Callable[[Tensor], Tensor],
+    stem: Sequence[Function],
+    head: Sequence[Function],
     head_owns: tuple[str, ...],
 ) -> list[Stage]:
     """A stage for each block; the first runs the stem before it, the last the head after it.
@@ -104,7 +134,7 @@ def with_ends(
         Stage(
             name,
             block,
-            chain(*([stem] if i == 0 else []), block, *([head] if i == last else [])),
+            around(block, before=stem if i == 0 else (), after=head if i == last else ()),
             head_owns if i == last else (),
         )
         for i, (name, block) in enumerate(blocks)

@@ -11,6 +11,7 @@ from torch import nn
 
 from ssam_scale.masks import Layout
 from ssam_scale.sharding import ShardedWeights
+from ssam_scale.torch_compat import is_compiled
 
 from .skip_gradients import row_layers
 from .staged_model import StagedModel
@@ -28,6 +29,7 @@ class TrainedParameters:
         layers: the layers that can compute the gradient of some rows of their weight, by its name.
         foreign: parameters of the network that are trained and not by this optimizer, with the first stage that uses
             each.
+        compiled: names of those that compiled code uses, of which it computes all rows.
     """
 
     by_name: dict[str, nn.Parameter]
@@ -36,6 +38,7 @@ class TrainedParameters:
     group_of: dict[str, int]
     layers: dict[str, nn.Module]
     foreign: list[tuple[nn.Parameter, int]] = field(default_factory=list)
+    compiled: frozenset[str] = frozenset()
     _eligible: dict[tuple[bool, ...], Layout] = field(default_factory=dict, repr=False)  # asked for in every step
 
     @property
@@ -56,9 +59,14 @@ def trained_parameters(sharding: ShardedWeights, groups: Sequence[Sequence[nn.Pa
     """The parameters in `groups`, as `ShardedPasses.unwrap_optimizer` returned them.
 
     Raises:
-        ValueError: a parameter is not the model's.
+        ValueError: a parameter is not the model's, or a `StagedModel` was given to `torch.compile`.
     """
     module = sharding.network
+    if is_compiled(module) and isinstance(getattr(module, "_orig_mod", None), StagedModel):
+        raise ValueError(
+            "torch.compile(staged) compiles a StagedModel anew for each cut: call staged.compile(), and give SparseSAM "
+            "the StagedModel"
+        )
     network = module.model if isinstance(module, StagedModel) else module
     group_of = {id(p): index for index, group in enumerate(groups) for p in group}
     parameters = {name: p for name, p in network.named_parameters() if id(p) in group_of}
@@ -82,14 +90,15 @@ def trained_parameters(sharding: ShardedWeights, groups: Sequence[Sequence[nn.Pa
         frozenset(name for name, p in parameters.items() if id(p) in contracted),
         frozenset(name for name, p in parameters.items() if id(p) in norms),
     )
-    layers = row_layers(network)
+    layers, compiled = row_layers(network), compiled_parameters(module)
     return TrainedParameters(
         parameters,
         layout,
         {name: uses[name] for name in parameters},
         {name: group_of[id(p)] for name, p in parameters.items()},
-        {name: layers[id(p)] for name, p in parameters.items() if id(p) in layers},
+        {name: layers[id(p)] for name, p in parameters.items() if id(p) in layers and id(p) not in compiled},
         [(p, uses[n][0]) for n, p in network.named_parameters() if p.requires_grad and id(p) not in group_of],
+        frozenset(name for name, p in parameters.items() if id(p) in compiled),
     )
 
 
@@ -114,6 +123,14 @@ def fingerprint(network: nn.Module, groups: Sequence[Mapping[str, Any]]) -> Fing
         own += [(id(p), p.requires_grad) for p in module._parameters.values() if p is not None]
         modules += [child for child in module._modules.values() if child is not None]
     return tuple(own), tuple(id(p) for group in groups for p in group["params"])
+
+
+def compiled_parameters(module: nn.Module) -> set[int]:
+    """The parameters below modules that `nn.Module.compile` or `StagedModel.compile` was called on, by identity."""
+    if isinstance(module, StagedModel) and module.is_compiled:
+        return {id(p) for p in module.parameters()}
+    below = (m for m in module.modules() if m._compiled_call_impl is not None)
+    return {id(p) for m in below for p in m.parameters()}
 
 
 def _roles(network: nn.Module) -> tuple[set[int], set[int]]:

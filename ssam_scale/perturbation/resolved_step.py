@@ -155,6 +155,7 @@ def resolve_step(
     packs: bool = True,
     whole: bool = False,
     by_hand: bool = False,
+    refreshed: bool = False,
 ) -> ResolvedStep:
     """Decide what a step does.
 
@@ -171,6 +172,8 @@ def resolve_step(
         packs: whether the backend reduces no more of the gradients than it is asked for.
         whole: whether the backend leaves whole gradients on every process, and each knows the mask of all weights.
         by_hand: whether the caller runs both passes (a closure, `perturbed`), and the gradient of everything is there.
+        refreshed: whether the mask is chosen anew again and again. Compiled code is compiled for each set of gradients
+            that it computes: of a stage in which anything is perturbed it then computes them all.
     """
     savings = options.savings
     may_share = savings.share_prefix and options.norm != "dense" and plan.may_cut and not by_hand
@@ -183,6 +186,9 @@ def resolve_step(
     if sparse and savings.elide:
         # A tied weight that the prefix uses, too, keeps its gradient: the prefix's graph needs it in the descent.
         elided = frozenset(n for n, uses in parameters.uses.items() if uses[0] >= cut and n not in plan.weights)
+        if refreshed and parameters.compiled:
+            perturbed = {stage for name in plan.weights for stage in parameters.uses[name]}
+            elided -= {n for n in elided & parameters.compiled if not perturbed.isdisjoint(parameters.uses[n])}
         rows = {
             name: part
             for name, part in plan.weights.items()

@@ -262,6 +262,7 @@ class SparseSAM(OptimizerWrapper):
             packs=self.sharding.packs_gradients,
             whole=self.sharding.reduces_whole and self._mask.knows_full(plan),
             by_hand=by_hand,
+            refreshed=isinstance(self.mask, Refreshed) and self.mask.every is not None,
         )
 
     @torch.no_grad()

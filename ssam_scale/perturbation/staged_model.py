@@ -3,18 +3,36 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from types import CellType, FunctionType
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ssam_scale.torch_compat import allow_graphs, compile_module, is_compiled
+
 from .batchnorm import batchnorms, repeating
+
+# What torch allows a code (`torch._dynamo.config.recompile_limit`).
+_GRAPHS_OF_A_BLOCK = 8
+
+
+@runtime_checkable
+class Compilable(Protocol):
+    """A stage's forward that knows which of its parts to compile beside the block."""
+
+    def compiled(self, **options: Any) -> Callable[[Tensor], Tensor]:
+        """The same forward with these parts compiled.
+
+        Args:
+            options: of `torch.compile`.
+        """
 
 
 @dataclass(frozen=True)
@@ -78,22 +96,76 @@ class StagedModel(nn.Module):
     gradients are the same, bit for bit. Not the last stage's, whose backward comes first: keeping it costs no memory.
     What timm's `set_grad_checkpointing` says of the model counts as asking for it.
 
+    `compile` compiles each block and what stands between blocks for itself, so that the graphs are as many however the
+    network is cut.
+
     Args:
         model: the network; `staged.model` afterwards.
         stages: its stages in order; their forwards, composed, must equal `model.forward`.
         activation_checkpointing: whether stages are computed again in the backward. May be changed between steps.
 
     Raises:
-        ValueError: there is no stage.
+        ValueError: there is no stage, or `model` is what `torch.compile` returned.
     """
 
     def __init__(self, model: nn.Module, stages: Sequence[Stage], *, activation_checkpointing: bool = False) -> None:
         super().__init__()
         if not stages:
             raise ValueError("a staged model needs at least one stage")
+        if is_compiled(model):
+            raise ValueError(
+                "the stages of what torch.compile returned would run as they are: give StagedModel the model itself, "
+                "and call compile() of the StagedModel"
+            )
         self.model = model
         self.stages = tuple(stages)
         self.activation_checkpointing = activation_checkpointing
+        self._told = False
+        self._compile_options: dict[str, Any] | None = None
+        self._forwards: tuple[Callable[[Tensor], Tensor], ...] = tuple(stage.forward for stage in self.stages)
+
+    def compile(self, *, dynamic: bool | None = False, **options: Any) -> None:
+        """Compile each stage's block (`nn.Module.compile`), and beside it what its forward says it can.
+
+        As one graph a model would be compiled anew for each cut. Names of parameters stay; copies are compiled, too.
+        To be called before `fully_shard`, `DistributedDataParallel` and `deepspeed.initialize`.
+
+        Args:
+            dynamic: as `torch.compile` has it, but False: blocks of one class share their code, and from blocks of
+                different sizes torch would conclude that sizes vary. Each size of a batch is compiled for itself.
+            options: others of `torch.compile`.
+        """
+        self._compile_options = {"dynamic": dynamic, **options}
+        self._compile()
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether `compile` was called."""
+        return self._compile_options is not None
+
+    def _compile(self) -> None:
+        options = self._compile_options
+        assert options is not None
+        # All blocks are compiled as one code, `Module._call_impl`, and torch's limit is one of graphs of a code.
+        allow_graphs(_GRAPHS_OF_A_BLOCK * len(self.stages))
+        for stage in self.stages:
+            compile_module(stage.block, options)
+        self._forwards = tuple(
+            stage.forward.compiled(**options) if isinstance(stage.forward, Compilable) else stage.forward
+            for stage in self.stages
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is compiled, which refers to this object's modules and not to a copy's."""
+        state: dict[str, Any] = super().__getstate__()
+        del state["_forwards"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._forwards = tuple(stage.forward for stage in self.stages)
+        if self._compile_options is not None:
+            self._compile()
 
     def forward(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
         """Run stages `start` to `stop` (exclusive) on the output of stage `start - 1`, the images if `start` is 0.
@@ -101,6 +173,8 @@ class StagedModel(nn.Module):
         Raises:
             ValueError: no gradient flows through the first stage of a suffix, because it is checkpointed reentrantly.
         """
+        if self.model._compiled_call_impl is not None and not self._told:
+            self._tell()
         graph = torch.is_grad_enabled()
         again = graph and self.training and (self.activation_checkpointing or self._checkpointed_by_timm())
         layers = batchnorms(self.model) if again else []
@@ -109,14 +183,23 @@ class StagedModel(nn.Module):
             """Around a stage's forward, and around computing it again."""
             return nullcontext(), repeating(layers)
 
-        for stage in self.stages[start:stop]:
-            if again and stage is not self.stages[-1]:
-                x = checkpoint(stage.forward, x, use_reentrant=False, context_fn=contexts)
+        for place, run in enumerate(self._forwards[start:stop], start):
+            if again and run is not self._forwards[-1]:
+                x = checkpoint(run, x, use_reentrant=False, context_fn=contexts)
             else:
-                x = stage.forward(x)
-            if graph and start and stage is self.stages[start] and not x.requires_grad:
-                self._check_graph(stage)
+                x = run(x)
+            if graph and 0 < place == start and not x.requires_grad:
+                self._check_graph(self.stages[place])
         return x
+
+    def _tell(self) -> None:
+        self._told = True
+        if all(stage.block is not self.model for stage in self.stages):
+            warnings.warn(
+                "compile() of the model inside of a StagedModel compiles nothing, because its stages are called and "
+                "not the model: call compile() of the StagedModel",
+                stacklevel=3,
+            )
 
     def _checkpointed_by_timm(self) -> bool:
         return any(getattr(module, "grad_checkpointing", False) for module in self.model.modules())

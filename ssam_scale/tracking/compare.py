@@ -32,6 +32,7 @@ _TIME_PARAMS = (
     "train.precision",
     "train.accumulation",
     "train.activation_checkpointing",
+    "train.compile",
 )
 _TIME_TAGS = ("backend", "world_size", "hardware")
 

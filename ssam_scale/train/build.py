@@ -20,10 +20,11 @@ from ssam_scale.config.schema import Config, Perturbation
 from ssam_scale.data import ImageLoader, eval_loader, train_loader
 from ssam_scale.errors import UserError
 from ssam_scale.masks import RunInfo, build_mask
-from ssam_scale.models import build_model, stages_of
+from ssam_scale.models import build_model, check_compiler, stages_of
 from ssam_scale.models.ema import EMA
 from ssam_scale.perturbation import Phases, Savings, SparseSAM
 from ssam_scale.perturbation.batchnorm import batchnorms, frozen_statistics
+from ssam_scale.perturbation.fused import fused_options
 from ssam_scale.perturbation.loss import LossFn
 from ssam_scale.perturbation.schedules import build_schedule
 from ssam_scale.sharding import World
@@ -100,6 +101,8 @@ def build(config: Config, world: World, phases: Phases, found: int | None = None
         UserError: what the configuration asks for cannot be had.
     """
     check_precision(config, world.device)
+    if config.train.compile:
+        check_compiler(world.device)
     if found is None:
         shared_out(config, world)  # what cannot be is said before anything is built
     torch.manual_seed(config.train.seed)
@@ -114,6 +117,8 @@ def build(config: Config, world: World, phases: Phases, found: int | None = None
     if config.train.activation_checkpointing:
         stages_of(staged_model.model, "train.activation_checkpointing works")
     _try_forward(config, staged_model)
+    if config.train.compile:
+        staged_model.compile()
     precision = PRECISIONS[config.train.precision]
     loss_fn = soft_loss(config, precision)
     if config.train.max_micro_batch == "auto" and found is None:
@@ -339,7 +344,7 @@ def base_optimizer(config: Config, network: nn.Module) -> torch.optim.Optimizer:
     Raises:
         UserError: timm has no such optimizer, or does not take these arguments.
     """
-    from timm.optim import create_optimizer_v2, list_optimizers
+    from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers
 
     section = config.optimizer
     if section.name.lower() not in list_optimizers():
@@ -355,6 +360,9 @@ def base_optimizer(config: Config, network: nn.Module) -> torch.optim.Optimizer:
             momentum=section.momentum,
             filter_bias_and_bn=not section.decay_norm_and_bias,
             **section.kwargs,
+            **fused_options(
+                get_optimizer_class(section.name.lower(), bind_defaults=False), network.parameters(), section.kwargs
+            ),
         )
     except (TypeError, ValueError) as error:
         raise UserError(f"optimizer: timm could not build {section.name} with {section.kwargs}: {error}") from error
@@ -420,7 +428,11 @@ def _try_micro_batch(config: Config, model: nn.Module, split: MicroBatches) -> N
         return
     side = config.data.resolution
     try:
-        with torch.random.fork_rng(devices=[]), frozen_statistics(model):
+        with (
+            torch.random.fork_rng(devices=[]),
+            frozen_statistics(model),
+            torch.compiler.set_stance("force_eager"),
+        ):
             model.train()(torch.zeros(1, 3, side, side))
     except ValueError as error:
         if "Expected more than 1 value per channel" not in str(error):

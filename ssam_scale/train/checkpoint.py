@@ -34,6 +34,7 @@ from ssam_scale.config.schema import Config
 from ssam_scale.errors import UserError
 from ssam_scale.folders import why_not_writable
 from ssam_scale.perturbation import SparseSAM
+from ssam_scale.perturbation.fused import fit_state
 from ssam_scale.sharding import Sharding, World
 
 from .hooks import Hook
@@ -98,6 +99,7 @@ class OptimizerState:
         opt.sharding.load_full_optimizer_state_dict(self._network, opt.base_optimizer, state_dict)
         for group, options in zip(opt.param_groups, configured, strict=True):
             group.update(options)
+        fit_state(opt.base_optimizer)
 
 
 class SaveCheckpoint(Hook):

@@ -127,7 +127,7 @@ def describe(config: Config, world: World) -> str:
         how += f" (without a launcher there is nobody to share with: not {config.sharding.backend})"
     return (
         f"{config.method} {config.model.name} on {processes} of {world.nodes} node{'s'[: world.nodes > 1]}, {how}, "
-        f"{world.devices()}, {config.train.precision}"
+        f"{world.devices()}, {config.train.precision}{', compiled' if config.train.compile else ''}"
     )
 
 

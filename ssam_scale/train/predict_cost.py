@@ -26,7 +26,7 @@ from ssam_scale.costs.simulate import GivenPlan, Simulated, fake_world, simulate
 from ssam_scale.costs.workload import Ascent, ascent_of, weights_of
 from ssam_scale.errors import UserError
 from ssam_scale.masks import Plan, ScoreBased
-from ssam_scale.models import build_model
+from ssam_scale.models import build_model, check_compiler
 from ssam_scale.perturbation import Norm, SparseSAM, StagedModel, step_shares
 from ssam_scale.perturbation.schedules import build_schedule
 from ssam_scale.sharding.device import choose_device, to_device, use_device
@@ -293,6 +293,7 @@ def measured(config: Config, *, images: int | None, repeats: int, times: Path | 
         "weights": sum(p.numel() for p in network.parameters()),
         "stages": len(network.stages),
         "activation_checkpointing": network.activation_checkpointing,
+        "compile": config.train.compile,
     }
     if times is not None:
         found = load_times(times)
@@ -301,6 +302,9 @@ def measured(config: Config, *, images: int | None, repeats: int, times: Path | 
         device = choose_device(config.train.device)
         use_device(device)
         check_precision(config, device)
+        if config.train.compile:
+            check_compiler(device)
+            network.compile()
         images = images or (_CUDA_IMAGES if device.type == "cuda" else _CPU_IMAGES)
         network, work, side = to_device(network, device), ConfiguredWork(config, device), config.data.resolution
         batch = (

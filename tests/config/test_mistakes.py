@@ -41,8 +41,8 @@ def swap(old: str, new: str) -> str:
         (
             SMALL + "  zzz: 3\n",
             "given.yaml:18: train.zzz: unknown key; "
-            "train has epochs, device, precision, accumulation, max_micro_batch, activation_checkpointing, ema_decay, "
-            "seed, eval_epochs",
+            "train has epochs, device, precision, accumulation, max_micro_batch, activation_checkpointing, compile, "
+            "ema_decay, seed, eval_epochs",
         ),
         # values
         (swap("128", "abc"), 'given.yaml:7: data.batch_size: must be a whole number, given "abc"'),
@@ -108,6 +108,11 @@ def swap(old: str, new: str) -> str:
         (
             swap("  rho: 0.2", "  window: [0.5, 0.5]\n  rho: 0.2"),
             "given.yaml:12: perturbation.window: must be two shares, the smaller first, given [0.5, 0.5]",
+        ),
+        (
+            SMALL + "  compile: true\nsharding: {backend: zero3}\n",
+            "given.yaml:18, given.yaml:19: train.compile: sharding.backend zero3 gathers the weights of each layer in "
+            "hooks, which compiled blocks do not wait for; use fsdp2, or zero2",
         ),
         (
             SMALL + "  precision: fp16\nsharding: {backend: zero2}\n",

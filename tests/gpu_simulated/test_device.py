@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ssam_scale.errors import UserError
+from ssam_scale.models import check_compiler
 from tests.support.pretended_gpu.watch import Watch, launches_of
 
 DEVICES = 8
@@ -134,3 +136,12 @@ def test_a_wait_of_the_host_orders_everything() -> None:
         x.mul_(2.0)
     assert watch.races == []
     assert [how for how, _ in watch.host_waits] == ["torch.cuda.synchronize"]
+
+
+def test_nothing_can_be_compiled_for_it_and_that_is_one_line() -> None:
+    """A GPU without Triton."""
+    with pytest.raises(
+        UserError, match=r"no code for cuda here \(Triton is not installed\); it needs Triton, "
+    ) as refused:
+        check_compiler(torch.device("cuda"))
+    assert "\n" not in str(refused.value)

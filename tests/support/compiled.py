@@ -1,4 +1,4 @@
-"""Blocks compiled with `torch.compile`, and how many graphs that takes."""
+"""Networks compiled with `torch.compile`, and how many graphs that takes."""
 
 from __future__ import annotations
 
@@ -10,24 +10,31 @@ from typing import Any
 import torch
 from torch._dynamo.utils import counters
 
+from tests.support.networks import freeze_batchnorm, small_network
 from tests.support.training import Case
 
 # What a block is compiled for: its input with a gradient (descent, and the ascent behind the first perturbed block) and
 # without (the first perturbed block of the ascent, whose input is detached); with several micro-batches also without
 # any graph (the ascent's prefix). All blocks of a ViT are one code, so that none of it is per block.
 FORMS = {1: 2, 2: 3}
+# What is before the first block and after the last: the stem with and, in a prefix, without a graph; the head.
+ENDS = {1: 2, 2: 3}
 
 
 @dataclass(frozen=True)
 class Compiled(Case):
-    """A case whose blocks are compiled in place, as a user would do it."""
+    """A case whose network is compiled, by blocks, as a user would do it."""
 
     compiler: str = "inductor"
+    again: bool = False
+    statistics: bool = False
 
     def make_model(self) -> Any:
-        model = super().make_model()
-        for stage in model.stages:
-            stage.block.compile(backend=self.compiler)
+        network = small_network(self.family)
+        model = network.train() if self.statistics else freeze_batchnorm(network)
+        model.activation_checkpointing = self.again
+        if self.compiler != "none":
+            model.compile(backend=self.compiler)
         return model
 
     def plain(self) -> Case:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from timm.models.convnext import ConvNeXt
 
-from ssam_scale.models.stages import chain, register_family
+from ssam_scale.models.stages import around, register_family
 from ssam_scale.perturbation.staged_model import Stage
 
 
@@ -19,13 +17,14 @@ from ssam_scale.perturbation.staged_model import Stage
 def convnext_stages(model: ConvNeXt) -> list[Stage]:
     """A stage for each block."""
     stages = []
+    ends = len(model.stages) - 1
     for i, stage in enumerate(model.stages):
         for j, block in enumerate(stage.blocks):
+            first, last = j == 0, i == ends and j == len(stage.blocks) - 1
             # What makes a stage's feature maps smaller goes with its first block.
-            before, owns = ([stage.downsample], (f"stages.{i}.downsample",)) if j == 0 else ([], ())
-            stages.append(Stage(f"stages.{i}.blocks.{j}", block, chain(*before, block), owns))
-    first, last = stages[0], stages[-1]
-    stages[0] = replace(first, forward=chain(model.stem, first.forward))
-    head = chain(stages[-1].forward, model.norm_pre, model.forward_head)
-    stages[-1] = replace(stages[-1], forward=head, owns=(*last.owns, "norm_pre", "head"))
+            before = [*([model.stem] if i == 0 else []), stage.downsample] if first else []
+            owns = [*([f"stages.{i}.downsample"] if first else []), *(["norm_pre", "head"] if last else [])]
+            after = [model.norm_pre, model.forward_head] if last else []
+            forward = around(block, before=before, after=after)
+            stages.append(Stage(f"stages.{i}.blocks.{j}", block, forward, tuple(owns)))
     return stages

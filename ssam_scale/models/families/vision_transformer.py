@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from timm.models.vision_transformer import VisionTransformer
 
-from ssam_scale.models.stages import chain, register_family, with_ends
+from ssam_scale.models.stages import register_family, with_ends
 from ssam_scale.perturbation.staged_model import Stage
 
 
@@ -17,7 +17,6 @@ from ssam_scale.perturbation.staged_model import Stage
 )
 def vision_transformer_stages(model: VisionTransformer) -> list[Stage]:
     """A stage for each block."""
-    stem = chain(model.patch_embed, model._pos_embed, model.patch_drop, model.norm_pre)
+    stem = [model.patch_embed, model._pos_embed, model.patch_drop, model.norm_pre]
     blocks = [(f"blocks.{i}", block) for i, block in enumerate(model.blocks)]
-    head = chain(model.norm, model.forward_head)
-    return with_ends(blocks, stem, head, ("norm", "attn_pool", "fc_norm", "head"))
+    return with_ends(blocks, stem, [model.norm, model.forward_head], ("norm", "attn_pool", "fc_norm", "head"))
