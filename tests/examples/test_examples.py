@@ -13,6 +13,11 @@ from tests.support.processes import free_ports, run
 EXAMPLES = Path(__file__).parents[2] / "examples"
 ALONE = ["plain_loop", "coming_from_sam", "own_model"]
 LAUNCHED = ["fsdp2_loop", "deepspeed_loop"]
+IN_LOOPS_OF_OTHERS = {
+    "accelerate_loop": "accelerate",
+    "lightning_loop": "lightning",
+    "transformers_trainer": "transformers",
+}
 # Two CPU processes on any machine; one with a GPU less than them would refuse.
 ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
 
@@ -25,7 +30,7 @@ def output_of(command: list[str | Path], folder: Path) -> str:
 
 def test_every_example_is_run_and_short_enough_to_read() -> None:
     scripts = {path.stem: path for path in EXAMPLES.glob("*.py")}
-    assert scripts.keys() == {*ALONE, *LAUNCHED, "fashion_mnist"}
+    assert scripts.keys() == {*ALONE, *LAUNCHED, *IN_LOOPS_OF_OTHERS, "fashion_mnist"}
     for path in scripts.values():
         assert len(path.read_text().splitlines()) <= 80, path
 
@@ -45,6 +50,17 @@ def test_coming_from_sam(tmp_path: Path) -> None:
     apart = [float(value) for value in re.findall(r"weights within (\S+)", output)]
     assert len(apart) == 3
     assert max(apart) <= 1e-6  # the same arithmetic in fp32
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("example", IN_LOOPS_OF_OTHERS)
+def test_in_loops_of_others(example: str, tmp_path: Path) -> None:
+    pytest.importorskip(IN_LOOPS_OF_OTHERS[example])
+    output = output_of([sys.executable, EXAMPLES / f"{example}.py"], tmp_path)
+    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", output)]
+    assert len(losses) == 4
+    assert losses[-1] < losses[0]
+    assert "without SAM" not in output
 
 
 @pytest.mark.slow
