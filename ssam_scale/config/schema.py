@@ -304,6 +304,7 @@ class Train(Section):
     accumulation: int | None = Field(
         None,
         ge=1,
+        le=10**6,
         description="micro-batches whose gradients make one step; null: the fewest that max_micro_batch allows, 1 "
         "without it",
     )

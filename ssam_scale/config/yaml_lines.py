@@ -105,7 +105,7 @@ def _value(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], where: str
             if not isinstance(key_node, yaml.ScalarNode):
                 raise UserError(f"{where}:{line}: a key must be a word, not a list or a section")
             key = key_node.value
-            if key == "<<":
+            if key == "<<" and key_node.style is None and len(path) < 2:  # deeper, only free texts are keys
                 raise UserError(
                     f"{where}:{line}: << (merging an anchor's keys) is not supported, nor is including a file; repeat "
                     "the keys, or change a configuration by overrides"

@@ -140,7 +140,7 @@ def swap(old: str, new: str) -> str:
         (SMALL + "  epochs: 4\n", "given.yaml:18: train.epochs: given twice, first in line 17"),
         (SMALL + "train: {}\n", "given.yaml:18: train: given twice, first in line 16"),
         (SMALL + "  a: b: c\n", "given.yaml:18:7: not YAML: mapping values are not allowed here"),
-        (SMALL + "\tseed: 3\n", "given.yaml:18:1: not YAML: found character '\\t' that cannot start any token"),
+        (SMALL + "\tseed: 3\n", "given.yaml:18:1: not YAML: a tab; lines are indented with spaces"),
         (SMALL + "x: \x01\n", "given.yaml:18: not YAML: character '\\x01' is not allowed"),
         ("x: [\n", "given.yaml:2:1: not YAML: expected the node content, but found '<stream end>'"),
         ("a: &a [*a]\n", "given.yaml:1: the anchor contains itself"),
@@ -291,9 +291,9 @@ def test_several_are_told_together(complaint):
 
 def test_no_file(small: Path, tmp_path: Path):
     for path, message in {
-        tmp_path / "smal.yaml": f"{tmp_path}/smal.yaml: no such file; the nearest in {tmp_path} are small.yaml",
+        tmp_path / "smal.yaml": f"{tmp_path}/smal.yaml: no such file; the nearest in {tmp_path} is small.yaml",
         tmp_path / "no" / "a.yaml": f"{tmp_path}/no/a.yaml: no such file: there is no folder {tmp_path}/no",
-        tmp_path: f"{tmp_path}: cannot be read: Is a directory",
+        tmp_path: f"{tmp_path}: is a folder; give the YAML file of a run",
     }.items():
         with pytest.raises(UserError) as caught:
             load(path)

@@ -102,7 +102,9 @@ def deepspeed() -> st.SearchStrategy[dict[str, Any]]:
 def configs(draw: st.DrawFn) -> Config:
     data = draw(section(Config))
     # What the rules about several keys ask for.
-    data["data"]["batch_size"] *= data["train"]["accumulation"] or 1
+    accumulation = data["train"]["accumulation"] or 1
+    data["data"]["batch_size"] = max(1, data["data"]["batch_size"] // accumulation) * accumulation
+    data["model"]["name"] = data["model"]["name"].replace(".", "_")  # behind a dot stands a tag of weights
     if data["train"]["accumulation"] is not None and data["train"]["max_micro_batch"] == "auto":
         data["train"]["max_micro_batch"] = None
     data["schedule"]["warmup_epochs"] = draw(st.floats(0, float(min(data["train"]["epochs"], 2**53)), exclude_max=True))
@@ -135,6 +137,7 @@ def configs(draw: st.DrawFn) -> Config:
     if data["sharding"]["backend"].startswith("zero"):
         data["optimizer"] |= {"name": "sgd", "kwargs": {}}
         data["train"]["precision"] = "bf16"
+    data["train"]["compile"] &= data["sharding"]["backend"] != "zero3"
     data["sharding"]["deepspeed"] = draw(deepspeed()) if data["sharding"]["backend"].startswith("zero") else {}
     return Config.model_validate(data)
 
@@ -330,8 +333,8 @@ def test_null_and_sections(read):
     assert read(SMALL, ["perturbation.mask=null", "perturbation.mask.pattern=tensor"]).method == "ssam-tensor"
     assert read(SMALL, ["perturbation.mask={pattern: element, sparsity: 0.9}"]).perturbation.mask.sparsity == 0.9
     assert read(SMALL, ["perturbation.mask.cut=0.5"]).perturbation.mask.cut == (0.5, 0.5)
-    assert read(SMALL, ["model.kwargs.in_chans=1", "model.kwargs.x.y=[a, 1]"]).model.kwargs == {
-        "in_chans": 1,
+    assert read(SMALL, ["model.kwargs.img_size=1", "model.kwargs.x.y=[a, 1]"]).model.kwargs == {
+        "img_size": 1,
         "x": {"y": ["a", 1]},
     }
     assert read(SMALL, ["train.seed=1", "train.seed=2"]).train.seed == 2

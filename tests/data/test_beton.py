@@ -69,8 +69,8 @@ def test_something_else(tmp_path: Path, content: bytes) -> None:
 
 
 def test_a_missing_file(tmp_path: Path) -> None:
-    for path in (tmp_path / "x.beton", tmp_path):
-        with pytest.raises(UserError, match="no such file; write it with"):
+    for path, what in ((tmp_path / "x.beton", "no such file"), (tmp_path, "is a folder, and a .beton file is needed")):
+        with pytest.raises(UserError, match=f"{what}; write it with"):
             training(path)
 
 
