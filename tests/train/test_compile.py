@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from torch._dynamo.utils import counters
 
 from tests.support.runs import VIT, differing, ssam_scale, tensors_of, train_on_ranks, write_config
@@ -26,6 +27,7 @@ def test_a_run_is_the_same_within_rounding_and_is_resumed_bit_for_bit(
 ) -> None:
     config = write_config(home / "run.yaml", data, **RUN)
     assert ssam_scale("train", "--config", config, f"checkpoint.directory={home}/plain") == 0
+    torch.compiler.reset()  # what other tests have compiled is not compiled again
     counters.clear()
     assert ssam_scale("train", "--config", config, "train.compile=true") == 0
     assert counters["stats"]["unique_graphs"] > 4
@@ -78,6 +80,7 @@ def test_costs_and_benchmarks_measure_the_compiled_network(
     data: Path, home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config, times = write_config(home / "run.yaml", data, **RUN), home / "times.json"
+    torch.compiler.reset()  # what other tests have compiled is not compiled again
     counters.clear()
     given = ["--config", config, "--repeats", "1", "--images", "4", "train.compile=true"]
     assert ssam_scale("cost", *given, "--save-times", times) == 0

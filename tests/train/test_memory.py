@@ -87,7 +87,7 @@ def _check_limited(tmp_path: str) -> None:
     config = configuration(Path(tmp_path))
     search(configuration(Path(tmp_path), "data.batch_size=2"), World())  # threads and libraries are there now
     found = []
-    for mebibytes in (800, 150, 80, 40, 20):
+    for mebibytes in (800, 200, 120, 80):
         with only(mebibytes * MIB):
             found.append(search(config, World()))
     print(found)
