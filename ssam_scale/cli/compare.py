@@ -82,15 +82,15 @@ def interface_lines(uri: str, experiment: str, port: int = 5000) -> list[str]:
         UserError: the store cannot be read or has no such experiment.
     """
     from ssam_scale.tracking.compare import find_experiment
-    from ssam_scale.tracking.store import without_password
+    from ssam_scale.tracking.redaction import without_secrets
 
     _, experiment_id = find_experiment(uri, experiment)
     # Without the workflow MLflow opens its pages for language models; the charts show the metrics of all runs at once.
     path = f"#/experiments/{experiment_id}/runs?workflowType=machine_learning&compareRunsMode=CHART"
     if uri.startswith(("http://", "https://")):
-        return [f"In the browser: {without_password(uri).rstrip('/')}/{path}"]
+        return [f"In the browser: {without_secrets(uri).rstrip('/')}/{path}"]
     return [
-        f"See the runs: {_mlflow()} ui --backend-store-uri {without_password(uri)} --port {port}",
+        f"See the runs: {_mlflow()} ui --backend-store-uri {without_secrets(uri)} --port {port}",
         f"then open:    http://127.0.0.1:{port}/{path}",
     ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 
@@ -31,6 +32,9 @@ app.add_typer(bench.app, name="bench")
 
 def main(argv: list[str] | None = None) -> None:
     """Run `ssam-scale` with `argv` (the process's own arguments by default) and exit: 0 done, 2 the user's mistake."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and "utf" not in stream.encoding.lower():
+            stream.reconfigure(errors="replace")  # a terminal that lacks a sign is no reason to end
     try:
         _refuse_keys_as_options(sys.argv[1:] if argv is None else argv)
         app(args=argv)

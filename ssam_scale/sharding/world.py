@@ -95,8 +95,10 @@ def join_world(timeout: timedelta = TIMEOUT, device: DeviceChoice = "auto") -> I
             (see `choose_device`).
     """
     if "RANK" not in os.environ:
-        for variable in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
-            if int(os.environ.get(variable, "1")) > 1:
+        # Of torch's launchers, of Slurm, of Open MPI, of MPICH and Intel MPI, of MVAPICH.
+        sizes = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+        for variable in sizes:
+            if os.environ.get(variable, "1").strip() not in ("", "1"):
                 raise UserError(
                     f"{variable} is {os.environ[variable]} but RANK is not set, so each process would train alone; "
                     "start them with torchrun or deepspeed (slurm/imagenet_ssam.sh does)"

@@ -11,7 +11,8 @@ from statistics import fmean, stdev
 from typing import Any
 
 from ssam_scale.errors import UserError
-from ssam_scale.tracking.store import one_line, open_store, without_password
+from ssam_scale.tracking.redaction import without_secrets
+from ssam_scale.tracking.store import one_line, open_store
 
 # Parameters that do not make a run another experiment: seeds are pooled, the rest changes no result.
 _POOLED = (
@@ -149,11 +150,11 @@ def find_experiment(uri: str, name: str) -> tuple[Any, str]:
         found = client.get_experiment_by_name(name)
         names = [each.name for each in client.search_experiments()]
     except Exception as error:
-        raise UserError(f"tracking.uri {without_password(uri)}: {one_line(error)}") from error
+        raise UserError(f"tracking.uri {without_secrets(uri)}: {one_line(error)}") from error
     if found is None or found.lifecycle_stage == "deleted":
         near = get_close_matches(name, names, n=1, cutoff=0.0)
         hint = f"; did you mean {near[0]!r}?" if near else "; it has none"
-        raise UserError(f"no experiment {name!r} in {without_password(uri)}{hint}")
+        raise UserError(f"no experiment {name!r} in {without_secrets(uri)}{hint}")
     return client, str(found.experiment_id)
 
 

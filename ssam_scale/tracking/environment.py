@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ssam_scale.cores import usable_cores
+from ssam_scale.tracking.redaction import without_secrets
 
 if TYPE_CHECKING:
     from ssam_scale.sharding.device import DeviceChoice
@@ -36,7 +37,7 @@ def environment_tags(device: DeviceChoice = "auto") -> dict[str, str]:
         **_slurm_tags(),
         "world_size": str(world),
         "process": process(),
-        "command": shlex.join(sys.argv),
+        "command": without_secrets(shlex.join(sys.argv)),
         # MLflow's own names, which its interface shows in columns of their own.
         "mlflow.source.name": Path(sys.argv[0]).name or "python",
         "mlflow.source.type": "LOCAL",

@@ -19,6 +19,7 @@ from ssam_scale.errors import UserError
 from ssam_scale.tracking import watchdog
 from ssam_scale.tracking.environment import environment_tags, world_size
 from ssam_scale.tracking.layer_density import TABLE, LayerRecorder
+from ssam_scale.tracking.redaction import without_secrets
 from ssam_scale.tracking.shutdown import Unwinding, leave_note, outcome, read_note
 from ssam_scale.tracking.store import (
     experiment_id,
@@ -29,7 +30,6 @@ from ssam_scale.tracking.store import (
     plain_values,
     shortened,
     text_artifact,
-    without_password,
 )
 from ssam_scale.tracking.threads import MetricWriter
 from ssam_scale.tracking.timer import PhaseSummary
@@ -302,7 +302,7 @@ class Run:
         try:
             self._client.log_text(self.id, yaml.safe_dump(plain_values(self._config), sort_keys=False), "config.yaml")
         except Exception as error:
-            uri = without_password(self._config.tracking.uri)
+            uri = without_secrets(self._config.tracking.uri)
             raise UserError(f"tracking.uri {uri}: its artifacts cannot be written: {one_line(error)}") from error
 
     def _mark_stuck(self, signal_name: str) -> None:

@@ -13,11 +13,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit, urlunsplit
+from urllib.parse import unquote, urlsplit
 
 from ssam_scale.config.schema import Config
 from ssam_scale.errors import UserError
 from ssam_scale.folders import why_not_writable
+from ssam_scale.tracking.redaction import without_secrets
 
 # The limit of MLflow's stores.
 _CHARACTERS = 6000
@@ -41,7 +42,7 @@ def flatten(config: Config) -> dict[str, str]:
 def plain_values(config: Config) -> dict[str, Any]:
     """The configuration in plain values, without the password of its tracking URI."""
     values = config.model_dump(mode="json")
-    values["tracking"]["uri"] = without_password(values["tracking"]["uri"])
+    values["tracking"]["uri"] = without_secrets(values["tracking"]["uri"])
     return values
 
 
@@ -115,9 +116,10 @@ def experiment_id(client: Any, uri: str, name: str) -> str:
             if found is None:
                 raise UserError(f"tracking.experiment {name!r}: {one_line(error)}") from error
     if found.lifecycle_stage == "deleted":
+        command = f"mlflow experiments restore --experiment-id {found.experiment_id}"
         raise UserError(
             f"tracking.experiment {name!r} was deleted; choose another name, or bring it back with "
-            f"`mlflow experiments restore --experiment-id {found.experiment_id}`"
+            f"`MLFLOW_TRACKING_URI={without_secrets(uri)} {command}`"
         )
     return str(found.experiment_id)
 
@@ -139,7 +141,7 @@ _EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 
 def one_line(error: object) -> str:
     """First line of an error's message, of bearable length."""
-    text = str(error).strip().splitlines()
+    text = without_secrets(str(error)).strip().splitlines()
     return text[0][:500] if text else type(error).__name__
 
 
@@ -147,15 +149,6 @@ def is_permanent(error: Exception) -> bool:
     """Whether repeating a request is useless: it is refused for what it is, rather than the store being away."""
     status = getattr(error, "get_http_status_code", lambda: 503)()
     return 400 <= status < 500 and status not in (408, 429)
-
-
-def without_password(uri: str) -> str:
-    """`uri` with the password, if there is one, replaced by ***."""
-    parts = urlsplit(uri)
-    if parts.password is None:
-        return uri
-    host = parts.netloc.rpartition("@")[2]
-    return urlunsplit(parts._replace(netloc=f"{parts.username or ''}:***@{host}"))
 
 
 def sqlite_path(uri: str) -> Path | None:
@@ -194,7 +187,7 @@ def _probe(uri: str, *, create: bool) -> None:
     """Find out in a moment what MLflow would find out after minutes of retries."""
     scheme = urlsplit(uri).scheme.partition("+")[0]
     if not uri.strip() or scheme not in {"", "file", "http", "https", "sqlite", *_DATABASES, *_OTHER}:
-        raise UserError(f"tracking.uri {uri!r} is no MLflow tracking URI; use {_WORKS}")
+        raise UserError(f"tracking.uri {without_secrets(uri)!r} is no MLflow tracking URI; use {_WORKS}")
     if scheme == "sqlite":
         _probe_sqlite(uri, create=create)
     elif scheme in ("", "file"):
@@ -235,7 +228,7 @@ def _probe_sqlite(uri: str, *, create: bool) -> None:
 
 
 def _refused(uri: str, reason: str) -> str:
-    shown, scheme = without_password(uri), urlsplit(uri).scheme
+    shown, scheme = without_secrets(uri), urlsplit(uri).scheme
     if "out-of-date database schema" in reason:
         return f"tracking.uri {shown} was written by another MLflow version; run `mlflow db upgrade {shown}` on a copy"
     if scheme in ("http", "https"):

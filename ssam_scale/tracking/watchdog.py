@@ -1,9 +1,10 @@
 """Marks a run KILLED when its process vanished without a word: SIGKILL, out of memory.
 
-A process of its own that waits for its parent to end: `python watchdog.py TRACKING_URI RUN_ID PROCESS PARENT_PID`. The
-tracking process ends it when it has marked the run itself. Run as a file, not as a module, so that waiting costs
-neither torch nor MLflow. A heartbeat instead would have every run write to the store all the time, and would need a
-reader that judges it: MLflow's own pages do not, and would go on showing the run as running.
+A process of its own that waits for its parent to end: `python watchdog.py RUN_ID PROCESS PARENT_PID`, with the tracking
+URI on standard input, because it may hold a password and everybody on the machine can read arguments. The tracking
+process ends it when it has marked the run itself. Run as a file, not as a module, so that waiting costs neither torch
+nor MLflow. A heartbeat instead would have every run write to the store all the time, and would need a reader that
+judges it: MLflow's own pages do not, and would go on showing the run as running.
 """
 
 from __future__ import annotations
@@ -20,14 +21,18 @@ _POLL_S = 1.0
 
 def start(uri: str, run_id: str, process: str) -> subprocess.Popen[bytes]:
     """Start watching this process on behalf of a run, whose tag `process` says `process`; `stop` ends the watcher."""
-    return subprocess.Popen(
-        [sys.executable, __file__, uri, run_id, process, str(os.getpid())],
-        stdin=subprocess.DEVNULL,
+    watcher = subprocess.Popen(
+        [sys.executable, __file__, run_id, process, str(os.getpid())],
+        stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         # Ctrl-C in the terminal goes to the whole group, and a launcher may end one; this has to outlive both.
         start_new_session=True,
     )
+    assert watcher.stdin is not None
+    with watcher.stdin as told:
+        told.write(uri.encode())
+    return watcher
 
 
 def stop(watcher: subprocess.Popen[bytes]) -> None:
@@ -57,4 +62,4 @@ def _main(uri: str, run_id: str, process: str, parent: int) -> None:
 
 
 if __name__ == "__main__":
-    _main(sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]))
+    _main(sys.stdin.read(), sys.argv[1], sys.argv[2], int(sys.argv[3]))

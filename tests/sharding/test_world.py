@@ -162,10 +162,15 @@ def test_more_processes_than_gpus_are_refused_by_each_of_them(
     assert choose_device("cpu") == CPU
 
 
-def test_processes_that_know_nothing_of_each_other(machine: Machine) -> None:
-    machine.says(SLURM_STEP_NUM_TASKS="2")
-    with pytest.raises(UserError, match="SLURM_STEP_NUM_TASKS is 2 but RANK is not set"), join_world():
+@pytest.mark.parametrize("said", ["SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"])
+def test_processes_that_know_nothing_of_each_other(said: str, machine: Machine) -> None:
+    """As of srun and of several kinds of mpirun."""
+    machine.says(**{said: "2"})
+    with pytest.raises(UserError, match=f"{said} is 2 but RANK is not set"), join_world():
         pass
+    machine.says(**{said: "1"})
+    with join_world(device="cpu") as world:
+        assert world.size == 1
 
 
 def test_the_harness_hides_gpus() -> None:

@@ -1,0 +1,64 @@
+"""No password or token reaches tags, parameters, messages or the list of processes."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from pathlib import Path
+from urllib.parse import quote
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ssam_scale.tracking import watchdog
+from ssam_scale.tracking.environment import environment_tags
+from ssam_scale.tracking.redaction import without_secrets
+
+CASES = {
+    "http://me:secret@host:5000/x": "http://me:***@host:5000/x",
+    "https://me:s@cret@host/x": "https://me:***@host/x",
+    "https://secret@host/x": "https://***@host/x",
+    "postgresql://me@host/db": "postgresql://me@host/db",
+    "postgresql+psycopg2://me:secret@host:1/db?sslmode=require": "postgresql+psycopg2://me:***@host:1/db?sslmode=require",
+    "mysql://host/db?user=me&password=secret&x=1": "mysql://host/db?user=me&password=***&x=1",
+    "https://host/x?api_key=secret": "https://host/x?api_key=***",
+    "https://host/x?X-Amz-Signature=secret&y=2": "https://host/x?X-Amz-Signature=***&y=2",
+    "sqlite:///mlflow.db": "sqlite:///mlflow.db",
+    "http://host:5000/a@b": "http://host:5000/a@b",
+    "mail me@host": "mail me@host",
+    "cannot reach 'http://a:secret@h' (see http://b:secret@k)": "cannot reach 'http://a:***@h' (see http://b:***@k)",
+}
+
+
+@pytest.mark.parametrize("text", CASES)
+def test_what_is_secret_is_starred_and_nothing_else(text: str) -> None:
+    assert without_secrets(text) == CASES[text]
+    assert without_secrets(CASES[text]) == CASES[text]
+
+
+@given(st.text(min_size=8), st.sampled_from(["http", "https", "postgresql", "mysql+pymysql"]))
+def test_no_password_passes_however_it_is_spelt(password: str, scheme: str) -> None:
+    written = quote(f"pw{password}", safe="")
+    text = f"train --config a.yaml tracking.uri={scheme}://me:{written}@host/db train.epochs=3"
+    assert without_secrets(text) == f"train --config a.yaml tracking.uri={scheme}://me:***@host/db train.epochs=3"
+    assert written not in without_secrets(shlex.join(shlex.split(text)))
+
+
+def test_the_command_is_tagged_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["ssam-scale", "train", "tracking.uri=http://me:secret@host:5000"])
+    assert environment_tags()["command"] == "ssam-scale train tracking.uri=http://me:***@host:5000"
+
+
+def test_the_watcher_has_none_among_its_arguments() -> None:
+    watcher = watchdog.start("postgresql://me:secret@127.0.0.1/db", "run", "host:1")
+    try:
+        shown = Path(f"/proc/{watcher.pid}/cmdline")
+        while not (text := shown.read_bytes()):  # not there yet
+            time.sleep(0.01)
+        arguments = text.split(b"\0")
+        assert b"run" in arguments
+        assert not any(b"secret" in argument for argument in arguments)
+    finally:
+        watchdog.stop(watcher)
