@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from ssam_scale.costs.profile import Batch
 from ssam_scale.errors import UserError
 from ssam_scale.models import check_compiler, stages_of
+from ssam_scale.models.timm_model import check_known
 from ssam_scale.perturbation import StagedModel
 from ssam_scale.sharding.device import has_bf16, to_device
 
@@ -112,10 +112,7 @@ class Setting:
         import timm  # only after ssam_scale.models, which makes torchvision importable beside a CPU torch
 
         name = _SHORT_NAMES.get(self.model, self.model)
-        if not timm.is_model(name):
-            near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
-            hint = f"; nearest: {', '.join(near)}" if near else ""
-            raise UserError(f"--models: timm {timm.__version__} knows no model {name!r}{hint}")
+        check_known(name, "--models")
         try:
             model: nn.Module = timm.create_model(name, pretrained=False, num_classes=_CLASSES)
             resize = getattr(model, "set_input_size", None)

@@ -52,7 +52,9 @@ def _refuse_keys_as_options(arguments: list[str]) -> None:
     Raises:
         UserError: an option is none, but a key of the configuration is called so.
     """
-    command = typer.main.get_command(app).commands.get(next(iter(arguments), ""))  # type: ignore[attr-defined]
+    if not any(argument.startswith("--") for argument in arguments[1:]):
+        return
+    command = typer.main.get_command(app).commands.get(arguments[0])  # type: ignore[attr-defined]
     if command is None or not any("overrides" in parameter.opts for parameter in command.params):
         return
     known = {option for parameter in command.params for option in parameter.opts} | {"--help", "--"}

@@ -20,10 +20,7 @@ def build_model(config: Config) -> StagedModel:
         UserError: timm knows no such model, or the model takes no such arguments.
     """
     name = config.model.name
-    if not timm.is_model(name):
-        near = _nearest(name)
-        hint = f"; nearest: {', '.join(near)}" if near else ""
-        raise UserError(f"model.name: timm {timm.__version__} knows no model {name!r}{hint}")
+    check_known(name, "model.name")
     section = config.model
     # Many families take no drop rates, so they are named only where they are wanted.
     rates = {"drop_rate": section.drop_rate, "drop_path_rate": section.drop_path_rate}
@@ -38,6 +35,22 @@ def build_model(config: Config) -> StagedModel:
         hint = "; without what the file says in model.kwargs: model.kwargs={}" if section.kwargs else ""
         raise UserError(f"model: timm could not build {name} with {arguments}: {error}{hint}") from error
     return staged(model)
+
+
+def check_known(name: str, given_by: str) -> None:
+    """A name that timm knows a model by.
+
+    Args:
+        name: of a model.
+        given_by: the key or the option, in the words of the error.
+
+    Raises:
+        UserError: timm knows none; says the nearest.
+    """
+    if not timm.is_model(name):
+        near = _nearest(name)
+        hint = f"; nearest: {', '.join(near)}" if near else ""
+        raise UserError(f"{given_by}: timm {timm.__version__} knows no model {name!r}{hint}")
 
 
 def _nearest(name: str) -> list[str]:

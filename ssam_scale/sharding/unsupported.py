@@ -43,6 +43,11 @@ def refuse_unsupported(module: nn.Module) -> None:
             if kind == "OptimizedModule":
                 how = f"compile before it is wrapped: {inside}(torch.compile(model))"
             raise ValueError(f"the model is a {kind} around {owner.title} ({name}), which it hides: {how}")
+        if isinstance(inner, (nn.Embedding, nn.EmbeddingBag)) and inner.sparse:
+            raise ValueError(
+                f"{name or 'the model'} is an {type(inner).__name__} with sparse gradients, which cannot be scaled "
+                "with the others; build it with sparse=False"
+            )
     for name, parameter in module.named_parameters():
         if nn.parameter.is_lazy(parameter):
             raise ValueError(f"parameter {name} has no shape yet: run the model once before SparseSAM is built")
@@ -54,12 +59,6 @@ def refuse_unsupported(module: nn.Module) -> None:
             raise ValueError(
                 f"parameter {name} is a DTensor over {parameter.device_mesh}; of those that are sharded, weights of "
                 "fully_shard alone are supported, and SparseSAM needs the module that it was called on"
-            )
-    for name, layer in module.named_modules():
-        if isinstance(layer, (nn.Embedding, nn.EmbeddingBag)) and layer.sparse:
-            raise ValueError(
-                f"{name or 'the model'} is an {type(layer).__name__} with sparse gradients, which cannot be scaled "
-                "with the others; build it with sparse=False"
             )
 
 

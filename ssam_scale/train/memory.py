@@ -13,6 +13,7 @@ import copy
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import nn
@@ -99,7 +100,8 @@ def largest_micro_batch(
     sizes = [part // count for count in range(1, part + 1) if part % count == 0]
     devices = [world.device] if world.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), _leaving_some(world.device):
-        found = _first_that_fits(sizes, config, world.device, backend, model, make_optimizer, loss_fn)
+        make_trial = partial(_Trial, config, world.device, backend, model, make_optimizer, loss_fn)
+        found = _first_that_fits(sizes, world.device, make_trial)
     fits = world.smallest(found)
     if not fits:
         raise UserError(
@@ -109,21 +111,13 @@ def largest_micro_batch(
     return fits
 
 
-def _first_that_fits(
-    sizes: list[int],
-    config: Config,
-    device: torch.device,
-    backend: str,
-    model: StagedModel,
-    make_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
-    loss_fn: LossFn,
-) -> int:
+def _first_that_fits(sizes: list[int], device: torch.device, make_trial: Callable[[], _Trial]) -> int:
     """On this process; 0 if none does."""
     trial: _Trial | None = None
     for images in [0, *sizes]:
         try:
             if trial is None:
-                trial = _Trial(config, device, backend, model, make_optimizer, loss_fn)
+                trial = make_trial()
             else:
                 trial.step(images, sizes[0])
                 return images
