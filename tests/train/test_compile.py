@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -50,11 +51,13 @@ def test_two_processes_on_fsdp2(data: Path, home: Path) -> None:
 
 
 @pytest.fixture
-def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_compiler() -> Iterator[None]:
     """A machine without a C++ compiler; whatever was compiled before is still on disk."""
     import torch._inductor.config
 
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "no-such-compiler"))
+    # Not monkeypatch, which takes the configuration for a class and ends by deleting the entry.
+    with torch._inductor.config.patch({"cpp.cxx": (None, "no-such-compiler")}):
+        yield
 
 
 @pytest.mark.usefixtures("no_compiler")
