@@ -109,9 +109,25 @@ done
 
 # ------------------------------------------------------------------------------------------------------------------ data
 
+# Where the images lie as Debian's package has them: installed, or only unpacked here, for which nobody has to be root.
+idx=/usr/share/datasets/fashion-mnist
+unpack_fashion_mnist() {
+    idx=$PWD/data/dataset-fashion-mnist$idx
+    [[ ! -d $idx ]] || return 0
+    local download="apt-get download dataset-fashion-mnist" within=$PWD/data/downloads
+    say "Fetching Fashion-MNIST (Debian's package dataset-fashion-mnist, 31 MB)"
+    mkdir -p "$within"
+    (cd "$within" && { $download || { ((EUID == 0)) && apt-get -q update && $download; }; }) >"$within/log" 2>&1 &&
+        dpkg-deb --extract "$within"/dataset-fashion-mnist_*.deb data/dataset-fashion-mnist ||
+        die "Fashion-MNIST could not be fetched ($(tail -n 1 "$within/log")); install dataset-fashion-mnist, or train on \
+your own images: --data DIR"
+    rm -r "$within"
+}
+
 if [[ -z $source ]]; then
+    [[ -d $idx ]] || unpack_fashion_mnist
     say "Writing Fashion-MNIST to $folder"
-    ssam-scale data fashion-mnist "$folder" ${short:+--limit 512 --val-limit 256}
+    ssam-scale data fashion-mnist "$folder" --idx-folder "$idx" ${short:+--limit 512 --val-limit 256}
 else
     mkdir -p "$folder"
     for part in train val; do

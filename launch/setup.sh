@@ -7,7 +7,9 @@
 # Safe to run again: what is there already is left alone, and with nothing to do it is done in a second.
 # PYTHON names the interpreter that .venv is made from (3.10 or newer). A torch with GPU support that this interpreter
 # has already is used and never replaced; so is any in .venv of a version that pyproject.toml takes. Where pip downloads
-# from is pip's own business (pip config, PIP_* variables).
+# from is pip's own business (pip config, PIP_* variables). Compilers, headers and libraries count wherever the compiler
+# and pkg-config find them (CXX, CPATH, LIBRARY_PATH, PKG_CONFIG_PATH: conda, Spack, module files), and where all are
+# there nobody has to be root.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -84,10 +86,21 @@ any_command() {
     for name; do command -v "$name" && return; done
     return 1
 }
-header() { # header PATH: among the compiler's usual folders
-    compgen -G "/usr/include/$1" || compgen -G "/usr/include/*/$1" || compgen -G "/usr/local/include/$1"
+compiler=${CXX:-g++}
+# Where headers may lie besides the compiler's own folders: as OpenCV's do, and those of an active conda environment.
+header_folders() {
+    local folder
+    printf -- '-I%s ' /usr/include/opencv4 ${CONDA_PREFIX:+"$CONDA_PREFIX/include" "$CONDA_PREFIX/include/opencv4"}
+    while IFS= read -r -d : folder; do
+        [[ -z $folder ]] || printf -- '-I%s ' "$folder/opencv4"
+    done <<<"${CPATH:-}:"
 }
-opencv_headers() { pkg-config --exists opencv4 || header "opencv4/opencv2/$1.hpp"; }
+finds() { # finds HEADER: the compiler does. CXX may hold options too, so both go word by word.
+    # shellcheck disable=SC2046,SC2086
+    printf '#include <%s>\n' "$1" | $compiler -E -x c++ -o /dev/null $(header_folders) -
+}
+turbojpeg() { pkg-config --exists libturbojpeg || finds turbojpeg.h; }
+opencv() { pkg-config --exists opencv4 || finds "opencv2/$1.hpp"; }
 
 list_missing() {
     missing=()
@@ -102,14 +115,16 @@ list_missing() {
         lacks "python$version-venv" "$python" -c 'import ensurepip, venv'
         lacks "python$version-dev" test -e "$include/Python.h"
     fi
-    lacks g++ any_command g++
-    lacks ninja-build any_command ninja ninja-build
+    lacks g++ any_command "${compiler%% *}"
     lacks pkg-config any_command pkg-config
-    lacks libturbojpeg0-dev header turbojpeg.h
-    lacks libopencv-core-dev opencv_headers core
-    lacks libopencv-imgproc-dev opencv_headers imgproc
-    lacks dataset-fashion-mnist compgen -G '/usr/share/datasets/fashion-mnist/*'
+    # What FFCV is compiled with; one that is compiled needs no headers any more.
+    if ! "$venv/bin/python" -c 'import ffcv' 2>/dev/null; then
+        lacks libturbojpeg0-dev turbojpeg
+        lacks libopencv-core-dev opencv core
+        lacks libopencv-imgproc-dev opencv imgproc
+    fi
     [[ $extra == dev ]] || return 0
+    lacks dataset-fashion-mnist compgen -G '/usr/share/datasets/fashion-mnist/*' # what tests train on
     lacks git any_command git
     lacks slurm-wlm any_command slurmctld /usr/sbin/slurmctld
     lacks munge any_command munged /usr/sbin/munged
@@ -129,14 +144,17 @@ system_packages() {
     ((${#missing[@]})) || return 0
     if [[ $distribution != *debian* && $distribution != *ubuntu* ]] || ! command -v apt-get >/dev/null; then
         die "this is not Debian or Ubuntu, so install by hand what these Debian packages contain, then run this again:
-    ${missing[*]}"
+    ${missing[*]}
+as root with your distribution's packages; or without, with conda (cxx-compiler pkg-config libjpeg-turbo libopencv), Spack
+or module files, whose folders CPATH, LIBRARY_PATH and PKG_CONFIG_PATH then name"
     fi
     local root=()
     if ((EUID != 0)); then
         if command -v sudo >/dev/null && sudo -n true 2>/dev/null; then
             root=(sudo -n)
         else
-            die "system packages are missing and this user may not install them. Run this, then start again:
+            die "system packages are missing and this user may not install them (docs/install.md has ways without root). \
+Run this, then start again:
     sudo apt-get update && sudo apt-get install -y --no-install-recommends ${missing[*]}"
         fi
     fi
@@ -235,8 +253,12 @@ try:
 except ModuleNotFoundError:  # Python 3.10
     from pip._vendor import tomli as tomllib
 project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
-wanted = project["dependencies"] + (project["optional-dependencies"][sys.argv[1]] if sys.argv[1] else [])
-print(*[line for line in wanted if re.split(r"[^\w.-]", line)[0] not in ("torch", "torchvision")], sep="\n")
+extras = project["optional-dependencies"]
+wanted = [*project["dependencies"], *extras["train"], *extras["zero"]]
+if sys.argv[1]:
+    wanted += [*extras["bench"], *extras[sys.argv[1]]]
+own = ("torch", "torchvision", project["name"])
+print(*[line for line in wanted if re.split(r"[^\w.-]", line)[0] not in own], sep="\n")
 PYTHON
 }
 
@@ -301,21 +323,23 @@ install_python_packages() {
 # FFCV's declared dependencies bring a second OpenCV and more that it never imports; pyproject.toml lists what it does.
 install_ffcv() {
     "$venv/bin/python" -c 'import ffcv' 2>/dev/null && return
-    local paths=${PKG_CONFIG_PATH:-} shim=
+    local paths=${PKG_CONFIG_PATH:-} shim
+    # FFCV asks pkg-config only, and for the whole of OpenCV (libopencv-dev, 700 MB with all it depends on), of which it
+    # uses two parts (50 MB). So pkg-config is told of what the compiler finds by itself, and that the two are the whole;
+    # in /tmp, because FFCV's build splits folders at spaces.
+    shim=$(mktemp -d /tmp/for-ffcv.XXXXXX)
+    knows() { # knows PACKAGE LIBRARIES FOLDERS
+        printf 'Name: %s\nDescription: as the compiler finds it\nVersion: 4\n' "$1"
+        printf 'Libs: %s%s\nCflags: %s%s\n' "${CONDA_PREFIX:+-L$CONDA_PREFIX/lib }" "$2" "$3" "$(header_folders)"
+    }
     if ! pkg-config --exists opencv4; then
-        # FFCV asks pkg-config for the whole of OpenCV (libopencv-dev, 700 MB with all it depends on) and uses two parts
-        # of it (50 MB). So it is told that the two are the whole; in /tmp, because its build splits folders at spaces.
-        shim=$(mktemp -d /tmp/opencv-for-ffcv.XXXXXX)
         mkdir -p "$shim/include/opencv2"
         printf '#include <opencv2/core.hpp>\n#include <opencv2/imgproc.hpp>\n' >"$shim/include/opencv2/opencv.hpp"
-        {
-            printf 'Name: OpenCV\nDescription: core and imgproc\nVersion: 4\n'
-            printf 'Libs: -lopencv_imgproc -lopencv_core\nCflags: -I%s/include -I/usr/include/opencv4\n' "$shim"
-        } >"$shim/opencv4.pc"
-        paths=$shim${paths:+:$paths}
+        knows OpenCV "-lopencv_imgproc -lopencv_core" "-I$shim/include " >"$shim/opencv4.pc"
     fi
-    PKG_CONFIG_PATH=$paths pip_install "FFCV (is compiled)" --no-deps ffcv==1.0.2
-    [[ -z $shim ]] || rm -rf "$shim"
+    pkg-config --exists libturbojpeg || knows TurboJPEG -lturbojpeg "" >"$shim/libturbojpeg.pc"
+    PKG_CONFIG_PATH=$shim${paths:+:$paths} pip_install "FFCV (is compiled)" --no-deps ffcv==1.0.2
+    rm -rf "$shim"
 }
 
 # ---------------------------------------------------------------------------------------------------------------------

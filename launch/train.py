@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from ssam_scale.cli.main import main as ssam_scale
+from ssam_scale.__main__ import main as ssam_scale
 
 
 def main() -> None:

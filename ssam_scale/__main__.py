@@ -1,5 +1,40 @@
-"""`python -m ssam_scale` is `ssam-scale`."""
+"""`ssam-scale` and `python -m ssam_scale`: the command line, or the line that says what it lacks."""
 
-from ssam_scale.cli.main import main
+from __future__ import annotations
 
-main()
+import importlib.metadata
+import re
+import sys
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run `ssam_scale.cli.main.main`; exit with 2 and one line where a package of an extra is not installed."""
+    try:
+        from ssam_scale.cli.main import main as command
+
+        command(argv)
+    except ModuleNotFoundError as error:
+        extra = extra_of(error.name or "")
+        if extra is None:  # ours, or one that has to be there
+            raise
+        print(
+            f"ssam-scale: error: {error.name} is not installed; bash launch/setup.sh installs all that commands need, "
+            f"pip install 'ssam_scale[{extra}]' what pip can (docs/install.md)",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+
+
+def extra_of(module: str) -> str | None:
+    """The extra of `pyproject.toml` that brings a module; None where none does."""
+    top = module.partition(".")[0]
+    distribution = {"cv2": "opencv-python-headless", "PIL": "Pillow", "yaml": "PyYAML"}.get(top, top)
+    for requirement in importlib.metadata.requires("ssam_scale") or ():
+        wanted = re.fullmatch(r"([\w.-]+).*extra == ['\"](\w+)['\"].*", requirement)
+        if wanted and wanted[1].lower() == distribution.lower():
+            return wanted[2]
+    return None
+
+
+if __name__ == "__main__":
+    main()

@@ -62,7 +62,7 @@ def sign(request):
 USE = """
 import json, sys
 from pathlib import Path
-from ssam_scale.config import dump, load
+from ssam_scale.config.load import dump, load
 from ssam_scale.masks import RunInfo, build_mask
 from ssam_scale.perturbation.scores import SCORES
 from ssam_scale.perturbation.schedules import build_schedule

@@ -36,7 +36,7 @@ def cost_command(
     as_json: AsJson = False,
 ) -> None:
     """Predict time, bytes on the wire and memory of a step: base optimizer, dense SAM, the configured plan."""
-    from ssam_scale.config import load
+    from ssam_scale.config.load import load
     from ssam_scale.train.predict_cost import Machines, cost_rows, measured, placement_of, simulated_rows
 
     machines = Machines(gpus or [1, 8], gpus_per_node, 1e9 * node_bandwidth, 1e9 * network_bandwidth, scaling)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import io
 import os
+import platform
 import sys
+from typing import Annotated
 
 import typer
 
+from ssam_scale import __version__
 from ssam_scale.cli import bench, data
 from ssam_scale.cli.compare import compare_command
 from ssam_scale.cli.cost import cost_command
@@ -22,6 +26,31 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def _print_version(asked: bool) -> None:
+    """ssam_scale's version and those of what decides how it computes, from what is installed: nothing is imported."""
+    if not asked:
+        return
+    print(f"ssam_scale {__version__}")
+    for name in ("torch", "torchvision", "timm", "deepspeed", "ffcv", "mlflow"):
+        try:
+            print(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            print(f"{name}: not installed")
+    print(f"Python {platform.python_version()}")
+    raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print versions and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
 app.command("train")(train_command)
 app.add_typer(data.app, name="data")
 app.command("cost")(cost_command)

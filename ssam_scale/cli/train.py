@@ -41,7 +41,7 @@ def train_command(
     ] = False,
 ) -> None:
     """Train a model. Under torchrun or deepspeed, every process runs this command."""
-    from ssam_scale.config import dump, load
+    from ssam_scale.config.load import dump, load
 
     given = [*(overrides or []), *([f"checkpoint.resume={resume}"] if resume else [])]
     resolved = load(config, given, deepspeed_config)

@@ -1,6 +1,4 @@
-"""The description of a run, and how it is read: `load` a YAML file with overrides, `dump` what came out."""
+"""The description of a run: its sections, and how it is read (`load.load`: a YAML file with overrides).
 
-from ssam_scale.config.load import dump, load
-from ssam_scale.config.schema import Config
-
-__all__ = ["Config", "dump", "load"]
+Masks and schedules are made from their sections without PyYAML, so nothing is imported here.
+"""

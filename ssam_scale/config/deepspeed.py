@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .micro_batches import MicroBatches
+from .section import KeyPath
 from .spelling import nearest
-from .yaml_lines import KeyPath
 
 if TYPE_CHECKING:
     from .schema import Config

@@ -9,7 +9,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ssam_scale.config.yaml_lines import KeyPath, parse
+from ssam_scale.config.section import KeyPath
+from ssam_scale.config.yaml_lines import parse
 from ssam_scale.errors import UserError
 
 # What DeepSpeed also takes, by Hjson: comments. Texts come first, so that nothing inside of one is taken for one.

@@ -15,8 +15,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from ssam_scale.config.schema import Config
+from ssam_scale.config.section import KeyPath
 from ssam_scale.config.spelling import nearest
-from ssam_scale.config.yaml_lines import KeyPath
 
 Sections = list[type[BaseModel]]
 

@@ -15,7 +15,8 @@ from ssam_scale.config.deepspeed import stage_of
 from ssam_scale.config.deepspeed_file import read_deepspeed
 from ssam_scale.config.explain import DEEPSPEED, comments, describe
 from ssam_scale.config.schema import Config
-from ssam_scale.config.yaml_lines import KeyPath, parse, write
+from ssam_scale.config.section import KeyPath
+from ssam_scale.config.yaml_lines import parse, write
 from ssam_scale.errors import UserError
 
 _KEY = re.compile(r"[^\s.=]+(\.[^\s.=]+)*")

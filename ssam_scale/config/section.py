@@ -8,6 +8,9 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+KeyPath = tuple[str | int, ...]
+"""Where a value stands: ("data", "mean", 0)."""
+
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
 

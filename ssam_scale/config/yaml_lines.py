@@ -15,10 +15,8 @@ from typing import Any
 
 import yaml
 
+from ssam_scale.config.section import KeyPath
 from ssam_scale.errors import UserError
-
-KeyPath = tuple[str | int, ...]
-"""Where a value stands: ("data", "mean", 0)."""
 
 _SCALARS: dict[str, tuple[re.Pattern[str], str, Callable[[str], Any]]] = {
     "null": (re.compile(r"~|null|Null|NULL|"), "~nN\0", lambda text: None),

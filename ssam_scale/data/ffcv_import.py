@@ -36,7 +36,9 @@ try:
     from ffcv.traversal_order.base import TraversalOrder
     from ffcv.types import ALLOC_TABLE_TYPE, FieldDescType, HeaderType, get_metadata_type
 except ImportError as error:
-    raise UserError(f"FFCV cannot be imported ({error}); install it with `bash launch/setup.sh`") from error
+    raise UserError(
+        f"FFCV cannot be imported ({error}); `bash launch/setup.sh` installs it (docs/install.md)"
+    ) from error
 finally:
     torch.set_num_threads(_threads)
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from ssam_scale.cli.main import main
-from ssam_scale.config import load
+from ssam_scale.config.load import load
 from ssam_scale.data.write import write_beton
 from ssam_scale.errors import UserError
 from tests.support.configs import SMALL

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import subprocess
 import sys
 
 import pytest
+
+import ssam_scale
 
 # Not pydantic, which typer imports itself where it is installed.
 HEAVY = {"cv2", "deepspeed", "ffcv", "matplotlib", "mlflow", "numba", "numpy", "timm", "torch", "yaml"}
@@ -40,3 +43,13 @@ def test_help_lists_every_command() -> None:
     done = subprocess.run([sys.executable, "-c", ASK], capture_output=True, text=True, check=True)
     listed = {line.split()[1] for line in done.stdout.splitlines() if line.startswith("│ ")}
     assert {"train", "data", "cost", "compare", "list", "bench"} <= listed
+
+
+def test_the_version_and_those_of_what_decides_how_it_computes() -> None:
+    ask = ASK.replace('[*sys.argv[1:], "--help"]', '["--version"]')
+    done = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True)
+    lines = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
+    assert lines["ssam_scale"] == ssam_scale.__version__
+    assert lines["torch"] == importlib.metadata.version("torch")
+    assert {"torchvision", "timm", "deepspeed", "ffcv", "mlflow", "Python"} <= {name.rstrip(":") for name in lines}
+    assert not set(json.loads(done.stderr)) & HEAVY

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from ssam_scale.config import Config, load
+from ssam_scale.config.load import load
+from ssam_scale.config.schema import Config
 from ssam_scale.errors import UserError
 from tests.support.configs import SMALL
 

@@ -13,9 +13,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ssam_scale.config import Config, dump, load
 from ssam_scale.config.deepspeed import RULES, taken
 from ssam_scale.config.deepspeed_file import read_deepspeed
+from ssam_scale.config.load import dump, load
+from ssam_scale.config.schema import Config
 from ssam_scale.errors import UserError
 from tests.support.configs import SMALL
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ssam_scale import config
-from ssam_scale.config import load
+from ssam_scale.config.load import load
 from ssam_scale.errors import UserError
 from tests.support.configs import SMALL
 

@@ -16,8 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from ssam_scale.config import Config, dump, load
 from ssam_scale.config.explain import dotted_names
+from ssam_scale.config.load import dump, load
+from ssam_scale.config.schema import Config
 from ssam_scale.errors import UserError
 from tests.support.configs import SMALL
 

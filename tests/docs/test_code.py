@@ -18,7 +18,7 @@ import typer
 
 import ssam_scale
 from ssam_scale.cli.main import app
-from ssam_scale.config import load
+from ssam_scale.config.load import load
 from tests.support.pages import ROOT, Block, Page, pages
 from tests.support.processes import run
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ssam_scale.config import Config, load
+from ssam_scale.config.load import load
+from ssam_scale.config.schema import Config
 from ssam_scale.errors import UserError
 from ssam_scale.perturbation import StagedModel
 from ssam_scale.sharding import World

@@ -43,7 +43,7 @@ def apt_get(folder: Path, script: str = "exit 0") -> None:
     file.chmod(0o755)
 
 
-def set_up(folder: Path, *arguments: str, as_root: bool) -> subprocess.CompletedProcess[str]:
+def set_up(folder: Path, *arguments: str, as_root: bool, **environment: str) -> subprocess.CompletedProcess[str]:
     drop = []
     if not as_root and os.geteuid() == 0:
         drop = [
@@ -55,7 +55,7 @@ def set_up(folder: Path, *arguments: str, as_root: bool) -> subprocess.Completed
     return subprocess.run(
         [*drop, "/bin/bash", folder / "launch" / "setup.sh", *arguments],
         cwd="/",
-        env={"PATH": str(folder / "bin")},
+        env={"PATH": str(folder / "bin"), **environment},
         capture_output=True,
         text=True,
         timeout=60,
@@ -76,11 +76,34 @@ def test_without_root_it_says_what_to_install(bare, arguments):
     command = done.stderr.splitlines()[-1].strip()
     before, _, packages = command.partition(" --no-install-recommends ")
     assert before == "sudo apt-get update && sudo apt-get install -y"
-    wanted = {"g++", "ninja-build", "pkg-config"}
+    wanted = {"g++", "pkg-config"}
     assert wanted <= set(packages.split())
+    # The demonstration's data are what only the quickstart and the tests need.
     assert ("chromium" in packages) == bool(arguments)
+    assert ("dataset-fashion-mnist" in packages) <= bool(arguments)
     assert not (bare / ".venv").exists()
     assert not (bare / "called").exists()
+
+
+@on_debian
+@pytest.mark.parametrize("named_by", ["CPATH", "CONDA_PREFIX", "PKG_CONFIG_PATH", None])
+def test_headers_count_wherever_the_compiler_or_pkg_config_finds_them(bare: Path, named_by: str | None) -> None:
+    """As conda, Spack and module files bring them; nothing of the system's is seen here."""
+    there = bare / "environment" / "include"
+    there.mkdir(parents=True)
+    there.parent.chmod(0o755)
+    (there / "turbojpeg.h").touch()
+    (there / "libturbojpeg.pc").write_text("Name: TurboJPEG\nDescription: of a module file\nVersion: 3\n")
+    for tool, before in (("g++", "-nostdinc -nostdinc++"), ("pkg-config", "")):
+        if not (real := shutil.which(tool)):
+            pytest.skip(f"no {tool}")
+        (bare / "bin" / tool).write_text(f'#!/bin/bash\nPKG_CONFIG_LIBDIR=/nowhere exec {real} {before} "$@"\n')
+        (bare / "bin" / tool).chmod(0o755)
+    folders = {"CONDA_PREFIX": there.parent}
+    done = set_up(bare, as_root=False, **({named_by: str(folders.get(named_by, there))} if named_by else {}))
+    missing = set(done.stderr.split())
+    assert ("libturbojpeg0-dev" in missing) == (named_by is None)
+    assert not missing & {"g++", "pkg-config"}
 
 
 @on_debian

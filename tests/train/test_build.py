@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from ssam_scale.config import load
+from ssam_scale.config.load import load
 from ssam_scale.train.build import _scheduler
 from tests.support.runs import write_config
 

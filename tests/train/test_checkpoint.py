@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ssam_scale.config import load
+from ssam_scale.config.load import load
 from ssam_scale.config.schema import Config
 from ssam_scale.errors import UserError
 from ssam_scale.perturbation import no_phases

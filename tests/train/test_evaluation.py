@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ssam_scale.config import load
+from ssam_scale.config.load import load
 from ssam_scale.data import eval_loader
 from ssam_scale.models.ema import EMA
 from ssam_scale.sharding import World

@@ -8,8 +8,9 @@ import mlflow
 import pytest
 import torch
 
-from ssam_scale.config import Config, load
+from ssam_scale.config.load import load
 from ssam_scale.config.micro_batches import micro_batches
+from ssam_scale.config.schema import Config
 from ssam_scale.costs.cluster import Cluster
 from ssam_scale.costs.estimate import Activations, footprint
 from ssam_scale.costs.workload import weights_of

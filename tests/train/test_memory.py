@@ -18,8 +18,9 @@ import mlflow
 import pytest
 import torch
 
-from ssam_scale.config import Config, load
+from ssam_scale.config.load import load
 from ssam_scale.config.micro_batches import MicroBatches
+from ssam_scale.config.schema import Config
 from ssam_scale.errors import UserError
 from ssam_scale.models import staged
 from ssam_scale.perturbation import StagedModel
