@@ -88,16 +88,18 @@ any_command() {
 }
 compiler=${CXX:-g++}
 # Where headers may lie besides the compiler's own folders: as OpenCV's do, and those of an active conda environment.
-header_folders() {
+header_folders() { # one -I a line
     local folder
-    printf -- '-I%s ' /usr/include/opencv4 ${CONDA_PREFIX:+"$CONDA_PREFIX/include" "$CONDA_PREFIX/include/opencv4"}
+    printf -- '-I%s\n' /usr/include/opencv4 ${CONDA_PREFIX:+"$CONDA_PREFIX/include" "$CONDA_PREFIX/include/opencv4"}
     while IFS= read -r -d : folder; do
-        [[ -z $folder ]] || printf -- '-I%s ' "$folder/opencv4"
+        [[ -z $folder ]] || printf -- '-I%s\n' "$folder/opencv4"
     done <<<"${CPATH:-}:"
 }
-finds() { # finds HEADER: the compiler does. CXX may hold options too, so both go word by word.
-    # shellcheck disable=SC2046,SC2086
-    printf '#include <%s>\n' "$1" | $compiler -E -x c++ -o /dev/null $(header_folders) -
+finds() { # finds HEADER: the compiler does; CXX may hold options too
+    local folders
+    mapfile -t folders < <(header_folders)
+    # shellcheck disable=SC2086
+    printf '#include <%s>\n' "$1" | $compiler -E -x c++ -o /dev/null "${folders[@]}" -
 }
 turbojpeg() { pkg-config --exists libturbojpeg || finds turbojpeg.h; }
 opencv() { pkg-config --exists opencv4 || finds "opencv2/$1.hpp"; }
@@ -330,7 +332,7 @@ install_ffcv() {
     shim=$(mktemp -d /tmp/for-ffcv.XXXXXX)
     knows() { # knows PACKAGE LIBRARIES FOLDERS
         printf 'Name: %s\nDescription: as the compiler finds it\nVersion: 4\n' "$1"
-        printf 'Libs: %s%s\nCflags: %s%s\n' "${CONDA_PREFIX:+-L$CONDA_PREFIX/lib }" "$2" "$3" "$(header_folders)"
+        printf 'Libs: %s%s\nCflags: %s%s\n' "${CONDA_PREFIX:+-L$CONDA_PREFIX/lib }" "$2" "$3" "$(header_folders | tr '\n' ' ')"
     }
     if ! pkg-config --exists opencv4; then
         mkdir -p "$shim/include/opencv2"
