@@ -365,6 +365,11 @@ class Tracking(Section):
     experiment: str = Field("ssam_scale", description="MLflow experiment")
     run_name: str | None = Field(None, description="MLflow run name; null: made from the method and the model")
     log_every: int = Field(50, ge=1, description="steps between two records of loss, learning rate and phase times")
+    probe_every: Annotated[int, Field(ge=1)] | Literal["auto"] | None = Field(
+        "auto",
+        description="steps between two probes, which measure the saving over dense SAM inside the run; auto: so that "
+        "they take 1% of the time; null: none",
+    )
 
 
 class Config(Section):

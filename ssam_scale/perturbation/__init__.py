@@ -10,7 +10,7 @@ from .schedules import ConstantRadius, CosineRadius, Interval, LRRadius, RadiusS
 from .scores import sampled_label_loss
 from .sparse_sam import SparseSAM
 from .staged_model import Stage, StagedModel
-from .step_report import StepKind, StepReport
+from .step_report import Rehearsed, StepKind, StepReport
 
 __all__ = [
     "ConstantRadius",
@@ -21,6 +21,7 @@ __all__ = [
     "Phase",
     "Phases",
     "RadiusSchedule",
+    "Rehearsed",
     "ResolvedStep",
     "Savings",
     "SparseSAM",

@@ -224,20 +224,24 @@ class Perturbation:
         self.calibrated = -1
 
     @contextmanager
-    def applied(self, resolved: ResolvedStep, *, keep: bool = False) -> Iterator[list[Tensor]]:
+    def applied(
+        self, resolved: ResolvedStep, *, keep: bool = False, phases: Phases | None = None
+    ) -> Iterator[list[Tensor]]:
         """The weights are w + ε inside and w again afterwards, bit for bit, whatever happens inside.
 
         Args:
             resolved: what the step does.
             keep: whether to yield the ε of this process's shards, as `Epsilon.computed` returns it; otherwise nothing.
+            phases: times the parts; None: what times those of a step.
         """
+        phases = self._phases if phases is None else phases
         try:
-            with self._phases("perturb"), torch.no_grad():
+            with phases("perturb"), torch.no_grad():
                 kept = self._perturb(resolved, keep)
             yield kept
         finally:
             # Nothing in here waits for another process: this may be the only one that failed.
-            with self._phases("perturb"), torch.no_grad():
+            with phases("perturb"), torch.no_grad():
                 self.backup.restore_()
                 self._sharding.reshard()  # an ascent may have left some for the descent
                 torch.clear_autocast_cache()
@@ -264,6 +268,16 @@ class Perturbation:
         # It remembers low-precision copies until its outermost context ends, which may be around the step.
         torch.clear_autocast_cache()
         return kept
+
+    @contextmanager
+    def forgetting(self) -> Iterator[None]:
+        """What is perturbed inside counts for nothing: afterwards all attributes are what they were."""
+        before = self.skips, self.skipped, self.kappa, self.shares, self.calibrated
+        self.skipped, self.shares = self.skipped.clone(), self.shares.clone()
+        try:
+            yield
+        finally:
+            self.skips, self.skipped, self.kappa, self.shares, self.calibrated = before
 
     def uncalibrate(self) -> None:
         """Calibrate in the next step: the mask is another one."""

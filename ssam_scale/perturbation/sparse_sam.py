@@ -31,7 +31,7 @@ from .resolved_step import Norm, ResolvedStep, StepOptions, resolve_step
 from .rng import FirstForward, RandomState
 from .savings import Savings
 from .schedules import ConstantRadius, RadiusSchedule, ever_reuses, reuse_at
-from .step_report import StepReport
+from .step_report import Rehearsed, StepReport
 
 
 class SparseSAM(OptimizerWrapper):
@@ -235,7 +235,14 @@ class SparseSAM(OptimizerWrapper):
         return int(self._perturbation.skipped)
 
     def resolve(
-        self, micro_batches: int = 1, *, plan: Plan | None = None, dense: bool | None = None, by_hand: bool = False
+        self,
+        micro_batches: int = 1,
+        *,
+        plan: Plan | None = None,
+        dense: bool | None = None,
+        by_hand: bool = False,
+        options: StepOptions | None = None,
+        radii: Sequence[float] | None = None,
     ) -> ResolvedStep:
         """What the next step will do: what the passes, the perturbation and the cost model go by.
 
@@ -244,15 +251,18 @@ class SparseSAM(OptimizerWrapper):
             plan: another one than the next step's.
             dense: whether the ascent computes the gradient of every parameter; None: as the next step does.
             by_hand: for the forms in which the caller runs both passes: a closure, and `perturbed`.
+            options: others than this optimizer's.
+            radii: ρ by parameter group; None: the next step's.
         """
-        radii = self.radii
+        options = self.options if options is None else options
+        radii = self.radii if radii is None else radii
         if plan is None:
             plan = self.plan if any(radii) else Plan.nothing()
         if dense is None:
-            dense = self.options.is_dense(plan, self.steps, self._perturbation.calibrated)
+            dense = options.is_dense(plan, self.steps, self._perturbation.calibrated)
         return resolve_step(
             plan,
-            self.options,
+            options,
             self._parameters,
             radii={name: radii[self._parameters.group_of[name]] for name in plan.weights},
             step=self.steps,
@@ -438,6 +448,59 @@ class SparseSAM(OptimizerWrapper):
                 yield
         self._by_hand = resolved
         self.steps += 1
+
+    @contextmanager
+    def rehearsal(self) -> Iterator[Callable[..., None]]:
+        """Passes of other steps than the next one, to see what they cost; nothing of training changes.
+
+            with opt.rehearsal() as rehearse:
+                with timed(device) as dense:
+                    rehearse("dense", loss_fn, batch)
+
+        What is yielded takes what to rehearse (`Rehearsed`), the loss function and the micro-batches as `step` does,
+        and runs all of a step between its batches and the step of the base optimizer: passes, perturbing, restoring,
+        and dropping the gradients. Afterwards weights, buffers, random state, calibration and counts are what they
+        were, bit for bit; gradients are dropped, and so must not be accumulating. Collective, if `step` is.
+        """
+        self._check_placed()
+        self._follow()
+        random = RandomState.now(self._parameters.device)
+        buffers = list(self.sharding.network.buffers())
+        before = [buffer.clone() for buffer in buffers]
+        try:
+            with self._busy(), self._perturbation.forgetting(), torch.no_grad():
+                yield self._rehearse
+        finally:
+            with torch.no_grad():
+                for buffer, value in zip(buffers, before, strict=True):
+                    buffer.copy_(value)
+            self.zero_grad()
+            torch.clear_autocast_cache()
+            random.restore()
+
+    def _rehearse(self, what: Rehearsed, loss_fn: LossFn, *batches: Any) -> None:
+        resolved = self._rehearsed(what, len(batches))
+        torch.clear_autocast_cache()
+        passes = self.passes(resolved, loss_fn, batches, self.scaler, no_phases)
+        with torch.enable_grad():
+            if resolved.ascends:
+                passes.ascend()
+                with self._perturbation.applied(resolved, phases=no_phases):
+                    passes.descend(statistics=False)
+            else:
+                passes.descend(statistics=True)
+        self.zero_grad()
+
+    def _rehearsed(self, what: Rehearsed, micro_batches: int) -> ResolvedStep:
+        """What such a step does; with an ascent also where the schedule has none in the next step."""
+        if what == "base":
+            return ResolvedStep.without_ascent(self.steps)
+        radii, layout = [group["rho"] for group in self.param_groups], self._parameters.eligible(self.param_groups)
+        if what == "own":
+            dense = self.options.norm == "dense"
+            return self.resolve(micro_batches, plan=self.mask.plan(layout, self.steps), dense=dense, radii=radii)
+        plan, options = Dense().plan(layout, self.steps), StepOptions(calibrate_every=None)
+        return self.resolve(micro_batches, plan=plan, dense=False, options=options, radii=radii)
 
     @property
     def kappa(self) -> Tensor:

@@ -19,6 +19,10 @@ StepKind: TypeAlias = Literal["base", "sparse", "dense", "calibrating", "reused"
 | `reused` | has no ascent pass, and adds what the last one brought to its gradient (LookSAM) |
 """
 
+Rehearsed: TypeAlias = Literal["base", "dense", "own"]
+"""A step to compare with: the base optimizer's; dense SAM's, of all weights on the whole batch; one with an ascent as
+the optimizer's own mask, norm, fraction and savings make it, that calibrates nothing."""
+
 
 @dataclass(frozen=True)
 class StepReport:

@@ -20,6 +20,7 @@ from ssam_scale.tracking import watchdog
 from ssam_scale.tracking.environment import environment_tags, world_size
 from ssam_scale.tracking.layer_density import TABLE, LayerRecorder
 from ssam_scale.tracking.redaction import without_secrets
+from ssam_scale.tracking.saving import Probe, Saving
 from ssam_scale.tracking.shutdown import Unwinding, leave_note, outcome, read_note
 from ssam_scale.tracking.store import (
     experiment_id,
@@ -54,6 +55,7 @@ def open_run(
     resume_run_id: str | None = None,
     extra_tags: Mapping[str, str] | None = None,
     extra_params: Mapping[str, str] | None = None,
+    gpus: int = 0,
 ) -> Run:
     """The run that `config` describes, to be entered with `with`.
 
@@ -67,11 +69,12 @@ def open_run(
         resume_run_id: continue this run; a new one, tagged `resumed_from`, is made if the store does not know it.
         extra_tags: further tags, which win over the ones found out here (e.g. `backend` once it is resolved).
         extra_params: further parameters, which win over the configuration's (what it leaves to the machine).
+        gpus: that it computes on, all processes together.
 
     Raises:
         UserError: on entering, when the tracking store cannot be used.
     """
-    return Run(config, enabled, resume_run_id, dict(extra_tags or {}), dict(extra_params or {}))
+    return Run(config, enabled, resume_run_id, dict(extra_tags or {}), dict(extra_params or {}), gpus)
 
 
 def _typical(times: Sequence[float]) -> float:
@@ -96,6 +99,7 @@ class Run:
         resume_run_id: str | None,
         extra_tags: dict[str, str],
         extra_params: dict[str, str],
+        gpus: int,
     ) -> None:
         self.id: str | None = None
         self._config, self._enabled = config, enabled
@@ -108,6 +112,7 @@ class Run:
         self._step_times = array("d")
         self._times_by_kind: dict[str, array[float]] = {}
         self._refresh_seconds = 0.0
+        self._saving = Saving(sam=config.method == "sam", gpus=gpus)
         self._densities = array("d")
         self._top1: float | None = None
         self._best_top1: float | None = None
@@ -156,7 +161,8 @@ class Run:
         """
         self._step_times.extend(summary.step_times)
         self._densities.extend(densities)
-        metrics = {"train/loss": loss, "train/lr": lr}
+        self._saving.count(summary)
+        metrics = {"train/loss": loss, "train/lr": lr} | self._saving.metrics(intervals=False)
         if summary.steps:
             metrics["time/step"] = summary.step
             metrics["train/images_per_second"] = images_per_step * summary.steps / summary.seconds
@@ -168,6 +174,17 @@ class Run:
         if densities:
             metrics["mask/density"] = sum(densities) / len(densities)
         self.log(metrics, step)
+
+    def log_probe(self, probe: Probe, *, seconds: float, step: int) -> None:
+        """Record a probe, which took so many seconds before the step after `step`, and what is known of the saving."""
+        self._saving.add(probe)
+        times = {"time/probe": seconds, "probe/base": probe.base, "probe/dense": probe.dense, "probe/own": probe.own}
+        self.log(times | self._saving.metrics(), step)
+
+    def no_saving(self, reason: str) -> None:
+        """Say why nothing will be known of the saving: the tag `saving`."""
+        if self.id is not None:
+            self._client.set_tag(self.id, "saving", f"unknown: {reason}")
 
     def log_refresh(
         self,
@@ -232,6 +249,7 @@ class Run:
         first WARMUP_STEPS (of all if there are no more) and, for the sake of shared machines, the fastest and slowest
         tenth; and each step's share of the time that refreshing the mask took. A mean, as the steps of a moving cut
         differ by design. `summary/<kind>/step_time`: the same of the steps of each kind, without refreshes.
+        `summary/saving_…` and `summary/overhead_…`: see `Saving.metrics`; without perturbation the overhead is 0.
         `summary/density`: mean over the steps. `summary/top1`: the last evaluation's, percent;
         `summary/best_top1`: the best, also over what the run had before it was resumed.
         """
@@ -241,6 +259,8 @@ class Run:
             summary["summary/step_time"] = _typical(self._step_times) + refresh
         for kind, times in self._times_by_kind.items():
             summary[f"summary/{kind}/step_time"] = _typical(times)
+        saving = self._saving.metrics() if self._config.perturbation is not None else {"overhead/vs_base_percent": 0.0}
+        summary |= {f"summary/{key.replace('/', '_')}": value for key, value in saving.items()}
         if self._densities:
             summary["summary/density"] = sum(self._densities) / len(self._densities)
         if self._top1 is not None and self._best_top1 is not None:
@@ -278,6 +298,7 @@ class Run:
             return None
         self.id = str(self._resume_run_id)
         self._best_top1 = run.data.metrics.get("summary/best_top1", run.data.metrics.get("val/top1"))
+        self._saving.before = run.data.metrics.get("saving/seconds_so_far", 0.0)
         self._client.update_run(self.id, status="RUNNING")
         for key, value in (tags | {"resumed": str(int(run.data.tags.get("resumed", "0")) + 1)}).items():
             self._client.set_tag(self.id, key, value)

@@ -49,6 +49,15 @@ class EpochBatches:
         self._left -= 1
         return prepared
 
+    def peek(self) -> list[tuple[Tensor, Tensor]]:
+        """What `next_step` will return.
+
+        Raises:
+            StopIteration: the epoch has no further step.
+        """
+        self._prepare()
+        return list(self._prepared)
+
     def prefetch(self) -> None:
         """Prepare the next step's, if there is one, and if that goes on beside the step that the device is at."""
         if self._loader.aside.overlaps and self._left > 0:

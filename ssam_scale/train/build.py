@@ -46,6 +46,7 @@ from .hooks import (
     UpdateEMA,
 )
 from .memory import largest_micro_batch
+from .probes import ProbeSaving
 from .progress import Progress, ProgressBar
 from .refresh import RefreshMask, refreshed_section
 
@@ -234,7 +235,8 @@ def build_hooks(
         bar: what a person sees goes there.
     """
     opt, ema = components.opt, components.ema
-    hooks: list[Hook] = [LogEpochs(run)]
+    probes = ProbeSaving(config, world, components, run, bar) if config.perturbation is not None else None
+    hooks: list[Hook] = [LogEpochs(run) if probes is None else LogEpochs(run, lambda: probes.paused)]
     mask = config.perturbation.mask if config.perturbation is not None else None
     refreshed = refreshed_section(config) is not None
     if refreshed:
@@ -243,6 +245,8 @@ def build_hooks(
         hooks.append(LogDrawnDensities(opt, run))
     elif mask is not None and not refreshed:
         hooks.append(LogFixedDensities(opt, run))
+    if probes is not None:
+        hooks.append(probes)  # after the mask is what the next step's is
     if ema is not None:
         hooks.append(UpdateEMA(ema))
     return [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
@@ -96,22 +96,26 @@ class LogEpochs(Hook):
 
     Args:
         run: where.
+        paused: seconds so far that are none of training.
     """
 
-    def __init__(self, run: Run) -> None:
-        self._run = run
+    def __init__(self, run: Run, paused: Callable[[], float] = lambda: 0.0) -> None:
+        self._run, self._paused = run, paused
         self._began: float | None = None
 
     def before_step(self, progress: Progress, batches: EpochBatches) -> None:
         """Takes the time."""
         if self._began is None:
-            self._began = time.monotonic()
+            self._began = self._now()
 
     def after_epoch(self, progress: Progress) -> None:
         """Records it."""
         assert self._began is not None
-        self._run.log_epoch(epoch=progress.epoch, seconds=time.monotonic() - self._began, step=progress.step)
+        self._run.log_epoch(epoch=progress.epoch, seconds=self._now() - self._began, step=progress.step)
         self._began = None
+
+    def _now(self) -> float:
+        return time.monotonic() - self._paused()
 
 
 class LogMetrics(Hook):

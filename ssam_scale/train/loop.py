@@ -51,6 +51,7 @@ def train(config: Config, world: World) -> None:
             config,
             enabled=world.first,
             resume_run_id=progress.run_id,
+            gpus=world.size if world.device.type == "cuda" else 0,
             extra_tags={"steps": str(total), "backend": backend_of(config, world)},
             # What the configuration leaves to the number of processes, or to the device's memory.
             extra_params={"train.accumulation": str(split.accumulation), "train.micro_batch": str(split.images)},

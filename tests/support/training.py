@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from ssam_scale.masks import NM, Dense, Depth, DepthByCost, Dynamic, Mask, Named, Norms, Refreshed, Scored
-from ssam_scale.perturbation import RadiusSchedule, Savings, SparseSAM
+from ssam_scale.perturbation import RadiusSchedule, Rehearsed, Savings, SparseSAM
 from ssam_scale.perturbation.reference import length_of, masked_by, reference_gradient, reference_step
 from ssam_scale.sharding import World
 from ssam_scale.sharding.place import place
@@ -131,10 +131,17 @@ def halved(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRSched
     return torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
 
 
-def train(world: World, backend: Any, cases: list[Case], **kwargs: Any) -> list[dict[str, Any]]:
+def train(
+    world: World, backend: Any, cases: list[Case], rehearsed: tuple[Rehearsed, ...] = (), **kwargs: Any
+) -> list[dict[str, Any]]:
     """Five steps of each case on this rank: whole weights and optimizer state, and of each step the mask and the loss.
 
-    Further arguments are those of `place`.
+    Args:
+        world: the processes.
+        backend: to train on.
+        cases: ways of training.
+        rehearsed: before each step.
+        kwargs: of `place`.
     """
     results = []
     for case in cases:
@@ -160,6 +167,10 @@ def train(world: World, backend: Any, cases: list[Case], **kwargs: Any) -> list[
             own = on(world.device, part(batch, world.rank, world.size))
             masks.append(whole_mask(opt))
             micro = [part(own, i, case.accumulation) for i in range(case.accumulation)]
+            if rehearsed:
+                with opt.rehearsal() as rehearse:
+                    for what in rehearsed:
+                        rehearse(what, case.loss_fn, *micro)
             losses.append(world.sum(opt.step(case.loss_fn, *micro)) / world.size)
             if scheduler is not None:
                 scheduler.step()
@@ -175,6 +186,10 @@ def train(world: World, backend: Any, cases: list[Case], **kwargs: Any) -> list[
                 "state": {name: v for name, v in entries.items() if isinstance(v, torch.Tensor) and v.ndim},
                 "masks": masks,
                 "losses": torch.stack(losses),
+                "buffers": {name: buffer.clone() for name, buffer in model.named_buffers()},
+                "sparse": opt.sparse.state_dict(),
+                "kappa": opt.kappa,
+                "random": torch.get_rng_state(),
             }
         )
     return results

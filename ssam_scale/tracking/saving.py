@@ -1,0 +1,160 @@
+"""What a run has saved over dense SAM and costs over its base optimizer, measured inside the run itself.
+
+A probe times the passes of three steps side by side, on the same batch: the base optimizer's, dense SAM's and the run's
+own. Other work on the machine slows all three down alike, so that their ratios stay what they are on a quiet machine,
+as ratios between runs at different times do not. What the three have in common (the base optimizer's step, the wait for
+data) is added from the steps of training, and how often an ascent comes is counted there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ssam_scale.perturbation import StepKind
+
+from .timer import PhaseSummary
+
+T = TypeVar("T")
+
+FEWEST = 3
+"""Probes below which no interval is given: their spread says nothing yet."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Seconds of the passes of three steps on one batch.
+
+    Attributes:
+        base: of the base optimizer's.
+        dense: of dense SAM's.
+        own: of the run's own, with an ascent.
+    """
+
+    base: float
+    dense: float
+    own: float
+
+
+class Saving:
+    """Collects probes and the steps of a run, and says what was saved.
+
+    Args:
+        sam: whether the run's own steps are dense SAM's, which saves nothing.
+        gpus: that the run computes on; 0: on none.
+
+    Attributes:
+        before: seconds that the run had saved before it was resumed.
+    """
+
+    def __init__(self, *, sam: bool, gpus: int = 0) -> None:
+        self._sam, self._gpus = sam, gpus
+        self.before = 0.0
+        self._probes: list[Probe] = []
+        self._steps: dict[StepKind, int] = {}
+        self._rest = self._data = 0.0
+
+    @property
+    def probes(self) -> int:
+        """How many there are."""
+        return len(self._probes)
+
+    def add(self, probe: Probe) -> None:
+        """Take one probe in."""
+        self._probes.append(probe)
+
+    def count(self, summary: PhaseSummary) -> None:
+        """Take in the steps of a window of training."""
+        for kind, of_kind in summary.by_kind.items():
+            self._steps[kind] = self._steps.get(kind, 0) + of_kind.steps
+        self._rest += summary.phases.get("optimizer", 0.0) * summary.steps
+        self._data += summary.phases.get("data", 0.0) * summary.steps
+
+    def metrics(self, *, intervals: bool = True) -> dict[str, float]:
+        """What is known by now, under the names that it has in MLflow; empty before there are a probe and steps.
+
+        Intervals take some milliseconds.
+
+        `saving/vs_dense_percent`: of the time that the run's steps would have taken as dense SAM's.
+        `overhead/vs_base_percent`: on top of what they would have taken as the base optimizer's. Both with a 95%
+        interval (`_low`, `_high`), by bootstrap over the probes, from `FEWEST` of them on.
+        `saving/seconds_so_far`, and `saving/gpu_hours_so_far` on GPUs.
+        """
+        steps = sum(self._steps.values())
+        if not self._probes or not steps:
+            return {}
+        times = np.array([(p.base, p.dense, p.own) for p in self._probes]).T
+        saved, saving, overhead = self._figures(*times)
+        result = {
+            "saving/vs_dense_percent": float(saving),
+            "saving/seconds_so_far": self.before + float(saved) * steps,
+            "overhead/vs_base_percent": float(overhead),
+        }
+        if self._gpus:
+            result["saving/gpu_hours_so_far"] = result["saving/seconds_so_far"] * self._gpus / 3600.0
+        if intervals and len(self._probes) >= FEWEST:
+            for key, index in (("saving/vs_dense_percent", 1), ("overhead/vs_base_percent", 2)):
+                low, high = _interval(times, lambda *resampled, index=index: self._figures(*resampled)[index])
+                result |= {f"{key}_low": low, f"{key}_high": high}
+        return result
+
+    def _figures(self, base: Any, dense: Any, own: Any) -> tuple[Any, Any, Any]:
+        """Seconds saved a step, share of them in dense SAM's and overhead over the base's in percent.
+
+        Args:
+            base: seconds of probes, of shape [..., probes].
+            dense: the same.
+            own: the same.
+        """
+        base, dense, own = (np.mean(times, axis=-1) for times in (base, dense, own))
+        if self._sam:
+            own = dense
+        steps = sum(self._steps.values())
+        share = {kind: count / steps for kind, count in self._steps.items()}
+        passes = sum(share.get(kind, 0.0) * self._of_kind(kind, base, dense, own) for kind in share)
+        rest, data = self._rest / steps, self._data / steps
+        # While a step of dense SAM computes longer, the loader works on: what it was waited for is no saving then.
+        saved = np.maximum(dense - passes - data, 0.0) if not self._sam else 0.0 * dense
+        mine = passes + rest + data
+        return saved, 100.0 * saved / (mine + saved), 100.0 * (mine / (base + rest + data) - 1.0)
+
+    @staticmethod
+    def _of_kind(kind: StepKind, base: Any, dense: Any, own: Any) -> Any:
+        times: Mapping[StepKind, Any] = {
+            "base": base,
+            "reused": base,
+            "sparse": own,
+            "dense": own,
+            "calibrating": dense,
+        }
+        return times[kind]
+
+
+def _interval(times: NDArray[np.float64], figure: Any) -> tuple[float, float]:
+    """95% of a figure of probes, by bootstrap over them.
+
+    Args:
+        times: seconds, [3, probes].
+        figure: of three arrays whose last dimension is that of the probes.
+    """
+    from scipy.stats import bootstrap
+
+    found = bootstrap(
+        tuple(times),
+        lambda base, dense, own, axis=-1: figure(base, dense, own),
+        paired=True,
+        vectorized=True,
+        n_resamples=999,
+        method="percentile",
+        rng=np.random.default_rng(0),
+    ).confidence_interval
+    return float(found.low), float(found.high)
+
+
+def order_of(seed: int, step: int, names: Sequence[T]) -> list[T]:
+    """A random order of what a probe times, the same on every process."""
+    return [names[i] for i in np.random.default_rng((seed, step)).permutation(len(names))]
