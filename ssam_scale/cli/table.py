@@ -51,7 +51,7 @@ def show(rows: Sequence[Mapping[str, Any]], columns: Columns, caption: str, as_j
 
 @dataclass(frozen=True)
 class Sheet:
-    """A table for a terminal of any width: a grid where it fits with every word and number whole, else blocks, one a row.
+    """A table for a terminal of any width: a grid where it fits with every word and number whole, else a block per row.
 
     Attributes:
         titles: of the columns.
