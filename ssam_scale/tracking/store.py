@@ -9,7 +9,7 @@ import re
 import socket
 import sqlite3
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -73,7 +73,7 @@ def open_store(uri: str, *, create: bool) -> Any:
         from mlflow import MlflowClient
 
         # MLflow's own retries would keep a wrong address waiting for minutes.
-        with _environment(MLFLOW_HTTP_REQUEST_MAX_RETRIES="0", MLFLOW_HTTP_REQUEST_TIMEOUT=str(_ANSWER_WITHIN_S)):
+        with environment(MLFLOW_HTTP_REQUEST_MAX_RETRIES="0", MLFLOW_HTTP_REQUEST_TIMEOUT=str(_ANSWER_WITHIN_S)):
             client = MlflowClient(tracking_uri=uri)
             client.search_experiments(max_results=1)
     except Exception as error:  # MLflow lets its drivers' errors through, of every kind
@@ -239,14 +239,19 @@ def _refused(uri: str, reason: str) -> str:
 
 
 @contextmanager
-def _environment(**values: str) -> Iterator[None]:
+def environment(**values: str | None) -> Iterator[None]:
+    """Within the `with`, these variables of the process's environment have these values; None: they are not set."""
     before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
     try:
+        _set_environment(values)
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        _set_environment(before)
+
+
+def _set_environment(values: Mapping[str, str | None]) -> None:
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
