@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -28,14 +25,16 @@ def compare_command(
     as_json: AsJson = False,
 ) -> None:
     """Compare finished runs: top-1, step time, time over the base optimizer, saving over dense SAM."""
-    from ssam_scale.tracking.compare import compare
+    from ssam_scale.tracking.commands import interface_lines
+    from ssam_scale.tracking.compare import compare, find_experiment
 
     rows = compare(tracking_uri, experiment, group=group)
     if as_json:
         print(json.dumps([asdict(row) for row in rows], indent=2, ensure_ascii=False))
         return
     console().print(render(rows))
-    for line in interface_lines(tracking_uri, experiment):
+    _, experiment_id = find_experiment(tracking_uri, experiment)
+    for line in interface_lines(tracking_uri, experiment_id):
         # Not through the console: it would break a command that is to be copied.
         print(line)
 
@@ -76,35 +75,3 @@ def render(rows: list[Row]) -> Sheet:
 
 def _shown(value: float | None, form: Callable[[float], str]) -> str:
     return "—" if value is None else form(value)
-
-
-def interface_lines(uri: str, experiment: str, port: int = 5000) -> list[str]:
-    """What to type and where to look to see the runs in MLflow's own interface.
-
-    Raises:
-        UserError: the store cannot be read or has no such experiment.
-    """
-    from ssam_scale.tracking.compare import find_experiment
-    from ssam_scale.tracking.redaction import without_secrets
-
-    _, experiment_id = find_experiment(uri, experiment)
-    # Without the workflow MLflow opens its pages for language models; the charts show the metrics of all runs at once.
-    path = f"#/experiments/{experiment_id}/runs?workflowType=machine_learning&compareRunsMode=CHART"
-    if uri.startswith(("http://", "https://")):
-        return [f"In the browser: {without_secrets(uri).rstrip('/')}/{path}"]
-    return [
-        f"See the runs: {_mlflow()} ui --backend-store-uri {without_secrets(uri)} --port {port}",
-        f"then open:    http://127.0.0.1:{port}/{path}",
-    ]
-
-
-def _mlflow() -> str:
-    """The MLflow executable of this environment, as short as it can be typed."""
-    # Not resolved: the interpreter of a virtual environment is a link that leads out of it.
-    beside = Path(sys.executable).parent / "mlflow"
-    if not beside.exists():
-        return shutil.which("mlflow") or "mlflow"
-    try:
-        return str(beside.relative_to(Path.cwd()))
-    except ValueError:
-        return "mlflow" if shutil.which("mlflow") == str(beside) else str(beside)

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from ssam_scale.cli.compare import compare_command, interface_lines, render
+from ssam_scale.cli.compare import compare_command, render
 from ssam_scale.config.schema import Config
 from ssam_scale.errors import UserError
+from ssam_scale.tracking.commands import interface_lines
 from ssam_scale.tracking.compare import Row, compare
 from ssam_scale.tracking.run import flatten
 from ssam_scale.tracking.store import experiment_id, open_store
@@ -254,8 +255,7 @@ def test_json_round_trips(config: MakeConfig, uri: str, finish: Finish, capsys: 
     assert row == json.loads(json.dumps(compare(uri, "ssam_scale")[0].__dict__))
 
 
-def test_address_of_a_server_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ssam_scale.tracking.compare.find_experiment", lambda uri, name: (None, "7"))
-    assert interface_lines("http://me:pw@host:5000/", "x") == [
+def test_address_of_a_server_is_its_own() -> None:
+    assert interface_lines("http://me:pw@host:5000/", "7") == [
         "In the browser: http://me:***@host:5000/#/experiments/7/" + QUERY
     ]
