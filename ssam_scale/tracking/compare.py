@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,8 +12,11 @@ from statistics import fmean, stdev
 from typing import Any
 
 from ssam_scale.errors import UserError
+from ssam_scale.tracking.moved import follow_moved
 from ssam_scale.tracking.redaction import without_secrets
-from ssam_scale.tracking.store import one_line, open_store
+from ssam_scale.tracking.store import one_line, open_store, sqlite_path
+
+_log = logging.getLogger(__name__)
 
 # Parameters that do not make a run another experiment: seeds are pooled, the rest changes no result.
 _POOLED = (
@@ -155,6 +159,10 @@ def find_experiment(uri: str, name: str) -> tuple[Any, str]:
         near = get_close_matches(name, names, n=1, cutoff=0.0)
         hint = f"; did you mean {near[0]!r}?" if near else "; it has none"
         raise UserError(f"no experiment {name!r} in {without_secrets(uri)}{hint}")
+    try:
+        follow_moved(found, uri, sqlite_path(uri))
+    except UserError as error:
+        _log.warning("%s", error)  # what is compared is in the store itself
     return client, str(found.experiment_id)
 
 

@@ -19,6 +19,7 @@ from ssam_scale.errors import UserError
 from ssam_scale.tracking import watchdog
 from ssam_scale.tracking.environment import environment_tags, world_size
 from ssam_scale.tracking.layer_density import TABLE, LayerRecorder
+from ssam_scale.tracking.moved import follow_moved
 from ssam_scale.tracking.redaction import without_secrets
 from ssam_scale.tracking.shutdown import Unwinding, leave_note, outcome, read_note
 from ssam_scale.tracking.store import (
@@ -29,6 +30,7 @@ from ssam_scale.tracking.store import (
     open_store,
     plain_values,
     shortened,
+    sqlite_path,
     text_artifact,
 )
 from ssam_scale.tracking.threads import MetricWriter
@@ -276,6 +278,8 @@ class Run:
             return None
         if run.info.lifecycle_stage == "deleted":
             return None
+        uri = self._config.tracking.uri
+        follow_moved(self._client.get_experiment(run.info.experiment_id), uri, sqlite_path(uri))
         self.id = str(self._resume_run_id)
         self._best_top1 = run.data.metrics.get("summary/best_top1", run.data.metrics.get("val/top1"))
         self._client.update_run(self.id, status="RUNNING")

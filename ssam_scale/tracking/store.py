@@ -20,6 +20,7 @@ from ssam_scale.config.schema import Config
 from ssam_scale.errors import UserError
 from ssam_scale.folders import why_not_writable
 from ssam_scale.tracking.commands import is_folder, mlflow_command
+from ssam_scale.tracking.moved import BESIDE, follow_moved
 from ssam_scale.tracking.redaction import without_secrets
 
 # The limit of MLflow's stores.
@@ -123,6 +124,7 @@ def experiment_id(client: Any, uri: str, name: str) -> str:
         raise UserError(
             f"tracking.experiment {name!r} was deleted; choose another name, or bring it back with `{command}`{hidden}"
         )
+    follow_moved(found, uri, sqlite_path(uri))
     return str(found.experiment_id)
 
 
@@ -164,7 +166,7 @@ def _artifact_location(uri: str, experiment: str) -> str | None:
     if database is None:
         return None  # servers and folders know where their artifacts belong
     # MLflow's default is relative to where each process happens to run; beside the database the two stay together.
-    return str(database.resolve().parent / "mlartifacts" / re.sub(r"[^\w.-]+", "_", experiment))
+    return str(database.resolve().parent / BESIDE / re.sub(r"[^\w.-]+", "_", experiment))
 
 
 def _quiet_mlflow(uri: str) -> None:
