@@ -208,11 +208,12 @@ class Run:
         if self._layers is not None:
             self._layers.add(counts, sizes, step, steps)
 
-    def log_evaluation(self, *, top1: float, top5: float, loss: float, epoch: float, step: int) -> None:
-        """Record an evaluation: accuracies in percent, mean loss, after `epoch` epochs."""
+    def log_evaluation(self, *, top1: float, top5: float | None, loss: float, epoch: float, step: int) -> None:
+        """Record an evaluation: accuracies in percent (top-5 where it means something), mean loss, after `epoch`."""
         self._top1 = top1
         self._best_top1 = top1 if self._best_top1 is None else max(top1, self._best_top1)
-        self.log({"val/top1": top1, "val/top5": top5, "val/loss": loss, "epoch": epoch}, step)
+        metrics = {"val/top1": top1, "val/top5": top5, "val/loss": loss, "epoch": epoch}
+        self.log({key: value for key, value in metrics.items() if value is not None}, step)
 
     def log_epoch(self, *, epoch: float, seconds: float, step: int) -> None:
         """Record that `epoch` epochs are done and how long the last one took."""

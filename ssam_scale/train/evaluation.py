@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -29,13 +30,14 @@ class Evaluation:
 
     Attributes:
         top1: images whose label scores highest, percent.
-        top5: images whose label is among the five highest scores (all, with fewer classes), percent.
+        top5: images whose label is among the five highest scores, percent; None with five classes or fewer, of which
+            it would be all.
         loss: mean cross-entropy.
         images: how many were measured.
     """
 
     top1: float
-    top5: float
+    top5: float | None
     loss: float
     images: int
 
@@ -71,7 +73,8 @@ def evaluate(
                 raise RuntimeError("a process has no image to evaluate; evaluate on fewer processes")
             _measure(module, batch, precision)
     top1, top5, loss, images = world.sum(totals).tolist()
-    return Evaluation(100.0 * top1 / images, 100.0 * top5 / images, loss / images, int(images))
+    top5 = None if math.isnan(top5) else 100.0 * top5 / images
+    return Evaluation(100.0 * top1 / images, top5, loss / images, int(images))
 
 
 class Evaluate(Hook):
@@ -101,7 +104,8 @@ class Evaluate(Hook):
             top1=result.top1, top5=result.top5, loss=result.loss, epoch=progress.epoch, step=progress.step
         )
         self._bar.say(
-            f"epoch {progress.epoch}/{epochs}: top-1 {result.top1:.2f}%, top-5 {result.top5:.2f}%, "
+            f"epoch {progress.epoch}/{epochs}: top-1 {result.top1:.2f}%, "
+            f"{'' if result.top5 is None else f'top-5 {result.top5:.2f}%, '}"
             f"validation loss {result.loss:.4f} on {result.images} images"
         )
 
@@ -113,4 +117,5 @@ def _measure(module: nn.Module, batch: tuple[Tensor, Tensor], precision: torch.d
     logits = logits.float()
     best = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
     loss = F.cross_entropy(logits, labels, reduction="sum")
-    return torch.stack([best[:, 0].sum(), best.sum(), loss, loss.new_full((), len(labels))]).double()
+    top5 = best.sum() if logits.shape[1] > 5 else loss.new_full((), math.nan)
+    return torch.stack([best[:, 0].sum(), top5, loss, loss.new_full((), len(labels))]).double()

@@ -75,7 +75,8 @@ def test_resuming_equals_never_having_stopped(
     rates = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").get_metric_history(one.info.run_id, "train/lr")
     by_step = {rate.step: rate.value for rate in rates}
     assert by_step[12] < 0.1 * by_step[4]
-    assert 0 <= one.data.metrics["val/top1"] <= one.data.metrics["val/top5"] <= 100
+    assert 0 <= one.data.metrics["val/top1"] <= 100
+    assert "val/top5" not in one.data.metrics  # of four classes it would be 100%
     if "refresh_steps" in str(METHODS[method]):  # and so were the records of its layers
         table = f"mlartifacts/ssam_scale/{one.info.run_id}/artifacts/mask/density.csv"
         assert (tmp_path / table).read_text().partition("\n")[0] == "parameter,weights,0,3,6,9"
