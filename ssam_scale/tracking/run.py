@@ -208,8 +208,26 @@ class Run:
         if self._layers is not None:
             self._layers.add(counts, sizes, step, steps)
 
-    def log_evaluation(self, *, top1: float, top5: float | None, loss: float, epoch: float, step: int) -> None:
-        """Record an evaluation: accuracies in percent (top-5 where it means something), mean loss, after `epoch`."""
+    def log_evaluation(
+        self,
+        *,
+        top1: float,
+        top5: float | None,
+        loss: float,
+        epoch: float,
+        step: int,
+        raw: Mapping[str, float | None] | None = None,
+    ) -> None:
+        """Record an evaluation, of the averaged weights where there are any.
+
+        Args:
+            top1: accuracy, percent.
+            top5: accuracy by the five best, percent; None where it means nothing.
+            loss: mean.
+            epoch: epochs done.
+            step: steps done.
+            raw: the same three of the weights that are trained, if `top1` and the others are of averaged ones.
+        """
         self._top1 = top1
         self._best_top1 = top1 if self._best_top1 is None else max(top1, self._best_top1)
         metrics = {"val/top1": top1, "val/top5": top5, "val/loss": loss, "epoch": epoch}
@@ -224,6 +242,7 @@ class Run:
         if self._writer is None:
             return
         try:
+        metrics |= {f"val/raw_{name}": value for name, value in (raw or {}).items()}
             self._client.log_artifact(self.id, str(path), folder)
         except Exception as error:  # a full artifact store must not end a training
             _log.warning("artifact %s was not stored: %s", path, one_line(error))

@@ -41,6 +41,10 @@ class Evaluation:
     loss: float
     images: int
 
+    def __str__(self) -> str:
+        top5 = "" if self.top5 is None else f"top-5 {self.top5:.2f}%, "
+        return f"top-1 {self.top1:.2f}%, {top5}validation loss {self.loss:.4f}"
+
 
 @torch.no_grad()
 def evaluate(
@@ -78,7 +82,7 @@ def evaluate(
 
 
 class Evaluate(Hook):
-    """Evaluates every `train.eval_epochs` epochs and after the last: the averaged weights where there are any.
+    """Evaluates every `train.eval_epochs` epochs and after the last: averaged weights if there are any, and the raw.
 
     Args:
         config: of the run.
@@ -96,18 +100,27 @@ class Evaluate(Hook):
         epochs = self._config.train.epochs
         if progress.epoch != epochs and progress.epoch % self._config.train.eval_epochs:
             return
-        module, ema, loader = self._components.module, self._components.ema, self._components.val
+        ema = self._components.ema
         with ema.swapped_in() if ema is not None else nullcontext():
-            batches = self._bar.track(loader, "evaluating", loader.batches_everywhere)
-            result = evaluate(module, batches, loader.batches_everywhere, self._world, self._components.precision)
+            result = self._evaluate("evaluating")
+        raw = None if ema is None else self._evaluate("evaluating without averaging")
         self._run.log_evaluation(
-            top1=result.top1, top5=result.top5, loss=result.loss, epoch=progress.epoch, step=progress.step
+            top1=result.top1,
+            top5=result.top5,
+            loss=result.loss,
+            raw={} if raw is None else {"top1": raw.top1, "top5": raw.top5, "loss": raw.loss},
+            epoch=progress.epoch,
+            step=progress.step,
         )
-        self._bar.say(
-            f"epoch {progress.epoch}/{epochs}: top-1 {result.top1:.2f}%, "
-            f"{'' if result.top5 is None else f'top-5 {result.top5:.2f}%, '}"
-            f"validation loss {result.loss:.4f} on {result.images} images"
-        )
+        beside = "" if raw is None else f"; without averaging the weights: {raw}"
+        self._bar.say(f"epoch {progress.epoch}/{epochs}: {result} on {result.images} images{beside}")
+
+    def _evaluate(self, label: str) -> Evaluation:
+        """Of the weights as they are."""
+        loader, components = self._components.val, self._components
+        forwards = loader.batches_everywhere
+        batches = self._bar.track(loader, label, forwards)
+        return evaluate(components.module, batches, forwards, self._world, components.precision)
 
 
 def _measure(module: nn.Module, batch: tuple[Tensor, Tensor], precision: torch.dtype) -> Tensor:

@@ -65,7 +65,8 @@ def test_resuming_equals_never_having_stopped(
     shutil.move(checkpoints / "epoch_0003", tmp_path / "uninterrupted")
     shutil.rmtree(checkpoints / "epoch_0002")
     train("--config", str(config), "--resume", "auto")
-    assert "resumed from" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "resumed from" in said
     assert differing(tmp_path / "uninterrupted", checkpoints / "epoch_0003") == []
     (one,) = runs_of(tmp_path)  # the tracked run was continued, too
     assert one.info.status == "FINISHED"
@@ -76,7 +77,12 @@ def test_resuming_equals_never_having_stopped(
     by_step = {rate.step: rate.value for rate in rates}
     assert by_step[12] < 0.1 * by_step[4]
     assert 0 <= one.data.metrics["val/top1"] <= 100
-    assert "val/top5" not in one.data.metrics  # of four classes it would be 100%
+    assert not {"val/top5", "val/raw_top5"} & one.data.metrics.keys()  # of four classes it would be 100%
+    raw, averaged = one.data.metrics["val/raw_top1"], one.data.metrics["val/top1"]
+    assert (
+        f"epoch 3/3: top-1 {averaged:.2f}%, validation loss {one.data.metrics['val/loss']:.4f} on 20 images; " in said
+    )
+    assert f"; without averaging the weights: top-1 {raw:.2f}%, " in said
     if "refresh_steps" in str(METHODS[method]):  # and so were the records of its layers
         table = f"mlartifacts/ssam_scale/{one.info.run_id}/artifacts/mask/density.csv"
         assert (tmp_path / table).read_text().partition("\n")[0] == "parameter,weights,0,3,6,9"
