@@ -37,10 +37,11 @@ def interface_lines(uri: str, experiment_id: str, run_id: str | None = None, por
     page = "runs?workflowType=machine_learning&compareRunsMode=CHART" if run_id is None else f"runs/{run_id}"
     path = f"#/experiments/{experiment_id}/{page}"
     if uri.startswith(("http://", "https://")):
-        return [f"In the browser: {without_secrets(uri).rstrip('/')}/{path}"]
+        return [f"{'In' if run_id is None else 'in'} the browser: {without_secrets(uri).rstrip('/')}/{path}"]
     allowed = "MLFLOW_ALLOW_FILE_STORE=true " if is_folder(uri) else ""
     command = shlex.join([_executable(), "ui", "--backend-store-uri", without_secrets(uri), "--port", str(port)])
-    return [f"See the runs: {allowed}{command}", f"then open:    http://127.0.0.1:{port}/{path}"]
+    see = "See the runs:" if run_id is None else "see the run:"
+    return [f"{see} {allowed}{command}", f"{'then open:':{len(see)}} http://127.0.0.1:{port}/{path}"]
 
 
 def is_folder(uri: str) -> bool:

@@ -17,6 +17,7 @@ import yaml
 from ssam_scale.config.schema import Config
 from ssam_scale.errors import UserError
 from ssam_scale.tracking import watchdog
+from ssam_scale.tracking.commands import interface_lines
 from ssam_scale.tracking.environment import environment_tags, world_size
 from ssam_scale.tracking.layer_density import TABLE, LayerRecorder
 from ssam_scale.tracking.moved import follow_moved
@@ -76,6 +77,15 @@ def open_run(
     return Run(config, enabled, resume_run_id, dict(extra_tags or {}), dict(extra_params or {}))
 
 
+def run_lines(uri: str, run_id: str) -> list[str]:
+    """What to type and where to look to see a run that has ended; nothing if its store does not know it now."""
+    try:
+        experiment = open_store(uri, create=False).get_run(run_id).info.experiment_id
+    except Exception:  # MLflow lets its stores' errors through, of every kind; here nothing depends on them
+        return []
+    return interface_lines(uri, experiment, run_id)
+
+
 def _typical(times: Sequence[float]) -> float:
     """The mean of step times without the first WARMUP_STEPS (if there are more), the lowest and the highest tenth."""
     times = times[WARMUP_STEPS:] or times
@@ -89,7 +99,7 @@ def _phase_times(prefix: str, summary: PhaseSummary) -> dict[str, float]:
 
 
 class Run:
-    """See `open_run`. `id` is MLflow's run id; None on processes that do not track."""
+    """See `open_run`. `id` is MLflow's run id, `experiment` its experiment's; None on processes that do not track."""
 
     def __init__(
         self,
@@ -100,6 +110,7 @@ class Run:
         extra_params: dict[str, str],
     ) -> None:
         self.id: str | None = None
+        self.experiment: str | None = None
         self._config, self._enabled = config, enabled
         self._resume_run_id, self._extra_tags, self._extra_params = resume_run_id, extra_tags, extra_params
         self._client: Any = None
@@ -231,6 +242,7 @@ class Run:
         self._top1 = top1
         self._best_top1 = top1 if self._best_top1 is None else max(top1, self._best_top1)
         metrics = {"val/top1": top1, "val/top5": top5, "val/loss": loss, "epoch": epoch}
+        metrics |= {f"val/raw_{name}": value for name, value in (raw or {}).items()}
         self.log({key: value for key, value in metrics.items() if value is not None}, step)
 
     def log_epoch(self, *, epoch: float, seconds: float, step: int) -> None:
@@ -242,7 +254,6 @@ class Run:
         if self._writer is None:
             return
         try:
-        metrics |= {f"val/raw_{name}": value for name, value in (raw or {}).items()}
             self._client.log_artifact(self.id, str(path), folder)
         except Exception as error:  # a full artifact store must not end a training
             _log.warning("artifact %s was not stored: %s", path, one_line(error))
@@ -271,6 +282,12 @@ class Run:
         self.log(summary, 0)
         return summary
 
+    def interface_lines(self) -> list[str]:
+        """What to type and where to look to see the run in MLflow's own interface; nothing where it is not tracked."""
+        if self.id is None or self.experiment is None:
+            return []
+        return interface_lines(self._config.tracking.uri, self.experiment, self.id)
+
     def _open(self) -> None:
         uri, config = self._config.tracking.uri, self._config
         self._client = open_store(uri, create=True)
@@ -282,8 +299,8 @@ class Run:
             if self._resume_run_id:
                 tags["resumed_from"] = self._resume_run_id
             name = config.tracking.run_name or f"{config.method} {config.model.name}"
-            experiment = experiment_id(self._client, uri, config.tracking.experiment)
-            self.id = self._client.create_run(experiment, tags=tags, run_name=name).info.run_id
+            self.experiment = experiment_id(self._client, uri, config.tracking.experiment)
+            self.id = self._client.create_run(self.experiment, tags=tags, run_name=name).info.run_id
         self._watcher = watchdog.start(uri, str(self.id), tags["process"])
         self._log_config(known or {})
         table = text_artifact(self._client, str(self.id), TABLE) if known is not None else None
@@ -300,7 +317,7 @@ class Run:
             return None
         uri = self._config.tracking.uri
         follow_moved(self._client.get_experiment(run.info.experiment_id), uri, sqlite_path(uri))
-        self.id = str(self._resume_run_id)
+        self.id, self.experiment = str(self._resume_run_id), str(run.info.experiment_id)
         self._best_top1 = run.data.metrics.get("summary/best_top1", run.data.metrics.get("val/top1"))
         self._client.update_run(self.id, status="RUNNING")
         for key, value in (tags | {"resumed": str(int(run.data.tags.get("resumed", "0")) + 1)}).items():

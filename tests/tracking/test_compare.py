@@ -256,6 +256,10 @@ def test_json_round_trips(config: MakeConfig, uri: str, finish: Finish, capsys: 
 
 
 def test_address_of_a_server_is_its_own() -> None:
+    assert interface_lines("http://me:pw@host:5000/", "7", "ab") == [
+        "in the browser: http://me:***@host:5000/#/experiments/7/runs/ab"
+    ]
+    assert "me:***@host/db" in interface_lines("postgresql://me:pw@host/db", "7", "ab")[0]
     assert interface_lines("http://me:pw@host:5000/", "7") == [
         "In the browser: http://me:***@host:5000/#/experiments/7/" + QUERY
     ]

@@ -113,12 +113,26 @@ def test_a_float16_run_resumes_with_its_loss_scale_and_a_radius_tied_to_the_rate
     assert "perturbation/skipped" in one.data.metrics
 
 
-def test_a_finished_run_resumed_again_does_nothing(data: Path, tmp_path: Path) -> None:
+def test_a_finished_run_says_where_it_is_and_is_left_alone_when_it_is_resumed(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = write_config(tmp_path / "run.yaml", data)
     train("--config", str(config), "train.epochs=1")
-    before = (tmp_path / "checkpoints/epoch_0001/state.json").stat().st_mtime_ns
+    checkpoint = tmp_path / "checkpoints/epoch_0001"
+    where = capsys.readouterr().out.splitlines()[-3:]
+    (run,) = runs_of(tmp_path)
+    assert where[0] == f"last checkpoint: {checkpoint}"
+    assert where[1].endswith(f"mlflow ui --backend-store-uri sqlite:///{tmp_path}/mlflow.db --port 5000")
+    assert where[2].endswith(f"http://127.0.0.1:5000/#/experiments/1/runs/{run.info.run_id}")
+
+    before = (checkpoint / "state.json").stat().st_mtime_ns
     train("--config", str(config), "train.epochs=1", "--resume", "auto")
-    assert (tmp_path / "checkpoints/epoch_0001/state.json").stat().st_mtime_ns == before
+    assert (checkpoint / "state.json").stat().st_mtime_ns == before
+    said = capsys.readouterr().out.splitlines()
+    assert said[1:] == [f"{checkpoint} is of epoch 1, the last: nothing is left to train", *where[1:]]
+    (again,) = runs_of(tmp_path)
+    assert (again.info.end_time, again.info.status) == (run.info.end_time, "FINISHED")
+    assert again.data.tags == run.data.tags
 
 
 def test_old_checkpoints_are_dropped_and_the_weights_load_into_timm(data: Path, tmp_path: Path) -> None:
