@@ -119,7 +119,9 @@ else
             say "Using $folder/$part.beton (remove it to have it written anew)"
         else
             say "Writing $source/$part to $folder/$part.beton"
-            ssam-scale data write "$source/$part" "$folder/$part.beton" --max-resolution 256 ${short:+--limit 512}
+            # The validation images may lack a class; they are numbered as the training images are.
+            ssam-scale data write "$source/$part" "$folder/$part.beton" --max-resolution 256 ${short:+--limit 512} \
+                $([[ $part == train ]] || printf -- '--classes-of %s' "$folder/train.beton")
         fi
     done
 fi
