@@ -144,7 +144,8 @@ launch() { # launch ARGUMENT...: launch/train.py on all processes
 started=$SECONDS
 for number in "${!methods[@]}"; do
     method=${methods[number]}
-    say "Training $((number + 1)) of ${#methods[@]}: ${title[$method]} ($processes processes, $launcher)"
+    # The launcher only starts the processes; the backend is what the run's own first line says.
+    say "Training $((number + 1)) of ${#methods[@]}: ${title[$method]} ($processes processes, started by $launcher)"
     mapfile -t arguments < <(arguments_of "$method")
     rm -rf "checkpoints/$experiment/$method" # of an earlier quickstart
     launch "${arguments[@]}"

@@ -42,18 +42,19 @@ def compare_command(
 def render(rows: list[Row]) -> Sheet:
     """The rows as a table for a terminal; what is missing is a dash with a numbered note below."""
     notes = list(dict.fromkeys(note for row in rows for note in row.notes))
-    several_models = len({row.model for row in rows}) > 1
-    with_settings = any(row.settings for row in rows)
-    words = ["method", *(["model"] if several_models else []), "mask", *(["settings"] if with_settings else [])]
+    # What is the same in all rows needs no column.
+    several = {
+        "model": len({row.model for row in rows}) > 1,
+        "backend": len({row.backend for row in rows}) > 1,
+        "settings": any(row.settings for row in rows),
+    }
+    words = [title for title in ("method", "model", "backend", "mask", "settings") if several.get(title, True)]
     cells = []
     for row in rows:
         marks = "".join(f" [{notes.index(note) + 1}]" for note in row.notes)
         cells.append(
             [
-                row.method,
-                *([row.model] if several_models else []),
-                row.mask or "—",
-                *([row.settings or "—"] if with_settings else []),
+                *(getattr(row, title) or "—" for title in words),
                 _shown(row.density, lambda value: f"{100 * value:.0f}%"),
                 str(row.runs),
                 _shown(row.top1, lambda value: f"{value:.2f}")

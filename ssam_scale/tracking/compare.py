@@ -51,8 +51,10 @@ class Row:
     Attributes:
         method: `base`, `sam`, `ssam-<pattern>` or `ssam-dynamic`.
         model: timm's name.
+        backend: how the weights were shared out.
         mask: which weights are perturbed, in words; empty for the base optimizer.
-        settings: parameters that tell this row from others of the same method, mask and model; empty if none is needed.
+        settings: what tells this row from others of the same method, mask and model, but for the backend; empty if
+            nothing else is needed.
         density: share of the weights that is perturbed, 0 to 1; None for the base optimizer or if it is not known.
         runs: how many, the latest of each seed.
         top1: mean accuracy after the last epoch, percent.
@@ -66,6 +68,7 @@ class Row:
 
     method: str
     model: str
+    backend: str
     mask: str
     settings: str
     density: float | None
@@ -94,6 +97,10 @@ class _Group:
     @property
     def model(self) -> str:
         return self.params.get("model.name", "unknown")
+
+    @property
+    def backend(self) -> str:
+        return self.tags.get("backend", "unknown")
 
     @property
     def latest(self) -> int:
@@ -227,6 +234,7 @@ def _row(group: _Group, groups: list[_Group]) -> Row:
     return Row(
         method=group.method,
         model=group.model,
+        backend=group.backend,
         mask=_mask(group),
         settings=_settings(group, groups),
         density=_density(group),
@@ -313,7 +321,7 @@ def _settings(group: _Group, groups: list[_Group]) -> str:
         for other in groups
         if (other.method, other.model, _mask(other)) == (group.method, group.model, _mask(group))
     ]
-    keys = sorted({key for other in alike for key in other})
+    keys = sorted({key for other in alike for key in other} - {"backend"})  # which has a column of its own
     differing = [key for key in keys if len({other.get(key) for other in alike}) > 1]
     mine = group.identity()
     return ", ".join(f"{key.rpartition('.')[2]} {mine.get(key, '—')}" for key in differing)

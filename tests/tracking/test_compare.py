@@ -177,11 +177,11 @@ def test_times_are_compared_only_on_equal_terms(config: MakeConfig, uri: str, fi
     finish(config("base"), top1=80.0, ms=50.0, hardware="gpu")
     finish(config("depth"), top1=81.0, ms=75.0, hardware="gpu")
     finish(config("depth"), top1=81.0, ms=90.0, backend="ddp", world_size="2")
-    rows = {(row.method, row.settings): row for row in compare(uri, "ssam_scale")}
+    rows = {(row.method, row.backend, row.settings): row for row in compare(uri, "ssam_scale")}
     assert len(rows) == 4
-    on_gpu = rows["ssam-depth", "backend single, hardware gpu, world_size 1"]
+    on_gpu = rows["ssam-depth", "single", "hardware gpu, world_size 1"]
     assert on_gpu.time_over_base == pytest.approx(1.5, rel=1e-12)
-    alone = rows["ssam-depth", "backend ddp, hardware cpu, world_size 2"]
+    alone = rows["ssam-depth", "ddp", "hardware cpu, world_size 2"]
     assert (alone.time_over_base, alone.saving_over_sam) == (None, None)
     assert alone.notes == (
         "no finished run of the base optimizer alone with resnet18, batch 64, 32 px, fp32, ddp on 2 process(es), "
@@ -190,6 +190,8 @@ def test_times_are_compared_only_on_equal_terms(config: MakeConfig, uri: str, fi
     )
     shown = text_of(list(rows.values()))
     assert "— [" in shown
+    assert [line.split("│")[2].strip() for line in shown.splitlines() if "│ ssam-depth" in line] == ["ddp", "single"]
+    assert "backend" not in text_of([on_gpu])  # the same everywhere
     assert "[1] no finished run of dense SAM" in shown
 
 
