@@ -23,6 +23,14 @@ Workers = Annotated[int | None, typer.Option(min=1, help="Threads; by default th
 def write_command(
     source: Annotated[Path, typer.Argument(help="Folder in ImageNet's layout: one folder of images per class.")],
     out: Annotated[Path, typer.Argument(help="The .beton file to write.")],
+    classes_of: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="BETON|FOLDER",
+            help="Number the classes as this file or folder does: of validation images, the training images'. Some may "
+            "be missing.",
+        ),
+    ] = None,
     max_resolution: Annotated[int | None, typer.Option(min=1, help="Shrink images whose longer side has more.")] = None,
     quality: Annotated[int, typer.Option(min=1, max=100, help="JPEG quality of what has to be compressed.")] = 90,
     jpeg_proportion: Annotated[
@@ -39,6 +47,7 @@ def write_command(
     report = write_beton(
         source,
         out,
+        classes_of=classes_of,
         max_resolution=max_resolution,
         quality=quality,
         jpeg_proportion=jpeg_proportion,

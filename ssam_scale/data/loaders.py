@@ -218,7 +218,7 @@ def _checked(path: Path, other: Path, num_classes: int, key: str) -> Beton:
         odd = sorted(set(beton.sidecar.classes) ^ set(theirs.classes))
         raise UserError(
             f"{path} and {other} have different classes (only one has {', '.join(odd[:3]) or 'their order'}), so their "
-            "labels mean different things; write both from folders with the same class folders"
+            "labels mean different things; write the validation images with --classes-of the training images' file"
         )
     return beton
 

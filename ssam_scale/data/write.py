@@ -65,6 +65,7 @@ def write_beton(
     source: Path,
     out: Path,
     *,
+    classes_of: Path | None = None,
     max_resolution: int | None = None,
     quality: int = 90,
     jpeg_proportion: float = 0.5,
@@ -81,6 +82,8 @@ def write_beton(
     Args:
         source: folder of class folders.
         out: the file to write, replaced only once the new one is complete.
+        classes_of: number the classes as another folder or .beton file does, such as the training images': this one
+            may lack some of them, and must have no others.
         max_resolution: shrink images whose longer side has more pixels.
         quality: JPEG quality of images that have to be compressed; unchanged JPEG files keep their own bytes.
         jpeg_proportion: share stored as JPEG, the rest as raw pixels, which read faster and take more disk.
@@ -91,9 +94,10 @@ def write_beton(
         progress: show a bar with the remaining time on standard error.
 
     Raises:
-        UserError: no such folder, no class folders, a class without images, a damaged image, a full disk.
+        UserError: no such folder, no class folders, a class without images (but see `classes_of`) or of another name,
+            a damaged image, a full disk.
     """
-    classes, samples = scan_folder(source, limit)
+    classes, samples = scan_folder(source, limit, classes_of)
     return write_samples(
         samples,
         classes,
@@ -106,12 +110,61 @@ def write_beton(
     )
 
 
-def scan_folder(source: Path, limit: int | None = None) -> tuple[list[str], list[Sample]]:
+def scan_folder(
+    source: Path, limit: int | None = None, classes_of: Path | None = None
+) -> tuple[list[str], list[Sample]]:
     """The class names and the labelled image files of a folder in ImageNet's layout, sorted by class and name.
 
     Raises:
-        UserError: `source` is missing or no folder, has no class folders, or one of them has no images.
+        UserError: `source` is missing or no folder, has no class folders, or one of them has no images; with
+            `classes_of` (see `write_beton`): has a class that is not among those.
     """
+    folders = _class_folders(source)
+    if classes_of is not None:
+        folders = _numbered_as(class_names(classes_of), folders, source, classes_of)
+    try:
+        files = [_images(folder) if folder.is_dir() else [] for folder in folders]
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from error
+    for folder, found in zip(folders, files, strict=True):
+        if not found and classes_of is None:
+            deeper = any(entry.is_dir() for entry in folder.iterdir())
+            hint = (
+                f"; it has folders of its own: did you mean {folder}?"
+                if deeper
+                else "; fill or remove it, or name what has all classes: --classes-of TRAIN.beton"
+            )
+            raise UserError(f"{folder}: a class folder without images ({', '.join(sorted(SUFFIXES))}){hint}")
+    if not any(files):
+        raise UserError(f"{source}: no images ({', '.join(sorted(SUFFIXES))}) in any of its class folders")
+    if limit is not None:
+        # The first of every class, then the second of every class, …: small extracts still hold all classes.
+        rounds = sorted((place, label) for label, found in enumerate(files) for place in range(len(found)))[:limit]
+        counts = [0] * len(files)
+        for _, label in rounds:
+            counts[label] += 1
+        files = [found[:count] for found, count in zip(files, counts, strict=True)]
+    samples = [Sample(str(path), path, label) for label, found in enumerate(files) for path in found]
+    return [folder.name for folder in folders], samples
+
+
+def class_names(of: Path) -> list[str]:
+    """The classes of a folder in ImageNet's layout or of a .beton file, in the order of their numbers.
+
+    Raises:
+        UserError: it is neither, or a file without the .json that names its classes.
+    """
+    if of.is_dir():
+        return [folder.name for folder in _class_folders(of)]
+    sidecar = Sidecar.load(of)
+    if sidecar is None:
+        what = f"no {Sidecar.path(of).name} beside it, which would name its classes" if of.exists() else "no such file"
+        raise UserError(f"--classes-of {of}: {what}; give the folder or the .beton file of the training images")
+    return sidecar.classes
+
+
+def _class_folders(source: Path) -> list[Path]:
+    """The folders of a data set's classes, sorted by name."""
     if not source.is_dir():
         what = "is a file" if source.exists() else "no such folder"
         raise UserError(f"{source}: {what}; give a folder with one folder of images per class")
@@ -122,21 +175,8 @@ def scan_folder(source: Path, limit: int | None = None) -> tuple[list[str], list
             raise UserError(
                 f"{source}: {loose} in there; needs one folder of images per class, as ImageNet's train/ has"
             )
-        files = [_images(folder) for folder in folders]
     except OSError as error:
         raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from error
-    for folder, found in zip(folders, files, strict=True):
-        if not found:
-            deeper = any(entry.is_dir() for entry in folder.iterdir())
-            hint = f"; it has folders of its own: did you mean {folder}?" if deeper else "; fill or remove it"
-            raise UserError(f"{folder}: a class folder without images ({', '.join(sorted(SUFFIXES))}){hint}")
-    if limit is not None:
-        # The first of every class, then the second of every class, …: small extracts still hold all classes.
-        rounds = sorted((place, label) for label, found in enumerate(files) for place in range(len(found)))[:limit]
-        counts = [0] * len(files)
-        for _, label in rounds:
-            counts[label] += 1
-        files = [found[:count] for found, count in zip(files, counts, strict=True)]
     for folder in folders:
         try:
             folder.name.encode()
@@ -144,8 +184,18 @@ def scan_folder(source: Path, limit: int | None = None) -> tuple[list[str], list
             raise UserError(
                 f"{source}: the class folder {folder.name!r} has a name that is not UTF-8; rename it"
             ) from None
-    samples = [Sample(str(path), path, label) for label, found in enumerate(files) for path in found]
-    return [folder.name for folder in folders], samples
+    return folders
+
+
+def _numbered_as(names: list[str], folders: list[Path], source: Path, classes_of: Path) -> list[Path]:
+    """The folders of other classes' names, some of which may not be there."""
+    if others := [folder.name for folder in folders if folder.name not in set(names)]:
+        few = ", ".join(others[:3]) + (f" and {len(others) - 3:,} more" if len(others) > 3 else "")
+        are, them = ("is", "it") if len(others) == 1 else ("are", "them")
+        raise UserError(
+            f"{source}: {few} {are} not among the {len(names):,} classes of {classes_of}; rename or remove {them}"
+        )
+    return [source / name for name in names]
 
 
 def _images(folder: Path) -> list[Path]:

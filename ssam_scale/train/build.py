@@ -148,7 +148,8 @@ def build(config: Config, world: World, phases: Phases, found: int | None = None
     scaler = torch.amp.GradScaler(world.device.type) if config.train.precision == "fp16" else None
     steps = len(train) // split.accumulation
     opt = _sparse_sam(config, module, base, scaler, steps, phases)
-    ema = EMA(network, config.train.ema_decay, opt.sharding) if config.train.ema_decay is not None else None
+    decay, warmup = config.train.ema_decay, config.train.ema_warmup
+    ema = EMA(network, decay, opt.sharding, warmup=warmup) if decay is not None else None
     progress = Progress()
     state: dict[str, Stateful] = {
         "sparse": opt.sparse,  # the first to be loaded, because it refuses what was saved with another mask

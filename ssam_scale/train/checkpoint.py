@@ -187,6 +187,19 @@ def micro_batch_of(path: Path, config: Config, world: World) -> int | None:
     return split.images if same else None
 
 
+def finished(path: Path, config: Config) -> Progress | None:
+    """How far the run has come that a checkpoint was saved of, if that is this run and has all of its epochs."""
+    try:
+        state = json.loads((path / "state.json").read_text())
+        described = _description(config)
+        same = described == {key: state[key] for key in described}
+        progress = Progress()
+        progress.load_state_dict(state["parts"]["progress"])
+    except (OSError, ValueError, KeyError, TypeError):  # `load` says what is wrong with it
+        return None
+    return progress if same and progress.epoch >= config.train.epochs else None
+
+
 def save(config: Config, world: World, components: Components) -> None:
     """Write one checkpoint and drop the oldest beyond `checkpoint.keep`. Collective.
 
@@ -195,10 +208,7 @@ def save(config: Config, world: World, components: Components) -> None:
     """
     files: dict[str, dict[str, Tensor]] = {name: {} for name in components.state}
     state = {
-        "format": _FORMAT,
-        "model": _identity(config),
-        "method": config.method,
-        "optimizer": config.optimizer.name,
+        **_description(config),
         "config": config.model_dump(mode="json"),
         "micro_batches": asdict(components.split),
         "parts": {name: _split(part.state_dict(), files[name]) for name, part in components.state.items()},
@@ -291,6 +301,16 @@ def _check(path: Path, config: Config, state: dict[str, Any], saved: dict[str, T
         raise UserError(
             f"checkpoint {path} was made with optimizer.name {state['optimizer']}, this run has {config.optimizer.name}"
         )
+
+
+def _description(config: Config) -> dict[str, Any]:
+    """What must be the same for a run to go on from a checkpoint, but for what only the tensors show."""
+    return {
+        "format": _FORMAT,
+        "model": _identity(config),
+        "method": config.method,
+        "optimizer": config.optimizer.name,
+    }
 
 
 def _identity(config: Config) -> str:

@@ -68,7 +68,7 @@ class UpdateEMA(Hook):
 
     def after_step(self, progress: Progress, report: StepReport) -> None:
         """Counts as a part of the step's time: `LogMetrics` comes later."""
-        self._ema.update()
+        self._ema.update(progress.step)
 
 
 class AverageBatchNormStatistics(Hook):

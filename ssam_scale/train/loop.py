@@ -8,13 +8,14 @@ from contextlib import closing
 from pathlib import Path
 
 import torch
+from rich.console import Console
 
 from ssam_scale.config.schema import Config
 from ssam_scale.console import console
 from ssam_scale.data.beton import inspect
 from ssam_scale.perturbation import StepReport
 from ssam_scale.sharding import BACKENDS, World
-from ssam_scale.tracking.run import open_run
+from ssam_scale.tracking.run import open_run, run_lines
 from ssam_scale.tracking.store import check_store
 from ssam_scale.tracking.timer import PhaseTimer
 
@@ -38,10 +39,16 @@ def train(config: Config, world: World) -> None:
         UserError: what the configuration asks for cannot be had.
     """
     path = _check_folders(config, world)
-    what = describe(config, world)
-    console(quiet=not world.first).print(what, soft_wrap=True)
+    out = console(quiet=not world.first)
+    out.print(describe(config, world), soft_wrap=True)
     if path is None:
         checkpoint.check_fresh_directory(config)
+    elif (done := checkpoint.finished(path, config)) is not None:
+        # The tracked run stays as it ended, with its duration.
+        out.print(f"{path} is of epoch {done.epoch}, the last: nothing is left to train", soft_wrap=True)
+        if world.first and done.run_id is not None:
+            _print_lines(out, run_lines(config.tracking.uri, done.run_id))
+        return
     phases = PhaseTimer(world.device)
     components = _build(config, world, phases, path)
     split = components.split
@@ -63,6 +70,15 @@ def train(config: Config, world: World) -> None:
         with ending(hooks), explaining_out_of_memory(config, split):
             while progress.epoch < config.train.epochs:
                 _train_epoch(config, world, components, hooks, phases)
+    if world.first:
+        _print_lines(
+            out, [f"last checkpoint: {checkpoint.newest(config.checkpoint.directory)}", *run.interface_lines()]
+        )
+
+
+def _print_lines(out: Console, lines: Sequence[str]) -> None:
+    for line in lines:
+        out.print(line, soft_wrap=True)  # a command that is to be copied must not be broken
 
 
 def dry_run(config: Config, world: World) -> str:
@@ -189,7 +205,5 @@ def _announce(config: Config, world: World, components: Components, bar: Progres
             f"model.num_classes {config.model.num_classes}: {config.data.train} has {classes} classes, so that "
             f"{config.model.num_classes - classes} outputs are never a label"
         )
-    if resumed is not None and components.progress.epoch >= config.train.epochs:
-        bar.say(f"{resumed} is of epoch {components.progress.epoch}, the last: nothing is left to train")
-    elif resumed is not None:
+    if resumed is not None:
         bar.say(f"resumed from {resumed} after epoch {components.progress.epoch}")

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import resource
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from PIL import Image
 
 from ssam_scale.config.schema import Data
 from ssam_scale.data import eval_loader, train_loader, verify, write_beton
+from ssam_scale.data.beton import Sidecar
 from ssam_scale.errors import UserError
 from tests.support.images import make_image, make_image_folder
 
@@ -251,6 +253,40 @@ def test_a_folder_that_is_not_in_imagenets_layout(tmp_path: Path, source: Path, 
         with pytest.raises(UserError, match=message):
             write(folder, out)
         assert contents(out.parent) == set()
+
+
+def test_classes_are_numbered_as_the_training_images_are(source: Path, out: Path, tmp_path: Path) -> None:
+    write(source, out)
+    val = tmp_path / "val"
+    shutil.copytree(source / "n00000002", val / "n00000002")
+    for classes_of in (out, source):  # the first class is missing, the second is empty and then missing, too
+        (val / "n00000001").mkdir(exist_ok=True)
+        write(val, out.with_name("val.beton"), classes_of=classes_of)
+        (val / "n00000001").rmdir()
+        written = verify(out.with_name("val.beton"))
+        assert written.sidecar is not None
+        assert written.sidecar.classes == verify(out).sidecar.classes  # type: ignore[union-attr]
+        assert written.labels.tolist() == [2] * 4
+    assert read_all(out.with_name("val.beton"), 8, 3)[1].tolist() == [2] * 4  # beside the training images, too
+
+
+def test_classes_that_the_training_images_do_not_have(source: Path, out: Path, tmp_path: Path) -> None:
+    val = tmp_path / "val"
+    for name in ("dog", "n00000000"):
+        (val / name).mkdir(parents=True)
+    cases = {
+        source: f"{val}: dog is not among the 3 classes of {source}; rename or remove it",
+        tmp_path / "none.beton": "none.beton: no such file; give the folder or the .beton file of the training images",
+        val / "n00000000": "nothing in there",
+        val: "no images .* in any of its class folders",
+    }
+    for classes_of, message in cases.items():
+        with pytest.raises(UserError, match=message):
+            write(val, out, classes_of=classes_of)
+    write(source, out)
+    Sidecar.path(out).unlink()
+    with pytest.raises(UserError, match=r"no train.beton.json beside it, which would name its classes"):
+        write(source, out.with_name("val.beton"), classes_of=out)
 
 
 def test_a_failure_leaves_the_old_file_alone(source: Path, out: Path) -> None:
