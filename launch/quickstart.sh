@@ -136,8 +136,9 @@ else
         else
             say "Writing $source/$part to $folder/$part.beton"
             # The validation images may lack a class; they are numbered as the training images are.
-            ssam-scale data write "$source/$part" "$folder/$part.beton" --max-resolution 256 ${short:+--limit 512} \
-                $([[ $part == train ]] || printf -- '--classes-of %s' "$folder/train.beton")
+            numbered=()
+            [[ $part == train ]] || numbered=(--classes-of "$folder/train.beton")
+            ssam-scale data write "$source/$part" "$folder/$part.beton" --max-resolution 256 ${short:+--limit 512} "${numbered[@]}"
         fi
     done
 fi
