@@ -439,6 +439,29 @@ class SparseSAM(OptimizerWrapper):
         self._by_hand = resolved
         self.steps += 1
 
+    def rescale_steps(self, steps: int) -> None:
+        """Go on as if `steps` steps had been done, after a resume with steps of another size.
+
+        Schedules, cuts and refreshes go by the number of the step, so that a run that is resumed with twice the batch
+        would be twice as far as it is. What is remembered by its step, the last refresh and calibration, moves along.
+
+        Args:
+            steps: epochs done, in steps of the size that they have from now on.
+
+        Raises:
+            ValueError: `steps` is negative.
+        """
+        if steps < 0:
+            raise ValueError(f"steps is {steps}; at least 0 is needed")
+
+        def moved(step: int) -> int:
+            return step if step < 0 else step * steps // max(self.steps, 1)
+
+        if isinstance(self.mask, Refreshed):
+            self.mask.chosen_at = moved(self.mask.chosen_at)
+        self._perturbation.calibrated = moved(self._perturbation.calibrated)
+        self.steps = steps
+
     @property
     def kappa(self) -> Tensor:
         """‖m ⊙ g‖ / ‖g‖ of the last step that knew both, float32 of shape (); not a number before."""
