@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal, TypeAlias
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
@@ -72,6 +73,7 @@ def write_beton(
     limit: int | None = None,
     skip_bad: bool = False,
     seed: int = 0,
+    class_order: ClassOrder = "text",
     progress: bool = True,
 ) -> WriteReport:
     """Write a folder in ImageNet's layout (one folder of images per class) as `out`, with `out`.json beside it.
@@ -88,12 +90,15 @@ def write_beton(
         limit: write at most this many images, evenly from all classes.
         skip_bad: leave damaged images out and list them, instead of stopping at the first.
         seed: decides which images are stored raw.
+        class_order: of the names: as text, or naturally, 2 before 10.
         progress: show a bar with the remaining time on standard error.
 
     Raises:
         UserError: no such folder, no class folders, a class without images, a damaged image, a full disk.
     """
-    classes, samples = scan_folder(source, limit)
+    classes, samples = scan_folder(source, limit, class_order)
+    if progress and (note := order_note(classes, class_order)):
+        console(stderr=True).print(f"{source}: {note}", soft_wrap=True)
     return write_samples(
         samples,
         classes,
@@ -106,7 +111,31 @@ def write_beton(
     )
 
 
-def scan_folder(source: Path, limit: int | None = None) -> tuple[list[str], list[Sample]]:
+ClassOrder: TypeAlias = Literal["text", "natural"]
+"""How class folders are sorted: as text, as torchvision's ImageFolder does; or as timm's, numbers by their value."""
+
+
+def natural_key(name: str) -> tuple[list[str | int], str]:
+    """What timm's ImageFolder sorts class folders by: numbers by their value, letters whatever their case."""
+    parts = re.split(r"(\d+)", name.lower())
+    return [int(part) if place % 2 else part for place, part in enumerate(parts)], name
+
+
+def order_note(classes: Sequence[str], order: ClassOrder) -> str | None:
+    """A line, where torchvision and timm would number classes otherwise: labels are not those of the other's models."""
+    text, natural = sorted(classes), sorted(classes, key=natural_key)
+    if text == natural:
+        return None
+    place = next(i for i, (one, other) in enumerate(zip(text, natural, strict=True)) if one != other)
+    return (
+        f"label {place} is class {classes[place]}, in {order} order; it is {text[place]} in text order, torchvision's, "
+        f"and {natural[place]} in natural order, timm's (--class-order)"
+    )
+
+
+def scan_folder(
+    source: Path, limit: int | None = None, class_order: ClassOrder = "text"
+) -> tuple[list[str], list[Sample]]:
     """The class names and the labelled image files of a folder in ImageNet's layout, sorted by class and name.
 
     Raises:
@@ -117,6 +146,8 @@ def scan_folder(source: Path, limit: int | None = None) -> tuple[list[str], list
         raise UserError(f"{source}: {what}; give a folder with one folder of images per class")
     try:
         folders = sorted(entry for entry in source.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+        if class_order == "natural":
+            folders.sort(key=lambda folder: natural_key(folder.name))
         if not folders:
             loose = "only files" if any(source.iterdir()) else "nothing"
             raise UserError(
