@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,6 +18,13 @@ app = typer.Typer(help="Write and check .beton files.", no_args_is_help=True)
 _LISTED = 20
 
 Workers = Annotated[int | None, typer.Option(min=1, help="Threads; by default the cores this process may use.")]
+
+
+class Order(str, Enum):
+    """`write.ClassOrder` for typer, which imports nothing that computes."""
+
+    text = "text"
+    natural = "natural"
 
 
 @app.command("write")
@@ -40,6 +48,9 @@ def write_command(
     limit: Annotated[int | None, typer.Option(min=1, help="At most this many images, from all classes.")] = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave damaged images out and list them.")] = False,
     seed: Annotated[int, typer.Option(help="Decides which images are stored raw.")] = 0,
+    class_order: Annotated[
+        Order, typer.Option(help="Of class folders: text, as torchvision's; natural, as timm's: 2 before 10.")
+    ] = Order.text,
 ) -> None:
     """Write a folder of images as a .beton file."""
     from ssam_scale.data import write_beton
@@ -55,6 +66,7 @@ def write_command(
         limit=limit,
         skip_bad=skip_bad,
         seed=seed,
+        class_order=class_order.value,
     )
     _print_report(report)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal, TypeAlias
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
@@ -73,6 +74,7 @@ def write_beton(
     limit: int | None = None,
     skip_bad: bool = False,
     seed: int = 0,
+    class_order: ClassOrder = "text",
     progress: bool = True,
 ) -> WriteReport:
     """Write a folder in ImageNet's layout (one folder of images per class) as `out`, with `out`.json beside it.
@@ -91,13 +93,16 @@ def write_beton(
         limit: write at most this many images, evenly from all classes.
         skip_bad: leave damaged images out and list them, instead of stopping at the first.
         seed: decides which images are stored raw.
+        class_order: of the names: as text, or naturally, 2 before 10.
         progress: show a bar with the remaining time on standard error.
 
     Raises:
         UserError: no such folder, no class folders, a class without images (but see `classes_of`) or of another name,
             a damaged image, a full disk.
     """
-    classes, samples = scan_folder(source, limit, classes_of)
+    classes, samples = scan_folder(source, limit, classes_of, class_order)
+    if progress and classes_of is None and (note := order_note(classes, class_order)):
+        console(stderr=True).print(f"{source}: {note}", soft_wrap=True)
     return write_samples(
         samples,
         classes,
@@ -110,8 +115,30 @@ def write_beton(
     )
 
 
+ClassOrder: TypeAlias = Literal["text", "natural"]
+"""How class folders are sorted: as text, as torchvision's ImageFolder does; or as timm's, numbers by their value."""
+
+
+def natural_key(name: str) -> tuple[list[str | int], str]:
+    """What timm's ImageFolder sorts class folders by: numbers by their value, letters whatever their case."""
+    parts = re.split(r"(\d+)", name.lower())
+    return [int(part) if place % 2 else part for place, part in enumerate(parts)], name
+
+
+def order_note(classes: Sequence[str], order: ClassOrder) -> str | None:
+    """A line, where torchvision and timm would number classes otherwise: labels are not those of the other's models."""
+    text, natural = sorted(classes), sorted(classes, key=natural_key)
+    if text == natural:
+        return None
+    place = next(i for i, (one, other) in enumerate(zip(text, natural, strict=True)) if one != other)
+    return (
+        f"label {place} is class {classes[place]}, in {order} order; it is {text[place]} in text order, torchvision's, "
+        f"and {natural[place]} in natural order, timm's (--class-order)"
+    )
+
+
 def scan_folder(
-    source: Path, limit: int | None = None, classes_of: Path | None = None
+    source: Path, limit: int | None = None, classes_of: Path | None = None, class_order: ClassOrder = "text"
 ) -> tuple[list[str], list[Sample]]:
     """The class names and the labelled image files of a folder in ImageNet's layout, sorted by class and name.
 
@@ -119,9 +146,9 @@ def scan_folder(
         UserError: `source` is missing or no folder, has no class folders, or one of them has no images; with
             `classes_of` (see `write_beton`): has a class that is not among those.
     """
-    folders = _class_folders(source)
+    folders = _class_folders(source, class_order)
     if classes_of is not None:
-        folders = _numbered_as(class_names(classes_of), folders, source, classes_of)
+        folders = _numbered_as(class_names(classes_of, class_order), folders, source, classes_of)
     try:
         files = [_images(folder) if folder.is_dir() else [] for folder in folders]
     except OSError as error:
@@ -148,14 +175,14 @@ def scan_folder(
     return [folder.name for folder in folders], samples
 
 
-def class_names(of: Path) -> list[str]:
-    """The classes of a folder in ImageNet's layout or of a .beton file, in the order of their numbers.
+def class_names(of: Path, class_order: ClassOrder = "text") -> list[str]:
+    """The classes of a folder in ImageNet's layout, in this order, or of a .beton file, in that of their numbers.
 
     Raises:
         UserError: it is neither, or a file without the .json that names its classes.
     """
     if of.is_dir():
-        return [folder.name for folder in _class_folders(of)]
+        return [folder.name for folder in _class_folders(of, class_order)]
     sidecar = Sidecar.load(of)
     if sidecar is None:
         what = f"no {Sidecar.path(of).name} beside it, which would name its classes" if of.exists() else "no such file"
@@ -163,13 +190,15 @@ def class_names(of: Path) -> list[str]:
     return sidecar.classes
 
 
-def _class_folders(source: Path) -> list[Path]:
+def _class_folders(source: Path, class_order: ClassOrder) -> list[Path]:
     """The folders of a data set's classes, sorted by name."""
     if not source.is_dir():
         what = "is a file" if source.exists() else "no such folder"
         raise UserError(f"{source}: {what}; give a folder with one folder of images per class")
     try:
         folders = sorted(entry for entry in source.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+        if class_order == "natural":
+            folders.sort(key=lambda folder: natural_key(folder.name))
         if not folders:
             loose = "only files" if any(source.iterdir()) else "nothing"
             raise UserError(

@@ -95,7 +95,9 @@ class OptimizerState:
         A run is what its configuration says: weight decay, momentum and the like may be changed on resuming.
         """
         opt = self._opt
-        configured = [{key: group[key] for key in opt.defaults} for group in opt.param_groups]
+        # `initial_lr` is what the radius that follows the learning rate compares it with.
+        keys = [*opt.defaults, "initial_lr"]
+        configured = [{key: group[key] for key in keys if key in group} for group in opt.param_groups]
         opt.sharding.load_full_optimizer_state_dict(self._network, opt.base_optimizer, state_dict)
         for group, options in zip(opt.param_groups, configured, strict=True):
             group.update(options)
@@ -193,7 +195,7 @@ def finished(path: Path, config: Config) -> Progress | None:
         state = json.loads((path / "state.json").read_text())
         described = _description(config)
         same = described == {key: state[key] for key in described}
-        progress = Progress()
+        progress = Progress(steps_per_epoch=0)  # which only a run that goes on has
         progress.load_state_dict(state["parts"]["progress"])
     except (OSError, ValueError, KeyError, TypeError):  # `load` says what is wrong with it
         return None
@@ -243,6 +245,8 @@ def load(path: Path, config: Config, components: Components) -> None:
                 part.load_state_dict(saved[name])
             except ValueError as error:
                 raise UserError(f"checkpoint {path}: {error}{_REFUSED.get(name, '')}") from error
+    # The saved run's may have been others: of another batch size, or another number of images or processes.
+    components.opt.rescale_steps(components.progress.place)
 
 
 def _split(value: Any, tensors: dict[str, Tensor], name: str = "") -> Any:

@@ -58,11 +58,11 @@ def train(config: Config, world: World) -> None:
             config,
             enabled=world.first,
             resume_run_id=progress.run_id,
-            extra_tags={"steps": str(total), "backend": backend_of(config, world)},
+            extra_tags={"steps": str(progress.step + total - progress.place), "backend": backend_of(config, world)},
             # What the configuration leaves to the number of processes, or to the device's memory.
             extra_params={"train.accumulation": str(split.accumulation), "train.micro_batch": str(split.images)},
         ) as run,
-        ProgressBar(total, progress.step, world.first) as bar,
+        ProgressBar(total, progress.place, world.first) as bar,
     ):
         progress.run_id = run.id
         _announce(config, world, components, bar, path)
@@ -153,7 +153,7 @@ def _train_epoch(
     with closing(_batches(config, world, components)) as batches:
         for _ in range(components.steps_per_epoch):
             _train_step(config, components, batches, hooks, phases)
-    components.progress.epoch += 1
+    components.progress.after_epoch()
     for hook in hooks:
         hook.after_epoch(components.progress)
 
@@ -162,7 +162,7 @@ def _train_step(
     config: Config, components: Components, batches: EpochBatches, hooks: Sequence[Hook], phases: PhaseTimer
 ) -> StepReport:
     opt, progress = components.opt, components.progress
-    components.scheduler.step_update(progress.step)
+    components.scheduler.step_update(progress.place)
     for hook in hooks:
         hook.before_step(progress, batches)
     with phases("data"):
@@ -172,7 +172,7 @@ def _train_step(
         batches.prefetch()
     report = opt.report
     assert report is not None
-    progress.step += 1
+    progress.after_step()
     for hook in hooks:
         hook.after_step(progress, report)
     return report

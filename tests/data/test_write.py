@@ -20,7 +20,9 @@ from PIL import Image
 from ssam_scale.config.schema import Data
 from ssam_scale.data import eval_loader, train_loader, verify, write_beton
 from ssam_scale.data.beton import Sidecar
+from ssam_scale.data.write import order_note
 from ssam_scale.errors import UserError
+from ssam_scale.models.torchvision_ops import ensure_torchvision
 from tests.support.images import make_image, make_image_folder
 
 
@@ -54,6 +56,40 @@ def out(tmp_path: Path) -> Path:
     folder = tmp_path / "out"
     folder.mkdir()
     return folder / "train.beton"
+
+
+def test_classes_are_numbered_as_torchvision_or_as_timm_does(
+    tmp_path: Path, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whoever has a model that timm has trained on numbered folders needs its labels."""
+    ensure_torchvision()
+    from timm.data.readers.reader_image_folder import find_images_and_targets
+    from torchvision.datasets import ImageFolder
+
+    names = ["0", "1", "2", "10", "B7", "a", "b07", "x2y10", "x2y9"]
+    for name in names:
+        (tmp_path / "images" / name).mkdir(parents=True)
+        cv2.imwrite(str(tmp_path / "images" / name / "1.jpg"), np.zeros((8, 8, 3), np.uint8))
+    theirs = {
+        "text": ImageFolder(tmp_path / "images").class_to_idx,
+        "natural": find_images_and_targets(str(tmp_path / "images"))[1],
+    }
+    notes = []
+    for order, labels in theirs.items():
+        assert write(tmp_path / "images", out, class_order=order).classes == sorted(labels, key=labels.__getitem__)
+        assert json.loads((out.parent / f"{out.name}.json").read_text())["classes"] == sorted(labels, key=labels.get)
+        assert capsys.readouterr().err == ""
+        write_beton(tmp_path / "images", out, class_order=order)
+        notes.append(capsys.readouterr().err)
+    apart = tmp_path / "apart.beton"
+    write(tmp_path / "images", apart)
+    data = Data(train=out, val=apart, batch_size=1)
+    with pytest.raises(UserError, match=r"in another order, .* write both with the same --class-order"):
+        eval_loader(data, rank=0, world_size=1, device=torch.device("cpu"), num_classes=9)
+    both = "it is 10 in text order, torchvision's, and 2 in natural order, timm's (--class-order)"
+    assert f"images: label 2 is class 10, in text order; {both}\n" in notes[0]
+    assert f"images: label 2 is class 2, in natural order; {both}\n" in notes[1]
+    assert order_note(["cat", "dog", "n01440764"], "text") is None
 
 
 @pytest.fixture

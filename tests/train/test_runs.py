@@ -148,9 +148,12 @@ def test_old_checkpoints_are_dropped_and_the_weights_load_into_timm(data: Path, 
 def test_what_is_changed_on_resuming_counts(data: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path / "run.yaml", data)
     train("--config", str(config), "train.epochs=1")
-    train("--config", str(config), "--resume", "auto", "optimizer.weight_decay=0.25", "train.epochs=2")
+    changed = ("optimizer.weight_decay=0.25", "optimizer.lr=0.5", "train.epochs=2")
+    train("--config", str(config), "--resume", "auto", *changed)
     state = json.loads((tmp_path / "checkpoints/epoch_0002/state.json").read_text())
-    assert max(group["weight_decay"] for group in state["parts"]["optimizer"]["param_groups"]) == 0.25
+    groups = state["parts"]["optimizer"]["param_groups"]
+    assert max(group["weight_decay"] for group in groups) == 0.25
+    assert {group["initial_lr"] for group in groups} == {0.5}  # which a radius in step with the rate goes by
 
 
 def test_a_dry_run_leaves_nothing_behind(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
