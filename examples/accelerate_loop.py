@@ -1,9 +1,10 @@
-"""A loop with Hugging Face's accelerate: the prepared model in SparseSAM, mixed precision in the loss function.
+"""A loop with Hugging Face's accelerate: what is prepared in SparseSAM, mixed precision in the loss function.
 
 accelerate launch examples/accelerate_loop.py          (or `python`, on one process)
 
-The optimizer is not prepared: `AcceleratedOptimizer.step` takes no batches, and what `prepare` does for an optimizer
-(moving its state, skipping steps of an accumulation) SparseSAM does itself.
+The base optimizer is prepared with the model, as accelerate's FSDP2 gives it the sharded weights. SparseSAM is not, and
+is built last: `AcceleratedOptimizer.step` takes no batches, and what it does beside (skipping steps of an accumulation)
+SparseSAM does itself.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ def main() -> None:
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     torch.manual_seed(0)
     network = nn.Sequential(nn.Flatten(), nn.Linear(784, 64), nn.ReLU(), nn.Linear(64, 10))
-    model = accelerator.prepare(network)  # first: it moves the model, and wraps it on several processes
-    sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    opt = SparseSAM(model, sgd, rho=0.05, mask=Scored("row", 0.5, score="weight"))
+    sgd = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
+    model, prepared = accelerator.prepare(network, sgd)  # first: it moves the model, and wraps or shards it
+    opt = SparseSAM(model, prepared.optimizer, rho=0.05, mask=Scored("row", 0.5, score="weight"))
     opt.refresh()
 
     def loss_fn(forward: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:

@@ -135,7 +135,10 @@ else
             say "Using $folder/$part.beton (remove it to have it written anew)"
         else
             say "Writing $source/$part to $folder/$part.beton"
-            ssam-scale data write "$source/$part" "$folder/$part.beton" --max-resolution 256 ${short:+--limit 512}
+            # The validation images may lack a class; they are numbered as the training images are.
+            numbered=()
+            [[ $part == train ]] || numbered=(--classes-of "$folder/train.beton")
+            ssam-scale data write "$source/$part" "$folder/$part.beton" --max-resolution 256 ${short:+--limit 512} "${numbered[@]}"
         fi
     done
 fi
@@ -158,7 +161,8 @@ launch() { # launch ARGUMENT...: launch/train.py on all processes
 started=$SECONDS
 for number in "${!methods[@]}"; do
     method=${methods[number]}
-    say "Training $((number + 1)) of ${#methods[@]}: ${title[$method]} ($processes processes, $launcher)"
+    # The launcher only starts the processes; the backend is what the run's own first line says.
+    say "Training $((number + 1)) of ${#methods[@]}: ${title[$method]} ($processes processes, started by $launcher)"
     mapfile -t arguments < <(arguments_of "$method")
     rm -rf "checkpoints/$experiment/$method" # of an earlier quickstart
     launch "${arguments[@]}"

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
-from ssam_scale.cli.table import AsJson
+from ssam_scale.cli.table import AsJson, Sheet
 from ssam_scale.console import console
 
 if TYPE_CHECKING:
@@ -29,79 +25,54 @@ def compare_command(
     as_json: AsJson = False,
 ) -> None:
     """Compare finished runs: top-1, step time, time over the base optimizer, saving over dense SAM."""
-    from ssam_scale.tracking.compare import compare
+    from ssam_scale.tracking.commands import interface_lines
+    from ssam_scale.tracking.compare import compare, find_experiment
 
     rows = compare(tracking_uri, experiment, group=group)
     if as_json:
         print(json.dumps([asdict(row) for row in rows], indent=2, ensure_ascii=False))
         return
     console().print(render(rows))
-    for line in interface_lines(tracking_uri, experiment):
+    _, experiment_id = find_experiment(tracking_uri, experiment)
+    for line in interface_lines(tracking_uri, experiment_id):
         # Not through the console: it would break a command that is to be copied.
         print(line)
 
 
-def render(rows: list[Row]) -> Table:
+def render(rows: list[Row]) -> Sheet:
     """The rows as a table for a terminal; what is missing is a dash with a numbered note below."""
     notes = list(dict.fromkeys(note for row in rows for note in row.notes))
-    several_models = len({row.model for row in rows}) > 1
-    with_settings = any(row.settings for row in rows)
-    caption = "\n".join(f"[{number}] {note}" for number, note in enumerate(notes, 1))
-    table = Table(caption=caption or None, caption_justify="left")
-    left = ["method", *(["model"] if several_models else []), "mask", *(["settings"] if with_settings else [])]
-    for name in left:
-        table.add_column(name, overflow="fold")
-    for name in ("density", "runs", "top-1 %", "step ms", "time / base", "saving over SAM"):
-        table.add_column(name, justify="right", no_wrap=True)
+    # What is the same in all rows needs no column.
+    several = {
+        "model": len({row.model for row in rows}) > 1,
+        "backend": len({row.backend for row in rows}) > 1,
+        "settings": any(row.settings for row in rows),
+    }
+    words = [title for title in ("method", "model", "backend", "mask", "settings") if several.get(title, True)]
+    cells = []
     for row in rows:
         marks = "".join(f" [{notes.index(note) + 1}]" for note in row.notes)
-        table.add_row(
-            row.method,
-            *([row.model] if several_models else []),
-            row.mask or "—",
-            *([row.settings or "—"] if with_settings else []),
-            _shown(row.density, lambda value: f"{100 * value:.0f}%"),
-            str(row.runs),
-            _shown(row.top1, lambda value: f"{value:.2f}") + ("" if row.top1_sd is None else f" ± {row.top1_sd:.2f}"),
-            _shown(row.step_seconds, lambda value: f"{1000 * value:.1f}"),
-            _shown(row.time_over_base, lambda value: f"{value:.2f}") + (marks if row.time_over_base is None else ""),
-            _shown(row.saving_over_sam, lambda value: f"{100 * value:.0f}%".replace("-", "−"))
-            + (marks if row.time_over_base is not None else ""),
+        cells.append(
+            [
+                *(getattr(row, title) or "—" for title in words),
+                _shown(row.density, lambda value: f"{100 * value:.0f}%"),
+                str(row.runs),
+                _shown(row.top1, lambda value: f"{value:.2f}")
+                + ("" if row.top1_sd is None else f" ± {row.top1_sd:.2f}"),
+                _shown(row.step_seconds, lambda value: f"{1000 * value:.1f}"),
+                _shown(row.time_over_base, lambda value: f"{value:.2f}")
+                + (marks if row.time_over_base is None else ""),
+                _shown(row.saving_over_sam, lambda value: f"{100 * value:.0f}%".replace("-", "−"))
+                + (marks if row.time_over_base is not None else ""),
+            ]
         )
-    return table
+    return Sheet(
+        [*words, "density", "runs", "top-1 %", "step ms", "time / base", "saving over SAM"],
+        cells,
+        "\n".join(f"[{number}] {note}" for number, note in enumerate(notes, 1)),
+        words=len(words),
+    )
 
 
 def _shown(value: float | None, form: Callable[[float], str]) -> str:
     return "—" if value is None else form(value)
-
-
-def interface_lines(uri: str, experiment: str, port: int = 5000) -> list[str]:
-    """What to type and where to look to see the runs in MLflow's own interface.
-
-    Raises:
-        UserError: the store cannot be read or has no such experiment.
-    """
-    from ssam_scale.tracking.compare import find_experiment
-    from ssam_scale.tracking.redaction import without_secrets
-
-    _, experiment_id = find_experiment(uri, experiment)
-    # Without the workflow MLflow opens its pages for language models; the charts show the metrics of all runs at once.
-    path = f"#/experiments/{experiment_id}/runs?workflowType=machine_learning&compareRunsMode=CHART"
-    if uri.startswith(("http://", "https://")):
-        return [f"In the browser: {without_secrets(uri).rstrip('/')}/{path}"]
-    return [
-        f"See the runs: {_mlflow()} ui --backend-store-uri {without_secrets(uri)} --port {port}",
-        f"then open:    http://127.0.0.1:{port}/{path}",
-    ]
-
-
-def _mlflow() -> str:
-    """The MLflow executable of this environment, as short as it can be typed."""
-    # Not resolved: the interpreter of a virtual environment is a link that leads out of it.
-    beside = Path(sys.executable).parent / "mlflow"
-    if not beside.exists():
-        return shutil.which("mlflow") or "mlflow"
-    try:
-        return str(beside.relative_to(Path.cwd()))
-    except ValueError:
-        return "mlflow" if shutil.which("mlflow") == str(beside) else str(beside)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,10 +20,25 @@ _LISTED = 20
 Workers = Annotated[int | None, typer.Option(min=1, help="Threads; by default the cores this process may use.")]
 
 
+class Order(str, Enum):
+    """`write.ClassOrder` for typer, which imports nothing that computes."""
+
+    text = "text"
+    natural = "natural"
+
+
 @app.command("write")
 def write_command(
     source: Annotated[Path, typer.Argument(help="Folder in ImageNet's layout: one folder of images per class.")],
     out: Annotated[Path, typer.Argument(help="The .beton file to write.")],
+    classes_of: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="BETON|FOLDER",
+            help="Number the classes as this file or folder does: of validation images, the training images'. Some may "
+            "be missing.",
+        ),
+    ] = None,
     max_resolution: Annotated[int | None, typer.Option(min=1, help="Shrink images whose longer side has more.")] = None,
     quality: Annotated[int, typer.Option(min=1, max=100, help="JPEG quality of what has to be compressed.")] = 90,
     jpeg_proportion: Annotated[
@@ -32,6 +48,9 @@ def write_command(
     limit: Annotated[int | None, typer.Option(min=1, help="At most this many images, from all classes.")] = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave damaged images out and list them.")] = False,
     seed: Annotated[int, typer.Option(help="Decides which images are stored raw.")] = 0,
+    class_order: Annotated[
+        Order, typer.Option(help="Of class folders: text, as torchvision's; natural, as timm's: 2 before 10.")
+    ] = Order.text,
 ) -> None:
     """Write a folder of images as a .beton file."""
     from ssam_scale.data import write_beton
@@ -39,6 +58,7 @@ def write_command(
     report = write_beton(
         source,
         out,
+        classes_of=classes_of,
         max_resolution=max_resolution,
         quality=quality,
         jpeg_proportion=jpeg_proportion,
@@ -46,6 +66,7 @@ def write_command(
         limit=limit,
         skip_bad=skip_bad,
         seed=seed,
+        class_order=class_order.value,
     )
     _print_report(report)
 

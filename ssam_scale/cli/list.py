@@ -7,9 +7,8 @@ from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
-from ssam_scale.cli.table import AsJson
+from ssam_scale.cli.table import AsJson, Sheet
 from ssam_scale.console import console
 from ssam_scale.errors import UserError
 
@@ -35,16 +34,12 @@ def list_command(
     if as_json:
         print(json.dumps(rows, indent=2, ensure_ascii=False))
         return
-    table = Table(caption=key, caption_justify="left")
-    table.add_column("name", no_wrap=True)
-    table.add_column("what it is", overflow="fold")
-    table.add_column("paper", overflow="fold")
-    if kind == "models":
-        table.add_column("timm models", justify="right")
-    for row in rows:
-        count = [str(row["count"])] if kind == "models" else []
-        table.add_row(row["name"], row["summary"], row["paper"] or "—", *count)
-    console().print(table)
+    titles = ["name", "what it is", "paper", *(["timm models"] if kind == "models" else [])]
+    cells = [
+        [row["name"], row["summary"], row["paper"] or "—", *([str(row["count"])] if kind == "models" else [])]
+        for row in rows
+    ]
+    console().print(Sheet(titles, cells, key, words=3))
     if kind == "models" and word:
         console().print(", ".join(name for row in rows for name in row["models"]))
 

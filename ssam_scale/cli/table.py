@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich import box
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from ssam_scale.console import console
 from ssam_scale.errors import UserError
@@ -41,13 +46,78 @@ def show(rows: Sequence[Mapping[str, Any]], columns: Columns, caption: str, as_j
     if as_json:
         print(json.dumps(list(rows), indent=2))
         return
-    table = Table(caption=caption, caption_justify="left")
-    table.add_column(name)
-    for title in columns:
-        table.add_column(title, justify="right")
-    for row in rows:
-        table.add_row(*_cells(row, columns, name))
-    console().print(table)
+    console().print(Sheet([name, *columns], [_cells(row, columns, name) for row in rows], caption))
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A table for a terminal of any width: a grid where it fits with every word and number whole, else a block per row.
+
+    Attributes:
+        titles: of the columns.
+        rows: cells, as many each as there are titles.
+        caption: lines below the table; empty for none.
+        words: how many of the first columns hold words, which stand on the left and are wrapped between words; the
+            others hold numbers, which stand on the right and in one line.
+    """
+
+    titles: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    caption: str = ""
+    words: int = 1
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        """What rich prints."""
+        grid = self._grid(options.max_width, lines=True) or self._grid(options.max_width, lines=False)
+        if grid is not None:
+            yield grid
+        else:
+            for number, row in enumerate(self.rows):
+                yield from self._block(row, number > 0)
+            yield ""
+        if self.caption:
+            yield Text(self.caption, "table.caption")
+
+    def _grid(self, width: int, *, lines: bool) -> Table | None:
+        """A grid of at most `width` columns of text; None if something would have to be broken for it."""
+        table = (
+            Table(box=box.HEAVY_HEAD)
+            if lines
+            else Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+        )
+        count = len(self.titles)
+        columns = list(zip(self.titles, *self.rows, strict=True))
+        fewest = [
+            max(_longest_word(cell) if place == 0 or number < self.words else cell_len(cell) for place, cell in column)
+            for number, column in enumerate(enumerate(cells) for cells in columns)
+        ]
+        spare = width - sum(fewest) - (3 * count + 1 if lines else 2 * count - 2)
+        if spare < 0:
+            return None
+        # rich would shorten the widest column, whatever its words need; here each gets what it needs, then what it can.
+        for number, (title, *cells) in enumerate(columns):
+            more = min(spare, max(map(cell_len, (title, *cells))) - fewest[number])
+            spare -= more
+            left = number < self.words
+            table.add_column(title, justify="left" if left else "right", width=fewest[number] + more)
+        for row in self.rows:
+            table.add_row(*row)
+        return table
+
+    def _block(self, row: Sequence[str], again: bool) -> Iterator[RenderableType]:
+        """A row by itself: its first cell, and below it a line for each other."""
+        yield Text(f"\n{row[0]}" if again else row[0], "bold")
+        block = Table.grid(padding=(0, 2, 0, 0))
+        block.add_column(min_width=2)
+        block.add_column(min_width=max(map(_longest_word, self.titles[1:]), default=0))
+        block.add_column(overflow="fold")
+        for title, cell in zip(self.titles[1:], row[1:], strict=True):
+            block.add_row("", title.strip(), cell)
+        yield block
+
+
+def _longest_word(text: str) -> int:
+    return max(map(cell_len, text.split()), default=0)
 
 
 def markdown(rows: Sequence[Mapping[str, Any]], columns: Columns, name: str = "what") -> list[str]:

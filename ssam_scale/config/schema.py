@@ -324,6 +324,11 @@ class Train(Section):
         "several before the first steps",
     )
     ema_decay: float | None = Field(None, gt=0.0, lt=1.0, description="decay per step of the averaged weights")
+    ema_warmup: bool = Field(
+        True,
+        description="let that decay rise from 0 (timm's use_warmup), so that a short run's average is not of the "
+        "weights it began with",
+    )
     seed: int = Field(0, ge=0, description="seed of weights, order, augmentation and masks")
     eval_epochs: int = Field(1, ge=1, description="epochs between two evaluations; the last epoch is always evaluated")
 

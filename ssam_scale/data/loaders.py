@@ -216,9 +216,14 @@ def _checked(path: Path, other: Path, num_classes: int, key: str) -> Beton:
     if beton.sidecar is not None and theirs is not None and beton.sidecar.classes != theirs.classes:
         # Labels number the class folders, so a folder that only one of the two has shifts all labels after it.
         odd = sorted(set(beton.sidecar.classes) ^ set(theirs.classes))
+        if not odd:
+            raise UserError(
+                f"{path} and {other} have the same classes in another order, so their labels mean different things; "
+                "write both with the same --class-order"
+            )
         raise UserError(
-            f"{path} and {other} have different classes (only one has {', '.join(odd[:3]) or 'their order'}), so their "
-            "labels mean different things; write both from folders with the same class folders"
+            f"{path} and {other} have different classes (only one has {', '.join(odd[:3])}), so their labels mean "
+            "different things; write the validation images with --classes-of the training images' file"
         )
     return beton
 

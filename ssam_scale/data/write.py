@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal, TypeAlias
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
@@ -65,6 +66,7 @@ def write_beton(
     source: Path,
     out: Path,
     *,
+    classes_of: Path | None = None,
     max_resolution: int | None = None,
     quality: int = 90,
     jpeg_proportion: float = 0.5,
@@ -72,6 +74,7 @@ def write_beton(
     limit: int | None = None,
     skip_bad: bool = False,
     seed: int = 0,
+    class_order: ClassOrder = "text",
     progress: bool = True,
 ) -> WriteReport:
     """Write a folder in ImageNet's layout (one folder of images per class) as `out`, with `out`.json beside it.
@@ -81,6 +84,8 @@ def write_beton(
     Args:
         source: folder of class folders.
         out: the file to write, replaced only once the new one is complete.
+        classes_of: number the classes as another folder or .beton file does, such as the training images': this one
+            may lack some of them, and must have no others.
         max_resolution: shrink images whose longer side has more pixels.
         quality: JPEG quality of images that have to be compressed; unchanged JPEG files keep their own bytes.
         jpeg_proportion: share stored as JPEG, the rest as raw pixels, which read faster and take more disk.
@@ -88,12 +93,16 @@ def write_beton(
         limit: write at most this many images, evenly from all classes.
         skip_bad: leave damaged images out and list them, instead of stopping at the first.
         seed: decides which images are stored raw.
+        class_order: of the names: as text, or naturally, 2 before 10.
         progress: show a bar with the remaining time on standard error.
 
     Raises:
-        UserError: no such folder, no class folders, a class without images, a damaged image, a full disk.
+        UserError: no such folder, no class folders, a class without images (but see `classes_of`) or of another name,
+            a damaged image, a full disk.
     """
-    classes, samples = scan_folder(source, limit)
+    classes, samples = scan_folder(source, limit, classes_of, class_order)
+    if progress and classes_of is None and (note := order_note(classes, class_order)):
+        console(stderr=True).print(f"{source}: {note}", soft_wrap=True)
     return write_samples(
         samples,
         classes,
@@ -106,30 +115,55 @@ def write_beton(
     )
 
 
-def scan_folder(source: Path, limit: int | None = None) -> tuple[list[str], list[Sample]]:
+ClassOrder: TypeAlias = Literal["text", "natural"]
+"""How class folders are sorted: as text, as torchvision's ImageFolder does; or as timm's, numbers by their value."""
+
+
+def natural_key(name: str) -> tuple[list[str | int], str]:
+    """What timm's ImageFolder sorts class folders by: numbers by their value, letters whatever their case."""
+    parts = re.split(r"(\d+)", name.lower())
+    return [int(part) if place % 2 else part for place, part in enumerate(parts)], name
+
+
+def order_note(classes: Sequence[str], order: ClassOrder) -> str | None:
+    """A line, where torchvision and timm would number classes otherwise: labels are not those of the other's models."""
+    text, natural = sorted(classes), sorted(classes, key=natural_key)
+    if text == natural:
+        return None
+    place = next(i for i, (one, other) in enumerate(zip(text, natural, strict=True)) if one != other)
+    return (
+        f"label {place} is class {classes[place]}, in {order} order; it is {text[place]} in text order, torchvision's, "
+        f"and {natural[place]} in natural order, timm's (--class-order)"
+    )
+
+
+def scan_folder(
+    source: Path, limit: int | None = None, classes_of: Path | None = None, class_order: ClassOrder = "text"
+) -> tuple[list[str], list[Sample]]:
     """The class names and the labelled image files of a folder in ImageNet's layout, sorted by class and name.
 
     Raises:
-        UserError: `source` is missing or no folder, has no class folders, or one of them has no images.
+        UserError: `source` is missing or no folder, has no class folders, or one of them has no images; with
+            `classes_of` (see `write_beton`): has a class that is not among those.
     """
-    if not source.is_dir():
-        what = "is a file" if source.exists() else "no such folder"
-        raise UserError(f"{source}: {what}; give a folder with one folder of images per class")
+    folders = _class_folders(source, class_order)
+    if classes_of is not None:
+        folders = _numbered_as(class_names(classes_of, class_order), folders, source, classes_of)
     try:
-        folders = sorted(entry for entry in source.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-        if not folders:
-            loose = "only files" if any(source.iterdir()) else "nothing"
-            raise UserError(
-                f"{source}: {loose} in there; needs one folder of images per class, as ImageNet's train/ has"
-            )
-        files = [_images(folder) for folder in folders]
+        files = [_images(folder) if folder.is_dir() else [] for folder in folders]
     except OSError as error:
         raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from error
     for folder, found in zip(folders, files, strict=True):
-        if not found:
+        if not found and classes_of is None:
             deeper = any(entry.is_dir() for entry in folder.iterdir())
-            hint = f"; it has folders of its own: did you mean {folder}?" if deeper else "; fill or remove it"
+            hint = (
+                f"; it has folders of its own: did you mean {folder}?"
+                if deeper
+                else "; fill or remove it, or name what has all classes: --classes-of TRAIN.beton"
+            )
             raise UserError(f"{folder}: a class folder without images ({', '.join(sorted(SUFFIXES))}){hint}")
+    if not any(files):
+        raise UserError(f"{source}: no images ({', '.join(sorted(SUFFIXES))}) in any of its class folders")
     if limit is not None:
         # The first of every class, then the second of every class, …: small extracts still hold all classes.
         rounds = sorted((place, label) for label, found in enumerate(files) for place in range(len(found)))[:limit]
@@ -137,6 +171,41 @@ def scan_folder(source: Path, limit: int | None = None) -> tuple[list[str], list
         for _, label in rounds:
             counts[label] += 1
         files = [found[:count] for found, count in zip(files, counts, strict=True)]
+    samples = [Sample(str(path), path, label) for label, found in enumerate(files) for path in found]
+    return [folder.name for folder in folders], samples
+
+
+def class_names(of: Path, class_order: ClassOrder = "text") -> list[str]:
+    """The classes of a folder in ImageNet's layout, in this order, or of a .beton file, in that of their numbers.
+
+    Raises:
+        UserError: it is neither, or a file without the .json that names its classes.
+    """
+    if of.is_dir():
+        return [folder.name for folder in _class_folders(of, class_order)]
+    sidecar = Sidecar.load(of)
+    if sidecar is None:
+        what = f"no {Sidecar.path(of).name} beside it, which would name its classes" if of.exists() else "no such file"
+        raise UserError(f"--classes-of {of}: {what}; give the folder or the .beton file of the training images")
+    return sidecar.classes
+
+
+def _class_folders(source: Path, class_order: ClassOrder) -> list[Path]:
+    """The folders of a data set's classes, sorted by name."""
+    if not source.is_dir():
+        what = "is a file" if source.exists() else "no such folder"
+        raise UserError(f"{source}: {what}; give a folder with one folder of images per class")
+    try:
+        folders = sorted(entry for entry in source.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+        if class_order == "natural":
+            folders.sort(key=lambda folder: natural_key(folder.name))
+        if not folders:
+            loose = "only files" if any(source.iterdir()) else "nothing"
+            raise UserError(
+                f"{source}: {loose} in there; needs one folder of images per class, as ImageNet's train/ has"
+            )
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from error
     for folder in folders:
         try:
             folder.name.encode()
@@ -144,8 +213,18 @@ def scan_folder(source: Path, limit: int | None = None) -> tuple[list[str], list
             raise UserError(
                 f"{source}: the class folder {folder.name!r} has a name that is not UTF-8; rename it"
             ) from None
-    samples = [Sample(str(path), path, label) for label, found in enumerate(files) for path in found]
-    return [folder.name for folder in folders], samples
+    return folders
+
+
+def _numbered_as(names: list[str], folders: list[Path], source: Path, classes_of: Path) -> list[Path]:
+    """The folders of other classes' names, some of which may not be there."""
+    if others := [folder.name for folder in folders if folder.name not in set(names)]:
+        few = ", ".join(others[:3]) + (f" and {len(others) - 3:,} more" if len(others) > 3 else "")
+        are, them = ("is", "it") if len(others) == 1 else ("are", "them")
+        raise UserError(
+            f"{source}: {few} {are} not among the {len(names):,} classes of {classes_of}; rename or remove {them}"
+        )
+    return [source / name for name in names]
 
 
 def _images(folder: Path) -> list[Path]:

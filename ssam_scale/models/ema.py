@@ -18,19 +18,29 @@ class EMA:
         network: whose weights are averaged; it has been distributed already.
         decay: share of the old average that is kept at each update.
         sharding: how the network is distributed.
+        warmup: let the decay rise from 0 to `decay`, so that the first weights are forgotten however short a run is.
     """
 
-    def __init__(self, network: nn.Module, decay: float, sharding: ShardedWeights) -> None:
-        self._decay = decay
+    def __init__(self, network: nn.Module, decay: float, sharding: ShardedWeights, *, warmup: bool = False) -> None:
+        self._decay, self._warmup = decay, warmup
         self._sharding = sharding
         self._parameters = dict(network.named_parameters())
         self._buffers = {name: b for name, b in network.named_buffers() if b.is_floating_point()}
         self._averaged = [t.detach().clone() for t in self._live()]
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Move the average towards the weights as they are."""
-        torch._foreach_lerp_(self._averaged, self._live(), 1.0 - self._decay)
+    def update(self, step: int | None = None) -> None:
+        """Move the average towards the weights as they are after `step` steps; None: by `decay`, without warm-up."""
+        torch._foreach_lerp_(self._averaged, self._live(), 1.0 - self.get_decay(step))
+
+    def get_decay(self, step: int | None = None) -> float:
+        """The decay of the update after `step` steps; with warm-up that of timm's `ModelEmaV3` with `use_warmup`.
+
+        That is 1 - n^(-2/3) after n steps, an average over the last n^(2/3) steps or so, until `decay` is reached.
+        """
+        if step is None or not self._warmup:
+            return self._decay
+        return min(self._decay, 1.0 - float(max(step, 1)) ** (-2 / 3))
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.stateful import Stateful
 
-from ssam_scale.masks import Dense, Depth, Mask, Plan, Refreshed
+from ssam_scale.masks import Dense, Depth, Mask, Plan, Refreshed, ScoreBased
 from ssam_scale.sharding.place import sharding_of
 from ssam_scale.sharding.unsupported import check_alone, owner_of
 
@@ -183,6 +183,8 @@ class SparseSAM(OptimizerWrapper):
         if fingerprint(self.sharding.network, self.param_groups) == self._known:
             return
         if (owner := owner_of(self._model)) is not self._owner:
+            self._check_unused(owner.title if owner is not None else "one process")
+            self.__dict__.pop("_mask", None)  # which is of the weights as they were
             self.sharding, self._owner = sharding_of(self._model), owner
         trained = set(map(id, self._parameters.by_name.values()))
         others = {id(p) for p, _ in self._parameters.foreign}
@@ -195,6 +197,20 @@ class SparseSAM(OptimizerWrapper):
                 f"{len(lost)} parameters that require gradients now (the first: {names[id(lost[0])]}) are in no "
                 "parameter group of the optimizer, which does not train them; opt.add_param_group gives it some",
                 stacklevel=3,
+            )
+
+    def _check_unused(self, backend: str) -> None:
+        """Refuse a model that was placed on another backend once something is remembered of its weights as they were.
+
+        Raises:
+            ValueError: there is; says in which order it works.
+        """
+        chosen = isinstance(self.mask, ScoreBased) and self.mask.selected is not None
+        if chosen or self.steps:
+            what = "the mask was chosen" if chosen else "steps were taken"
+            raise ValueError(
+                f"the model was placed on {backend} after {what}, by its weights as they were: do that "
+                "first (with accelerate: prepare(model, base_optimizer)), and build SparseSAM from what comes of it"
             )
 
     def _rebuild_with_counts(self) -> None:
@@ -501,6 +517,29 @@ class SparseSAM(OptimizerWrapper):
             return self.resolve(micro_batches, plan=self.mask.plan(layout, self.steps), dense=dense, radii=radii)
         plan, options = Dense().plan(layout, self.steps), StepOptions(calibrate_every=None)
         return self.resolve(micro_batches, plan=plan, dense=False, options=options, radii=radii)
+
+    def rescale_steps(self, steps: int) -> None:
+        """Go on as if `steps` steps had been done, after a resume with steps of another size.
+
+        Schedules, cuts and refreshes go by the number of the step, so that a run that is resumed with twice the batch
+        would be twice as far as it is. What is remembered by its step, the last refresh and calibration, moves along.
+
+        Args:
+            steps: epochs done, in steps of the size that they have from now on.
+
+        Raises:
+            ValueError: `steps` is negative.
+        """
+        if steps < 0:
+            raise ValueError(f"steps is {steps}; at least 0 is needed")
+
+        def moved(step: int) -> int:
+            return step if step < 0 else step * steps // max(self.steps, 1)
+
+        if isinstance(self.mask, Refreshed):
+            self.mask.chosen_at = moved(self.mask.chosen_at)
+        self._perturbation.calibrated = moved(self._perturbation.calibrated)
+        self.steps = steps
 
     @property
     def kappa(self) -> Tensor:

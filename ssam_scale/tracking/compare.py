@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,8 +12,11 @@ from statistics import fmean, stdev
 from typing import Any
 
 from ssam_scale.errors import UserError
+from ssam_scale.tracking.moved import follow_moved
 from ssam_scale.tracking.redaction import without_secrets
-from ssam_scale.tracking.store import one_line, open_store
+from ssam_scale.tracking.store import one_line, open_store, sqlite_path
+
+_log = logging.getLogger(__name__)
 
 # Parameters that do not make a run another experiment: seeds are pooled, the rest changes no result.
 _POOLED = (
@@ -47,8 +51,10 @@ class Row:
     Attributes:
         method: `base`, `sam`, `ssam-<pattern>` or `ssam-dynamic`.
         model: timm's name.
+        backend: how the weights were shared out.
         mask: which weights are perturbed, in words; empty for the base optimizer.
-        settings: parameters that tell this row from others of the same method, mask and model; empty if none is needed.
+        settings: what tells this row from others of the same method, mask and model, but for the backend; empty if
+            nothing else is needed.
         density: share of the weights that is perturbed, 0 to 1; None for the base optimizer or if it is not known.
         runs: how many, the latest of each seed.
         top1: mean accuracy after the last epoch, percent.
@@ -62,6 +68,7 @@ class Row:
 
     method: str
     model: str
+    backend: str
     mask: str
     settings: str
     density: float | None
@@ -90,6 +97,10 @@ class _Group:
     @property
     def model(self) -> str:
         return self.params.get("model.name", "unknown")
+
+    @property
+    def backend(self) -> str:
+        return self.tags.get("backend", "unknown")
 
     @property
     def latest(self) -> int:
@@ -155,6 +166,10 @@ def find_experiment(uri: str, name: str) -> tuple[Any, str]:
         near = get_close_matches(name, names, n=1, cutoff=0.0)
         hint = f"; did you mean {near[0]!r}?" if near else "; it has none"
         raise UserError(f"no experiment {name!r} in {without_secrets(uri)}{hint}")
+    try:
+        follow_moved(found, uri, sqlite_path(uri))
+    except UserError as error:
+        _log.warning("%s", error)  # what is compared is in the store itself
     return client, str(found.experiment_id)
 
 
@@ -219,6 +234,7 @@ def _row(group: _Group, groups: list[_Group]) -> Row:
     return Row(
         method=group.method,
         model=group.model,
+        backend=group.backend,
         mask=_mask(group),
         settings=_settings(group, groups),
         density=_density(group),
@@ -305,7 +321,7 @@ def _settings(group: _Group, groups: list[_Group]) -> str:
         for other in groups
         if (other.method, other.model, _mask(other)) == (group.method, group.model, _mask(group))
     ]
-    keys = sorted({key for other in alike for key in other})
+    keys = sorted({key for other in alike for key in other} - {"backend"})  # which has a column of its own
     differing = [key for key in keys if len({other.get(key) for other in alike}) > 1]
     mine = group.identity()
     return ", ".join(f"{key.rpartition('.')[2]} {mine.get(key, '—')}" for key in differing)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
+import os
+import sys
 import tempfile
 from array import array
 from collections.abc import Callable, Mapping
@@ -11,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from ssam_scale.tracking.store import environment
 from ssam_scale.tracking.threads import Background
 
 TABLE, PICTURE = "mask/density.csv", "mask/density.png"  # artifacts of a run
@@ -151,6 +154,7 @@ def draw(densities: LayerDensities, steps: str, path: Path) -> None:
 def figure(densities: LayerDensities, steps: str) -> Any:
     """The picture as a `matplotlib.figure.Figure`; nothing of matplotlib's global state is touched."""
     # Takes half a second to import, which only those pay who draw.
+    _import_matplotlib()
     from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.colors import Normalize
@@ -183,6 +187,18 @@ def figure(densities: LayerDensities, steps: str) -> Any:
     bar.ax.tick_params(labelsize=7)
     bar.ax.set_xlabel("grey: none", fontsize=7, labelpad=14)
     return result
+
+
+def _import_matplotlib() -> None:
+    """Import it whatever MPLBACKEND says: it may be inherited from a notebook whose backend is not installed here."""
+    if "matplotlib" in sys.modules:
+        return
+    with environment(MPLBACKEND=None):  # importing fails for good where that is no backend
+        import matplotlib
+    # For whoever draws with pyplot in this process, as matplotlib itself would have done.
+    if asked := os.environ.get("MPLBACKEND"):
+        with suppress(ValueError):
+            matplotlib.rcParams["backend"] = asked
 
 
 def _short(number: int) -> str:

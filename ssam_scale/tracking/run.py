@@ -17,8 +17,10 @@ import yaml
 from ssam_scale.config.schema import Config
 from ssam_scale.errors import UserError
 from ssam_scale.tracking import watchdog
+from ssam_scale.tracking.commands import interface_lines
 from ssam_scale.tracking.environment import environment_tags, world_size
 from ssam_scale.tracking.layer_density import TABLE, LayerRecorder
+from ssam_scale.tracking.moved import follow_moved
 from ssam_scale.tracking.redaction import without_secrets
 from ssam_scale.tracking.saving import Probe, Saving
 from ssam_scale.tracking.shutdown import Unwinding, leave_note, outcome, read_note
@@ -30,6 +32,7 @@ from ssam_scale.tracking.store import (
     open_store,
     plain_values,
     shortened,
+    sqlite_path,
     text_artifact,
 )
 from ssam_scale.tracking.threads import MetricWriter
@@ -77,6 +80,15 @@ def open_run(
     return Run(config, enabled, resume_run_id, dict(extra_tags or {}), dict(extra_params or {}), gpus)
 
 
+def run_lines(uri: str, run_id: str) -> list[str]:
+    """What to type and where to look to see a run that has ended; nothing if its store does not know it now."""
+    try:
+        experiment = open_store(uri, create=False).get_run(run_id).info.experiment_id
+    except Exception:  # MLflow lets its stores' errors through, of every kind; here nothing depends on them
+        return []
+    return interface_lines(uri, experiment, run_id)
+
+
 def _typical(times: Sequence[float]) -> float:
     """The mean of step times without the first WARMUP_STEPS (if there are more), the lowest and the highest tenth."""
     times = times[WARMUP_STEPS:] or times
@@ -90,7 +102,7 @@ def _phase_times(prefix: str, summary: PhaseSummary) -> dict[str, float]:
 
 
 class Run:
-    """See `open_run`. `id` is MLflow's run id; None on processes that do not track."""
+    """See `open_run`. `id` is MLflow's run id, `experiment` its experiment's; None on processes that do not track."""
 
     def __init__(
         self,
@@ -102,6 +114,7 @@ class Run:
         gpus: int,
     ) -> None:
         self.id: str | None = None
+        self.experiment: str | None = None
         self._config, self._enabled = config, enabled
         self._resume_run_id, self._extra_tags, self._extra_params = resume_run_id, extra_tags, extra_params
         self._client: Any = None
@@ -223,11 +236,31 @@ class Run:
         if self._layers is not None:
             self._layers.add(counts, sizes, step, steps)
 
-    def log_evaluation(self, *, top1: float, top5: float, loss: float, epoch: float, step: int) -> None:
-        """Record an evaluation: accuracies in percent, mean loss, after `epoch` epochs."""
+    def log_evaluation(
+        self,
+        *,
+        top1: float,
+        top5: float | None,
+        loss: float,
+        epoch: float,
+        step: int,
+        raw: Mapping[str, float | None] | None = None,
+    ) -> None:
+        """Record an evaluation, of the averaged weights where there are any.
+
+        Args:
+            top1: accuracy, percent.
+            top5: accuracy by the five best, percent; None where it means nothing.
+            loss: mean.
+            epoch: epochs done.
+            step: steps done.
+            raw: the same three of the weights that are trained, if `top1` and the others are of averaged ones.
+        """
         self._top1 = top1
         self._best_top1 = top1 if self._best_top1 is None else max(top1, self._best_top1)
-        self.log({"val/top1": top1, "val/top5": top5, "val/loss": loss, "epoch": epoch}, step)
+        metrics = {"val/top1": top1, "val/top5": top5, "val/loss": loss, "epoch": epoch}
+        metrics |= {f"val/raw_{name}": value for name, value in (raw or {}).items()}
+        self.log({key: value for key, value in metrics.items() if value is not None}, step)
 
     def log_epoch(self, *, epoch: float, seconds: float, step: int) -> None:
         """Record that `epoch` epochs are done and how long the last one took."""
@@ -269,6 +302,12 @@ class Run:
         self.log(summary, 0)
         return summary
 
+    def interface_lines(self) -> list[str]:
+        """What to type and where to look to see the run in MLflow's own interface; nothing where it is not tracked."""
+        if self.id is None or self.experiment is None:
+            return []
+        return interface_lines(self._config.tracking.uri, self.experiment, self.id)
+
     def _open(self) -> None:
         uri, config = self._config.tracking.uri, self._config
         self._client = open_store(uri, create=True)
@@ -280,8 +319,8 @@ class Run:
             if self._resume_run_id:
                 tags["resumed_from"] = self._resume_run_id
             name = config.tracking.run_name or f"{config.method} {config.model.name}"
-            experiment = experiment_id(self._client, uri, config.tracking.experiment)
-            self.id = self._client.create_run(experiment, tags=tags, run_name=name).info.run_id
+            self.experiment = experiment_id(self._client, uri, config.tracking.experiment)
+            self.id = self._client.create_run(self.experiment, tags=tags, run_name=name).info.run_id
         self._watcher = watchdog.start(uri, str(self.id), tags["process"])
         self._log_config(known or {})
         table = text_artifact(self._client, str(self.id), TABLE) if known is not None else None
@@ -296,7 +335,9 @@ class Run:
             return None
         if run.info.lifecycle_stage == "deleted":
             return None
-        self.id = str(self._resume_run_id)
+        uri = self._config.tracking.uri
+        follow_moved(self._client.get_experiment(run.info.experiment_id), uri, sqlite_path(uri))
+        self.id, self.experiment = str(self._resume_run_id), str(run.info.experiment_id)
         self._best_top1 = run.data.metrics.get("summary/best_top1", run.data.metrics.get("val/top1"))
         self._saving.before = run.data.metrics.get("saving/seconds_so_far", 0.0)
         self._client.update_run(self.id, status="RUNNING")

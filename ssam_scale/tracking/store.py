@@ -6,10 +6,11 @@ import json
 import logging
 import os
 import re
+import shlex
 import socket
 import sqlite3
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from urllib.parse import unquote, urlsplit
 from ssam_scale.config.schema import Config
 from ssam_scale.errors import UserError
 from ssam_scale.folders import why_not_writable
+from ssam_scale.tracking.commands import is_folder, mlflow_command
+from ssam_scale.tracking.moved import BESIDE, follow_moved
 from ssam_scale.tracking.redaction import without_secrets
 
 # The limit of MLflow's stores.
@@ -73,7 +76,7 @@ def open_store(uri: str, *, create: bool) -> Any:
         from mlflow import MlflowClient
 
         # MLflow's own retries would keep a wrong address waiting for minutes.
-        with _environment(MLFLOW_HTTP_REQUEST_MAX_RETRIES="0", MLFLOW_HTTP_REQUEST_TIMEOUT=str(_ANSWER_WITHIN_S)):
+        with environment(MLFLOW_HTTP_REQUEST_MAX_RETRIES="0", MLFLOW_HTTP_REQUEST_TIMEOUT=str(_ANSWER_WITHIN_S)):
             client = MlflowClient(tracking_uri=uri)
             client.search_experiments(max_results=1)
     except Exception as error:  # MLflow lets its drivers' errors through, of every kind
@@ -116,11 +119,12 @@ def experiment_id(client: Any, uri: str, name: str) -> str:
             if found is None:
                 raise UserError(f"tracking.experiment {name!r}: {one_line(error)}") from error
     if found.lifecycle_stage == "deleted":
-        command = f"mlflow experiments restore --experiment-id {found.experiment_id}"
+        command = mlflow_command(uri, "experiments", "restore", "--experiment-id", str(found.experiment_id))
+        hidden = " (with the password for ***)" if without_secrets(uri) != uri else ""
         raise UserError(
-            f"tracking.experiment {name!r} was deleted; choose another name, or bring it back with "
-            f"`MLFLOW_TRACKING_URI={without_secrets(uri)} {command}`"
+            f"tracking.experiment {name!r} was deleted; choose another name, or bring it back with `{command}`{hidden}"
         )
+    follow_moved(found, uri, sqlite_path(uri))
     return str(found.experiment_id)
 
 
@@ -162,7 +166,7 @@ def _artifact_location(uri: str, experiment: str) -> str | None:
     if database is None:
         return None  # servers and folders know where their artifacts belong
     # MLflow's default is relative to where each process happens to run; beside the database the two stay together.
-    return str(database.resolve().parent / "mlartifacts" / re.sub(r"[^\w.-]+", "_", experiment))
+    return str(database.resolve().parent / BESIDE / re.sub(r"[^\w.-]+", "_", experiment))
 
 
 def _quiet_mlflow(uri: str) -> None:
@@ -176,11 +180,13 @@ def _quiet_mlflow(uri: str) -> None:
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
         "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     }
-    if urlsplit(uri).scheme in ("", "file"):
-        defaults["MLFLOW_ALLOW_FILE_STORE"] = "true"  # MLflow 3 discourages folders but still reads and writes them
+    if is_folder(uri):
+        defaults["MLFLOW_ALLOW_FILE_STORE"] = "true"
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
     logging.getLogger("alembic").setLevel(logging.WARNING)
+    # It prints the traceback of every error that it raises as well; we say it in one line.
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
 
 
 def _probe(uri: str, *, create: bool) -> None:
@@ -190,7 +196,7 @@ def _probe(uri: str, *, create: bool) -> None:
         raise UserError(f"tracking.uri {without_secrets(uri)!r} is no MLflow tracking URI; use {_WORKS}")
     if scheme == "sqlite":
         _probe_sqlite(uri, create=create)
-    elif scheme in ("", "file"):
+    elif is_folder(uri):
         folder = Path(unquote(urlsplit(uri).path))
         if not create and not folder.is_dir():
             raise UserError(f"tracking.uri {uri}: there is no folder {folder}; train first, or name another store")
@@ -235,18 +241,35 @@ def _refused(uri: str, reason: str) -> str:
         cause = re.search(r"Connection refused|timed out|Name or service not known|error code \d+", reason)
         why = cause[0] if cause else one_line(reason)
         return f"tracking.uri {shown}: no MLflow server answers ({why}); start one, or use sqlite:///mlflow.db"
-    return f"tracking.uri {shown}: {one_line(reason)}; what works: {_WORKS}"
+    if "database is locked" in reason:
+        return (
+            f"tracking.uri {shown}: the database is locked: another program has been writing to it all the while, or a "
+            f"stopped one has left it so (`fuser -v {shlex.quote(str(sqlite_path(uri)))}` names it); end that, or give "
+            "this run a store of its own, tracking.uri=sqlite:///OTHER.db; many runs at once want an `mlflow server`, "
+            "http://HOST:PORT"
+        )
+    return f"tracking.uri {shown}: {one_line(reason)}; what works: {_works_beside(scheme)}"
+
+
+def _works_beside(scheme: str) -> str:
+    """What works where a URI of this scheme does not."""
+    return _WORKS.replace("sqlite:///mlflow.db", "sqlite:///OTHER/mlflow.db") if "sqlite" in scheme else _WORKS
 
 
 @contextmanager
-def _environment(**values: str) -> Iterator[None]:
+def environment(**values: str | None) -> Iterator[None]:
+    """Within the `with`, these variables of the process's environment have these values; None: they are not set."""
     before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
     try:
+        _set_environment(values)
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        _set_environment(before)
+
+
+def _set_environment(values: Mapping[str, str | None]) -> None:
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value

@@ -68,7 +68,6 @@ class Components:
         mix: mixup and CutMix on a batch, on its device; None: neither.
         split: how the images of a step are shared out.
         precision: dtype of forward passes.
-        steps_per_epoch: optimizer steps in one epoch.
         progress: how far the run has come.
         state: what a checkpoint holds, by name: whatever is named here is saved and resumed.
     """
@@ -84,9 +83,13 @@ class Components:
     mix: Transform | None
     split: MicroBatches
     precision: torch.dtype
-    steps_per_epoch: int
     progress: Progress
     state: dict[str, Stateful]
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in one epoch."""
+        return self.progress.steps_per_epoch
 
 
 def build(config: Config, world: World, phases: Phases, found: int | None = None) -> Components:
@@ -149,8 +152,9 @@ def build(config: Config, world: World, phases: Phases, found: int | None = None
     scaler = torch.amp.GradScaler(world.device.type) if config.train.precision == "fp16" else None
     steps = len(train) // split.accumulation
     opt = _sparse_sam(config, module, base, scaler, steps, phases)
-    ema = EMA(network, config.train.ema_decay, opt.sharding) if config.train.ema_decay is not None else None
-    progress = Progress()
+    decay, warmup = config.train.ema_decay, config.train.ema_warmup
+    ema = EMA(network, decay, opt.sharding, warmup=warmup) if decay is not None else None
+    progress = Progress(steps)
     state: dict[str, Stateful] = {
         "sparse": opt.sparse,  # the first to be loaded, because it refuses what was saved with another mask
         "model": ModelState(network, opt.sharding),
@@ -173,7 +177,6 @@ def build(config: Config, world: World, phases: Phases, found: int | None = None
         mix=_mix(config),
         split=split,
         precision=precision,
-        steps_per_epoch=steps,
         progress=progress,
         state=state,
     )

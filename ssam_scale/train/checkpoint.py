@@ -95,7 +95,9 @@ class OptimizerState:
         A run is what its configuration says: weight decay, momentum and the like may be changed on resuming.
         """
         opt = self._opt
-        configured = [{key: group[key] for key in opt.defaults} for group in opt.param_groups]
+        # `initial_lr` is what the radius that follows the learning rate compares it with.
+        keys = [*opt.defaults, "initial_lr"]
+        configured = [{key: group[key] for key in keys if key in group} for group in opt.param_groups]
         opt.sharding.load_full_optimizer_state_dict(self._network, opt.base_optimizer, state_dict)
         for group, options in zip(opt.param_groups, configured, strict=True):
             group.update(options)
@@ -187,6 +189,19 @@ def micro_batch_of(path: Path, config: Config, world: World) -> int | None:
     return split.images if same else None
 
 
+def finished(path: Path, config: Config) -> Progress | None:
+    """How far the run has come that a checkpoint was saved of, if that is this run and has all of its epochs."""
+    try:
+        state = json.loads((path / "state.json").read_text())
+        described = _description(config)
+        same = described == {key: state[key] for key in described}
+        progress = Progress(steps_per_epoch=0)  # which only a run that goes on has
+        progress.load_state_dict(state["parts"]["progress"])
+    except (OSError, ValueError, KeyError, TypeError):  # `load` says what is wrong with it
+        return None
+    return progress if same and progress.epoch >= config.train.epochs else None
+
+
 def save(config: Config, world: World, components: Components) -> None:
     """Write one checkpoint and drop the oldest beyond `checkpoint.keep`. Collective.
 
@@ -195,10 +210,7 @@ def save(config: Config, world: World, components: Components) -> None:
     """
     files: dict[str, dict[str, Tensor]] = {name: {} for name in components.state}
     state = {
-        "format": _FORMAT,
-        "model": _identity(config),
-        "method": config.method,
-        "optimizer": config.optimizer.name,
+        **_description(config),
         "config": config.model_dump(mode="json"),
         "micro_batches": asdict(components.split),
         "parts": {name: _split(part.state_dict(), files[name]) for name, part in components.state.items()},
@@ -233,6 +245,8 @@ def load(path: Path, config: Config, components: Components) -> None:
                 part.load_state_dict(saved[name])
             except ValueError as error:
                 raise UserError(f"checkpoint {path}: {error}{_REFUSED.get(name, '')}") from error
+    # The saved run's may have been others: of another batch size, or another number of images or processes.
+    components.opt.rescale_steps(components.progress.place)
 
 
 def _split(value: Any, tensors: dict[str, Tensor], name: str = "") -> Any:
@@ -291,6 +305,16 @@ def _check(path: Path, config: Config, state: dict[str, Any], saved: dict[str, T
         raise UserError(
             f"checkpoint {path} was made with optimizer.name {state['optimizer']}, this run has {config.optimizer.name}"
         )
+
+
+def _description(config: Config) -> dict[str, Any]:
+    """What must be the same for a run to go on from a checkpoint, but for what only the tensors show."""
+    return {
+        "format": _FORMAT,
+        "model": _identity(config),
+        "method": config.method,
+        "optimizer": config.optimizer.name,
+    }
 
 
 def _identity(config: Config) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -29,15 +30,20 @@ class Evaluation:
 
     Attributes:
         top1: images whose label scores highest, percent.
-        top5: images whose label is among the five highest scores (all, with fewer classes), percent.
+        top5: images whose label is among the five highest scores, percent; None with five classes or fewer, of which
+            it would be all.
         loss: mean cross-entropy.
         images: how many were measured.
     """
 
     top1: float
-    top5: float
+    top5: float | None
     loss: float
     images: int
+
+    def __str__(self) -> str:
+        top5 = "" if self.top5 is None else f"top-5 {self.top5:.2f}%, "
+        return f"top-1 {self.top1:.2f}%, {top5}validation loss {self.loss:.4f}"
 
 
 @torch.no_grad()
@@ -71,11 +77,12 @@ def evaluate(
                 raise RuntimeError("a process has no image to evaluate; evaluate on fewer processes")
             _measure(module, batch, precision)
     top1, top5, loss, images = world.sum(totals).tolist()
-    return Evaluation(100.0 * top1 / images, 100.0 * top5 / images, loss / images, int(images))
+    top5 = None if math.isnan(top5) else 100.0 * top5 / images
+    return Evaluation(100.0 * top1 / images, top5, loss / images, int(images))
 
 
 class Evaluate(Hook):
-    """Evaluates every `train.eval_epochs` epochs and after the last: the averaged weights where there are any.
+    """Evaluates every `train.eval_epochs` epochs and after the last: averaged weights if there are any, and the raw.
 
     Args:
         config: of the run.
@@ -93,17 +100,27 @@ class Evaluate(Hook):
         epochs = self._config.train.epochs
         if progress.epoch != epochs and progress.epoch % self._config.train.eval_epochs:
             return
-        module, ema, loader = self._components.module, self._components.ema, self._components.val
+        ema = self._components.ema
         with ema.swapped_in() if ema is not None else nullcontext():
-            batches = self._bar.track(loader, "evaluating", loader.batches_everywhere)
-            result = evaluate(module, batches, loader.batches_everywhere, self._world, self._components.precision)
+            result = self._evaluate("evaluating")
+        raw = None if ema is None else self._evaluate("evaluating without averaging")
         self._run.log_evaluation(
-            top1=result.top1, top5=result.top5, loss=result.loss, epoch=progress.epoch, step=progress.step
+            top1=result.top1,
+            top5=result.top5,
+            loss=result.loss,
+            raw={} if raw is None else {"top1": raw.top1, "top5": raw.top5, "loss": raw.loss},
+            epoch=progress.epoch,
+            step=progress.step,
         )
-        self._bar.say(
-            f"epoch {progress.epoch}/{epochs}: top-1 {result.top1:.2f}%, top-5 {result.top5:.2f}%, "
-            f"validation loss {result.loss:.4f} on {result.images} images"
-        )
+        beside = "" if raw is None else f"; without averaging the weights: {raw}"
+        self._bar.say(f"epoch {progress.epoch}/{epochs}: {result} on {result.images} images{beside}")
+
+    def _evaluate(self, label: str) -> Evaluation:
+        """Of the weights as they are."""
+        loader, components = self._components.val, self._components
+        forwards = loader.batches_everywhere
+        batches = self._bar.track(loader, label, forwards)
+        return evaluate(components.module, batches, forwards, self._world, components.precision)
 
 
 def _measure(module: nn.Module, batch: tuple[Tensor, Tensor], precision: torch.dtype) -> Tensor:
@@ -113,4 +130,5 @@ def _measure(module: nn.Module, batch: tuple[Tensor, Tensor], precision: torch.d
     logits = logits.float()
     best = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
     loss = F.cross_entropy(logits, labels, reduction="sum")
-    return torch.stack([best[:, 0].sum(), best.sum(), loss, loss.new_full((), len(labels))]).double()
+    top5 = best.sum() if logits.shape[1] > 5 else loss.new_full((), math.nan)
+    return torch.stack([best[:, 0].sum(), top5, loss, loss.new_full((), len(labels))]).double()

@@ -35,7 +35,10 @@ class Hook:
     """
 
     def before_step(self, progress: Progress, batches: EpochBatches) -> None:
-        """Before the batches of a step are loaded: `progress.step` steps are done, `batches` can be looked ahead."""
+        """Before the batches of a step are loaded: `progress.step` steps are done, `batches` can be looked ahead.
+
+        Records are by `progress.step`; what changes over the run goes by `progress.place`.
+        """
 
     def after_step(self, progress: Progress, report: StepReport) -> None:
         """After a step, which `progress.step` counts already."""
@@ -68,7 +71,7 @@ class UpdateEMA(Hook):
 
     def after_step(self, progress: Progress, report: StepReport) -> None:
         """Counts as a part of the step's time: `LogMetrics` comes later."""
-        self._ema.update()
+        self._ema.update(progress.step)
 
 
 class AverageBatchNormStatistics(Hook):
@@ -156,8 +159,8 @@ class LogMetrics(Hook):
         assert report.loss is not None  # a step by batches knows it
         self._losses.append(report.loss)
         self._densities.append(report.density)
-        windows = self._config.tracking.log_every, self._components.steps_per_epoch
-        if any(progress.step % steps == 0 for steps in windows):
+        epoch_ends = progress.step_of_epoch == progress.steps_per_epoch
+        if epoch_ends or progress.step % self._config.tracking.log_every == 0:
             self._record(progress.step, report)
 
     def on_end(self, error: BaseException | None) -> None:

@@ -8,13 +8,14 @@ from contextlib import closing
 from pathlib import Path
 
 import torch
+from rich.console import Console
 
 from ssam_scale.config.schema import Config
 from ssam_scale.console import console
 from ssam_scale.data.beton import inspect
 from ssam_scale.perturbation import StepReport
 from ssam_scale.sharding import BACKENDS, World
-from ssam_scale.tracking.run import open_run
+from ssam_scale.tracking.run import open_run, run_lines
 from ssam_scale.tracking.store import check_store
 from ssam_scale.tracking.timer import PhaseTimer
 
@@ -38,10 +39,16 @@ def train(config: Config, world: World) -> None:
         UserError: what the configuration asks for cannot be had.
     """
     path = _check_folders(config, world)
-    what = describe(config, world)
-    console(quiet=not world.first).print(what, soft_wrap=True)
+    out = console(quiet=not world.first)
+    out.print(describe(config, world), soft_wrap=True)
     if path is None:
         checkpoint.check_fresh_directory(config)
+    elif (done := checkpoint.finished(path, config)) is not None:
+        # The tracked run stays as it ended, with its duration.
+        out.print(f"{path} is of epoch {done.epoch}, the last: nothing is left to train", soft_wrap=True)
+        if world.first and done.run_id is not None:
+            _print_lines(out, run_lines(config.tracking.uri, done.run_id))
+        return
     phases = PhaseTimer(world.device)
     components = _build(config, world, phases, path)
     split = components.split
@@ -52,11 +59,11 @@ def train(config: Config, world: World) -> None:
             enabled=world.first,
             resume_run_id=progress.run_id,
             gpus=world.size if world.device.type == "cuda" else 0,
-            extra_tags={"steps": str(total), "backend": backend_of(config, world)},
+            extra_tags={"steps": str(progress.step + total - progress.place), "backend": backend_of(config, world)},
             # What the configuration leaves to the number of processes, or to the device's memory.
             extra_params={"train.accumulation": str(split.accumulation), "train.micro_batch": str(split.images)},
         ) as run,
-        ProgressBar(total, progress.step, world.first) as bar,
+        ProgressBar(total, progress.place, world.first) as bar,
     ):
         progress.run_id = run.id
         _announce(config, world, components, bar, path)
@@ -64,6 +71,15 @@ def train(config: Config, world: World) -> None:
         with ending(hooks), explaining_out_of_memory(config, split):
             while progress.epoch < config.train.epochs:
                 _train_epoch(config, world, components, hooks, phases)
+    if world.first:
+        _print_lines(
+            out, [f"last checkpoint: {checkpoint.newest(config.checkpoint.directory)}", *run.interface_lines()]
+        )
+
+
+def _print_lines(out: Console, lines: Sequence[str]) -> None:
+    for line in lines:
+        out.print(line, soft_wrap=True)  # a command that is to be copied must not be broken
 
 
 def dry_run(config: Config, world: World) -> str:
@@ -138,7 +154,7 @@ def _train_epoch(
     with closing(_batches(config, world, components)) as batches:
         for _ in range(components.steps_per_epoch):
             _train_step(config, components, batches, hooks, phases)
-    components.progress.epoch += 1
+    components.progress.after_epoch()
     for hook in hooks:
         hook.after_epoch(components.progress)
 
@@ -147,7 +163,7 @@ def _train_step(
     config: Config, components: Components, batches: EpochBatches, hooks: Sequence[Hook], phases: PhaseTimer
 ) -> StepReport:
     opt, progress = components.opt, components.progress
-    components.scheduler.step_update(progress.step)
+    components.scheduler.step_update(progress.place)
     for hook in hooks:
         hook.before_step(progress, batches)
     with phases("data"):
@@ -157,7 +173,7 @@ def _train_step(
         batches.prefetch()
     report = opt.report
     assert report is not None
-    progress.step += 1
+    progress.after_step()
     for hook in hooks:
         hook.after_step(progress, report)
     return report
@@ -190,7 +206,5 @@ def _announce(config: Config, world: World, components: Components, bar: Progres
             f"model.num_classes {config.model.num_classes}: {config.data.train} has {classes} classes, so that "
             f"{config.model.num_classes - classes} outputs are never a label"
         )
-    if resumed is not None and components.progress.epoch >= config.train.epochs:
-        bar.say(f"{resumed} is of epoch {components.progress.epoch}, the last: nothing is left to train")
-    elif resumed is not None:
+    if resumed is not None:
         bar.say(f"resumed from {resumed} after epoch {components.progress.epoch}")

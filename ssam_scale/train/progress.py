@@ -24,21 +24,44 @@ _LINE_SECONDS = 30.0
 
 @dataclass
 class Progress:
-    """How far a run has come: counted by the training loop, saved with every checkpoint.
+    """How far a run has come: counted by the training loop, saved with every checkpoint at the end of an epoch.
+
+    A run's place is in epochs, which mean the same whatever a step is: a run that is resumed with another batch size or
+    number of images has other steps from then on. `place` is that place in steps of the size that they have now, and
+    what the learning rate, radius, window, refreshes and annealing go by. `step` counts on, as records do.
 
     Attributes:
+        steps_per_epoch: optimizer steps in one epoch, as they are now.
         epoch: epochs done.
-        step: optimizer steps done.
+        step: optimizer steps done since the run began, of whatever size they were.
+        step_of_epoch: steps done of the epoch that goes on.
         run_id: the tracked run; None on processes that do not track.
     """
 
+    steps_per_epoch: int
     epoch: int = 0
     step: int = 0
+    step_of_epoch: int = 0
     run_id: str | None = None
 
+    @property
+    def place(self) -> int:
+        """The steps that have been done if all were of the size that they have now: epochs done, in steps."""
+        return self.epoch * self.steps_per_epoch + self.step_of_epoch
+
+    def after_step(self) -> None:
+        """Counts one."""
+        self.step += 1
+        self.step_of_epoch += 1
+
+    def after_epoch(self) -> None:
+        """Counts one."""
+        self.epoch += 1
+        self.step_of_epoch = 0
+
     def state_dict(self) -> dict[str, Any]:
-        """Its attributes."""
-        return dict(vars(self))
+        """What a run of other steps needs of it, too."""
+        return {"epoch": self.epoch, "step": self.step, "run_id": self.run_id}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take back what `state_dict` returned.
@@ -47,6 +70,7 @@ class Progress:
             KeyError: an attribute is missing.
         """
         self.epoch, self.step, self.run_id = (state_dict[name] for name in ("epoch", "step", "run_id"))
+        self.step_of_epoch = 0
 
 
 class ProgressBar(Hook):
@@ -54,7 +78,7 @@ class ProgressBar(Hook):
 
     Args:
         total: steps of the whole run.
-        done: steps that were done before.
+        done: steps of it that were done before.
         visible: false on the processes that do not print.
     """
 
@@ -86,13 +110,13 @@ class ProgressBar(Hook):
 
     def after_step(self, progress: Progress, report: StepReport) -> None:
         """One step is done."""
-        self._bar.update(self._task, completed=progress.step)
+        self._bar.update(self._task, completed=progress.place)
         now = time.monotonic()
         if not self._console.is_terminal and now - self._printed >= _LINE_SECONDS:
             self._printed = now
-            rate = (now - self._started) / (progress.step - self._first)
-            left = timedelta(seconds=round(rate * (self._total - progress.step)))
-            self._console.print(f"step {progress.step}/{self._total}, {left} left, {self._text}", soft_wrap=True)
+            rate = (now - self._started) / (progress.place - self._first)
+            left = timedelta(seconds=round(rate * (self._total - progress.place)))
+            self._console.print(f"step {progress.place}/{self._total}, {left} left, {self._text}", soft_wrap=True)
 
     def show(self, text: str) -> None:
         """The latest figures."""

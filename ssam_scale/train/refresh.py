@@ -89,8 +89,8 @@ class RefreshMask(Hook):
         if isinstance(mask, Refreshed) and self._opt.refresh_is_due:
             scored, samples = self._scored(mask, batches)
             with timed(self._world.device) as refresh:
-                self._refresh(scored, samples)
-            self._record(refresh.seconds, samples)
+                self._refresh(scored, samples, progress.step)
+            self._record(refresh.seconds, samples, progress.step)
 
     def _scored(self, mask: Refreshed, batches: EpochBatches) -> tuple[list[Batch], int | None]:
         """The batches to score on this process, and how many images of all processes; none if scores are not of images.
@@ -102,42 +102,41 @@ class RefreshMask(Hook):
         scored = batches.ahead(-(-self._section.samples // self._world.size))
         return scored, min(self._section.samples, sum(len(batch.labels) for batch in scored) * self._world.size)
 
-    def _refresh(self, scored: list[Batch], samples: int | None) -> None:
+    def _refresh(self, scored: list[Batch], samples: int | None, step: int) -> None:
         try:
             self._opt.refresh(_LOSSES[self._section.labels], *scored, samples=samples)
         except ValueError as error:
             raise UserError(f"perturbation.mask: {error}") from error
         except FloatingPointError as error:
             raise UserError(
-                f"perturbation.mask: {error} before step {self._opt.steps + 1}; a lower optimizer.lr or "
-                "perturbation.rho may help"
+                f"perturbation.mask: {error} before step {step + 1}; a lower optimizer.lr or perturbation.rho may help"
             ) from error
 
-    def _record(self, seconds: float, samples: int | None) -> None:
+    def _record(self, seconds: float, samples: int | None, step: int) -> None:
         opt, run = self._opt, self._run
         mask: object = opt.mask
         if isinstance(mask, DepthByCost):
-            run.log_refresh(seconds=seconds, step=opt.steps, samples=samples)
-            _log_cuts(mask, opt, run)
+            run.log_refresh(seconds=seconds, step=step, samples=samples)
+            _log_cuts(mask, opt, run, step)
         elif isinstance(mask, ScoreBased):
             layout = opt.parameters.layout
             run.log_refresh(
                 seconds=seconds,
-                step=opt.steps,
+                step=step,
                 density=opt.plan.perturbed / layout.total,
                 turnover=mask.turnover,
                 samples=samples,
             )
-            run.log_layers(opt.plan.counts, layout.numels, step=opt.steps, steps="refreshed after step")
+            run.log_layers(opt.plan.counts, layout.numels, step=step, steps="refreshed after step")
 
 
-def _log_cuts(mask: DepthByCost, opt: SparseSAM, run: Run) -> None:
+def _log_cuts(mask: DepthByCost, opt: SparseSAM, run: Run, step: int) -> None:
     """Store what the next steps' cuts are drawn by as `mask/cuts/step_<steps done>.csv`: a row for each block."""
     assert mask.masses is not None
     assert mask.seconds is not None
     probabilities = mask.probabilities(opt.parameters.layout.depth, opt.steps)
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / f"step_{opt.steps:08d}.csv"
+        path = Path(folder) / f"step_{step:08d}.csv"
         with path.open("w", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(["block", "fisher_mass", "ascent_seconds", "probability"])

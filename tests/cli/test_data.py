@@ -42,6 +42,10 @@ def test_write_and_check(tmp_path: Path) -> None:
     assert "12 images" in report
     assert "3 classes" in report
     assert "every byte as it was written" in report
+    fewer = make_image_folder(tmp_path / "val" / "other", classes=1, per_class=2, size_range=(30, 40))[0].parent
+    fewer.rename(tmp_path / "val" / "n00000001")
+    (tmp_path / "val" / "other").rmdir()
+    assert "2 images, 3 classes" in run("write", tmp_path / "val", tmp_path / "v.beton", "--classes-of", out)
     out.write_bytes(out.read_bytes()[:-100])
     assert "cut short" in run_in_vain("check", out)
 

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import resource
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,10 @@ from PIL import Image
 
 from ssam_scale.config.schema import Data
 from ssam_scale.data import eval_loader, train_loader, verify, write_beton
+from ssam_scale.data.beton import Sidecar
+from ssam_scale.data.write import order_note
 from ssam_scale.errors import UserError
+from ssam_scale.models.torchvision_ops import ensure_torchvision
 from tests.support.images import make_image, make_image_folder
 
 
@@ -52,6 +56,40 @@ def out(tmp_path: Path) -> Path:
     folder = tmp_path / "out"
     folder.mkdir()
     return folder / "train.beton"
+
+
+def test_classes_are_numbered_as_torchvision_or_as_timm_does(
+    tmp_path: Path, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whoever has a model that timm has trained on numbered folders needs its labels."""
+    ensure_torchvision()
+    from timm.data.readers.reader_image_folder import find_images_and_targets
+    from torchvision.datasets import ImageFolder
+
+    names = ["0", "1", "2", "10", "B7", "a", "b07", "x2y10", "x2y9"]
+    for name in names:
+        (tmp_path / "images" / name).mkdir(parents=True)
+        cv2.imwrite(str(tmp_path / "images" / name / "1.jpg"), np.zeros((8, 8, 3), np.uint8))
+    theirs = {
+        "text": ImageFolder(tmp_path / "images").class_to_idx,
+        "natural": find_images_and_targets(str(tmp_path / "images"))[1],
+    }
+    notes = []
+    for order, labels in theirs.items():
+        assert write(tmp_path / "images", out, class_order=order).classes == sorted(labels, key=labels.__getitem__)
+        assert json.loads((out.parent / f"{out.name}.json").read_text())["classes"] == sorted(labels, key=labels.get)
+        assert capsys.readouterr().err == ""
+        write_beton(tmp_path / "images", out, class_order=order)
+        notes.append(capsys.readouterr().err)
+    apart = tmp_path / "apart.beton"
+    write(tmp_path / "images", apart)
+    data = Data(train=out, val=apart, batch_size=1)
+    with pytest.raises(UserError, match=r"in another order, .* write both with the same --class-order"):
+        eval_loader(data, rank=0, world_size=1, device=torch.device("cpu"), num_classes=9)
+    both = "it is 10 in text order, torchvision's, and 2 in natural order, timm's (--class-order)"
+    assert f"images: label 2 is class 10, in text order; {both}\n" in notes[0]
+    assert f"images: label 2 is class 2, in natural order; {both}\n" in notes[1]
+    assert order_note(["cat", "dog", "n01440764"], "text") is None
 
 
 @pytest.fixture
@@ -251,6 +289,40 @@ def test_a_folder_that_is_not_in_imagenets_layout(tmp_path: Path, source: Path, 
         with pytest.raises(UserError, match=message):
             write(folder, out)
         assert contents(out.parent) == set()
+
+
+def test_classes_are_numbered_as_the_training_images_are(source: Path, out: Path, tmp_path: Path) -> None:
+    write(source, out)
+    val = tmp_path / "val"
+    shutil.copytree(source / "n00000002", val / "n00000002")
+    for classes_of in (out, source):  # the first class is missing, the second is empty and then missing, too
+        (val / "n00000001").mkdir(exist_ok=True)
+        write(val, out.with_name("val.beton"), classes_of=classes_of)
+        (val / "n00000001").rmdir()
+        written = verify(out.with_name("val.beton"))
+        assert written.sidecar is not None
+        assert written.sidecar.classes == verify(out).sidecar.classes  # type: ignore[union-attr]
+        assert written.labels.tolist() == [2] * 4
+    assert read_all(out.with_name("val.beton"), 8, 3)[1].tolist() == [2] * 4  # beside the training images, too
+
+
+def test_classes_that_the_training_images_do_not_have(source: Path, out: Path, tmp_path: Path) -> None:
+    val = tmp_path / "val"
+    for name in ("dog", "n00000000"):
+        (val / name).mkdir(parents=True)
+    cases = {
+        source: f"{val}: dog is not among the 3 classes of {source}; rename or remove it",
+        tmp_path / "none.beton": "none.beton: no such file; give the folder or the .beton file of the training images",
+        val / "n00000000": "nothing in there",
+        val: "no images .* in any of its class folders",
+    }
+    for classes_of, message in cases.items():
+        with pytest.raises(UserError, match=message):
+            write(val, out, classes_of=classes_of)
+    write(source, out)
+    Sidecar.path(out).unlink()
+    with pytest.raises(UserError, match=r"no train.beton.json beside it, which would name its classes"):
+        write(source, out.with_name("val.beton"), classes_of=out)
 
 
 def test_a_failure_leaves_the_old_file_alone(source: Path, out: Path) -> None:

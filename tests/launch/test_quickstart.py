@@ -26,6 +26,13 @@ def test_short(clone, launcher):
     override = [] if launcher == "deepspeed" else ["data.resolution=28"]
     done = quickstart(clone, "--short", *override, LAUNCHER=launcher)
     assert done.returncode == 0, done.stdout
+    lines = done.stdout.splitlines()
+    for number, method in enumerate(METHODS, 1):
+        title = next(i for i, line in enumerate(lines) if f"Training {number} of {len(METHODS)}: " in line)
+        assert f"(2 processes, started by {launcher})" in lines[title]
+        # The launcher is no backend: what each method ran on is said before it is trained.
+        after = lines[title:]
+        assert any(line.startswith(f"{method} resnet18 on 2 processes of 1 node, DDP, ") for line in after[:40]), after
     table = [line for line in done.stdout.splitlines() if line.startswith("│")]
     assert sorted(line.split()[1] for line in table) == sorted(METHODS), done.stdout
     assert "ui --backend-store-uri sqlite:///mlflow.db" in done.stdout

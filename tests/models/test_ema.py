@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from ssam_scale.models.ema import EMA
 from ssam_scale.perturbation import SparseSAM
 from ssam_scale.sharding import World
-from ssam_scale.sharding.place import place
+from ssam_scale.sharding.place import place, sharding_of
 from tests.support.networks import batches, freeze_batchnorm, loss_fn, part, small_network
 from tests.support.ranks import alone, run_ranks
 
@@ -53,3 +54,21 @@ def test_the_averaged_weights_are_the_same_on_every_backend() -> None:
         torch.testing.assert_close(there, own, atol=2e-6, rtol=0)  # float32 steps, apart by their rounding
         torch.testing.assert_close(there_averaged, averaged, atol=2e-6, rtol=0)
         assert torch.equal(there, there_again)
+
+
+def test_the_decay_warms_up_as_timms() -> None:
+    from timm.utils.model_ema import ModelEmaV3
+
+    model = small_network("vit")
+    theirs = ModelEmaV3(nn.Linear(1, 1), decay=0.99, use_warmup=True)
+    module, _ = place(model, [], "single", World(), lambda: torch.optim.SGD(model.parameters()))
+    mine = EMA(model.model, 0.99, sharding_of(module), warmup=True)
+    for step in (1, 2, 3, 10, 100, 999, 1000, 1001, 10**6):
+        assert mine.get_decay(step) == pytest.approx(theirs.get_decay(step), rel=1e-12)
+    assert mine.get_decay() == theirs.get_decay() == 0.99
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+    mine.update(1)  # forgets the weights that were there at first
+    for name, averaged in mine.state_dict().items():
+        assert torch.equal(averaged, model.model.get_parameter(name))

@@ -269,6 +269,76 @@ def test_a_model_that_was_wrapped_too_late_is_told() -> None:
             assert told in said, how
 
 
+def prepared_by_accelerate(world: World) -> dict[str, str]:
+    """What comes of accelerate's `prepare` for FSDP2 on a rank: how far weights are from plain FSDP2's after two steps.
+
+    accelerate has FSDP2 on accelerators alone; on CPUs it is told after it has started, and what it does is the same.
+    """
+    from accelerate import Accelerator, FullyShardedDataParallelPlugin
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedType
+    from torch.distributed.fsdp import fully_shard
+
+    data = batches(2, 4, seed=world.rank)
+
+    def prepare(*parts: Any) -> Any:
+        accelerator = Accelerator(cpu=True)
+        accelerator.state.distributed_type = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2, auto_wrap_policy="no_wrap", cpu_ram_efficient_loading=False
+        )
+        return accelerator.prepare(*parts)
+
+    def sam(model: nn.Module, base: Any) -> SparseSAM:
+        return SparseSAM(model, base, rho=0.1, mask=Scored("element", 0.5, score="weight"))
+
+    def steps(model: nn.Module, opt: SparseSAM) -> list[Tensor]:
+        if opt.refresh_is_due:
+            opt.refresh()
+        for batch in data:
+            opt.step(loss_fn, batch)
+        return [p.full_tensor().detach() for p in model.parameters()]  # type: ignore[attr-defined]
+
+    def before(refreshed: bool) -> list[Tensor]:
+        opt = sam(model := small(), sgd(model))
+        if refreshed:
+            opt.refresh()
+        prepare(model, opt)
+        return steps(model, opt)
+
+    def after() -> list[Tensor]:
+        model = small()
+        model, base = prepare(model, sgd(model))
+        return steps(model, sam(model, base.optimizer))
+
+    plain = small()
+    fully_shard(plain)
+    expected = steps(plain, sam(plain, sgd(plain)))
+    ways: dict[str, Callable[[], list[Tensor]]] = {
+        "after": after,
+        "before": lambda: before(False),
+        "before, with a mask": lambda: before(True),
+    }
+    told = {}
+    for way, train in ways.items():
+        try:
+            told[way] = str(max(float((a - b).abs().max()) for a, b in zip(train(), expected, strict=True)))
+        except ValueError as error:
+            told[way] = str(error)
+        AcceleratorState._reset_state(reset_partial_state=True)
+    return told
+
+
+@pytest.mark.slow
+def test_accelerates_fsdp2_is_plain_fsdp2_or_refused() -> None:
+    for told in run_ranks(2, prepared_by_accelerate):
+        assert told["after"] == told["before"] == "0.0"
+        assert "the model was placed on FSDP2 after the mask was chosen" in told["before, with a mask"]
+        assert (
+            "prepare(model, base_optimizer)), and build SparseSAM from what comes of it" in told["before, with a mask"]
+        )
+
+
 def around(world: World) -> dict[str, str]:
     """What a rank is told of wrappers that hide others."""
     from torch.distributed.fsdp import fully_shard

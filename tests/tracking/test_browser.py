@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from ssam_scale.cli.compare import interface_lines
 from ssam_scale.config.schema import Config
+from ssam_scale.tracking.commands import interface_lines
+from ssam_scale.tracking.compare import find_experiment
 from ssam_scale.tracking.run import open_run
 from ssam_scale.tracking.timer import PhaseSummary
 from tests.support.browser import chromium, mlflow_ui
@@ -69,7 +70,7 @@ def test_the_printed_address_shows_the_runs(config: Callable[..., Config], uri: 
                 browser.save_screenshot(str(tmp_path / f"page {texts[0]}.png"))
 
         # The last line that the command prints, with the port of this test's server for the one it suggests.
-        fragment = interface_lines(uri, "ssam_scale")[-1].partition("#")[2]
+        fragment = interface_lines(uri, find_experiment(uri, "ssam_scale")[1])[-1].partition("#")[2]
         browser.get(f"{address}/#{fragment}")
         page_shows("base resnet18", "sam resnet18", "ssam-depth resnet18", "broken loader", "Model registry", "summary")
         path, _, query = fragment.partition("?")

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from ssam_scale.cli.compare import compare_command, interface_lines, render
+from ssam_scale.cli.compare import compare_command, render
 from ssam_scale.config.schema import Config
 from ssam_scale.errors import UserError
+from ssam_scale.tracking.commands import interface_lines
 from ssam_scale.tracking.compare import Row, compare
 from ssam_scale.tracking.run import flatten
 from ssam_scale.tracking.store import experiment_id, open_store
@@ -176,11 +177,11 @@ def test_times_are_compared_only_on_equal_terms(config: MakeConfig, uri: str, fi
     finish(config("base"), top1=80.0, ms=50.0, hardware="gpu")
     finish(config("depth"), top1=81.0, ms=75.0, hardware="gpu")
     finish(config("depth"), top1=81.0, ms=90.0, backend="ddp", world_size="2")
-    rows = {(row.method, row.settings): row for row in compare(uri, "ssam_scale")}
+    rows = {(row.method, row.backend, row.settings): row for row in compare(uri, "ssam_scale")}
     assert len(rows) == 4
-    on_gpu = rows["ssam-depth", "backend single, hardware gpu, world_size 1"]
+    on_gpu = rows["ssam-depth", "single", "hardware gpu, world_size 1"]
     assert on_gpu.time_over_base == pytest.approx(1.5, rel=1e-12)
-    alone = rows["ssam-depth", "backend ddp, hardware cpu, world_size 2"]
+    alone = rows["ssam-depth", "ddp", "hardware cpu, world_size 2"]
     assert (alone.time_over_base, alone.saving_over_sam) == (None, None)
     assert alone.notes == (
         "no finished run of the base optimizer alone with resnet18, batch 64, 32 px, fp32, ddp on 2 process(es), "
@@ -189,6 +190,8 @@ def test_times_are_compared_only_on_equal_terms(config: MakeConfig, uri: str, fi
     )
     shown = text_of(list(rows.values()))
     assert "— [" in shown
+    assert [line.split("│")[2].strip() for line in shown.splitlines() if "│ ssam-depth" in line] == ["ddp", "single"]
+    assert "backend" not in text_of([on_gpu])  # the same everywhere
     assert "[1] no finished run of dense SAM" in shown
 
 
@@ -254,8 +257,11 @@ def test_json_round_trips(config: MakeConfig, uri: str, finish: Finish, capsys: 
     assert row == json.loads(json.dumps(compare(uri, "ssam_scale")[0].__dict__))
 
 
-def test_address_of_a_server_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ssam_scale.tracking.compare.find_experiment", lambda uri, name: (None, "7"))
-    assert interface_lines("http://me:pw@host:5000/", "x") == [
+def test_address_of_a_server_is_its_own() -> None:
+    assert interface_lines("http://me:pw@host:5000/", "7", "ab") == [
+        "in the browser: http://me:***@host:5000/#/experiments/7/runs/ab"
+    ]
+    assert "me:***@host/db" in interface_lines("postgresql://me:pw@host/db", "7", "ab")[0]
+    assert interface_lines("http://me:pw@host:5000/", "7") == [
         "In the browser: http://me:***@host:5000/#/experiments/7/" + QUERY
     ]

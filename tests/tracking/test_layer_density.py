@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -113,6 +116,30 @@ def test_drawing_leaves_matplotlibs_global_state_alone(tmp_path: Path) -> None:
     before = plt.get_fignums()
     draw(densities(2, 2), "", tmp_path / "density.png")
     assert plt.get_fignums() == before
+
+
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "svg"])
+def test_pictures_do_not_depend_on_a_backend_inherited_from_a_notebook(backend: str, tmp_path: Path) -> None:
+    # In a process of its own, because matplotlib reads the variable when it is imported.
+    program = (
+        "import os, pathlib; from ssam_scale.tracking.layer_density import LayerDensities, draw\n"
+        "d = LayerDensities(); d.add({'a': 1}, {'a': 2}, 1); draw(d, 'steps', pathlib.Path('density.png'))\n"
+        "import matplotlib; print(os.environ['MPLBACKEND'], matplotlib.get_backend())"
+    )
+    path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env=os.environ | {"MPLBACKEND": backend, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    variable, chosen = done.stdout.split()
+    assert variable == backend  # and so for what is started from here
+    assert chosen == backend or backend != "svg"  # one that is there stays what pyplot would draw with
+    with Image.open(tmp_path / "density.png") as picture:
+        assert min(picture.size) > 100
 
 
 # ---- in the background

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
+import shutil
 import signal
 import socket
 import sqlite3
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,8 +20,9 @@ import yaml
 
 from ssam_scale.config.schema import Config
 from ssam_scale.errors import UserError
+from ssam_scale.tracking.commands import mlflow_command
 from ssam_scale.tracking.run import WARMUP_STEPS, Run, flatten, open_run
-from ssam_scale.tracking.store import open_store
+from ssam_scale.tracking.store import _refused, experiment_id, open_store
 from ssam_scale.tracking.timer import PhaseSummary
 
 MakeConfig = Callable[..., Config]
@@ -216,13 +219,40 @@ def test_a_folder_is_a_store_too(config: MakeConfig, tmp_path: Path) -> None:
     assert stored(uri, run).info.status == "FINISHED"
 
 
-def test_a_deleted_experiment_is_named_with_the_cure(config: MakeConfig, uri: str) -> None:
-    with open_run(config(), enabled=True):
-        pass
+def test_the_command_that_brings_a_deleted_experiment_back_works_as_it_is_printed(
+    config: MakeConfig, uri: str, tmp_path: Path, child_environment: dict[str, str]
+) -> None:
+    folder = tmp_path / "a project's folder"
+    folder.mkdir()
+    uri = f"sqlite:///{Path(shutil.move(tmp_path / 'mlflow.db', folder))}"
     client = open_store(uri, create=False)
-    client.delete_experiment(client.get_experiment_by_name("ssam_scale").experiment_id)
-    with pytest.raises(UserError, match="mlflow experiments restore --experiment-id 1"):
-        open_run(config(), enabled=True).__enter__()
+    client.delete_experiment(experiment_id(client, uri, "ssam_scale"))
+    with pytest.raises(UserError, match=r"was deleted; choose another name, or bring it back with `.*`$") as caught:
+        experiment_id(client, uri, "ssam_scale")
+    command = str(caught.value).split("`")[1]
+    subprocess.run(command, shell=True, check=True, capture_output=True, env=child_environment)
+    assert client.get_experiment_by_name("ssam_scale").lifecycle_stage == "active"
+
+
+@pytest.mark.parametrize(
+    ("uri", "expected"),
+    [
+        ("sqlite:///mlflow.db", "MLFLOW_TRACKING_URI=sqlite:///mlflow.db "),
+        ("file:my runs", "MLFLOW_ALLOW_FILE_STORE=true MLFLOW_TRACKING_URI='file:my runs' "),
+        ("postgresql://me:secret@host/db", "MLFLOW_TRACKING_URI='postgresql://me:***@host/db' "),
+    ],
+)
+def test_a_command_for_any_store(uri: str, expected: str) -> None:
+    assert mlflow_command(uri, "experiments", "search").startswith(expected)
+
+
+def test_a_locked_database_is_not_advised_to_be_used() -> None:
+    # In the words that MLflow passes on, after half a minute of trying.
+    told = _refused("sqlite:///mlflow.db", "(sqlite3.OperationalError) database is locked\n[SQL: SELECT]")
+    assert "`fuser -v mlflow.db` names it" in told
+    assert "tracking.uri=sqlite:///OTHER.db" in told
+    assert told.count("mlflow.db") == 2
+    assert "sqlite:///mlflow.db" not in _refused("sqlite:///mlflow.db", "attempt to write a readonly database")[30:]
 
 
 def unusable(tmp_path: Path) -> dict[str, tuple[str, str]]:

@@ -56,7 +56,7 @@ def take_steps(components: Components, loss_fn: LossFn, steps: int) -> None:
         components.opt.step(loss_fn, next(batches))
         if components.ema is not None:
             components.ema.update()
-        components.progress.step += 1
+        components.progress.after_step()
     batches.close()
 
 
@@ -85,8 +85,9 @@ def copied(state: Any) -> Any:
 
 def test_every_named_part_comes_back(home: Path, data: Path) -> None:
     config, first = make(home, data, seed=1)
-    take_steps(first, first.loss_fn, 3)
-    first.progress.epoch, first.progress.run_id = 1, "a run"
+    take_steps(first, first.loss_fn, first.steps_per_epoch)
+    first.progress.after_epoch()
+    first.progress.run_id = "a run"
     before = copied(states(first))
     assert before.keys() == {"sparse", "model", "optimizer", "progress", "scaler", "ema"}
     checkpoint.save(config, World(), first)

@@ -70,6 +70,14 @@ def test_every_image_counts_once_on_any_number_of_processes(
         assert loss == pytest.approx(expected.loss, abs=1e-6)
 
 
+@pytest.mark.parametrize(("classes", "top5"), [(4, None), (5, None), (6, 50.0)])
+def test_five_best_of_five_classes_or_fewer_are_left_out(classes: int, top5: float | None) -> None:
+    scores = torch.arange(float(classes))[None].expand(2, classes)  # the first class scores lowest, the last highest
+    batch = scores, torch.tensor([0, classes - 1])
+    result = evaluate(nn.Identity(), [batch], 1, World(), torch.float32)
+    assert (result.top1, result.top5, result.images) == (50.0, top5, 2)
+
+
 def _average(world: World, backend: str) -> list[torch.Tensor]:
     staged = small_network("vit")
     module, _ = place(

@@ -65,7 +65,8 @@ def test_resuming_equals_never_having_stopped(
     shutil.move(checkpoints / "epoch_0003", tmp_path / "uninterrupted")
     shutil.rmtree(checkpoints / "epoch_0002")
     train("--config", str(config), "--resume", "auto")
-    assert "resumed from" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "resumed from" in said
     assert differing(tmp_path / "uninterrupted", checkpoints / "epoch_0003") == []
     (one,) = runs_of(tmp_path)  # the tracked run was continued, too
     assert one.info.status == "FINISHED"
@@ -75,7 +76,13 @@ def test_resuming_equals_never_having_stopped(
     rates = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").get_metric_history(one.info.run_id, "train/lr")
     by_step = {rate.step: rate.value for rate in rates}
     assert by_step[12] < 0.1 * by_step[4]
-    assert 0 <= one.data.metrics["val/top1"] <= one.data.metrics["val/top5"] <= 100
+    assert 0 <= one.data.metrics["val/top1"] <= 100
+    assert not {"val/top5", "val/raw_top5"} & one.data.metrics.keys()  # of four classes it would be 100%
+    raw, averaged = one.data.metrics["val/raw_top1"], one.data.metrics["val/top1"]
+    assert (
+        f"epoch 3/3: top-1 {averaged:.2f}%, validation loss {one.data.metrics['val/loss']:.4f} on 20 images; " in said
+    )
+    assert f"; without averaging the weights: top-1 {raw:.2f}%, " in said
     if "refresh_steps" in str(METHODS[method]):  # and so were the records of its layers
         table = f"mlartifacts/ssam_scale/{one.info.run_id}/artifacts/mask/density.csv"
         assert (tmp_path / table).read_text().partition("\n")[0] == "parameter,weights,0,3,6,9"
@@ -106,12 +113,26 @@ def test_a_float16_run_resumes_with_its_loss_scale_and_a_radius_tied_to_the_rate
     assert "perturbation/skipped" in one.data.metrics
 
 
-def test_a_finished_run_resumed_again_does_nothing(data: Path, tmp_path: Path) -> None:
+def test_a_finished_run_says_where_it_is_and_is_left_alone_when_it_is_resumed(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = write_config(tmp_path / "run.yaml", data)
     train("--config", str(config), "train.epochs=1")
-    before = (tmp_path / "checkpoints/epoch_0001/state.json").stat().st_mtime_ns
+    checkpoint = tmp_path / "checkpoints/epoch_0001"
+    where = capsys.readouterr().out.splitlines()[-3:]
+    (run,) = runs_of(tmp_path)
+    assert where[0] == f"last checkpoint: {checkpoint}"
+    assert where[1].endswith(f"mlflow ui --backend-store-uri sqlite:///{tmp_path}/mlflow.db --port 5000")
+    assert where[2].endswith(f"http://127.0.0.1:5000/#/experiments/1/runs/{run.info.run_id}")
+
+    before = (checkpoint / "state.json").stat().st_mtime_ns
     train("--config", str(config), "train.epochs=1", "--resume", "auto")
-    assert (tmp_path / "checkpoints/epoch_0001/state.json").stat().st_mtime_ns == before
+    assert (checkpoint / "state.json").stat().st_mtime_ns == before
+    said = capsys.readouterr().out.splitlines()
+    assert said[1:] == [f"{checkpoint} is of epoch 1, the last: nothing is left to train", *where[1:]]
+    (again,) = runs_of(tmp_path)
+    assert (again.info.end_time, again.info.status) == (run.info.end_time, "FINISHED")
+    assert again.data.tags == run.data.tags
 
 
 def test_old_checkpoints_are_dropped_and_the_weights_load_into_timm(data: Path, tmp_path: Path) -> None:
@@ -127,9 +148,12 @@ def test_old_checkpoints_are_dropped_and_the_weights_load_into_timm(data: Path, 
 def test_what_is_changed_on_resuming_counts(data: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path / "run.yaml", data)
     train("--config", str(config), "train.epochs=1")
-    train("--config", str(config), "--resume", "auto", "optimizer.weight_decay=0.25", "train.epochs=2")
+    changed = ("optimizer.weight_decay=0.25", "optimizer.lr=0.5", "train.epochs=2")
+    train("--config", str(config), "--resume", "auto", *changed)
     state = json.loads((tmp_path / "checkpoints/epoch_0002/state.json").read_text())
-    assert max(group["weight_decay"] for group in state["parts"]["optimizer"]["param_groups"]) == 0.25
+    groups = state["parts"]["optimizer"]["param_groups"]
+    assert max(group["weight_decay"] for group in groups) == 0.25
+    assert {group["initial_lr"] for group in groups} == {0.5}  # which a radius in step with the rate goes by
 
 
 def test_a_dry_run_leaves_nothing_behind(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

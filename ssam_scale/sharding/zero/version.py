@@ -12,6 +12,8 @@ import torch
 
 from ssam_scale.errors import UnsupportedVersionError, UserError
 
+from .extensions import prepare_extensions
+
 # From, up to but without. 0.19.7 fails the tests: stage 3 on four processes is sporadically wrong (2 of 25 runs, none
 # of 146 with 0.19.8), and bf16 with float32 accumulation raises where a gradient is not finite.
 VERSIONS = ((0, 19, 8), (0, 20, 0))
@@ -43,8 +45,11 @@ def import_deepspeed(device: torch.device) -> Any:
         UnsupportedVersionError: it is out of range.
         UserError: it cannot be imported, or computes elsewhere.
     """
+    version = ""
     with suppress(metadata.PackageNotFoundError):  # one that was not installed may still be there
-        check_version(metadata.version("deepspeed"))  # before it is imported: an old one may fail in that
+        version = metadata.version("deepspeed")
+        check_version(version)  # before it is imported: an old one may fail in that
+    prepare_extensions(version)
     try:
         deepspeed = _imported(device)
     except Exception as error:
