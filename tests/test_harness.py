@@ -17,8 +17,10 @@ from ssam_scale.sharding import World, bucketed_all_reduce
 from tests.support.gpus import selects_gpu_tests_only
 from tests.support.processes import run
 from tests.support.ranks import RankError, run_ranks
+from tests.support.tiers import few
 from tests.support.workers import APART, WAITING
 
+TORCHRUN = ["torchrun", "--standalone", "--nproc_per_node=2"]
 SAY = "import os; print(repr(os.environ['CUDA_VISIBLE_DEVICES']))"
 
 
@@ -56,7 +58,7 @@ def test_a_script_is_told_of_no_gpu() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "launcher",
-    [["torchrun", "--standalone", "--nproc_per_node=2"], ["deepspeed", "--num_gpus=2"]],
+    few([TORCHRUN, ["deepspeed", "--num_gpus=2"]], TORCHRUN),
     ids=lambda words: words[0],
 )
 def test_no_process_of_a_launcher_sees_a_gpu(launcher: list[str], tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from tests.support.processes import run
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "peers.py"
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_ours_equals_the_reference_under_fsdp2_and_the_table_says_what_the_others_do(tmp_path: Path) -> None:
     pytest.importorskip("pytorch_optimizer", reason="needs pytorch_optimizer (the bench extra)")
     output = tmp_path / "peers.md"

@@ -169,7 +169,12 @@ SLOW = pytest.mark.slow
     ["ddp", "fsdp2", pytest.param("zero1", marks=pytest.mark.exhaustive), pytest.param("zero3", marks=SLOW)],
 )
 @pytest.mark.parametrize(
-    "plan", ["perturbation.mask.cut=[0.5, 0.5]", "perturbation.mask={pattern: tensor}", "perturbation.norm=calibrated"]
+    "plan",
+    [
+        "perturbation.mask.cut=[0.5, 0.5]",
+        pytest.param("perturbation.mask={pattern: tensor}", marks=pytest.mark.exhaustive),
+        "perturbation.norm=calibrated",
+    ],
 )
 def test_one_process_of_512_sends_and_holds_what_is_predicted(
     plan: str, backend: str, folder: Path, capsys: pytest.CaptureFixture[str]

@@ -57,9 +57,8 @@ def test_what_it_cannot_use_is_one_line(arguments: list[str], python: str, told:
     assert told in line
 
 
-@pytest.mark.parametrize(
-    "part", [pytest.param("throughput", marks=pytest.mark.slow), pytest.param("all", marks=pytest.mark.exhaustive)]
-)
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("part", ["throughput", "all"])
 def test_it_measures_and_goes_on_where_it_was_stopped(tmp_path: Path, pretending: Path, part: str) -> None:
     results = tmp_path / "results"
     results.mkdir()

@@ -21,18 +21,26 @@ def quickstart(clone: Path, *arguments: str, **env: str):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", [pytest.param("deepspeed", marks=pytest.mark.exhaustive), "torchrun"])
-def test_short(clone, launcher):
+@pytest.mark.parametrize(
+    ("launcher", "processes"),
+    [
+        pytest.param("deepspeed", 2, marks=pytest.mark.exhaustive),
+        pytest.param("torchrun", 2, marks=pytest.mark.exhaustive),
+        ("torchrun", 1),
+    ],
+)
+def test_short(clone, launcher, processes):
     override = [] if launcher == "deepspeed" else ["data.resolution=28"]
-    done = quickstart(clone, "--short", *override, LAUNCHER=launcher)
+    done = quickstart(clone, "--short", *override, LAUNCHER=launcher, PROCESSES=str(processes))
+    started = f"{processes} process{'es' if processes > 1 else ''}"
     assert done.returncode == 0, done.stdout
     lines = done.stdout.splitlines()
     for number, method in enumerate(METHODS, 1):
         title = next(i for i, line in enumerate(lines) if f"Training {number} of {len(METHODS)}: " in line)
-        assert f"(2 processes, started by {launcher})" in lines[title]
+        assert f"({processes} processes, started by {launcher})" in lines[title]
         # The launcher is no backend: what each method ran on is said before it is trained.
         after = lines[title:]
-        assert any(line.startswith(f"{method} resnet18 on 2 processes of 1 node, DDP, ") for line in after[:40]), after
+        assert any(line.startswith(f"{method} resnet18 on {started} of 1 node, DDP, ") for line in after[:40]), after
     table = [line for line in done.stdout.splitlines() if line.startswith("│")]
     assert sorted(line.split()[1] for line in table) == sorted(METHODS), done.stdout
     assert "ui --backend-store-uri sqlite:///mlflow.db" in done.stdout
@@ -43,7 +51,7 @@ def test_short(clone, launcher):
     runs = client.search_runs([experiment.experiment_id])
     assert sorted(run.data.tags["method"] for run in runs) == sorted(METHODS)
     assert {run.info.status for run in runs} == {"FINISHED"}
-    assert {run.data.tags["world_size"] for run in runs} == {"2"}
+    assert {run.data.tags["world_size"] for run in runs} == {str(processes)}
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from ssam_scale.perturbation import StagedModel
 from ssam_scale.sharding import World
 from tests.support.networks import batches, loss_fn, small_network
 from tests.support.ranks import run_ranks
+from tests.support.tiers import few
 from tests.support.training import Case, train
 
 
@@ -64,7 +65,9 @@ def test_one_process(case: Again) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3"])
+@pytest.mark.parametrize(
+    "backend", few(["ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3"], "fsdp2", "zero1", "zero3")
+)
 def test_two_processes(backend: str) -> None:
     assert run_ranks(2, _with_and_without, backend, CASES) == [[[]] * len(CASES)] * 2
 

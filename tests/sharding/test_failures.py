@@ -28,6 +28,7 @@ from ssam_scale.sharding.place import place
 from tests.support.networks import batches, freeze_batchnorm, loss_fn, part, small_network
 from tests.support.processes import daemon, free_port
 from tests.support.ranks import run_ranks, start_fresh_rank
+from tests.support.tiers import few
 
 ROOT = Path(__file__).parents[2]
 BATCH = 8
@@ -208,7 +209,7 @@ def test_one_rank_that_raises_alone_ends_the_job_with_the_weights_at_w_everywher
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["ddp", "fsdp2", "zero3"])
+@pytest.mark.parametrize("backend", few(["ddp", "fsdp2", "zero3"], "ddp", "zero3"))
 def test_a_whole_interpreter_ends_likewise(backend: str, tmp_path: Path) -> None:
     """With all that Python, gloo and DeepSpeed do at an interpreter's exit."""
     command = [sys.executable, "-m", "tests.sharding.test_failures", backend, BEFORE, str(tmp_path)]
