@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.support.runs import differing, ssam_scale, train_on_ranks, write_config
+from tests.support.tiers import few
 from tests.support.tracked import client
 
 RUN: dict[str, Any] = {
@@ -69,7 +70,7 @@ def test_why_there_is_none(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["ddp", "fsdp2", "zero2"])
+@pytest.mark.parametrize("backend", few(["ddp", "fsdp2", "zero2"], "zero2"))
 def test_two_processes_train_as_without(data: Path, home: Path, backend: str) -> None:
     config = write_config(home / "run.yaml", data, **RUN)
     for every in ("null", "3"):
