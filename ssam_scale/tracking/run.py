@@ -125,7 +125,7 @@ class Run:
         self._step_times = array("d")
         self._times_by_kind: dict[str, array[float]] = {}
         self._refresh_seconds = 0.0
-        self._saving = Saving(sam=config.method == "sam", gpus=gpus)
+        self._saving = Saving(config.method, gpus=gpus)
         self._densities = array("d")
         self._top1: float | None = None
         self._best_top1: float | None = None
@@ -292,8 +292,7 @@ class Run:
             summary["summary/step_time"] = _typical(self._step_times) + refresh
         for kind, times in self._times_by_kind.items():
             summary[f"summary/{kind}/step_time"] = _typical(times)
-        saving = self._saving.metrics() if self._config.perturbation is not None else {"overhead/vs_base_percent": 0.0}
-        summary |= {f"summary/{key.replace('/', '_')}": value for key, value in saving.items()}
+        summary |= {f"summary/{key.replace('/', '_')}": value for key, value in self._saving.metrics().items()}
         if self._densities:
             summary["summary/density"] = sum(self._densities) / len(self._densities)
         if self._top1 is not None and self._best_top1 is not None:

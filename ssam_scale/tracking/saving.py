@@ -44,15 +44,15 @@ class Saving:
     """Collects probes and the steps of a run, and says what was saved.
 
     Args:
-        sam: whether the run's own steps are dense SAM's, which saves nothing.
+        method: the run's: `base` costs nothing over itself, and `sam` saves nothing.
         gpus: that the run computes on; 0: on none.
 
     Attributes:
         before: seconds that the run had saved before it was resumed.
     """
 
-    def __init__(self, *, sam: bool, gpus: int = 0) -> None:
-        self._sam, self._gpus = sam, gpus
+    def __init__(self, method: str, *, gpus: int = 0) -> None:
+        self._method, self._gpus = method, gpus
         self.before = 0.0
         self._probes: list[Probe] = []
         self._steps: dict[StepKind, int] = {}
@@ -85,6 +85,8 @@ class Saving:
         `saving/seconds_so_far`, and `saving/gpu_hours_so_far` on GPUs.
         """
         steps = sum(self._steps.values())
+        if self._method == "base" and steps:
+            return {"overhead/vs_base_percent": 0.0}
         if not self._probes or not steps:
             return {}
         times = np.array([(p.base, p.dense, p.own) for p in self._probes]).T
@@ -111,14 +113,15 @@ class Saving:
             own: the same.
         """
         base, dense, own = (np.mean(times, axis=-1) for times in (base, dense, own))
-        if self._sam:
+        sam = self._method == "sam"
+        if sam:
             own = dense
         steps = sum(self._steps.values())
         share = {kind: count / steps for kind, count in self._steps.items()}
         passes = sum(share.get(kind, 0.0) * self._of_kind(kind, base, dense, own) for kind in share)
         rest, data = self._rest / steps, self._data / steps
         # While a step of dense SAM computes longer, the loader works on: what it was waited for is no saving then.
-        saved = np.maximum(dense - passes - data, 0.0) if not self._sam else 0.0 * dense
+        saved = np.maximum(dense - passes - data, 0.0) if not sam else 0.0 * dense
         mine = passes + rest + data
         return saved, 100.0 * saved / (mine + saved), 100.0 * (mine / (base + rest + data) - 1.0)
 

@@ -15,8 +15,10 @@ def window(kinds: dict[str, int], *, optimizer: float = 0.0, data: float = 0.0) 
     return PhaseSummary({"optimizer": optimizer, "data": data}, (1.0,) * sum(kinds.values()), by_kind)
 
 
-def saving_of(probes: list[Probe], *windows: PhaseSummary, sam: bool = False, gpus: int = 0) -> dict[str, float]:
-    saving = Saving(sam=sam, gpus=gpus)
+def saving_of(
+    probes: list[Probe], *windows: PhaseSummary, method: str = "ssam-depth", gpus: int = 0
+) -> dict[str, float]:
+    saving = Saving(method, gpus=gpus)
     for probe in probes:
         saving.add(probe)
     for each in windows:
@@ -49,7 +51,7 @@ def test_steps_whose_own_ascent_is_dense_are_own_steps() -> None:
 
 
 def test_dense_sam_saves_nothing_and_knows_what_it_costs() -> None:
-    found = saving_of([Probe(1.0, 2.0, 2.1)] * 4, window({"dense": 10}), sam=True)
+    found = saving_of([Probe(1.0, 2.0, 2.1)] * 4, window({"dense": 10}), method="sam")
     assert found["saving/vs_dense_percent"] == found["saving/vs_dense_percent_low"] == 0.0
     assert found["overhead/vs_base_percent"] == pytest.approx(100.0)
 
@@ -68,13 +70,17 @@ def test_nothing_is_said_before_something_is_known() -> None:
     assert not [name for name in few if name.endswith(("_low", "_high"))]
 
 
+def test_the_base_optimizer_costs_nothing_over_itself() -> None:
+    assert saving_of([], window({"base": 10}), method="base") == {"overhead/vs_base_percent": 0.0}
+
+
 def test_gpu_hours_are_those_of_all_gpus() -> None:
     found = saving_of([Probe(1.0, 2.0, 1.0)], window({"base": 3600}), gpus=8)
     assert found["saving/gpu_hours_so_far"] == pytest.approx(8.0)
 
 
 def test_seconds_of_before_a_resume_count() -> None:
-    saving = Saving(sam=False)
+    saving = Saving("ssam-depth")
     saving.before = 30.0
     saving.add(Probe(1.0, 2.0, 1.5))
     saving.count(window({"sparse": 10}))

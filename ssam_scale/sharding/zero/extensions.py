@@ -20,7 +20,6 @@ from pathlib import Path
 import torch
 from torch.utils.file_baton import FileBaton
 
-from ssam_scale.console import console
 from ssam_scale.errors import UserError
 
 # Since the last change of anything in the folder. One file may take ten minutes where many processes share few cores.
@@ -194,5 +193,7 @@ def _is_shared(folder: Path) -> bool:
 def _say(text: str) -> bool:
     """A line, of one process of each machine."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
+        from ssam_scale.console import console  # a loop of one's own may have nothing that prints
+
         console().print(text, soft_wrap=True)
     return True
