@@ -41,6 +41,7 @@ def test_too_few_weights_are_the_users_mistake(capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().err == "ssam-scale: error: --weights is 7; at least 1000 are needed\n"
 
 
+@pytest.mark.slow
 def test_record_writes_the_table_and_beside_it_the_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["bench", "storage", "--weights", "1000", "--record", str(tmp_path), "--json"])

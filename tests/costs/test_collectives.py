@@ -64,6 +64,7 @@ def _each(world: World) -> dict[str, tuple[str, dict[str, float]]]:
     return {name: (kind, dict(sent_by(call).bytes)) for name, (kind, call) in collectives(world).items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 3])
 def test_every_collective_is_counted_once_by_the_ring(size: int) -> None:
     for found in run_ranks(size, _each):

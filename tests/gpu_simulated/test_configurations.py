@@ -43,7 +43,13 @@ def test_each_configuration_has_its_smaller_one() -> None:
     assert {path.stem for path in CONFIGS} == SMALLER.keys()
 
 
-@pytest.mark.parametrize("backend", ["as it says", "single", "ddp", "fsdp2", "zero2", "zero3"])
+@pytest.mark.parametrize(
+    "backend",
+    [
+        "as it says",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("single", "ddp", "fsdp2", "zero2", "zero3")),
+    ],
+)
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_it_is_built_and_stepped(path: Path, backend: str, world: World, beton: Path) -> None:
     overrides = [f"data.train={beton}", f"data.val={beton}", f"data.batch_size={IMAGES}", "model.num_classes=10"]

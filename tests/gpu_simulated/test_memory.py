@@ -21,6 +21,8 @@ from ssam_scale.train.memory import explaining_out_of_memory, largest_micro_batc
 from tests.support.configs import SMALL
 from tests.support.networks import IMAGE, small_network
 
+pytestmark = pytest.mark.slow
+
 PART = 48
 
 

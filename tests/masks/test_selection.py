@@ -276,6 +276,7 @@ def joined(parts: Sequence[Sequence[Tensor]]) -> list[Tensor]:
     return [torch.cat(list(shards)) for shards in zip(*parts, strict=True)]
 
 
+@pytest.mark.slow
 def test_shards_uneven_or_empty_choose_what_one_process_chooses(ranks: list[tuple[Any, Any]]) -> None:
     shards = [on_shards for on_shards, _ in ranks]
     assert len(shards[0]) == 9

@@ -20,11 +20,12 @@ from tests.support.compiled import ENDS, FORMS, Compiled, counting_graphs
 from tests.support.networks import IMAGE, batches, loss_fn, part, small_network
 from tests.support.training import BATCH, TOLERANCE, largest_difference, train
 
+pytestmark = pytest.mark.slow
+
 # What torch allows a code by itself (`torch._dynamo.config.recompile_limit`).
 TORCHS_LIMIT = 8
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("accumulation", "compiler"), [(1, "inductor"), (2, "aot_eager")])
 def test_a_moving_cut_equals_the_reference_and_is_compiled_once_for_each_form_of_input(
     accumulation: int, compiler: str
@@ -121,7 +122,6 @@ def test_a_mask_that_is_refreshed_asks_for_no_further_graphs(pattern: Any) -> No
     assert many <= few + 1  # a block of which by chance nothing is perturbed
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("again", [False, True])
 def test_what_is_dropped_at_random_is_the_same_in_both_passes(again: bool) -> None:
     """Compiled kernels draw random numbers of their own, from a seed that they take from torch's random state."""
@@ -147,7 +147,6 @@ def test_what_is_dropped_at_random_is_the_same_in_both_passes(again: bool) -> No
         assert abs(losses[0] - losses[2 * n]) > 1e-3
 
 
-@pytest.mark.slow
 def test_a_tensor_mask_that_stays_compiles_each_block_for_its_own_tensors() -> None:
     case = Compiled("vit", "tensor", compiler="aot_eager")
     with counting_graphs() as graphs:

@@ -257,6 +257,7 @@ def wrapped_too_late(world: World, how: str) -> str:
     return "; ".join(str(w.message) for w in caught) or f"trained on {type(opt.sharding).__name__}"
 
 
+@pytest.mark.slow
 def test_a_model_that_was_wrapped_too_late_is_told() -> None:
     for how, told in {
         "ddp": "the model was wrapped in DDP after SparseSAM was built from it",

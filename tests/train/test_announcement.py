@@ -15,6 +15,7 @@ from tests.support.runs import VIT, ssam_scale, train_on_ranks, write_config
 ALONE = "on 1 process of 1 node, single"
 
 
+@pytest.mark.slow
 def test_one_process(data: Path, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = write_config(home / "run.yaml", data, perturbation={"rho": 0.1}, train={"epochs": 1, "accumulation": 2})
     assert ssam_scale("train", "--config", config) == 0

@@ -95,6 +95,7 @@ def trained(data: Path, tmp_path: Path) -> Path:
     return config
 
 
+@pytest.mark.slow
 def test_checkpoints_that_do_not_fit(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     checkpoint = tmp_path / "checkpoints/epoch_0001"

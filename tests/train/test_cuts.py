@@ -14,6 +14,8 @@ from tests.support.runs import differing, ssam_scale, write_config
 from tests.support.tracked import STEPS, artifact, client, history, saved, table
 from tests.support.tracked import train as train_with
 
+pytestmark = pytest.mark.slow
+
 COST = {"pattern": "depth", "draw": "cost", "cut": [0.25, 1.0], "samples": 8, "refresh_steps": 3}
 
 

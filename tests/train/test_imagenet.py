@@ -151,6 +151,7 @@ def kept_of_an_image(config: Config) -> float:
     return (many - few) / 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KEPT)
 def test_a_step_fits_on_cards_of_40_gb(name: str) -> None:
     """The arithmetic in the files' comments, on one GPU, on the default Slurm line's 4, and on many nodes.

@@ -34,6 +34,8 @@ from tests.support.processes import run
 from tests.support.ranks import run_fresh_ranks
 from tests.support.runs import VIT, differing, ssam_scale, train_on_ranks, write_config
 
+pytestmark = pytest.mark.slow
+
 SIDE, PART = 192, 48
 MIB = 2**20
 
@@ -98,7 +100,6 @@ def _check_limited(tmp_path: str) -> None:
     assert all(PART % images == 0 for images in found)
 
 
-@pytest.mark.slow
 def test_it_is_the_most_that_fits(tmp_path: Path) -> None:
     run_fresh_ranks(1, _check_limited, str(tmp_path))
 
@@ -122,7 +123,6 @@ def _check_agreement(tmp_path: str) -> None:
         assert 0 < found < PART
 
 
-@pytest.mark.slow
 def test_the_processes_agree(tmp_path: Path) -> None:
     run_fresh_ranks(2, _check_agreement, str(tmp_path))
 
@@ -247,7 +247,6 @@ def test_a_resumed_run_takes_the_micro_batch_that_it_was_begun_with(
         assert expected in capsys.readouterr().out
 
 
-@pytest.mark.slow
 def test_it_is_found_before_deepspeed_is_told(data: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path / "run.yaml", data, model=VIT, perturbation={"rho": 0.1}, train={"epochs": 1})
     for name, overrides in {"plain": [], "auto": ["train.max_micro_batch=auto"]}.items():
@@ -257,7 +256,6 @@ def test_it_is_found_before_deepspeed_is_told(data: Path, tmp_path: Path) -> Non
     assert differing(tmp_path / "plain/epoch_0001", tmp_path / "auto/epoch_0001") == []
 
 
-@pytest.mark.slow
 def test_a_training_that_runs_out_of_memory_is_one_line_and_the_hint_helps(data: Path, tmp_path: Path) -> None:
     """Activations of 48 images of 224 pixels take more than a gigabyte, those of 3 images less than a tenth of it."""
     config = write_config(

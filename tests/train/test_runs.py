@@ -89,6 +89,7 @@ def test_resuming_equals_never_having_stopped(
         assert (tmp_path / table).read_text().partition("\n")[0] == "parameter,weights,0,3,6,9"
 
 
+@pytest.mark.slow
 def test_a_float16_run_resumes_with_its_loss_scale_and_a_radius_tied_to_the_rate(data: Path, tmp_path: Path) -> None:
     config = write_config(
         tmp_path / "run.yaml",
@@ -136,6 +137,7 @@ def test_a_finished_run_says_where_it_is_and_is_left_alone_when_it_is_resumed(
     assert again.data.tags == run.data.tags
 
 
+@pytest.mark.slow
 def test_old_checkpoints_are_dropped_and_the_weights_load_into_timm(data: Path, tmp_path: Path) -> None:
     import timm
 
@@ -146,6 +148,7 @@ def test_old_checkpoints_are_dropped_and_the_weights_load_into_timm(data: Path, 
     model.load_state_dict(load_file(tmp_path / "kept/epoch_0003/model.safetensors"))
 
 
+@pytest.mark.slow
 def test_what_is_changed_on_resuming_counts(data: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path / "run.yaml", data)
     train("--config", str(config), "train.epochs=1")
