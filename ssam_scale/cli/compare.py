@@ -62,7 +62,8 @@ def render(rows: list[Row]) -> Sheet:
                 _shown(row.step_seconds, lambda value: f"{1000 * value:.1f}"),
                 _shown(row.time_over_base, lambda value: f"{value:.2f}")
                 + (marks if row.time_over_base is None else ""),
-                _shown(row.saving_over_sam, lambda value: f"{100 * value:.0f}%".replace("-", "−"))
+                _shown(row.saving_over_sam, _percent)
+                + ("" if row.saving_interval is None else " ({} to {})".format(*map(_percent, row.saving_interval)))
                 + (marks if row.time_over_base is not None else ""),
             ]
         )
@@ -72,6 +73,10 @@ def render(rows: list[Row]) -> Sheet:
         "\n".join(f"[{number}] {note}" for number, note in enumerate(notes, 1)),
         words=len(words),
     )
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.0f}%".replace("-", "−")
 
 
 def _shown(value: float | None, form: Callable[[float], str]) -> str:

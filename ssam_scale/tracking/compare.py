@@ -62,7 +62,9 @@ class Row:
         step_seconds: mean over the runs of their median step times.
         time_over_base: step time divided by that of the base optimizer alone.
         saving_over_sam: 1 − step time / that of dense SAM.
-        notes: why a value is missing.
+        saving_interval: of it, the bounds of a 95% interval; None where it is not known.
+        by_probes: whether these two are measured inside of the runs (`tracking.saving`) rather than between them.
+        notes: why a value is missing, or between which runs it is.
         run_ids: MLflow's ids of the runs that count.
     """
 
@@ -78,6 +80,8 @@ class Row:
     step_seconds: float | None
     time_over_base: float | None
     saving_over_sam: float | None
+    saving_interval: tuple[float, float] | None
+    by_probes: bool
     notes: tuple[str, ...]
     run_ids: tuple[str, ...]
 
@@ -220,9 +224,10 @@ def _order(group: _Group) -> tuple[str, int, str, str]:
 
 def _row(group: _Group, groups: list[_Group]) -> Row:
     top1, step = group.values("summary/top1"), group.mean("summary/step_time")
+    probed = _probed(group, groups)
     ratios: dict[str, float | None] = {}
     notes = []
-    for method, title in (("base", "the base optimizer alone"), ("sam", "dense SAM")):
+    for method, title in () if probed is not None else (("base", "the base optimizer alone"), ("sam", "dense SAM")):
         reference = group if group.method == method else _nearest(group, groups, method)
         seconds = None if reference is None else reference.mean("summary/step_time")
         ratios[method] = step / seconds if step is not None and seconds else None
@@ -231,6 +236,11 @@ def _row(group: _Group, groups: list[_Group]) -> Row:
                 notes.append(f"{group.method}: no step time was recorded")
             else:
                 notes.append(f"no finished run of {title} with {_timing_words(group)}")
+    if probed is None:
+        over_sam = ratios["sam"]
+        probed = _Ratios(ratios["base"], None if over_sam is None else 1.0 - over_sam)
+        if over_sam is not None and any(_probed(other, groups) for other in groups):
+            notes.append("times of different runs, which other work on the machine shifts: no probes in it")
     return Row(
         method=group.method,
         model=group.model,
@@ -242,11 +252,46 @@ def _row(group: _Group, groups: list[_Group]) -> Row:
         top1=fmean(top1) if top1 else None,
         top1_sd=stdev(top1) if len(top1) > 1 else None,
         step_seconds=step,
-        time_over_base=ratios["base"],
-        saving_over_sam=None if ratios["sam"] is None else 1.0 - ratios["sam"],
+        time_over_base=probed.time_over_base,
+        saving_over_sam=probed.saving,
+        saving_interval=probed.interval,
+        by_probes=probed.by_probes,
         notes=tuple(dict.fromkeys(notes)),
         run_ids=tuple(run.info.run_id for run in group.runs),
     )
+
+
+@dataclass(frozen=True)
+class _Ratios:
+    """What a row costs and saves."""
+
+    time_over_base: float | None
+    saving: float | None
+    interval: tuple[float, float] | None = None
+    by_probes: bool = False
+
+
+def _probed(group: _Group, groups: list[_Group]) -> _Ratios | None:
+    """By the probes of the group's own runs, if all have some; the base optimizer's saving by those of dense SAM."""
+    overhead, saving = (_of_every_run(group, f"summary/{name}_percent") for name in _PROBED)
+    if group.method == "base":
+        sam = _nearest(group, groups, "sam")
+        dense = None if sam is None else _of_every_run(sam, f"summary/{_PROBED[0]}_percent")
+        return None if dense is None else _Ratios(1.0, 1.0 - 1.0 / (1.0 + dense / 100.0), by_probes=True)
+    if overhead is None or saving is None:
+        return None
+    low, high = (_of_every_run(group, f"summary/{_PROBED[1]}_percent_{bound}") for bound in ("low", "high"))
+    interval = None if low is None or high is None else (low / 100.0, high / 100.0)
+    return _Ratios(1.0 + overhead / 100.0, saving / 100.0, interval, by_probes=True)
+
+
+_PROBED = "overhead_vs_base", "saving_vs_dense"
+
+
+def _of_every_run(group: _Group, metric: str) -> float | None:
+    """The mean over the runs; None where one lacks it."""
+    found = group.values(metric)
+    return fmean(found) if len(found) == len(group.runs) else None
 
 
 def _nearest(group: _Group, groups: list[_Group], method: str) -> _Group | None:

@@ -218,6 +218,7 @@ class Run:
             samples: images that were scored, if the scores are of samples.
         """
         self._refresh_seconds += seconds
+        self._saving.refreshes = self._refresh_seconds
         metrics = {"time/refresh": seconds, "mask/density": density, "mask/turnover": turnover, "mask/samples": samples}
         known = {key: value for key, value in metrics.items() if value is not None and not math.isnan(value)}
         self.log(known, step)

@@ -49,11 +49,12 @@ class Saving:
 
     Attributes:
         before: seconds that the run had saved before it was resumed.
+        refreshes: seconds that choosing masks has taken, which dense SAM does not do.
     """
 
     def __init__(self, method: str, *, gpus: int = 0) -> None:
         self._method, self._gpus = method, gpus
-        self.before = 0.0
+        self.before = self.refreshes = 0.0
         self._probes: list[Probe] = []
         self._steps: dict[StepKind, int] = {}
         self._rest = self._data = 0.0
@@ -79,7 +80,8 @@ class Saving:
 
         Intervals take some milliseconds.
 
-        `saving/vs_dense_percent`: of the time that the run's steps would have taken as dense SAM's.
+        `saving/vs_dense_percent`: of the time that the run's steps would have taken as dense SAM's; below 0 where they
+        took longer, as a mask that is chosen anew can make them.
         `overhead/vs_base_percent`: on top of what they would have taken as the base optimizer's. Both with a 95%
         interval (`_low`, `_high`), by bootstrap over the probes, from `FEWEST` of them on.
         `saving/seconds_so_far`, and `saving/gpu_hours_so_far` on GPUs.
@@ -113,16 +115,16 @@ class Saving:
             own: the same.
         """
         base, dense, own = (np.mean(times, axis=-1) for times in (base, dense, own))
-        sam = self._method == "sam"
-        if sam:
+        if self._method == "sam":
             own = dense
         steps = sum(self._steps.values())
         share = {kind: count / steps for kind, count in self._steps.items()}
         passes = sum(share.get(kind, 0.0) * self._of_kind(kind, base, dense, own) for kind in share)
-        rest, data = self._rest / steps, self._data / steps
+        rest, data, refreshes = self._rest / steps, self._data / steps, self.refreshes / steps
+        saved = dense - passes - refreshes
         # While a step of dense SAM computes longer, the loader works on: what it was waited for is no saving then.
-        saved = np.maximum(dense - passes - data, 0.0) if not sam else 0.0 * dense
-        mine = passes + rest + data
+        saved = saved - np.minimum(np.maximum(saved, 0.0), data)
+        mine = passes + refreshes + rest + data
         return saved, 100.0 * saved / (mine + saved), 100.0 * (mine / (base + rest + data) - 1.0)
 
     @staticmethod

@@ -39,6 +39,7 @@ def finish(uri: str) -> Finish:
         top1: float | None = None,
         ms: float | None = None,
         density: float | None = None,
+        probed: tuple[float, ...] = (),
         status: str = "FINISHED",
         **tags: str,
     ) -> str:
@@ -51,6 +52,8 @@ def finish(uri: str) -> Finish:
         )
         seconds = None if ms is None else ms / 1000
         found = {"summary/top1": top1, "summary/step_time": seconds, "summary/density": density}
+        names = ("overhead_vs_base_percent", *(f"saving_vs_dense_percent{bound}" for bound in ("", "_low", "_high")))
+        found |= {f"summary/{name}": value for name, value in zip(names, probed, strict=False)}
         client.log_batch(
             run_id,
             params=[Param(key, value) for key, value in flatten(config).items()],
@@ -105,6 +108,36 @@ def test_the_quickstart_table(config: MakeConfig, uri: str, finish: Finish) -> N
         ["ssam-depth", "depth rotate 0.25–0.75", "70%", "1", "84.50", "150.0", "1.50", "25%"],
         ["ssam-element", "element fisher", "20%", "1", "83.50", "205.0", "2.05", "−2%"],
     ]
+
+
+def test_probes_count_more_than_times_of_different_runs(config: MakeConfig, uri: str, finish: Finish) -> None:
+    """The base run had the machine for itself, and the others had not."""
+    finish(config("base"), top1=80.0, ms=100.0)
+    finish(config("sam"), top1=83.0, ms=300.0, probed=(100.0, 0.0, 0.0, 0.0))
+    for seed, saving in ((0, 25.0), (1, 27.0)):
+        probed = (50.0, saving, saving - 2.0, saving + 2.0)
+        finish(config("depth", seed=seed), top1=84.0, ms=240.0, density=0.7, probed=probed)
+    finish(config("element"), top1=83.5, ms=330.0, probed=(110.0, -5.0))
+    base, sam, depth, element = compare(uri, "ssam_scale")
+    assert (base.time_over_base, base.saving_over_sam, base.by_probes) == (1.0, 0.5, True)
+    assert (sam.time_over_base, sam.saving_over_sam) == (2.0, 0.0)
+    assert (depth.time_over_base, depth.saving_over_sam) == (1.5, 0.26)
+    assert depth.saving_interval == pytest.approx((0.24, 0.28))
+    assert (element.saving_over_sam, element.saving_interval) == (-0.05, None)
+    text = text_of([base, sam, depth, element])
+    assert "26% (24% to 28%)" in text
+    assert "−5%" in text
+
+
+def test_where_only_some_runs_have_probes_a_note_says_so(config: MakeConfig, uri: str, finish: Finish) -> None:
+    finish(config("base"), top1=80.0, ms=100.0)
+    finish(config("sam"), top1=83.0, ms=200.0, probed=(100.0, 0.0, 0.0, 0.0))
+    for seed, probed in ((0, (50.0, 25.0)), (1, ())):
+        finish(config("depth", seed=seed), top1=84.0, ms=160.0, density=0.7, probed=probed)
+    *_, depth = compare(uri, "ssam_scale")
+    assert (depth.by_probes, depth.saving_interval) == (False, None)
+    assert depth.saving_over_sam == pytest.approx(0.2)
+    assert depth.notes == ("times of different runs, which other work on the machine shifts: no probes in it",)
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ def test_steps_whose_own_ascent_is_dense_are_own_steps() -> None:
     """As with the papers' norm, which needs the whole gradient."""
     found = saving_of([Probe(1.0, 2.0, 2.1)], window({"dense": 10}))
     assert found["overhead/vs_base_percent"] == pytest.approx(110.0)
-    assert found["saving/seconds_so_far"] == 0.0
+    assert found["saving/seconds_so_far"] == pytest.approx(-1.0)
 
 
 def test_dense_sam_saves_nothing_and_knows_what_it_costs() -> None:
@@ -61,6 +61,16 @@ def test_what_the_loader_is_waited_for_is_no_saving() -> None:
     probes = [Probe(1.0, 2.0, 1.5)]
     assert saving_of(probes, window({"sparse": 10}, data=0.2))["saving/seconds_so_far"] == pytest.approx(10 * 0.3)
     assert saving_of(probes, window({"sparse": 10}, data=0.7))["saving/vs_dense_percent"] == 0.0
+
+
+def test_choosing_masks_counts() -> None:
+    saving = Saving("ssam-element")
+    saving.add(Probe(1.0, 2.0, 1.8))
+    saving.count(window({"sparse": 10}))
+    saving.refreshes = 5.0
+    found = saving.metrics()
+    assert found["saving/seconds_so_far"] == pytest.approx(10 * 0.2 - 5.0)
+    assert found["overhead/vs_base_percent"] == pytest.approx(100 * (1.8 + 0.5 - 1.0))
 
 
 def test_nothing_is_said_before_something_is_known() -> None:
