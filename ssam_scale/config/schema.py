@@ -369,6 +369,9 @@ class Tracking(Section):
     uri: str = Field("sqlite:///mlflow.db", description="MLflow tracking URI")
     experiment: str = Field("ssam_scale", description="MLflow experiment")
     run_name: str | None = Field(None, description="MLflow run name; null: made from the method and the model")
+    group: str | None = Field(
+        None, description="tag that runs share which belong together, for `ssam-scale compare --group`"
+    )
     log_every: int = Field(50, ge=1, description="steps between two records of loss, learning rate and phase times")
     probe_every: Annotated[int, Field(ge=1)] | Literal["auto"] | None = Field(
         "auto",

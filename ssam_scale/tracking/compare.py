@@ -12,6 +12,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from ssam_scale.errors import UserError
+from ssam_scale.tracking.describe import mask_words
 from ssam_scale.tracking.moved import follow_moved
 from ssam_scale.tracking.redaction import without_secrets
 from ssam_scale.tracking.store import one_line, open_store, sqlite_path
@@ -105,6 +106,10 @@ class _Group:
     @property
     def backend(self) -> str:
         return self.tags.get("backend", "unknown")
+
+    @property
+    def mask(self) -> str:
+        return mask_words(self.method, self.params)
 
     @property
     def latest(self) -> int:
@@ -219,7 +224,12 @@ def _grouped(runs: Iterable[Any]) -> list[_Group]:
 
 def _order(group: _Group) -> tuple[str, int, str, str]:
     rank = {"base": 0, "sam": 1}.get(group.method, 2)
-    return (group.model, rank, group.method + _mask(group), json.dumps(sorted(group.identity().items())))
+    return (
+        group.model,
+        rank,
+        group.method + group.mask,
+        json.dumps(sorted(group.identity().items())),
+    )
 
 
 def _row(group: _Group, groups: list[_Group]) -> Row:
@@ -245,7 +255,7 @@ def _row(group: _Group, groups: list[_Group]) -> Row:
         method=group.method,
         model=group.model,
         backend=group.backend,
-        mask=_mask(group),
+        mask=group.mask,
         settings=_settings(group, groups),
         density=_density(group),
         runs=len(group.runs),
@@ -328,43 +338,11 @@ def _density(group: _Group) -> float | None:
     return 1.0 - float(sparsity) if sparsity is not None and final == "null" else None
 
 
-def _range(cut: str) -> str:
-    low, high = json.loads(cut)
-    return f"{low:g}" if low == high else f"{low:g}–{high:g}"
-
-
-def _mask(group: _Group) -> str:
-    if group.method == "base":
-        return ""
-    prefix = "perturbation.mask."
-    mask = {key[len(prefix) :]: value for key, value in group.params.items() if key.startswith(prefix)}
-    if "pattern" not in mask:
-        return "dense"
-    words = [f"{mask['n']}:{mask['m']}" if "n" in mask else mask["pattern"]]
-    if "dynamic.drop" in mask:
-        words = ["dynamic", f"{mask['dynamic.drop']}/{mask['dynamic.grow']}"]
-    elif "score" in mask:
-        words.append(("sampled " if mask.get("labels") == "sampled" else "") + mask["score"])
-    words += [mask[key] for key in ("policy",) if key in mask]
-    words += [mask[key] for key in ("allocation",) if mask.get(key, "global") != "global"]
-    if "cut" in mask:
-        words.append(_range(mask["cut"]))
-    if mask.get("draw") == "annealed":
-        words.append(f"to {_range(mask['cut_final'])}")
-    elif mask.get("draw") == "cost":
-        words.append("by cost")
-    if mask.get("draw", "cost") == "cost" and mask.get("refresh_epochs") == mask.get("refresh_steps") == "null":
-        words.append("chosen once")
-    if "parameters" in mask:
-        words += json.loads(mask["parameters"])
-    return " ".join(words)
-
-
 def _settings(group: _Group, groups: list[_Group]) -> str:
     alike = [
         other.identity()
         for other in groups
-        if (other.method, other.model, _mask(other)) == (group.method, group.model, _mask(group))
+        if (other.method, other.model, other.mask) == (group.method, group.model, group.mask)
     ]
     keys = sorted({key for other in alike for key in other} - {"backend"})  # which has a column of its own
     differing = [key for key in keys if len({other.get(key) for other in alike}) > 1]

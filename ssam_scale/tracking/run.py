@@ -18,6 +18,7 @@ from ssam_scale.config.schema import Config
 from ssam_scale.errors import UserError
 from ssam_scale.tracking import watchdog
 from ssam_scale.tracking.commands import interface_lines
+from ssam_scale.tracking.describe import mask_words, story
 from ssam_scale.tracking.environment import environment_tags, world_size
 from ssam_scale.tracking.layer_density import TABLE, LayerRecorder
 from ssam_scale.tracking.moved import follow_moved
@@ -127,6 +128,8 @@ class Run:
         self._refresh_seconds = 0.0
         self._saving = Saving(config.method, gpus=gpus)
         self._densities = array("d")
+        self._params: dict[str, str] = {}
+        self._tags: dict[str, str] = {}
         self._top1: float | None = None
         self._best_top1: float | None = None
 
@@ -300,7 +303,16 @@ class Run:
             summary |= {"summary/top1": self._top1, "summary/best_top1": self._best_top1}
         # At step 0, because MLflow draws what has no other step as bars, one per run, instead of as a lone dot.
         self.log(summary, 0)
+        if self.id is not None:
+            self._tell(story(self._params, self._tags, summary))
         return summary
+
+    def _tell(self, text: str) -> None:
+        """At the head of the run's page; what fails is a warning."""
+        try:
+            self._client.set_tag(self.id, "mlflow.note.content", text)
+        except Exception as error:
+            _log.warning("the description of run %s was not stored: %s", self.id, one_line(error))
 
     def interface_lines(self) -> list[str]:
         """What to type and where to look to see the run in MLflow's own interface; nothing where it is not tracked."""
@@ -312,7 +324,12 @@ class Run:
         uri, config = self._config.tracking.uri, self._config
         self._client = open_store(uri, create=True)
         backend = config.sharding.backend_on(world_size())
-        tags = {"method": config.method, "backend": backend} | environment_tags(config.train.device) | self._extra_tags
+        params = flatten(config) | self._extra_params
+        tags = {"method": config.method, "backend": backend} | environment_tags(config.train.device)
+        tags |= {"seed": str(config.train.seed), "mask": mask_words(config.method, params)} | self._extra_tags
+        if config.tracking.group is not None:
+            tags["group"] = config.tracking.group
+        self._params, self._tags = params, tags
         tags = {key: shortened(value, _TAG_CHARACTERS) for key, value in tags.items()}
         known = self._resume(tags) if self._resume_run_id else None
         if known is None:

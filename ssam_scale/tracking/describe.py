@@ -1,0 +1,83 @@
+"""Runs in words: what one perturbs, and its story for the run's page."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+
+def _range(cut: str) -> str:
+    low, high = json.loads(cut)
+    return f"{low:g}" if low == high else f"{low:g}–{high:g}"
+
+
+def mask_words(method: str, params: Mapping[str, str]) -> str:
+    """What a run perturbs, e.g. `depth rotate 0.25–0.75`; empty for the base optimizer.
+
+    Args:
+        method: the run's.
+        params: its parameters, as MLflow has them.
+    """
+    if method == "base":
+        return ""
+    prefix = "perturbation.mask."
+    mask = {key[len(prefix) :]: value for key, value in params.items() if key.startswith(prefix)}
+    if "pattern" not in mask:
+        return "dense"
+    words = [f"{mask['n']}:{mask['m']}" if "n" in mask else mask["pattern"]]
+    if "dynamic.drop" in mask:
+        words = ["dynamic", f"{mask['dynamic.drop']}/{mask['dynamic.grow']}"]
+    elif "score" in mask:
+        words.append(("sampled " if mask.get("labels") == "sampled" else "") + mask["score"])
+    words += [mask[key] for key in ("policy",) if key in mask]
+    words += [mask[key] for key in ("allocation",) if mask.get(key, "global") != "global"]
+    if "cut" in mask:
+        words.append(_range(mask["cut"]))
+    if mask.get("draw") == "annealed":
+        words.append(f"to {_range(mask['cut_final'])}")
+    elif mask.get("draw") == "cost":
+        words.append("by cost")
+    if mask.get("draw", "cost") == "cost" and mask.get("refresh_epochs") == mask.get("refresh_steps") == "null":
+        words.append("chosen once")
+    if "parameters" in mask:
+        words += json.loads(mask["parameters"])
+    return " ".join(words)
+
+
+def story(params: Mapping[str, str], tags: Mapping[str, str], summary: Mapping[str, float]) -> str:
+    """What a finished run was and brought, in Markdown, for the head of its page in MLflow.
+
+    Args:
+        params: of the run.
+        tags: of the run: `method`, `mask`, `backend`, `world_size`, `hardware`, `command`.
+        summary: its metrics `summary/…`.
+    """
+    what = f"**{tags['method']}**" + (f" ({tags['mask']})" if tags.get("mask") else "")
+    count = int(tags["world_size"])
+    where = f"{tags['backend']} on {count} process{'es' if count > 1 else ''}, {tags['hardware']}"
+    lines = [f"{what}: {params['model.name']}, {params['train.epochs']} epochs, {where}."]
+    if "summary/top1" in summary:
+        best = (
+            f" (best {summary['summary/best_top1']:.2f}%)"
+            if summary["summary/best_top1"] > summary["summary/top1"]
+            else ""
+        )
+        lines.append(f"Top-1 **{summary['summary/top1']:.2f}%**{best}.")
+    if "summary/step_time" in summary:
+        step = f"A step takes {1000 * summary['summary/step_time']:.1f} ms"
+        overhead = summary.get("summary/overhead_vs_base_percent")
+        if overhead is not None and tags["method"] != "base":
+            step += f", {1.0 + overhead / 100.0:.2f} times the base optimizer's"
+        lines.append(f"{step}.")
+    saving = summary.get("summary/saving_vs_dense_percent")
+    if saving is not None and tags["method"] not in ("base", "sam"):
+        bounds = [summary.get(f"summary/saving_vs_dense_percent_{bound}") for bound in ("low", "high")]
+        between = "" if None in bounds else f" (95% interval {bounds[0]:.0f} to {bounds[1]:.0f}%)"
+        seconds = summary["summary/saving_seconds_so_far"]
+        lines.append(
+            f"**{abs(saving):.0f}% {'less' if saving >= 0 else 'more'} time than dense SAM**{between}: "
+            f"{abs(seconds):,.0f} s {'saved' if seconds >= 0 else 'lost'}."
+        )
+    if "command" in tags:
+        lines.append(f"\n\n    {tags['command']}\n")
+    return " ".join(lines)
