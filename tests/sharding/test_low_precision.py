@@ -85,7 +85,8 @@ def saved_by_a_forward(module: nn.Module, images: Tensor) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), torch.autocast("cpu", BF16):
         logits = module(images)
-    bytes = sum({id(s): s.nbytes() for s in (t.untyped_storage() for t in saved)}.values())
+    # By address: the objects that `untyped_storage` returns are gone at once, and their ids are given to the next ones.
+    bytes = sum({s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in saved)}.values())
     logits.float().sum().backward()
     return bytes
 
