@@ -97,7 +97,7 @@ def test_what_a_run_of_pytest_sees(expression: str, seen: str, tmp_path: Path) -
     assert reason in done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_last_of_three_workers_takes_what_waits_and_the_others_all_else(tmp_path: Path) -> None:
     """Also where nothing else is left."""
     (tmp_path / "tests" / "launch").mkdir(parents=True)

@@ -40,7 +40,7 @@ def test_rows_are_exact_on_one_and_two_processes() -> None:
     assert sent == [histograms, histograms + 8 * 2 * len(tensor_sizes(30011)[0])]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_table_for_people() -> None:
     result = bench("--scores", "5", "--ranks", "1", "--repeats", "1")
     assert result.returncode == 0, result.stderr

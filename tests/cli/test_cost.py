@@ -171,7 +171,7 @@ SLOW = pytest.mark.slow
 @pytest.mark.parametrize(
     "plan",
     [
-        "perturbation.mask.cut=[0.5, 0.5]",
+        pytest.param("perturbation.mask.cut=[0.5, 0.5]", marks=pytest.mark.exhaustive),
         pytest.param("perturbation.mask={pattern: tensor}", marks=pytest.mark.exhaustive),
         "perturbation.norm=calibrated",
     ],

@@ -69,7 +69,9 @@ def test_one_process(case: Again) -> None:
     "backend", few(["ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3"], "fsdp2", "zero1", "zero3")
 )
 def test_two_processes(backend: str) -> None:
-    assert run_ranks(2, _with_and_without, backend, CASES) == [[[]] * len(CASES)] * 2
+    # Of ZeRO 3, each step of which takes long, one with BatchNorm and one with micro-batches.
+    cases = [CASES[0], CASES[3]] if backend == "zero3" else CASES
+    assert run_ranks(2, _with_and_without, backend, cases) == [[[]] * len(cases)] * 2
 
 
 class Counting(nn.Module):

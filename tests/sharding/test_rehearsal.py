@@ -58,9 +58,9 @@ def test_one_process_trains_as_without(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", few(["ddp", "fsdp2", *(f"zero{i}" for i in range(4))], "fsdp2", "zero2", "zero3"))
+@pytest.mark.parametrize("backend", few(["ddp", "fsdp2", *(f"zero{i}" for i in range(4))], "fsdp2", "zero3"))
 def test_two_ranks_train_as_without(backend: str) -> None:
-    cases = [case for case in CASES.values() if not (backend.startswith("zero") and case.scaled)]
+    cases = [*CASES.values()][:4]  # an engine has a scaler of its own
     plain, probed = (run_ranks(2, train, backend, cases, rehearsed) for rehearsed in ((), EVERYTHING))
     assert differing(plain, probed) == []
 

@@ -219,12 +219,12 @@ def _steps_with(world: World, stage: int, more: dict[str, Any], monitor: str) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", few(range(4), 1, 3))
+@pytest.mark.parametrize("stage", few(range(4), 3))
 def test_what_is_handed_on_to_deepspeed_changes_nothing(stage: int, tmp_path: Path) -> None:
     plain = run_ranks(2, _steps_with, stage, {}, "")
     more = [HANDED_ON]
     if stage == 3:
-        more += [{"zero_optimization": HANDED_ON_3}, {"zero_optimization": {"stage3_allgather_sequential": True}}]
+        more += [{"zero_optimization": HANDED_ON_3 | {"stage3_allgather_sequential": True}}]
     for sections in more:
         for mine, others in zip(plain, run_ranks(2, _steps_with, stage, sections, str(tmp_path)), strict=True):
             # The same sums in another order.

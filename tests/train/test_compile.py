@@ -78,7 +78,7 @@ def test_without_a_compiler_it_is_said_before_anything_is_built(
     assert ssam_scale("train", "--config", config, "--dry-run") == 0  # which compiles nothing
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_costs_and_benchmarks_measure_the_compiled_network(
     data: Path, home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
