@@ -54,11 +54,12 @@ def test_two_ranks_equal_the_reference_with_every_option_on_every_backend(backen
 @pytest.mark.slow
 @pytest.mark.parametrize("name", UNEVEN)
 @pytest.mark.parametrize(
-    ("size", "backend"),
-    few([(n, each) for n, some in OTHER_SIZES.items() for each in some], (3, "zero3"), (4, "zero2")),
+    "where",
+    few([(size, each) for size, some in OTHER_SIZES.items() for each in some], (3, "zero3"), (4, "zero2")),
+    ids=str,
 )
-def test_other_numbers_of_ranks_equal_the_reference(size: int, backend: str, name: str) -> None:
-    on_ranks(size, backend, name)
+def test_other_numbers_of_ranks_equal_the_reference(where: tuple[int, str], name: str) -> None:
+    on_ranks(*where, name)
 
 
 @pytest.mark.exhaustive
