@@ -15,6 +15,8 @@ from tests.support.networks import batches, loss_fn, small_network
 from tests.support.pretended_gpu.watch import Watch
 from tests.support.training import BATCH, on
 
+pytestmark = pytest.mark.slow
+
 BACKENDS = ["single", "ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3"]
 MASKS: dict[str, Callable[[], Mask]] = {
     "dense": Dense,

@@ -22,6 +22,8 @@ from tests.support.networks import batches, loss_fn, small_network
 from tests.support.pretended_gpu.watch import Watch
 from tests.support.training import on
 
+pytestmark = pytest.mark.slow
+
 WORLD = "one of eight processes"
 RANKS = 8
 BLOCKS = 4

@@ -72,7 +72,9 @@ def computed_by_an_ascent(opt: SparseSAM, resolved: ResolvedStep, micro_batches:
 
 @pytest.mark.parametrize("savings", SAVINGS)
 @pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize(
+    "network", ["tied", *(pytest.param(n, marks=pytest.mark.slow) for n in NETWORKS if n != "tied")]
+)
 def test_an_ascent_computes_what_the_resolved_step_says(network: str, mask: str, savings: str) -> None:
     opt = optimizer_for(network, mask, savings)
     for micro_batches in (1, 2):
