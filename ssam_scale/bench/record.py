@@ -26,6 +26,8 @@ def provenance(command: Sequence[str] | None = None) -> dict[str, str]:
     dirty = " with changes" if git.get("git_dirty") == "true" else ""
     program = Path(sys.argv[0])
     here = ["python", f"benchmarks/{program.name}"] if program.suffix == ".py" else [program.name]
+    if program.name == "__main__.py":  # python -m ssam_scale
+        here = ["ssam-scale"]
     named = ", ".join(f"{name} {found[name]}" for name in ("torch", "timm", "deepspeed") if name in found)
     return {
         "command": shlex.join(command or [*here, *sys.argv[1:]]),
