@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, cast
 
 from ssam_scale.errors import UserError
 from ssam_scale.tracking.describe import mask_words
@@ -291,7 +291,8 @@ def _probed(group: _Group, groups: list[_Group]) -> _Ratios | None:
     if overhead is None or saving is None:
         return None
     low, high = (_of_every_run(group, f"summary/{_PROBED[1]}_percent_{bound}") for bound in ("low", "high"))
-    interval = None if low is None or high is None else (low / 100.0, high / 100.0)
+    unknown = low is None or high is None or group.method == "sam"  # which saves nothing over itself
+    interval = None if unknown else (cast(float, low) / 100.0, cast(float, high) / 100.0)
     return _Ratios(1.0 + overhead / 100.0, saving / 100.0, interval, by_probes=True)
 
 

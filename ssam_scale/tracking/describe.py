@@ -72,7 +72,8 @@ def story(params: Mapping[str, str], tags: Mapping[str, str], summary: Mapping[s
     saving = summary.get("summary/saving_vs_dense_percent")
     if saving is not None and tags["method"] not in ("base", "sam"):
         bounds = [summary.get(f"summary/saving_vs_dense_percent_{bound}") for bound in ("low", "high")]
-        between = "" if None in bounds else f" (95% interval {bounds[0]:.0f} to {bounds[1]:.0f}%)"
+        known = [bound if saving >= 0 else -bound for bound in bounds if bound is not None]
+        between = f" (95% interval {min(known):.0f} to {max(known):.0f}%)".replace("-", "−") if len(known) == 2 else ""
         seconds = summary["summary/saving_seconds_so_far"]
         lines.append(
             f"**{abs(saving):.0f}% {'less' if saving >= 0 else 'more'} time than dense SAM**{between}: "
