@@ -80,5 +80,5 @@ def story(params: Mapping[str, str], tags: Mapping[str, str], summary: Mapping[s
             f"{abs(seconds):,.0f} s {'saved' if seconds >= 0 else 'lost'}."
         )
     if "command" in tags:
-        lines.append(f"\n\n    {tags['command']}\n")
+        lines.append(f"\n\n`{tags['command']}`")  # not a block, which would make the page as wide as the line
     return " ".join(lines)

@@ -23,7 +23,7 @@ def test_of_a_sparse_run() -> None:
     assert story(PARAMS, tags, ENDED | SAVED) == (
         "**ssam-depth** (depth rotate 0.5–1): resnet50, 90 epochs, fsdp2 on 8 processes, 8 × H100. Top-1 **77.50%**. "
         "A step takes 250.0 ms, 1.21 times the base optimizer's. **39% less time than dense SAM** (95% interval 38 to "
-        "41%): 12,346 s saved. \n\n    ssam-scale train --config it.yaml\n"
+        "41%): 12,346 s saved. \n\n`ssam-scale train --config it.yaml`"
     )
 
 
