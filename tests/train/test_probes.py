@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from ssam_scale.train.probes import ProbeSaving
 from tests.support.runs import differing, ssam_scale, train_on_ranks, write_config
 from tests.support.tiers import few
 from tests.support.tracked import client
@@ -68,6 +69,20 @@ def test_why_there_is_none(
         assert run.data.tags["saving"] == f"unknown: {said}"
     if run.data.tags["method"] == "base":
         assert run.data.metrics["summary/overhead_vs_base_percent"] == 0.0
+
+
+def test_where_dense_sam_would_not_fit_there_are_no_probes(
+    data: Path, home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU's memory is asked once, before the first of them."""
+    asked: list[None] = []
+    monkeypatch.setattr(ProbeSaving, "_fits", lambda self: asked.append(None))
+    config = write_config(home / "run.yaml", data, **RUN)
+    assert ssam_scale("train", "--config", config, "tracking.probe_every=2") == 0
+    said = "dense SAM's backup of all weights does not fit into memory beside this run"
+    assert capsys.readouterr().out.count(f"the saving is not measured: {said}\n") == len(asked) == 1
+    [run] = runs_of(home)
+    assert run.data.tags["saving"] == f"unknown: {said}"
 
 
 @pytest.mark.slow
