@@ -112,6 +112,12 @@ class _Group:
         return mask_words(self.method, self.params)
 
     @property
+    def ascends_densely(self) -> bool:
+        """Whether it is dense SAM in every step, as far as its parameters say."""
+        usual = {"fraction": "1.0", "interval": "1", "window": "[0.0, 1.0]", "savings.within_shard_group": "false"}
+        return all(self.params.get(f"perturbation.{key}", value) == value for key, value in usual.items())
+
+    @property
     def latest(self) -> int:
         return max(run.info.start_time for run in self.runs)
 
@@ -238,7 +244,8 @@ def _row(group: _Group, groups: list[_Group]) -> Row:
     ratios: dict[str, float | None] = {}
     notes = []
     for method, title in () if probed is not None else (("base", "the base optimizer alone"), ("sam", "dense SAM")):
-        reference = group if group.method == method else _nearest(group, groups, method)
+        itself = group.method == method and (method != "sam" or group.ascends_densely)
+        reference = group if itself else _nearest(group, groups, method)
         seconds = None if reference is None else reference.mean("summary/step_time")
         ratios[method] = step / seconds if step is not None and seconds else None
         if ratios[method] is None:
@@ -291,7 +298,7 @@ def _probed(group: _Group, groups: list[_Group]) -> _Ratios | None:
     if overhead is None or saving is None:
         return None
     low, high = (_of_every_run(group, f"summary/{_PROBED[1]}_percent_{bound}") for bound in ("low", "high"))
-    unknown = low is None or high is None or group.method == "sam"  # which saves nothing over itself
+    unknown = low is None or high is None or low == high  # of dense SAM itself, which saves nothing for certain
     interval = None if unknown else (cast(float, low) / 100.0, cast(float, high) / 100.0)
     return _Ratios(1.0 + overhead / 100.0, saving / 100.0, interval, by_probes=True)
 
@@ -314,6 +321,8 @@ def _nearest(group: _Group, groups: list[_Group], method: str) -> _Group | None:
         return sum(mine.get(key) != theirs.get(key) for key in keys)
 
     same = [other for other in groups if other.method == method and other.timing() == group.timing()]
+    if method == "sam":  # not one that ascends rarely, or by a part of each batch
+        same = [other for other in same if other.ascends_densely]
     return min(same, key=lambda other: (differences(other), -other.latest), default=None)
 
 

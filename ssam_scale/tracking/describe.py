@@ -70,7 +70,7 @@ def story(params: Mapping[str, str], tags: Mapping[str, str], summary: Mapping[s
             step += f", {1.0 + overhead / 100.0:.2f} times the base optimizer's"
         lines.append(f"{step}.")
     saving = summary.get("summary/saving_vs_dense_percent")
-    if saving is not None and tags["method"] not in ("base", "sam"):
+    if saving is not None and tags["method"] != "base" and saving:
         bounds = [summary.get(f"summary/saving_vs_dense_percent_{bound}") for bound in ("low", "high")]
         known = [bound if saving >= 0 else -bound for bound in bounds if bound is not None]
         between = f" (95% interval {min(known):.0f} to {max(known):.0f}%)".replace("-", "−") if len(known) == 2 else ""

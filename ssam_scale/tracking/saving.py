@@ -44,7 +44,8 @@ class Saving:
     """Collects probes and the steps of a run, and says what was saved.
 
     Args:
-        method: the run's: `base` costs nothing over itself, and `sam` saves nothing.
+        method: the run's: `base` costs nothing over itself.
+        dense: whether the run's own ascents are dense SAM's, which save nothing.
         gpus: that the run computes on; 0: on none.
 
     Attributes:
@@ -52,8 +53,8 @@ class Saving:
         refreshes: seconds that choosing masks has taken, which dense SAM does not do.
     """
 
-    def __init__(self, method: str, *, gpus: int = 0) -> None:
-        self._method, self._gpus = method, gpus
+    def __init__(self, method: str, *, dense: bool = False, gpus: int = 0) -> None:
+        self._method, self._dense, self._gpus = method, dense, gpus
         self.before = self.refreshes = 0.0
         self._probes: list[Probe] = []
         self._steps: dict[StepKind, int] = {}
@@ -115,7 +116,7 @@ class Saving:
             own: the same.
         """
         base, dense, own = (np.mean(times, axis=-1) for times in (base, dense, own))
-        if self._method == "sam":
+        if self._dense:
             own = dense
         steps = sum(self._steps.values())
         share = {kind: count / steps for kind, count in self._steps.items()}

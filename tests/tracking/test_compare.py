@@ -129,6 +129,20 @@ def test_probes_count_more_than_times_of_different_runs(config: MakeConfig, uri:
     assert "−5%" in text
 
 
+def test_dense_sam_is_not_one_that_ascends_now_and_then(config: MakeConfig, uri: str, finish: Finish) -> None:
+    finish(config("base"), top1=80.0, ms=100.0)
+    finish(config("sam"), top1=83.0, ms=200.0)
+    sam = config("sam")
+    assert sam.perturbation is not None
+    rarely = sam.model_copy(update={"perturbation": sam.perturbation.model_copy(update={"interval": 5})})
+    finish(rarely, top1=82.0, ms=120.0)
+    finish(config("depth"), top1=84.0, ms=150.0, density=0.7)
+    savings = {(row.method, row.step_seconds): row.saving_over_sam for row in compare(uri, "ssam_scale")}
+    assert savings[("sam", 0.2)] == 0.0
+    assert savings[("sam", 0.12)] == pytest.approx(0.4)
+    assert savings[("ssam-depth", 0.15)] == pytest.approx(0.25)
+
+
 def test_where_only_some_runs_have_probes_a_note_says_so(config: MakeConfig, uri: str, finish: Finish) -> None:
     finish(config("base"), top1=80.0, ms=100.0)
     finish(config("sam"), top1=83.0, ms=200.0, probed=(100.0, 0.0, 0.0, 0.0))

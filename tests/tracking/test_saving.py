@@ -16,9 +16,9 @@ def window(kinds: dict[str, int], *, optimizer: float = 0.0, data: float = 0.0) 
 
 
 def saving_of(
-    probes: list[Probe], *windows: PhaseSummary, method: str = "ssam-depth", gpus: int = 0
+    probes: list[Probe], *windows: PhaseSummary, method: str = "ssam-depth", dense: bool = False, gpus: int = 0
 ) -> dict[str, float]:
-    saving = Saving(method, gpus=gpus)
+    saving = Saving(method, dense=dense, gpus=gpus)
     for probe in probes:
         saving.add(probe)
     for each in windows:
@@ -51,9 +51,20 @@ def test_steps_whose_own_ascent_is_dense_are_own_steps() -> None:
 
 
 def test_dense_sam_saves_nothing_and_knows_what_it_costs() -> None:
-    found = saving_of([Probe(1.0, 2.0, 2.1)] * 4, window({"dense": 10}), method="sam")
+    found = saving_of([Probe(1.0, 2.0, 2.1)] * 4, window({"dense": 10}), method="sam", dense=True)
     assert found["saving/vs_dense_percent"] == found["saving/vs_dense_percent_low"] == 0.0
     assert found["overhead/vs_base_percent"] == pytest.approx(100.0)
+
+
+def test_dense_sam_now_and_then_saves_the_steps_without_it() -> None:
+    found = saving_of([Probe(1.0, 2.0, 2.1)], window({"dense": 10, "base": 30}), method="sam", dense=True)
+    assert found["saving/seconds_so_far"] == pytest.approx(30.0)
+
+
+def test_dense_sam_on_a_part_of_the_batch_saves() -> None:
+    """It is called `sam` too."""
+    found = saving_of([Probe(1.0, 2.0, 1.5)], window({"dense": 10}), method="sam")
+    assert found["saving/seconds_so_far"] == pytest.approx(5.0)
 
 
 def test_what_the_loader_is_waited_for_is_no_saving() -> None:
