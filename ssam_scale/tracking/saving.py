@@ -60,11 +60,6 @@ class Saving:
         self._steps: dict[StepKind, int] = {}
         self._rest = self._data = 0.0
 
-    @property
-    def probes(self) -> int:
-        """How many there are."""
-        return len(self._probes)
-
     def add(self, probe: Probe) -> None:
         """Take one probe in."""
         self._probes.append(probe)
@@ -119,25 +114,20 @@ class Saving:
         if self._dense:
             own = dense
         steps = sum(self._steps.values())
-        share = {kind: count / steps for kind, count in self._steps.items()}
-        passes = sum(share.get(kind, 0.0) * self._of_kind(kind, base, dense, own) for kind in share)
-        rest, data, refreshes = self._rest / steps, self._data / steps, self.refreshes / steps
-        saved = dense - passes - refreshes
-        # While a step of dense SAM computes longer, the loader works on: what it was waited for is no saving then.
-        saved = saved - np.minimum(np.maximum(saved, 0.0), data)
-        mine = passes + refreshes + rest + data
-        return saved, 100.0 * saved / (mine + saved), 100.0 * (mine / (base + rest + data) - 1.0)
-
-    @staticmethod
-    def _of_kind(kind: StepKind, base: Any, dense: Any, own: Any) -> Any:
-        times: Mapping[StepKind, Any] = {
+        of_kind: Mapping[StepKind, Any] = {
             "base": base,
             "reused": base,
             "sparse": own,
             "dense": own,
             "calibrating": dense,
         }
-        return times[kind]
+        passes = sum(count / steps * of_kind[kind] for kind, count in self._steps.items())
+        rest, data, refreshes = self._rest / steps, self._data / steps, self.refreshes / steps
+        saved = dense - passes - refreshes
+        # While a step of dense SAM computes longer, the loader works on: what it was waited for is no saving then.
+        saved = saved - np.minimum(np.maximum(saved, 0.0), data)
+        mine = passes + refreshes + rest + data
+        return saved, 100.0 * saved / (mine + saved), 100.0 * (mine / (base + rest + data) - 1.0)
 
 
 def _interval(times: NDArray[np.float64], figure: Any) -> tuple[float, float]:

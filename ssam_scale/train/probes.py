@@ -15,13 +15,12 @@ from ssam_scale.tracking.run import WARMUP_STEPS, Run
 from ssam_scale.tracking.saving import Probe, order_of
 
 from .hooks import Hook
+from .memory import FLOAT
 
 if TYPE_CHECKING:
     from .batches import EpochBatches
     from .build import Components
     from .progress import Progress, ProgressBar
-
-FLOAT = 4  # bytes
 
 SHARE = 0.01
 """Of the time of training that probes may take, where `tracking.probe_every` is `auto`."""
@@ -120,5 +119,5 @@ class ProbeSaving(Hook):
     def _give_up(self, reason: str) -> None:
         self._next = None
         self._run.no_saving(reason)
-        if self._config.perturbation is not None and self._config.tracking.probe_every is not None:
+        if self._every is not None:
             self._bar.say(f"the saving is not measured: {reason}")
