@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import io
 import os
-import platform
 import sys
 from typing import Annotated
 
@@ -32,13 +30,13 @@ def _print_version(asked: bool) -> None:
     """ssam_scale's version and those of what decides how it computes, from what is installed: nothing is imported."""
     if not asked:
         return
+    from ssam_scale.tracking.environment import versions
+
+    found = versions()
     print(f"ssam_scale {__version__}")
     for name in ("torch", "torchvision", "timm", "deepspeed", "ffcv", "mlflow"):
-        try:
-            print(f"{name} {importlib.metadata.version(name)}")
-        except importlib.metadata.PackageNotFoundError:
-            print(f"{name}: not installed")
-    print(f"Python {platform.python_version()}")
+        print(f"{name} {found[name]}" if name in found else f"{name}: not installed")
+    print(f"Python {found['python']}")
     raise typer.Exit
 
 
