@@ -101,8 +101,10 @@ finds() { # finds HEADER: the compiler does; CXX may hold options too
     # shellcheck disable=SC2086
     printf '#include <%s>\n' "$1" | $compiler -E -x c++ -o /dev/null "${folders[@]}" -
 }
-turbojpeg() { pkg-config --exists libturbojpeg || finds turbojpeg.h; }
-opencv() { pkg-config --exists opencv4 || finds "opencv2/$1.hpp"; }
+# What FFCV is compiled with; one that is compiled needs no headers any more, which takes seconds to find out.
+ffcv_is_there() { "$venv/bin/python" -c 'import ffcv'; }
+turbojpeg() { pkg-config --exists libturbojpeg || finds turbojpeg.h || ffcv_is_there; }
+opencv() { pkg-config --exists opencv4 || finds "opencv2/$1.hpp" || ffcv_is_there; }
 
 list_missing() {
     missing=()
@@ -119,12 +121,9 @@ list_missing() {
     fi
     lacks g++ any_command "${compiler%% *}"
     lacks pkg-config any_command pkg-config
-    # What FFCV is compiled with; one that is compiled needs no headers any more.
-    if ! "$venv/bin/python" -c 'import ffcv' 2>/dev/null; then
-        lacks libturbojpeg0-dev turbojpeg
-        lacks libopencv-core-dev opencv core
-        lacks libopencv-imgproc-dev opencv imgproc
-    fi
+    lacks libturbojpeg0-dev turbojpeg
+    lacks libopencv-core-dev opencv core
+    lacks libopencv-imgproc-dev opencv imgproc
     [[ $extra == dev ]] || return 0
     lacks dataset-fashion-mnist compgen -G '/usr/share/datasets/fashion-mnist/*' # what tests train on
     lacks git any_command git
@@ -324,7 +323,7 @@ install_python_packages() {
 
 # FFCV's declared dependencies bring a second OpenCV and more that it never imports; pyproject.toml lists what it does.
 install_ffcv() {
-    "$venv/bin/python" -c 'import ffcv' 2>/dev/null && return
+    ffcv_is_there 2>/dev/null && return
     local paths=${PKG_CONFIG_PATH:-} shim
     # FFCV asks pkg-config only, and for the whole of OpenCV (libopencv-dev, 700 MB with all it depends on), of which it
     # uses two parts (50 MB). So pkg-config is told of what the compiler finds by itself, and that the two are the whole;
