@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Iterator
 from typing import Any
 
 # The networks here are too small to gain from a second thread, and waiting threads take the cores from other processes.
@@ -14,7 +15,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from tests.support import gpus, ranks, workers
+from tests.support import gpus, patches, ranks, workers
 
 # No test depends on a wall-clock time (an example may be the one that compiles), and every run is the same run. Other
 # examples are looked for with --hypothesis-profile=explore.
@@ -35,6 +36,12 @@ def _same_random_numbers() -> None:
     random.seed(0)
     np.random.seed(0)  # what libraries draw from
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _functions_of_torch_put_back() -> Iterator[None]:
+    with patches.functional_put_back():
+        yield
 
 
 @pytest.hookimpl(trylast=True)

@@ -28,6 +28,7 @@ from typing import Any
 import torch
 
 from ssam_scale.sharding import World, join_world
+from tests.support.patches import functional_put_back
 from tests.support.processes import free_port
 
 # Importing takes longer than much of what the processes do. Ranks are forks of one process that has imported these; it
@@ -202,7 +203,7 @@ def _serve(rank: int, size: int, port: int, connection: Connection) -> None:
                     return
                 function, args = pickle.loads(job)
                 before = _constants()
-                with _reset():
+                with _reset(), functional_put_back():
                     result = io.BytesIO()
                     torch.save(function(world, *args), result)
                 # gloo may abort the process at exit while wrappers of a group are alive.
