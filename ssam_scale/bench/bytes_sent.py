@@ -18,11 +18,11 @@ import torch
 
 from ssam_scale.costs.backends import BackendCosts, costs_of
 from ssam_scale.costs.cluster import Cluster, Placement, ZeroSettings
-from ssam_scale.costs.collectives import Traffic
 from ssam_scale.costs.workload import Ascent, ascent_of, weights_of
 from ssam_scale.errors import UserError
 from ssam_scale.perturbation import SparseSAM, StagedModel
 from ssam_scale.sharding import BACKENDS, World
+from ssam_scale.sharding.collectives import Traffic
 from ssam_scale.sharding.place import place
 
 from .networks import Setting
@@ -242,7 +242,7 @@ def bench_bytes(
 
 
 def rows_of(setting: Setting, found: Mapping[Job, tuple[int, Counted]]) -> list[dict[str, Any]]:
-    """Rows of what was counted, by backend; `costs.collectives` says how bytes are counted.
+    """Rows of what was counted, by backend; `sharding.collectives` says how bytes are counted.
 
     `step_bytes` are those of a whole step and `ascent_bytes` what the plan adds to a step of the base optimizer on the
     same backend, whose one pass costs what a descent pass costs; both also by collective, and `step_calls` and

@@ -378,6 +378,14 @@ class Tracking(Section):
         description="steps between two probes, which measure the saving over dense SAM inside the run; auto: so that "
         "they take 1% of the time; null: none",
     )
+    log_model: bool = Field(
+        True,
+        description="store the trained network as a model of MLflow, which `mlflow.pytorch.load_model` loads: its "
+        "averaged weights if there are any",
+    )
+    system_metrics: bool = Field(
+        True, description="record what each machine does (processor, memory, disk, network, GPUs) every ten seconds"
+    )
 
 
 class Config(Section):

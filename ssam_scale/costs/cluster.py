@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 from ssam_scale.config.deepspeed import REDUCE_BUCKET
 from ssam_scale.sharding import BACKENDS
-
-from .collectives import ring_bytes
+from ssam_scale.sharding.collectives import ring_bytes
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,7 @@ from torch.utils._pytree import tree_leaves
 from ssam_scale.masks import BitMask, Layout, Plan, Rows, Subset, pack, unpack
 from ssam_scale.perturbation import SparseSAM
 from ssam_scale.sharding import World, leave_process_group
-
-from .collectives import COLLECTIVES, Traffic
+from ssam_scale.sharding.collectives import COLLECTIVES, Traffic
 
 _LARGEST = 1e3
 

@@ -85,6 +85,16 @@ class Beton:
         """How many classes it was written with; without a sidecar, one more than its highest label."""
         return len(self.sidecar.classes) if self.sidecar is not None else int(self.labels.max(initial=-1)) + 1
 
+    @property
+    def fingerprint(self) -> str:
+        """32 hexadecimal digits that another content changes: of the sidecar's checksum; without one, of the tables."""
+        if self.sidecar is not None:
+            return self.sidecar.sha256[:32]
+        tables = hashlib.sha256(f"{self.bytes} {self.jpegs}".encode())
+        for table in (self.labels, self.pixels):
+            tables.update(table.tobytes())
+        return tables.hexdigest()[:32]
+
 
 def layout() -> tuple[np.dtype[Any], np.dtype[Any], np.dtype[Any], np.dtype[Any]]:
     """Record types of header, field descriptor, one image's metadata (f0: image, f1: label) and allocation table."""

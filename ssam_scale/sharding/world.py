@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import socket
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,8 @@ from ssam_scale.errors import UserError
 
 from .device import DeviceChoice, choose_device, use_device
 from .process_group import leave_process_group
+
+T = TypeVar("T")
 
 # A rank that waits longer for another one ends the job instead of hanging it.
 TIMEOUT = timedelta(minutes=10)
@@ -42,6 +45,11 @@ class World:
         return self.rank == 0
 
     @property
+    def first_of_node(self) -> bool:
+        """Whether this process is the first on its machine."""
+        return not self.launched or os.environ.get("LOCAL_RANK", "0") == "0"
+
+    @property
     def launched(self) -> bool:
         """Whether a launcher started this process, and perhaps others: it has joined a process group."""
         return dist.is_available() and dist.is_initialized()
@@ -56,14 +64,36 @@ class World:
         """What all processes compute on, such as `4 × NVIDIA A100-SXM4-40GB (cuda)` or `CPU`. Collective."""
         if self.device.type == "cpu":
             return "CPU"
-        names: list[Any] = [torch.get_device_module(self.device).get_device_name(self.device)]
+        name = torch.get_device_module(self.device).get_device_name(self.device)
         here = torch.get_device_module(self.device).device_count()
         if not self.launched and here > 1:
-            return f"1 of {here} × {names[0]} ({self.device.type})"
-        if self.size > 1:
-            names *= self.size
-            dist.all_gather_object(names, names[self.rank])
+            return f"1 of {here} × {name} ({self.device.type})"
+        names = self._objects(name)
         return f"{', '.join(f'{names.count(n)} × {n}' for n in dict.fromkeys(names))} ({self.device.type})"
+
+    def hosts(self) -> list[str]:
+        """The machine of each process, by rank. Collective."""
+        return [str(host) for host in self._objects(socket.gethostname())]
+
+    def first_says(self, value: T) -> T:
+        """What the first process gives. Collective."""
+        return cast(T, self._objects(value)[0])
+
+    def _objects(self, value: Any) -> list[Any]:
+        """Of each process."""
+        values = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+    def gather(self, numbers: Sequence[float]) -> list[list[float]]:
+        """As many numbers of each process, by rank: an all-gather in float64."""
+        if self.size == 1:
+            return [list(numbers)]
+        own = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        every = own.new_empty(self.size * len(own))
+        dist.all_gather_into_tensor(every, own)
+        return every.view(self.size, -1).tolist()
 
     def smallest(self, value: int) -> int:
         """The smallest `value` of all processes: an all-reduce."""

@@ -44,6 +44,32 @@ def mask_words(method: str, params: Mapping[str, str]) -> str:
     return " ".join(words)
 
 
+def plan_words(method: str, params: Mapping[str, str]) -> str:
+    """When and by what a run climbs, e.g. `one step in 2, by 50% of the batch`; empty for the base optimizer.
+
+    Args:
+        method: the run's.
+        params: its parameters, as MLflow has them.
+    """
+    if method == "base":
+        return ""
+    section = {key.removeprefix("perturbation."): value for key, value in params.items()}
+    interval, fraction = int(section.get("interval", "1")), float(section.get("fraction", "1.0"))
+    first, last = json.loads(section.get("window", "[0.0, 1.0]"))
+    words = ["every step" if interval == 1 else f"one step in {interval}"]
+    if (first, last) != (0.0, 1.0):
+        words.append(f"from {100 * first:g}% to {100 * last:g}% of the run")
+    if fraction != 1.0:
+        words.append(f"by {100 * fraction:g}% of the batch")
+    if section.get("savings.within_shard_group") == "true":
+        words.append("within the shard group")
+    if float(section.get("reuse", "0.0")):
+        words.append(f"reused by {float(section['reuse']):g} between")
+    if section.get("adaptive") == "true":
+        words.append("adaptive")
+    return ", ".join(words)
+
+
 def story(params: Mapping[str, str], tags: Mapping[str, str], summary: Mapping[str, float]) -> str:
     """What a finished run was and brought, in Markdown, for the head of its page in MLflow.
 

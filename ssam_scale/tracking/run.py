@@ -6,19 +6,24 @@ import logging
 import math
 import time
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from statistics import median
 from subprocess import Popen
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import yaml
 
 from ssam_scale.config.schema import Config
+from ssam_scale.data.beton import Beton
 from ssam_scale.errors import UserError
 from ssam_scale.tracking import watchdog
 from ssam_scale.tracking.commands import interface_lines
-from ssam_scale.tracking.describe import mask_words, story
+from ssam_scale.tracking.data import dataset_input
+from ssam_scale.tracking.describe import mask_words, plan_words, story
 from ssam_scale.tracking.environment import environment_tags, world_size
 from ssam_scale.tracking.layer_density import TABLE, LayerRecorder
 from ssam_scale.tracking.moved import follow_moved
@@ -36,8 +41,12 @@ from ssam_scale.tracking.store import (
     sqlite_path,
     text_artifact,
 )
+from ssam_scale.tracking.system import SystemMonitor
 from ssam_scale.tracking.threads import MetricWriter
 from ssam_scale.tracking.timer import PhaseSummary
+
+if TYPE_CHECKING:
+    from torch import nn
 
 _log = logging.getLogger(__name__)
 
@@ -98,6 +107,16 @@ def _typical(times: Sequence[float]) -> float:
     return sum(kept) / len(kept)
 
 
+def _slow_steps(times: Sequence[float]) -> dict[str, float]:
+    """The time that 95% of the steps take at the most, and the longest."""
+    return {"p95": float(np.percentile(times, 95)), "max": max(times)}
+
+
+def _rounded(density: float | None) -> str | None:
+    """For a tag that runs are filtered by."""
+    return None if density is None else f"{density:.2f}"
+
+
 def _ascends_densely(config: Config) -> bool:
     """Whether an ascent is dense SAM's: of all weights, on the whole batch of all processes."""
     section = config.perturbation
@@ -138,6 +157,7 @@ class Run:
         self._densities = array("d")
         self._params: dict[str, str] = {}
         self._tags: dict[str, str] = {}
+        self._began = 0.0
         self._top1: float | None = None
         self._best_top1: float | None = None
 
@@ -189,6 +209,7 @@ class Run:
         metrics = {"train/loss": loss, "train/lr": lr} | self._saving.metrics(intervals=False)
         if summary.steps:
             metrics["time/step"] = summary.step
+            metrics |= {f"time/step_{name}": value for name, value in _slow_steps(summary.step_times).items()}
             metrics["train/images_per_second"] = images_per_step * summary.steps / summary.seconds
             metrics |= _phase_times("time", summary)
             for kind, of_kind in summary.by_kind.items():
@@ -280,20 +301,49 @@ class Run:
 
     def log_artifact(self, path: Path, folder: str | None = None) -> None:
         """Store a file with the run, in `folder` of its artifacts; what fails is a warning, not an error."""
-        if self._writer is None:
-            return
-        try:
-            self._client.log_artifact(self.id, str(path), folder)
-        except Exception as error:  # a full artifact store must not end a training
-            _log.warning("artifact %s was not stored: %s", path, one_line(error))
+        if self._writer is not None:
+            self._try(f"artifact {path}", lambda: self._client.log_artifact(self.id, str(path), folder))
 
-    def finish_summary(self) -> dict[str, float]:
+    def log_data(self, beton: Beton, *, context: str, side: int) -> None:
+        """Record which file the run reads, as a data set of MLflow: see `data.dataset_input`."""
+        if self.id is not None:
+            self._try("the data set", lambda: self._client.log_inputs(self.id, [dataset_input(beton, context, side)]))
+
+    def log_network(self, network: Callable[[], nn.Module], *, side: int, classes: int, step: int) -> None:
+        """Store what was trained as a model of MLflow: see `network.log_network`. Takes some seconds.
+
+        Args:
+            network: makes it, on the CPU.
+            side: of the square images, pixels.
+            classes: that it tells apart.
+            step: steps done.
+        """
+        if self.id is None or self.experiment is None:
+            return
+        from ssam_scale.tracking.network import log_network
+
+        where = self._client, self.experiment, self.id
+        self._try("the model", lambda: log_network(*where, network(), side=side, classes=classes, step=step))
+
+    def watch_machine(self, node: str | None = None) -> AbstractContextManager[object]:
+        """Within the `with`, what this machine does is recorded as `system/…`.
+
+        Args:
+            node: its name, where there are others; None: there are not.
+        """
+        return nullcontext() if self.id is None else SystemMonitor(self.log, self._began, node)
+
+    def finish_summary(self, straggler: str | None = None) -> dict[str, float]:
         """Record and return what stands for the whole run; call it once, when training is complete.
+
+        Args:
+            straggler: the process that the others waited for, in words, for the tag `straggler`.
 
         `summary/step_time`: what a step costs, seconds: the mean of all step times since this process started but the
         first WARMUP_STEPS (of all if there are no more) and, for the sake of shared machines, the fastest and slowest
         tenth; and each step's share of the time that refreshing the mask took. A mean, as the steps of a moving cut
         differ by design. `summary/<kind>/step_time`: the same of the steps of each kind, without refreshes.
+        `summary/step_time_p50`, `_p95`, `_max`: of the same steps, of which none is left out.
         `summary/saving_…` and `summary/overhead_…`: see `Saving.metrics`; without perturbation the overhead is 0.
         `summary/density`: mean over the steps. `summary/top1`: the last evaluation's, percent;
         `summary/best_top1`: the best, also over what the run had before it was resumed.
@@ -302,6 +352,9 @@ class Run:
         if self._step_times:
             refresh = self._refresh_seconds / len(self._step_times)
             summary["summary/step_time"] = _typical(self._step_times) + refresh
+            times = self._step_times[WARMUP_STEPS:] or self._step_times
+            summary["summary/step_time_p50"] = median(times)
+            summary |= {f"summary/step_time_{name}": value for name, value in _slow_steps(times).items()}
         for kind, times in self._times_by_kind.items():
             summary[f"summary/{kind}/step_time"] = _typical(times)
         summary |= {f"summary/{key.replace('/', '_')}": value for key, value in self._saving.metrics().items()}
@@ -312,15 +365,21 @@ class Run:
         # At step 0, because MLflow draws what has no other step as bars, one per run, instead of as a lone dot.
         self.log(summary, 0)
         if self.id is not None:
-            self._tell(story(self._params, self._tags, summary))
+            tags = {"straggler": straggler, "density": _rounded(summary.get("summary/density"))}
+            self._try(
+                "the tags",
+                lambda: [self._client.set_tag(self.id, key, value) for key, value in tags.items() if value is not None],
+            )
+            text = story(self._params, self._tags, summary)
+            self._try("the description", lambda: self._client.set_tag(self.id, "mlflow.note.content", text))
         return summary
 
-    def _tell(self, text: str) -> None:
-        """At the head of the run's page; what fails is a warning."""
+    def _try(self, what: str, store: Callable[[], object]) -> None:
+        """Store something that no training depends on: what fails is a warning."""
         try:
-            self._client.set_tag(self.id, "mlflow.note.content", text)
-        except Exception as error:
-            _log.warning("the description of run %s was not stored: %s", self.id, one_line(error))
+            store()
+        except Exception as error:  # MLflow lets its stores' errors through, of every kind
+            _log.warning("%s of run %s was not stored: %s", what, self.id, one_line(error))
 
     def interface_lines(self) -> list[str]:
         """What to type and where to look to see the run in MLflow's own interface; nothing where it is not tracked."""
@@ -334,7 +393,8 @@ class Run:
         backend = config.sharding.backend_on(world_size())
         params = flatten(config) | self._extra_params
         tags = {"method": config.method, "backend": backend} | environment_tags(config.train.device)
-        tags |= {"seed": str(config.train.seed), "mask": mask_words(config.method, params)} | self._extra_tags
+        tags |= {"seed": str(config.train.seed), "mask": mask_words(config.method, params)}
+        tags |= {"plan": plan_words(config.method, params)} | self._extra_tags
         if config.tracking.group is not None:
             tags["group"] = config.tracking.group
         self._params, self._tags = params, tags
@@ -345,7 +405,8 @@ class Run:
                 tags["resumed_from"] = self._resume_run_id
             name = config.tracking.run_name or f"{config.method} {config.model.name}"
             self.experiment = experiment_id(self._client, uri, config.tracking.experiment)
-            self.id = self._client.create_run(self.experiment, tags=tags, run_name=name).info.run_id
+            info = self._client.create_run(self.experiment, tags=tags, run_name=name).info
+            self.id, self._began = info.run_id, info.start_time / 1000.0
         self._watcher = watchdog.start(uri, str(self.id), tags["process"])
         self._log_config(known or {})
         table = text_artifact(self._client, str(self.id), TABLE) if known is not None else None
@@ -363,6 +424,7 @@ class Run:
         uri = self._config.tracking.uri
         follow_moved(self._client.get_experiment(run.info.experiment_id), uri, sqlite_path(uri))
         self.id, self.experiment = str(self._resume_run_id), str(run.info.experiment_id)
+        self._began = run.info.start_time / 1000.0
         self._best_top1 = run.data.metrics.get("summary/best_top1", run.data.metrics.get("val/top1"))
         self._saving.before = run.data.metrics.get("saving/seconds_so_far", 0.0)
         self._client.update_run(self.id, status="RUNNING")

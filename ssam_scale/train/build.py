@@ -45,10 +45,12 @@ from .hooks import (
     LogMetrics,
     UpdateEMA,
 )
+from .log_model import LogModel
 from .memory import largest_micro_batch
 from .probes import ProbeSaving
 from .progress import Progress, ProgressBar
 from .refresh import RefreshMask, refreshed_section
+from .traffic import LogTraffic
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -252,8 +254,9 @@ def build_hooks(
         hooks.append(probes)  # after the mask is what the next step's is
     if ema is not None:
         hooks.append(UpdateEMA(ema))
-    return [
-        *hooks,
+    if world.size > 1 and not config.train.compile:  # counting breaks a graph apart
+        hooks.append(LogTraffic(run))
+    hooks += [
         # From here on nothing counts as a part of the step's time.
         LogMetrics(config, world, components, phases, run, bar),
         bar,
@@ -261,6 +264,7 @@ def build_hooks(
         Evaluate(config, world, components, run, bar),
         SaveCheckpoint(config, world, components),
     ]
+    return [*hooks, LogModel(config, run, components.progress)] if config.tracking.log_model else hooks
 
 
 def _loaders(config: Config, world: World, split: MicroBatches) -> tuple[ImageLoader, ImageLoader]:

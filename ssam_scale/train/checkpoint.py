@@ -33,6 +33,7 @@ from ssam_scale.config.micro_batches import MicroBatches
 from ssam_scale.config.schema import Config
 from ssam_scale.errors import UserError
 from ssam_scale.folders import why_not_writable
+from ssam_scale.models import build_model
 from ssam_scale.perturbation import SparseSAM
 from ssam_scale.perturbation.fused import fit_state
 from ssam_scale.sharding import Sharding, World
@@ -247,6 +248,17 @@ def load(path: Path, config: Config, components: Components) -> None:
                 raise UserError(f"checkpoint {path}: {error}{_REFUSED.get(name, '')}") from error
     # The saved run's may have been others: of another batch size, or another number of images or processes.
     components.opt.rescale_steps(components.progress.place)
+
+
+def network_of(path: Path, config: Config) -> nn.Module:
+    """What a checkpoint has trained, timm's model on the CPU: with the averaged weights, if there are any."""
+    weights = load_file(path / "model.safetensors")
+    if (averaged := path / "ema.safetensors").is_file():
+        weights |= load_file(averaged)
+    with torch.random.fork_rng(devices=[]):
+        network = build_model(config).model
+    network.load_state_dict(weights)
+    return network
 
 
 def _split(value: Any, tensors: dict[str, Tensor], name: str = "") -> Any:

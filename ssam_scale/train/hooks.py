@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,6 +18,8 @@ from ssam_scale.models import average_statistics
 from ssam_scale.models.ema import EMA
 from ssam_scale.perturbation import SparseSAM, StepReport
 from ssam_scale.sharding import World
+from ssam_scale.tracking.meters import EnergyMeter, peak_bytes
+from ssam_scale.tracking.ranks import Measured, Ranks
 from ssam_scale.tracking.run import Run
 from ssam_scale.tracking.timer import PhaseTimer
 
@@ -146,8 +149,15 @@ class LogMetrics(Hook):
     ) -> None:
         self._config, self._world, self._components = config, world, components
         self._phases, self._run, self._bar = phases, run, bar
+        self._ranks = Ranks(world.hosts())
+        self._energy = EnergyMeter(world.device)
         self._losses: list[Tensor] = []
         self._densities: list[float] = []
+
+    def before_step(self, progress: Progress, batches: EpochBatches) -> None:
+        """Begins to count energy with the first step of a window, so that no evaluation is in it."""
+        if not self._losses:
+            self._energy.begin()
 
     def after_step(self, progress: Progress, report: StepReport) -> None:
         """Collective in the last step of a window.
@@ -166,17 +176,25 @@ class LogMetrics(Hook):
     def on_end(self, error: BaseException | None) -> None:
         """Sums up the run once it is complete."""
         if error is None:
-            self._run.finish_summary()
+            self._run.finish_summary(straggler=self._ranks.straggler())
 
     def _record(self, step: int, report: StepReport) -> None:
         opt, images = self._components.opt, self._config.data.batch_size
         lr = opt.param_groups[0]["lr"]
-        loss = float(self._world.sum(torch.stack(self._losses).mean())) / self._world.size
+        own = float(torch.stack(self._losses).mean())  # the device is waited for here
+        times, peak = self._phases.drain(), peak_bytes(self._world.device)
+        measured = [
+            Measured.unpacked(row)
+            for row in self._world.gather(Measured.of(times, own, peak, self._energy.joules()).packed())
+        ]
+        loss = fmean(m.loss for m in measured)
         if not math.isfinite(loss):
             raise UserError(
                 f"the loss became {loss} before step {step}; a lower optimizer.lr or perturbation.rho may help"
             )
-        times = self._phases.drain()
+        self._run.log(self._ranks.metrics(measured, images=images * len(self._losses)), step)
+        if (news := self._ranks.news()) is not None:
+            self._bar.say(news)
         self._run.log_window(times, loss=loss, lr=lr, densities=self._densities, images_per_step=images, step=step)
         if self._config.perturbation is not None:
             self._run.log({"perturbation/rho": report.radius, "perturbation/skipped": opt.skipped}, step)

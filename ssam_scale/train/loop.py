@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
+import socket
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 
 import torch
@@ -15,8 +16,9 @@ from ssam_scale.console import console
 from ssam_scale.data.beton import inspect
 from ssam_scale.perturbation import StepReport
 from ssam_scale.sharding import BACKENDS, World
-from ssam_scale.tracking.run import open_run, run_lines
+from ssam_scale.tracking.run import Run, open_run, run_lines
 from ssam_scale.tracking.store import check_store
+from ssam_scale.tracking.system import watched_for
 from ssam_scale.tracking.timer import PhaseTimer
 
 from . import checkpoint
@@ -67,14 +69,30 @@ def train(config: Config, world: World) -> None:
     ):
         progress.run_id = run.id
         _announce(config, world, components, bar, path)
+        for context, file in (("training", config.data.train), ("validation", config.data.val)):
+            run.log_data(inspect(file), context=context, side=config.data.resolution)
         hooks = build_hooks(config, world, components, phases, run, bar)
-        with ending(hooks), explaining_out_of_memory(config, split):
+        with ending(hooks), explaining_out_of_memory(config, split), _machines_watched(config, world, run):
             while progress.epoch < config.train.epochs:
                 _train_epoch(config, world, components, hooks, phases)
     if world.first:
         _print_lines(
             out, [f"last checkpoint: {checkpoint.newest(config.checkpoint.directory)}", *run.interface_lines()]
         )
+
+
+def _machines_watched(config: Config, world: World, run: Run) -> AbstractContextManager[object]:
+    """Every machine of the job recorded in the one run, by its first process. Collective."""
+    if not config.tracking.system_metrics:
+        return nullcontext()
+    node = socket.gethostname() if world.nodes > 1 else None
+    if world.first:
+        world.first_says(run.id)
+        return run.watch_machine(node)
+    run_id = world.first_says(run.id)
+    if node is None or run_id is None or not world.first_of_node:
+        return nullcontext()
+    return watched_for(config.tracking.uri, run_id, node)
 
 
 def _print_lines(out: Console, lines: Sequence[str]) -> None:

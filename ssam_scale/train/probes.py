@@ -11,6 +11,7 @@ from ssam_scale.clock import timed
 from ssam_scale.config.schema import Config
 from ssam_scale.perturbation import Rehearsed
 from ssam_scale.sharding import World
+from ssam_scale.tracking.meters import forget_peak
 from ssam_scale.tracking.run import WARMUP_STEPS, Run
 from ssam_scale.tracking.saving import Probe, order_of
 
@@ -71,6 +72,7 @@ class ProbeSaving(Hook):
                 self._give_up("dense SAM's backup of all weights does not fit into memory beside this run")
                 return
             probe = self._probe(progress.step, batches)
+        forget_peak(self._world.device)  # dense SAM's backup is none of this run's
         cost = self._mean(all_of_it.seconds)
         self.paused += all_of_it.seconds
         if self._every == "auto":

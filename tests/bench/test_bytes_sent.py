@@ -20,8 +20,8 @@ from ssam_scale.bench.networks import Setting
 from ssam_scale.bench.scenarios import sharded_scenarios
 from ssam_scale.cli.main import main
 from ssam_scale.costs.cluster import ZeroSettings
-from ssam_scale.costs.collectives import ring_bytes
 from ssam_scale.sharding import World
+from ssam_scale.sharding.collectives import ring_bytes
 from tests.support.ranks import run_ranks
 
 SETTING = Setting("test_vit", 32, 2, torch.device("cpu"))

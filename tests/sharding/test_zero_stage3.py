@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from ssam_scale import Depth, Scored, SparseSAM
-from ssam_scale.costs.collectives import Traffic
 from ssam_scale.masks import Dense, Mask
 from ssam_scale.perturbation import Savings
 from ssam_scale.sharding import World
+from ssam_scale.sharding.collectives import Traffic
 from ssam_scale.sharding.place import place
 from ssam_scale.sharding.zero import stage3
 from tests.support.networks import batches, freeze_batchnorm, loss_fn, part, small_network

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ssam_scale.costs.collectives import Traffic
+from ssam_scale.sharding.collectives import Traffic
 
 
 def sent_by(work: Callable[[], Any]) -> Traffic:

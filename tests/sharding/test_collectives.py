@@ -16,8 +16,8 @@ from torch.profiler import ProfilerActivity, profile
 from ssam_scale.bench.bytes_sent import SETUPS, sharded_optimizer
 from ssam_scale.bench.networks import Setting
 from ssam_scale.bench.scenarios import sharded_scenarios
-from ssam_scale.costs.collectives import Traffic, ring_bytes
 from ssam_scale.sharding import World
+from ssam_scale.sharding.collectives import Traffic, ring_bytes
 from tests.support.ranks import run_ranks
 from tests.support.traffic import sent_by
 

@@ -111,16 +111,20 @@ def ring_bytes(collective: str, whole: float, size: int) -> float:
 class Traffic(TorchDispatchMode):
     """Counts, while it is entered, what this process sends.
 
+    Args:
+        strict: whether a collective that is not known raises, rather than being left out of the count.
+
     Attributes:
         bytes: sent by each collective, as `ring_bytes` counts them.
         calls: how often each was called, in groups of more than one process.
 
     Raises:
-        NotImplementedError: a collective is called that is not known, rather than left out of the count.
+        NotImplementedError: a collective is called that is not known.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, strict: bool = True) -> None:
         super().__init__()
+        self._strict = strict
         self.bytes: dict[str, float] = defaultdict(float)
         self.calls: Counter[str] = Counter()
 
@@ -139,6 +143,8 @@ class Traffic(TorchDispatchMode):
         if name in _SILENT:
             return
         if name not in _WHOLE:
+            if not self._strict:
+                return
             raise NotImplementedError(f"{name} is a collective whose bytes are not counted; add it to {__name__}")
         collective, position = _WHOLE[name]
         size, rank = _size_and_rank(args)

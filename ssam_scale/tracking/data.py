@@ -1,0 +1,37 @@
+"""Image files as data sets of MLflow: which data a run has trained on, by a fingerprint of the content."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+
+from ssam_scale.data.beton import Beton
+
+
+def dataset_input(beton: Beton, context: str, side: int) -> Any:
+    """A file as an `mlflow.entities.DatasetInput`, which the run's page and the filter of data sets show.
+
+    Args:
+        beton: the file.
+        context: what the run does with it: `training` or `validation`.
+        side: of the square that images are cropped to, pixels.
+    """
+    from mlflow.data.schema import TensorDatasetSchema
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+    from mlflow.types.schema import Schema, TensorSpec
+
+    images = TensorSpec(np.dtype(np.float32), (-1, 3, side, side), "images")
+    labels = TensorSpec(np.dtype(np.int64), (-1,), "labels")
+    schema = TensorDatasetSchema(Schema([images]), Schema([labels]))
+    profile = {"images": beton.images, "classes": beton.classes, "jpegs": beton.jpegs, "bytes": beton.bytes}
+    dataset = Dataset(
+        name=beton.path.name,
+        digest=beton.fingerprint,
+        source_type="local",
+        source=json.dumps({"uri": str(beton.path.absolute())}),
+        schema=json.dumps(schema.to_dict()),
+        profile=json.dumps(profile),
+    )
+    return DatasetInput(dataset, [InputTag("mlflow.data.context", context)])
