@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from ssam_scale.tracking import view
 from ssam_scale.tracking.redaction import without_secrets
 
 
@@ -33,8 +34,8 @@ def interface_lines(uri: str, experiment_id: str, run_id: str | None = None, por
         run_id: of a single run; None: all of them side by side.
         port: for an interface that has to be started.
     """
-    # Without the workflow MLflow opens its pages for language models; the charts show the metrics of all runs at once.
-    page = "runs?workflowType=machine_learning&compareRunsMode=CHART" if run_id is None else f"runs/{run_id}"
+    # Without the workflow MLflow opens its pages for language models.
+    page = f"runs?workflowType=machine_learning&{view.QUERY}" if run_id is None else f"runs/{run_id}"
     path = f"#/experiments/{experiment_id}/{page}"
     if uri.startswith(("http://", "https://")):
         return [f"{'In' if run_id is None else 'in'} the browser: {without_secrets(uri).rstrip('/')}/{path}"]

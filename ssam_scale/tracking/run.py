@@ -20,11 +20,12 @@ import yaml
 from ssam_scale.config.schema import Config
 from ssam_scale.data.beton import Beton
 from ssam_scale.errors import UserError
-from ssam_scale.tracking import watchdog
+from ssam_scale.tracking import repetitions, watchdog
 from ssam_scale.tracking.commands import interface_lines
 from ssam_scale.tracking.data import dataset_input
 from ssam_scale.tracking.describe import mask_words, plan_words, story
 from ssam_scale.tracking.environment import environment_tags, world_size
+from ssam_scale.tracking.identity import fingerprint
 from ssam_scale.tracking.layer_density import TABLE, LayerRecorder
 from ssam_scale.tracking.moved import follow_moved
 from ssam_scale.tracking.redaction import without_secrets
@@ -379,7 +380,7 @@ class Run:
         try:
             store()
         except Exception as error:  # MLflow lets its stores' errors through, of every kind
-            _log.warning("%s of run %s was not stored: %s", what, self.id, one_line(error))
+            _log.warning("%s of run %s could not be stored: %s", what, self.id, one_line(error))
 
     def interface_lines(self) -> list[str]:
         """What to type and where to look to see the run in MLflow's own interface; nothing where it is not tracked."""
@@ -395,6 +396,7 @@ class Run:
         tags = {"method": config.method, "backend": backend} | environment_tags(config.train.device)
         tags |= {"seed": str(config.train.seed), "mask": mask_words(config.method, params)}
         tags |= {"plan": plan_words(config.method, params)} | self._extra_tags
+        tags[repetitions.CONFIGURATION] = fingerprint(params, tags)
         if config.tracking.group is not None:
             tags["group"] = config.tracking.group
         self._params, self._tags = params, tags
@@ -407,11 +409,17 @@ class Run:
             self.experiment = experiment_id(self._client, uri, config.tracking.experiment)
             info = self._client.create_run(self.experiment, tags=tags, run_name=name).info
             self.id, self._began = info.run_id, info.start_time / 1000.0
+        self._try("what it repeats", lambda: repetitions.adopt(*self._family(), f"{config.method} {config.model.name}"))
         self._watcher = watchdog.start(uri, str(self.id), tags["process"])
         self._log_config(known or {})
         table = text_artifact(self._client, str(self.id), TABLE) if known is not None else None
         self._layers = LayerRecorder(self.log_artifact, table)
         self._writer = MetricWriter(lambda metrics: self._client.log_batch(self.id, metrics=metrics), is_permanent)
+
+    def _family(self) -> tuple[Any, str, str]:
+        """By which runs of other seeds are found."""
+        assert self.experiment is not None
+        return self._client, self.experiment, self._tags[repetitions.CONFIGURATION]
 
     def _resume(self, tags: dict[str, str]) -> dict[str, str] | None:
         """Reopen the run to be resumed; its parameters, or None if the store has no such run."""
@@ -477,6 +485,8 @@ class Run:
                 self._writer = None
             if self.id is not None:
                 self._mark(status, line)
+            if self.id is not None and status == "FINISHED":
+                self._try("the mean over seeds", lambda: repetitions.sum_up(*self._family()))
         finally:
             if self._watcher is not None:
                 watchdog.stop(self._watcher)

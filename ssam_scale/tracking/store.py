@@ -19,6 +19,7 @@ from urllib.parse import unquote, urlsplit
 from ssam_scale.config.schema import Config
 from ssam_scale.errors import UserError
 from ssam_scale.folders import why_not_writable
+from ssam_scale.tracking import view
 from ssam_scale.tracking.commands import is_folder, mlflow_command
 from ssam_scale.tracking.moved import BESIDE, follow_moved
 from ssam_scale.tracking.redaction import without_secrets
@@ -125,6 +126,9 @@ def experiment_id(client: Any, uri: str, name: str) -> str:
             f"tracking.experiment {name!r} was deleted; choose another name, or bring it back with `{command}`{hidden}"
         )
     follow_moved(found, uri, sqlite_path(uri))
+    for key, value in _EXPERIMENT_TAGS.items():
+        if key not in found.tags:  # made by hand, or by another version
+            client.set_experiment_tag(found.experiment_id, key, value)
     return str(found.experiment_id)
 
 
@@ -140,7 +144,15 @@ def text_artifact(client: Any, run_id: str, path: str) -> str | None:
 
 
 # Without its kind the interface opens an experiment on an empty page about traces of language models.
-_EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
+_EXPERIMENT_TAGS = {
+    "mlflow.experimentKind": "custom_model_development",
+    "mlflow.note.content": (
+        "Training runs of ssam_scale. `saving/…`: time saved over dense SAM, measured inside each run by probes, with "
+        "a 95% interval; `overhead/…`: time on top of the base optimizer's; `summary/…`: of the whole run. "
+        "`ssam-scale compare` compares them."
+    ),
+    **view.TAGS,
+}
 
 
 def one_line(error: object) -> str:

@@ -14,6 +14,7 @@ from rich.console import Console
 from ssam_scale.cli.compare import compare_command, render
 from ssam_scale.config.schema import Config
 from ssam_scale.errors import UserError
+from ssam_scale.tracking import view
 from ssam_scale.tracking.commands import interface_lines
 from ssam_scale.tracking.compare import Row, compare
 from ssam_scale.tracking.run import flatten
@@ -22,7 +23,7 @@ from ssam_scale.tracking.store import experiment_id, open_store
 MakeConfig = Callable[..., Config]
 Finish = Callable[..., str]
 
-QUERY = "runs?workflowType=machine_learning&compareRunsMode=CHART"
+QUERY = f"runs?workflowType=machine_learning&{view.QUERY}"
 
 _start = itertools.count(1_700_000_000_000, 1000)
 

@@ -50,6 +50,9 @@ def test_a_run_holds_config_environment_and_metrics(config: MakeConfig, uri: str
         run.log_artifact(tmp_path / "table.txt", "notes")
         assert run.finish_summary() == {
             "summary/step_time": 3.5,  # a mean of 3 s, and a third of the refresh
+            "summary/step_time_p50": 3.0,
+            "summary/step_time_p95": pytest.approx(3.9),
+            "summary/step_time_max": 4.0,
             "summary/density": pytest.approx(0.4),
             "summary/top1": 50.0,
             "summary/best_top1": 50.0,
@@ -62,6 +65,8 @@ def test_a_run_holds_config_environment_and_metrics(config: MakeConfig, uri: str
         "train/lr": 0.1,
         "train/images_per_second": 20.0,  # 3 steps of 60 images in 9 s
         "time/step": 3.0,
+        "time/step_p95": pytest.approx(3.9),
+        "time/step_max": 4.0,
         "time/data": 0.5,
         "time/ascent_forward": 1.5,
         "val/top1": 50.0,
@@ -72,6 +77,9 @@ def test_a_run_holds_config_environment_and_metrics(config: MakeConfig, uri: str
         "mask/density": pytest.approx(0.4),
         "time/refresh": 1.5,
         "summary/step_time": 3.5,
+        "summary/step_time_p50": 3.0,
+        "summary/step_time_p95": pytest.approx(3.9),
+        "summary/step_time_max": 4.0,
         "summary/density": pytest.approx(0.4),
         "summary/top1": 50.0,
         "summary/best_top1": 50.0,
@@ -83,6 +91,7 @@ def test_a_run_holds_config_environment_and_metrics(config: MakeConfig, uri: str
     assert {"version/python", "version/torch", "version/timm", "version/mlflow", "cpu", "cores", "memory_gib"} <= {
         *tags
     }
+    assert (tags["mask"], tags["plan"], tags["density"]) == ("depth rotate 0.25–0.75", "every step", "0.40")
     assert tags["hardware"].endswith("cores")
     assert "failure" not in tags
     artifacts = tmp_path / "mlartifacts" / "ssam_scale" / str(run.id) / "artifacts"
@@ -96,7 +105,14 @@ def test_summary_leaves_out_the_first_steps_and_keeps_the_best(config: MakeConfi
         run.log_window(PhaseSummary({}, (100.0,) * 3 + (1.0, 2.0, 9.0)), loss=1, lr=1, images_per_step=1, step=13)
         for top1 in (30.0, 40.0, 35.0):
             run.log_evaluation(top1=top1, top5=1, loss=1, epoch=1, step=13)
-        assert run.finish_summary() == {"summary/step_time": 4.0, "summary/top1": 35.0, "summary/best_top1": 40.0}
+        assert run.finish_summary() == {
+            "summary/step_time": 4.0,
+            "summary/step_time_p50": 2.0,
+            "summary/step_time_p95": pytest.approx(8.3),
+            "summary/step_time_max": 9.0,
+            "summary/top1": 35.0,
+            "summary/best_top1": 40.0,
+        }
 
 
 def test_times_are_recorded_and_summed_up_by_kind_of_step(config: MakeConfig, uri: str) -> None:
@@ -111,6 +127,8 @@ def test_times_are_recorded_and_summed_up_by_kind_of_step(config: MakeConfig, ur
     found = stored(uri, run).data.metrics
     assert {name: value for name, value in found.items() if name.startswith("time/")} == {
         "time/step": 2.0,
+        "time/step_p95": pytest.approx(12.85),
+        "time/step_max": 20.0,
         "time/perturb": 0.25,
         "time/sparse/step": 9.0,
         "time/sparse/perturb": 1.0,
