@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ssam_scale.errors import UserError
+from ssam_scale.torch_compat import all_gather_single
 
 from .device import DeviceChoice, choose_device, use_device
 from .process_group import leave_process_group
@@ -92,7 +93,7 @@ class World:
             return [list(numbers)]
         own = torch.tensor(numbers, dtype=torch.float64, device=self.device)
         every = own.new_empty(self.size * len(own))
-        dist.all_gather_into_tensor(every, own)
+        all_gather_single(every, own)
         return every.view(self.size, -1).tolist()
 
     def smallest(self, value: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ def log_network(
     Raises:
         Exception: of every kind, if `torch.export` does not take the network or the store does not take the model.
     """
-    import mlflow.pytorch
+    flavour = _flavour()
     from mlflow.entities import LoggedModelOutput
     from mlflow.models import Model, ModelSignature
     from mlflow.types.schema import Schema, TensorSpec
@@ -47,7 +48,7 @@ def log_network(
     try:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / NAME
-            mlflow.pytorch.save_model(
+            flavour.save_model(
                 network.eval(),
                 path,
                 mlflow_model=Model(run_id=run_id, model_id=logged.model_id),
@@ -63,3 +64,15 @@ def log_network(
     client.finalize_logged_model(logged.model_id, "READY")
     client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step)])
     return str(logged.model_id)
+
+
+def _flavour() -> Any:
+    """`mlflow.pytorch`, whose import gives the root logger a handler and a level that would hide our warnings."""
+    root = logging.getLogger()
+    level, handlers = root.level, root.handlers[:]
+    try:
+        import mlflow.pytorch
+    finally:
+        root.setLevel(level)
+        root.handlers[:] = handlers
+    return mlflow.pytorch

@@ -10,6 +10,7 @@ import signal
 import socket
 import sqlite3
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -334,3 +335,20 @@ def test_a_store_that_fails_during_training_does_not_end_it(
     found = stored(uri, run)
     assert (found.info.status, found.data.metrics) == ("FINISHED", {"train/loss": 1.0})
     assert "tracking store does not answer, metrics wait" in caplog.text
+
+
+def test_a_network_that_cannot_be_exported_is_a_warning(config: MakeConfig, uri: str) -> None:
+    """In a process of its own: MLflow's flavour of PyTorch changes the root logger when it is imported."""
+    code = (
+        "import sys, yaml\nfrom torch import nn\nfrom ssam_scale.config.schema import Config\n"
+        "from ssam_scale.models.torchvision_ops import ensure_torchvision\n"
+        "from ssam_scale.tracking.run import open_run\nensure_torchvision()\n"
+        "class Jump(nn.Module):\n    def forward(self, x):\n        return x if x.sum() > 0 else -x\n"
+        "with open_run(Config.model_validate(yaml.safe_load(sys.argv[1])), enabled=True) as run:\n"
+        "    run.log_network(Jump, side=8, classes=4, step=1)\n"
+    )
+    given = yaml.safe_dump(config().model_dump(mode="json"))
+    done = subprocess.run([sys.executable, "-c", code, given], capture_output=True, text=True, check=True)
+    assert re.search(r"the model of run \w{32} could not be stored: ", done.stderr)
+    (run,) = open_store(uri, create=False).search_runs(["1"])
+    assert run.info.status == "FINISHED"
