@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,9 +19,11 @@ def cost_command(
     config: ConfigFile,
     overrides: Overrides = None,
     gpus: Annotated[list[int] | None, typer.Option(help="GPUs; may be given several times. [1 and 8]")] = None,
-    gpus_per_node: Annotated[int, typer.Option(help="GPUs of one node.")] = 8,
-    node_bandwidth: Annotated[float, typer.Option(help="GB/s that a GPU sends inside of its node.")] = 300.0,
-    network_bandwidth: Annotated[float, typer.Option(help="GB/s that a GPU sends to another node.")] = 25.0,
+    gpus_per_node: Annotated[int | None, typer.Option(help="GPUs of one node. [8]")] = None,
+    node_bandwidth: Annotated[
+        float | None, typer.Option(help="GB/s that a GPU sends inside of its node. [300]")
+    ] = None,
+    network_bandwidth: Annotated[float | None, typer.Option(help="GB/s that a GPU sends to another node. [25]")] = None,
     scaling: Annotated[
         str, typer.Option(help="weak: a GPU keeps the images that were measured; strong: it shares the batch.")
     ] = "weak",
@@ -39,7 +41,10 @@ def cost_command(
     from ssam_scale.config.load import load
     from ssam_scale.train.predict_cost import Machines, cost_rows, measured, placement_of, simulated_rows
 
-    machines = Machines(gpus or [1, 8], gpus_per_node, 1e9 * node_bandwidth, 1e9 * network_bandwidth, scaling)
+    given = {"node_bandwidth": node_bandwidth, "network_bandwidth": network_bandwidth}
+    known: dict[str, Any] = {name: 1e9 * value for name, value in given.items() if value is not None}
+    known |= {} if gpus_per_node is None else {"per_node": gpus_per_node}
+    machines = Machines(gpus or [1, 8], scaling=scaling, **known)
     resolved = load(config, overrides or [])
     machines.check()
     if dry_run:

@@ -99,8 +99,17 @@ def _refuse_split(overrides: Sequence[str]) -> None:
                 continue
             for last in range(index + 1, len(overrides) + 1):
                 whole = " ".join(overrides[index:last])
-                if whole.count(opening) == whole.count(closing):
+                if whole.count(opening) == whole.count(closing) and not _is_whole(value):
                     raise UserError(f"override {override}: the shell has cut it at a space; quote it: '{whole}'")
+
+
+def _is_whole(value: str) -> bool:
+    """Whether it can be read, so that a bracket too many is one in quotes."""
+    try:
+        parse(value, "")
+    except UserError:
+        return False
+    return True
 
 
 def _add_deepspeed(given: str, values: dict[str, Any], origins: dict[KeyPath, str]) -> None:

@@ -378,6 +378,11 @@ class Tracking(Section):
         description="steps between two probes, which measure the saving over dense SAM inside the run; auto: so that "
         "they take 1% of the time; null: none",
     )
+    cost_times: UserPath | None = Field(
+        None,
+        description="times that `ssam-scale cost --save-times FILE` has measured on this kind of machine: what the "
+        "cost model predicts by them stands beside what probes measure",
+    )
     log_model: bool = Field(
         True,
         description="store the trained network as a model of MLflow, which `mlflow.pytorch.load_model` loads: its "

@@ -187,8 +187,13 @@ class Measured:
         except OSError as error:
             raise UserError(f"--save-times {path}: {error.strerror}") from error
 
-    def check(self, expected: dict[str, Any], path: Path) -> None:
+    def check(self, expected: dict[str, Any], path: Path, given_by: str = "--times") -> None:
         """Compare with what is to be costed.
+
+        Args:
+            expected: of the attributes.
+            path: where it was read from.
+            given_by: the option or key that names the file, in the words of the error.
 
         Raises:
             UserError: it is something else that was measured.
@@ -196,11 +201,15 @@ class Measured:
         for key, value in expected.items():
             found = len(self.times.stages) if key == "stages" else getattr(self, key)
             if found != value:
-                raise UserError(f"--times {path}: {key} is {found} there and {value} in the configuration")
+                raise UserError(f"{given_by} {path}: {key} is {found} there and {value} in the configuration")
 
 
-def load_times(path: Path) -> Measured:
+def load_times(path: Path, given_by: str = "--times") -> Measured:
     """What `Measured.save` wrote.
+
+    Args:
+        path: of the file.
+        given_by: the option or key that names it, in the words of the error.
 
     Raises:
         UserError: the file cannot be read, or is not such a file.
@@ -211,9 +220,9 @@ def load_times(path: Path) -> Measured:
         stages = tuple(StageTimes(**stage) for stage in times.pop("stages"))
         return Measured(times=StepTimes(stages, **times), activations=Activations(**activations), **found)
     except OSError as error:
-        raise UserError(f"--times {path}: {error.strerror}") from error
+        raise UserError(f"{given_by} {path}: {error.strerror}") from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"--times {path}: not a file that --save-times wrote: {error}") from error
+        raise UserError(f"{given_by} {path}: not a file that --save-times wrote: {error}") from error
 
 
 def measure_times(

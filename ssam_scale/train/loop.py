@@ -51,6 +51,7 @@ def train(config: Config, world: World) -> None:
         if world.first and done.run_id is not None:
             _print_lines(out, run_lines(config.tracking.uri, done.run_id))
         return
+    predicted = _predicted(config, world)
     phases = PhaseTimer(world.device)
     components = _build(config, world, phases, path)
     split = components.split
@@ -71,6 +72,7 @@ def train(config: Config, world: World) -> None:
         _announce(config, world, components, bar, path)
         for context, file in (("training", config.data.train), ("validation", config.data.val)):
             run.log_data(inspect(file), context=context, side=config.data.resolution)
+        run.log(predicted, progress.step)
         hooks = build_hooks(config, world, components, phases, run, bar)
         with ending(hooks), explaining_out_of_memory(config, split), _machines_watched(config, world, run):
             while progress.epoch < config.train.epochs:
@@ -79,6 +81,19 @@ def train(config: Config, world: World) -> None:
         _print_lines(
             out, [f"last checkpoint: {checkpoint.newest(config.checkpoint.directory)}", *run.interface_lines()]
         )
+
+
+def _predicted(config: Config, world: World) -> dict[str, float]:
+    """What the cost model says of the run, on the one process that tracks, if there are times for it.
+
+    Raises:
+        UserError: they are of something else.
+    """
+    if config.tracking.cost_times is None or config.method == "base":
+        return {}
+    from .predict_cost import predicted  # with all of the cost model, which no training needs
+
+    return predicted(config, world.size)
 
 
 def _machines_watched(config: Config, world: World, run: Run) -> AbstractContextManager[object]:

@@ -66,10 +66,10 @@ class Machines:
     """
 
     gpus: Sequence[int]
-    per_node: int
-    node_bandwidth: float
-    network_bandwidth: float
-    scaling: str
+    per_node: int = 8
+    node_bandwidth: float = 300e9
+    network_bandwidth: float = 25e9
+    scaling: str = "weak"
 
     def check(self) -> None:
         """Look at what was asked for.
@@ -154,6 +154,43 @@ def cost_rows(config: Config, found: Measured, machines: Machines) -> list[dict[
                 }
             )
     return rows
+
+
+def predicted(config: Config, processes: int) -> dict[str, float]:
+    """What the run is to cost by the times in `tracking.cost_times`, in percent, under its names in MLflow.
+
+    Args:
+        config: of the run.
+        processes: that share its batch; in nodes and on a network as `Machines` has them by default.
+
+    Raises:
+        UserError: the file cannot be read, or is of another network.
+    """
+    path, key = config.tracking.cost_times, "tracking.cost_times"
+    assert path is not None
+    found = load_times(path, key)
+    found.check(_expected(config, staged_model(config)), path, key)
+    with torch.random.fork_rng(devices=[]):
+        rows = cost_rows(config, found, Machines([processes], scaling="strong"))
+    seconds = {row["plan"]: row["seconds"] for row in rows}
+    own = seconds[config.method]
+    return {
+        "overhead/predicted_percent": 100.0 * (own / seconds["base"] - 1.0),
+        "saving/predicted_percent": 100.0 * (1.0 - own / seconds["sam"]),
+    }
+
+
+def _expected(config: Config, network: StagedModel) -> dict[str, Any]:
+    """Of what times must be, to be this run's."""
+    return {
+        "model": config.model.name,
+        "resolution": config.data.resolution,
+        "precision": config.train.precision,
+        "weights": sum(p.numel() for p in network.parameters()),
+        "stages": len(network.stages),
+        "activation_checkpointing": network.activation_checkpointing,
+        "compile": config.train.compile,
+    }
 
 
 def staged_model(config: Config) -> StagedModel:
@@ -286,15 +323,7 @@ def measured(config: Config, *, images: int | None, repeats: int, times: Path | 
             file is of something else.
     """
     network = staged_model(config)
-    expected: dict[str, Any] = {
-        "model": config.model.name,
-        "resolution": config.data.resolution,
-        "precision": config.train.precision,
-        "weights": sum(p.numel() for p in network.parameters()),
-        "stages": len(network.stages),
-        "activation_checkpointing": network.activation_checkpointing,
-        "compile": config.train.compile,
-    }
+    expected = _expected(config, network)
     if times is not None:
         found = load_times(times)
         found.check(expected, times)

@@ -198,6 +198,10 @@ def test_overrides_equal_the_file(tmp_path, config):
     assert load(small, overrides) == config
 
 
+def test_a_bracket_in_quotes_is_none_that_the_shell_has_cut(read: Any) -> None:
+    assert read(SMALL, ['model.kwargs={"{": null}', "train.epochs=5"]).model.kwargs == {"{": None}
+
+
 MASKS = {
     "element": "{pattern: element}",
     "dynamic": "{pattern: element, dynamic: {}}",

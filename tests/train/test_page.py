@@ -11,9 +11,12 @@ import torch
 from safetensors.torch import load_file
 
 from ssam_scale.config.load import load
+from ssam_scale.costs.compute import StageTimes, StepTimes
+from ssam_scale.costs.estimate import Activations
+from ssam_scale.costs.profile import Measured
 from ssam_scale.models.torchvision_ops import ensure_torchvision
 from ssam_scale.train import checkpoint
-from tests.support.runs import VIT, train_on_ranks, write_config
+from tests.support.runs import VIT, ssam_scale, train_on_ranks, write_config
 from tests.support.tracked import client
 
 
@@ -25,13 +28,25 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def run(home: Path, data: Path) -> Any:
     """Of two processes, which average their weights and store the network."""
+    stages = (StageTimes(1.0, 2.0, 1.0, 1.0),) * 4
+    found = Measured(
+        model=VIT["name"],
+        resolution=32,
+        precision="fp32",
+        images=6,
+        weights=57764,
+        hardware="any",
+        times=StepTimes(stages, optimizer=0.0, perturb=0.0),
+        activations=Activations(0.0, 0.0),
+    )
+    found.save(home / "times.json")
     config = write_config(
         home / "run.yaml",
         data,
         model=VIT,
         perturbation={"rho": 0.05},
         train={"epochs": 1, "ema_decay": 0.5},
-        tracking={"log_model": True},
+        tracking={"log_model": True, "cost_times": str(home / "times.json")},
     )
     train_on_ranks(2, config)
     (found,) = client(home).search_runs(["1"])
@@ -63,6 +78,19 @@ def test_the_network_is_loaded_from_mlflow(run: Any, home: Path, monkeypatch: py
     images = torch.randn(5, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(loaded(images), expected.eval()(images), rtol=0, atol=1e-6)
+
+
+def test_the_cost_model_stands_beside_the_probes(run: Any) -> None:
+    """Dense SAM, whose step was measured to be passes alone, and which sends nothing that takes time."""
+    assert run.data.metrics["overhead/predicted_percent"] == pytest.approx(100.0, abs=0.01)
+    assert run.data.metrics["saving/predicted_percent"] == pytest.approx(0.0, abs=0.01)
+
+
+def test_times_of_another_network_are_refused_at_once(run: Any, home: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    another = [f"checkpoint.directory={home}/other", "data.resolution=40", "model.kwargs.img_size=40"]
+    assert ssam_scale("train", "--config", home / "run.yaml", *another) == 2
+    said = "resolution is 32 there and 40 in the configuration"
+    assert f"tracking.cost_times {home}/times.json: {said}" in capfd.readouterr().err
 
 
 def test_processes_are_compared_and_what_they_send_is_counted(run: Any, home: Path) -> None:
