@@ -18,6 +18,7 @@ from ssam_scale.config.schema import Config
 from ssam_scale.errors import UserError
 from ssam_scale.tracking import watchdog
 from ssam_scale.tracking.commands import interface_lines
+from ssam_scale.tracking.dense import ascends_densely
 from ssam_scale.tracking.describe import mask_words, story
 from ssam_scale.tracking.environment import environment_tags, world_size
 from ssam_scale.tracking.layer_density import TABLE, LayerRecorder
@@ -98,14 +99,6 @@ def _typical(times: Sequence[float]) -> float:
     return sum(kept) / len(kept)
 
 
-def _ascends_densely(config: Config) -> bool:
-    """Whether an ascent is dense SAM's: of all weights, on the whole batch of all processes."""
-    section = config.perturbation
-    if section is None or section.mask is not None:
-        return False
-    return section.fraction == 1.0 and not section.savings.within_shard_group
-
-
 def _phase_times(prefix: str, summary: PhaseSummary) -> dict[str, float]:
     return {f"{prefix}/{name.replace(' ', '_')}": seconds for name, seconds in summary.phases.items()}
 
@@ -134,7 +127,7 @@ class Run:
         self._step_times = array("d")
         self._times_by_kind: dict[str, array[float]] = {}
         self._refresh_seconds = 0.0
-        self._saving = Saving(config.method, dense=_ascends_densely(config), gpus=gpus)
+        self._saving = Saving(config.method, dense=ascends_densely(flatten(config)), gpus=gpus)
         self._densities = array("d")
         self._params: dict[str, str] = {}
         self._tags: dict[str, str] = {}
