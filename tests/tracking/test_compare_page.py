@@ -146,7 +146,9 @@ def test_mlflow_keeps_it_in_a_run_of_its_own_which_is_never_compared(
         compare_command(uri, html=tmp_path / "report.html")
     written = (tmp_path / "report.html").read_text()
     out = capsys.readouterr().out
-    kept = set(re.findall(rf"MLflow keeps it as {PAGE}: http://127.0.0.1:5000/#/experiments/1/runs/(\w+)", out))
+    kept = set(
+        re.findall(rf"MLflow keeps it: http://127.0.0.1:5000/#/experiments/1/runs/(\w+)/artifacts/{PAGE}\n", out)
+    )
     assert f"written: {tmp_path}/report.html" in out
     assert len(kept) == 1  # the same for the same runs
     (run_id,) = kept

@@ -44,7 +44,7 @@ def record(comparison: Comparison, page: str) -> list[str]:
         _log.warning("MLflow did not keep the comparison (--no-log does not ask it to): %s", one_line(error))
         return []
     address = interface_lines(experiment.uri, experiment.id, run_id)[-1].partition(": ")[2].strip()
-    return [f"MLflow keeps it as {PAGE}: {address}"]
+    return [f"MLflow keeps it: {address}/artifacts/{PAGE}"]
 
 
 def _run(comparison: Comparison, what: str) -> str:

@@ -24,7 +24,9 @@ REPORT_TAG = "comparison"
 
 _PAGE = 500
 _SHOWN_GROUPS = 8
-_AT_ONCE = 4  # requests for histories, each of which a server takes tens of milliseconds for
+REQUESTS = 4
+"""For histories at the same time, each of which a server takes tens of milliseconds for."""
+
 
 # What a run that goes on has by now of what stands for it in the end.
 _SO_FAR = {
@@ -131,7 +133,7 @@ class Experiment:
             ]
             if not chosen:
                 raise UserError(self._none(self._trainings(), group, running))
-            with ThreadPoolExecutor(_AT_ONCE) as threads:
+            with ThreadPoolExecutor(REQUESTS) as threads:
                 read = list(threads.map(self._with_course, chosen))
         except UserError:
             raise
