@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,7 +136,8 @@ class Sheet:
 
 
 def _longest_word(text: str) -> int:
-    return max(map(cell_len, text.split()), default=0)
+    """In columns of text; a stroke between words stays with the one before it."""
+    return max(map(cell_len, re.split(r"\s+(?!/)", text.strip())))
 
 
 def markdown(rows: Sequence[Mapping[str, Any]], columns: Columns, name: str = "what") -> list[str]:

@@ -18,7 +18,8 @@ from ssam_scale.tracking.compare.statistics import frontier
 from ssam_scale.tracking.layer_density import TABLE, LayerDensities, import_matplotlib
 from ssam_scale.tracking.store import environment, text_artifact
 
-_WIDTH, _HEIGHT = 4.6, 3.4  # inches of 72 points; letters are 9 and 10 points high
+_WIDTH, _HEIGHT = 4.6, 3.0  # inches of 72 points; letters are 9 and 10 points high
+_LEGEND_LINE = 0.2
 
 # Okabe and Ito's colours, which most colour-blind people tell apart; after them the lines change.
 _COLOURS = ("#000000", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#b3a300")
@@ -196,7 +197,7 @@ def _phases(comparison: Comparison) -> Picture | None:
     labels = names(comparison.rows)
     drawn = [(labels[number], found) for number, found in enumerate(phases) if found]
     order = [phase for phase in PHASE_COLOURS if any(phase in found for _, found in drawn)]
-    figure, axes = _figure(1.6 + 0.36 * len(drawn))
+    figure, axes = _figure(0.7 + 0.34 * len(drawn))
     left = [0.0] * len(drawn)
     for phase in order:
         widths = [1000.0 * found.get(phase, 0.0) for _, found in drawn]
@@ -287,12 +288,11 @@ def _figure(height: float = _HEIGHT) -> tuple[Any, Any]:
 
 
 def _legend(figure: Any, axes: Any) -> None:
-    """Below the chart, where it hides nothing; as many columns as its longest entry leaves room for."""
+    """Below the chart, which is made higher for it; as many columns as its longest entry leaves room for."""
     handles, labels = axes.get_legend_handles_labels()
-    longest = max(map(len, labels), default=1)
-    figure.legend(
-        handles, labels, loc="outside lower left", ncols=max(1, min(3, 60 // (longest + 6))), frameon=False, fontsize=9
-    )
+    columns = max(1, min(3, 54 // (max(map(len, labels), default=0) + 6)))
+    figure.set_figheight(figure.get_figheight() + _LEGEND_LINE * -(-len(labels) // columns))
+    figure.legend(handles, labels, loc="outside lower left", ncols=columns, frameon=False, fontsize=9)
 
 
 def _svg(figure: Any) -> str:

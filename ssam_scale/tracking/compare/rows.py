@@ -260,7 +260,10 @@ def _ratios(group: Group, groups: Sequence[Group], step: float | None, notes: di
             notes[key] = f"no finished run of {_NAMES[method]} with {group.timing_words()}"
     over_sam = ratios["sam"]
     if over_sam is not None and not group.is_reference("sam"):
-        notes["saving_over_sam"] = "between runs, whose times other work on the machine shifts: not all have probes"
+        why = dict.fromkeys(run.tags["saving"].removeprefix("unknown: ") for run in group.runs if "saving" in run.tags)
+        notes["saving_over_sam"] = "; ".join(
+            ["between runs, whose times other work on the machine shifts: not all have probes", *why]
+        )
     return _Ratios(ratios["base"], None if over_sam is None else 1.0 - over_sam)
 
 
