@@ -32,7 +32,8 @@ while (($#)); do
             exit
             ;;
         -*) die "unknown option $1; there are --data DIR and --short" ;;
-        perturbation=* | perturbation.mask=* | tracking.uri=* | tracking.experiment=* | checkpoint.directory=*)
+        perturbation=* | perturbation.mask=* | tracking.uri=* | tracking.experiment=* | tracking.group=* | \
+            checkpoint.directory=*)
             die "$1: the quickstart sets ${1%%=*} itself, to compare the methods; use ssam-scale train for other runs"
             ;;
         *) overrides+=("$1") ;;
@@ -87,7 +88,10 @@ if [[ -n $short ]]; then
     experiment=$experiment-short
     common+=(data.subset=null train.epochs=1 schedule.warmup_epochs=0 data.batch_size=64 data.eval_batch_size=64 tracking.log_every=2)
 fi
-common+=("data.train=$folder/train.beton" "data.val=$folder/val.beton" "tracking.experiment=$experiment")
+# Runs of an earlier quickstart are compared, too (another seed, say), but for those by other code, which cannot be.
+code=$(git describe --always --dirty 2>/dev/null || ssam-scale --version | sed -n 1p)
+common+=("data.train=$folder/train.beton" "data.val=$folder/val.beton")
+common+=("tracking.experiment=$experiment" "tracking.group=by $code")
 
 arguments_of() { # arguments_of METHOD: one a line
     local own=("checkpoint.directory=checkpoints/$experiment/$1")
@@ -168,4 +172,4 @@ for number in "${!methods[@]}"; do
     launch "${arguments[@]}"
 done
 say "Trained ${#methods[@]} times in $(((SECONDS - started) / 60)) min $(((SECONDS - started) % 60)) s"
-ssam-scale compare --experiment "$experiment"
+ssam-scale compare --experiment "$experiment" --group "by $code"

@@ -11,7 +11,7 @@ import typer
 
 from ssam_scale import __version__
 from ssam_scale.cli import bench, data
-from ssam_scale.cli.compare import compare_command
+from ssam_scale.cli.compare import OptionsAlone, compare_command
 from ssam_scale.cli.cost import cost_command
 from ssam_scale.cli.list import list_command
 from ssam_scale.cli.train import train_command
@@ -52,7 +52,7 @@ def _options(
 app.command("train")(train_command)
 app.add_typer(data.app, name="data")
 app.command("cost")(cost_command)
-app.command("compare")(compare_command)
+app.command("compare", cls=OptionsAlone)(compare_command)
 app.command("list")(list_command)
 app.add_typer(bench.app, name="bench")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from rich import box
 from rich.cells import cell_len
-from rich.console import Console, ConsoleOptions, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -59,16 +60,18 @@ class Sheet:
         caption: lines below the table; empty for none.
         words: how many of the first columns hold words, which stand on the left and are wrapped between words; the
             others hold numbers, which stand on the right and in one line.
+        spare: titles of columns that a narrow terminal may do without, the first one first; a line says which it does.
     """
 
     titles: Sequence[str]
     rows: Sequence[Sequence[str]]
     caption: str = ""
     words: int = 1
+    spare: Sequence[str] = ()
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
         """What rich prints."""
-        grid = self._grid(options.max_width, lines=True) or self._grid(options.max_width, lines=False)
+        grid = self._fitting(options.max_width)
         if grid is not None:
             yield grid
         else:
@@ -77,6 +80,22 @@ class Sheet:
             yield ""
         if self.caption:
             yield Text(self.caption, "table.caption")
+
+    def _fitting(self, width: int) -> RenderableType | None:
+        """A grid with as many of the columns as fit, and lines between them rather than without; None if none fits."""
+        for left_out in range(len(self.spare) + 1):
+            sheet = self._without(self.spare[:left_out])
+            grid = sheet._grid(width, lines=True) or sheet._grid(width, lines=False)
+            if grid is not None:
+                names = ", ".join(title for title in self.titles if title not in sheet.titles)
+                return Group(grid, Text(f"left out for want of width: {names}", "table.caption")) if names else grid
+        return None
+
+    def _without(self, titles: Sequence[str]) -> Sheet:
+        kept = [number for number, title in enumerate(self.titles) if title not in titles]
+        words = sum(number < self.words for number in kept)
+        rows = [[row[number] for number in kept] for row in self.rows]
+        return Sheet([self.titles[number] for number in kept], rows, self.caption, words)
 
     def _grid(self, width: int, *, lines: bool) -> Table | None:
         """A grid of at most `width` columns of text; None if something would have to be broken for it."""
@@ -117,7 +136,8 @@ class Sheet:
 
 
 def _longest_word(text: str) -> int:
-    return max(map(cell_len, text.split()), default=0)
+    """In columns of text; a stroke between words stays with the one before it."""
+    return max(map(cell_len, re.split(r"\s+(?!/)", text.strip())))
 
 
 def markdown(rows: Sequence[Mapping[str, Any]], columns: Columns, name: str = "what") -> list[str]:

@@ -32,7 +32,7 @@ def environment_tags(device: DeviceChoice = "auto") -> dict[str, str]:
     world = world_size()
     return {
         **git_tags(),
-        **{f"version/{name}": version for name, version in versions().items()},
+        **{f"version/{name}": version for name, version in (versions() | _cuda()).items()},
         **hardware_tags(device),
         **_slurm_tags(),
         "world_size": str(world),
@@ -91,6 +91,12 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
+
+
+def _cuda() -> dict[str, str]:
+    """The CUDA that torch was built for, which no package's version says; empty where it was built for none."""
+    version = sys.modules["torch"].version.cuda if "torch" in sys.modules else None
+    return {} if version is None else {"cuda": version}
 
 
 def hardware_tags(device: DeviceChoice = "auto") -> dict[str, str]:

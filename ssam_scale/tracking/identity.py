@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 
 # Parameters that do not make a run another experiment: seeds are pooled, the rest changes no result.
-_POOLED = (
+POOLED = (
     "train.seed",
     "train.micro_batch",
     "train.max_micro_batch",
@@ -18,11 +18,13 @@ _POOLED = (
 )
 WHERE = "backend", "world_size", "hardware"
 """Tags that say where a run ran."""
+CONFIGURATION, KIND = "configuration", "kind"
+"""Tags: `fingerprint` of a run; and what a run is that is no training."""
 
 
 def distinct(params: Mapping[str, str]) -> dict[str, str]:
     """The parameters that make a run what it is."""
-    return {key: value for key, value in params.items() if not key.startswith(_POOLED)}
+    return {key: value for key, value in params.items() if not key.startswith(POOLED)}
 
 
 def identity(params: Mapping[str, str], tags: Mapping[str, str]) -> dict[str, str]:

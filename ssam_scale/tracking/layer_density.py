@@ -154,7 +154,7 @@ def draw(densities: LayerDensities, steps: str, path: Path) -> None:
 def figure(densities: LayerDensities, steps: str) -> Any:
     """The picture as a `matplotlib.figure.Figure`; nothing of matplotlib's global state is touched."""
     # Takes half a second to import, which only those pay who draw.
-    _import_matplotlib()
+    import_matplotlib()
     from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.colors import Normalize
@@ -189,7 +189,7 @@ def figure(densities: LayerDensities, steps: str) -> Any:
     return result
 
 
-def _import_matplotlib() -> None:
+def import_matplotlib() -> None:
     """Import it whatever MPLBACKEND says: it may be inherited from a notebook whose backend is not installed here."""
     if "matplotlib" in sys.modules:
         return

@@ -5,8 +5,8 @@ from __future__ import annotations
 from statistics import fmean, stdev
 from typing import Any
 
-CONFIGURATION, KIND = "configuration", "kind"
-"""Tags: `identity.fingerprint` of a run, and what a run is that is no training."""
+from ssam_scale.tracking.identity import CONFIGURATION, KIND
+
 PARENT = "seeds"
 """`KIND` of a parent."""
 

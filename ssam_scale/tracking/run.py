@@ -23,9 +23,10 @@ from ssam_scale.errors import UserError
 from ssam_scale.tracking import repetitions, watchdog
 from ssam_scale.tracking.commands import interface_lines
 from ssam_scale.tracking.data import dataset_input
+from ssam_scale.tracking.dense import ascends_densely
 from ssam_scale.tracking.describe import mask_words, plan_words, story
 from ssam_scale.tracking.environment import environment_tags, world_size
-from ssam_scale.tracking.identity import fingerprint
+from ssam_scale.tracking.identity import CONFIGURATION, fingerprint
 from ssam_scale.tracking.layer_density import TABLE, LayerRecorder
 from ssam_scale.tracking.moved import follow_moved
 from ssam_scale.tracking.redaction import without_secrets
@@ -118,14 +119,6 @@ def _rounded(density: float | None) -> str | None:
     return None if density is None else f"{density:.2f}"
 
 
-def _ascends_densely(config: Config) -> bool:
-    """Whether an ascent is dense SAM's: of all weights, on the whole batch of all processes."""
-    section = config.perturbation
-    if section is None or section.mask is not None:
-        return False
-    return section.fraction == 1.0 and not section.savings.within_shard_group
-
-
 def _phase_times(prefix: str, summary: PhaseSummary) -> dict[str, float]:
     return {f"{prefix}/{name.replace(' ', '_')}": seconds for name, seconds in summary.phases.items()}
 
@@ -154,7 +147,7 @@ class Run:
         self._step_times = array("d")
         self._times_by_kind: dict[str, array[float]] = {}
         self._refresh_seconds = 0.0
-        self._saving = Saving(config.method, dense=_ascends_densely(config), gpus=gpus)
+        self._saving = Saving(config.method, dense=ascends_densely(flatten(config)), gpus=gpus)
         self._densities = array("d")
         self._params: dict[str, str] = {}
         self._tags: dict[str, str] = {}
@@ -396,7 +389,7 @@ class Run:
         tags = {"method": config.method, "backend": backend} | environment_tags(config.train.device)
         tags |= {"seed": str(config.train.seed), "mask": mask_words(config.method, params)}
         tags |= {"plan": plan_words(config.method, params)} | self._extra_tags
-        tags[repetitions.CONFIGURATION] = fingerprint(params, tags)
+        tags[CONFIGURATION] = fingerprint(params, tags)
         if config.tracking.group is not None:
             tags["group"] = config.tracking.group
         self._params, self._tags = params, tags
@@ -419,7 +412,7 @@ class Run:
     def _family(self) -> tuple[Any, str, str]:
         """By which runs of other seeds are found."""
         assert self.experiment is not None
-        return self._client, self.experiment, self._tags[repetitions.CONFIGURATION]
+        return self._client, self.experiment, self._tags[CONFIGURATION]
 
     def _resume(self, tags: dict[str, str]) -> dict[str, str] | None:
         """Reopen the run to be resumed; its parameters, or None if the store has no such run."""

@@ -74,3 +74,13 @@ def test_a_comparison_is_a_grid_at_80_columns_and_blocks_at_60() -> None:
     assert any(line.split() == ["base", "—", "—", "3", "82.00", "±", "2.00", "100.0", "1.00", "50%"] for line in wide)
     assert "ssam-depth" in narrow
     assert "    mask             depth rotate 0.25–0.75" in [line.rstrip() for line in narrow]
+
+
+def test_a_narrow_terminal_does_without_what_can_be_spared_and_says_so() -> None:
+    full = SHEETS["compare"]
+    sheet = Sheet(full.titles, full.rows, full.caption, words=2, spare=["density", "step ms", "runs"])
+    assert lines_of(sheet, 100) == lines_of(full, 100)
+    lines = lines_of(sheet, 64)
+    assert any(line.split() == ["base", "—", "3", "82.00", "±", "2.00", "1.00", "50%"] for line in lines)
+    assert "left out for want of width: density, step ms" in [line.rstrip() for line in lines]
+    assert lines_of(sheet, 40) == lines_of(full, 40)  # blocks have room for all

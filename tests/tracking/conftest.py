@@ -10,6 +10,7 @@ import pytest
 
 from ssam_scale.config.schema import Config
 from ssam_scale.tracking.store import open_store
+from tests.support.stored import storing
 
 PERTURBATIONS: dict[str, dict[str, Any] | None] = {
     "base": None,
@@ -53,6 +54,12 @@ def config(uri: str) -> Callable[..., Config]:
         )
 
     return make
+
+
+@pytest.fixture
+def finish(uri: str) -> Callable[..., str]:
+    """`finish(config, top1=…, ms=…)` stores a run that ended like that; later calls are later runs."""
+    return storing(uri)
 
 
 @pytest.fixture

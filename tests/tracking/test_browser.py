@@ -1,4 +1,4 @@
-"""What a person sees who follows the line that `ssam-scale compare` prints: the runs, in MLflow's own pages."""
+"""What a person sees who follows what `ssam-scale compare` prints: the runs in MLflow's own pages, and the report."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from ssam_scale.cli.compare import compare_command
 from ssam_scale.config.schema import Config
 from ssam_scale.tracking.commands import interface_lines
 from ssam_scale.tracking.compare import find_experiment
 from ssam_scale.tracking.run import open_run
 from ssam_scale.tracking.timer import PhaseSummary
 from tests.support.browser import chromium, mlflow_ui
+from tests.support.stored import Course
 
 pytestmark = pytest.mark.slow
 
@@ -70,7 +72,7 @@ def test_the_printed_address_shows_the_runs(config: Callable[..., Config], uri: 
                 browser.save_screenshot(str(tmp_path / f"page {texts[0]}.png"))
 
         # The last line that the command prints, with the port of this test's server for the one it suggests.
-        fragment = interface_lines(uri, find_experiment(uri, "ssam_scale")[1])[-1].partition("#")[2]
+        fragment = interface_lines(uri, find_experiment(uri, "ssam_scale").id)[-1].partition("#")[2]
         browser.get(f"{address}/#{fragment}")
         page_shows("base resnet18", "sam resnet18", "ssam-depth resnet18", "broken loader", "Model registry", "summary")
         path, _, query = fragment.partition("?")
@@ -93,3 +95,54 @@ def test_the_printed_address_shows_the_runs(config: Callable[..., Config], uri: 
             lambda _: max((i.size["width"] for i in browser.find_elements(By.TAG_NAME, "img")), default=0) > 200
         )
         browser.save_screenshot(str(tmp_path / "heat map.png"))
+
+
+def test_the_report_shows_the_saving_wide_narrow_and_printed(
+    config: Callable[..., Config], uri: str, finish: Callable[..., str], tmp_path: Path
+) -> None:
+    from selenium.webdriver.common.by import By
+
+    probes = {"base": (), "sam": (100.0, 0.0, 0.0, 0.0), "depth": (50.0, 25.0, 24.0, 26.0)}
+    layers = "parameter,weights,50,100\nstem.weight,100,0,0.5\nhead.weight,1000,1,1\n"
+    for seed in (0, 1):
+        for method, probed in probes.items():
+            course = Course((60.0, 75.0, 81.0 + seed), 10.0, {"descent forward": 0.02, "ascent forward": 0.01})
+            table = layers if method == "depth" else None
+            made = config(method, seed=seed)
+            finish(made, top1=81.0 + seed, ms=100.0, density=0.7, probed=probed, course=course, layers=table)
+    compare_command(uri, html=tmp_path / "report.html", log=False, price=2.0)
+    with chromium() as browser:
+
+        def look(name: str, media: str, width: int) -> dict[str, str]:
+            """What stands under each title in the row of the sparse method, after everything was seen to fit."""
+            metrics = {"width": width, "height": 1000, "deviceScaleFactor": 1, "mobile": width < 800}
+            browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+            browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": media})
+            browser.get((tmp_path / "report.html").as_uri())
+            height = browser.execute_script("return document.documentElement.scrollHeight")
+            browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics | {"height": height})
+            browser.save_screenshot(str(tmp_path / f"{name}.png"))
+            too_wide = (
+                "return [...document.querySelectorAll('body *')].filter(e => e.getBoundingClientRect().right > "
+                "innerWidth + 1 || e.scrollWidth > e.clientWidth + 1 && getComputedStyle(e).overflowX == 'auto')"
+                ".map(e => e.outerHTML.slice(0, 99))"
+            )
+            assert browser.execute_script(too_wide) == []
+            drawn = browser.execute_script("return [...document.images].map(i => i.complete && i.naturalWidth > 0)")
+            assert drawn == [True] * 4
+            (row,) = [
+                row
+                for row in browser.find_elements(By.CSS_SELECTOR, "tbody tr")
+                if "ssam-depth" in row.find_element(By.TAG_NAME, "td").text
+            ]
+            cells = row.find_elements(By.TAG_NAME, "td")
+            return {
+                str(cell.get_attribute("data-title")): " ".join(cell.find_element(By.TAG_NAME, "span").text.split())
+                for cell in cells
+            }
+
+        for name, media, width in (("wide", "screen", 1600), ("telephone", "screen", 400), ("printed", "print", 1030)):
+            shown = look(name, media, width)
+            assert shown["saving over SAM"] == "25% (24% to 26%)"
+            assert shown["time / base"] == "1.50"
+            assert shown["top-1 %"] == "81.50 ± 0.71"

@@ -32,6 +32,13 @@ def test_commit_and_dirt_are_those_of_the_source(tmp_path: Path, monkeypatch: py
     assert environment.git_tags() == clean | {"git_dirty": "true"}
 
 
+def test_the_cuda_of_torch_is_tagged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert "version/cuda" not in environment.environment_tags()
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert environment.environment_tags()["version/cuda"] == "13.0"
+
+
 def test_slurm_jobs_are_tagged(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     assert "slurm_job_id" not in environment.environment_tags()

@@ -44,7 +44,7 @@ def test_a_moved_project_keeps_its_artifacts(
 
     utils._artifact_repos_cache.clear()  # as in another process
     if first == "compare":
-        assert len(compare(uri, "ssam_scale")) == 1
+        assert len(compare(uri, "ssam_scale").rows) == 1
     else:
         with open_run(config(uri=uri), enabled=True, resume_run_id=run_id if first == "resume" else None) as run:
             pass

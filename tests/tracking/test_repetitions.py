@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from ssam_scale.config.schema import Config
-from ssam_scale.tracking.repetitions import CONFIGURATION, KIND, PARENT, adopt
+from ssam_scale.tracking.identity import CONFIGURATION, KIND
+from ssam_scale.tracking.repetitions import PARENT, adopt
 from ssam_scale.tracking.run import Run, open_run
 from ssam_scale.tracking.store import open_store
 from ssam_scale.tracking.timer import PhaseSummary

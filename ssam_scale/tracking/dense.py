@@ -1,0 +1,23 @@
+"""Which runs are dense SAM: decided here only, by a run's parameters as MLflow has them (`store.flatten`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+
+def ascends_densely(params: Mapping[str, str]) -> bool:
+    """Whether an ascent is dense SAM's: of all weights, on the whole batch of all processes."""
+    section = [key for key in params if key.startswith("perturbation.")]
+    if not section or any(key.startswith("perturbation.mask.") for key in section):
+        return False
+    return _is(params, "fraction", "1.0") and _is(params, "savings.within_shard_group", "false")
+
+
+def is_dense_sam(params: Mapping[str, str]) -> bool:
+    """Whether each of its steps has such an ascent."""
+    return ascends_densely(params) and _is(params, "interval", "1") and _is(params, "window", "[0.0, 1.0]")
+
+
+def _is(params: Mapping[str, str], key: str, usual: str) -> bool:
+    """Whether a setting has its usual value, as it has where an older version did not know it."""
+    return params.get(f"perturbation.{key}", usual) == usual
