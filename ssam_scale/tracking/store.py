@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 from ssam_scale.config.schema import Config
 from ssam_scale.errors import UserError
@@ -57,7 +57,7 @@ def shortened(text: str, length: int) -> str:
 _WORKS = "sqlite:///mlflow.db, http://HOST:PORT of an `mlflow server`, or file:FOLDER"
 _DATABASES = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 _OTHER = {"databricks", "uc", "databricks-uc"}
-_ANSWER_WITHIN_S = 5
+ANSWER_WITHIN_S = 5
 
 
 def open_store(uri: str, *, create: bool) -> Any:
@@ -76,7 +76,7 @@ def open_store(uri: str, *, create: bool) -> Any:
         from mlflow import MlflowClient
 
         # MLflow's own retries would keep a wrong address waiting for minutes.
-        with environment(MLFLOW_HTTP_REQUEST_MAX_RETRIES="0", MLFLOW_HTTP_REQUEST_TIMEOUT=str(_ANSWER_WITHIN_S)):
+        with environment(MLFLOW_HTTP_REQUEST_MAX_RETRIES="0", MLFLOW_HTTP_REQUEST_TIMEOUT=str(ANSWER_WITHIN_S)):
             client = MlflowClient(tracking_uri=uri)
             client.search_experiments(max_results=1)
     except Exception as error:  # MLflow lets its drivers' errors through, of every kind
@@ -145,14 +145,29 @@ _EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 
 def one_line(error: object) -> str:
     """First line of an error's message, of bearable length."""
-    text = without_secrets(str(error)).strip().splitlines()
-    return text[0][:500] if text else type(error).__name__
+    lines = without_secrets(str(error)).strip().splitlines()
+    # SQLAlchemy puts this before what happened.
+    telling = [line for line in lines if not line.startswith("(raised as a result of Query-invoked autoflush")] or lines
+    return telling[0][:500] if telling else type(error).__name__
 
 
 def is_permanent(error: Exception) -> bool:
-    """Whether repeating a request is useless: it is refused for what it is, rather than the store being away."""
+    """Whether repeating a request is useless: it is refused for what it is, rather than the store being away.
+
+    A login that is refused may be renewed.
+    """
     status = getattr(error, "get_http_status_code", lambda: 503)()
-    return 400 <= status < 500 and status not in (408, 429)
+    return 400 <= status < 500 and status not in (401, 403, 408, 429)
+
+
+def absolute(uri: str) -> str:
+    """A URI that means the same store in every working folder."""
+    path = sqlite_path(uri)
+    if path is not None:
+        return uri.replace(f":///{path}", f":///{path.resolve()}", 1) if not path.is_absolute() else uri
+    if is_folder(uri):
+        return f"file://{quote(str(Path(unquote(urlsplit(uri).path)).resolve()))}"
+    return uri
 
 
 def sqlite_path(uri: str) -> Path | None:
@@ -207,7 +222,7 @@ def _probe(uri: str, *, create: bool) -> None:
 
 def _connect(uri: str, address: tuple[str, int]) -> None:
     try:
-        socket.create_connection(address, timeout=_ANSWER_WITHIN_S).close()
+        socket.create_connection(address, timeout=ANSWER_WITHIN_S).close()
     except OSError as error:
         raise UserError(_refused(uri, f"{address[0]} port {address[1]}: {error}")) from error
 
@@ -220,7 +235,7 @@ def _probe_sqlite(uri: str, *, create: bool) -> None:
         raise UserError(f"tracking.uri {uri}: there is no database {path}; train first, or name another store")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        connection = sqlite3.connect(path, timeout=_ANSWER_WITHIN_S)
+        connection = sqlite3.connect(path, timeout=ANSWER_WITHIN_S)
         try:
             # Taking the write lock finds a read-only file, a full disk and a file that is no database.
             connection.execute("BEGIN IMMEDIATE" if create else "SELECT name FROM sqlite_master LIMIT 1")

@@ -52,7 +52,7 @@ def test_the_command_is_tagged_without(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_watcher_has_none_among_its_arguments() -> None:
-    watcher = watchdog.start("postgresql://me:secret@127.0.0.1/db", "run", "host:1")
+    watcher = watchdog.start("postgresql://me:secret@127.0.0.1/db", "run", "host:1", Path("unsent"))
     try:
         shown = Path(f"/proc/{watcher.pid}/cmdline")
         while not (text := shown.read_bytes()):  # not there yet
