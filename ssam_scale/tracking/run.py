@@ -21,7 +21,7 @@ from ssam_scale.tracking.describe import mask_words, story
 from ssam_scale.tracking.environment import environment_tags, world_size
 from ssam_scale.tracking.layer_density import TABLE, LayerRecorder
 from ssam_scale.tracking.moved import follow_moved
-from ssam_scale.tracking.redaction import without_secrets
+from ssam_scale.tracking.redaction import all_without_secrets, without_secrets
 from ssam_scale.tracking.saving import Probe, Saving
 from ssam_scale.tracking.shutdown import Unwinding, leave_note, outcome, read_note
 from ssam_scale.tracking.spool import Writer
@@ -30,9 +30,11 @@ from ssam_scale.tracking.store import (
     environment,
     experiment_id,
     flatten,
+    is_permanent,
     one_line,
     open_store,
     plain_values,
+    refusals,
     shortened,
     sqlite_path,
     text_artifact,
@@ -324,8 +326,12 @@ class Run:
         return interface_lines(self._config.tracking.uri, self.experiment, self.id)
 
     def _open(self) -> None:
+        self._client = open_store(self._config.tracking.uri, create=True)
+        with refusals(self._config.tracking.uri):
+            self._record_start()
+
+    def _record_start(self) -> None:
         uri, config = self._config.tracking.uri, self._config
-        self._client = open_store(uri, create=True)
         backend = config.sharding.backend_on(world_size())
         params = flatten(config) | self._extra_params
         tags = {"method": config.method, "backend": backend} | environment_tags(config.train.device)
@@ -333,7 +339,7 @@ class Run:
         if config.tracking.group is not None:
             tags["group"] = config.tracking.group
         self._params, self._tags = params, tags
-        tags = {key: shortened(value, _TAG_CHARACTERS) for key, value in tags.items()}
+        tags = {key: shortened(without_secrets(value), _TAG_CHARACTERS) for key, value in tags.items()}
         resumed = self._resume(tags) if self._resume_run_id else None
         if resumed is None:
             if self._resume_run_id:
@@ -354,7 +360,9 @@ class Run:
         """Reopen the run to be resumed; it as it was, or None if the store has no such run."""
         try:
             run = self._client.get_run(self._resume_run_id)
-        except Exception:
+        except Exception as error:
+            if not is_permanent(error):
+                raise
             return None
         if run.info.lifecycle_stage == "deleted":
             return None
@@ -375,7 +383,7 @@ class Run:
 
         # A parameter cannot change once it is logged; what a resumed run changes is kept as a tag.
         params, changed = [], []
-        for key, value in {**flatten(self._config), **self._extra_params}.items():
+        for key, value in {**flatten(self._config), **all_without_secrets(self._extra_params)}.items():
             if key not in known:
                 params.append(Param(key, value))
             elif known[key] != value:

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from ssam_scale.tracking.run import Run, open_run
 from ssam_scale.tracking.spool import send
 from ssam_scale.tracking.store import open_store
 from tests.support.mlflow_server import MLflowServer
-from tests.support.processes import wait_until
+from tests.support.processes import free_port, wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -86,6 +87,7 @@ def test_a_server_that_is_stopped_holds_nothing_up(
     assert data.metrics["nan"] != data.metrics["nan"]
     assert data.metrics["inf"] > 1e308
     assert data.tags["saving"] == "unknown: a test"
+    assert [each.path for each in client.list_artifacts(run.id)] == ["config.yaml", "tables"]
     assert [each.path for each in client.list_artifacts(run.id, "tables")] == ["tables/table.csv"]
     assert not unsent(run, tmp_path).exists()
     assert told(caplog) == OUTAGE
@@ -209,6 +211,67 @@ def test_a_disk_that_is_full_and_has_room_again(
         assert [point.step for point in found.get_metric_history(run.id, key)] == list(range(1, 301))
     assert found.get_run(run.id).info.status == "FINISHED"
     assert len(told(caplog)) == 3
+
+
+@pytest.fixture
+def postgres(child_environment: dict[str, str]) -> Iterator[tuple[str, Callable[[str], None]]]:
+    """The URI of a database that asks for a password, and what runs `pg_ctl` on its server."""
+    found = [shutil.which("pg_ctl"), *map(str, sorted(Path("/usr/lib/postgresql").glob("*/bin/pg_ctl")))]
+    tool = next((path for path in found if path is not None), None)
+    if tool is None:
+        pytest.skip("needs the system package postgresql")
+    pytest.importorskip("psycopg2", reason="needs psycopg2-binary (the dev extra)")
+    owner = "postgres" if os.geteuid() == 0 else None  # which refuses root
+    # Not below pytest's folders, which nobody else may enter.
+    with tempfile.TemporaryDirectory(prefix="postgres-", ignore_cleanup_errors=True) as name:
+        folder, port = Path(name), free_port()
+        if owner is not None:
+            shutil.chown(folder, owner)
+
+        def control(*arguments: str) -> None:
+            done = subprocess.run(
+                [tool, "--pgdata", folder / "data", *arguments], user=owner, cwd=folder, capture_output=True, text=True
+            )
+            assert done.returncode == 0, done.stdout + done.stderr
+
+        (folder / "password").write_text("secret")
+        control("initdb", "--options", f"--auth scram-sha-256 --username me --pwfile {folder}/password --no-sync")
+        options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={folder} -c fsync=off"
+
+        def act(action: str) -> None:
+            if action == "start":
+                control("start", "--wait", "--log", str(folder / "log"), "--options", options)
+            else:
+                control("stop", "--mode", "immediate")  # as if it had been killed
+
+        act("start")
+        try:
+            yield f"postgresql+psycopg2://me:secret@127.0.0.1:{port}/postgres", act
+        finally:
+            act("stop")
+
+
+def test_postgres_is_killed_and_comes_back(
+    postgres: tuple[str, Callable[[str], None]], config: MakeConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    there, act = postgres
+    with open_run(config(uri=there), enabled=True) as run:
+        run.log({"train/loss": 1.0, "nan": float("nan"), "inf": float("-inf")}, 1)
+        client = open_store(there, create=False)
+        wait_until(lambda: "nan" in client.get_run(run.id).data.metrics, PATIENCE_S, "the first metrics")
+        act("stop")
+        for step in range(2, 501):
+            run.log({"train/loss": 1.0}, step)
+        wait_until(lambda: OUTAGE[0] in told(caplog), PATIENCE_S, "a warning")
+        on_disk = (unsent(run, tmp_path) / "records.jsonl").read_text()
+        act("start")
+    assert steps_of(there, run) == list(range(1, 501))
+    found = open_store(there, create=False).get_run(run.id)
+    assert found.info.status == "FINISHED"
+    assert found.data.metrics["nan"] != found.data.metrics["nan"]
+    assert found.data.metrics["inf"] < -1e308
+    assert told(caplog) == OUTAGE
+    assert "secret" not in on_disk + caplog.text + str(found.to_dictionary())
 
 
 SIXTEEN = """

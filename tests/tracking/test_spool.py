@@ -166,6 +166,7 @@ def test_what_is_left_is_said_and_sent_by_the_command(
 ) -> None:
     client.before = iter(lambda: GONE, 0)
     writer.log({"a": 1.0, "b": math.inf}, 1)
+    wait_until(lambda: bool(caplog.messages), 60, "a warning")
     (tmp_path / "table.csv").write_text("1")
     writer.artifact(tmp_path / "table.csv")
     end(writer, 0.2, marked=False)
@@ -222,13 +223,14 @@ def test_a_disk_that_takes_nothing_leaves_the_memory(
 
 
 @pytest.mark.parametrize("client", ["database"], indirect=True)
-def test_only_one_process_sends(client: Client, run_id: str, writer: Writer, tmp_path: Path) -> None:
+def test_only_one_process_sends(
+    client: Client, run_id: str, writer: Writer, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
     client.before = iter(lambda: GONE, 0)
     writer.log({"a": 1.0}, 1)
-    records = tmp_path / "unsent" / "records.jsonl"
-    # Not opened here: a process that closes a file loses its lock.
-    wait_until(lambda: records.exists() and records.stat().st_size > 200, 60, "the record")
-    command = [sys.executable, "-m", "ssam_scale", "send", records.parent]
+    # The file is not opened here: a process that closes it loses its lock.
+    wait_until(lambda: bool(caplog.messages), 60, "a warning")
+    command = [sys.executable, "-m", "ssam_scale", "send", tmp_path / "unsent"]
     done = run(command, cwd=tmp_path, env={"PYTHONPATH": os.pathsep.join(sys.path)})
     assert done.returncode == 2
     assert f"run {run_id} is still being recorded there by another process" in done.stdout
