@@ -14,6 +14,7 @@ from ssam_scale.cli import bench, data
 from ssam_scale.cli.compare import OptionsAlone, compare_command
 from ssam_scale.cli.cost import cost_command
 from ssam_scale.cli.list import list_command
+from ssam_scale.cli.send import send_command
 from ssam_scale.cli.train import train_command
 from ssam_scale.errors import UserError
 
@@ -53,6 +54,7 @@ app.command("train")(train_command)
 app.add_typer(data.app, name="data")
 app.command("cost")(cost_command)
 app.command("compare", cls=OptionsAlone)(compare_command)
+app.command("send")(send_command)
 app.command("list")(list_command)
 app.add_typer(bench.app, name="bench")
 

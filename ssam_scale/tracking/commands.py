@@ -25,6 +25,11 @@ def mlflow_command(uri: str, *arguments: str) -> str:
     return " ".join([*allowed, store, shlex.join([_executable(), *arguments])])
 
 
+def server_line(uri: str, port: int = 5000) -> str:
+    """A line for a shell that serves a store to this machine, and to no other."""
+    return shlex.join([_executable(), "server", "--backend-store-uri", uri, "--host", "127.0.0.1", "--port", str(port)])
+
+
 def interface_lines(uri: str, experiment_id: str, run_id: str | None = None, port: int = 5000) -> list[str]:
     """What to type and where to look to see runs in MLflow's own interface.
 

@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
+# Between a user's name and the host. A database's password may hold a slash, as it is written by many; a web address
+# with a slash before its @ has a port and a path.
 _AUTHORITY = re.compile(
-    r"(?P<scheme>\w[\w+.-]*)://(?P<user>[^\s/:'\"]*?)(?P<password>:[^\s/'\"]*)?@(?=[^\s/@'\"]*(?:[/\s'\"]|$))"
+    r"(?P<scheme>\w[\w+.-]*)://(?P<user>[^\s/:'\"]*?)(?P<password>:[^\s/'\"]*|:(?!\d+/)[^\s'\"]*?)?@"
+    r"(?=[^\s/@'\"]+(?:[/\s'\"]|$)|/[^\s@'\"]*(?:[\s'\"]|$)|[\s'\"]|$)"
 )
 _QUERY = re.compile(r"(?i)([?&][\w.-]*(?:passw|pwd|token|secret|key|sig|credential)[\w.-]*=)[^&\s'\"]+")
+# Variables of an environment before a command, and connection strings, also within a URL.
+_NAMED = re.compile(
+    r"(\b[A-Z0-9_]*(?:PASSWORD|PASSWD|TOKEN|SECRET|CREDENTIALS?|API_?KEY|ACCESS_?KEY(?!_ID))[A-Z0-9_]*="
+    r"|(?i:(?:\b|(?<=%3B))(?:password|passwd|pwd|accountkey|sharedaccesskey) ?(?:=|%3D) ?))"
+    r"(?:'[^']*'|\"[^\"]*\"|(?:(?!%3B)[^&;\s'\"])+)"
+)
+_HEADER = re.compile(r"(?i)(\bauthorization['\"]?: ?['\"]?(?:(?:basic|bearer) )?|\bbearer )[^\s'\"]+")
 
 
 def without_secrets(text: str) -> str:
-    """A text, such as a URI or a command line, with *** in the place of passwords and tokens of URLs.
+    """A text, such as a URI or a command line, with *** in the place of passwords and tokens.
 
-    That is what stands between a user's name and the host, a lone name before a web server (a token), and parameters of
-    a query that are called so.
+    That is what stands between a user's name and the host of a URL, a lone name before a web server (a token),
+    parameters of a query that are called so, variables such as MLFLOW_TRACKING_TOKEN=…, passwords of connection strings
+    and headers.
     """
 
     def hidden(match: re.Match[str]) -> str:
@@ -23,4 +35,14 @@ def without_secrets(text: str) -> str:
             return f"{match['scheme']}://{'***' if web and user else user}@"
         return f"{match['scheme']}://{user}:***@"
 
-    return _QUERY.sub(r"\1***", _AUTHORITY.sub(hidden, text))
+    text = _QUERY.sub(r"\1***", _AUTHORITY.sub(hidden, text))
+    return _HEADER.sub(r"\1***", _NAMED.sub(r"\1***", text))
+
+
+def all_without_secrets(value: Any) -> Any:
+    """Plain values with all texts in them so."""
+    if isinstance(value, dict):
+        return {key: all_without_secrets(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [all_without_secrets(inner) for inner in value]
+    return without_secrets(value) if isinstance(value, str) else value

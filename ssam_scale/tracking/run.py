@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -29,22 +28,25 @@ from ssam_scale.tracking.environment import environment_tags, world_size
 from ssam_scale.tracking.identity import CONFIGURATION, fingerprint
 from ssam_scale.tracking.layer_density import TABLE, LayerRecorder
 from ssam_scale.tracking.moved import follow_moved
-from ssam_scale.tracking.redaction import without_secrets
+from ssam_scale.tracking.redaction import all_without_secrets, without_secrets
 from ssam_scale.tracking.saving import Probe, Saving
 from ssam_scale.tracking.shutdown import Unwinding, leave_note, outcome, read_note
+from ssam_scale.tracking.spool import Writer
 from ssam_scale.tracking.store import (
+    ANSWER_WITHIN_S,
+    environment,
     experiment_id,
     flatten,
     is_permanent,
     one_line,
     open_store,
     plain_values,
+    refusals,
     shortened,
     sqlite_path,
     text_artifact,
 )
 from ssam_scale.tracking.system import SystemMonitor
-from ssam_scale.tracking.threads import MetricWriter
 from ssam_scale.tracking.timer import PhaseSummary
 
 if TYPE_CHECKING:
@@ -140,7 +142,7 @@ class Run:
         self._config, self._enabled = config, enabled
         self._resume_run_id, self._extra_tags, self._extra_params = resume_run_id, extra_tags, extra_params
         self._client: Any = None
-        self._writer: MetricWriter | None = None
+        self._writer: Writer | None = None
         self._layers: LayerRecorder | None = None
         self._watcher: Popen[bytes] | None = None
         self._unwinding = Unwinding(self._mark_stuck if enabled else None)
@@ -169,13 +171,12 @@ class Run:
         self._close(error)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Record metrics at an optimizer step. Returns at once; the values are sent in the background, in order."""
-        if self._writer is None:
-            return
-        from mlflow.entities import Metric
+        """Record metrics at an optimizer step. Returns at once; the values are sent in the background, in order.
 
-        now = int(time.time() * 1000)
-        self._writer.put([Metric(key, float(value), now, step) for key, value in metrics.items()])
+        What a resumed run has recorded already at this step or a later one stays as it is.
+        """
+        if self._writer is not None:
+            self._writer.log(metrics, step)
 
     def log_window(
         self,
@@ -222,8 +223,8 @@ class Run:
 
     def no_saving(self, reason: str) -> None:
         """Say why nothing will be known of the saving: the tag `saving`."""
-        if self.id is not None:
-            self._client.set_tag(self.id, "saving", f"unknown: {reason}")
+        if self._writer is not None:
+            self._writer.tag("saving", f"unknown: {reason}")
 
     def log_refresh(
         self,
@@ -294,9 +295,16 @@ class Run:
         self.log({"epoch": epoch, "time/epoch": seconds}, step)
 
     def log_artifact(self, path: Path, folder: str | None = None) -> None:
-        """Store a file with the run, in `folder` of its artifacts; what fails is a warning, not an error."""
-        if self._writer is not None:
-            self._try(f"artifact {path}", lambda: self._client.log_artifact(self.id, str(path), folder))
+        """Store a copy of a file with the run, in `folder` of its artifacts; what fails is a warning, not an error.
+
+        Returns when it is copied; it is sent in the background.
+        """
+        if self._writer is None:
+            return
+        try:
+            self._writer.artifact(path, folder)
+        except OSError as error:  # a full disk must not end a training
+            _log.warning("artifact %s was not stored: %s", path, one_line(error))
 
     def log_data(self, beton: Beton, *, context: str, side: int) -> None:
         """Record which file the run reads, as a data set of MLflow: see `data.dataset_input`."""
@@ -358,14 +366,12 @@ class Run:
             summary |= {"summary/top1": self._top1, "summary/best_top1": self._best_top1}
         # At step 0, because MLflow draws what has no other step as bars, one per run, instead of as a lone dot.
         self.log(summary, 0)
-        if self.id is not None:
+        if self._writer is not None:
             tags = {"straggler": straggler, "density": _rounded(summary.get("summary/density"))}
-            self._try(
-                "the tags",
-                lambda: [self._client.set_tag(self.id, key, value) for key, value in tags.items() if value is not None],
-            )
-            text = story(self._params, self._tags, summary)
-            self._try("the description", lambda: self._client.set_tag(self.id, "mlflow.note.content", text))
+            tags["mlflow.note.content"] = story(self._params, self._tags, summary)
+            for key, value in tags.items():
+                if value is not None:
+                    self._writer.tag(key, value)
         return summary
 
     def _try(self, what: str, store: Callable[[], object]) -> None:
@@ -382,8 +388,12 @@ class Run:
         return interface_lines(self._config.tracking.uri, self.experiment, self.id)
 
     def _open(self) -> None:
+        self._client = open_store(self._config.tracking.uri, create=True)
+        with refusals(self._config.tracking.uri):
+            self._record_start()
+
+    def _record_start(self) -> None:
         uri, config = self._config.tracking.uri, self._config
-        self._client = open_store(uri, create=True)
         backend = config.sharding.backend_on(world_size())
         params = flatten(config) | self._extra_params
         tags = {"method": config.method, "backend": backend} | environment_tags(config.train.device)
@@ -393,9 +403,9 @@ class Run:
         if config.tracking.group is not None:
             tags["group"] = config.tracking.group
         self._params, self._tags = params, tags
-        tags = {key: shortened(value, _TAG_CHARACTERS) for key, value in tags.items()}
-        known = self._resume(tags) if self._resume_run_id else None
-        if known is None:
+        tags = {key: shortened(without_secrets(value), _TAG_CHARACTERS) for key, value in tags.items()}
+        resumed = self._resume(tags) if self._resume_run_id else None
+        if resumed is None:
             if self._resume_run_id:
                 tags["resumed_from"] = self._resume_run_id
             name = config.tracking.run_name or f"{config.method} {config.model.name}"
@@ -403,22 +413,27 @@ class Run:
             info = self._client.create_run(self.experiment, tags=tags, run_name=name).info
             self.id, self._began = info.run_id, info.start_time / 1000.0
         self._try("what it repeats", lambda: repetitions.adopt(*self._family(), f"{config.method} {config.model.name}"))
-        self._watcher = watchdog.start(uri, str(self.id), tags["process"])
-        self._log_config(known or {})
-        table = text_artifact(self._client, str(self.id), TABLE) if known is not None else None
+        unsent = config.checkpoint.directory / f"unsent_{self.id}"
+        self._watcher = watchdog.start(uri, str(self.id), tags["process"], unsent)
+        self._log_config({} if resumed is None else dict(resumed.data.params))
+        table = text_artifact(self._client, str(self.id), TABLE) if resumed is not None else None
         self._layers = LayerRecorder(self.log_artifact, table)
-        self._writer = MetricWriter(lambda metrics: self._client.log_batch(self.id, metrics=metrics), is_permanent)
+        self._writer = Writer(self._client, str(self.id), uri, unsent, resumed)
+        if self._writer.furthest:
+            self._writer.tag("metrics_from_step", str(self._writer.furthest + 1))
 
     def _family(self) -> tuple[Any, str, str]:
         """By which runs of other seeds are found."""
         assert self.experiment is not None
         return self._client, self.experiment, self._tags[CONFIGURATION]
 
-    def _resume(self, tags: dict[str, str]) -> dict[str, str] | None:
-        """Reopen the run to be resumed; its parameters, or None if the store has no such run."""
+    def _resume(self, tags: dict[str, str]) -> Any:
+        """Reopen the run to be resumed; it as it was, or None if the store has no such run."""
         try:
             run = self._client.get_run(self._resume_run_id)
-        except Exception:
+        except Exception as error:
+            if not is_permanent(error):
+                raise
             return None
         if run.info.lifecycle_stage == "deleted":
             return None
@@ -433,14 +448,14 @@ class Run:
             self._client.set_tag(self.id, key, value)
         if "failure" in run.data.tags:
             self._client.delete_tag(self.id, "failure")
-        return dict(run.data.params)
+        return run
 
     def _log_config(self, known: dict[str, str]) -> None:
         from mlflow.entities import Param, RunTag
 
         # A parameter cannot change once it is logged; what a resumed run changes is kept as a tag.
         params, changed = [], []
-        for key, value in {**flatten(self._config), **self._extra_params}.items():
+        for key, value in {**flatten(self._config), **all_without_secrets(self._extra_params)}.items():
             if key not in known:
                 params.append(Param(key, value))
             elif known[key] != value:
@@ -472,12 +487,11 @@ class Run:
                 self._layers.close(_FINISH_S[status])
                 self._layers = None
             if self._writer is not None:
-                unsent = self._writer.close(_FLUSH_S[status])
-                if unsent:
-                    _log.warning("%d metrics of run %s did not reach the tracking store", unsent, self.id)
+                self._writer.close(_FLUSH_S[status])
+            marked = self.id is None or self._mark(status, line)
+            if self._writer is not None:
+                self._writer.leave(status, line, marked=marked)
                 self._writer = None
-            if self.id is not None:
-                self._mark(status, line)
             if self.id is not None and status == "FINISHED":
                 self._try("the mean over seeds", lambda: repetitions.sum_up(*self._family()))
         finally:
@@ -486,10 +500,15 @@ class Run:
                 self._watcher = None
             self._unwinding.__exit__(None, None, None)
 
-    def _mark(self, status: str, line: str) -> None:
+    def _mark(self, status: str, line: str) -> bool:
+        """Tell the store how the run ended; whether it knows."""
         try:
-            if line:
-                self._client.set_tag(self.id, "failure", line)
-            self._client.set_terminated(self.id, status)
+            # A launcher that asked politely does not wait long.
+            with environment(MLFLOW_HTTP_REQUEST_MAX_RETRIES="0", MLFLOW_HTTP_REQUEST_TIMEOUT=str(ANSWER_WITHIN_S)):
+                if line:
+                    self._client.set_tag(self.id, "failure", line)
+                self._client.set_terminated(self.id, status)
         except Exception as error:  # the training is over; its result does not depend on the tracking store
             _log.warning("run %s could not be marked %s: %s", self.id, status, one_line(error))
+            return False
+        return True

@@ -14,15 +14,17 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 from ssam_scale.config.schema import Config
 from ssam_scale.errors import UserError
 from ssam_scale.folders import why_not_writable
 from ssam_scale.tracking import view
-from ssam_scale.tracking.commands import is_folder, mlflow_command
+from ssam_scale.tracking.commands import is_folder, mlflow_command, server_line
 from ssam_scale.tracking.moved import BESIDE, follow_moved
-from ssam_scale.tracking.redaction import without_secrets
+from ssam_scale.tracking.redaction import all_without_secrets, without_secrets
+
+_log = logging.getLogger(__name__)
 
 # The limit of MLflow's stores.
 _CHARACTERS = 6000
@@ -44,9 +46,8 @@ def flatten(config: Config) -> dict[str, str]:
 
 
 def plain_values(config: Config) -> dict[str, Any]:
-    """The configuration in plain values, without the password of its tracking URI."""
-    values = config.model_dump(mode="json")
-    values["tracking"]["uri"] = without_secrets(values["tracking"]["uri"])
+    """The configuration in plain values, without passwords."""
+    values: dict[str, Any] = all_without_secrets(config.model_dump(mode="json"))
     return values
 
 
@@ -58,7 +59,7 @@ def shortened(text: str, length: int) -> str:
 _WORKS = "sqlite:///mlflow.db, http://HOST:PORT of an `mlflow server`, or file:FOLDER"
 _DATABASES = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 _OTHER = {"databricks", "uc", "databricks-uc"}
-_ANSWER_WITHIN_S = 5
+ANSWER_WITHIN_S = 5
 
 
 def open_store(uri: str, *, create: bool) -> Any:
@@ -73,16 +74,30 @@ def open_store(uri: str, *, create: bool) -> Any:
     """
     _probe(uri, create=create)
     _quiet_mlflow(uri)
-    try:
+    with refusals(uri):
         from mlflow import MlflowClient
 
         # MLflow's own retries would keep a wrong address waiting for minutes.
-        with environment(MLFLOW_HTTP_REQUEST_MAX_RETRIES="0", MLFLOW_HTTP_REQUEST_TIMEOUT=str(_ANSWER_WITHIN_S)):
+        with environment(MLFLOW_HTTP_REQUEST_MAX_RETRIES="0", MLFLOW_HTTP_REQUEST_TIMEOUT=str(ANSWER_WITHIN_S)):
             client = MlflowClient(tracking_uri=uri)
             client.search_experiments(max_results=1)
-    except Exception as error:  # MLflow lets its drivers' errors through, of every kind
-        raise UserError(_refused(uri, str(error))) from error
     return client
+
+
+@contextmanager
+def refusals(uri: str) -> Iterator[None]:
+    """Within the `with`, what a store or its driver raises becomes a UserError that says what would work.
+
+    Raises:
+        UserError: the store refuses, or does not answer.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # MLflow lets its drivers' errors through, of every kind
+        # In the words of a driver, which a traceback would show, there may be the password.
+        raise UserError(_refused(uri, str(error))) from (None if without_secrets(uri) != uri else error)
 
 
 def check_store(uri: str) -> None:
@@ -93,6 +108,15 @@ def check_store(uri: str) -> None:
     """
     parts = urlsplit(uri)
     path = sqlite_path(uri) if parts.scheme == "sqlite" else None
+    if path is not None and (disk := network_disk(path)) is not None:
+        _log.warning(
+            "tracking.uri %s is on a network disk (%s), on which SQLite's locks do not hold: runs at the same time may "
+            "damage it. Let a server write to a disk of its own machine: `%s`, tracking.uri=http://127.0.0.1:5000; or "
+            "docker/compose.yaml",
+            uri,
+            disk,
+            server_line("sqlite:////LOCAL/mlflow.db"),
+        )
     if path is None or str(path) == ":memory:":
         _probe(uri, create=True)
         if parts.scheme in ("http", "https"):
@@ -102,6 +126,36 @@ def check_store(uri: str) -> None:
         _probe(uri, create=False)
     elif (problem := why_not_writable(path.parent)) is not None or path.exists():
         raise UserError(_refused(uri, problem or f"{path} is a folder"))
+
+
+# By the words of /proc/self/mountinfo. Of those that are no disk of their own machine.
+_NETWORK_DISKS = {"nfs", "cifs", "smb3", "lustre", "gpfs", "beegfs", "ceph", "afs", "9p", "panfs", "wekafs", "pvfs2"}
+_NETWORK_DISKS |= {f"fuse.{name}" for name in ("sshfs", "s3fs", "glusterfs", "ceph", "rclone", "gcsfuse", "juicefs")}
+
+
+def network_disk(path: Path, mounts: str | None = None) -> str | None:
+    """The type of the network file system that a file is on, or will be; None if it is on none.
+
+    Args:
+        path: of the file.
+        mounts: the text of /proc/self/mountinfo; None: of this process's.
+    """
+    if mounts is None:
+        try:
+            mounts = Path("/proc/self/mountinfo").read_text()
+        except OSError:
+            return None
+    place, found, depth = path.resolve(), None, -1
+    for line in mounts.splitlines():
+        before, _, after = line.partition(" - ")
+        fields, kind = before.split(), after.partition(" ")[0]
+        if len(fields) < 5:
+            continue
+        point = Path(re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), fields[4]))
+        # Of two at one place the later one hides the other.
+        if len(point.parts) >= depth and place.is_relative_to(point):
+            found, depth = kind, len(point.parts)
+    return found if found is not None and found.rstrip("4") in _NETWORK_DISKS else None
 
 
 def experiment_id(client: Any, uri: str, name: str) -> str:
@@ -157,14 +211,36 @@ _EXPERIMENT_TAGS = {
 
 def one_line(error: object) -> str:
     """First line of an error's message, of bearable length."""
-    text = without_secrets(str(error)).strip().splitlines()
-    return text[0][:500] if text else type(error).__name__
+    lines = without_secrets(str(error)).strip().splitlines()
+    # SQLAlchemy puts this before what happened.
+    telling = [line for line in lines if not line.startswith("(raised as a result of Query-invoked autoflush")] or lines
+    if not telling:
+        return type(error).__name__
+    if telling[0].startswith("API request to ") and (cause := _UNANSWERED.search(telling[0])):
+        return f"the server does not answer ({cause[0]})"
+    return telling[0][:500]
+
+
+_UNANSWERED = re.compile(r"Connection refused|[Tt]imed out|Name or service not known|Connection reset by peer")
 
 
 def is_permanent(error: Exception) -> bool:
-    """Whether repeating a request is useless: it is refused for what it is, rather than the store being away."""
+    """Whether repeating a request is useless: it is refused for what it is, rather than the store being away.
+
+    A login that is refused may be renewed.
+    """
     status = getattr(error, "get_http_status_code", lambda: 503)()
-    return 400 <= status < 500 and status not in (408, 429)
+    return 400 <= status < 500 and status not in (401, 403, 408, 429)
+
+
+def absolute(uri: str) -> str:
+    """A URI that means the same store in every working folder."""
+    path = sqlite_path(uri)
+    if path is not None:
+        return uri.replace(f":///{path}", f":///{path.resolve()}", 1) if not path.is_absolute() else uri
+    if is_folder(uri):
+        return f"file://{quote(str(Path(unquote(urlsplit(uri).path)).resolve()))}"
+    return uri
 
 
 def sqlite_path(uri: str) -> Path | None:
@@ -211,7 +287,8 @@ def _probe(uri: str, *, create: bool) -> None:
     elif is_folder(uri):
         folder = Path(unquote(urlsplit(uri).path))
         if not create and not folder.is_dir():
-            raise UserError(f"tracking.uri {uri}: there is no folder {folder}; train first, or name another store")
+            shown = without_secrets(uri)
+            raise UserError(f"tracking.uri {shown}: there is no folder {folder}; train first, or name another store")
     elif scheme in _DATABASES:
         parts = urlsplit(uri)
         _connect(uri, (parts.hostname or "localhost", parts.port or _DATABASES[scheme]))
@@ -219,7 +296,7 @@ def _probe(uri: str, *, create: bool) -> None:
 
 def _connect(uri: str, address: tuple[str, int]) -> None:
     try:
-        socket.create_connection(address, timeout=_ANSWER_WITHIN_S).close()
+        socket.create_connection(address, timeout=ANSWER_WITHIN_S).close()
     except OSError as error:
         raise UserError(_refused(uri, f"{address[0]} port {address[1]}: {error}")) from error
 
@@ -232,7 +309,7 @@ def _probe_sqlite(uri: str, *, create: bool) -> None:
         raise UserError(f"tracking.uri {uri}: there is no database {path}; train first, or name another store")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        connection = sqlite3.connect(path, timeout=_ANSWER_WITHIN_S)
+        connection = sqlite3.connect(path, timeout=ANSWER_WITHIN_S)
         try:
             # Taking the write lock finds a read-only file, a full disk and a file that is no database.
             connection.execute("BEGIN IMMEDIATE" if create else "SELECT name FROM sqlite_master LIMIT 1")
@@ -250,7 +327,7 @@ def _refused(uri: str, reason: str) -> str:
     if "out-of-date database schema" in reason:
         return f"tracking.uri {shown} was written by another MLflow version; run `mlflow db upgrade {shown}` on a copy"
     if scheme in ("http", "https"):
-        cause = re.search(r"Connection refused|timed out|Name or service not known|error code \d+", reason)
+        cause = _UNANSWERED.search(reason) or re.search(r"error code \d+", reason)
         why = cause[0] if cause else one_line(reason)
         return f"tracking.uri {shown}: no MLflow server answers ({why}); start one, or use sqlite:///mlflow.db"
     if "database is locked" in reason:

@@ -10,8 +10,7 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
-from ssam_scale.tracking.store import is_permanent, one_line, open_store
-from ssam_scale.tracking.threads import MetricWriter
+from ssam_scale.tracking.store import one_line, open_store
 
 _log = logging.getLogger(__name__)
 
@@ -26,7 +25,7 @@ class SystemMonitor:
     MLflow's own `SystemMetricsMonitor` gives up for good when its server is away once.
 
     Args:
-        log: records metrics at a step, without waiting.
+        log: records metrics at a step.
         began: when the run began, in seconds since 1970: steps are multiples of `EVERY_S` since then, also of a run
             that is resumed.
         node: the machine's name, a part of the metrics' names; None: there is only one.
@@ -79,19 +78,22 @@ def watched_for(uri: str, run_id: str, node: str) -> Iterator[None]:
         _log.warning("%s is not recorded: %s", node, one_line(error))
         yield
         return
-    writer = MetricWriter(lambda metrics: client.log_batch(run_id, metrics=metrics), is_permanent)
+    told = False
 
     def log(metrics: Mapping[str, float], step: int) -> None:
+        nonlocal told
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
-        writer.put([Metric(name, value, now, step) for name, value in metrics.items()])
+        try:
+            client.log_batch(run_id, metrics=[Metric(name, value, now, step) for name, value in metrics.items()])
+        except Exception as error:
+            if not told:
+                _log.warning("%s is not recorded while the tracking store is away: %s", node, one_line(error))
+            told = True
 
-    try:
-        with SystemMonitor(log, began, node):
-            yield
-    finally:
-        writer.close(EVERY_S)
+    with SystemMonitor(log, began, node):
+        yield
 
 
 def _monitors() -> list[Any]:

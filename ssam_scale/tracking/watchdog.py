@@ -1,10 +1,10 @@
 """Marks a run KILLED when its process vanished without a word: SIGKILL, out of memory.
 
-A process of its own that waits for its parent to end: `python watchdog.py RUN_ID PROCESS PARENT_PID`, with the tracking
-URI on standard input, because it may hold a password and everybody on the machine can read arguments. The tracking
-process ends it when it has marked the run itself. Run as a file, not as a module, so that waiting costs neither torch
-nor MLflow. A heartbeat instead would have every run write to the store all the time, and would need a reader that
-judges it: MLflow's own pages do not, and would go on showing the run as running.
+A process of its own that waits for its parent to end: `python watchdog.py RUN_ID PROCESS PARENT_PID FOLDER`, with the
+tracking URI on standard input, because it may hold a password and everybody on the machine can read arguments. The
+tracking process ends it when it has marked the run itself. Run as a file, not as a module, so that waiting costs
+neither torch nor MLflow. A heartbeat instead would have every run write to the store all the time, and would need a
+reader that judges it: MLflow's own pages do not, and would go on showing the run as running.
 """
 
 from __future__ import annotations
@@ -17,12 +17,20 @@ import time
 from pathlib import Path
 
 _POLL_S = 1.0
+_PATIENCE_S = 3600.0
 
 
-def start(uri: str, run_id: str, process: str) -> subprocess.Popen[bytes]:
-    """Start watching this process on behalf of a run, whose tag `process` says `process`; `stop` ends the watcher."""
+def start(uri: str, run_id: str, process: str, unsent: Path) -> subprocess.Popen[bytes]:
+    """Start watching this process on behalf of a run; `stop` ends the watcher.
+
+    Args:
+        uri: of the run's store.
+        run_id: of the run.
+        process: what its tag `process` says.
+        unsent: the folder in which it leaves what the store has not got.
+    """
     watcher = subprocess.Popen(
-        [sys.executable, __file__, run_id, process, str(os.getpid())],
+        [sys.executable, __file__, run_id, process, str(os.getpid()), str(unsent.absolute())],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -41,7 +49,7 @@ def stop(watcher: subprocess.Popen[bytes]) -> None:
     watcher.wait()
 
 
-def _main(uri: str, run_id: str, process: str, parent: int) -> None:
+def _main(uri: str, run_id: str, process: str, parent: int, unsent: Path) -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     # An orphan is given another parent at once. Asking for the parent, unlike waiting for a pipe to close, is not
@@ -53,13 +61,34 @@ def _main(uri: str, run_id: str, process: str, parent: int) -> None:
     sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]
     from mlflow import MlflowClient
 
-    client = MlflowClient(uri)
-    run = client.get_run(run_id)
-    # The run may have been resumed by another process in the meantime; then it is no longer ours to mark.
-    if run.info.status == "RUNNING" and run.data.tags.get("process") == process:
-        client.set_tag(run_id, "failure", "process vanished (SIGKILL, e.g. out of memory)")
-        client.set_terminated(run_id, "KILLED")
+    vanished, pause = int(time.time() * 1000), _POLL_S
+    while True:
+        try:
+            client = MlflowClient(uri)
+            run = client.get_run(run_id)
+            # The run may have been resumed by another process in the meantime; then it is no longer ours to mark.
+            if run.info.status == "RUNNING" and run.data.tags.get("process") == process:
+                failure = "process vanished (SIGKILL, e.g. out of memory)"
+                if _waits(unsent):
+                    failure += f"; what had not arrived by then: ssam-scale send {unsent}"
+                client.set_tag(run_id, "failure", failure)
+                client.set_terminated(run_id, "KILLED", vanished)
+            return
+        except Exception:  # MLflow lets its drivers' errors through, of every kind
+            if time.time() > vanished / 1000 + _PATIENCE_S:
+                return
+            # A server that was killed with the process, by the same lack of memory, comes back.
+            time.sleep(pause)
+            pause = min(2 * pause, 60.0)
+
+
+def _waits(unsent: Path) -> bool:
+    """Whether there is more than the first line of the records, see `spool`."""
+    try:
+        return (unsent / "records.jsonl").read_bytes().count(b"\n") > 1
+    except OSError:
+        return False
 
 
 if __name__ == "__main__":
-    _main(sys.stdin.read(), sys.argv[1], sys.argv[2], int(sys.argv[3]))
+    _main(sys.stdin.read(), sys.argv[1], sys.argv[2], int(sys.argv[3]), Path(sys.argv[4]))

@@ -37,6 +37,7 @@ from ssam_scale.models import build_model
 from ssam_scale.perturbation import SparseSAM
 from ssam_scale.perturbation.fused import fit_state
 from ssam_scale.sharding import Sharding, World
+from ssam_scale.tracking.store import plain_values
 
 from .hooks import Hook
 from .progress import Progress
@@ -212,7 +213,7 @@ def save(config: Config, world: World, components: Components) -> None:
     files: dict[str, dict[str, Tensor]] = {name: {} for name in components.state}
     state = {
         **_description(config),
-        "config": config.model_dump(mode="json"),
+        "config": plain_values(config),
         "micro_batches": asdict(components.split),
         "parts": {name: _split(part.state_dict(), files[name]) for name, part in components.state.items()},
     }

@@ -26,7 +26,10 @@ APART = {
 TOGETHER = "tests/gpu_simulated/"
 """A folder that goes to one worker: its modules share processes."""
 
-WAITING = {f"tests/{file}.py" for file in ("launch/test_slurm", "tracking/test_browser", "tracking/test_shutdown")}
+WAITING = {
+    f"tests/{file}.py"
+    for file in ("launch/test_slurm", "tracking/test_browser", "tracking/test_faults", "tracking/test_shutdown")
+}
 """Files whose tests mostly wait (for time limits, servers, a browser): the last worker's, beside those that compute."""
 
 

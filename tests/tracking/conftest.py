@@ -35,7 +35,7 @@ def uri(_empty_database: Path, tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def config(uri: str) -> Callable[..., Config]:
+def config(uri: str, tmp_path: Path) -> Callable[..., Config]:
     """`config("sam", seed=1)`: a small valid configuration that tracks into `uri`."""
 
     def make(method: str = "base", *, seed: int = 0, rho: float | None = None, **tracking: Any) -> Config:
@@ -49,6 +49,7 @@ def config(uri: str) -> Callable[..., Config]:
                 "optimizer": {"lr": 0.1},
                 "perturbation": perturbation,
                 "train": {"epochs": 2, "seed": seed},
+                "checkpoint": {"directory": tmp_path / "checkpoints"},
                 "tracking": {"uri": uri, **tracking},
             }
         )

@@ -25,6 +25,22 @@ CASES = {
     "mysql://host/db?user=me&password=secret&x=1": "mysql://host/db?user=me&password=***&x=1",
     "https://host/x?api_key=secret": "https://host/x?api_key=***",
     "https://host/x?X-Amz-Signature=secret&y=2": "https://host/x?X-Amz-Signature=***&y=2",
+    "postgresql://me:se/cret@host/db": "postgresql://me:***@host/db",
+    "postgresql://me:s@/cret@host:5432/db": "postgresql://me:***@host:5432/db",
+    "postgresql://me:secret@/db?host=/tmp": "postgresql://me:***@/db?host=/tmp",
+    "mysql+pymysql://host/db?user=me&password=secret": "mysql+pymysql://host/db?user=me&password=***",
+    "mssql+pyodbc:///?odbc_connect=UID%3Dme%3BPWD%3Dsecret": "mssql+pyodbc:///?odbc_connect=UID%3Dme%3BPWD%3D***",
+    "mssql+pyodbc:///?odbc_connect=PWD%3Dsecret%3BUID%3Dme": "mssql+pyodbc:///?odbc_connect=PWD%3D***%3BUID%3Dme",
+    "s3://AKIA:secret@bucket/x": "s3://AKIA:***@bucket/x",
+    "https://x-access-token:secret@github.com/a/b.git": "https://x-access-token:***@github.com/a/b.git",
+    "git@github.com:a/b.git": "git@github.com:a/b.git",
+    "host=h user=me password=secret dbname=x": "host=h user=me password=*** dbname=x",
+    "MLFLOW_TRACKING_TOKEN=secret ssam-scale train": "MLFLOW_TRACKING_TOKEN=*** ssam-scale train",
+    "env MLFLOW_TRACKING_PASSWORD='my secret' x": "env MLFLOW_TRACKING_PASSWORD=*** x",
+    "AWS_ACCESS_KEY_ID=AKIA AWS_SECRET_ACCESS_KEY=secret": "AWS_ACCESS_KEY_ID=AKIA AWS_SECRET_ACCESS_KEY=***",
+    "{'Authorization': 'Bearer secret'}": "{'Authorization': 'Bearer ***'}",
+    "Authorization: Basic secret": "Authorization: Basic ***",
+    "model.kwargs.class_token=true": "model.kwargs.class_token=true",
     "sqlite:///mlflow.db": "sqlite:///mlflow.db",
     "http://host:5000/a@b": "http://host:5000/a@b",
     "mail me@host": "mail me@host",
@@ -52,7 +68,7 @@ def test_the_command_is_tagged_without(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_watcher_has_none_among_its_arguments() -> None:
-    watcher = watchdog.start("postgresql://me:secret@127.0.0.1/db", "run", "host:1")
+    watcher = watchdog.start("postgresql://me:secret@127.0.0.1/db", "run", "host:1", Path("unsent"))
     try:
         shown = Path(f"/proc/{watcher.pid}/cmdline")
         while not (text := shown.read_bytes()):  # not there yet

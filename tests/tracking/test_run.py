@@ -12,6 +12,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from ssam_scale.config.schema import Config
 from ssam_scale.errors import UserError
 from ssam_scale.tracking.commands import mlflow_command
 from ssam_scale.tracking.run import WARMUP_STEPS, Run, flatten, open_run
-from ssam_scale.tracking.store import _refused, experiment_id, open_store
+from ssam_scale.tracking.store import _refused, check_store, experiment_id, network_disk, open_store
 from ssam_scale.tracking.timer import PhaseSummary
 
 MakeConfig = Callable[..., Config]
@@ -228,7 +229,11 @@ def test_long_values_are_cut_to_what_mlflow_takes(config: MakeConfig, uri: str) 
 
 
 def test_no_password_reaches_the_store(config: MakeConfig) -> None:
-    assert flatten(config(uri="http://me:secret@host:5000/x"))["tracking.uri"] == "http://me:***@host:5000/x"
+    base = config(uri="http://me:secret@host:5000/x")
+    weights = {"weights": "https://secret@host/x.pth"}
+    flat = flatten(base.model_copy(update={"model": base.model.model_copy(update={"kwargs": weights})}))
+    assert flat["tracking.uri"] == "http://me:***@host:5000/x"
+    assert flat["model.kwargs.weights"] == "https://***@host/x.pth"
 
 
 def test_a_folder_is_a_store_too(config: MakeConfig, tmp_path: Path) -> None:
@@ -274,6 +279,44 @@ def test_a_locked_database_is_not_advised_to_be_used() -> None:
     assert "sqlite:///mlflow.db" not in _refused("sqlite:///mlflow.db", "attempt to write a readonly database")[30:]
 
 
+MOUNTS = """
+22 1 0:20 / / rw,relatime - ext4 /dev/root rw
+30 22 0:40 / /home rw,relatime shared:1 - nfs4 server:/home rw,vers=4.2
+31 30 0:41 / /home/me/local rw - xfs /dev/sda1 rw
+32 22 0:42 / /scratch\\040disk rw - lustre 10.0.0.1@tcp:/scratch rw
+33 22 0:43 / /mnt rw - nfs server:/mnt rw
+34 33 0:44 / /mnt rw - ext4 /dev/sdb1 rw
+"""
+
+
+@pytest.mark.parametrize(
+    ("path", "disk"),
+    [
+        ("/data/mlflow.db", None),
+        ("/home/me/project/mlflow.db", "nfs4"),
+        ("/home/me/local/mlflow.db", None),
+        ("/homes/mlflow.db", None),
+        ("/scratch disk/mlflow.db", "lustre"),
+        ("/mnt/mlflow.db", None),
+    ],
+)
+def test_network_disks_are_known(path: str, disk: str | None) -> None:
+    assert network_disk(Path(path), MOUNTS) == disk
+
+
+def test_a_database_on_a_network_disk_is_warned_of_with_the_way_out(
+    uri: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    check_store(uri)
+    assert caplog.messages == []
+    monkeypatch.setattr("ssam_scale.tracking.store.network_disk", lambda path: "nfs4")
+    check_store(uri)
+    (told,) = caplog.messages
+    assert told.startswith(f"tracking.uri {uri} is on a network disk (nfs4)")
+    assert "server --backend-store-uri sqlite:////LOCAL/mlflow.db --host 127.0.0.1 --port 5000`" in told
+    assert (Path(__file__).parents[2] / told.split()[-1]).is_file()
+
+
 def unusable(tmp_path: Path) -> dict[str, tuple[str, str]]:
     (tmp_path / "text.db").write_text("this is no database " * 100)
     with socket.socket() as probe:
@@ -287,13 +330,24 @@ def unusable(tmp_path: Path) -> dict[str, tuple[str, str]]:
         "not a folder": (f"sqlite:///{tmp_path}/text.db/x.db", "Not a directory|File exists"),
         "refused": (f"http://127.0.0.1:{closed}", "no MLflow server answers .*refused.*; start one, or use sqlite"),
         "unknown host": ("http://tracking.invalid:5000", "no MLflow server answers"),
+        "login": (f"http://u:secret@127.0.0.1:{closed}", "no MLflow server answers"),
         "database server": (f"postgresql://u:secret@127.0.0.1:{closed}/db", "refused"),
     }
 
 
 @pytest.mark.parametrize(
     "case",
-    ["scheme", "empty", "memory", "not a database", "not a folder", "refused", "unknown host", "database server"],
+    [
+        "scheme",
+        "empty",
+        "memory",
+        "not a database",
+        "not a folder",
+        "refused",
+        "unknown host",
+        "login",
+        "database server",
+    ],
 )
 def test_an_unusable_store_is_one_line_naming_it(config: MakeConfig, tmp_path: Path, case: str) -> None:
     uri, message = unusable(tmp_path)[case]
@@ -302,7 +356,7 @@ def test_an_unusable_store_is_one_line_naming_it(config: MakeConfig, tmp_path: P
         open_run(config(uri=uri), enabled=True).__enter__()
     text = str(caught.value)
     assert uri.replace("secret", "***") in text
-    assert "secret" not in text
+    assert ":secret" not in "".join(traceback.format_exception(caught.value, caught.value, caught.value.__traceback__))
     assert "\n" not in text
     # Not a matter of speed: MLflow's own retries take 100 s or more in these cases.
     assert time.monotonic() - begin < 60
@@ -327,14 +381,16 @@ def test_a_store_that_fails_during_training_does_not_end_it(
             database.execute("ALTER TABLE latest_metrics RENAME TO elsewhere_too")
         run.log({"train/loss": 1.0}, step=1)
         give_up = time.monotonic() + 60
-        while "metrics" not in caplog.text and time.monotonic() < give_up:
+        while "waits" not in caplog.text and time.monotonic() < give_up:
             time.sleep(0.05)
         with sqlite3.connect(tmp_path / "mlflow.db") as database:
             database.execute("ALTER TABLE elsewhere RENAME TO metrics")
             database.execute("ALTER TABLE elsewhere_too RENAME TO latest_metrics")
     found = stored(uri, run)
     assert (found.info.status, found.data.metrics) == ("FINISHED", {"train/loss": 1.0})
-    assert "tracking store does not answer, metrics wait" in caplog.text
+    assert "tracking store does not answer, what is recorded waits in" in caplog.text
+    assert "no such table: " in caplog.text
+    assert caplog.messages[1:] == ["tracking store answers again, and has all that waited"]
 
 
 def test_a_network_that_cannot_be_exported_is_a_warning(config: MakeConfig, uri: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import subprocess
 import sys
@@ -17,7 +16,6 @@ import pytest
 
 from ssam_scale.config.schema import Config
 from ssam_scale.tracking.store import open_store
-from tests.support.browser import mlflow_ui
 from tests.support.processes import free_port
 
 pytestmark = pytest.mark.slow
@@ -289,44 +287,3 @@ dist.all_reduce(torch.ones(1))
     run_id = training.run_id()
     assert training.end()[0] != 0
     assert training.status(run_id, "FAILED")["failure"] == "rank 1: ValueError: truncated image"
-
-
-def test_a_server_keeps_runs_and_artifacts(train: Train, uri: str, tmp_path: Path) -> None:
-    with mlflow_ui(uri, artifacts=tmp_path / "artifacts") as address:
-        training = train("ready(run)\nrun.log({'a': float('nan'), 'b': 2.0}, step=2)", uri=address)
-        assert training.end() == (0, "", "")
-        training.status(training.run_id(), "FINISHED")
-        client = open_store(address, create=False)
-        found = client.get_run(training.run_id())
-        assert found.data.metrics["b"] == 2.0
-        assert found.data.metrics["a"] != found.data.metrics["a"]
-        assert [each.path for each in client.list_artifacts(training.run_id())] == ["config.yaml"]
-        killed = train(WAIT, uri=address)
-        (tmp_path / "ready0").unlink()
-        run_id = killed.run_id()
-        os.kill(killed.process.pid, signal.SIGTERM)
-        assert killed.end() == (143, "", "")
-        killed.status(run_id, "KILLED")
-
-
-def test_a_server_that_goes_away_neither_stalls_nor_ends_a_training(train: Train, uri: str, tmp_path: Path) -> None:
-    with mlflow_ui(uri, artifacts=tmp_path / "artifacts") as address:
-        training = train(
-            """
-            ready(run)
-            while not (folder / "gone").exists():
-                time.sleep(0.05)
-            for step in range(2, 1000):
-                run.log({"train/loss": 1.0}, step=step)
-            (folder / "trained").touch()
-            raise KeyboardInterrupt  # the status with the least patience for the last metrics
-            """,
-            uri=address,
-        )
-        training.run_id()
-    (tmp_path / "gone").touch()
-    _, _, err = training.end()
-    assert (tmp_path / "trained").exists()
-    assert "metrics of run" in err
-    assert "did not reach the tracking store" in err
-    assert "could not be marked KILLED" in err
