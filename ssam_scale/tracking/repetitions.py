@@ -15,9 +15,9 @@ _SHARED = "method", "mask", "plan", "backend", "hardware", "group"
 _MEANS = (
     "summary/top1",
     "summary/step_time",
-    "summary/saving_vs_dense_percent",
-    "summary/overhead_vs_base_percent",
     "summary/density",
+    "saving/vs_dense_percent",
+    "overhead/vs_base_percent",
 )
 
 

@@ -9,11 +9,6 @@ import hashlib
 import json
 
 _COLUMNS = (
-    "tags.`mask`",
-    "tags.`plan`",
-    "tags.`density`",
-    "tags.`backend`",
-    "tags.`seed`",
     "metrics.`summary/top1`",
     "metrics.`saving/vs_dense_percent`",
     "metrics.`saving/vs_dense_percent_low`",
@@ -21,7 +16,10 @@ _COLUMNS = (
     "metrics.`saving/seconds_so_far`",
     "metrics.`overhead/vs_base_percent`",
     "metrics.`summary/step_time`",
-    "attributes.`Dataset`",
+    "tags.`mask`",
+    "tags.`plan`",
+    "tags.`density`",
+    "tags.`seed`",
 )
 _STATE = json.dumps({"selectedColumns": list(_COLUMNS)})
 

@@ -13,6 +13,7 @@ from ssam_scale.config.schema import Config
 from ssam_scale.tracking.commands import interface_lines
 from ssam_scale.tracking.compare import find_experiment
 from ssam_scale.tracking.run import open_run
+from ssam_scale.tracking.saving import Probe
 from ssam_scale.tracking.timer import PhaseSummary
 from tests.support.browser import chromium, mlflow_ui
 from tests.support.stored import Course
@@ -31,7 +32,11 @@ def record(config: Config, *, top1: float, step_s: float, fail: bool = False) ->
                 if config.perturbation is not None and config.perturbation.mask is not None:
                     counts = {name: size * step / 500 for name, size in SIZES.items() if "0" not in name}
                     run.log_layers(counts, SIZES, step=step, steps="mean over the epoch that ends with step")
-                window = PhaseSummary({"data": 0.01, "descent forward": 0.4 * step_s}, (step_s,) * 50)
+                phases, times = {"data": 0.01, "descent forward": 0.4 * step_s}, (step_s,) * 50
+                kind = {"base": "base", "sam": "dense"}.get(config.method, "sparse")
+                window = PhaseSummary(phases, times, {kind: PhaseSummary(phases, times)})
+                if config.perturbation is not None:
+                    run.log_probe(Probe(0.08, 0.19, step_s - 0.01), seconds=1.0, step=step)
                 run.log_window(window, loss=2.3 - step / 500, lr=0.1, images_per_step=64, step=step)
             if fail:
                 raise RuntimeError("loader died")
@@ -51,7 +56,7 @@ def test_the_printed_address_shows_the_runs(config: Callable[..., Config], uri: 
 
     record(config("base"), top1=80.0, step_s=0.1)
     record(config("sam"), top1=82.0, step_s=0.2)
-    depth = record(config("depth"), top1=81.9, step_s=0.15)
+    depth, _ = (record(config("depth", seed=seed), top1=81.9 + seed, step_s=0.15) for seed in (0, 1))
     record(config("base", run_name="broken loader"), top1=0.0, step_s=0.1, fail=True)
     with chromium() as browser, mlflow_ui(uri) as address:
 
@@ -73,11 +78,21 @@ def test_the_printed_address_shows_the_runs(config: Callable[..., Config], uri: 
 
         # The last line that the command prints, with the port of this test's server for the one it suggests.
         fragment = interface_lines(uri, find_experiment(uri, "ssam_scale").id)[-1].partition("#")[2]
+        browser.set_window_size(2800, 900)  # columns out of sight are not there
         browser.get(f"{address}/#{fragment}")
-        page_shows("base resnet18", "sam resnet18", "ssam-depth resnet18", "broken loader", "Model registry", "summary")
+        columns = ("mask", "plan", "density", "summary/top1", "saving/vs_dense_percent", "overhead/vs_base_percent")
+        page_shows("base resnet18", "sam resnet18", "ssam-depth resnet18", "broken loader", "Model registry", *columns)
+        browser.set_window_size(1600, 1000)
         path, _, query = fragment.partition("?")
         for tab, texts in {
-            "": ("About this run", "ssam-depth resnet18", "summary/step_time", "perturbation.mask.pattern", "Finished"),
+            "": (
+                "About this run",
+                "ssam-depth resnet18",
+                "less time than dense SAM",
+                "summary/step_time",
+                "perturbation.mask.pattern",
+                "Finished",
+            ),
             "/model-metrics": ("Add chart", "summary", "time", "descent_forward"),
             "/artifacts/config.yaml": ("config.yaml", "pattern: depth"),
         }.items():
