@@ -328,6 +328,27 @@ def test_seconds_of_training_where_epochs_are_missing_or_doubled(config: MakeCon
     assert "by timestamps, with evaluations" in note
 
 
+def test_images_per_second_are_all_images_over_all_steps(config: MakeConfig, uri: str, finish: Finish) -> None:
+    client = open_store(uri, create=False)
+    run_id = finish(config("base"), top1=3.0, ms=1.0)
+    for step, rate in ((50, 100.0), (100, 300.0), (125, 100.0)):  # seconds go as 1/2, 1/6 and 1/4
+        client.log_metric(run_id, "train/images_per_second", rate, step=step)
+    resumed = finish(config("base", seed=1), top1=3.0, ms=1.0)
+    for step, rate in ((1050, 100.0), (1100, 300.0)):
+        client.log_metric(resumed, "train/images_per_second", rate, step=step)
+    first, second = (run.images_per_second for run in compare(uri, "ssam_scale").groups[0].runs)
+    assert first == pytest.approx(125 / (1 / 2 + 1 / 6 + 1 / 4))
+    assert second == pytest.approx(150.0)
+
+
+def test_a_run_that_was_changed_on_the_way_is_no_other_seed(config: MakeConfig, uri: str, finish: Finish) -> None:
+    finish(config("base"), top1=80.0, ms=100.0)
+    changed = {"changed.optimizer.lr": "0.2", "changed.checkpoint.keep": "9"}
+    finish(config("base", seed=1), top1=82.0, ms=100.0, **changed)
+    finish(config("base", seed=2), top1=84.0, ms=100.0, **{"changed.data.workers": "2"})
+    assert [(row.runs, row.settings) for row in rows_of(uri)] == [(2, "lr 0.1"), (1, "lr 0.1, later 0.2")]
+
+
 def test_accuracy_is_tested_by_welch_and_corrected_by_holm(config: MakeConfig, uri: str, finish: Finish) -> None:
     tops = {"base": (80.0, 80.4, 80.2), "sam": (83.0, 83.1, 82.9), "depth": (82.0, 82.6), "element": (82.9,)}
     for method, found in tops.items():

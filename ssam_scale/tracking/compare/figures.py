@@ -20,6 +20,7 @@ from ssam_scale.tracking.store import environment, text_artifact
 
 _WIDTH, _HEIGHT = 4.6, 3.0  # inches of 72 points; letters are 9 and 10 points high
 _LEGEND_LINE = 0.2
+_DOTS = 200  # an inch, of heat maps: enough for hundreds of layers
 
 # Okabe and Ito's colours, which most colour-blind people tell apart; after them the lines change.
 _COLOURS = ("#000000", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#b3a300")
@@ -298,7 +299,7 @@ def _legend(figure: Any, axes: Any) -> None:
 def _svg(figure: Any) -> str:
     out = io.StringIO()
     metadata: Mapping[str, None] = {"Date": None, "Creator": None, "Type": None, "Format": None}
-    figure.savefig(out, format="svg", metadata=metadata)
+    figure.savefig(out, format="svg", metadata=metadata, dpi=_DOTS)
     return out.getvalue()
 
 

@@ -24,6 +24,8 @@ _POOLED = (
     "data.eval_batch_size",
 )
 
+_CHANGED = "changed."  # and a parameter: the tag of a run that was resumed with another value of it
+
 # A ratio of times means something only where all of these are the same.
 _TIME_PARAMS = (
     "model.name",
@@ -94,10 +96,15 @@ class Group:
         return self.method == method and (method != "sam" or is_dense_sam(self.params))
 
     def distinct(self) -> dict[str, str]:
-        """What makes this group what it is: parameters and data."""
+        """What makes this group what it is: parameters, those that were changed on the way too, and data."""
         by_path = DATA_PARAMS[0] in dict(self.data)
         dropped = _POOLED if by_path else (*_POOLED, *DATA_PARAMS)
-        return {key: value for key, value in self.params.items() if not key.startswith(dropped)} | dict(self.data)
+        kept = {key: value for key, value in self.params.items() if not key.startswith(dropped)}
+        for tag, value in self.tags.items():
+            key = tag.removeprefix(_CHANGED)
+            if key != tag and not key.startswith(dropped):
+                kept[key] = f"{self.params.get(key, '—')}, later {value}"
+        return kept | dict(self.data)
 
     def identity(self) -> dict[str, str]:
         """All that makes it a row of its own: that, and where it ran."""
