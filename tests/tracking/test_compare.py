@@ -388,7 +388,10 @@ def test_a_mask_is_judged_against_dense_sam_of_its_own_radius(config: MakeConfig
     finish(config("sam", rho=0.1), top1=83.0, ms=200.0)
     finish(config("sam", rho=0.4), top1=70.0, ms=200.0)
     finish(config("depth", rho=0.1), top1=84.0, ms=150.0)
-    assert rows_of(uri)[-1].gain_over_sam == 1.0
+    finish(config("element", rho=0.2), top1=84.0, ms=150.0)
+    *_, same, other = rows_of(uri)
+    assert (same.gain_over_sam, "gain_over_sam" in same.notes) == (1.0, False)
+    assert other.notes["gain_over_sam"] == "dense SAM differs in perturbation.rho, too"
 
 
 def test_gpu_hours_and_cost(config: MakeConfig, uri: str, finish: Finish) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import textwrap
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -205,7 +206,8 @@ def _phases(comparison: Comparison) -> Picture | None:
         if any(widths):
             axes.barh(range(len(drawn)), widths, left=left, color=PHASE_COLOURS[phase], label=phase, height=0.7)
             left = [start + width for start, width in zip(left, widths, strict=True)]
-    axes.set_yticks(range(len(drawn)), [_clipped(label, 24) for label, _ in drawn])
+    labelled = ["\n".join(textwrap.wrap(label, 24, max_lines=2, placeholder=" …")) for label, _ in drawn]
+    axes.set_yticks(range(len(drawn)), labelled, fontsize=9)
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
     axes.set_xlabel("ms in a step")
