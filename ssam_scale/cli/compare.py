@@ -163,7 +163,7 @@ def render(comparison: Comparison) -> Sheet:
     lines = [f"[{number}] {note}" for number, note in enumerate(notes, 1)]
     if comparison.tests:
         tests = f"{comparison.tests} comparison{'s'[: comparison.tests != 1]}"
-        lines.append(f"p: Welch's t test of top-1 over seeds, Holm's correction over {tests}")
+        lines.append(f"p: Welch's t test of top-1 over seeds, Holm's correction over {tests}, with base and with SAM")
     lines += comparison.differences
     return Sheet(
         [column.title for column in shown],

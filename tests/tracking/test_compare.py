@@ -104,6 +104,19 @@ def test_probes_count_more_than_times_of_different_runs(config: MakeConfig, uri:
     assert "−5%" in text
 
 
+def test_what_base_saves_is_by_the_probes_of_dense_sam(config: MakeConfig, uri: str, finish: Finish) -> None:
+    finish(config("base"), top1=80.0, ms=100.0)
+    sam = finish(config("sam"), top1=83.0, ms=300.0, probed=(100.0, 0.0))
+    client = open_store(uri, create=False)
+    for bound, value in (("low", 60.0), ("high", 150.0)):
+        client.log_metric(sam, f"summary/overhead_vs_base_percent_{bound}", value)
+    base, dense = rows_of(uri)
+    assert (base.saving_over_sam, base.by_probes) == (0.5, True)
+    assert base.saving_interval == pytest.approx((1 - 1 / 1.6, 1 - 1 / 2.5))
+    assert dense.time_over_base_interval == pytest.approx((1.6, 2.5))
+    assert "2.00 (1.60 to 2.50)" in text_of(uri)
+
+
 def test_dense_sam_is_not_one_that_ascends_now_and_then(config: MakeConfig, uri: str, finish: Finish) -> None:
     finish(config("base"), top1=80.0, ms=100.0)
     finish(config("sam"), top1=83.0, ms=200.0)
