@@ -36,8 +36,6 @@ _SPARE = (
     "seconds_to_accuracy",
 )
 
-_ASPECTS = ("hardware", "data", "software")
-
 
 class OptionsAlone(TyperCommand):
     """A command some of whose options take a value or none: `--watch`, `--watch 5`."""
@@ -105,7 +103,6 @@ def compare_command(
     """Compare runs: top-1, time over the base optimizer, saving over dense SAM, time to an accuracy, cost."""
     prints_csv = csv is not None and str(csv) == "-"
     _check_numbers(accuracy, wall_clock, price, watch)
-    allowed = _aspects(allow_different or [])
     if watch is not None and (as_json or csv is not None or html is not None):
         raise UserError(
             "--watch draws a table for people; --json, --csv and --html are for one look: leave one of them out"
@@ -120,6 +117,7 @@ def compare_command(
     for option, path in (("--csv", None if prints_csv else csv), ("--html", html)):
         if path is not None:
             check_output(option, path)
+    allowed = _aspects(allow_different or [])
     question = Question(group, accuracy, wall_clock, price, allowed, running=watch is not None)
     found = find_experiment(tracking_uri, experiment)
     if watch is not None:
@@ -165,7 +163,7 @@ def render(comparison: Comparison) -> Sheet:
     lines = [f"[{number}] {note}" for number, note in enumerate(notes, 1)]
     if comparison.tests:
         tests = f"{comparison.tests} comparison{'s'[: comparison.tests != 1]}"
-        lines.append(f"p: Welch's t test of top-1 over seeds, Holm's correction over {tests}")
+        lines.append(f"p: Welch's t test of top-1 over seeds, Holm's correction over {tests}, with base and with SAM")
     lines += comparison.differences
     return Sheet(
         [column.title for column in shown],
@@ -235,8 +233,10 @@ def _check_numbers(accuracy: float | None, wall_clock: float | None, price: floa
 
 
 def _aspects(given: Sequence[str]) -> frozenset[str]:
+    from ssam_scale.tracking.compare import ASPECTS
+
     named = [word.strip() for text in given for word in text.split(",")]
     for word in named:
-        if word not in _ASPECTS:
-            raise UserError(f"--allow-different {word!r}: runs may differ in {', '.join(_ASPECTS)}")
+        if word not in ASPECTS:
+            raise UserError(f"--allow-different {word!r}: runs may differ in {', '.join(ASPECTS)}")
     return frozenset(named)

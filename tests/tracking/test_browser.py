@@ -37,7 +37,8 @@ def record(config: Config, *, top1: float, step_s: float, fail: bool = False) ->
                 window = PhaseSummary(phases, times, {kind: PhaseSummary(phases, times)})
                 if config.perturbation is not None:
                     run.log_probe(Probe(0.08, 0.19, step_s - 0.01), seconds=1.0, step=step)
-                run.log_window(window, loss=2.3 - step / 500, lr=0.1, images_per_step=64, step=step)
+                loss, densities = 2.3 - step / 500, [] if config.perturbation is None else [0.5] * 50
+                run.log_window(window, loss=loss, lr=0.1, images_per_step=64, step=step, densities=densities)
             if fail:
                 raise RuntimeError("loader died")
             run.log_evaluation(top1=top1, top5=99.0, loss=0.5, epoch=2, step=500)

@@ -105,6 +105,19 @@ def test_probes_count_more_than_times_of_different_runs(config: MakeConfig, uri:
     assert "−5%" in text
 
 
+def test_what_base_saves_is_by_the_probes_of_dense_sam(config: MakeConfig, uri: str, finish: Finish) -> None:
+    finish(config("base"), top1=80.0, ms=100.0)
+    sam = finish(config("sam"), top1=83.0, ms=300.0, probed=(100.0, 0.0))
+    client = open_store(uri, create=False)
+    for bound, value in (("low", 60.0), ("high", 150.0)):
+        client.log_metric(sam, f"summary/overhead_vs_base_percent_{bound}", value)
+    base, dense = rows_of(uri)
+    assert (base.saving_over_sam, base.by_probes) == (0.5, True)
+    assert base.saving_interval == pytest.approx((1 - 1 / 1.6, 1 - 1 / 2.5))
+    assert dense.time_over_base_interval == pytest.approx((1.6, 2.5))
+    assert "2.00 (1.60 to 2.50)" in text_of(uri)
+
+
 def test_dense_sam_is_not_one_that_ascends_now_and_then(config: MakeConfig, uri: str, finish: Finish) -> None:
     finish(config("base"), top1=80.0, ms=100.0)
     finish(config("sam"), top1=83.0, ms=200.0)
@@ -329,6 +342,27 @@ def test_seconds_of_training_where_epochs_are_missing_or_doubled(config: MakeCon
     assert "by timestamps, with evaluations" in note
 
 
+def test_images_per_second_are_all_images_over_all_steps(config: MakeConfig, uri: str, finish: Finish) -> None:
+    client = open_store(uri, create=False)
+    run_id = finish(config("base"), top1=3.0, ms=1.0)
+    for step, rate in ((50, 100.0), (100, 300.0), (125, 100.0)):  # seconds go as 1/2, 1/6 and 1/4
+        client.log_metric(run_id, "train/images_per_second", rate, step=step)
+    resumed = finish(config("base", seed=1), top1=3.0, ms=1.0)
+    for step, rate in ((1050, 100.0), (1100, 300.0)):
+        client.log_metric(resumed, "train/images_per_second", rate, step=step)
+    first, second = (run.images_per_second for run in compare(uri, "ssam_scale").groups[0].runs)
+    assert first == pytest.approx(125 / (1 / 2 + 1 / 6 + 1 / 4))
+    assert second == pytest.approx(150.0)
+
+
+def test_a_run_that_was_changed_on_the_way_is_no_other_seed(config: MakeConfig, uri: str, finish: Finish) -> None:
+    finish(config("base"), top1=80.0, ms=100.0)
+    changed = {"changed.optimizer.lr": "0.2", "changed.checkpoint.keep": "9"}
+    finish(config("base", seed=1), top1=82.0, ms=100.0, **changed)
+    finish(config("base", seed=2), top1=84.0, ms=100.0, **{"changed.data.workers": "2"})
+    assert [(row.runs, row.settings) for row in rows_of(uri)] == [(2, "lr 0.1"), (1, "lr 0.1, later 0.2")]
+
+
 def test_accuracy_is_tested_by_welch_and_corrected_by_holm(config: MakeConfig, uri: str, finish: Finish) -> None:
     tops = {"base": (80.0, 80.4, 80.2), "sam": (83.0, 83.1, 82.9), "depth": (82.0, 82.6), "element": (82.9,)}
     for method, found in tops.items():
@@ -368,7 +402,10 @@ def test_a_mask_is_judged_against_dense_sam_of_its_own_radius(config: MakeConfig
     finish(config("sam", rho=0.1), top1=83.0, ms=200.0)
     finish(config("sam", rho=0.4), top1=70.0, ms=200.0)
     finish(config("depth", rho=0.1), top1=84.0, ms=150.0)
-    assert rows_of(uri)[-1].gain_over_sam == 1.0
+    finish(config("element", rho=0.2), top1=84.0, ms=150.0)
+    *_, same, other = rows_of(uri)
+    assert (same.gain_over_sam, "gain_over_sam" in same.notes) == (1.0, False)
+    assert other.notes["gain_over_sam"] == "dense SAM differs in perturbation.rho, too"
 
 
 def test_gpu_hours_and_cost(config: MakeConfig, uri: str, finish: Finish) -> None:

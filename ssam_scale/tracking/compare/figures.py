@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import textwrap
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ from ssam_scale.tracking.store import environment, text_artifact
 
 _WIDTH, _HEIGHT = 4.6, 3.0  # inches of 72 points; letters are 9 and 10 points high
 _LEGEND_LINE = 0.2
+_DOTS = 200  # an inch, of heat maps: enough for hundreds of layers
 
 # Okabe and Ito's colours, which most colour-blind people tell apart; after them the lines change.
 _COLOURS = ("#000000", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#b3a300")
@@ -204,7 +206,8 @@ def _phases(comparison: Comparison) -> Picture | None:
         if any(widths):
             axes.barh(range(len(drawn)), widths, left=left, color=PHASE_COLOURS[phase], label=phase, height=0.7)
             left = [start + width for start, width in zip(left, widths, strict=True)]
-    axes.set_yticks(range(len(drawn)), [_clipped(label, 24) for label, _ in drawn])
+    labelled = ["\n".join(textwrap.wrap(label, 24, max_lines=2, placeholder=" …")) for label, _ in drawn]
+    axes.set_yticks(range(len(drawn)), labelled, fontsize=9)
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
     axes.set_xlabel("ms in a step")
@@ -298,7 +301,7 @@ def _legend(figure: Any, axes: Any) -> None:
 def _svg(figure: Any) -> str:
     out = io.StringIO()
     metadata: Mapping[str, None] = {"Date": None, "Creator": None, "Type": None, "Format": None}
-    figure.savefig(out, format="svg", metadata=metadata)
+    figure.savefig(out, format="svg", metadata=metadata, dpi=_DOTS)
     return out.getvalue()
 
 

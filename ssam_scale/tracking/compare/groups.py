@@ -14,6 +14,11 @@ from ssam_scale.tracking.dense import is_dense_sam
 from ssam_scale.tracking.describe import mask_words
 from ssam_scale.tracking.identity import WHERE, distinct
 
+# What makes perturbations of different methods comparable.
+_RADIUS = tuple(f"perturbation.{key}" for key in ("rho", "rho_schedule", "rho_final", "adaptive"))
+
+_CHANGED = "changed."  # and a parameter: the tag of a run that was resumed with another value of it
+
 # A ratio of times means something only where all of these are the same.
 _TIME_PARAMS = (
     "model.name",
@@ -83,9 +88,14 @@ class Group:
         return self.method == method and (method != "sam" or is_dense_sam(self.params))
 
     def distinct(self) -> dict[str, str]:
-        """What makes this group what it is: parameters and data."""
+        """What makes this group what it is: parameters, those that were changed on the way too, and data."""
         by_path = DATA_PARAMS[0] in dict(self.data)
-        own = distinct(self.params)
+        changed = {
+            tag.removeprefix(_CHANGED): f"{self.params.get(tag.removeprefix(_CHANGED), '—')}, later {value}"
+            for tag, value in self.tags.items()
+            if tag.startswith(_CHANGED)
+        }
+        own = distinct(self.params | changed)
         return {k: v for k, v in own.items() if by_path or not k.startswith(DATA_PARAMS)} | dict(self.data)
 
     def identity(self) -> dict[str, str]:
@@ -120,9 +130,11 @@ class Group:
         )
 
     def differing_from(self, other: Group) -> list[str]:
-        """Parameters, but those of the perturbation, that are not the same."""
+        """Parameters that are not the same, but those of the perturbation; of two perturbations, its radius too."""
         mine, theirs = self.distinct(), other.distinct()
         keys = sorted(key for key in mine.keys() | theirs.keys() if not key.startswith("perturbation"))
+        if "base" not in (self.method, other.method):
+            keys += _RADIUS
         return [key for key in keys if mine.get(key) != theirs.get(key)]
 
     def _timing(self) -> tuple[str, ...]:
@@ -188,20 +200,12 @@ def _references(groups: Sequence[Group], method: str) -> list[Group]:
 
 
 def _most_alike(group: Group, found: Sequence[Group]) -> Group | None:
-    """Of several that are equally alike one of the same radius, or whose times mean something, or the latest."""
+    """Of several that are equally alike one whose times mean something, or else the latest."""
 
-    def unlike(other: Group) -> tuple[int, int, bool, int]:
-        mine, theirs = _ascent(group), _ascent(other)
-        ascent = sum(mine.get(key) != theirs.get(key) for key in mine.keys() | theirs.keys())
-        return len(group.differing_from(other)), ascent, not other.times_like(group), -other.runs[-1].started
+    def unlike(other: Group) -> tuple[int, bool, int]:
+        return len(group.differing_from(other)), not other.times_like(group), -other.runs[-1].started
 
     return min(found, key=unlike, default=None)
-
-
-def _ascent(group: Group) -> dict[str, str]:
-    """Parameters of the perturbation, but the mask."""
-    mask = "perturbation.mask"
-    return {k: v for k, v in group.params.items() if k.startswith("perturbation") and not k.startswith(mask)}
 
 
 def settings(group: Group, groups: Sequence[Group]) -> str:

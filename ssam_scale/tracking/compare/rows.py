@@ -273,7 +273,11 @@ def _probed(group: Group, groups: Sequence[Group]) -> _Ratios | None:
     if group.method == "base":
         sam = timed_against(group, groups, "sam")
         dense = None if sam is None else sam.mean_of_all(f"summary/{_PROBED[0]}_percent")
-        return None if dense is None else _Ratios(1.0, 1.0 - 1.0 / (1.0 + dense / 100.0), by_probes=True)
+        if sam is None or dense is None:
+            return None
+        bounds = _interval(sam, _PROBED[0])
+        saved = None if bounds is None else (_saved_by_base(bounds[0]), _saved_by_base(bounds[1]))
+        return _Ratios(1.0, _saved_by_base(dense / 100.0), saving_interval=saved, by_probes=True)
     if overhead is None or saving is None:
         return None
     over = _interval(group, _PROBED[0])
@@ -284,6 +288,11 @@ def _probed(group: Group, groups: Sequence[Group]) -> _Ratios | None:
         _interval(group, _PROBED[1]),
         by_probes=True,
     )
+
+
+def _saved_by_base(overhead: float) -> float:
+    """The share of dense SAM's time that the base optimizer does not take, by dense SAM's overhead over it."""
+    return 1.0 - 1.0 / (1.0 + overhead)
 
 
 _PROBED = "overhead_vs_base", "saving_vs_dense"

@@ -278,6 +278,8 @@ class _TrainingClock:
 def _images_per_second(windows: list[Point]) -> float | None:
     """Of all windows of steps together: each has as many images as steps, times a constant that drops out."""
     steps = [point.step - before for point, before in zip(windows, [0, *(w.step for w in windows)], strict=False)]
+    if len(steps) > 1:  # a run that goes on for another one does not begin at 0
+        steps[0] = min(steps[0], max(steps[1:]))
     rated = [(count, w.value) for count, w in zip(steps, windows, strict=True) if count > 0 and w.value > 0]
     return sum(count for count, _ in rated) / sum(count / rate for count, rate in rated) if rated else None
 
