@@ -443,8 +443,9 @@ class _Spool:
         """Copy a file to where it waits."""
         place = self.folder / _ARTIFACTS / folder / path.name
         place.parent.mkdir(parents=True, exist_ok=True)
-        if self._fd is None:
-            self._open()  # whose file it is, is said there
+        with self._lock:
+            if self._fd is None:
+                self._open()  # whose file it is, is said there
         partial = self.folder / f"partial {threading.get_ident()}"
         try:
             shutil.copyfile(path, partial)
