@@ -72,6 +72,8 @@ class Writer:
         self._not_finite: dict[str, str] = {}
         if resumed is not None:
             self._spool.forget_end()
+            if "not_finite" in resumed.data.tags:
+                self._not_finite[""] = resumed.data.tags["not_finite"]
             self._furthest = {key: step for key, (step, _) in _latest(resumed).items()}
             for _, record in self._spool.all():
                 for key in record.get("metrics", ()):

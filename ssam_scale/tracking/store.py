@@ -291,6 +291,8 @@ def _quiet_mlflow(uri: str) -> None:
     logging.getLogger("alembic").setLevel(logging.WARNING)
     # It prints the traceback of every error that it raises as well; we say it in one line.
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
+    # A line for each time that it tries again.
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
 
 
 def _probe(uri: str, *, create: bool) -> None:

@@ -150,6 +150,8 @@ def test_a_server_is_killed_and_comes_back(
         ends.log({"train/loss": 1.0}, step)
     ends.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)  # the end with the least patience
     assert f"500 metrics, its end (KILLED) of run {ends.id} did not reach" in caplog.text
+    assert told(caplog)[:2] == [OUTAGE[0]] * 2  # one of each run
+    assert len(caplog.messages) == 3
     server.start()
     wait_until(lambda: records(lives, tmp_path) == 1, PATIENCE_S, "nothing that waits")
     lives.__exit__(None, None, None)
