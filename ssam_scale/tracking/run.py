@@ -509,6 +509,7 @@ class Run:
                     self._client.set_tag(self.id, "failure", line)
                 self._client.set_terminated(self.id, status)
         except Exception as error:  # the training is over; its result does not depend on the tracking store
-            _log.warning("run %s could not be marked %s: %s", self.id, status, one_line(error))
+            if self._writer is None:  # which keeps it, and says so
+                _log.warning("run %s could not be marked %s: %s", self.id, status, one_line(error))
             return False
         return True

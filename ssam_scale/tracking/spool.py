@@ -73,6 +73,8 @@ class Writer:
         self._not_finite: dict[str, str] = {}
         if resumed is not None:
             self._spool.forget_end()
+            if "not_finite" in resumed.data.tags:
+                self._not_finite[""] = resumed.data.tags["not_finite"]
             self._furthest = {key: step for key, (step, _) in _latest(resumed).items()}
             for _, record in self._spool.all():
                 for key in record.get("metrics", ()):
@@ -445,8 +447,9 @@ class _Spool:
         """Copy a file to where it waits."""
         place = self.folder / _ARTIFACTS / folder / path.name
         place.parent.mkdir(parents=True, exist_ok=True)
-        if self._fd is None:
-            self._open()  # whose file it is, is said there
+        with self._lock:
+            if self._fd is None:
+                self._open()  # whose file it is, is said there
         partial = self.folder / f"partial {threading.get_ident()}"
         try:
             shutil.copyfile(path, partial)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
@@ -10,8 +11,9 @@ import shlex
 import socket
 import sqlite3
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit
@@ -60,6 +62,7 @@ _WORKS = "sqlite:///mlflow.db, http://HOST:PORT of an `mlflow server`, or file:F
 _DATABASES = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 _OTHER = {"databricks", "uc", "databricks-uc"}
 ANSWER_WITHIN_S = 5
+_ALONE_WITHIN_S = 120
 
 
 def open_store(uri: str, *, create: bool) -> Any:
@@ -74,7 +77,8 @@ def open_store(uri: str, *, create: bool) -> Any:
     """
     _probe(uri, create=create)
     _quiet_mlflow(uri)
-    with refusals(uri):
+    database = sqlite_path(uri) if create else None
+    with refusals(uri), nullcontext() if database is None else _alone(database.parent):
         from mlflow import MlflowClient
 
         # MLflow's own retries would keep a wrong address waiting for minutes.
@@ -82,6 +86,30 @@ def open_store(uri: str, *, create: bool) -> Any:
             client = MlflowClient(tracking_uri=uri)
             client.search_experiments(max_results=1)
     return client
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Within the `with`, no other process is within it for this folder: MLflow's tables are not made by two at once.
+
+    Of jobs that begin together with a new database, each would find tables half made, and all would fail.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        # Not for ever: a job may be stopped. Some network disks have no locks.
+        give_up = time.monotonic() + _ALONE_WITHIN_S
+        with suppress(OSError):
+            while True:
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() > give_up:
+                        break
+                    time.sleep(0.05)
+        yield
+    finally:
+        os.close(handle)
 
 
 @contextmanager
@@ -275,6 +303,8 @@ def _quiet_mlflow(uri: str) -> None:
     logging.getLogger("alembic").setLevel(logging.WARNING)
     # It prints the traceback of every error that it raises as well; we say it in one line.
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
+    # A line for each time that it tries again.
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
 
 
 def _probe(uri: str, *, create: bool) -> None:

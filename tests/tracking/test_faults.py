@@ -39,13 +39,6 @@ def server(_empty_database: Path, tmp_path_factory: pytest.TempPathFactory) -> I
         yield running
 
 
-@pytest.fixture(autouse=True)
-def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A request that nobody answers is given up after a second, so that tests need not wait for ten."""
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-
-
 def steps_of(uri: str, run: Run, key: str = "train/loss") -> list[int]:
     return [point.step for point in open_store(uri, create=False).get_metric_history(run.id, key)]
 
@@ -69,17 +62,25 @@ OUTAGE = ["tracking store does not", "tracking store answers again,"]
 
 
 def test_a_server_that_is_stopped_holds_nothing_up(
-    server: MLflowServer, config: MakeConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    server: MLflowServer,
+    config: MakeConfig,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     (tmp_path / "table.csv").write_text("1")
     with open_run(config(uri=server.address), enabled=True) as run:
-        server.pause()
-        for step in range(1, 3001):
-            run.log({"train/loss": 1.0, "nan": float("nan"), "inf": float("inf")}, step)
-        run.log_artifact(tmp_path / "table.csv", "tables")
-        run.no_saving("a test")
-        wait_until(lambda: records(run, tmp_path) > 3000, PATIENCE_S, "all of it on disk")
-        wait_until(lambda: OUTAGE[0] in told(caplog), PATIENCE_S, "a warning")
+        with monkeypatch.context() as impatient:
+            # Given up after a second, so that the test need not wait for ten.
+            impatient.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+            impatient.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+            server.pause()
+            for step in range(1, 3001):
+                run.log({"train/loss": 1.0, "nan": float("nan"), "inf": float("inf")}, step)
+            run.log_artifact(tmp_path / "table.csv", "tables")
+            run.no_saving("a test")
+            wait_until(lambda: records(run, tmp_path) > 3000, PATIENCE_S, "all of it on disk")
+            wait_until(lambda: OUTAGE[0] in told(caplog), PATIENCE_S, "a warning")
         server.go_on()
     assert steps_of(server.address, run) == list(range(1, 3001))
     client = open_store(server.address, create=False)
@@ -149,6 +150,8 @@ def test_a_server_is_killed_and_comes_back(
         ends.log({"train/loss": 1.0}, step)
     ends.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)  # the end with the least patience
     assert f"500 metrics, its end (KILLED) of run {ends.id} did not reach" in caplog.text
+    assert told(caplog)[:2] == [OUTAGE[0]] * 2  # one of each run
+    assert len(caplog.messages) == 3
     server.start()
     wait_until(lambda: records(lives, tmp_path) == 1, PATIENCE_S, "nothing that waits")
     lives.__exit__(None, None, None)
@@ -291,6 +294,8 @@ for number in range(16):
                 for step in range(1, 51):
                     run.log({f"m{i}": 1.0 for i in range(20)}, step)
             code = 0
+        except BaseException as error:
+            print(repr(error), file=sys.stderr, flush=True)
         finally:
             os._exit(code)
     children.append(child)
@@ -298,11 +303,12 @@ sys.exit(sum(os.waitpid(child, 0)[1] != 0 for child in children))
 """
 
 
-def test_sixteen_jobs_share_one_database(
-    config: MakeConfig, uri: str, tmp_path: Path, child_environment: dict[str, str]
+def test_sixteen_jobs_begin_with_one_new_database(
+    config: MakeConfig, tmp_path: Path, child_environment: dict[str, str]
 ) -> None:
     """They are forks of one process, because to import MLflow sixteen times takes longer than all else."""
-    (tmp_path / "config.json").write_text(config().model_dump_json())
+    uri = f"sqlite:///{tmp_path}/new/runs.db"
+    (tmp_path / "config.json").write_text(config(uri=uri).model_dump_json())
     done = subprocess.run(
         [sys.executable, "-c", SIXTEEN, tmp_path / "config.json"],
         capture_output=True,

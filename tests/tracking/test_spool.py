@@ -223,6 +223,7 @@ def test_a_disk_that_takes_nothing_leaves_the_memory(
     assert caplog.messages[-1] == "1 records were lost: neither the tracking store nor the disk took them"
 
 
+@pytest.mark.slow  # it starts the command
 @pytest.mark.parametrize("client", ["database"], indirect=True)
 def test_only_one_process_sends(
     client: Client, run_id: str, writer: Writer, caplog: pytest.LogCaptureFixture, tmp_path: Path
@@ -258,7 +259,7 @@ def test_a_run_that_goes_back_to_an_older_checkpoint_has_no_double_points(
 ) -> None:
     resolved = config(uri=client.tracking_uri)
     with open_run(resolved, enabled=True) as first:
-        first.log({"summary/x": 1.0}, 0)
+        first.log({"summary/x": 1.0, "summary/y": math.nan}, 0)
         for step in range(10, 60, 10):
             first.log({"train/loss": float(step)}, step)
         first.log({"val/top1": 20.0}, 20)
@@ -271,7 +272,7 @@ def test_a_run_that_goes_back_to_an_older_checkpoint_has_no_double_points(
         for step in range(30, 90, 10):
             second.log({"train/loss": -1.0}, step)
         second.log({"val/top1": 40.0}, 40)  # which the first had not come to
-        second.log({"summary/x": 2.0}, 0)
+        second.log({"summary/x": 2.0, "summary/z": math.inf}, 0)
     assert first.id == second.id
     losses = [(10, 10.0), (20, 20.0), (30, 30.0), (40, 40.0), (50, 50.0), (60, 60.0), (70, -1.0), (80, -1.0)]
     assert history(client, str(first.id), "train/loss") == losses
@@ -279,6 +280,7 @@ def test_a_run_that_goes_back_to_an_older_checkpoint_has_no_double_points(
     found = client.get_run(str(first.id))
     assert found.data.metrics["summary/x"] == 2.0
     assert (found.data.tags["metrics_from_step"], found.info.status) == ("61", "FINISHED")
+    assert found.data.tags["not_finite"] == "summary/y nan at step 0, summary/z inf at step 0"
 
 
 def test_no_password_is_on_disk(client: Client, run_id: str, tmp_path: Path) -> None:
