@@ -31,7 +31,7 @@ from ssam_scale.tracking.moved import follow_moved
 from ssam_scale.tracking.redaction import all_without_secrets, without_secrets
 from ssam_scale.tracking.saving import Probe, Saving
 from ssam_scale.tracking.shutdown import Unwinding, leave_note, outcome, read_note
-from ssam_scale.tracking.spool import Writer
+from ssam_scale.tracking.spool import Writer, waiting_text
 from ssam_scale.tracking.store import (
     ANSWER_WITHIN_S,
     environment,
@@ -416,7 +416,9 @@ class Run:
         unsent = config.checkpoint.directory / f"unsent_{self.id}"
         self._watcher = watchdog.start(uri, str(self.id), tags["process"], unsent)
         self._log_config({} if resumed is None else dict(resumed.data.params))
-        table = text_artifact(self._client, str(self.id), TABLE) if resumed is not None else None
+        table = waiting_text(unsent, TABLE)  # newer than what the store has
+        if table is None and resumed is not None:
+            table = text_artifact(self._client, str(self.id), TABLE)
         self._layers = LayerRecorder(self.log_artifact, table)
         self._writer = Writer(self._client, str(self.id), uri, unsent, resumed)
         if self._writer.furthest:

@@ -234,6 +234,14 @@ def send(folder: Path, uri: str | None = None) -> str:
     return f"{what or 'nothing new'} sent to run {run_id} in {without_secrets(uri)}"
 
 
+def waiting_text(folder: Path, name: str) -> str | None:
+    """The text of an artifact that an earlier process of a run left in `folder`; None: there is none."""
+    try:
+        return (folder / _ARTIFACTS / name).read_text()
+    except OSError:
+        return None
+
+
 class _Delivery:
     """Sends what waits, batch by batch.
 

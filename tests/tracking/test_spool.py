@@ -19,7 +19,7 @@ from mlflow.exceptions import RestException
 from ssam_scale.config.schema import Config
 from ssam_scale.errors import UserError
 from ssam_scale.tracking.run import open_run
-from ssam_scale.tracking.spool import Writer, send
+from ssam_scale.tracking.spool import Writer, send, waiting_text
 from ssam_scale.tracking.store import absolute, open_store
 from tests.support.processes import run, wait_until
 
@@ -176,6 +176,8 @@ def test_what_is_left_is_said_and_sent_by_the_command(
         f"sent when it is resumed, or by: ssam-scale send {tmp_path}/unsent"
     )
     assert client.get_run(run_id).info.status == "RUNNING"
+    assert waiting_text(tmp_path / "unsent", "table.csv") == "1"
+    assert waiting_text(tmp_path / "unsent", "other.csv") is None
     done = send(Path(told.split()[-1]))
     assert done.startswith("2 metrics, 1 tag, 1 artifact, its end (FINISHED) sent to run ")
     found = client.get_run(run_id)
