@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 from ssam_scale.config.load import load
 from ssam_scale.data.encode import Encoding
 from ssam_scale.data.write import Sample, write_samples
+from ssam_scale.perturbation import Rehearsed
 from ssam_scale.perturbation.phases import no_phases
 from ssam_scale.sharding import World
 from ssam_scale.train.build import build
@@ -73,6 +75,13 @@ def test_it_is_built_and_stepped(path: Path, backend: str, world: World, beton: 
     assert opt.report.loss is not None
     assert bool(opt.report.loss.isfinite())
     assert not opt.skipped
+    named = opt.parameters.by_name.values()
+    before = [shard.weight.clone() for shard in opt.sharding.shards(list(named))]
+    with opt.rehearsal() as rehearse:  # a probe
+        for kind in get_args(Rehearsed):
+            rehearse(kind, components.loss_fn, mix(images, labels))
+    after = [shard.weight for shard in opt.sharding.shards(list(named))]
+    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
     # DeepSpeed waits by itself: for the norms that it clips by, and for what it gathers.
     if not config.sharding.backend_on(world.size).startswith("zero"):
         assert not watch.host_waits
