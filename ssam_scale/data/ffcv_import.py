@@ -19,7 +19,9 @@ import torch
 
 from ssam_scale.errors import UserError
 
-_threads = torch.get_num_threads()
+_threads, _typed_dict = torch.get_num_threads(), numba.typed.Dict
+# Two codes of how images are stored, read by Python alone: to keep them numba would compile for 2.5 s in each process.
+numba.typed.Dict = dict
 try:
     from ffcv.fields import IntField, RGBImageField
     from ffcv.libffcv import lib
@@ -40,6 +42,7 @@ except ImportError as error:
         f"FFCV cannot be imported ({error}); `bash launch/setup.sh` installs it (docs/install.md)"
     ) from error
 finally:
+    numba.typed.Dict = _typed_dict
     torch.set_num_threads(_threads)
 
 
