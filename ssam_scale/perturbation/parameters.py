@@ -102,11 +102,11 @@ def trained_parameters(sharding: ShardedWeights, groups: Sequence[Sequence[nn.Pa
     )
 
 
-Fingerprint: TypeAlias = tuple[tuple[tuple[int, bool], ...], tuple[int, ...]]
+Fingerprint: TypeAlias = tuple[tuple[int, ...], tuple[tuple[int, bool], ...], tuple[int, ...]]
 
 
 def fingerprint(network: nn.Module, groups: Sequence[Mapping[str, Any]]) -> Fingerprint:
-    """What tells whether parameters have been replaced, frozen, unfrozen or given to an optimizer.
+    """What tells whether modules have been replaced, or parameters replaced, frozen, unfrozen or regrouped.
 
     Asked for in every step, so it walks the modules without making names.
 
@@ -114,15 +114,16 @@ def fingerprint(network: nn.Module, groups: Sequence[Mapping[str, Any]]) -> Fing
         network: whose parameters, by identity and whether they are trained.
         groups: of the optimizer, by identity.
     """
-    own, seen, modules = [], set(), [network]
+    own, modules = [], [network]
+    seen: dict[int, None] = {}
     while modules:
         module = modules.pop()
         if id(module) in seen:
             continue
-        seen.add(id(module))
+        seen[id(module)] = None
         own += [(id(p), p.requires_grad) for p in module._parameters.values() if p is not None]
         modules += [child for child in module._modules.values() if child is not None]
-    return tuple(own), tuple(id(p) for group in groups for p in group["params"])
+    return tuple(seen), tuple(own), tuple(id(p) for group in groups for p in group["params"])
 
 
 def compiled_parameters(module: nn.Module) -> set[int]:

@@ -63,7 +63,7 @@ class TorchState:
 class TorchTraining(TorchState):
     """Backward, clipping and step of backends that leave gradients to autograd and clipping to torch."""
 
-    supports_grad_scaler = True
+    supports_grad_scaler = leaves_grad = True
     packs_gradients = False
     reduces_whole = False  # or the shard is the whole
 
