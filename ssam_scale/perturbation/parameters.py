@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -76,6 +77,8 @@ def trained_parameters(sharding: ShardedWeights, groups: Sequence[Sequence[nn.Pa
             "another model, or before weights of this one were replaced (by another layer, fully_shard or a copy); "
             "build the optimizer last"
         )
+    # Some layers have a parameter of no elements where they have nothing to learn.
+    parameters = {name: p for name, p in parameters.items() if math.prod(sharding.full_shape(p)) > 0}
     if isinstance(module, StagedModel):
         uses, depth = module.stages_of_parameters(), len(module.stages)
     else:

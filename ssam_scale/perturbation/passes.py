@@ -150,6 +150,11 @@ class Passes:
             with self._phases("ascent forward"):
                 return module(*args, **kwargs)
         x = _only_input(args, kwargs)
+        if x.is_leaf and x.requires_grad:
+            raise ValueError(
+                "the loss function's input requires a gradient of its own, which an ascent behind a cut does not "
+                "compute: use a mask without a cut for gradient penalties"
+            )
         whole = self._full_batch_of.get(id(x), x)
         if self._resolved.may_share_prefix:
             if self._ascent_input is not None:

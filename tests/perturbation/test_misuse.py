@@ -306,6 +306,44 @@ def test_a_batch_whose_first_samples_nobody_can_tell(case: str) -> None:
         optimizer(fraction=0.5).step(loss_fn, batch)
 
 
+class Looked(nn.Module):
+    """An embedding that is looked up sparsely, and a parameter of no elements."""
+
+    def __init__(self, sparse: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.none = nn.Parameter(torch.randn(4, 3072)), nn.Parameter(torch.empty(0))
+        self.head, self.sparse = nn.Linear(3072, 10), sparse
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(1)
+        return self.head(x + F.embedding(torch.arange(len(x)), self.table, sparse=self.sparse))
+
+
+@pytest.mark.parametrize("mask", [None, Scored("row", 0.5)], ids=["all", "row"])
+def test_sparse_gradients_of_functions_are_told_and_empty_parameters_count_for_nothing(mask: Any) -> None:
+    opt = optimizer(Looked(True), mask=mask)
+    with pytest.raises(ValueError, match=r"shape \(4, 3072\) got a sparse gradient.*call embedding with sparse=False"):
+        opt.step(loss_fn, BATCH) if mask is None else opt.refresh(loss_fn, BATCH)
+    for each in (mask, Scored("element", 0.5, score="weight", allocation="erk"), Scored("tensor", 0.5, score="weight")):
+        opt = optimizer(Looked(False), mask=each)
+        if opt.refresh_is_due:
+            opt.refresh(loss_fn, BATCH)
+        opt.step(loss_fn, BATCH)
+
+
+def test_a_gradient_of_the_input_is_refused_behind_a_cut() -> None:
+    def penalised(forward: Any, batch: Any) -> Tensor:
+        loss = loss_fn(forward, batch)
+        (slope,) = torch.autograd.grad(loss, batch[0], retain_graph=True)
+        return loss + slope.pow(2).sum()
+
+    batch = (BATCH[0].clone().requires_grad_(), BATCH[1])
+    optimizer(small_network("resnet")).step(penalised, batch)
+    with pytest.raises(ValueError, match=r"input requires a gradient of its own.* use a mask without a cut"):
+        optimizer(small_network("resnet"), mask=Depth(0.5)).step(penalised, batch)
+
+
 LOSSES: dict[str, tuple[Any, tuple[Any, ...], type[Exception], str]] = {
     "outputs and labels": (F.cross_entropy, (BATCH,), TypeError, r"cross_entropy\(input, target, .*takes outputs and"),
     "a criterion": (nn.CrossEntropyLoss(), (BATCH,), TypeError, r"CrossEntropyLoss\(input, target\) takes outputs and"),
