@@ -360,14 +360,14 @@ class Checkpoint(Section):
     @field_validator("resume")
     @classmethod
     def _home(cls, value: str | None) -> str | None:
-        return value if value is None else str(home(Path(value)))
+        return value if value is None or not (value.startswith("~") or "$" in value) else str(home(Path(value)))
 
 
 class Tracking(Section):
     """Where results are compared."""
 
     uri: str = Field("sqlite:///mlflow.db", description="MLflow tracking URI")
-    experiment: str = Field("ssam_scale", min_length=1, description="MLflow experiment")
+    experiment: str = Field("ssam_scale", description="MLflow experiment")
     run_name: str | None = Field(None, description="MLflow run name; null: made from the method and the model")
     group: str | None = Field(
         None, description="tag that runs share which belong together, for `ssam-scale compare --group`"

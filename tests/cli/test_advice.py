@@ -146,7 +146,6 @@ def test_a_variable_of_the_environment_is_its_value(tmp_path: Path, monkeypatch:
         "checkpoint.directory=$SCRATCHES/c": "checkpoint.directory: the environment variable SCRATCHES is not set",
         'checkpoint.directory=""': "checkpoint.directory: is empty; a path is needed",
         "data.train=s3://bucket/t.beton": "data.train: is an address; a path is needed",
-        'tracking.experiment=""': "tracking.experiment: ",
         "perturbation.rho=1e9": "perturbation.rho: must be less than or equal to 1000",
     }.items():
         with pytest.raises(UserError, match=told):
