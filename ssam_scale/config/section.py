@@ -31,7 +31,7 @@ def home(path: Path) -> Path:
 
 
 def _of_a_disk(path: Any) -> Any:
-    if isinstance(path, str) and not path.strip():
+    if path == "":
         raise ValueError("is empty; a path is needed")
     if isinstance(path, str) and re.match(r"[a-z][a-z0-9+.-]*://", path):
         raise ValueError("is an address; a path is needed, of a copy on a disk of this machine")
