@@ -187,7 +187,7 @@ else:
 class Perturbation(Section):
     """The ascent step of SAM: how far, and which weights."""
 
-    rho: float = Field(gt=0.0, description="radius of the perturbation")
+    rho: float = Field(gt=0.0, le=1000.0, description="radius of the perturbation")
     rho_schedule: RhoSchedule = Field(
         "constant",
         description="rho over the run: constant; cosine: along half of one; lr: in step with the learning rate; and "
@@ -360,7 +360,7 @@ class Checkpoint(Section):
     @field_validator("resume")
     @classmethod
     def _home(cls, value: str | None) -> str | None:
-        return value if value is None or not value.startswith("~") else str(home(Path(value)))
+        return value if value is None or not (value.startswith("~") or "$" in value) else str(home(Path(value)))
 
 
 class Tracking(Section):

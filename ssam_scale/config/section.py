@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 KeyPath = tuple[str | int, ...]
 """Where a value stands: ("data", "mean", 0)."""
@@ -15,14 +17,29 @@ Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 def home(path: Path) -> Path:
-    """A path with the home folder in the place of a leading `~`."""
+    """A path with the home folder in the place of a leading `~`, and environment variables in that of their names.
+
+    Raises:
+        ValueError: it names a variable that is not set.
+    """
+    path = Path(os.path.expandvars(path))
+    if unset := re.search(r"\$\{?([A-Za-z_]\w*)", str(path)):
+        raise ValueError(f"the environment variable {unset[1]} is not set")
     with suppress(RuntimeError):  # no such user: the folder is meant
         return path.expanduser()
     return path
 
 
-UserPath = Annotated[Path, AfterValidator(home)]
-"""A path in which a leading `~` is the home folder, which shells make of it only where a word begins with it."""
+def _of_a_disk(path: Any) -> Any:
+    if path == "":
+        raise ValueError("is empty; a path is needed")
+    if isinstance(path, str) and re.match(r"[a-z][a-z0-9+.-]*://", path):
+        raise ValueError("is an address; a path is needed, of a copy on a disk of this machine")
+    return path
+
+
+UserPath = Annotated[Path, BeforeValidator(_of_a_disk), AfterValidator(home)]
+"""A path in which `~` and `$NAME` are what a shell makes of them, where it sees them."""
 
 
 def without(given: dict[str, Any], own: dict[str, str]) -> dict[str, Any]:

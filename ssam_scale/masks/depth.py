@@ -7,12 +7,14 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from numbers import Real
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from ssam_scale.anneal import cosine_annealed
+from ssam_scale.checks import check_number
 from ssam_scale.config.mask_sections import DepthMask
 
 from .plan import Layout, Mask, Plan
@@ -48,8 +50,7 @@ class AnnealedCut:
     def __post_init__(self) -> None:
         for each in (self.first, self.last):
             _check_range(each)
-        if self.steps < 1:
-            raise ValueError(f"steps is {self.steps}; at least 1 is needed")
+        check_number("steps", self.steps, "at least 1", lambda steps: steps >= 1, whole=True)
 
     def __call__(self, step: int) -> Range:
         """The range at `step`."""
@@ -74,7 +75,7 @@ class Depth:
 
     def __init__(self, cut: float | Range | AnnealedCut = (0.0, 1.0), seed: int = 0) -> None:
         if not isinstance(cut, AnnealedCut):
-            cut = (float(cut), float(cut)) if isinstance(cut, (int, float)) else cut
+            cut = (float(cut), float(cut)) if isinstance(cut, (int, float, Real)) else cut
             _check_range(cut)
         self.cut = cut
         self.seed = seed
@@ -284,8 +285,11 @@ def probabilities_by_cost(masses: Sequence[float], seconds: Sequence[float], cut
 
 
 def _check_range(cut: Range) -> None:
-    if not isinstance(cut, Sequence) or len(cut) != 2 or not 0.0 <= cut[0] <= cut[1] <= 1.0:
-        raise ValueError(f"cut is {cut}; one share in [0, 1], or two, the smaller first, are needed")
+    needed = "one share in [0, 1], or two, the smaller first, are needed"
+    if not isinstance(cut, Sequence) or len(cut) != 2 or not all(isinstance(share, Real) for share in cut):
+        raise ValueError(f"cut is {cut!r} ({type(cut).__name__}); {needed}")
+    if not 0.0 <= cut[0] <= cut[1] <= 1.0:
+        raise ValueError(f"cut is {cut}; {needed}")
 
 
 @register_mask(DepthMask, "all weights from a block (the cut) on; the prefix before it runs once for both passes")

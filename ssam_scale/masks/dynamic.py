@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from ssam_scale.checks import check_number
 from ssam_scale.config.mask_sections import DynamicChoice, ElementMask
 
 from .plan import Layout
@@ -52,10 +53,8 @@ class Dynamic(ScoreBased):
     ) -> None:
         super().__init__(tuple(dict.fromkeys((drop, grow))), every, seed)
         check_sparsity(sparsity)
-        if steps < 1:
-            raise ValueError(f"steps is {steps}; at least 1 is needed")
-        if not 0.0 <= drop_rate <= 1.0:
-            raise ValueError(f"drop_rate is {drop_rate}; a share in [0, 1] is needed")
+        check_number("steps", steps, "at least 1", lambda n: n >= 1, whole=True)
+        check_number("drop_rate", drop_rate, "a share in [0, 1]", lambda share: 0.0 <= share <= 1.0)
         self.sparsity = sparsity
         self.steps = steps
         self.drop_rate = drop_rate

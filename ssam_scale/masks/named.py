@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from ssam_scale.checks import described
 from ssam_scale.config.mask_sections import NamedMask
 
 from .plan import Layout, Mask, Plan
@@ -25,6 +26,8 @@ class Named:
             raise ValueError("no pattern of parameter names is given; at least one is needed")
         self._patterns = {}
         for pattern in patterns:
+            if not isinstance(pattern, str):
+                raise TypeError(f'{described(pattern)} is no pattern; regular expressions are needed: Named("a", "b")')
             try:
                 self._patterns[pattern] = re.compile(pattern)
             except re.error as error:

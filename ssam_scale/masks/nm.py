@@ -10,6 +10,7 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
+from ssam_scale.checks import check_number
 from ssam_scale.config.mask_sections import NMMask
 
 from .plan import Layout, Mask
@@ -56,6 +57,8 @@ class NM(ScoreBased):
         seed: int = 0,
     ) -> None:
         super().__init__((score,), every, seed)
+        for name, count in {"n": n, "m": m}.items():
+            check_number(name, count, "at least 0", lambda count: count >= 0, whole=True)
         if not 0 < n <= m:
             raise ValueError(f"n is {n} and m is {m}; 0 < n <= m is needed")
         check_one_of("others", others, get_args(Choice))

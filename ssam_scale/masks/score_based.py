@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ssam_scale.anneal import cosine_annealed
+from ssam_scale.checks import check_number
 from ssam_scale.config.mask_sections import BudgetedMask, SampleScore, Score
 
 from .plan import Layout, Plan, first_block
@@ -31,8 +32,7 @@ class Annealed:
     def __init__(self, first: float, last: float, steps: int) -> None:
         for sparsity in (first, last):
             check_sparsity(sparsity)
-        if steps < 1:
-            raise ValueError(f"steps is {steps}; at least 1 is needed")
+        check_number("steps", steps, "at least 1", lambda n: n >= 1, whole=True)
         self.first, self.last, self.steps = first, last, steps
 
     def __call__(self, step: int) -> float:
@@ -62,9 +62,9 @@ def check_one_of(what: str, given: object, choices: Sequence[object]) -> None:
 
 
 def check_sparsity(sparsity: Sparsity) -> None:
-    """Raise a ValueError unless `sparsity` is in [0, 1)."""
-    if not isinstance(sparsity, Annealed) and not 0.0 <= sparsity < 1.0:
-        raise ValueError(f"sparsity is {sparsity}; a share in [0, 1) is needed")
+    """Raise unless `sparsity` is a number in [0, 1): a ValueError, or a TypeError."""
+    if not isinstance(sparsity, Annealed):
+        check_number("sparsity", sparsity, "a share in [0, 1)", lambda share: 0.0 <= share < 1.0)
 
 
 class Refreshed:
@@ -89,8 +89,8 @@ class Refreshed:
     def __init__(self, kinds: Sequence[Score], every: int | None, seed: int) -> None:
         for kind in kinds:
             check_one_of("score", kind, get_args(Score))
-        if every is not None and every < 1:
-            raise ValueError(f"every is {every}; at least 1, or None, is needed")
+        if every is not None:
+            check_number("every", every, "at least 1, or None,", lambda steps: steps >= 1, whole=True)
         self.kinds = kinds
         self.every = every
         self.seed = seed

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
+from ssam_scale.checks import described
 from ssam_scale.masks import Depth, Mask
 
 from .staged_model import StagedModel
@@ -28,12 +31,16 @@ def module_of(model: nn.Module | Iterable[nn.Parameter]) -> nn.Module:
         raise TypeError(f"model is the class {model.__name__}; an instance is needed")
     parameters = list(model) if isinstance(model, Iterable) and not isinstance(model, (str, bytes, Tensor)) else None
     if parameters is None or not all(isinstance(p, nn.Parameter) for p in parameters):
-        raise TypeError(f"model is {_described(model)}; a torch.nn.Module is needed, or the parameters of one")
+        raise TypeError(f"model is {described(model)}; a torch.nn.Module is needed, or the parameters of one")
     return nn.ParameterList(parameters)
 
 
-def check_optimizer(optimizer: Any) -> None:
+def check_optimizer(optimizer: Any, options: Mapping[str, Any] | None = None) -> None:
     """Refuse what cannot be a base optimizer.
+
+    Args:
+        optimizer: what was given as one.
+        options: what was given for it, if it is a class.
 
     Raises:
         TypeError: it is no optimizer.
@@ -41,19 +48,63 @@ def check_optimizer(optimizer: Any) -> None:
     """
     if isinstance(optimizer, type) and issubclass(optimizer, torch.optim.Optimizer):
         name = optimizer.__name__
+        given = ", ".join(f"{key}={value!r}" for key, value in (options or {"lr": 0.1}).items())
         raise TypeError(
-            f"base_optimizer is the class {name}; an instance is needed: {name}(model.parameters(), lr=0.1)"
+            f"base_optimizer is the class {name}; an instance is needed: {name}(model.parameters(), {given})"
         )
-    if not hasattr(optimizer, "param_groups") or not callable(getattr(optimizer, "step", None)):
-        raise TypeError(f"base_optimizer is {_described(optimizer)}; a torch.optim.Optimizer is needed")
+    methods = (getattr(optimizer, name, None) for name in ("step", "zero_grad"))
+    if not hasattr(optimizer, "param_groups") or not all(map(callable, methods)):
+        raise TypeError(f"base_optimizer is {described(optimizer)}; a torch.optim.Optimizer is needed")
     # By its name, because what is around another optimizer is of many classes.
-    kind = type(getattr(optimizer, "optimizer", optimizer)).__name__
+    inner = optimizer
+    while hasattr(inner, "optimizer"):
+        inner = inner.optimizer
+    kind = type(inner).__name__
     if hasattr(optimizer, "base_optimizer") and hasattr(optimizer, "perturbed"):
         raise ValueError("base_optimizer is a SparseSAM already; give it the optimizer that is to step")
-    if kind == "LBFGS":
+    if hasattr(optimizer, "first_step") and hasattr(optimizer, "second_step"):
+        raise ValueError(f"base_optimizer is a {kind}, which perturbs weights itself; give the optimizer inside of it")
+    if isinstance(inner, torch.optim.LBFGS):
         raise ValueError("LBFGS evaluates the loss several times in a step, at points of its own; use SGD or AdamW")
     if kind == "SparseAdam":
         raise ValueError("SparseAdam steps sparse gradients, which cannot be scaled with others; use Adam or AdamW")
+    if getattr(inner, "is_second_order", False):
+        raise ValueError(f"{kind} differentiates the gradient again, of which a step has no graph; use AdamW")
+    if any(group.get("differentiable") for group in optimizer.param_groups):
+        raise ValueError(
+            f"{kind} with differentiable=True steps in a graph, which a perturbation has none of; use False"
+        )
+    if "rho" in getattr(optimizer, "defaults", {}):
+        raise ValueError(
+            f"{kind} has a rho of its own in its parameter groups, which is no radius; use AdamW, or another without"
+        )
+    if not _takes(optimizer.step, 0):
+        raise ValueError(f"{kind}.step needs a closure, and would evaluate the loss itself; use SGD or AdamW")
+
+
+def check_no_others(others: Mapping[str, Any], base_optimizer: Any) -> None:
+    """Refuse keywords that `SparseSAM` does not have; those of the SAMs that build the base optimizer themselves.
+
+    Raises:
+        TypeError: there is one.
+    """
+    check_optimizer(base_optimizer, others)
+    if others:
+        name = next(iter(others))
+        of = type(base_optimizer).__name__
+        raise TypeError(
+            f"SparseSAM has no argument {name}; what is the base optimizer's is given to it: {of}(…, {name}=…)"
+        )
+
+
+def check_scaler(scaler: Any) -> None:
+    """Refuse what is no `GradScaler`, torch's or one of its interface.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if isinstance(scaler, type) or not all(hasattr(scaler, name) for name in ("scale", "unscale_", "step", "update")):
+        raise TypeError(f"scaler is {described(scaler)}; a torch.amp.GradScaler is needed, or None")
 
 
 def check_mask(mask: Any) -> None:
@@ -66,7 +117,7 @@ def check_mask(mask: Any) -> None:
         raise TypeError(f"mask is the class {mask.__name__}; an instance is needed: {mask.__name__}(…)")
     if not callable(getattr(mask, "plan", None)) or not callable(getattr(mask, "check", None)):
         raise TypeError(
-            f"mask is {_described(mask)}; an instance of one of ssam_scale.masks is needed, such as Depth() or "
+            f"mask is {described(mask)}; an instance of one of ssam_scale.masks is needed, such as Depth() or "
             'Scored("element", 0.5), or None for all weights'
         )
 
@@ -90,6 +141,68 @@ def check_stages(network: nn.Module, mask: Mask) -> None:
             )
 
 
+def check_closure(closure: Any) -> None:
+    """Refuse what `step` cannot call without arguments.
+
+    Raises:
+        TypeError: it is such.
+    """
+    forms = "opt.step(loss_fn, batch), or opt.step(closure) with a function of no arguments that calls backward"
+    if not callable(closure):
+        raise TypeError(f"step was given {described(closure)}; call {forms}")
+    if not _takes(closure.forward if isinstance(closure, nn.Module) else closure, 0):
+        name = getattr(closure, "__name__", type(closure).__name__)
+        raise TypeError(f"step was given {name}({', '.join(_names(closure) or [])}) and no batch for it; call {forms}")
+
+
+def check_batches(batches: Sequence[Any]) -> None:
+    """Refuse inputs and labels where micro-batches belong.
+
+    Raises:
+        TypeError: they are such.
+    """
+    if not all(isinstance(batch, Tensor) for batch in batches):
+        return
+    if len(kinds := {(batch.dtype, batch.ndim) for batch in batches}) > 1:
+        shown = " and ".join(
+            sorted(f"{str(dtype).removeprefix('torch.')} of {ndim} dimensions" for dtype, ndim in kinds)
+        )
+        raise TypeError(
+            f"step was given {len(batches)} micro-batches of different kinds ({shown}): what belongs together is one "
+            "batch, opt.step(loss_fn, (inputs, labels))"
+        )
+
+
+def check_samples_first(batch: Any) -> None:
+    """Refuse a batch of which nobody can tell the first samples.
+
+    Raises:
+        TypeError: something in it holds what cannot be cut, or there is no tensor.
+        ValueError: the first dimensions of its tensors are not of one size.
+    """
+    leaves = tree_leaves(batch)
+    kinds = "tensors, in tuples, lists or dictionaries of them"
+    for leaf in leaves:
+        if isinstance(leaf, (Tensor, str, bytes)):
+            continue
+        if isinstance(leaf, (Mapping, Sequence)) or is_dataclass(leaf) or hasattr(leaf, "shape"):
+            raise TypeError(
+                f"with a fraction below 1 the ascent sees the first samples of {kinds}; in the batch is "
+                f"{described(leaf)}: give its tensors, such as dict(batch)"
+            )
+    shapes = [tuple(leaf.shape) for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim]
+    if not shapes:
+        raise TypeError(
+            f"with a fraction below 1 the ascent sees the first samples of {kinds}; {described(batch)} has none"
+        )
+    if len({shape[0] for shape in shapes}) > 1:
+        raise ValueError(
+            "with a fraction below 1 the ascent sees the first samples of each tensor in the batch, whose first "
+            f"dimension counts samples; here tensors have the shapes {', '.join(map(str, shapes))}: put samples first, "
+            "and what is not of samples beside the batch"
+        )
+
+
 def check_loss_fn(loss_fn: Any, network: nn.Module) -> None:
     """Refuse a loss function that cannot be called as `loss_fn(forward, batch)`.
 
@@ -98,7 +211,7 @@ def check_loss_fn(loss_fn: Any, network: nn.Module) -> None:
     """
     form = "it is called as loss_fn(forward, batch), with what to call in the place of the model, for each batch"
     if not callable(loss_fn):
-        raise TypeError(f"the loss function is {_described(loss_fn)}; {form}")
+        raise TypeError(f"the loss function is {described(loss_fn)}; {form}")
     called = loss_fn.forward if isinstance(loss_fn, nn.Module) else loss_fn
     name = getattr(loss_fn, "__name__", type(loss_fn).__name__)
     taken = _names(called)
@@ -125,7 +238,7 @@ def check_loss(loss: Any) -> Tensor:
     """
     if not isinstance(loss, Tensor):
         hint = ", and nothing beside it" if isinstance(loss, (tuple, list, dict)) else ""
-        raise TypeError(f"the loss function returned {_described(loss)}; the mean loss as a tensor is needed{hint}")
+        raise TypeError(f"the loss function returned {described(loss)}; the mean loss as a tensor is needed{hint}")
     if loss.numel() != 1:
         raise ValueError(
             f"the loss function returned a tensor of shape {tuple(loss.shape)}; the mean over the batch is needed"
@@ -164,12 +277,3 @@ def _names(function: Callable[..., Any]) -> list[str] | None:
         return list(inspect.signature(function).parameters)
     except (TypeError, ValueError):
         return None
-
-
-def _described(value: Any) -> str:
-    """What something is, in a few words."""
-    if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
-        kinds = sorted({type(item).__name__ for item in value})
-        return f"a {type(value).__name__} of {', '.join(kinds) or 'nothing'}"
-    shown = repr(value)
-    return f"{shown if len(shown) <= 40 else shown[:40] + '…'} ({type(value).__name__})"

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 
@@ -36,6 +36,52 @@ def frozen_statistics(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.track_running_stats = True
+
+
+class Statistics:
+    """All that training forwards write to a model's buffers, which a step with two passes writes once.
+
+    BatchNorm is told (`frozen_statistics`). Other modules (InstanceNorm, spectral normalization, running means of
+    one's own) cannot be: what they have written in the second pass is put back. Only buffers that the forwards of this
+    model have been seen to write to are copied for it.
+
+    Args:
+        model: whose.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._seen = self._now()
+
+    def _now(self) -> dict[tuple[nn.Module, str], tuple[Tensor, int]]:
+        """Every buffer that is no BatchNorm's, with a number that rises when it is written to."""
+        return {
+            (module, name): (buffer, buffer._version)
+            for module in self._model.modules()
+            if not isinstance(module, _BatchNorm)
+            for name, buffer in module._buffers.items()
+            if buffer is not None and not buffer.is_inference()
+        }
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Nothing inside is left in the buffers. To be entered after the pass that does write to them."""
+        now, seen = self._now(), self._seen
+        written = {
+            place: buffer
+            for place, (buffer, number) in now.items()
+            if place not in seen or seen[place][0] is not buffer or seen[place][1] != number
+        }
+        before = {place: buffer.detach().clone() for place, buffer in written.items()}
+        try:
+            with frozen_statistics(self._model):
+                yield
+        finally:
+            with torch.no_grad():
+                for (module, name), buffer in written.items():
+                    buffer.copy_(before[module, name])
+                    module._buffers[name] = buffer
+            self._seen = self._now()
 
 
 def repeating(layers: list[_BatchNorm]) -> AbstractContextManager[None]:

@@ -36,12 +36,16 @@ class OptimizerWrapper(torch.optim.Optimizer):
     def param_groups(self) -> list[dict[str, Any]]:
         """The base optimizer's."""
         if sys._getframe(1).f_code is _UNSCALE:
-            self.unscaled = True
+            self.note_unscaled()
         return self.base_optimizer.param_groups if "base_optimizer" in self.__dict__ else self._given_groups
 
     @param_groups.setter
     def param_groups(self, groups: list[dict[str, Any]]) -> None:
         self._given_groups = groups  # torch's constructor
+
+    def note_unscaled(self) -> None:
+        """A `GradScaler` unscales the gradients that are there now."""
+        self.unscaled = True
 
     @property
     def state(self) -> Any:

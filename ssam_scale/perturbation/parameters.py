@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -76,6 +77,8 @@ def trained_parameters(sharding: ShardedWeights, groups: Sequence[Sequence[nn.Pa
             "another model, or before weights of this one were replaced (by another layer, fully_shard or a copy); "
             "build the optimizer last"
         )
+    # Some layers have a parameter of no elements where they have nothing to learn.
+    parameters = {name: p for name, p in parameters.items() if math.prod(sharding.full_shape(p)) > 0}
     if isinstance(module, StagedModel):
         uses, depth = module.stages_of_parameters(), len(module.stages)
     else:
@@ -102,11 +105,11 @@ def trained_parameters(sharding: ShardedWeights, groups: Sequence[Sequence[nn.Pa
     )
 
 
-Fingerprint: TypeAlias = tuple[tuple[tuple[int, bool], ...], tuple[int, ...]]
+Fingerprint: TypeAlias = tuple[tuple[int, ...], tuple[tuple[int, bool], ...], tuple[int, ...]]
 
 
 def fingerprint(network: nn.Module, groups: Sequence[Mapping[str, Any]]) -> Fingerprint:
-    """What tells whether parameters have been replaced, frozen, unfrozen or given to an optimizer.
+    """What tells whether modules have been replaced, or parameters replaced, frozen, unfrozen or regrouped.
 
     Asked for in every step, so it walks the modules without making names.
 
@@ -114,15 +117,16 @@ def fingerprint(network: nn.Module, groups: Sequence[Mapping[str, Any]]) -> Fing
         network: whose parameters, by identity and whether they are trained.
         groups: of the optimizer, by identity.
     """
-    own, seen, modules = [], set(), [network]
+    own, modules = [], [network]
+    seen: dict[int, None] = {}
     while modules:
         module = modules.pop()
         if id(module) in seen:
             continue
-        seen.add(id(module))
+        seen[id(module)] = None
         own += [(id(p), p.requires_grad) for p in module._parameters.values() if p is not None]
         modules += [child for child in module._modules.values() if child is not None]
-    return tuple(own), tuple(id(p) for group in groups for p in group["params"])
+    return tuple(seen), tuple(own), tuple(id(p) for group in groups for p in group["params"])
 
 
 def compiled_parameters(module: nn.Module) -> set[int]:

@@ -12,8 +12,8 @@ from torch.utils._pytree import tree_map_only
 
 from ssam_scale.sharding import AscentReduction, ShardedPasses
 
-from .arguments import check_loss, explained
-from .batchnorm import frozen_statistics
+from .arguments import check_loss, check_samples_first, explained
+from .batchnorm import Statistics
 from .loss import Forward, LossFn
 from .mask_state import MaskState
 from .parameters import TrainedParameters
@@ -42,6 +42,7 @@ class Passes:
         batches: the micro-batches of this process.
         scaler: scales the losses, if there is one.
         phases: times the parts.
+        statistics: what the forwards write to buffers.
     """
 
     def __init__(
@@ -54,7 +55,9 @@ class Passes:
         batches: Sequence[Any],
         scaler: torch.amp.GradScaler | None,
         phases: Phases,
+        statistics: Statistics,
     ) -> None:
+        self._statistics = statistics
         self._sharding, self._parameters, self._mask = sharding, parameters, mask
         self._resolved = resolved
         self._loss_fn = loss_fn
@@ -107,7 +110,7 @@ class Passes:
             statistics: whether this pass is the one that updates BatchNorm's running statistics.
         """
         losses = []
-        with nullcontext() if statistics else frozen_statistics(self._sharding.network):
+        with nullcontext() if statistics else self._statistics.frozen():
             for index, batch in enumerate(self._batches):
                 if self._random:
                     self._random[index].restore()
@@ -130,6 +133,7 @@ class Passes:
         """What the ascent sees of a micro-batch."""
         if self._resolved.fraction == 1.0:
             return batch
+        check_samples_first(batch)
         self._full_batch_of = {}
         return tree_map_only(Tensor, self._first_rows, batch)
 
@@ -146,6 +150,11 @@ class Passes:
             with self._phases("ascent forward"):
                 return module(*args, **kwargs)
         x = _only_input(args, kwargs)
+        if x.is_leaf and x.requires_grad:
+            raise ValueError(
+                "the loss function's input requires a gradient of its own, which an ascent behind a cut does not "
+                "compute: use a mask without a cut for gradient penalties"
+            )
         whole = self._full_batch_of.get(id(x), x)
         if self._resolved.may_share_prefix:
             if self._ascent_input is not None:

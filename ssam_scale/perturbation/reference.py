@@ -106,9 +106,12 @@ def reference_step(
 
     optimizer.zero_grad()
     torch.set_rng_state(random)
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     with frozen_statistics(model):
         loss_fn(model, batch).backward()
     with torch.no_grad():
+        for name, buffer in buffers.items():
+            model.get_buffer(name).copy_(buffer)
         for name, p in named.items():
             p.copy_(before[name])
     if max_grad_norm is not None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, TypeAlias, get_args
 
+from ssam_scale.checks import check_number, described
 from ssam_scale.config.schema import Norm
 from ssam_scale.masks import Plan, Rows, Subset
 
@@ -39,10 +40,11 @@ class StepOptions:
     def __post_init__(self) -> None:
         if self.norm not in get_args(Norm):
             raise ValueError(f"norm is {self.norm!r}; one of {', '.join(get_args(Norm))} is needed")
-        if self.calibrate_every is not None and self.calibrate_every < 1:
-            raise ValueError(f"calibrate_every is {self.calibrate_every}; at least 1, or None, is needed")
-        if not 0.0 < self.fraction <= 1.0:
-            raise ValueError(f"fraction is {self.fraction}; a share in (0, 1] is needed")
+        if self.calibrate_every is not None:
+            check_number("calibrate_every", self.calibrate_every, "at least 1, or None,", lambda n: n >= 1, whole=True)
+        check_number("fraction", self.fraction, "a share in (0, 1]", lambda share: 0.0 < share <= 1.0)
+        if not isinstance(self.savings, Savings):
+            raise TypeError(f"savings is {described(self.savings)}; Savings(…) is needed, or None for the defaults")
 
     def measures_kappa(self, plan: Plan) -> bool:
         """Whether some steps compute the gradient of every parameter for κ = ‖m ⊙ g‖ / ‖g‖, though they need less.

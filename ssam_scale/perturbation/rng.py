@@ -11,30 +11,39 @@ for, so that they are the same on any number of processes.
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor, arange, int64, nn
 
 
 @dataclass(frozen=True)
 class RandomState:
-    """The state of torch's generators: the CPU's, and that of one other device."""
+    """The state of torch's generators: the CPU's, and that of one other device; and of Python's and NumPy's.
+
+    By these two many a loss function mixes samples, and many a model leaves layers out.
+    """
 
     device: torch.device
     cpu: Tensor
     own: Tensor | None
+    python: Any
+    numpy: Any
 
     @staticmethod
     def now(device: torch.device) -> RandomState:
         """The present state. Does not synchronise with `device`: its generator's state is kept on the host."""
         own = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
-        return RandomState(device, torch.get_rng_state(), own)
+        return RandomState(device, torch.get_rng_state(), own, random.getstate(), numpy.random.get_state())
 
     def restore(self) -> None:
         """Set the generators back to this state."""
         torch.set_rng_state(self.cpu)
+        random.setstate(self.python)
+        numpy.random.set_state(self.numpy)
         if self.own is not None:
             torch.get_device_module(self.device).set_rng_state(self.own, self.device)
 
@@ -50,22 +59,34 @@ class FirstForward:
 
     Attributes:
         state: at the first forward since `forget`; None: there has been none.
+        forwards: how many there have been since `forget` or `cleared`.
+        total: how many there have been at all.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.state: RandomState | None = None
+        self.forwards = self.total = 0
+        self._cleared = False
 
     def __call__(self, module: nn.Module, inputs: Any) -> None:
         """Torch's, before `module.forward`."""
-        if torch.compiler.is_compiling() or self.state is not None:
+        if torch.compiler.is_compiling() or not (module.training and torch.is_grad_enabled()):
             return
-        if module.training and torch.is_grad_enabled():
+        self.forwards += 1
+        self.total += 1
+        # A forward whose gradients came after the clearing belongs to this step.
+        if self.state is None or (self._cleared and all(p.grad is None for p in module.parameters())):
             self.state = RandomState.now(self.device)
+        self._cleared = False
 
     def forget(self) -> None:
         """The next forward is the first of a step."""
-        self.state = None
+        self.state, self.forwards, self._cleared = None, 0, False
+
+    def cleared(self) -> None:
+        """Gradients have been cleared, by some people before a step's first forward and by others after it."""
+        self.forwards, self._cleared = 0, True
 
     def __reduce__(self) -> tuple[type[FirstForward], tuple[torch.device]]:
         return FirstForward, (self.device,)

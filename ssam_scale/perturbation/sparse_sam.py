@@ -13,12 +13,23 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.stateful import Stateful
 
+from ssam_scale.checks import check_number, described
 from ssam_scale.masks import Dense, Depth, Mask, Plan, Refreshed, ScoreBased
 from ssam_scale.sharding.place import sharding_of
 from ssam_scale.sharding.unsupported import check_alone, owner_of
 
-from .arguments import check_loss_fn, check_mask, check_optimizer, check_stages, module_of
-from .batchnorm import frozen_statistics
+from .arguments import (
+    check_batches,
+    check_closure,
+    check_loss_fn,
+    check_mask,
+    check_no_others,
+    check_scaler,
+    check_stages,
+    module_of,
+)
+from .batchnorm import Statistics
+from .by_hand import StaleGradients
 from .looksam import LookSAM
 from .loss import LossFn
 from .mask_state import MaskState, SparseState
@@ -30,7 +41,7 @@ from .phases import Phases, no_phases
 from .resolved_step import Norm, ResolvedStep, StepOptions, resolve_step
 from .rng import FirstForward, RandomState
 from .savings import Savings
-from .schedules import ConstantRadius, RadiusSchedule, ever_reuses, reuse_at
+from .schedules import ConstantRadius, RadiusSchedule, check_schedule, ever_reuses, reuse_at
 from .step_report import Rehearsed, StepReport
 
 
@@ -49,9 +60,11 @@ class SparseSAM(OptimizerWrapper):
         with opt.perturbed():
             loss_at_the_perturbed_weights().backward()
         opt.step()
+        opt.zero_grad()
 
-    In all forms both passes draw the same random numbers, and BatchNorm's running statistics are updated once. `step`
-    without any of them is the base optimizer's alone, and warns once where there is a radius.
+    In all forms both passes draw the same random numbers (torch's, Python's and NumPy's), and BatchNorm's running
+    statistics, as all that forwards write to buffers, are updated once. `step` without any of them is the base
+    optimizer's alone, and warns once where there is a radius.
 
     Layers may be frozen and unfrozen, and parameter groups changed, between steps. What replaces weights (a new layer,
     `fully_shard`, `DistributedDataParallel`) belongs before the optimizer is built; a step says so where it was not.
@@ -110,12 +123,20 @@ class SparseSAM(OptimizerWrapper):
         max_grad_norm: float | None = None,
         scaler: torch.amp.GradScaler | None = None,
         phases: Phases = no_phases,
+        **others: NoReturn,
     ) -> None:
-        if not isinstance(rho, (int, float)) or not 0.0 <= rho < math.inf:
-            raise ValueError(f"rho is {rho}; a radius of at least 0 is needed")
-        check_optimizer(base_optimizer)
+        check_no_others(others, base_optimizer)
+        _check_radius("rho", rho)
         if mask is not None:
             check_mask(mask)
+        if schedule is not None:
+            check_schedule(schedule)
+        if scaler is not None:
+            check_scaler(scaler)
+        if not callable(phases):
+            raise TypeError(f"phases is {described(phases)}; a function that returns a context is needed: phases(name)")
+        if max_grad_norm is not None:
+            check_number("max_grad_norm", max_grad_norm, "a norm above 0, or None,", lambda norm: norm > 0.0)
         self.options = StepOptions(norm, calibrate_every, fraction, savings if savings is not None else Savings())
         if norm == "dense" and isinstance(mask, Depth):
             raise ValueError(
@@ -135,11 +156,13 @@ class SparseSAM(OptimizerWrapper):
         self.max_grad_norm, self.scaler = max_grad_norm, scaler
         self.steps = 0
         self.report: StepReport | None = None
+        self._statistics, self._stale = Statistics(self.sharding.network), StaleGradients()
         self._schedule = schedule if schedule is not None else ConstantRadius()
         self._phases, self._adaptive = phases, adaptive
         self._by_hand: ResolvedStep | None = None  # what `perturbed` has done for the step that follows it
+        self._unscaled_after = 0  # so many forwards
         self._running = False  # a step, in which parameters are frozen for a while
-        self._warned = self._placed = self._cleared = False
+        self._warned = self._told = self._placed = self._cleared = False
         self._rebuild()
         self._first_forward = FirstForward(self._parameters.device)
         hook = self.sharding.network.register_forward_pre_hook(self._first_forward)
@@ -147,8 +170,8 @@ class SparseSAM(OptimizerWrapper):
 
     def _rebuild(self) -> None:
         """Set up all that depends on the parameter groups."""
-        if bad := [group["rho"] for group in self.param_groups if not 0.0 <= group["rho"] < math.inf]:
-            raise ValueError(f"the rho of a parameter group is {bad[0]}; a radius of at least 0 is needed")
+        for group in self.param_groups:
+            _check_radius("the rho of a parameter group", group["rho"])
         groups = self.sharding.unwrap_optimizer(self.base_optimizer, self.max_grad_norm)[1]
         self._parameters = trained_parameters(self.sharding, groups)
         self.mask.check(self._parameters.eligible(self.param_groups))
@@ -186,6 +209,7 @@ class SparseSAM(OptimizerWrapper):
             self._check_unused(owner.title if owner is not None else "one process")
             self.__dict__.pop("_mask", None)  # which is of the weights as they were
             self.sharding, self._owner = sharding_of(self._model), owner
+            self._statistics = Statistics(self.sharding.network)
         trained = set(map(id, self._parameters.by_name.values()))
         others = {id(p) for p, _ in self._parameters.foreign}
         self.complete_groups()
@@ -232,8 +256,22 @@ class SparseSAM(OptimizerWrapper):
 
     @property
     def radii(self) -> list[float]:
-        """ρ of the next step, by parameter group."""
-        return [group["rho"] * self._schedule(self.steps, group) for group in self.param_groups]
+        """ρ of the next step, by parameter group.
+
+        Raises:
+            TypeError: the rho of a group, or what the schedule says, is no number.
+            ValueError: it is one, but no radius.
+        """
+        radii = []
+        for group in self.param_groups:
+            _check_radius("the rho of a parameter group", group["rho"])
+            factor: Any = self._schedule(self.steps, group)
+            factor = factor.item() if isinstance(factor, Tensor) else factor  # of a learning rate that is one
+            check_number(
+                f"the schedule's factor in step {self.steps}", factor, "at least 0", lambda f: 0.0 <= f < math.inf
+            )
+            radii.append(group["rho"] * factor)
+        return radii
 
     @property
     def density(self) -> float:
@@ -304,6 +342,11 @@ class SparseSAM(OptimizerWrapper):
             The loss at w (over what this process's ascent saw, detached), or what the closure returned at w.
         """
         loss = None
+        if self._running:
+            raise RuntimeError(
+                "step was called where the weights are perturbed, and what it does to them would be undone: inside of "
+                "`with opt.perturbed()`, or of a step; call it after the block"
+            )
         self._check_placed()
         self._follow()
         if closure is not None:
@@ -315,9 +358,11 @@ class SparseSAM(OptimizerWrapper):
             with self._busy():
                 if batches:
                     check_loss_fn(closure, self._model)
+                    check_batches(batches)
                     resolved = self.resolve(len(batches))
                     loss = self._run_passes(resolved, closure, batches)
                 else:
+                    check_closure(closure)
                     resolved = self.resolve(by_hand=True)
                     loss = self._run_closure(resolved, closure)
         with self._phases("optimizer"):
@@ -361,6 +406,11 @@ class SparseSAM(OptimizerWrapper):
         """What the gradients that are there for a step of the base optimizer come of."""
         resolved, self._by_hand = self._by_hand, None
         if resolved is not None:
+            if self._lacks_gradients():
+                raise RuntimeError(
+                    "there is nothing to step by: no backward was called inside of `with opt.perturbed()`, or "
+                    "gradients were cleared after it"
+                )
             return resolved
         # torch.distributed.checkpoint initialises optimizer state by a step with a learning rate of 0.
         if not self._warned and any(self.radii) and any(group.get("lr", 1.0) for group in self.param_groups):
@@ -382,7 +432,17 @@ class SparseSAM(OptimizerWrapper):
         phases: Phases,
     ) -> Passes:
         """The two passes of a step, which leave their reduced gradients and take no step."""
-        return Passes(self.sharding, self._parameters, self._mask, resolved, loss_fn, batches, scaler, phases)
+        return Passes(
+            self.sharding,
+            self._parameters,
+            self._mask,
+            resolved,
+            loss_fn,
+            batches,
+            scaler,
+            phases,
+            self._statistics,
+        )
 
     def _run_passes(self, resolved: ResolvedStep, loss_fn: LossFn, batches: tuple[Any, ...]) -> Tensor:
         self.zero_grad()  # what an exception in an earlier step left behind
@@ -409,6 +469,11 @@ class SparseSAM(OptimizerWrapper):
             loss = closure()
             if self.scaler is not None and self.scaler.is_enabled() and self.scaler._scale is None:
                 raise RuntimeError("the closure called backward on a loss that the scaler has not scaled: scale it")
+            if loss is not None and self._lacks_gradients():
+                raise RuntimeError(
+                    "the closure returned a loss and left no gradient: it has to call backward on it, for each pass "
+                    "anew; a function that only returns the loss goes with a batch, opt.step(loss_fn, batch)"
+                )
             if not resolved.ascends:
                 return loss
             if not self._cleared and any(p.grad is g for p, g in accumulated):
@@ -422,7 +487,7 @@ class SparseSAM(OptimizerWrapper):
                 p.grad = g
             with (
                 self._perturbation.applied(resolved, keep=self._looksam is not None) as epsilon,
-                frozen_statistics(self.sharding.network),
+                self._statistics.frozen(),
             ):
                 random.restore()
                 closure()
@@ -437,9 +502,16 @@ class SparseSAM(OptimizerWrapper):
         The ascent gradient is taken from `.grad`, which is empty inside at first and holds the descent gradient at the
         end. On DDP and FSDP2 it must have been reduced, as a synchronised backward leaves it. A gradient that a
         `GradScaler` has scaled will do: the length of ε does not depend on it. Random numbers are drawn as from the
-        first forward of the step on, in code that is not compiled.
+        first forward of the step on, in code that is not compiled. Micro-batches are all run before it, and then all
+        run inside.
+
+        Raises:
+            RuntimeError: there is no gradient to go along, or one that the step before has left; or it is entered
+                inside of another or of a step.
         """
-        if self.unscaled:
+        if self._running:
+            raise RuntimeError("`with opt.perturbed()` was entered inside of another, or of a step: leave that first")
+        if self.unscaled and self._first_forward.total == self._unscaled_after:
             self.zero_grad()
             raise RuntimeError(
                 "scaler.unscale_(opt) was called before `with opt.perturbed()`, so that the scaler would take the "
@@ -448,10 +520,12 @@ class SparseSAM(OptimizerWrapper):
         self._check_placed()
         self._follow()
         resolved = self.resolve(by_hand=True)
-        random, self._first_forward.state = self._first_forward.state, None
+        self._check_ascent(resolved)
+        random, forwards = self._first_forward.state, self._first_forward.forwards
+        self._first_forward.forget()
         for p, _ in self._parameters.foreign:
             p.grad = None
-        with self._busy(), frozen_statistics(self.sharding.network):
+        with self._busy(), self._statistics.frozen():
             if resolved.ascends:
                 with self._perturbation.applied(resolved):
                     if random is not None:
@@ -462,8 +536,47 @@ class SparseSAM(OptimizerWrapper):
                 if random is not None:
                     random.restore()
                 yield
+        self._check_descent(forwards)
+        self._first_forward.forget()
+        self._stale.watch(self._parameters.by_name.values())
         self._by_hand = resolved
         self.steps += 1
+
+    def note_unscaled(self) -> None:
+        """Those of a step that the scaler skips afterwards are never stepped, and of no later step's forwards."""
+        super().note_unscaled()
+        self._unscaled_after = self._first_forward.total
+
+    def _lacks_gradients(self) -> bool:
+        every = self._parameters.by_name.values()
+        return self.sharding.leaves_grad and all(p.grad is None for p in every)
+
+    def _check_ascent(self, resolved: ResolvedStep) -> None:
+        """Refuse to perturb along what is no gradient of this step."""
+        if not resolved.ascends:
+            return
+        if self._lacks_gradients():
+            raise RuntimeError(
+                "there is no gradient to perturb along: call backward on the loss before `with opt.perturbed()`, after "
+                "gradients were cleared"
+            )
+        if self._stale.found:
+            self.zero_grad()
+            raise RuntimeError(
+                "the gradients are those that the second pass of the step before has left, or were added to them: "
+                "clear them after opt.step(), and with several micro-batches run all of their first passes and then "
+                "all of their second ones in one `with opt.perturbed()`"
+            )
+
+    def _check_descent(self, forwards: int) -> None:
+        """Tell of a block that saw less than what was before it."""
+        if 0 < self._first_forward.forwards < forwards and not self._told:
+            self._told = True
+            warnings.warn(
+                f"the model ran {forwards} times before `with opt.perturbed()` and {self._first_forward.forwards} "
+                "inside of it: the weights are stepped by the batches inside alone; run the same ones in both",
+                stacklevel=4,
+            )
 
     @contextmanager
     def rehearsal(self) -> Iterator[Callable[..., None]]:
@@ -481,15 +594,17 @@ class SparseSAM(OptimizerWrapper):
         self._check_placed()
         self._follow()
         random = RandomState.now(self._parameters.device)
-        buffers = list(self.sharding.network.buffers())
-        before = [buffer.clone() for buffer in buffers]
+        modules = self.sharding.network.modules()
+        buffers = [(m, name, b) for m in modules for name, b in m._buffers.items() if b is not None]
+        before = [buffer.clone() for _, _, buffer in buffers]
         try:
             with self._busy(), self._perturbation.forgetting(), torch.no_grad():
                 yield self._rehearse
         finally:
             with torch.no_grad():
-                for buffer, value in zip(buffers, before, strict=True):
+                for (module, name, buffer), value in zip(buffers, before, strict=True):
                     buffer.copy_(value)
+                    module._buffers[name] = buffer
             self.zero_grad()
             torch.clear_autocast_cache()
             random.restore()
@@ -579,8 +694,22 @@ class SparseSAM(OptimizerWrapper):
         """Drop the gradients of the base optimizer's parameters, also where a backend keeps its own."""
         self._cleared = True
         self.unscaled = False
-        self._first_forward.forget()
+        self._first_forward.cleared()
+        self._stale.forget()
         self.sharding.clear_gradients(self.base_optimizer)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Options are fixed, and would be set without an effect.
+
+        Raises:
+            AttributeError: `name` is an option's; says how it is changed.
+        """
+        if name in _OPTIONS or (name == "mask" and "_mask" in self.__dict__):
+            how = "build a SparseSAM anew, and load opt.state_dict() into it"
+            if name == "rho":
+                how = 'set it in the parameter groups: for group in opt.param_groups: group["rho"] = …'
+            raise AttributeError(f"{name} of a SparseSAM cannot be set: {how}")
+        super().__setattr__(name, value)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters of the model to the base optimizer and to the weights that can be perturbed."""
@@ -632,3 +761,10 @@ class SparseSAM(OptimizerWrapper):
             return [part for part in (self._mask, self._perturbation, self._looksam) if part is not None]
 
         return SparseState(self, parts)
+
+
+_OPTIONS = {"rho", "norm", "adaptive", "calibrate_every", "fraction", "schedule", "savings"}
+
+
+def _check_radius(name: str, value: Any) -> None:
+    check_number(name, value, "a radius of at least 0", lambda radius: 0.0 <= radius < math.inf)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from functools import partial
-from types import CellType, FunctionType
+from types import CellType, FunctionType, MethodType
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -83,6 +83,32 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
     result.__defaults__ = _copied(value.__defaults__, memo)
     result.__kwdefaults__ = _copied(value.__kwdefaults__, memo)
     return result
+
+
+def _modules_in(value: Any, seen: set[int]) -> Iterator[nn.Module]:
+    """The modules that a stage's forward holds, in closures, defaults, partials and dataclasses, and those in them."""
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    inner: Iterable[Any] = ()
+    if isinstance(value, nn.Module):
+        yield value
+        inner = value.children()
+    elif isinstance(value, partial):
+        inner = (value.func, *value.args, *value.keywords.values())
+    elif isinstance(value, FunctionType):
+        cells = (cell.cell_contents for cell in value.__closure__ or ())
+        inner = (*cells, *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
+    elif isinstance(value, MethodType):
+        inner = (value.__self__,)
+    elif isinstance(value, (list, tuple)):
+        inner = value
+    elif isinstance(value, dict):
+        inner = value.values()
+    elif is_dataclass(value) and not isinstance(value, type):
+        inner = (getattr(value, field.name) for field in fields(value))
+    for part in inner:
+        yield from _modules_in(part, seen)
 
 
 class StagedModel(nn.Module):
@@ -213,12 +239,39 @@ class StagedModel(nn.Module):
                 "StagedModel(…, activation_checkpointing=True)"
             )
 
+    def _check_current(self) -> None:
+        """Stages hold modules of the model as it was when they were made, and would not run what has come since.
+
+        Raises:
+            ValueError: one has been replaced, or wrapped.
+        """
+        modules = set(self.model.modules())
+        again = "which the stages would not run: make the StagedModel after that"
+        for stage in self.stages:
+            found: nn.Module | None = self.model
+            for part in stage.name.split(".") if stage.name else ():
+                found = None if found is None else getattr(found, part, None)
+            if isinstance(found, nn.Module) and found is not stage.block:
+                kind = type(found).__name__
+                raise ValueError(f"{stage.name} of the model has become another module ({kind}), {again}")
+            for module in _modules_in(stage.forward, set()):
+                if module not in modules and any(True for _ in (*module._parameters, *module._buffers)):
+                    kind = type(module).__name__
+                    raise ValueError(
+                        f"the stage {stage.name} runs a {kind} that the model has not, or not any more; if it has been "
+                        f"replaced there, {again.removeprefix('which the stages would not run: ')}"
+                    )
+
     def stages_of_parameters(self) -> dict[str, tuple[int, ...]]:
         """The indices of the stages that use each parameter, rising, by its name in `model`.
 
         A tied weight has several, and belongs to the first: perturbing it would change the prefix of every later cut.
         What no stage claims is counted to the first stage for the same reason.
+
+        Raises:
+            ValueError: a stage runs a module that is not the model's any more.
         """
+        self._check_current()
         claims = [
             (prefix, index) for index, stage in enumerate(self.stages) for prefix in (stage.name, *stage.owns) if prefix
         ]

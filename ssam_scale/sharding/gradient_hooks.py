@@ -16,6 +16,20 @@ OnGradient: TypeAlias = Callable[[int, Tensor], None]
 _ALIGNMENT = 64  # bytes: where torch's allocators begin
 
 
+def dense(gradient: Tensor) -> Tensor:
+    """The gradient itself, if it can be scaled with others.
+
+    Raises:
+        ValueError: it is sparse.
+    """
+    if gradient.layout is not torch.strided:
+        raise ValueError(
+            f"a weight of shape {tuple(gradient.shape)} got a sparse gradient, which cannot be scaled with the others; "
+            "call embedding with sparse=False"
+        )
+    return gradient
+
+
 @contextmanager
 def aligned_storage(tensors: Iterable[Tensor]) -> Iterator[None]:
     """Each of `tensors` begins at an aligned address inside, in a copy if need be, and in its old memory afterwards.
@@ -60,7 +74,7 @@ def divert_gradients(leaves: Iterable[Tensor], on_gradient: OnGradient) -> Itera
     def hook(index: int, leaf: Tensor) -> None:
         assert leaf.grad is not None
         gradient, leaf.grad = leaf.grad, None
-        on_gradient(index, gradient)
+        on_gradient(index, dense(gradient))
 
     with removing(leaf.register_post_accumulate_grad_hook(partial(hook, i)) for i, leaf in enumerate(leaves)):
         yield

@@ -164,6 +164,7 @@ class ShardedPasses(Protocol):
         descent_module: what the descent pass is run on.
         data_parallel_group: the ranks that a batch is split over, in the order of their parts.
         supports_grad_scaler: whether `step` takes a GradScaler.
+        leaves_grad: whether gradients are in `.grad`, as autograd leaves them.
         packs_gradients: whether `ascent` reduces nothing but the elements that it is asked for.
         reduces_whole: whether `ascent` leaves whole gradients on every rank though the optimizer steps shards (ZeRO 1
             and 2 in float32): each rank can perturb all weights by itself, and has nothing to publish.
@@ -174,6 +175,7 @@ class ShardedPasses(Protocol):
     descent_module: nn.Module
     data_parallel_group: ProcessGroup
     supports_grad_scaler: bool
+    leaves_grad: bool
     packs_gradients: bool
     reduces_whole: bool
 

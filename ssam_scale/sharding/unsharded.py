@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from .gradient_hooks import OnGradient, divert_gradients
+from .gradient_hooks import OnGradient, dense, divert_gradients
 from .interface import AscentReduction, Shard, WrittenWeights
 from .process_group import ProcessGroup
 from .registry import BACKENDS, Backend, MakeOptimizer, Options
@@ -63,7 +63,7 @@ class TorchState:
 class TorchTraining(TorchState):
     """Backward, clipping and step of backends that leave gradients to autograd and clipping to torch."""
 
-    supports_grad_scaler = True
+    supports_grad_scaler = leaves_grad = True
     packs_gradients = False
     reduces_whole = False  # or the shard is the whole
 
@@ -123,7 +123,7 @@ class ReplicatedWeights:
 
     def gradients(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
         """Each parameter's `.grad`."""
-        return [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        return [torch.zeros_like(p) if p.grad is None else dense(p.grad) for p in parameters]
 
     def resident_gradients(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
         """The same."""

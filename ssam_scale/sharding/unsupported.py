@@ -29,6 +29,11 @@ def refuse_unsupported(module: nn.Module) -> None:
         ValueError: it is such a model; says what would work.
     """
     outer = owner_of(module)
+    if type(module).__name__ == "RecursiveScriptModule":
+        raise ValueError(
+            "the model is what torch.jit.script returned, which takes no hooks: give SparseSAM the model itself, or "
+            "what torch.compile makes of it"
+        )
     for name, inner in module.named_modules():
         if isinstance(inner, FullyShardedDataParallel):
             raise ValueError(

@@ -111,6 +111,54 @@ class World:
         return value
 
 
+# How many processes were started: of torch's launchers, of Slurm, of Open MPI, of MPICH and Intel MPI, of MVAPICH, of
+# Flux, of LSF's jsrun; and for those that say no number, which one this is: of PMIx, of Cray's aprun and PALS.
+_SIZES = (
+    "WORLD_SIZE",
+    "SLURM_STEP_NUM_TASKS",
+    "OMPI_COMM_WORLD_SIZE",
+    "PMI_SIZE",
+    "MV2_COMM_WORLD_SIZE",
+    "FLUX_JOB_SIZE",
+    "JSM_NAMESPACE_SIZE",
+)
+_RANKS = ("PMIX_RANK", "ALPS_APP_PE", "PALS_RANKID")
+_USE = "start them with torchrun or deepspeed (slurm/imagenet_ssam.sh does)"
+
+
+def _check_variables() -> None:
+    """Refuse what a launcher, or a person, has set by halves.
+
+    Raises:
+        UserError: processes do not know of each other, or a variable is no number in its range.
+    """
+    if "RANK" not in os.environ:
+        alone = {**dict.fromkeys(_SIZES, ("", "1")), **dict.fromkeys(_RANKS, ("", "0"))}
+        for variable, harmless in alone.items():
+            if (said := os.environ.get(variable, "").strip()) not in harmless:
+                raise UserError(f"{variable} is {said} but RANK is not set, so each process would train alone; {_USE}")
+        return
+    for variable in ("RANK", "WORLD_SIZE", "MASTER_PORT"):
+        if not (said := os.environ.get(variable, "0").strip()).isdecimal():
+            raise UserError(f"{variable} is {said!r}, and a whole number is needed; {_USE}")
+    rank, size = int(os.environ["RANK"]), int(os.environ.get("WORLD_SIZE", "0"))
+    if 0 < size <= rank:
+        raise UserError(f"RANK is {rank} and WORLD_SIZE {size}, of which ranks are 0 to {size - 1}; {_USE}")
+
+
+def _check_meeting() -> None:
+    """Refuse a rank that does not know where the others are.
+
+    Raises:
+        UserError: it does not.
+    """
+    needed = ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    if missing := [variable for variable in needed if not os.environ.get(variable, "").strip()]:
+        raise UserError(
+            f"RANK is set and {', '.join(missing)} not, by which processes find each other; {_USE}, or unset RANK"
+        )
+
+
 @contextmanager
 def join_world(timeout: timedelta = TIMEOUT, device: DeviceChoice = "auto") -> Iterator[World]:
     """Join the processes that torchrun or deepspeed started; alone without their environment variables.
@@ -125,15 +173,7 @@ def join_world(timeout: timedelta = TIMEOUT, device: DeviceChoice = "auto") -> I
         UserError: processes were started without telling them of each other, or there is not the device that they need
             (see `choose_device`).
     """
-    if "RANK" not in os.environ:
-        # Of torch's launchers, of Slurm, of Open MPI, of MPICH and Intel MPI, of MVAPICH.
-        sizes = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
-        for variable in sizes:
-            if os.environ.get(variable, "1").strip() not in ("", "1"):
-                raise UserError(
-                    f"{variable} is {os.environ[variable]} but RANK is not set, so each process would train alone; "
-                    "start them with torchrun or deepspeed (slurm/imagenet_ssam.sh does)"
-                )
+    _check_variables()
     size = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
     own = choose_device(device)
@@ -142,6 +182,7 @@ def join_world(timeout: timedelta = TIMEOUT, device: DeviceChoice = "auto") -> I
     if "RANK" not in os.environ:
         yield world
         return
+    _check_meeting()
     if own.type == "cuda":
         dist.init_process_group("nccl", timeout=timeout, device_id=own)
     else:

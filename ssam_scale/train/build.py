@@ -23,6 +23,7 @@ from ssam_scale.masks import RunInfo, build_mask
 from ssam_scale.models import build_model, check_compiler, stages_of
 from ssam_scale.models.ema import EMA
 from ssam_scale.perturbation import Phases, Savings, SparseSAM
+from ssam_scale.perturbation.arguments import check_optimizer
 from ssam_scale.perturbation.batchnorm import batchnorms, frozen_statistics
 from ssam_scale.perturbation.fused import fused_options
 from ssam_scale.perturbation.loss import LossFn
@@ -363,7 +364,7 @@ def base_optimizer(config: Config, network: nn.Module) -> torch.optim.Optimizer:
         hint = f"; nearest: {', '.join(near)}" if near else ""
         raise UserError(f"optimizer.name: timm knows no optimizer {section.name!r}{hint}")
     try:
-        return create_optimizer_v2(
+        optimizer = create_optimizer_v2(
             network,
             opt=section.name,
             lr=section.lr,
@@ -377,6 +378,11 @@ def base_optimizer(config: Config, network: nn.Module) -> torch.optim.Optimizer:
         )
     except (TypeError, ValueError) as error:
         raise UserError(f"optimizer: timm could not build {section.name} with {section.kwargs}: {error}") from error
+    try:
+        check_optimizer(optimizer)
+    except ValueError as error:
+        raise UserError(f"optimizer.name {section.name}: {error}") from error
+    return optimizer
 
 
 def _scheduler(config: Config, base: torch.optim.Optimizer, steps_per_epoch: int) -> Any:

@@ -132,6 +132,26 @@ def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     )
 
 
+def test_a_variable_of_the_environment_is_its_value(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a job's configuration: in a file no shell sees it, and a folder named `$SCRATCH` is nobody's wish."""
+    monkeypatch.setenv("SCRATCH", str(tmp_path))
+    monkeypatch.delenv("SCRATCHES", raising=False)
+    (tmp_path / "run.yaml").write_text(SMALL)
+    keys = {"data.train": "$SCRATCH/t.beton", "checkpoint.directory": "${SCRATCH}/c", "checkpoint.resume": "$SCRATCH/r"}
+    config = load(tmp_path / "run.yaml", [f"{key}={value}" for key, value in keys.items()])
+    assert config.data.train == tmp_path / "t.beton"
+    assert config.checkpoint.directory == tmp_path / "c"
+    assert config.checkpoint.resume == str(tmp_path / "r")
+    for override, told in {
+        "checkpoint.directory=$SCRATCHES/c": "checkpoint.directory: the environment variable SCRATCHES is not set",
+        'checkpoint.directory=""': "checkpoint.directory: is empty; a path is needed",
+        "data.train=s3://bucket/t.beton": "data.train: is an address; a path is needed",
+        "perturbation.rho=1e9": "perturbation.rho: must be less than or equal to 1000",
+    }.items():
+        with pytest.raises(UserError, match=told):
+            load(tmp_path / "run.yaml", [override])
+
+
 def test_a_hash_within_a_word_or_in_quotes_is_no_comment(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(SMALL)
     for given, name in {"a#b": "a#b", '"run #3"': "run #3", "'#'": "#"}.items():

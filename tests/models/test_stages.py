@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-from tests.support.networks import IMAGE, small_network
+from ssam_scale import SparseSAM
+from tests.support.networks import IMAGE, batches, loss_fn, small_network
+
+# isort: split
+import timm
 
 
 @pytest.mark.parametrize(
@@ -52,3 +59,72 @@ def test_every_parameter_belongs_to_the_stage_that_uses_it(family: str) -> None:
         names = {name for (name, _), g in zip(staged.model.named_parameters(), used, strict=True) if g is not None}
         assert names == {name for name, stages in owner.items() if stages == (index,)}
         hidden = after.detach()
+
+
+def block_replaced(model: Any) -> None:
+    blocks = model.blocks if hasattr(model, "blocks") else model.layer4
+    blocks[1] = copy.deepcopy(blocks[1])
+
+
+def frozen_batchnorm(model: Any) -> None:
+    timm.utils.model.freeze(model, ["bn1"], include_bn_running_stats=True)
+
+
+REPLACED: dict[str, tuple[str, Callable[[Any], Any], str]] = {
+    "a block": ("vit", block_replaced, r"blocks.1 of the model has become another module \(Block\)"),
+    "a residual block": ("resnet", block_replaced, r"layer4.1 of the model has become another module \(BasicBlock\)"),
+    "a layer of blocks": (
+        "resnet",
+        lambda m: setattr(m, "layer4", copy.deepcopy(m.layer4)),
+        "layer4.0 of the model has",
+    ),
+    "a block, wrapped": (
+        "vit",
+        lambda m: m.blocks.__setitem__(1, checkpoint_wrapper(m.blocks[1])),
+        r"blocks.1 of the model has become another module \(CheckpointWrapper\)",
+    ),
+    "the stem": (
+        "resnet",
+        lambda m: setattr(m, "conv1", copy.deepcopy(m.conv1)),
+        "layer1.0 runs a Conv2d that the model",
+    ),
+    "the norm": (
+        "vit",
+        lambda m: setattr(m, "norm", torch.nn.LayerNorm(32)),
+        "runs a LayerNorm that the model has not",
+    ),
+    "frozen BatchNorm": (
+        "resnet",
+        frozen_batchnorm,
+        "layer1.0 runs a BatchNorm2d that the model has not, or not any more",
+    ),
+    "SyncBatchNorm": (
+        "resnet",
+        timm.layers.convert_sync_batchnorm,
+        "layer1.0 runs a BatchNorm2d that the model has not",
+    ),
+}
+
+
+@pytest.mark.parametrize("when", ["before the optimizer", "after it"])
+@pytest.mark.parametrize("what", REPLACED)
+def test_stages_of_modules_that_were_replaced_are_refused(what: str, when: str) -> None:
+    family, replace, told = REPLACED[what]
+    model = small_network(family)
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    opt = SparseSAM(model, base) if when == "after it" else None
+    replace(model.model)
+    base.param_groups[0]["params"] = list(model.parameters())
+    with pytest.raises(ValueError, match=f"{told}.*make the StagedModel after that"):
+        SparseSAM(model, base) if opt is None else opt.step(loss_fn, batches(1, 4)[0])
+
+
+@pytest.mark.parametrize("family", ["vit", "resnet", "convnext"])
+def test_a_new_head_is_run(family: str) -> None:
+    model = small_network(family)
+    SparseSAM(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    model.model.reset_classifier(3)
+    images = batches(1, 4)[0][0]
+    assert model(images).shape == (4, 3)
+    assert torch.equal(model.eval()(images), model.model(images))
+    SparseSAM(model, torch.optim.SGD(model.parameters(), lr=0.1))

@@ -52,6 +52,7 @@ def by_hand(opt: SparseSAM, model: nn.Module, batch: Any) -> Any:
     with opt.perturbed():
         in_bf16(model, batch).backward()
     opt.step()
+    opt.zero_grad()
     return loss
 
 

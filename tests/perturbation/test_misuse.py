@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
+from collections import UserDict
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from ssam_scale import Depth, Scored, SparseSAM
+from ssam_scale import CosineRadius, Depth, Interval, Named, Scored, SparseSAM, Window
 from ssam_scale.masks import Mask
 from ssam_scale.models import staged
 from ssam_scale.perturbation import Stage, StagedModel
@@ -44,6 +45,25 @@ class Complex(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.w = nn.Parameter(torch.ones(2, dtype=torch.complex64))
+
+
+class OtherSAM(torch.optim.SGD):
+    """Of the kind that has two methods for the two halves of a step."""
+
+    def first_step(self, zero_grad: bool = False) -> None: ...
+
+    def second_step(self, zero_grad: bool = False) -> None: ...
+
+
+class NeedsClosure(torch.optim.SGD):
+    def step(self, closure: Any) -> Any:  # type: ignore[override]
+        return closure()
+
+
+def of_timm(model: nn.Module, name: str) -> Any:
+    import timm.optim  # which ssam_scale.models has made importable
+
+    return timm.optim.create_optimizer_v2(model, opt=name, lr=0.1)
 
 
 def of(model: nn.Module, **options: Any) -> Callable[[], Any]:
@@ -82,7 +102,90 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         "4 of the optimizer's parameters are not the model's: .* build the optimizer last",
     ),
     "a copy's optimizer": (lambda: SparseSAM(copy.deepcopy(m := small()), sgd(m)), ValueError, "over another model"),
-    "rho as text": (lambda: SparseSAM(m := small(), sgd(m), rho="0.1"), ValueError, "rho is 0.1; a radius"),  # type: ignore[arg-type]
+    "rho as text": (
+        lambda: SparseSAM(m := small(), sgd(m), rho="0.1"),  # type: ignore[arg-type]
+        TypeError,
+        r"rho is '0.1' \(str\); a radius of at least 0",
+    ),
+    "a SAM's arguments": (
+        lambda: SparseSAM(small().parameters(), torch.optim.SGD, rho=0.05, lr=0.1, momentum=0.9),  # type: ignore[arg-type]
+        TypeError,
+        r"class SGD; an instance is needed: SGD\(model.parameters\(\), lr=0.1, momentum=0.9\)",
+    ),
+    "the base optimizer's arguments": (
+        of(small(), lr=0.1),
+        TypeError,
+        r"no argument lr; .* given to it: SGD\(…, lr=…\)",
+    ),
+    "a subclass of LBFGS": (
+        lambda: SparseSAM(m := small(), type("Mine", (torch.optim.LBFGS,), {})(m.parameters())),
+        ValueError,
+        "use SGD or AdamW",
+    ),
+    "another SAM": (
+        lambda: SparseSAM(m := small(), OtherSAM(m.parameters(), lr=0.1)),
+        ValueError,
+        "OtherSAM, which pert",
+    ),
+    "a step that needs a closure": (
+        lambda: SparseSAM(m := small(), NeedsClosure(m.parameters(), lr=0.1)),
+        ValueError,
+        "NeedsClosure.step needs a closure",
+    ),
+    "a rho of its own": (
+        lambda: SparseSAM(m := small(), torch.optim.Adadelta(m.parameters()), rho=0.05),
+        ValueError,
+        "Adadelta has a rho of its own in its parameter groups, which is no radius",
+    ),
+    "an optimizer of second order": (
+        lambda: SparseSAM(m := small(), of_timm(m, "adahessian")),
+        ValueError,
+        "Adahessian differentiates the gradient again",
+    ),
+    "a differentiable optimizer": (
+        lambda: SparseSAM(m := small(), torch.optim.SGD(m.parameters(), lr=0.1, differentiable=True)),
+        ValueError,
+        "use False",
+    ),
+    "a group's rho as text": (
+        lambda: SparseSAM(m := small(), torch.optim.SGD([{"params": m.parameters(), "rho": "0.1"}], lr=0.1)),
+        TypeError,
+        r"the rho of a parameter group is '0.1' \(str\)",
+    ),
+    "clipping to a negative norm": (
+        of(small(), max_grad_norm=-1.0),
+        ValueError,
+        "max_grad_norm is -1.0; a norm above 0",
+    ),
+    "clipping to zero": (of(small(), max_grad_norm=0), ValueError, "max_grad_norm is 0; a norm above 0"),
+    "a fraction as text": (of(small(), fraction="0.5"), TypeError, r"fraction is '0.5' \(str\); a share in \(0, 1\]"),
+    "half a step": (of(small(), calibrate_every=2.5), TypeError, "calibrate_every is 2.5 .*; a whole number"),
+    "a scaler's switch": (of(small(), scaler=True), TypeError, r"scaler is True \(bool\); a torch.amp.GradScaler"),
+    "a scaler's class": (of(small(), scaler=torch.amp.GradScaler), TypeError, "scaler is the class GradScaler"),
+    "a schedule's class": (
+        of(small(), schedule=CosineRadius),
+        TypeError,
+        "schedule is the class CosineRadius; a sched",
+    ),
+    "a factor for a schedule": (
+        of(small(), schedule=0.5),
+        TypeError,
+        r"schedule is 0.5 \(float\); a schedule is needed",
+    ),
+    "a schedule of the step": (of(small(), schedule=lambda s: 1.0), TypeError, "does not take a step and a group"),
+    "savings as a switch": (of(small(), savings=True), TypeError, r"savings is True \(bool\); Savings"),
+    "no phases": (of(small(), phases=None), TypeError, "phases is None"),
+    "a window of shares": (lambda: Window(0.1, 0.5), TypeError, r"start is 0.1 \(float\); a whole number"),  # type: ignore[arg-type]
+    "an interval of halves": (lambda: Interval(2.5), TypeError, "every is 2.5 .*; a whole number"),  # type: ignore[arg-type]
+    "an interval of a class": (lambda: Interval(2, CosineRadius), TypeError, "the class CosineRadius"),  # type: ignore[arg-type]
+    "a list of patterns": (lambda: Named(["a"]), TypeError, "a list of str is no pattern"),  # type: ignore[arg-type]
+    "a sparsity as text": (lambda: Scored("element", "0.5"), TypeError, r"sparsity is '0.5' \(str\)"),  # type: ignore[arg-type]
+    "a cut as text": (lambda: Depth("0.5"), ValueError, r"cut is '0.5' \(str\); one share in"),  # type: ignore[arg-type]
+    "a scripted model": (
+        of(torch.jit.script(nn.Linear(2, 2))),
+        ValueError,
+        "torch.jit.script returned, which takes no",
+    ),
     "a cut above 1": (lambda: Depth(1.5), ValueError, "one share in"),
     "three shares": (lambda: Depth((0.1, 0.2, 0.3)), ValueError, "one share in"),  # type: ignore[arg-type]
     "a cut without stages": (of(small(), mask=Depth()), ValueError, r"needs a model in stages.*stages_of\(model\)"),
@@ -128,6 +231,117 @@ def test_lazy_layers_are_run_first() -> None:
 def test_one_number_fixes_a_cut() -> None:
     assert Depth(0.5).cut == (0.5, 0.5)
     assert Depth(1).cut == (1.0, 1.0)
+
+
+def test_options_cannot_be_set_without_an_effect_nor_radii_be_none() -> None:
+    opt = optimizer()
+    with pytest.raises(AttributeError, match=r'rho of a SparseSAM cannot be set: .* group\["rho"\] = '):
+        opt.rho = 0.0
+    for name, value in {"mask": Depth(0.5), "schedule": Interval(2), "fraction": 0.5}.items():
+        with pytest.raises(AttributeError, match=f"{name} of a SparseSAM cannot be set: build a SparseSAM anew"):
+            setattr(opt, name, value)
+    for wrong in (-0.1, float("nan"), float("inf"), None, "0.1"):
+        opt.param_groups[0]["rho"] = wrong
+        with pytest.raises(
+            (ValueError, TypeError), match=r"the rho of a parameter group is .*; a radius of at least 0"
+        ):
+            opt.step(loss_fn, BATCH)
+    opt = optimizer(schedule=lambda step, group: -1.0)
+    with pytest.raises(ValueError, match=r"the schedule's factor in step 0 is -1.0; at least 0"):
+        opt.step(loss_fn, BATCH)
+
+
+CALLS: dict[str, tuple[Callable[[SparseSAM, nn.Module], Any], type[Exception], str]] = {
+    "inputs and labels": (
+        lambda opt, m: opt.step(loss_fn, *BATCH),
+        TypeError,
+        r"opt.step\(loss_fn, \(inputs, labels\)\)",
+    ),
+    "a loss": (
+        lambda opt, m: opt.step(loss_fn(m, BATCH)),
+        TypeError,
+        r"given tensor\(.*; call opt.step\(loss_fn, batch",
+    ),
+    "no batch": (lambda opt, m: opt.step(loss_fn), TypeError, r"given loss_fn\(forward, batch\) and no batch for it"),
+    "no batches": (lambda opt, m: opt.step(loss_fn, *[]), TypeError, "and no batch for it"),
+    "a closure without backward": (
+        lambda opt, m: opt.step(lambda: loss_fn(m, BATCH)),
+        RuntimeError,
+        "left no gradient",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CALLS)
+def test_a_wrong_call_of_step_is_one_sentence_and_the_weights_stay(case: str) -> None:
+    call, kind, told = CALLS[case]
+    model = small()
+    opt, before = optimizer(model), [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(kind, match=told) as caught:
+        call(opt, model)
+    assert "\n" not in str(caught.value)
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+    opt.step(loss_fn, BATCH)
+
+
+X, Y = BATCH
+CUT: dict[str, tuple[Any, type[Exception], str]] = {
+    "of a class that is no dictionary": (UserDict(x=X, y=Y), TypeError, r"in the batch is .* \(UserDict\): give its"),
+    "with labels of NumPy": ((X, Y.numpy()), TypeError, r"in the batch is .* \(ndarray\)"),
+    "of NumPy": (X.numpy(), TypeError, r"in the batch is .* \(ndarray\)"),
+    "of a list of images": ((list(X), Y), ValueError, r"have the shapes \(3, 32, 32\), .*: put samples first"),
+    "with weights of classes": (
+        (X, Y, torch.ones(10)),
+        ValueError,
+        r"\(4, 3, 32, 32\), \(4,\), \(10,\): put samples first",
+    ),
+    "without a tensor": (3, TypeError, r"3 \(int\) has none"),
+}
+
+
+@pytest.mark.parametrize("case", CUT)
+def test_a_batch_whose_first_samples_nobody_can_tell(case: str) -> None:
+    batch, kind, told = CUT[case]
+    with pytest.raises(kind, match=told):
+        optimizer(fraction=0.5).step(loss_fn, batch)
+
+
+class Looked(nn.Module):
+    """An embedding that is looked up sparsely, and a parameter of no elements."""
+
+    def __init__(self, sparse: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.none = nn.Parameter(torch.randn(4, 3072)), nn.Parameter(torch.empty(0))
+        self.head, self.sparse = nn.Linear(3072, 10), sparse
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(1)
+        return self.head(x + F.embedding(torch.arange(len(x)), self.table, sparse=self.sparse))
+
+
+@pytest.mark.parametrize("mask", [None, Scored("row", 0.5)], ids=["all", "row"])
+def test_sparse_gradients_of_functions_are_told_and_empty_parameters_count_for_nothing(mask: Any) -> None:
+    opt = optimizer(Looked(True), mask=mask)
+    with pytest.raises(ValueError, match=r"shape \(4, 3072\) got a sparse gradient.*call embedding with sparse=False"):
+        opt.step(loss_fn, BATCH) if mask is None else opt.refresh(loss_fn, BATCH)
+    for each in (mask, Scored("element", 0.5, score="weight", allocation="erk"), Scored("tensor", 0.5, score="weight")):
+        opt = optimizer(Looked(False), mask=each)
+        if opt.refresh_is_due:
+            opt.refresh(loss_fn, BATCH)
+        opt.step(loss_fn, BATCH)
+
+
+def test_a_gradient_of_the_input_is_refused_behind_a_cut() -> None:
+    def penalised(forward: Any, batch: Any) -> Tensor:
+        loss = loss_fn(forward, batch)
+        (slope,) = torch.autograd.grad(loss, batch[0], retain_graph=True)
+        return loss + slope.pow(2).sum()
+
+    batch = (BATCH[0].clone().requires_grad_(), BATCH[1])
+    optimizer(small_network("resnet")).step(penalised, batch)
+    with pytest.raises(ValueError, match=r"input requires a gradient of its own.* use a mask without a cut"):
+        optimizer(small_network("resnet"), mask=Depth(0.5)).step(penalised, batch)
 
 
 LOSSES: dict[str, tuple[Any, tuple[Any, ...], type[Exception], str]] = {

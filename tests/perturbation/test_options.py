@@ -326,6 +326,8 @@ def test_steps_count_ascents_and_nothing_else() -> None:
     assert opt.steps == 1
     opt.step()
     assert opt.steps == 1
+    opt.zero_grad()
+    loss_fn(model, BATCH).backward()
     with pytest.raises(ArithmeticError), opt.perturbed():
         raise ArithmeticError
     assert opt.steps == 1

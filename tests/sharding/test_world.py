@@ -162,15 +162,39 @@ def test_more_processes_than_gpus_are_refused_by_each_of_them(
     assert choose_device("cpu") == CPU
 
 
-@pytest.mark.parametrize("said", ["SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"])
-def test_processes_that_know_nothing_of_each_other(said: str, machine: Machine) -> None:
-    """As of srun and of several kinds of mpirun."""
+@pytest.mark.parametrize(
+    ("said", "harmless"),
+    [
+        *((n, "1") for n in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")),
+        *((n, "1") for n in ("FLUX_JOB_SIZE", "JSM_NAMESPACE_SIZE")),
+        *((n, "0") for n in ("PMIX_RANK", "ALPS_APP_PE", "PALS_RANKID")),
+    ],
+)
+def test_processes_that_know_nothing_of_each_other(said: str, harmless: str, machine: Machine) -> None:
+    """As of srun, of several kinds of mpirun, of flux, jsrun, aprun and PALS."""
     machine.says(**{said: "2"})
     with pytest.raises(UserError, match=f"{said} is 2 but RANK is not set"), join_world():
         pass
-    machine.says(**{said: "1"})
+    machine.says(**{said: harmless})
     with join_world(device="cpu") as world:
         assert world.size == 1
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ({"RANK": "0"}, "RANK is set and WORLD_SIZE, MASTER_ADDR, MASTER_PORT not, .* or unset RANK"),
+        ({"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "h"}, "RANK is set and MASTER_PORT not"),
+        ({"RANK": "x", "WORLD_SIZE": "2"}, "RANK is 'x', and a whole number is needed; start them with torchrun"),
+        ({"RANK": "0", "WORLD_SIZE": ""}, "WORLD_SIZE is '', and a whole number"),
+        ({"RANK": "3", "WORLD_SIZE": "2"}, "RANK is 3 and WORLD_SIZE 2, of which ranks are 0 to 1"),
+    ],
+)
+def test_variables_that_were_set_by_halves(said: dict[str, str], told: str, machine: Machine) -> None:
+    """As by `export RANK=0`, or by a script that sets them itself."""
+    machine.says(**said)
+    with pytest.raises(UserError, match=told), join_world(device="cpu"):
+        pass
 
 
 def test_the_harness_hides_gpus() -> None:

@@ -1,7 +1,15 @@
 """When there is an ascent, and how far: the radius over time, every k-th step, a part of the run."""
 
 from .build import build_schedule
-from .interface import RADIUS_SCHEDULES, WRAPPERS, RadiusSchedule, ever_reuses, register_schedule, reuse_at
+from .interface import (
+    RADIUS_SCHEDULES,
+    WRAPPERS,
+    RadiusSchedule,
+    check_schedule,
+    ever_reuses,
+    register_schedule,
+    reuse_at,
+)
 from .interval import Interval
 from .radius.constant import ConstantRadius
 from .radius.cosine import CosineRadius
@@ -18,6 +26,7 @@ __all__ = [
     "RadiusSchedule",
     "Window",
     "build_schedule",
+    "check_schedule",
     "ever_reuses",
     "register_schedule",
     "reuse_at",

@@ -6,9 +6,11 @@ its own name; `Interval` and `Window` are schedules around another one, with key
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
+from ssam_scale.checks import described
 from ssam_scale.config.schema import Perturbation
 from ssam_scale.registry import Registry
 
@@ -18,6 +20,25 @@ class RadiusSchedule(Protocol):
 
     def __call__(self, step: int, group: Mapping[str, Any]) -> float:
         """The factor on `group["rho"]` at step number `step`, from 0."""
+
+
+def check_schedule(schedule: Any) -> None:
+    """Refuse what is no schedule.
+
+    Raises:
+        TypeError: it is none.
+    """
+    needed = "a schedule is needed, such as CosineRadius(steps) or Interval(2), or a function of (step, group)"
+    if isinstance(schedule, type) or not callable(schedule):
+        raise TypeError(f"schedule is {described(schedule)}; {needed}")
+    try:
+        inspect.signature(schedule).bind(0, {})
+    except TypeError:
+        raise TypeError(
+            f"schedule is {described(schedule)}, which does not take a step and a group; {needed}"
+        ) from None
+    except ValueError:  # a builtin, of which nothing is known
+        pass
 
 
 Build = Callable[[Perturbation, int], RadiusSchedule]

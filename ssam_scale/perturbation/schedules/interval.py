@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .interface import WRAPPERS, RadiusSchedule, ever_reuses, reuse_at
+from ssam_scale.checks import check_number
+
+from .interface import WRAPPERS, RadiusSchedule, check_schedule, ever_reuses, reuse_at
 from .radius.constant import ConstantRadius
 
 
@@ -30,10 +32,9 @@ class Interval:
     reuse: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.every < 1:
-            raise ValueError(f"every is {self.every}; at least 1 is needed")
-        if not 0.0 <= self.reuse < math.inf:
-            raise ValueError(f"reuse is {self.reuse}; at least 0 is needed")
+        check_number("every", self.every, "at least 1", lambda steps: steps >= 1, whole=True)
+        check_number("reuse", self.reuse, "at least 0", lambda share: 0.0 <= share < math.inf)
+        check_schedule(self.schedule)
 
     def __call__(self, step: int, group: Mapping[str, Any]) -> float:
         """0 between ascents."""

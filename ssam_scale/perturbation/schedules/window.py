@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .interface import WRAPPERS, RadiusSchedule, ever_reuses, reuse_at
+from ssam_scale.checks import check_number
+
+from .interface import WRAPPERS, RadiusSchedule, check_schedule, ever_reuses, reuse_at
 from .radius.constant import ConstantRadius
 
 
@@ -26,7 +28,11 @@ class Window:
     schedule: RadiusSchedule = field(default_factory=ConstantRadius)
 
     def __post_init__(self) -> None:
-        if self.start < 0 or (self.stop is not None and self.stop <= self.start):
+        for name, step in {"start": self.start, "stop": self.stop}.items():
+            if step is not None:
+                check_number(name, step, "the number of a step, at least 0,", lambda n: n >= 0, whole=True)
+        check_schedule(self.schedule)
+        if self.stop is not None and self.stop <= self.start:
             raise ValueError(f"start is {self.start} and stop {self.stop}; 0 <= start < stop is needed")
 
     def __call__(self, step: int, group: Mapping[str, Any]) -> float:

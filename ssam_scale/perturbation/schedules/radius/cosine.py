@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ssam_scale.anneal import cosine_annealed
+from ssam_scale.checks import check_number
 from ssam_scale.config.schema import Perturbation
 from ssam_scale.perturbation.schedules.interface import RadiusSchedule, register_schedule
 
@@ -24,8 +26,8 @@ class CosineRadius:
     final: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.final < 0.0:
-            raise ValueError(f"steps is {self.steps} and final {self.final}; at least 1 and at least 0 are needed")
+        check_number("steps", self.steps, "at least 1", lambda steps: steps >= 1, whole=True)
+        check_number("final", self.final, "a factor of at least 0", lambda factor: 0.0 <= factor < math.inf)
 
     def __call__(self, step: int, group: Mapping[str, Any]) -> float:
         """final + (1 − final) · (1 + cos(π · step / steps)) / 2."""
