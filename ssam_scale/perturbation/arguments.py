@@ -78,7 +78,8 @@ def check_optimizer(optimizer: Any, options: Mapping[str, Any] | None = None) ->
         raise ValueError(
             f"{kind} has a rho of its own in its parameter groups, which is no radius; use AdamW, or another without"
         )
-    if not _takes(optimizer.step, 0):
+    # Of the class: a learning-rate scheduler puts another function in the place of the instance's.
+    if not _takes(getattr(type(optimizer), "step", optimizer.step), 1):
         raise ValueError(f"{kind}.step needs a closure, and would evaluate the loss itself; use SGD or AdamW")
 
 

@@ -222,6 +222,14 @@ def test_a_wrong_argument_is_one_sentence(case: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_a_learning_rate_scheduler_may_have_the_base_optimizer_before() -> None:
+    """It puts a function of its own in the place of the instance's `step`."""
+    model = small()
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    torch.optim.lr_scheduler.ExponentialLR(base, 0.5)
+    assert SparseSAM(model, base).base_optimizer is base
+
+
 def test_lazy_layers_are_run_first() -> None:
     model = nn.Sequential(nn.Flatten(), nn.LazyLinear(3))
     with pytest.raises(ValueError, match=r"parameter 1.weight has no shape yet: run the model once"):
