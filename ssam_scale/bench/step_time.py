@@ -20,6 +20,7 @@ from torch import Tensor
 from ssam_scale.clock import timed
 from ssam_scale.costs.compute import StepShape, base_seconds, predicted_over_base, suffix_share
 from ssam_scale.costs.profile import Parts
+from ssam_scale.masks.subset import Subset
 from ssam_scale.perturbation import StagedModel
 from ssam_scale.tracking.environment import hardware_tags, versions
 from ssam_scale.tracking.timer import PhaseTimer
@@ -28,9 +29,8 @@ from .networks import Setting
 from .scenarios import Running, Scenario, sgd
 
 _VERSIONS = ("python", "ssam_scale", "torch", "timm")
-# What has to be moved of each perturbed weight, in numbers of its size: the gradient is read for the norm; gradient and
-# weight are read, the weight as it was and the perturbed one written; the first is read and written back. 28 bytes.
-_MOVED = 7
+# Memory is read and written by so many bytes at once: the lines of a processor's caches, the sectors of a GPU's.
+_LINE = {"cpu": 64, "cuda": 32}
 Kind = tuple[int, bool]  # of a step: its cut, and whether it has an ascent
 
 
@@ -101,7 +101,8 @@ class _Steps:
         with timed(self._device) as copying:
             torch._foreach_copy_([self._copies[name] for name in weights], list(weights.values()))
         copied = 2 * sum(w.nbytes for w in weights.values())
-        moved = _MOVED * sum(plan.counts[name] * w.element_size() for name, w in weights.items())
+        line = _LINE.get(self._device.type, 64)
+        moved = sum(bytes_to_perturb(w, plan.weights[name], line) for name, w in weights.items())
         return phases["perturb"], copying.seconds * moved / copied
 
     @property
@@ -139,6 +140,26 @@ def interquartile_range(values: np.ndarray) -> float:
     return float(high - low)
 
 
+def bytes_to_perturb(weight: Tensor, subset: Subset | None, line: int) -> int:
+    """The least that is read and written of memory to perturb a weight and to put it back: 28 bytes an fp32 element.
+
+    The gradient is read for the norm; gradient and weight are read, the element as it was and the perturbed one
+    written; the first is read and written back. Of gradient and weight whole lines move, also for an element in each;
+    the elements as they were lie side by side.
+
+    Args:
+        weight: of which.
+        subset: of it, that is perturbed; None: all.
+        line: bytes that move at once.
+    """
+    size = weight.element_size()
+    if subset is None:
+        return 7 * weight.nbytes
+    elements = line // size
+    touched = torch.nn.functional.pad(subset.booleans(), (0, -subset.numel % elements)).view(-1, elements).any(1).sum()
+    return 5 * line * int(touched) + 2 * size * subset.count
+
+
 def bench_steps(setting: Setting, repeats: int, compared: Sequence[Scenario]) -> list[dict[str, Any]]:
     """Rows of the time of a step, one a plan.
 
@@ -151,8 +172,9 @@ def bench_steps(setting: Setting, repeats: int, compared: Sequence[Scenario]) ->
     lists; `target_over_base` is the most that we want.
 
     `perturb_seconds` is what perturbing and restoring take, the phase "perturb" of a step with an ascent, and
-    `perturb_floor_seconds` what moving 28 bytes a perturbed weight takes when the tensors that have perturbed weights
-    are copied, right after the step; `perturb_over_floor` is their ratio. None for what is not ours.
+    `perturb_floor_seconds` what moving the bytes that this must move (`bytes_to_perturb`) takes by the speed at which
+    the tensors that have perturbed weights are copied, right after the step; `perturb_over_floor` is their ratio. None
+    for what is not ours.
 
     Args:
         setting: on what; one that `Setting.check` finds nothing wrong with.

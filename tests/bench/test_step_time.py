@@ -9,12 +9,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ssam_scale.bench.networks import setting_of
 from ssam_scale.bench.scenarios import scenarios
-from ssam_scale.bench.step_time import interquartile_range, typical
+from ssam_scale.bench.step_time import bytes_to_perturb, interquartile_range, typical
 from ssam_scale.cli.main import main
 from ssam_scale.costs.compute import StageTimes, StepShape, StepTimes, predicted_over_base, suffix_share
+from ssam_scale.masks.subset import BitMask, pack
 
 SMALL = ["--resolution", "32", "--batch-size", "4", "--repeats", "1"]
 MODELS = {"test_vit": 6, "test_resnet": 4}  # blocks
@@ -183,3 +187,12 @@ def test_typical_is_the_mean_over_kinds_of_medians() -> None:
 def test_spread_is_the_interquartile_range() -> None:
     assert interquartile_range(np.array([1.0])) == 0.0
     assert interquartile_range(np.arange(5.0)) == 2.0
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=200), st.sampled_from([32, 64]))
+def test_what_perturbing_must_move_counts_whole_lines(chosen: list[bool], line: int) -> None:
+    weight, each = torch.zeros(len(chosen)), line // 4
+    lines = {place // each for place, one in enumerate(chosen) if one}
+    subset = BitMask(pack(torch.tensor(chosen)), len(chosen))
+    assert bytes_to_perturb(weight, subset, line) == 5 * line * len(lines) + 8 * sum(chosen)
+    assert bytes_to_perturb(weight, None, line) == 28 * len(chosen)
