@@ -51,7 +51,7 @@ def train(config: Config, world: World) -> None:
         if world.first and done.run_id is not None:
             _print_lines(out, run_lines(config.tracking.uri, done.run_id))
         return
-    predicted = _predicted(config, world)
+    predicted, unpredicted = _predicted(config, world)
     phases = PhaseTimer(world.device)
     components = _build(config, world, phases, path)
     split = components.split
@@ -62,7 +62,11 @@ def train(config: Config, world: World) -> None:
             enabled=world.first,
             resume_run_id=progress.run_id,
             gpus=world.size if world.device.type == "cuda" else 0,
-            extra_tags={"steps": str(progress.step + total - progress.place), "backend": backend_of(config, world)},
+            extra_tags={
+                "steps": str(progress.step + total - progress.place),
+                "backend": backend_of(config, world),
+                **unpredicted,
+            },
             # What the configuration leaves to the number of processes, or to the device's memory.
             extra_params={"train.accumulation": str(split.accumulation), "train.micro_batch": str(split.images)},
         ) as run,
@@ -83,17 +87,19 @@ def train(config: Config, world: World) -> None:
         )
 
 
-def _predicted(config: Config, world: World) -> dict[str, float]:
-    """What the cost model says of the run, on the one process that tracks, if there are times for it.
+def _predicted(config: Config, world: World) -> tuple[dict[str, float], dict[str, str]]:
+    """What the cost model says of the run, if there are times for it; and else the tag that says so.
 
     Raises:
         UserError: they are of something else.
     """
-    if config.tracking.cost_times is None or config.method == "base":
-        return {}
+    if config.method == "base":
+        return {}, {}
+    if config.tracking.cost_times is None:
+        return {}, {"predicted": "unknown: tracking.cost_times names no file of `ssam-scale cost --save-times`"}
     from .predict_cost import predicted  # with all of the cost model, which no training needs
 
-    return predicted(config, world.size)
+    return predicted(config, world.size), {}
 
 
 def _machines_watched(config: Config, world: World, run: Run) -> AbstractContextManager[object]:

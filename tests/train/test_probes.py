@@ -37,6 +37,7 @@ def test_a_run_trains_as_without_and_shows_its_saving(data: Path, home: Path) ->
     assert not [name for name in plain.data.metrics if name.startswith(("saving/", "probe/"))]
     metrics = probed.data.metrics
     assert "saving" not in probed.data.tags
+    assert probed.data.tags["predicted"].startswith("unknown: tracking.cost_times names no file")
     assert "time than dense SAM**" in probed.data.tags["mlflow.note.content"]
     assert {step.step for step in client(home).get_metric_history(probed.info.run_id, "time/probe")} == {2, 4, 6, 8, 10}
     for name in SAVING:
