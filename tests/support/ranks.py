@@ -194,6 +194,7 @@ def _tell_place(rank: int, size: int, port: int) -> None:
 def _serve(rank: int, size: int, port: int, connection: Connection) -> None:
     """What a rank does: one job after another until nobody can send any more, or one fails."""
     _tell_place(rank, size, port)
+    gc.freeze()  # what was imported: each collection would look through it for a third of a second
     try:
         with join_world() as world:
             while True:
