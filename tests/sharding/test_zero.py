@@ -75,8 +75,8 @@ BF16 = [
 ]
 FP16 = [Kind(stage, torch.float16) for stage in (1, 2, 3)]  # stage 0 is refused
 # Each stage once and each precision at least twice: what two of them have in common is the same code.
-LOW = few(BF16 + FP16, BF16[0], BF16[4], FP16[1], BF16[3])
-EACH = few(FP32 + BF16 + FP16, FP32[0], BF16[4], FP16[1], BF16[3], FP32[3])
+LOW = few(BF16 + FP16, BF16[4], FP16[1], BF16[3])
+EACH = few(FP32 + BF16 + FP16, BF16[4], FP16[1], FP32[3])
 
 
 def engine_of(
