@@ -86,7 +86,7 @@ fi
 if [[ -n $short ]]; then
     folder=$folder-short
     experiment=$experiment-short
-    common+=(data.subset=null train.epochs=1 schedule.warmup_epochs=0 data.batch_size=64 data.eval_batch_size=64 tracking.log_every=2)
+    common+=(data.subset=null train.epochs=1 schedule.warmup_epochs=0 data.batch_size=64 data.eval_batch_size=64 tracking.log_every=2 tracking.log_model=false)
 fi
 # Runs of an earlier quickstart are compared, too (another seed, say), but for those by other code, which cannot be.
 code=$(git describe --always --dirty 2>/dev/null || ssam-scale --version | sed -n 1p)

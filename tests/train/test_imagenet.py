@@ -69,6 +69,7 @@ def overrides(imagenet: Path, home: Path) -> list[str]:
         f"data.batch_size={IMAGES // 2}",
         f"checkpoint.directory={home}/checkpoints",
         f"tracking.uri=sqlite:///{home}/mlflow.db",
+        "tracking.log_model=false",  # which takes longer than the epoch
         "train.epochs=1",
         "train.precision=fp32",  # CPUs without bf16 instructions emulate it, slowly
         "schedule.warmup_epochs=0",
