@@ -94,7 +94,7 @@ def test_the_printed_address_shows_the_runs(config: Callable[..., Config], uri: 
                 "perturbation.mask.pattern",
                 "Finished",
             ),
-            "/model-metrics": ("Add chart", "summary", "time", "descent_forward"),
+            "/model-metrics": ("Add chart", "overhead", "saving", "summary", "time", "vs_base_percent"),
             "/artifacts/config.yaml": ("config.yaml", "pattern: depth"),
         }.items():
             browser.get(f"{address}/#{path}/{depth}{tab}?{query.partition('&')[0]}")
