@@ -29,6 +29,16 @@ def check_number(name: str, value: Any, needed: str, valid: Callable[[Any], bool
         raise ValueError(f"{name} is {value}; {needed} is needed")
 
 
+def check_switch(name: str, value: Any) -> None:
+    """Refuse what is neither True nor False: a text counts as true, whatever it says.
+
+    Raises:
+        TypeError: it is another value.
+    """
+    if value is not True and value is not False:
+        raise TypeError(f"{name} is {described(value)}; True or False is needed")
+
+
 def described(value: Any) -> str:
     """What something is, in a few words."""
     if isinstance(value, type):

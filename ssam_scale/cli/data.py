@@ -114,6 +114,14 @@ def _print_report(report: WriteReport) -> None:
         _print(f"skipped {skipped.path}: {skipped.reason}")
     if len(report.skipped) > _LISTED:
         _print(f"… and {len(report.skipped) - _LISTED:,} more")
+    if report.emptied:
+        few = ", ".join(report.emptied[:3]) + (" and more" if len(report.emptied) > 3 else "")
+        _print(f"of {len(report.emptied):,} classes no image is left: {few}")
+    if report.turned:
+        _print(
+            f"{report.turned:,} images say by EXIF that they are shown turned; their pixels are stored as they lie, "
+            "which is how torchvision's and timm's ImageFolder read them"
+        )
     left_out = f", {len(report.skipped):,} damaged images left out" if report.skipped else ""
     size = f"{report.bytes / 1e6:,.1f} MB"
     _print(f"Wrote {report.path}: {report.images:,} images, {len(report.classes):,} classes, {size}{left_out}")

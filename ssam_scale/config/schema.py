@@ -10,12 +10,21 @@ import pkgutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from .deepspeed import WEIGHT_BY_WEIGHT, problems
 from .mask_sections import DepthMask, ElementMask, Mask
 from .section import Section, Share, UserPath, home, without
+
+_OF_WEIGHTS = (
+    "pretrained",
+    "pretrained_cfg",
+    "pretrained_cfg_overlay",
+    "pretrained_strict",
+    "checkpoint_path",
+    "cache_dir",
+)
 
 
 class Model(Section):
@@ -49,8 +58,7 @@ class Model(Section):
                 **{name: f"it is model.{name}" for name in ("num_classes", "drop_rate", "drop_path_rate")},
                 "model_name": "it is model.name",
                 "in_chans": "images are RGB, of 3 channels",
-                **dict.fromkeys(("pretrained", "checkpoint_path"), "weights cannot be loaded yet"),
-                **dict.fromkeys(("pretrained_cfg", "pretrained_cfg_overlay"), "weights cannot be loaded yet"),
+                **dict.fromkeys(_OF_WEIGHTS, "weights cannot be loaded yet"),
                 "features_only": "a classifier is trained",
             },
         )
@@ -363,13 +371,24 @@ class Checkpoint(Section):
         return value if value is None or not (value.startswith("~") or "$" in value) else str(home(Path(value)))
 
 
+def _named(value: str) -> str:
+    if not value.strip():
+        raise ValueError("is empty; give a name, or leave the key out")
+    if len(value) > 250:  # what MLflow's databases hold
+        raise ValueError(f"has {len(value):,} characters; at most 250 are kept")
+    return value
+
+
+Name = Annotated[str, AfterValidator(_named)]
+
+
 class Tracking(Section):
     """Where results are compared."""
 
     uri: str = Field("sqlite:///mlflow.db", description="MLflow tracking URI")
-    experiment: str = Field("ssam_scale", description="MLflow experiment")
-    run_name: str | None = Field(None, description="MLflow run name; null: made from the method and the model")
-    group: str | None = Field(
+    experiment: Name = Field("ssam_scale", description="MLflow experiment")
+    run_name: Name | None = Field(None, description="MLflow run name; null: made from the method and the model")
+    group: Name | None = Field(
         None, description="tag that runs share which belong together, for `ssam-scale compare --group`"
     )
     log_every: int = Field(50, ge=1, description="steps between two records of loss, learning rate and phase times")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import io
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from ssam_scale.data.beton import JPEG, PAGE_SIZE, RAW
 
@@ -47,6 +48,8 @@ class Encoded:
     height: int
     width: int
     data: bytes
+    turned: bool = False
+    """The file says by EXIF that its pixels are to be turned or mirrored when they are shown, and they were not."""
 
 
 def encode(source: Path | Pixels, index: int, encoding: Encoding) -> Encoded:
@@ -55,22 +58,24 @@ def encode(source: Path | Pixels, index: int, encoding: Encoding) -> Encoded:
     Raises:
         BadImageError: the file is missing, no image, cut short or damaged, or too large to be stored.
     """
-    original, pixels = _load(source) if isinstance(source, Path) else (None, source)
+    original, pixels, turned = _load(source) if isinstance(source, Path) else (None, source, False)
     shrunk = _shrink(pixels, encoding.max_resolution)
     height, width = shrunk.shape[:2]
     if max(height, width) > _LARGEST_SIDE:
         raise BadImageError(f"{width}x{height} pixels are too many; write with --max-resolution")
     as_jpeg = np.random.default_rng((encoding.seed, index)).random() < encoding.jpeg_proportion
     if not as_jpeg and shrunk.nbytes <= PAGE_SIZE:
-        return Encoded(RAW, height, width, np.ascontiguousarray(shrunk).tobytes())
+        return Encoded(RAW, height, width, np.ascontiguousarray(shrunk).tobytes(), turned)
     data = original if original is not None and shrunk is pixels else _compress(shrunk, encoding.quality)
     if len(data) > PAGE_SIZE:
         raise BadImageError(f"{len(data):,} bytes do not fit a page of {PAGE_SIZE:,}; write with --max-resolution")
-    return Encoded(JPEG, height, width, data)
+    return Encoded(JPEG, height, width, data, turned)
 
 
-def _load(path: Path) -> tuple[bytes | None, Pixels]:
-    """The pixels of an image file, and its own bytes where they can be stored as they are."""
+def _load(path: Path) -> tuple[bytes | None, Pixels, bool]:
+    """The pixels of an image file, its own bytes where they can be stored as they are, and whether EXIF turns them."""
+    if path.exists() and not path.is_file():  # reading a pipe would wait for ever
+        raise BadImageError("not a file")
     try:
         data = path.read_bytes()
         if not data:
@@ -82,18 +87,35 @@ def _load(path: Path) -> tuple[bytes | None, Pixels]:
                     f"pixels of mode {image.mode}, whose range is not known; convert it to 8 bits a channel first"
                 )
             if image.format != "JPEG" or image.mode not in ("RGB", "L"):
-                return None, np.asarray(image.convert("RGB"))
+                pixels = np.asarray(image.convert("RGB"))
+                return None, pixels, _is_turned(image)  # in this order: of a TIFF Pillow turns the pixels itself
+            turned = _is_turned(image)
             # A progressive JPEG takes about three times as long to decode, in every epoch: better compressed anew.
             plain = "progressive" not in image.info
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        # Pillow names the buffer it was given, which means nothing to whoever reads the message.
-        known = isinstance(error, UnidentifiedImageError)
-        raise BadImageError("not an image that Pillow knows" if known else str(error)) from error
+        if isinstance(error, UnidentifiedImageError):
+            # Pillow names the buffer it was given, which means nothing to whoever reads the message.
+            raise BadImageError(_no_image(data)) from error
+        # The path stands before the reason already.
+        raise BadImageError((isinstance(error, OSError) and error.strerror) or str(error)) from error
     pixels, complaint = _decode_jpeg(data, height, width)
     # Stray bytes are harmless; every other complaint means that pixels are missing or wrong.
     if complaint and "extraneous" not in complaint:
         raise BadImageError(complaint)
-    return (data if plain and not complaint else None), pixels
+    return (data if plain and not complaint else None), pixels, turned
+
+
+def _is_turned(image: Image.Image) -> bool:
+    return image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
+
+
+def _no_image(data: bytes) -> str:
+    """What is in a file that is no image."""
+    if data.startswith(b"version https://git-lfs"):
+        return "a pointer of Git LFS in the place of the image, which `git lfs pull` fetches"
+    if re.match(rb"\s*<(!doctype )?html", data, re.IGNORECASE):
+        return "a page of HTML, as a failed download leaves it"
+    return "not an image that Pillow knows"
 
 
 def _decode_jpeg(data: bytes, height: int, width: int) -> tuple[Pixels, str]:

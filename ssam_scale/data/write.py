@@ -11,8 +11,9 @@ import errno
 import os
 import re
 import shutil
+import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -29,6 +30,8 @@ from ssam_scale.errors import UserError
 
 SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp"))
 """What counts as an image in a class folder, in lower case; other files are passed over."""
+# Not those of torchvision's ImageFolder either.
+_OTHER_IMAGES = frozenset((".avif", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".jxl", ".npy", ".svg", ".tga"))
 
 _CHUNK = 16
 _LOOK_AT_DISK = 4096
@@ -60,6 +63,10 @@ class WriteReport:
     classes: list[str]
     bytes: int
     skipped: list[Skipped]
+    turned: int
+    """Images whose EXIF orientation was not applied."""
+    emptied: list[str]
+    """Classes of which every image was left out."""
 
 
 def write_beton(
@@ -102,6 +109,8 @@ def write_beton(
     """
     classes, samples = scan_folder(source, limit, classes_of, class_order)
     if progress and classes_of is None and (note := order_note(classes, class_order)):
+        console(stderr=True).print(f"{source}: {note}", soft_wrap=True)
+    if progress and (note := passed_over([source / name for name in classes])):
         console(stderr=True).print(f"{source}: {note}", soft_wrap=True)
     return write_samples(
         samples,
@@ -175,6 +184,31 @@ def scan_folder(
     return [folder.name for folder in folders], samples
 
 
+def passed_over(folders: Iterable[Path]) -> str | None:
+    """A line, where class folders hold images that are not taken: in folders of their own, or of other formats."""
+    deeper: list[Path] = []
+    others: dict[str, int] = {}
+    for folder in folders:
+        if not folder.is_dir():
+            continue
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                suffix = os.path.splitext(entry.name)[1].lower()  # noqa: PTH122
+                if entry.name.startswith("."):
+                    continue
+                if os.path.isdir(entry.path):  # noqa: PTH112 - a link in a circle is none; DirEntry's raises
+                    deeper.append(Path(entry.path))
+                elif suffix in _OTHER_IMAGES:
+                    others[suffix] = others.get(suffix, 0) + 1
+    notes = []
+    if deeper:
+        notes.append(f"{len(deeper):,} {'folder' if len(deeper) == 1 else 'folders'} in class folders ({min(deeper)})")
+    if others:
+        counts = ", ".join(f"{count:,} {suffix}" for suffix, count in sorted(others.items()))
+        notes.append(f"files of formats that are not read ({counts})")
+    return f"passed over {' and '.join(notes)}" if notes else None
+
+
 def class_names(of: Path, class_order: ClassOrder = "text") -> list[str]:
     """The classes of a folder in ImageNet's layout, in this order, or of a .beton file, in that of their numbers.
 
@@ -196,7 +230,10 @@ def _class_folders(source: Path, class_order: ClassOrder) -> list[Path]:
         what = "is a file" if source.exists() else "no such folder"
         raise UserError(f"{source}: {what}; give a folder with one folder of images per class")
     try:
-        folders = sorted(entry for entry in source.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+        entries = [entry for entry in source.iterdir() if not entry.name.startswith(".")]
+        if gone := sorted(entry for entry in entries if entry.is_symlink() and not entry.exists()):
+            raise UserError(f"{gone[0]}: a link to nothing, in the place of a class folder; mend or remove it")
+        folders = sorted(entry for entry in entries if entry.is_dir())
         if class_order == "natural":
             folders.sort(key=lambda folder: natural_key(folder.name))
         if not folders:
@@ -254,15 +291,20 @@ def write_samples(
     if out.is_dir():
         raise UserError(f"{out}: is a folder; name the .beton file to write")
     skipped: list[Skipped] = []
-    written = need = 0
+    written = need = turned = 0
+    counts = [0] * len(classes)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with _progress(progress) as bar, _replacing(out) as (file, temporary):
+        with warnings.catch_warnings(), _progress(progress) as bar, _replacing(out) as (file, temporary):
+            warnings.filterwarnings("ignore", module="PIL")  # of large images, and of transparency, which is left out
             task = bar.add_task(f"Writing {out.name}", total=len(samples))
             pages = Pages(file, len(samples))
             for number, result in enumerate(_encoded(samples, encoding, workers or usable_cores())):
+                label = samples[number].label
                 if isinstance(result, Encoded):
-                    pages.append(result.mode, result.height, result.width, result.data, samples[number].label)
+                    pages.append(result.mode, result.height, result.width, result.data, label)
+                    counts[label] += 1
+                    turned += result.turned
                 elif skip_bad:
                     skipped.append(Skipped(samples[number].name, str(result)))
                 else:
@@ -286,7 +328,9 @@ def write_samples(
                 note.write(sidecar.dump())
     except OSError as error:
         raise _cannot_write(error, out, need) from error
-    return WriteReport(out, len(samples) - len(skipped), classes, size, skipped)
+    given = {sample.label for sample in samples}
+    emptied = [name for label, name in enumerate(classes) if label in given and not counts[label]]
+    return WriteReport(out, len(samples) - len(skipped), classes, size, skipped, turned, emptied)
 
 
 def recipe(encoding: Encoding, source: dict[str, Any]) -> dict[str, Any]:

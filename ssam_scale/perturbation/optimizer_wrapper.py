@@ -3,12 +3,36 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 # A GradScaler tells nobody that it has unscaled an optimizer's gradients, but it asks for its groups to do it.
 _UNSCALE = torch.amp.GradScaler._unscale_grads_.__code__
+
+
+@contextmanager
+def refused(optimizer: Any, why: str) -> Iterator[None]:
+    """Within the `with`, `optimizer.step` raises a RuntimeError that says why.
+
+    Not where it is no torch optimizer, nor around one: DeepSpeed's, which nobody else steps.
+    """
+
+    def refuse(*_: Any) -> None:
+        raise RuntimeError(why)
+
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
+        yield
+        return
+    handle = optimizer.register_step_pre_hook(refuse)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 class OptimizerWrapper(torch.optim.Optimizer):

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
+from ssam_scale.checks import check_number
 from ssam_scale.masks import Layout
 from ssam_scale.sharding import ShardedWeights
 from ssam_scale.torch_compat import is_compiled
@@ -48,12 +49,29 @@ class TrainedParameters:
         return next((p.device for p in self.by_name.values()), torch.device("cpu"))
 
     def eligible(self, groups: Sequence[Mapping[str, Any]]) -> Layout:
-        """The weights that a mask may choose from: those of the groups that are not left alone."""
+        """The weights that a mask may choose from: those of the groups that are not left alone.
+
+        Raises:
+            TypeError: the rho of a group is no number.
+            ValueError: it is one, but no radius.
+        """
+        for group in groups:
+            check_radius("the rho of a parameter group", group["rho"])
         allowed = tuple(group["rho"] > 0.0 for group in groups)
         if allowed not in self._eligible:
             names = {name for name, index in self.group_of.items() if allowed[index]}
             self._eligible[allowed] = self.layout.only(names)
         return self._eligible[allowed]
+
+
+def check_radius(name: str, value: Any) -> None:
+    """Refuse what is no radius.
+
+    Raises:
+        TypeError: it is no number.
+        ValueError: it is below 0 or not finite.
+    """
+    check_number(name, value, "a radius of at least 0", lambda radius: 0.0 <= radius < math.inf)
 
 
 def trained_parameters(sharding: ShardedWeights, groups: Sequence[Sequence[nn.Parameter]]) -> TrainedParameters:

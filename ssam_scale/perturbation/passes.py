@@ -18,6 +18,7 @@ from .loss import Forward, LossFn
 from .mask_state import MaskState
 from .parameters import TrainedParameters
 from .phases import Phase, Phases
+from .reference import first_samples
 from .resolved_step import ResolvedStep
 from .rng import RandomState
 from .skip_gradients import only_rows, without_gradient
@@ -140,7 +141,7 @@ class Passes:
     def _first_rows(self, leaf: Tensor) -> Tensor:
         if not leaf.ndim:
             return leaf
-        rows = leaf[: max(1, int(len(leaf) * self._resolved.fraction))]
+        rows = leaf[: first_samples(len(leaf), self._resolved.fraction)]
         self._full_batch_of[id(rows)] = leaf
         return rows
 

@@ -48,6 +48,14 @@ def reference_gradient(
     return loss.detach(), gradient
 
 
+def first_samples(samples: int, fraction: float) -> int:
+    """How many of a micro-batch's samples the ascent sees: their share, rounded down, and at least one.
+
+    A product that is whole but for the rounding of floats is that: 0.29 of 100 are 29, a third of 99 are 33.
+    """
+    return max(1, int(samples * fraction + 1e-6))
+
+
 def masked_by(gradient: Mapping[str, Tensor], mask: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """m ⊙ g; what has no mask is not perturbed."""
     return {n: g * mask[n].to(g.dtype) if n in mask else torch.zeros_like(g) for n, g in gradient.items()}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+
+from ssam_scale.checks import check_switch
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,9 @@ class Savings:
             which saves sending them again and costs the memory of them.
         within_shard_group: with several copies of sharded weights (HSDP) each copy ascends by the gradient of its own
             part of the batch and sends the others nothing: m-sharpness, m being the samples of a copy.
+
+    Raises:
+        TypeError: a switch is neither True nor False.
     """
 
     elide: bool = True
@@ -28,3 +33,7 @@ class Savings:
     pack: bool = True
     keep_gathered: bool = False
     within_shard_group: bool = False
+
+    def __post_init__(self) -> None:
+        for switch in fields(self):
+            check_switch(f"savings.{switch.name}", getattr(self, switch.name))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.stateful import Stateful
 
-from ssam_scale.checks import check_number, described
+from ssam_scale.checks import check_number, check_switch, described
 from ssam_scale.masks import Dense, Depth, Mask, Plan, Refreshed, ScoreBased
 from ssam_scale.sharding.place import sharding_of
 from ssam_scale.sharding.unsupported import check_alone, owner_of
@@ -33,8 +33,8 @@ from .by_hand import StaleGradients
 from .looksam import LookSAM
 from .loss import LossFn
 from .mask_state import MaskState, SparseState
-from .optimizer_wrapper import OptimizerWrapper
-from .parameters import TrainedParameters, fingerprint, trained_parameters
+from .optimizer_wrapper import OptimizerWrapper, refused
+from .parameters import TrainedParameters, check_radius, fingerprint, trained_parameters
 from .passes import Passes
 from .perturb import Perturbation
 from .phases import Phases, no_phases
@@ -126,7 +126,8 @@ class SparseSAM(OptimizerWrapper):
         **others: NoReturn,
     ) -> None:
         check_no_others(others, base_optimizer)
-        _check_radius("rho", rho)
+        check_radius("rho", rho)
+        check_switch("adaptive", adaptive)
         if mask is not None:
             check_mask(mask)
         if schedule is not None:
@@ -170,8 +171,6 @@ class SparseSAM(OptimizerWrapper):
 
     def _rebuild(self) -> None:
         """Set up all that depends on the parameter groups."""
-        for group in self.param_groups:
-            _check_radius("the rho of a parameter group", group["rho"])
         groups = self.sharding.unwrap_optimizer(self.base_optimizer, self.max_grad_norm)[1]
         self._parameters = trained_parameters(self.sharding, groups)
         self.mask.check(self._parameters.eligible(self.param_groups))
@@ -264,7 +263,7 @@ class SparseSAM(OptimizerWrapper):
         """
         radii = []
         for group in self.param_groups:
-            _check_radius("the rho of a parameter group", group["rho"])
+            check_radius("the rho of a parameter group", group["rho"])
             factor: Any = self._schedule(self.steps, group)
             factor = factor.item() if isinstance(factor, Tensor) else factor  # of a learning rate that is one
             check_number(
@@ -343,10 +342,7 @@ class SparseSAM(OptimizerWrapper):
         """
         loss = None
         if self._running:
-            raise RuntimeError(
-                "step was called where the weights are perturbed, and what it does to them would be undone: inside of "
-                "`with opt.perturbed()`, or of a step; call it after the block"
-            )
+            raise RuntimeError(_WITHIN.format("step"))
         self._check_placed()
         self._follow()
         if closure is not None:
@@ -392,7 +388,8 @@ class SparseSAM(OptimizerWrapper):
     def _busy(self) -> Iterator[None]:
         self._running = True
         try:
-            yield
+            with refused(self.base_optimizer, _WITHIN.format("base_optimizer.step")):
+                yield
         finally:
             self._running = False
 
@@ -763,8 +760,8 @@ class SparseSAM(OptimizerWrapper):
         return SparseState(self, parts)
 
 
+_WITHIN = (
+    "{} was called where the weights are perturbed, and what it does to them would be undone: inside of "
+    "`with opt.perturbed()`, or of a step; call opt.step() after the block"
+)
 _OPTIONS = {"rho", "norm", "adaptive", "calibrate_every", "fraction", "schedule", "savings"}
-
-
-def _check_radius(name: str, value: Any) -> None:
-    check_number(name, value, "a radius of at least 0", lambda radius: 0.0 <= radius < math.inf)

@@ -11,13 +11,20 @@ _AUTHORITY = re.compile(
     r"(?P<scheme>\w[\w+.-]*)://(?P<user>[^\s/:'\"]*?)(?P<password>:[^\s/'\"]*|:(?!\d+/)[^\s'\"]*?)?@"
     r"(?=[^\s/@'\"]+(?:[/\s'\"]|$)|/[^\s@'\"]*(?:[\s'\"]|$)|[\s'\"]|$)"
 )
-_QUERY = re.compile(r"(?i)([?&][\w.-]*(?:passw|pwd|token|secret|key|sig|credential)[\w.-]*=)[^&\s'\"]+")
+_QUERY = re.compile(r"(?i)([?&][\w.-]*(?:passw|pwd|token|secret|key|sig|credential|authorization)[\w.-]*=)[^&\s'\"]+")
 # Variables of an environment before a command, and connection strings, also within a URL.
 _NAMED = re.compile(
     r"(\b[A-Z0-9_]*(?:PASSWORD|PASSWD|TOKEN|SECRET|CREDENTIALS?|API_?KEY|ACCESS_?KEY(?!_ID))[A-Z0-9_]*="
     r"|(?i:(?:\b|(?<=%3B))(?:password|passwd|pwd|accountkey|sharedaccesskey) ?(?:=|%3D) ?))"
     r"(?:'[^']*'|\"[^\"]*\"|(?:(?!%3B)[^&;\s'\"])+)"
 )
+# Keys of dictionaries, as they are printed, and headers of other names.
+_SECRET = r"passw(?:or)?d|pwd|secret|api[_-]?key|access[_-]?key(?!_id)|auth[_-]?token|credential"
+_KEYED = re.compile(
+    rf"(?i)(['\"]?\b(?:[\w-]*(?:{_SECRET})|(?:set-)?cookie)['\"]?: ?)"
+    r"(?:'[^']*'|\"[^\"]*\"|[^\s'\",;}]+)"
+)
+_KEY = re.compile(rf"(?i){_SECRET}|^token$|[_-]token$(?<!class_token)")
 _HEADER = re.compile(r"(?i)(\bauthorization['\"]?: ?['\"]?(?:(?:basic|bearer) )?|\bbearer )[^\s'\"]+")
 
 
@@ -36,13 +43,14 @@ def without_secrets(text: str) -> str:
         return f"{match['scheme']}://{user}:***@"
 
     text = _QUERY.sub(r"\1***", _AUTHORITY.sub(hidden, text))
-    return _HEADER.sub(r"\1***", _NAMED.sub(r"\1***", text))
+    return _HEADER.sub(r"\1***", _KEYED.sub(r"\1***", _NAMED.sub(r"\1***", text)))
 
 
 def all_without_secrets(value: Any) -> Any:
-    """Plain values with all texts in them so."""
+    """Plain values with all texts in them so, and with *** for texts whose key says that they are secret."""
     if isinstance(value, dict):
-        return {key: all_without_secrets(inner) for key, inner in value.items()}
+        hidden = {key for key, inner in value.items() if isinstance(inner, str) and _KEY.search(str(key))}
+        return {key: "***" if key in hidden else all_without_secrets(inner) for key, inner in value.items()}
     if isinstance(value, list):
         return [all_without_secrets(inner) for inner in value]
     return without_secrets(value) if isinstance(value, str) else value

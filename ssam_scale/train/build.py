@@ -27,6 +27,7 @@ from ssam_scale.perturbation.arguments import check_optimizer
 from ssam_scale.perturbation.batchnorm import batchnorms, frozen_statistics
 from ssam_scale.perturbation.fused import fused_options
 from ssam_scale.perturbation.loss import LossFn
+from ssam_scale.perturbation.reference import first_samples
 from ssam_scale.perturbation.schedules import build_schedule
 from ssam_scale.sharding import World
 from ssam_scale.sharding.device import has_bf16
@@ -441,7 +442,7 @@ def _try_forward(config: Config, model: nn.Module) -> None:
 def _try_micro_batch(config: Config, model: nn.Module, split: MicroBatches) -> None:
     """A micro-batch of one image that BatchNorm cannot normalise is found out here, and not in the first step."""
     fraction = 1.0 if config.perturbation is None else config.perturbation.fraction
-    if max(1, int(split.images * fraction)) > 1 or not batchnorms(model):
+    if first_samples(split.images, fraction) > 1 or not batchnorms(model):
         return
     side = config.data.resolution
     try:

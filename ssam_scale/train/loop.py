@@ -122,7 +122,7 @@ def _print_lines(out: Console, lines: Sequence[str]) -> None:
 
 
 def dry_run(config: Config, world: World) -> str:
-    """Build everything, take one step, evaluate one batch; record and save nothing. Returns what was done, in a line.
+    """Build everything, take one step, evaluate one batch; record and save nothing. Returns what was done, and notes.
 
     Raises:
         UserError: what the configuration asks for cannot be had.
@@ -142,10 +142,11 @@ def dry_run(config: Config, world: World) -> str:
     assert loss is not None
     with explaining_out_of_memory(config, components.split), closing(iter(components.val)) as batches:
         evaluate(components.module, [next(batches)], 1, world, components.precision)
-    return (
+    done = (
         f"dry run: {what}, one step of {components.split}, loss {float(loss):.4f}; "
         f"an epoch has {components.steps_per_epoch} steps"
     )
+    return "\n".join([*notes_on_data(config), done])
 
 
 def _check_folders(config: Config, world: World) -> Path | None:
@@ -228,6 +229,24 @@ def _batches(config: Config, world: World, components: Components) -> EpochBatch
     return EpochBatches(components.train, components.mix, components.split.accumulation, steps)
 
 
+def notes_on_data(config: Config) -> list[str]:
+    """Lines on what a run can do with its files, and is seldom meant to."""
+    notes = []
+    train, val = inspect(config.data.train), inspect(config.data.val)
+    classes = train.classes
+    if classes < config.model.num_classes:
+        notes.append(
+            f"model.num_classes {config.model.num_classes}: {config.data.train} has {classes} classes, so that "
+            f"{config.model.num_classes - classes} outputs are never a label"
+        )
+    copied = train.sidecar is not None and val.sidecar is not None and train.sidecar.sha256 == val.sidecar.sha256
+    if copied or config.data.train.samefile(config.data.val):
+        notes.append(
+            f"data.val {config.data.val} holds the images of data.train: accuracy will be that on what is trained"
+        )
+    return notes
+
+
 def _announce(config: Config, world: World, components: Components, bar: ProgressBar, resumed: Path | None) -> None:
     bar.say(
         f"{config.train.epochs} epochs of {components.steps_per_epoch} steps of {config.data.batch_size} images, "
@@ -239,11 +258,7 @@ def _announce(config: Config, world: World, components: Components, bar: Progres
             f"perturbation.mask.samples: a refresh near the end of an epoch scores what is left of it, {fewest} "
             "images at the least (metric mask/samples)"
         )
-    classes = inspect(config.data.train).classes
-    if classes < config.model.num_classes:
-        bar.say(
-            f"model.num_classes {config.model.num_classes}: {config.data.train} has {classes} classes, so that "
-            f"{config.model.num_classes - classes} outputs are never a label"
-        )
+    for note in notes_on_data(config):
+        bar.say(note)
     if resumed is not None:
         bar.say(f"resumed from {resumed} after epoch {components.progress.epoch}")

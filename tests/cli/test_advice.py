@@ -49,6 +49,8 @@ CASES = {
             ("model", "in_chans", "images are RGB"),
             ("model", "pretrained", "weights cannot be loaded yet"),
             ("model", "checkpoint_path", "weights cannot be loaded yet"),
+            ("model", "cache_dir", "weights cannot be loaded yet"),
+            ("model", "pretrained_strict", "weights cannot be loaded yet"),
             ("optimizer", "lr", "it is optimizer.lr"),
             ("optimizer", "momentum", "it is optimizer.momentum"),
             ("optimizer", "weight_decay", "it is optimizer.weight_decay"),
@@ -56,6 +58,11 @@ CASES = {
             ("schedule", "num_epochs", "it is train.epochs"),
         ]
     },
+    "an experiment without a name": (["tracking.experiment="], "tracking.experiment: must be text, given null"),
+    "an experiment of nothing": (['tracking.experiment=""'], "tracking.experiment: is empty; give a name"),
+    "a run of blanks": (['tracking.run_name="  "'], "tracking.run_name: is empty; give a name"),
+    "a group of nothing": (['tracking.group=""'], "tracking.group: is empty; give a name"),
+    "a long name": (["tracking.experiment=" + "x" * 251], "tracking.experiment: has 251 characters; at most 250"),
     **{
         key: ([f"{key}={value}"], f"{key}: must be less than or equal to")
         for key, value in {

@@ -17,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
+from ssam_scale.cli.main import main
 from ssam_scale.config.schema import Data
 from ssam_scale.data import eval_loader, train_loader, verify, write_beton
 from ssam_scale.data.beton import Sidecar
@@ -249,6 +250,61 @@ def test_skip_bad_leaves_damaged_images_out_and_lists_them(source: Path, out: Pa
     assert all(skipped.reason for skipped in report.skipped)
     assert report.images == 10
     assert read_all(out, 40)[1].tolist() == [0] * 3 + [1] * 4 + [2] * 3
+
+
+def test_what_lies_in_the_place_of_an_image(source: Path, out: Path) -> None:
+    """A pipe was waited for without end."""
+    place = source / "n00000001" / "x.jpg"
+    makes = {
+        "not a file": lambda: os.mkfifo(place),
+        "No such file or directory": lambda: place.symlink_to(source / "gone"),
+        "Too many levels of symbolic links": lambda: place.symlink_to(place),
+        "a pointer of Git LFS": lambda: place.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
+        "a page of HTML": lambda: place.write_text("<!DOCTYPE html><html>404</html>"),
+    }
+    for message, make in makes.items():
+        make()
+        with pytest.raises(UserError, match=rf"x\.jpg: {message}.*; mend or remove it, or pass --skip-bad"):
+            write_beton(source, out, progress=True)
+        place.unlink()
+    (source / "n00000009").symlink_to(source / "gone")
+    with pytest.raises(UserError, match="n00000009: a link to nothing, in the place of a class folder"):
+        write(source, out)
+
+
+def test_what_is_left_out_is_said(source: Path, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (source / "n00000000" / "more").mkdir()
+    (source / "n00000001" / "x.avif").touch()
+    for path in (source / "n00000002").iterdir():
+        empty(path)
+    exif = Image.Exif()
+    exif[0x112] = 6
+    side = Image.new("RGB", (40, 20))
+    for name in ("turned.jpg", "turned.webp"):
+        side.save(source / "n00000000" / name, exif=exif)
+    side.save(source / "n00000000" / "turned.tif", tiffinfo=exif)  # of which Pillow, so torchvision, turns the pixels
+    with pytest.raises(SystemExit):
+        main(["data", "write", str(source), str(out), "--skip-bad"])
+    said = capsys.readouterr()
+    assert f"passed over 1 folder in class folders ({source}/n00000000/more) and files of formats that are" in said.err
+    assert "(1 .avif)" in said.err
+    assert "of 1 classes no image is left: n00000002" in said.out
+    assert "2 images say by EXIF that they are shown turned; their pixels are stored as they lie" in said.out
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "P", "LA", "RGBA", "1", "L", "16 bits", "palette with transparency"])
+def test_every_kind_of_image_is_what_pillow_makes_of_it(mode: str, tmp_path: Path, out: Path) -> None:
+    (tmp_path / "images" / "a").mkdir(parents=True)
+    path = tmp_path / "images" / "a" / ("x.jpg" if mode == "CMYK" else "x.png")
+    pixels = make_image(np.random.default_rng(0), 40, 40)
+    if mode == "16 bits":
+        cv2.imwrite(str(path), pixels.astype(np.uint16) * 257)
+    elif mode.startswith("palette"):
+        Image.fromarray(pixels).convert("P").save(path, transparency=bytes(range(256)))
+    else:
+        Image.fromarray(pixels).convert(mode).save(path)
+    write(tmp_path / "images", out, jpeg_proportion=0.0)  # without a warning, which the suite takes for an error
+    np.testing.assert_array_equal(read_all(out, 40)[0][0], np.asarray(Image.open(path).convert("RGB")))
 
 
 def test_bytes_behind_a_jpegs_end_of_data_are_harmless(source: Path, out: Path) -> None:

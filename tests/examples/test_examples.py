@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from ssam_scale import SparseSAM
 from tests.support.processes import free_ports, run
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -61,6 +65,63 @@ def test_in_loops_of_others(example: str, tmp_path: Path) -> None:
     assert len(losses) == 4
     assert losses[-1] < losses[0]
     assert "without SAM" not in output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("images", "accumulation"), [(64, 1), (96, 3), (80, 2)], ids=["one", "three", "a rest of one"])
+def test_transformers_accumulates_for_both_passes(
+    images: int, accumulation: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As plain SparseSAM does with the same micro-batches; the epoch's last step may have fewer."""
+    pytest.importorskip("transformers")
+    monkeypatch.syspath_prepend(EXAMPLES)
+    import ssam_scale.models  # noqa: F401 - before torchvision
+
+    # isort: split
+    from transformers import TrainingArguments
+    from transformers_trainer import Classifier, SAMTrainer
+
+    torch.manual_seed(0)
+    model = Classifier()
+    model.net.insert(2, torch.nn.Dropout(0.5))
+    plain, taken = copy.deepcopy(model), []
+
+    class Recorded(SAMTrainer):
+        def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *more: Any) -> torch.Tensor:
+            taken.append((dict(inputs), torch.get_rng_state()))
+            return super().training_step(model, inputs, *more)
+
+    def optimizer(of: torch.nn.Module, **options: Any) -> SparseSAM:
+        return SparseSAM(of, torch.optim.SGD(of.parameters(), lr=0.1, momentum=0.9), rho=0.5, **options)
+
+    opt = optimizer(model)
+    arguments = TrainingArguments(
+        str(tmp_path),
+        per_device_train_batch_size=16,
+        gradient_accumulation_steps=accumulation,
+        num_train_epochs=1,
+        max_grad_norm=0.5,
+        report_to=[],
+        save_strategy="no",
+        use_cpu=True,
+    )
+    data: Any = [{"x": torch.randn(1, 28, 28), "labels": torch.tensor(i % 10)} for i in range(images)]
+    constant = torch.optim.lr_scheduler.ConstantLR(opt, factor=1.0)
+    Recorded(model=model, args=arguments, train_dataset=data, optimizers=(opt, constant)).train()
+    assert len(taken) == images // 16
+    assert opt.steps == -(-len(taken) // accumulation)
+
+    def loss_fn(forward: Any, batch: dict[str, Any]) -> torch.Tensor:
+        loss: torch.Tensor = forward(**batch)["loss"]
+        return loss
+
+    theirs = optimizer(plain, max_grad_norm=0.5)
+    for first in range(0, len(taken), accumulation):
+        step = taken[first : first + accumulation]
+        torch.set_rng_state(step[0][1])
+        theirs.step(loss_fn, *(batch for batch, _ in step))
+    for a, b in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)  # fp32: the mean is taken before or after the sum
 
 
 @pytest.mark.slow

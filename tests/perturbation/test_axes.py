@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from ssam_scale import Depth, Named, Scored, SparseSAM
 from ssam_scale.masks import Mask
 from ssam_scale.perturbation import Stage, StagedModel
-from ssam_scale.perturbation.reference import reference_step
+from ssam_scale.perturbation.reference import first_samples, reference_step
 from tests.support.masks import whole_mask
 from tests.support.pairs import pairwise
 
@@ -166,6 +166,23 @@ def refused(case: Mapping[str, str]) -> bool:
 CASES = {", ".join(v for v in case.values()): case for case in pairwise(AXES)}
 
 
+def test_a_share_of_a_batch_is_a_whole_number_where_it_is_one() -> None:
+    """0.29 of 100 were 28: the product of floats is a little below 29."""
+    cases = {(100, 0.29): 29, (100, 0.57): 57, (99, 1 / 3): 33, (100, 0.333): 33, (64, 0.999): 63, (3, 0.1): 1}
+    assert {case: first_samples(*case) for case in cases} == cases
+    assert all(first_samples(n, k / n) == k for n in range(1, 300) for k in range(1, n + 1))
+    seen = []
+    model = nn.Linear(4, 2)
+    opt = SparseSAM(model, torch.optim.SGD(model.parameters(), lr=0.1), fraction=0.29)
+
+    def loss_fn(forward: Any, batch: Tensor) -> Tensor:
+        seen.append(len(batch))
+        return cast(Tensor, forward(batch).square().mean())
+
+    opt.step(loss_fn, torch.ones(100, 4))
+    assert seen == [29, 100]
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_pairs_of_axes_equal_the_reference(name: str) -> None:
     case = CASES[name]
@@ -198,7 +215,7 @@ def test_pairs_of_axes_equal_the_reference(name: str) -> None:
         opt.step(loss_fn, batch)
         names = {id(p): n for n, p in theirs.named_parameters()}
         rho = {names[id(p)]: g["rho"] for g in slow.param_groups for p in g["params"]}
-        part = int(SIZE * float(case["fraction"]))
+        part = first_samples(SIZE, float(case["fraction"]))
         reference_step(
             theirs,
             slow,

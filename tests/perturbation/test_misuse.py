@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from ssam_scale import CosineRadius, Depth, Interval, Named, Scored, SparseSAM, Window
 from ssam_scale.masks import Mask
 from ssam_scale.models import staged
-from ssam_scale.perturbation import Stage, StagedModel
+from ssam_scale.perturbation import Savings, Stage, StagedModel
 from ssam_scale.sharding import World
 from ssam_scale.sharding.unsupported import refuse_unsupported
 from tests.support.networks import batches, loss_fn, small_network
@@ -173,6 +173,9 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         r"schedule is 0.5 \(float\); a schedule is needed",
     ),
     "a schedule of the step": (of(small(), schedule=lambda s: 1.0), TypeError, "does not take a step and a group"),
+    "a switch as text": (of(small(), adaptive="no"), TypeError, r"adaptive is 'no' \(str\); True or False is needed"),
+    "a switch as a number": (of(small(), adaptive=0), TypeError, r"adaptive is 0 \(int\); True or False"),
+    "a saving as text": (lambda: Savings(pack="off"), TypeError, r"savings.pack is 'off' \(str\); True or False"),  # type: ignore[arg-type]
     "savings as a switch": (of(small(), savings=True), TypeError, r"savings is True \(bool\); Savings"),
     "no phases": (of(small(), phases=None), TypeError, "phases is None"),
     "a window of shares": (lambda: Window(0.1, 0.5), TypeError, r"start is 0.1 \(float\); a whole number"),  # type: ignore[arg-type]
@@ -254,6 +257,8 @@ def test_options_cannot_be_set_without_an_effect_nor_radii_be_none() -> None:
             (ValueError, TypeError), match=r"the rho of a parameter group is .*; a radius of at least 0"
         ):
             opt.step(loss_fn, BATCH)
+        with pytest.raises((ValueError, TypeError), match="the rho of a parameter group is"):
+            opt.plan  # noqa: B018
     opt = optimizer(schedule=lambda step, group: -1.0)
     with pytest.raises(ValueError, match=r"the schedule's factor in step 0 is -1.0; at least 0"):
         opt.step(loss_fn, BATCH)
@@ -393,6 +398,37 @@ def test_a_wrong_loss_function_is_one_sentence_and_the_weights_stay(case: str) -
     assert "\n" not in str(caught.value)
     assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
     opt.step(loss_fn, BATCH)  # and nothing is left of it
+
+
+@pytest.mark.parametrize("form", ["by hand", "a closure", "a loss"])
+def test_the_base_optimizer_steps_where_the_weights_are_not_perturbed(form: str) -> None:
+    """Its step was undone without a word."""
+    model = small()
+    opt = optimizer(model)
+    before = [p.detach().clone() for p in model.parameters()]
+
+    def loss_of(forward: Any, batch: Any) -> Tensor:
+        opt.base_optimizer.step()
+        return loss_fn(forward, batch)
+
+    def closure() -> Tensor:
+        loss = loss_fn(model, BATCH)
+        loss.backward()  # type: ignore[no-untyped-call]
+        opt.base_optimizer.step()
+        return loss
+
+    def by_hand() -> None:
+        loss_fn(model, BATCH).backward()  # type: ignore[no-untyped-call]
+        with opt.perturbed():
+            closure()
+
+    step = {"by hand": by_hand, "a closure": lambda: opt.step(closure), "a loss": lambda: opt.step(loss_of, BATCH)}
+    with pytest.raises(RuntimeError, match=r"base_optimizer.step was called where the weights are perturbed"):
+        step[form]()
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+    opt.zero_grad()
+    opt.step(loss_fn, BATCH)
+    opt.base_optimizer.step()
 
 
 def test_parameters_alone_take_closures_only() -> None:

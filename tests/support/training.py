@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from ssam_scale.masks import NM, Dense, Depth, DepthByCost, Dynamic, Mask, Named, Norms, Refreshed, Scored
 from ssam_scale.perturbation import RadiusSchedule, Rehearsed, Savings, SparseSAM
-from ssam_scale.perturbation.reference import length_of, masked_by, reference_gradient, reference_step
+from ssam_scale.perturbation.reference import first_samples, length_of, masked_by, reference_gradient, reference_step
 from ssam_scale.sharding import World
 from ssam_scale.sharding.place import place
 from tests.support.masks import whole_mask
@@ -198,7 +198,7 @@ def train(
 def seen_by_ascent(case: Case, batch: tuple[torch.Tensor, torch.Tensor], ranks: int) -> Any:
     """The first samples of every micro-batch of every rank."""
     pieces = ranks * case.accumulation
-    first = max(1, int(BATCH // pieces * case.fraction))
+    first = first_samples(BATCH // pieces, case.fraction)
     return tuple(torch.cat([part(batch, i, pieces)[j][:first] for i in range(pieces)]) for j in range(2))
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from ssam_scale.tracking import watchdog
 from ssam_scale.tracking.environment import environment_tags
-from ssam_scale.tracking.redaction import without_secrets
+from ssam_scale.tracking.redaction import all_without_secrets, without_secrets
 
 CASES = {
     "http://me:secret@host:5000/x": "http://me:***@host:5000/x",
@@ -39,6 +39,12 @@ CASES = {
     "env MLFLOW_TRACKING_PASSWORD='my secret' x": "env MLFLOW_TRACKING_PASSWORD=*** x",
     "AWS_ACCESS_KEY_ID=AKIA AWS_SECRET_ACCESS_KEY=secret": "AWS_ACCESS_KEY_ID=AKIA AWS_SECRET_ACCESS_KEY=***",
     "{'Authorization': 'Bearer secret'}": "{'Authorization': 'Bearer ***'}",
+    "{'password': 'my secret', 'user': 'me'}": "{'password': ***, 'user': 'me'}",
+    'api_key: secret, "db_password": "secret"': 'api_key: ***, "db_password": ***',
+    "X-Api-Key: secret": "X-Api-Key: ***",
+    "Set-Cookie: session=secret; Path=/": "Set-Cookie: ***; Path=/",
+    "https://host/x?Authorization=secret": "https://host/x?Authorization=***",
+    "FATAL: password authentication failed": "FATAL: password authentication failed",
     "Authorization: Basic secret": "Authorization: Basic ***",
     "model.kwargs.class_token=true": "model.kwargs.class_token=true",
     "sqlite:///mlflow.db": "sqlite:///mlflow.db",
@@ -60,6 +66,11 @@ def test_no_password_passes_however_it_is_spelt(password: str, scheme: str) -> N
     text = f"train --config a.yaml tracking.uri={scheme}://me:{written}@host/db train.epochs=3"
     assert without_secrets(text) == f"train --config a.yaml tracking.uri={scheme}://me:***@host/db train.epochs=3"
     assert written not in without_secrets(shlex.join(shlex.split(text)))
+
+
+def test_keys_of_a_configuration_say_what_is_secret() -> None:
+    given = {"comet": {"api_key": "secret", "project": "p"}, "token": "secret", "class_token": "cls", "keys": ["a"]}
+    assert all_without_secrets(given) == {**given, "comet": {"api_key": "***", "project": "p"}, "token": "***"}
 
 
 def test_the_command_is_tagged_without(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,18 @@ def test_batchnorm_of_a_single_image(data: Path, home: Path, capsys: pytest.Capt
     assert "12 micro-batches of 1 images on each process leave a pass a single image, which BatchNorm of" in told
     told = refusal(capsys, "--config", config, "data.batch_size=12", "perturbation.fraction=0.1")
     assert "perturbation.fraction 0.1 leaves the ascent a single image" in told
+
+
+def test_validation_by_the_training_images_is_said(data: Path, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = write_config(home / "run.yaml", data)
+    for suffix in (".beton", ".beton.json"):
+        shutil.copy(data / f"train{suffix}", home / f"copy{suffix}")
+    (home / "bare.beton").symlink_to(data / "train.beton")
+    for val in ("copy", "bare"):
+        assert ssam_scale("train", "--config", config, f"data.val={home}/{val}.beton", "--dry-run") == 0
+        assert f"{val}.beton holds the images of data.train" in capsys.readouterr().out
+    assert ssam_scale("train", "--config", config, "--dry-run") == 0
+    assert "holds the images" not in capsys.readouterr().out
 
 
 def test_what_is_said_of_a_run(data: Path, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
