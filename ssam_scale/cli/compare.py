@@ -46,7 +46,7 @@ class OptionsAlone(TyperCommand):
 
 
 def _filled(arguments: Sequence[str]) -> Iterator[str]:
-    for argument, following in zip(arguments, [*arguments[1:], "--"], strict=True):
+    for argument, following in zip(arguments, [*arguments, "--"][1:], strict=True):
         yield argument
         if argument in _ALONE and following.startswith("--"):
             yield _ALONE[argument]

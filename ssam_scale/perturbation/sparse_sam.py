@@ -762,6 +762,6 @@ class SparseSAM(OptimizerWrapper):
 
 _WITHIN = (
     "{} was called where the weights are perturbed, and what it does to them would be undone: inside of "
-    "`with opt.perturbed()`, or of a step; call opt.step() after the block"
+    "`with opt.perturbed()`, or of a step; call it after the block"
 )
 _OPTIONS = {"rho", "norm", "adaptive", "calibrate_every", "fraction", "schedule", "savings"}

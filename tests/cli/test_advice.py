@@ -177,3 +177,22 @@ def test_pixels_of_unknown_range_and_names_that_are_no_text_are_refused(tmp_path
     with pytest.raises(UserError, match=r"the class folder .* has a name that is not UTF-8; rename it"):
         write_beton(tmp_path / "images", tmp_path / "x.beton", progress=False)
     assert [entry.name for entry in tmp_path.iterdir()] == ["images"]
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["", "train", "compare", "send", "list", "cost", "data", "data write", "data check", "bench", "compare --watch"],
+)
+def test_a_command_alone_says_what_it_needs(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`ssam-scale compare` was a traceback."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        main(command.split())
+    out, err = capsys.readouterr()
+    assert ended.value.code in (0, 2)
+    if command.startswith("compare"):
+        assert "there is no database mlflow.db; train first, or name another store" in err
+    else:
+        assert "Usage" in out + err or "error: " in err
