@@ -186,6 +186,28 @@ def network_disk(path: Path, mounts: str | None = None) -> str | None:
     return found if found is not None and found.rstrip("4") in _NETWORK_DISKS else None
 
 
+def check_experiment(uri: str, name: str) -> None:
+    """Look whether an experiment can be recorded in, where there is a store already.
+
+    Raises:
+        UserError: it was deleted, or the store cannot be read.
+    """
+    path = sqlite_path(uri) or (Path(unquote(urlsplit(uri).path)) if is_folder(uri) else None)
+    if path is None or path.exists():
+        client = open_store(uri, create=False)
+        with refusals(uri):
+            _refuse_deleted(client.get_experiment_by_name(name), uri, name)
+
+
+def _refuse_deleted(found: Any, uri: str, name: str) -> None:
+    if found is not None and found.lifecycle_stage == "deleted":
+        command = mlflow_command(uri, "experiments", "restore", "--experiment-id", str(found.experiment_id))
+        hidden = " (with the password for ***)" if without_secrets(uri) != uri else ""
+        raise UserError(
+            f"tracking.experiment {name!r} was deleted; choose another name, or bring it back with `{command}`{hidden}"
+        )
+
+
 def experiment_id(client: Any, uri: str, name: str) -> str:
     """Id of the experiment `name`, made if there is none.
 
@@ -201,12 +223,7 @@ def experiment_id(client: Any, uri: str, name: str) -> str:
             found = client.get_experiment_by_name(name)
             if found is None:
                 raise UserError(f"tracking.experiment {name!r}: {one_line(error)}") from error
-    if found.lifecycle_stage == "deleted":
-        command = mlflow_command(uri, "experiments", "restore", "--experiment-id", str(found.experiment_id))
-        hidden = " (with the password for ***)" if without_secrets(uri) != uri else ""
-        raise UserError(
-            f"tracking.experiment {name!r} was deleted; choose another name, or bring it back with `{command}`{hidden}"
-        )
+    _refuse_deleted(found, uri, name)
     follow_moved(found, uri, sqlite_path(uri))
     for key, value in _EXPERIMENT_TAGS.items():
         if key not in found.tags:  # made by hand, or by another version

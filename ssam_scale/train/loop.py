@@ -17,7 +17,7 @@ from ssam_scale.data.beton import inspect
 from ssam_scale.perturbation import StepReport
 from ssam_scale.sharding import BACKENDS, World
 from ssam_scale.tracking.run import Run, open_run, run_lines
-from ssam_scale.tracking.store import check_store
+from ssam_scale.tracking.store import check_experiment, check_store
 from ssam_scale.tracking.system import watched_for
 from ssam_scale.tracking.timer import PhaseTimer
 
@@ -161,6 +161,7 @@ def _check_folders(config: Config, world: World) -> Path | None:
     if world.first:
         checkpoint.check_writable(config)
         check_store(config.tracking.uri)
+        check_experiment(config.tracking.uri, config.tracking.experiment)
     return path
 
 

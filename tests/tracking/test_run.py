@@ -24,7 +24,7 @@ from ssam_scale.config.schema import Config
 from ssam_scale.errors import UserError
 from ssam_scale.tracking.commands import mlflow_command
 from ssam_scale.tracking.run import WARMUP_STEPS, Run, flatten, open_run
-from ssam_scale.tracking.store import _refused, check_store, experiment_id, network_disk, open_store
+from ssam_scale.tracking.store import _refused, check_experiment, check_store, experiment_id, network_disk, open_store
 from ssam_scale.tracking.timer import PhaseSummary
 
 MakeConfig = Callable[..., Config]
@@ -253,9 +253,15 @@ def test_the_command_that_brings_a_deleted_experiment_back_works_as_it_is_printe
     client.delete_experiment(experiment_id(client, uri, "ssam_scale"))
     with pytest.raises(UserError, match=r"was deleted; choose another name, or bring it back with `.*`$") as caught:
         experiment_id(client, uri, "ssam_scale")
+    with pytest.raises(UserError) as early:  # in the first second, and in a dry run
+        check_experiment(uri, "ssam_scale")
+    assert str(early.value) == str(caught.value)
     command = str(caught.value).split("`")[1]
     subprocess.run(command, shell=True, check=True, capture_output=True, env=child_environment)
     assert client.get_experiment_by_name("ssam_scale").lifecycle_stage == "active"
+    check_experiment(uri, "ssam_scale")
+    check_experiment(f"sqlite:///{tmp_path}/none.db", "ssam_scale")
+    assert not (tmp_path / "none.db").exists()
 
 
 @pytest.mark.parametrize(
