@@ -33,7 +33,7 @@ PLANS = ["base", "sam", "cut 0.5", "moving cut", "tensor 50%", "row 50%", "norm"
 # Savings left out: what the step sends then is predicted all the same.
 UNSAVED = ["cut 0.5, no shared prefix", "tensor 50%, not elided", "element 50%, unpacked"]
 ON_WHOLE = {
-    "ddp": ["base", "sam", "moving cut", "tensor 50%", "element 50%"],
+    "ddp": ["base", "sam", "moving cut", "element 50%", "element 50%, unpacked"],
     "fsdp2": ["base", "sam", "cut 0.5", "tensor 50%", "element 50%", "element 50%, unpacked"],
 }
 JOBS = [Job(backend, plan) for backend, plans in ON_WHOLE.items() for plan in plans]
