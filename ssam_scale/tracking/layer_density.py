@@ -155,9 +155,7 @@ def figure(densities: LayerDensities, steps: str) -> Any:
     """The picture as a `matplotlib.figure.Figure`; nothing of matplotlib's global state is touched."""
     # Takes half a second to import, which only those pay who draw.
     import_matplotlib()
-    from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
 
     rows, columns = len(densities.sizes), len(densities.steps)
@@ -167,13 +165,7 @@ def figure(densities: LayerDensities, steps: str) -> Any:
     result = Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
     FigureCanvasAgg(result)
     axes = result.add_subplot()
-    image = axes.imshow(
-        [[column[row] for column in densities.columns] for row in range(rows)],
-        cmap=colormaps["viridis"].with_extremes(under="#d9d9d9"),
-        norm=Normalize(1e-9, 1.0),  # so that 0 is below the scale
-        aspect="auto",
-        interpolation="nearest",
-    )
+    image = draw_densities(axes, densities)
     every = -(-rows // _LABELLED_ROWS)
     axes.set_yticks(range(0, rows, every), labels[::every], fontsize=6)
     every = -(-columns // _LABELLED_STEPS)
@@ -187,6 +179,20 @@ def figure(densities: LayerDensities, steps: str) -> Any:
     bar.ax.tick_params(labelsize=7)
     bar.ax.set_xlabel("grey: none", fontsize=7, labelpad=14)
     return result
+
+
+def draw_densities(axes: Any, densities: LayerDensities) -> Any:
+    """Draw a row for each parameter and a column for each step, grey where nothing is perturbed; the image."""
+    from matplotlib import colormaps
+    from matplotlib.colors import Normalize
+
+    return axes.imshow(
+        [[column[row] for column in densities.columns] for row in range(len(densities.sizes))],
+        cmap=colormaps["viridis"].with_extremes(under="#d9d9d9"),
+        norm=Normalize(1e-9, 1.0),  # so that 0 is below the scale
+        aspect="auto",
+        interpolation="nearest",
+    )
 
 
 def import_matplotlib() -> None:

@@ -11,7 +11,7 @@ PARENT = "seeds"
 """`KIND` of a parent."""
 
 _PARENT_TAG = "mlflow.parentRunId"
-_SHARED = "method", "mask", "plan", "backend", "hardware", "group"
+_SHARED = "method", "mask", "plan", "backend", "hardware"
 _MEANS = (
     "summary/top1",
     "summary/step_time",
@@ -38,9 +38,7 @@ def adopt(client: Any, experiment_id: str, key: str, name: str) -> None:
         return
     if not parents:
         tags = {CONFIGURATION: key, KIND: PARENT}
-        tags |= {
-            k: v for k, v in children[0].data.tags.items() if k in ("method", "mask", "plan", "backend", "hardware")
-        }
+        tags |= {key: value for key, value in children[0].data.tags.items() if key in _SHARED}
         made = client.create_run(experiment_id, tags=tags, run_name=name)
         client.set_terminated(made.info.run_id)
         children, parents = _family(client, experiment_id, key)

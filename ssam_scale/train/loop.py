@@ -107,10 +107,9 @@ def _machines_watched(config: Config, world: World, run: Run) -> AbstractContext
     if not config.tracking.system_metrics:
         return nullcontext()
     node = socket.gethostname() if world.nodes > 1 else None
-    if world.first:
-        world.first_says(run.id)
-        return run.watch_machine(node)
     run_id = world.first_says(run.id)
+    if world.first:
+        return run.watch_machine(node)
     if node is None or run_id is None or not world.first_of_node:
         return nullcontext()
     return watched_for(config.tracking.uri, run_id, node)

@@ -16,7 +16,7 @@ from ssam_scale.tracking.compare.groups import Group
 from ssam_scale.tracking.compare.rows import Comparison, Row
 from ssam_scale.tracking.compare.runs import REQUESTS, Experiment
 from ssam_scale.tracking.compare.statistics import frontier
-from ssam_scale.tracking.layer_density import TABLE, LayerDensities, import_matplotlib
+from ssam_scale.tracking.layer_density import TABLE, LayerDensities, draw_densities, import_matplotlib
 from ssam_scale.tracking.store import environment, text_artifact
 
 _WIDTH, _HEIGHT = 4.6, 3.0  # inches of 72 points; letters are 9 and 10 points high
@@ -248,17 +248,8 @@ def _layers(experiment: Experiment, group: Group, name: str) -> Picture | None:
     if densities is None or not densities.steps or not densities.sizes:
         return None
     figure, axes = _figure()
-    from matplotlib import colormaps
-    from matplotlib.colors import Normalize
-
     rows = len(densities.sizes)
-    image = axes.imshow(
-        [[column[row] for column in densities.columns] for row in range(rows)],
-        cmap=colormaps["viridis"].with_extremes(under="#d9d9d9"),
-        norm=Normalize(1e-9, 1.0),  # so that 0 is below the scale
-        aspect="auto",
-        interpolation="nearest",
-    )
+    image = draw_densities(axes, densities)
     axes.grid(visible=False)
     every = -(-len(densities.steps) // 5)
     axes.set_xticks(range(0, len(densities.steps), every), [f"{step:,}" for step in densities.steps[::every]])
