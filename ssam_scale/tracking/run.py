@@ -61,6 +61,7 @@ WARMUP_STEPS = 10
 _PARAMS_AT_ONCE, _TAG_CHARACTERS = 100, 8000
 
 # How long the last metrics may take. Launchers kill for good 30 s after they ask politely.
+_STEP_SIZE = "steps_per_epoch"  # the tag by which steps of another size are known
 _FLUSH_S = {"FINISHED": 60.0, "FAILED": 20.0, "KILLED": 5.0}
 _FINISH_S = {"FINISHED": 60.0, "FAILED": 6.0, "KILLED": 3.0}  # and the last table and picture
 
@@ -83,7 +84,8 @@ def open_run(
         config: the resolved configuration; logged as parameters and as the artifact `config.yaml`.
         enabled: true on the one process that tracks. On others every method does nothing, but signals unwind them too,
             and a failure there is what the run is marked by.
-        resume_run_id: continue this run; a new one, tagged `resumed_from`, is made if the store does not know it.
+        resume_run_id: continue this run; a new one, tagged `resumed_from`, is made if the store does not know it, or
+            if `extra_tags` say that an epoch has other steps than its.
         extra_tags: further tags, which win over the ones found out here (e.g. `backend` once it is resolved).
         extra_params: further parameters, which win over the configuration's (what it leaves to the machine).
         gpus: that it computes on, all processes together.
@@ -430,7 +432,7 @@ class Run:
         return self._client, self.experiment, self._tags[CONFIGURATION]
 
     def _resume(self, tags: dict[str, str]) -> Any:
-        """Reopen the run to be resumed; it as it was, or None if the store has no such run."""
+        """Reopen the run to be resumed; it as it was, or None if the store has no such run of steps of this size."""
         try:
             run = self._client.get_run(self._resume_run_id)
         except Exception as error:
@@ -439,6 +441,8 @@ class Run:
             return None
         if run.info.lifecycle_stage == "deleted":
             return None
+        if run.data.tags.get(_STEP_SIZE, tags.get(_STEP_SIZE)) != tags.get(_STEP_SIZE):
+            return None  # its curves are of other steps, and the abandoned ones of them cannot be deleted
         uri = self._config.tracking.uri
         follow_moved(self._client.get_experiment(run.info.experiment_id), uri, sqlite_path(uri))
         self.id, self.experiment = str(self._resume_run_id), str(run.info.experiment_id)

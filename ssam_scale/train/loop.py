@@ -64,6 +64,7 @@ def train(config: Config, world: World) -> None:
             gpus=world.size if world.device.type == "cuda" else 0,
             extra_tags={
                 "steps": str(progress.step + total - progress.place),
+                "steps_per_epoch": str(components.steps_per_epoch),
                 "backend": backend_of(config, world),
                 **unpredicted,
             },

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import ctypes
 import json
+import os
 import resource
 import shutil
 import sys
@@ -41,7 +42,7 @@ MIB = 2**20
 
 
 def configuration(tmp_path: Path, *overrides: str) -> Config:
-    path = tmp_path / "small.yaml"
+    path = tmp_path / f"small_{os.getpid()}.yaml"  # each rank's own
     path.write_text(SMALL)
     batch = [f"data.batch_size={PART}", f"data.resolution={SIDE}", "train.max_micro_batch=auto"]
     return load(path, [*batch, *overrides])

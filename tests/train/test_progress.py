@@ -87,12 +87,15 @@ def test_a_run_resumed_with_steps_of_another_size_goes_on_at_the_same_place(home
     for other in others:
         assert other.seen == {epoch: pytest.approx(whole.seen[epoch]) for epoch in (2, 3)}
     client = mlflow.MlflowClient(f"sqlite:///{home}/mlflow.db")
-    (run,) = client.search_runs([client.get_experiment_by_name("ssam_scale").experiment_id])
+    runs_of_steps = client.search_runs(
+        [client.get_experiment_by_name("ssam_scale").experiment_id], order_by=["attributes.start_time"]
+    )
     # The records of both resumed runs go on from those of epoch 2, at step 8; by 2 and by 6 steps an epoch.
-    epochs = sorted((m.timestamp, m.step, m.value) for m in client.get_metric_history(run.info.run_id, "val/top1"))
-    steps = [4, 8, 12, 16, 10, 12, 14, 20]
-    assert [step for _, step, _ in epochs] == steps
-    assert run.data.tags["steps"] == "20"
+    steps = [[point.step for point in client.get_metric_history(run.info.run_id, "val/top1")] for run in runs_of_steps]
+    assert steps == [[4, 8, 12, 16], [10, 12], [14, 20]]
+    assert [run.data.tags["steps"] for run in runs_of_steps] == ["16", "12", "20"]
+    first, *resumed = runs_of_steps
+    assert {run.data.tags["resumed_from"] for run in resumed} == {first.info.run_id}
 
 
 def test_what_is_remembered_by_its_step_moves_along() -> None:
