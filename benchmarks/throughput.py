@@ -31,6 +31,7 @@ from ssam_scale.sharding.device import to_device
 PLANS = ["sam", "textbook", "cut 0.5", "cut 0.75, fraction 0.5", "moving cut", "tensor 50%", "row 50%", "element 50%"]
 # Dense FLOP/s of bf16 products by name of the GPU, from their data sheets; others are measured by a large product.
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "V100": 125e12}
+AT_ONCE = 4  # steps of a measurement
 COLUMNS: Columns = {
     "model": ("model", 1, ""),
     "images/s": ("images_per_second", 1.0, ",.1f"),
@@ -115,16 +116,18 @@ def measure(setting: Setting, repeats: int, plans: list[str], trace: Path | None
     loops |= {name: ours(known[name], setting) for name in plans if known[name].mask is not None}
     flops, peak = flops_of_base_step(setting), peak_flops(setting.device)
     seconds: dict[str, list[float]] = {name: [] for name in loops}
-    waits: dict[str, int] = {}
+    waits: dict[str, float] = {}
     for done in range(repeats + 2):
         for name, step in loops.items():
             watched = counting_waits(setting.device) if done == 1 else contextlib.nullcontext([0])
+            # Several, as in training: the host prepares the next step while the device is at this one.
             with watched as seen, timed(setting.device) as taken:
-                step()
+                for _ in range(AT_ONCE):
+                    step()
             if done == 1:
-                waits[name] = seen[0]
+                waits[name] = seen[0] / AT_ONCE
             elif done > 1:
-                seconds[name].append(taken.seconds)
+                seconds[name].append(taken.seconds / AT_ONCE)
     plain = seconds["timm's plain loop"]
     if trace is not None:
         with torch.profiler.profile(record_shapes=False) as profile:
@@ -168,6 +171,7 @@ def main() -> None:
     parser.add_argument("--resolution", type=int)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="folder of the result")
     arguments = parser.parse_args()
+    arguments.output.mkdir(parents=True, exist_ok=True)
     rows = []
     for model in arguments.models:
         setting = setting_of(model, arguments.resolution, arguments.batch_size)
@@ -175,7 +179,8 @@ def main() -> None:
     first = rows[0]
     caption = (
         f"Batches of {first['batch_size']} images of {first['resolution']} × {first['resolution']}, "
-        f"{first['precision']}; medians of {arguments.repeats} steps taken in turns; MFU by the FLOPs of a base step "
+        f"{first['precision']}; medians of {arguments.repeats} times {AT_ONCE} steps, taken in turns; MFU by the "
+        f"FLOPs of a base step "
         f"over {first['peak_flops'] / 1e12:.1f} TFLOP/s."
     )
     table = markdown(rows, COLUMNS, "loop")

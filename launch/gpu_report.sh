@@ -44,7 +44,7 @@ part() { # part NAME SECONDS COMMAND...: once, with its output in NAME.log
         printf '%-12s done before\n' "$name"
         return
     fi
-    if timeout "$limit" "$@" >"$out/$name.log" 2>&1; then
+    if timeout -k 20 "$limit" "$@" >"$out/$name.log" 2>&1; then
         touch "$out/$name.done"
         printf '%-12s done in %d s\n' "$name" "$((SECONDS - started))"
     else

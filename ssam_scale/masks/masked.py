@@ -1,19 +1,24 @@
 """Masked select, scatter, add and sum of squares over lists of tensors, of each of which a subset or all takes part.
 
 What torch's functions of these names do with boolean masks, without index tensors as large as the tensors: on the CPU
-by compiled loops (`kernels.move`), elsewhere by few large launches (`flat`), and of whole tensors by torch's own
+by compiled loops (`kernels.move`), on a GPU by Triton's kernels (`kernels.gpu`), elsewhere by few large launches
+(`flat`), and of whole tensors by torch's own
 functions for lists.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+import importlib.util
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from . import flat
 from .backup import Backup
@@ -34,7 +39,7 @@ class _Ways:
         whole: all elements, by torch's functions for lists.
         compiled: compiled loops, on row-major tensors.
         copied: compiled loops, on row-major copies, one after the other, so that these never exist together.
-        flat: few large launches.
+        flat: few large launches; on a GPU Triton's.
     """
 
     whole: list[int] = field(default_factory=list)
@@ -68,7 +73,8 @@ def masked_select(tensors: Sequence[Tensor], subsets: Subsets) -> list[Tensor]:
     for i in ways.copied:
         move.take([_move(tensors[i].reshape(-1), _of(subsets, i), values[i])])
     if ways.flat:
-        found = flat.select([tensors[i] for i in ways.flat], [_of(subsets, i) for i in ways.flat])
+        sources, parts = [tensors[i] for i in ways.flat], [_of(subsets, i) for i in ways.flat]
+        found = _launches(sources).select(sources, parts)
         for i, value in zip(ways.flat, found, strict=True):
             values[i] = value
     return values
@@ -85,7 +91,7 @@ def masked_scatter_(tensors: Sequence[Tensor], subsets: Subsets, values: Sequenc
         tensors[i].copy_(copy.view(tensors[i].shape))
     if ways.flat:
         targets, parts = [tensors[i] for i in ways.flat], [_of(subsets, i) for i in ways.flat]
-        flat.scatter_(targets, parts, [values[i] for i in ways.flat])
+        _launches(targets).scatter_(targets, parts, [values[i] for i in ways.flat])
 
 
 def masked_squares(tensors: Sequence[Tensor], subsets: Subsets, *, every: bool = False) -> tuple[Tensor, Tensor | None]:
@@ -108,7 +114,8 @@ def masked_squares(tensors: Sequence[Tensor], subsets: Subsets, *, every: bool =
         norms.update(zip(places, sums[:, 0].unbind(), strict=True))
         whole.update((i, norm) for i, norm, s in zip(places, sums[:, 1], spans, strict=True) if s.bits is not None)
     if ways.flat:
-        found = flat.norms([tensors[i] for i in ways.flat], [_of(subsets, i) for i in ways.flat])
+        sources, parts = [tensors[i] for i in ways.flat], [_of(subsets, i) for i in ways.flat]
+        found = _launches(sources).norms(sources, parts)
         norms.update(zip(ways.flat, found, strict=True))
     others = [i for i in range(len(tensors)) if i not in whole] if every else ways.whole
     if others:
@@ -196,16 +203,55 @@ def masked_add_(
         for (_, factor), same in flat.by_kind(kinds).items():
             scale = None if alpha is None else alpha * factor
             _foreach_add_([targets[k] for k in same], [values[ways.whole[k]] for k in same], scale, when)
-    if ways.flat:
-        flat.add_(
-            [tensors[i] for i in ways.flat],
-            [subsets[i] for i in ways.flat],
-            [values[i] for i in ways.flat],
+    for some, add_ in _launches_to_add(tensors, subsets, ways.flat):
+        add_(
+            [tensors[i] for i in some],
+            [subsets[i] for i in some],
+            [values[i] for i in some],
             alpha=alpha,
-            factors=None if factors is None else [factors[i] for i in ways.flat],
+            factors=None if factors is None else [factors[i] for i in some],
             when=when,
             backup=backup,
         )
+
+
+def _launches(tensors: Sequence[Tensor]) -> Any:
+    """The module with the functions for tensors, of which there is one: `kernels.gpu`, or `flat`."""
+    gpu = _gpu() if _is_on_gpu(tensors[0]) else None
+    return gpu if gpu is not None and gpu.takes(tensors) else flat
+
+
+def _launches_to_add(
+    tensors: Sequence[Tensor], subsets: Subsets, places: Sequence[int]
+) -> Iterator[tuple[list[int], Callable[..., None]]]:
+    """What adds to which of them; to all elements of a tensor that is `flat`'s."""
+    if some := [i for i in places if subsets[i] is not None]:
+        yield some, _launches([tensors[i] for i in some]).add_
+    if others := [i for i in places if subsets[i] is None]:
+        yield others, flat.add_
+
+
+def _is_on_gpu(tensor: Tensor) -> bool:
+    return tensor.is_cuda and not isinstance(tensor, FakeTensor)
+
+
+@functools.cache
+def _gpu() -> Any:
+    """The module of the kernels that Triton compiles, which come with torch where it is for GPUs; or None."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    from .kernels import gpu
+
+    try:
+        gpu.check()
+    except Exception as error:
+        warnings.warn(
+            f"Triton compiles nothing here ({type(error).__name__}: {error}): masks of elements and rows take several "
+            "times longer by torch's own kernels",
+            stacklevel=2,
+        )
+        return None
+    return gpu
 
 
 _AT_ONCE = 1 << 24  # elements of which there are float32 copies at one time

@@ -22,12 +22,14 @@ class Subset(Protocol):
         numel: elements of the tensor.
         device: where the tensor is.
         spans: where they lie, for compiled loops; None where these do not work, as on other devices than the CPU.
+        tables: what kernels of a GPU have made of lists of subsets that begin with this one.
     """
 
     count: int
     numel: int
     device: torch.device
     spans: Spans | None
+    tables: dict[Any, Any]
 
     @property
     def bits(self) -> Tensor:
@@ -103,6 +105,7 @@ class BitMask(_Subset):
 
     def __init__(self, packed: Tensor, numel: int) -> None:
         self.packed, self.numel, self.device = packed, numel, packed.device
+        self.tables: dict[Any, Any] = {}
         self._counts: dict[int, list[int]] = {}
         if move.streams(packed):
             self.spans = spans_of_bits(packed, numel)
@@ -154,6 +157,7 @@ class Rows(_Subset):
         kept = keep.nonzero().view(-1)
         self.kept = kept.to(device)
         self.kept_share = len(kept) / max(len(keep), 1)
+        self.tables: dict[Any, Any] = {}
         self._counts: dict[int, list[int]] = {}
         self.count = sum(self._counted(max(numel, 1)))
         self.spans = spans_of_rows(kept, size, start, numel) if move.streams(self.kept) else None

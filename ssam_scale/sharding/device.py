@@ -19,6 +19,9 @@ from ssam_scale.errors import UserError
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 DeviceChoice: TypeAlias = Literal["auto", "cuda", "cpu"]
 
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""What networks compute in, by the names that configurations have for it."""
+
 # One file for each GPU of NVIDIA's that its driver, or a container's runtime, lets processes see.
 _DEVICE_FILES = Path("/dev")
 # How many GPUs, or which, Slurm has given to a job's share of this machine; and what it says of none.

@@ -159,6 +159,18 @@ def _check_meeting() -> None:
         )
 
 
+def _no_meeting(rank: int, error: Exception) -> str:
+    """Why processes did not find each other."""
+    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    if "EADDRINUSE" in str(error):
+        return (
+            f"MASTER_PORT {place} is taken, by another training on this machine perhaps; give this one its own: "
+            "deepspeed --master_port PORT, or torchrun --standalone"
+        )
+    reason = str(error).strip().splitlines()[0]
+    return f"rank {rank} did not reach the others at {place} (MASTER_ADDR, MASTER_PORT): {reason}"
+
+
 @contextmanager
 def join_world(timeout: timedelta = TIMEOUT, device: DeviceChoice = "auto") -> Iterator[World]:
     """Join the processes that torchrun or deepspeed started; alone without their environment variables.
@@ -183,10 +195,13 @@ def join_world(timeout: timedelta = TIMEOUT, device: DeviceChoice = "auto") -> I
         yield world
         return
     _check_meeting()
-    if own.type == "cuda":
-        dist.init_process_group("nccl", timeout=timeout, device_id=own)
-    else:
-        dist.init_process_group("gloo", timeout=timeout)
+    try:
+        if own.type == "cuda":
+            dist.init_process_group("nccl", timeout=timeout, device_id=own)
+        else:
+            dist.init_process_group("gloo", timeout=timeout)
+    except dist.DistNetworkError as error:
+        raise UserError(_no_meeting(rank, error)) from error
     failed = True
     try:
         yield world

@@ -30,7 +30,7 @@ from ssam_scale.perturbation.loss import LossFn
 from ssam_scale.perturbation.reference import first_samples
 from ssam_scale.perturbation.schedules import build_schedule
 from ssam_scale.sharding import World
-from ssam_scale.sharding.device import has_bf16
+from ssam_scale.sharding.device import PRECISIONS, has_bf16
 from ssam_scale.sharding.place import place
 from ssam_scale.tracking.run import Run
 from ssam_scale.tracking.timer import PhaseTimer
@@ -53,8 +53,6 @@ from .probes import ProbeSaving
 from .progress import Progress, ProgressBar
 from .refresh import RefreshMask, refreshed_section
 from .traffic import LogTraffic
-
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -125,14 +123,14 @@ def build(config: Config, world: World, phases: Phases, found: int | None = None
     if config.train.activation_checkpointing:
         stages_of(staged_model.model, "train.activation_checkpointing works")
     _try_forward(config, staged_model)
-    if config.train.compile:
-        staged_model.compile()
     precision = PRECISIONS[config.train.precision]
     loss_fn = soft_loss(config, precision)
     if config.train.max_micro_batch == "auto" and found is None:
         build_optimizer = partial(base_optimizer, config)
         found = largest_micro_batch(config, world, backend_of(config, world), staged_model, build_optimizer, loss_fn)
     split = shared_out(config, world, found)
+    if config.train.compile:
+        staged_model.compile()  # now: code for each size that is tried takes minutes, and less memory than none
 
     _try_micro_batch(config, staged_model, split)
     train, val = _loaders(config, world, split)

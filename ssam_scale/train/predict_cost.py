@@ -29,10 +29,10 @@ from ssam_scale.masks import Plan, ScoreBased
 from ssam_scale.models import build_model, check_compiler
 from ssam_scale.perturbation import Norm, SparseSAM, StagedModel, step_shares
 from ssam_scale.perturbation.schedules import build_schedule
-from ssam_scale.sharding.device import choose_device, to_device, use_device
+from ssam_scale.sharding.device import PRECISIONS, choose_device, to_device, use_device
 from ssam_scale.sharding.place import place
 
-from .build import PRECISIONS, base_optimizer, check_precision, perturbation_options, soft_loss
+from .build import base_optimizer, check_precision, perturbation_options, soft_loss
 
 # Of a moving cut, so many draws stand for all.
 _DRAWS = 64

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -20,6 +21,7 @@ from ssam_scale.masks import DepthByCost, Refreshed, ScoreBased
 from ssam_scale.perturbation import SparseSAM, ascent_seconds
 from ssam_scale.perturbation.scores import sampled_label_loss
 from ssam_scale.sharding import World
+from ssam_scale.sharding.device import PRECISIONS
 from ssam_scale.tracking.run import Run
 
 from .batches import EpochBatches
@@ -75,6 +77,7 @@ class RefreshMask(Hook):
         assert section is not None
         self._section, self._world, self._run = section, world, run
         self._opt, self._loss_fn = components.opt, components.loss_fn
+        self._score_loss = _in_precision(_LOSSES[section.labels], PRECISIONS[config.train.precision])
         self._local_batch = config.data.batch_size // world.size
 
     def before_step(self, progress: Progress, batches: EpochBatches) -> None:
@@ -104,7 +107,7 @@ class RefreshMask(Hook):
 
     def _refresh(self, scored: list[Batch], samples: int | None, step: int) -> None:
         try:
-            self._opt.refresh(_LOSSES[self._section.labels], *scored, samples=samples)
+            self._opt.refresh(self._score_loss, *scored, samples=samples)
         except ValueError as error:
             raise UserError(f"perturbation.mask: {error}") from error
         except FloatingPointError as error:
@@ -148,6 +151,16 @@ def _log_cuts(mask: DepthByCost, opt: SparseSAM, run: Run, step: int) -> None:
 def _data_label_loss(forward: Any, batch: Batch) -> Tensor:
     """The loss of the empirical Fisher: true labels, neither mixed nor smoothed."""
     return F.cross_entropy(forward(batch[0]).float(), batch[1])
+
+
+def _in_precision(loss_fn: Callable[[Any, Any], Tensor], precision: torch.dtype) -> Callable[[Any, Any], Tensor]:
+    """`loss_fn` by autocast, as training is: a backend that gathers weights in low precision computes in no other."""
+
+    def autocast(forward: Any, batch: Batch) -> Tensor:
+        with torch.autocast(batch[0].device.type, precision, enabled=precision != torch.float32):
+            return loss_fn(forward, batch)
+
+    return autocast
 
 
 _LOSSES: dict[str, Callable[[Any, Any], Tensor]] = {"data": _data_label_loss, "sampled": sampled_label_loss}

@@ -22,6 +22,10 @@ from tests.support.processes import free_port
 
 _HERE = Path(__file__).parent
 _PRETENDING = "SSAM_SCALE_PRETENDED_GPUS" in os.environ
+if _PRETENDING:
+    from ssam_scale.masks.kernels import gpu
+
+    gpu.BLOCK = 1 << 16  # the interpreter takes a millisecond for a program, however large
 
 
 def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:

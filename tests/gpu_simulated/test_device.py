@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 import torch
 
@@ -138,8 +140,10 @@ def test_a_wait_of_the_host_orders_everything() -> None:
     assert [how for how, _ in watch.host_waits] == ["torch.cuda.synchronize"]
 
 
-def test_nothing_can_be_compiled_for_it_and_that_is_one_line() -> None:
+def test_nothing_can_be_compiled_for_it_and_that_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU without Triton."""
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "triton" else find(name))
     with pytest.raises(
         UserError, match=r"no code for cuda here \(Triton is not installed\); it needs Triton, "
     ) as refused:

@@ -33,6 +33,7 @@ def selects_gpu_tests_only(expression: str) -> bool:
 def hide_gpus() -> None:
     """For this process, which must not have looked for them yet, and all that it will start."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ["TRITON_INTERPRET"] = "1"  # read as Triton is imported
     for variable in ("PYTHONPATH", "PATH"):  # a sitecustomize for Python, an nvidia-smi for scripts
         path = [str(_WITHOUT), *filter(None, os.environ.get(variable, "").split(os.pathsep))]
         os.environ[variable] = os.pathsep.join(dict.fromkeys(path))

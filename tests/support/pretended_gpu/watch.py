@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import traceback
 from collections import Counter, defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from triton.runtime.interpreter import GridExecutor
 
 from .cuda import TIMELINE, freed_addresses, waits_of_operators
 
@@ -76,7 +78,7 @@ class Watch(TorchDispatchMode):
         self.launches: defaultdict[str, Counter[str]] = defaultdict(Counter)
         self.races: list[str] = []
         self.host_waits: Counter[tuple[str, str]] = Counter()
-        self._phase = "else"
+        self._phase, self._interpreting = "else", False
         self._accesses: defaultdict[int, dict[_Access, tuple[int, str]]] = defaultdict(
             dict
         )  # by address of the storage
@@ -97,15 +99,31 @@ class Watch(TorchDispatchMode):
     def __enter__(self) -> Any:
         TIMELINE.place = place
         TIMELINE.waits = self.host_waits
-        self._threads = torch.autograd.set_multithreading_enabled(False)
-        self._threads.__enter__()
+        self._inside = ExitStack()
+        self._inside.enter_context(torch.autograd.set_multithreading_enabled(False))
+        self._inside.enter_context(patch.object(GridExecutor, "__call__", self._counting(GridExecutor.__call__)))
         return super().__enter__()
 
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)
-        self._threads.__exit__(*exception)
+        self._inside.close()
+
+    def _counting(self, interpret: Callable[..., None]) -> Callable[..., None]:
+        """A launch of Triton's, whose interpreter copies what it is given to the host and back."""
+
+        def launch(*args: Any, **kwargs: Any) -> None:
+            self.launches[self._phase][args[0].fn.__name__] += 1
+            before, self._interpreting = self._interpreting, True
+            try:
+                interpret(*args, **kwargs)
+            finally:
+                self._interpreting = before
+
+        return launch
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self._interpreting:
+            return func(*args, **(kwargs or {}))
         waited = waits_of_operators()
         result = func(*args, **(kwargs or {}))
         name = func._schema.name.removeprefix("aten::")
