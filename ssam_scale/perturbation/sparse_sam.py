@@ -34,7 +34,7 @@ from .looksam import LookSAM
 from .loss import LossFn
 from .mask_state import MaskState, SparseState
 from .optimizer_wrapper import OptimizerWrapper, refused
-from .parameters import TrainedParameters, check_radius, fingerprint, trained_parameters
+from .parameters import Fingerprint, TrainedParameters, check_radius, trained_parameters
 from .passes import Passes
 from .perturb import Perturbation
 from .phases import Phases, no_phases
@@ -191,7 +191,7 @@ class SparseSAM(OptimizerWrapper):
             self._phases,
         )
         self._looksam = LookSAM(self.sharding, self._parameters.by_name) if ever_reuses(self._schedule) else None
-        self._known = fingerprint(self.sharding.network, self.param_groups)
+        self._known = Fingerprint(self.sharding.network, self.param_groups)
 
     def _follow(self) -> None:
         """Take notice of parameters that were frozen, unfrozen, replaced or regrouped since the last step.
@@ -199,10 +199,10 @@ class SparseSAM(OptimizerWrapper):
         Raises:
             ValueError: the optimizer's are not the model's any more.
         """
-        if self._running or fingerprint(self.sharding.network, self.param_groups) == self._known:
+        if self._running or self._known.fits(self.param_groups):
             return
         self.sharding.reshard()  # after an evaluation FSDP2's root shows gathered weights as its parameters
-        if fingerprint(self.sharding.network, self.param_groups) == self._known:
+        if self._known.fits(self.param_groups):
             return
         if (owner := owner_of(self._model)) is not self._owner:
             self._check_unused(owner.title if owner is not None else "one process")

@@ -331,7 +331,8 @@ def test_copies_of_stages_find_modules_in_closures_defaults_partials_and_lists_b
 
 @pytest.mark.parametrize("family", ["resnet", "convnext", "vit"])
 def test_what_timm_says_of_checkpointing_counts(family: str) -> None:
-    model, plain = small_network(family).train(), small_network(family).train()
+    plain = small_network(family).train()
+    model = copy.deepcopy(plain)
     model.model.set_grad_checkpointing(True)
     runs = {}
     for name, each in (("timm's", model), ("none", plain)):
