@@ -12,6 +12,8 @@ for, so that they are the same on any number of processes.
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,11 +69,20 @@ class FirstForward:
         self.device = device
         self.state: RandomState | None = None
         self.forwards = self.total = 0
-        self._cleared = False
+        self._cleared = self._asleep = False
+
+    @contextmanager
+    def asleep(self) -> Iterator[None]:
+        """Forwards inside are of a step that runs both passes itself, and are not noticed."""
+        self._asleep = True
+        try:
+            yield
+        finally:
+            self._asleep = False
 
     def __call__(self, module: nn.Module, inputs: Any) -> None:
         """Torch's, before `module.forward`."""
-        if torch.compiler.is_compiling() or not (module.training and torch.is_grad_enabled()):
+        if self._asleep or torch.compiler.is_compiling() or not (module.training and torch.is_grad_enabled()):
             return
         self.forwards += 1
         self.total += 1
