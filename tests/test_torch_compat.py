@@ -12,7 +12,7 @@ import torch
 
 import ssam_scale
 from ssam_scale.errors import UnsupportedVersionError, UserError
-from ssam_scale.torch_compat import OLDEST, check_torch
+from ssam_scale.torch_compat import OLDEST, check_torch, foreach_clone
 from tests.support.checkout import ROOT
 
 HOUSE = Path(ssam_scale.__file__).parent
@@ -24,6 +24,7 @@ LATE_NAMES = {
     "_fsdp_param_groups",
     "forward_sync_buffers",
     "broadcast_buffers",
+    "_foreach_clone",
 }
 """Of which torch 2.10 does not have some, and 2.13 others."""
 SOURCES = [path for path in sorted(HOUSE.rglob("*.py")) if path.name != "torch_compat.py"]
@@ -50,6 +51,17 @@ def test_versions_that_are_refused(version: str) -> None:
 
 def test_the_package_asks_for_the_same() -> None:
     assert f'"torch>={OLDEST[0]}.{OLDEST[1]}",' in (ROOT / "pyproject.toml").read_text()
+
+
+@pytest.mark.parametrize("late", [True, False])
+def test_copies_are_the_same_in_memory(late: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not late:
+        monkeypatch.delattr(torch, "_foreach_clone", raising=False)
+    tensors = [torch.randn(3), torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last), torch.tensor(-0.0)]
+    for t, copied in zip(tensors, foreach_clone(tensors), strict=True):
+        assert torch.equal(t.view(torch.int32), copied.view(torch.int32))
+        assert t.stride() == copied.stride()
+        assert t.data_ptr() != copied.data_ptr()
 
 
 @pytest.fixture

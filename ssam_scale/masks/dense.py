@@ -13,4 +13,4 @@ class Dense:
 
     def plan(self, layout: Layout, step: int) -> Plan:
         """Everything, from the first block on."""
-        return Plan.of_parameters(layout, layout.shapes)
+        return layout.suffix(layout.first_stage, may_cut=layout.first_stage > 0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate
 from numbers import Real
 from typing import TypeAlias
@@ -103,9 +103,10 @@ class Depth:
     def plan(self, layout: Layout, step: int) -> Plan:
         """The suffix of this step's cut."""
         likely = {cut: p for cut, p in enumerate(self.probabilities(layout.depth, step)) if p > 0.0}
-        [cut] = random.Random(f"cut {self.seed} {step}").choices(list(likely), list(likely.values()))
-        plan = Plan.of_parameters(layout, (name for name in layout.shapes if layout.stages[name] >= cut))
-        return replace(plan, cut=cut, may_cut=self._deepest(layout.depth) > 0)
+        cut, *others = likely
+        if others:
+            [cut] = random.Random(f"cut {self.seed} {step}").choices(list(likely), list(likely.values()))
+        return layout.suffix(cut, may_cut=self._deepest(layout.depth) > 0)
 
     def _deepest(self, depth: int) -> int:
         """The highest cut that any step may draw."""

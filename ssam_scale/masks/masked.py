@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from ssam_scale.torch_compat import foreach_clone
+
 from . import flat
 from .backup import Backup
 from .kernels import move
@@ -104,6 +106,9 @@ def masked_squares(tensors: Sequence[Tensor], subsets: Subsets, *, every: bool =
         subsets: of each; None: all of it.
         every: whether to return Σ x² of all elements of each tensor, too, as the second result; else that is None.
     """
+    if all(subset is None for subset in subsets):
+        squares = torch.stack(flat.foreach_norm(tensors)).square_()
+        return squares, squares if every else None
     ways = _ways(tensors, subsets, computes=True)
     norms: dict[int, Tensor] = {}  # of each tensor's subset
     whole: dict[int, Tensor] = {}  # of all of it, where that is known
@@ -197,10 +202,10 @@ def masked_add_(
             move.add([_addition(copy, subsets[i], values[i].reshape(-1))], [scales[i]])
             tensors[i].copy_(copy.view(tensors[i].shape))
     if ways.whole:
-        targets = [tensors[i] for i in ways.whole]
-        _back_up(targets, [None] * len(targets), backup)
-        kinds = [(t.dtype, 1.0 if factors is None else factors[i]) for i, t in zip(ways.whole, targets, strict=True)]
-        for (_, factor), same in flat.by_kind(kinds).items():
+        targets = [tensors[i] for i in ways.whole]  # of one dtype
+        if backup is not None:
+            backup.keep(partial(torch._foreach_copy_, targets, foreach_clone(targets)))
+        for factor, same in flat.by_kind([1.0 if factors is None else factors[i] for i in ways.whole]).items():
             scale = None if alpha is None else alpha * factor
             _foreach_add_([targets[k] for k in same], [values[ways.whole[k]] for k in same], scale, when)
     for some, add_ in _launches_to_add(tensors, subsets, ways.flat):
@@ -285,14 +290,12 @@ def _selected(values: Sequence[Tensor], subsets: Subsets) -> list[Tensor]:
 def _in_memory(
     tensors: Sequence[Tensor], subsets: Subsets, values: Sequence[Tensor]
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The same, of whole tensors as vectors where both lie in memory in one order: which does not matter then."""
+    """The same; whole tensors that both lie in memory in one order, and not row by row, as vectors."""
     targets, summands = list(tensors), list(values)
     for i, (t, subset, value) in enumerate(zip(tensors, subsets, values, strict=True)):
-        if subset is not None or t.ndim < 2:
+        if subset is not None or t.ndim < 2 or (t.is_contiguous() and value.is_contiguous()):
             continue
-        if t.is_contiguous() and value.is_contiguous():
-            targets[i], summands[i] = t.view(-1), value.view(-1)
-        elif t.stride() == value.stride() and t.is_contiguous(memory_format=_CHANNELS_LAST.get(t.ndim, _ROW_MAJOR)):
+        if t.stride() == value.stride() and t.is_contiguous(memory_format=_CHANNELS_LAST.get(t.ndim, _ROW_MAJOR)):
             targets[i], summands[i] = (x.as_strided((t.numel(),), (1,)) for x in (t, value))
     return targets, summands
 
@@ -304,19 +307,16 @@ _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 def _ways_to_add(tensors: Sequence[Tensor], subsets: Subsets, values: Sequence[Tensor]) -> _Ways:
     ways = _Ways()
     for i, (t, subset, value) in enumerate(zip(tensors, subsets, values, strict=True)):
-        alike = t.is_contiguous() and value.is_contiguous()
-        if t.dtype == value.dtype == torch.float32 and move.streams(t) and (subset is None or subset.spans is not None):
+        alike, single = t.is_contiguous() and value.is_contiguous(), t.dtype == value.dtype == torch.float32
+        if single and move.streams(t) and (subset is None or subset.spans is not None):
             (ways.compiled if alike else ways.copied).append(i)
-        elif subset is None and alike and t.dtype == value.dtype and t.dtype in _FUSED:
+        # `_fused_sgd_` of torch 2.13.0 leaves most weights of two bytes as they are on a CPU where there is no
+        # momentum, and takes a learning rate on the device in float32 only.
+        elif subset is None and alike and single:
             ways.whole.append(i)
         else:
             ways.flat.append(i)
     return ways
-
-
-# `_fused_sgd_` of torch 2.13.0 leaves most weights of two bytes as they are on a CPU where there is no momentum, and
-# takes a learning rate on the device in float32 only.
-_FUSED = (torch.float32,)
 
 
 def _addition(t: Tensor, subset: Subset | None, value: Tensor) -> Move:

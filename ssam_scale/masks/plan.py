@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Protocol
 
@@ -30,6 +30,7 @@ class Layout:
     starts: Mapping[str, int] = field(default_factory=dict)
     contracted: frozenset[str] = frozenset()
     norms: frozenset[str] = frozenset()
+    _suffixes: dict[tuple[int, bool], Plan] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @cached_property
     def numels(self) -> dict[str, int]:
@@ -40,6 +41,24 @@ class Layout:
     def total(self) -> int:
         """All elements."""
         return sum(self.numels.values())
+
+    @cached_property
+    def first_stage(self) -> int:
+        """The index of the first block that uses one of the weights; 0 without any."""
+        return first_block(self, self.shapes)
+
+    def suffix(self, cut: int, may_cut: bool) -> Plan:
+        """The plan that perturbs all weights from a cut on; kept, because a step asks for one.
+
+        Args:
+            cut: index of the first perturbed block.
+            may_cut: see `Plan`.
+        """
+        key = cut, may_cut
+        if key not in self._suffixes:
+            plan = Plan.of_parameters(self, (name for name in self.shapes if self.stages[name] >= cut))
+            self._suffixes[key] = replace(plan, cut=cut, may_cut=may_cut)
+        return self._suffixes[key]
 
     def only(self, names: Collection[str]) -> Layout:
         """The layout of these parameters alone."""
@@ -79,12 +98,12 @@ class Plan:
         cut = first_block(layout, counts)
         return cls(cut, dict.fromkeys(counts), counts, may_cut=cut > 0)
 
-    @property
+    @cached_property
     def perturbs_subsets(self) -> bool:
         """Whether it perturbs single weights or rows of some parameter, and not only parameters in full."""
         return any(subset is not None for subset in self.weights.values())
 
-    @property
+    @cached_property
     def perturbed(self) -> int:
         """Number of perturbed weights over all processes."""
         return sum(self.counts.values())

@@ -14,28 +14,35 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .modules import every_module
+
 
 def batchnorms(model: nn.Module) -> list[_BatchNorm]:
     """Every BatchNorm in `model`."""
-    return [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    return [module for module in every_module(model) if isinstance(module, _BatchNorm)]
 
 
-@contextmanager
-def frozen_statistics(model: nn.Module) -> Iterator[None]:
+def frozen_statistics(model: nn.Module) -> AbstractContextManager[None]:
     """Leave running mean, variance and batch count of every BatchNorm in `model` untouched inside the context.
 
     Batches are still normalised by their own statistics where the layer is in training mode. This is momentum 0 without
     its side effect on `num_batches_tracked`, and it costs no arithmetic.
     """
+    return _frozen(batchnorms(model))
+
+
+@contextmanager
+def _frozen(batchnorms: list[_BatchNorm]) -> Iterator[None]:
     # A layer in evaluation mode normalises by its running statistics, which it needs to keep seeing.
-    layers = [layer for layer in batchnorms(model) if layer.training and layer.track_running_stats]
-    for layer in layers:
-        layer.track_running_stats = False
+    layers = [vars(layer) for layer in batchnorms if layer.training and layer.track_running_stats]
+    # Past `nn.Module.__setattr__`, which takes longer than the rest of this together.
+    for attributes in layers:
+        attributes["track_running_stats"] = False
     try:
         yield
     finally:
-        for layer in layers:
-            layer.track_running_stats = True
+        for attributes in layers:
+            attributes["track_running_stats"] = True
 
 
 class Statistics:
@@ -51,13 +58,14 @@ class Statistics:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._seen = self._now()
+        self._seen = self._now()[1]
 
-    def _now(self) -> dict[tuple[nn.Module, str], tuple[Tensor, int]]:
-        """Every buffer that is no BatchNorm's, with a number that rises when it is written to."""
-        return {
+    def _now(self) -> tuple[list[_BatchNorm], dict[tuple[nn.Module, str], tuple[Tensor, int]]]:
+        """Every BatchNorm; and every other module's buffers, with a number that rises when one is written to."""
+        with_buffers = [module for module in every_module(self._model) if module._buffers]
+        return [module for module in with_buffers if isinstance(module, _BatchNorm)], {
             (module, name): (buffer, buffer._version)
-            for module in self._model.modules()
+            for module in with_buffers
             if not isinstance(module, _BatchNorm)
             for name, buffer in module._buffers.items()
             if buffer is not None and not buffer.is_inference()
@@ -66,7 +74,7 @@ class Statistics:
     @contextmanager
     def frozen(self) -> Iterator[None]:
         """Nothing inside is left in the buffers. To be entered after the pass that does write to them."""
-        now, seen = self._now(), self._seen
+        (layers, now), seen = self._now(), self._seen
         written = {
             place: buffer
             for place, (buffer, number) in now.items()
@@ -74,14 +82,15 @@ class Statistics:
         }
         before = {place: buffer.detach().clone() for place, buffer in written.items()}
         try:
-            with frozen_statistics(self._model):
+            with _frozen(layers):
                 yield
         finally:
             with torch.no_grad():
                 for (module, name), buffer in written.items():
                     buffer.copy_(before[module, name])
                     module._buffers[name] = buffer
-            self._seen = self._now()
+            # What has come inside, or has been replaced there, is not seen by this, and counts as written next time.
+            self._seen = {place: (buffer, buffer._version) for place, (buffer, _) in now.items()}
 
 
 def repeating(layers: list[_BatchNorm]) -> AbstractContextManager[None]:

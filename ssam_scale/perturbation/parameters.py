@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from ssam_scale.masks import Layout
 from ssam_scale.sharding import ShardedWeights
 from ssam_scale.torch_compat import is_compiled
 
+from .modules import every_module
 from .skip_gradients import row_layers
 from .staged_model import StagedModel
 
@@ -123,28 +124,40 @@ def trained_parameters(sharding: ShardedWeights, groups: Sequence[Sequence[nn.Pa
     )
 
 
-Fingerprint: TypeAlias = tuple[tuple[int, ...], tuple[tuple[int, bool], ...], tuple[int, ...]]
+class Fingerprint:
+    """Tells whether modules have been replaced, or parameters replaced, frozen, unfrozen or regrouped.
 
-
-def fingerprint(network: nn.Module, groups: Sequence[Mapping[str, Any]]) -> Fingerprint:
-    """What tells whether modules have been replaced, or parameters replaced, frozen, unfrozen or regrouped.
-
-    Asked for in every step, so it walks the modules without making names.
+    Asked in every step, so it looks at the modules that it knows, in one pass and without names: where these have the
+    children that they had, there are no others.
 
     Args:
         network: whose parameters, by identity and whether they are trained.
         groups: of the optimizer, by identity.
     """
-    own, modules = [], [network]
-    seen: dict[int, None] = {}
-    while modules:
-        module = modules.pop()
-        if id(module) in seen:
-            continue
-        seen[id(module)] = None
-        own += [(id(p), p.requires_grad) for p in module._parameters.values() if p is not None]
-        modules += [child for child in module._modules.values() if child is not None]
-    return tuple(seen), tuple(own), tuple(id(p) for group in groups for p in group["params"])
+
+    def __init__(self, network: nn.Module, groups: Sequence[Mapping[str, Any]]) -> None:
+        self._attributes = [vars(module) for module in every_module(network)]
+        self._known = self._now(groups)
+
+    def fits(self, groups: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether all is as it was, with these groups."""
+        return self._now(groups) == self._known
+
+    def _now(self, groups: Sequence[Mapping[str, Any]]) -> tuple[list[nn.Module | None], list[int], list[bool]]:
+        children: list[nn.Module | None] = []
+        own: list[nn.Parameter | None] = []
+        for attributes in self._attributes:
+            if of_module := attributes["_modules"]:
+                children += of_module.values()
+                children.append(None)  # so that it is seen where one module's end and the next one's begin
+            if of_module := attributes["_parameters"]:
+                own += of_module.values()
+                own.append(None)
+        trained = [p.requires_grad for p in own if p is not None]
+        for group in groups:
+            own += group["params"]
+            own.append(None)
+        return children, list(map(id, own)), trained
 
 
 def compiled_parameters(module: nn.Module) -> set[int]:

@@ -89,7 +89,7 @@ class Passes:
             for index, batch in enumerate(self._batches):
                 self._random.append(RandomState.now(self._device))
                 losses.append(self._run(index, self._ascent_forward, self._first_samples(batch), "ascent backward"))
-        return torch.stack(losses).sum()
+        return _sum(losses)
 
     def _reducing(self) -> AbstractContextManager[None]:
         """Surrounds the ascent: which of its gradients the processes reduce, and what stays gathered."""
@@ -116,11 +116,13 @@ class Passes:
                 if self._random:
                     self._random[index].restore()
                 losses.append(self._run(index, self._descent_forward, batch, "descent backward"))
-        return torch.stack(losses).sum()
+        return _sum(losses)
 
     def _run(self, index: int, forward: Forward, batch: Any, backward_phase: Phase) -> Tensor:
         with self._sharding.micro_batch(last=index == len(self._batches) - 1):
-            loss = check_loss(self._loss_fn(forward, batch)) / len(self._batches)
+            loss = check_loss(self._loss_fn(forward, batch))
+            if len(self._batches) > 1:
+                loss = loss / len(self._batches)
             with self._phases(backward_phase):
                 try:
                     self._sharding.backward(loss if self._scaler is None else self._scaler.scale(loss))
@@ -199,6 +201,11 @@ class Passes:
             hidden, random = self._prefix
             random.restore()
             return module(hidden, start=self._resolved.cut)
+
+
+def _sum(losses: list[Tensor]) -> Tensor:
+    # Not the tensor itself: a captured graph writes to it again in the next pass.
+    return torch.stack(losses).sum() if len(losses) > 1 else losses[0].clone()
 
 
 def _only_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -196,6 +196,7 @@ class Perturbation:
         backup: of the weights, empty between steps.
         kappa: ‖m ⊙ g‖ / ‖g‖ of the last step where both were known, float32 of shape (); not a number before.
         skips: whether the last perturbation was left out because the gradient was not finite, bool of shape ().
+        never: False, of the same kind: that of a step without a perturbation.
         skipped: how many were, int64 of shape ().
         shares: of ‖g‖² by parameter, float32; −1 before the first calibration.
         calibrated: the step of the last calibration, −1 when one is due.
@@ -217,7 +218,8 @@ class Perturbation:
         self._index = {name: i for i, name in enumerate(self._parameters)}
         self._index_cache: dict[tuple[str, ...], Tensor] = {}
         self._device = parameters.device
-        self.skips = torch.zeros((), dtype=torch.bool, device=self._device)
+        self.never = torch.zeros((), dtype=torch.bool, device=self._device)
+        self.skips = self.never
         self.skipped = torch.zeros((), dtype=torch.int64, device=self._device)
         self.kappa = torch.full((), math.nan, device=self._device)
         self.shares = torch.full((len(self._parameters),), -1.0, device=self._device)
@@ -327,7 +329,7 @@ class Perturbation:
             masked, of_chosen = masked_squares(gradients, parts, every=resolved.measures_kappa)
             everything = None if of_chosen is None else self._all_squares(side, plan, of_chosen)
         norm, kappa = self._norm_and_kappa(resolved, side, masked, everything)
-        exists = norm.isfinite()
+        exists = norm < math.inf  # not so of not-a-number; `isfinite` takes four launches
         self.skips = ~exists
         self.skipped += self.skips
         return Epsilon(gradients, parts, list(resolved.radii.values()), kappa / (norm + _TINY), exists)
@@ -377,7 +379,7 @@ class Perturbation:
                 shares = everything.clone()
                 shares[self._indices(plan.weights)] = masked
                 sums.append(shares)
-        both = side.sum(torch.cat(sums))
+        both = side.sum(torch.cat(sums) if len(sums) > 1 else sums[0])
         if everything is not None:
             self.kappa = (both[0] / both[1]).sqrt().float()
         if resolved.calibrates:

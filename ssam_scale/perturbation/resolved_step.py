@@ -187,15 +187,17 @@ def resolve_step(
     rows: dict[str, Rows] = {}
     if sparse and savings.elide:
         # A tied weight that the prefix uses, too, keeps its gradient: the prefix's graph needs it in the descent.
-        elided = frozenset(n for n, uses in parameters.uses.items() if uses[0] >= cut and n not in plan.weights)
+        others = parameters.uses.keys() - plan.weights.keys()
+        elided = frozenset(n for n in others if parameters.uses[n][0] >= cut)
         if refreshed and parameters.compiled:
             perturbed = {stage for name in plan.weights for stage in parameters.uses[name]}
             elided -= {n for n in elided & parameters.compiled if not perturbed.isdisjoint(parameters.uses[n])}
-        rows = {
-            name: part
-            for name, part in plan.weights.items()
-            if isinstance(part, Rows) and name in parameters.layers and skips_rows(parameters.layers[name], part)
-        }
+        if plan.perturbs_subsets:
+            rows = {
+                name: part
+                for name, part in plan.weights.items()
+                if isinstance(part, Rows) and name in parameters.layers and skips_rows(parameters.layers[name], part)
+            }
     numels = parameters.layout.numels
     computed = {
         name: plan.counts[name] if name in rows else numels[name]
@@ -220,7 +222,7 @@ def resolve_step(
         kind,
         step,
         plan,
-        {name: radii[name] for name in plan.weights},
+        {name: radii[name] for name in plan.weights} if len(radii) > len(plan.weights) else radii,
         fraction=options.fraction,
         cut=cut,
         shares_prefix=cut > 0 and micro_batches == 1,

@@ -7,6 +7,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from types import CodeType
 from typing import Any, NoReturn
 
 import torch
@@ -34,7 +35,7 @@ from .looksam import LookSAM
 from .loss import LossFn
 from .mask_state import MaskState, SparseState
 from .optimizer_wrapper import OptimizerWrapper, refused
-from .parameters import TrainedParameters, check_radius, fingerprint, trained_parameters
+from .parameters import Fingerprint, TrainedParameters, check_radius, trained_parameters
 from .passes import Passes
 from .perturb import Perturbation
 from .phases import Phases, no_phases
@@ -162,6 +163,7 @@ class SparseSAM(OptimizerWrapper):
         self._phases, self._adaptive = phases, adaptive
         self._by_hand: ResolvedStep | None = None  # what `perturbed` has done for the step that follows it
         self._unscaled_after = 0  # so many forwards
+        self._checked: CodeType | None = None  # of a loss function
         self._running = False  # a step, in which parameters are frozen for a while
         self._warned = self._told = self._placed = self._cleared = False
         self._rebuild()
@@ -191,7 +193,7 @@ class SparseSAM(OptimizerWrapper):
             self._phases,
         )
         self._looksam = LookSAM(self.sharding, self._parameters.by_name) if ever_reuses(self._schedule) else None
-        self._known = fingerprint(self.sharding.network, self.param_groups)
+        self._known = Fingerprint(self.sharding.network, self.param_groups)
 
     def _follow(self) -> None:
         """Take notice of parameters that were frozen, unfrozen, replaced or regrouped since the last step.
@@ -199,10 +201,10 @@ class SparseSAM(OptimizerWrapper):
         Raises:
             ValueError: the optimizer's are not the model's any more.
         """
-        if self._running or fingerprint(self.sharding.network, self.param_groups) == self._known:
+        if self._running or self._known.fits(self.param_groups):
             return
         self.sharding.reshard()  # after an evaluation FSDP2's root shows gathered weights as its parameters
-        if fingerprint(self.sharding.network, self.param_groups) == self._known:
+        if self._known.fits(self.param_groups):
             return
         if (owner := owner_of(self._model)) is not self._owner:
             self._check_unused(owner.title if owner is not None else "one process")
@@ -351,9 +353,9 @@ class SparseSAM(OptimizerWrapper):
         if closure is None:
             resolved = self._end_by_hand()
         else:
-            with self._busy():
+            with self._busy(), self._first_forward.asleep():
                 if batches:
-                    check_loss_fn(closure, self._model)
+                    self._check_loss_fn(closure)
                     check_batches(batches)
                     resolved = self.resolve(len(batches))
                     loss = self._run_passes(resolved, closure, batches)
@@ -379,7 +381,7 @@ class SparseSAM(OptimizerWrapper):
             resolved.plan,
             resolved.radius,
             self.kappa,
-            self._perturbation.skips if resolved.ascends else torch.zeros_like(self._perturbation.skips),
+            self._perturbation.skips if resolved.ascends else self._perturbation.never,
             resolved.plan.perturbed / self._parameters.layout.total,
         )
         return loss
@@ -392,6 +394,13 @@ class SparseSAM(OptimizerWrapper):
                 yield
         finally:
             self._running = False
+
+    def _check_loss_fn(self, loss_fn: Any) -> None:
+        """Unless it is the last one that was checked, or made by the same code, as a lambda in a loop is."""
+        code = None if hasattr(loss_fn, "__wrapped__") else getattr(loss_fn, "__code__", None)
+        if code is None or code is not self._checked:
+            check_loss_fn(loss_fn, self._model)
+            self._checked = code
 
     def _check_placed(self) -> None:
         """Once, before the first step: nobody has wrapped the model since."""

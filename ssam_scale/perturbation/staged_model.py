@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from ssam_scale.torch_compat import allow_graphs, compile_module, is_compiled
 
 from .batchnorm import batchnorms, repeating
+from .modules import every_module
 
 # What torch allows a code (`torch._dynamo.config.recompile_limit`).
 _GRAPHS_OF_A_BLOCK = 8
@@ -149,6 +150,11 @@ class StagedModel(nn.Module):
         self._told = False
         self._compile_options: dict[str, Any] | None = None
         self._forwards: tuple[Callable[[Tensor], Tensor], ...] = tuple(stage.forward for stage in self.stages)
+        self._know_modules()
+
+    def _know_modules(self) -> None:
+        """Keep the attributes of every module, which each forward asks for one of; by `getattr` that takes longer."""
+        self._attributes = [vars(module) for module in every_module(self.model)]
 
     def compile(self, *, dynamic: bool | None = False, **options: Any) -> None:
         """Compile each stage's block (`nn.Module.compile`), and beside it what its forward says it can.
@@ -182,14 +188,15 @@ class StagedModel(nn.Module):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what is compiled, which refers to this object's modules and not to a copy's."""
+        """Without what is compiled and what is known, which refer to this object's modules and not to a copy's."""
         state: dict[str, Any] = super().__getstate__()
-        del state["_forwards"]
+        del state["_forwards"], state["_attributes"]
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._forwards = tuple(stage.forward for stage in self.stages)
+        self._know_modules()
         if self._compile_options is not None:
             self._compile()
 
@@ -228,7 +235,7 @@ class StagedModel(nn.Module):
             )
 
     def _checkpointed_by_timm(self) -> bool:
-        return any(getattr(module, "grad_checkpointing", False) for module in self.model.modules())
+        return any(attributes.get("grad_checkpointing", False) for attributes in self._attributes)
 
     @staticmethod
     def _check_graph(stage: Stage) -> None:
@@ -245,6 +252,7 @@ class StagedModel(nn.Module):
         Raises:
             ValueError: one has been replaced, or wrapped.
         """
+        self._know_modules()
         modules = set(self.model.modules())
         again = "which the stages would not run: make the StagedModel after that"
         for stage in self.stages:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -48,8 +48,7 @@ class Elements(Protocol):
         """Of another tensor, the elements for which `booleans`, of shape (its elements,), are True."""
 
 
-@dataclass(frozen=True)
-class Shard:
+class Shard(NamedTuple):
     """The part of one parameter that this rank perturbs.
 
     Attributes:

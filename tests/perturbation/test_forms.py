@@ -258,6 +258,33 @@ def test_a_layer_that_was_replaced_is_refused_until_the_optimizer_has_it() -> No
         opt.step(loss_fn, batch)
 
 
+@pytest.mark.parametrize("rho", [0.0, RHO])
+@pytest.mark.parametrize("mask", [None, Depth(0.5)])
+def test_a_step_walks_the_network_by_none_of_its_generators(
+    mask: Any, rho: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, batch = small_network("resnet").train(), batches(1, 8)[0]
+    opt = SparseSAM(model, sgd(model.parameters()), rho=rho, mask=mask)
+    opt.step(loss_fn, batch)
+
+    def walk(*_: Any, **__: Any) -> None:
+        pytest.fail("a walk by generators takes five times as long")
+
+    for name in ("modules", "parameters", "buffers"):
+        monkeypatch.setattr(nn.Module, name, walk)
+        monkeypatch.setattr(nn.Module, f"named_{name}", walk)
+    opt.step(loss_fn, batch)
+
+
+def test_a_layer_that_moves_to_its_neighbour_is_noticed() -> None:
+    model = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), nn.Sequential(nn.Linear(4, 10)))
+    opt = SparseSAM(model, sgd(model.parameters()), rho=RHO)
+    last: Any = model[0][1]
+    del model[0][1]
+    model[1].insert(0, last)
+    assert list(opt.plan.weights) == [name for name, _ in model.named_parameters()]
+
+
 def test_an_evaluation_between_steps_changes_nothing() -> None:
     model, plain = vit(), vit()
     opt, other = (SparseSAM(m, sgd(m.parameters()), rho=RHO) for m in (model, plain))
@@ -331,7 +358,8 @@ def test_copies_of_stages_find_modules_in_closures_defaults_partials_and_lists_b
 
 @pytest.mark.parametrize("family", ["resnet", "convnext", "vit"])
 def test_what_timm_says_of_checkpointing_counts(family: str) -> None:
-    model, plain = small_network(family).train(), small_network(family).train()
+    plain = small_network(family).train()
+    model = copy.deepcopy(plain)
     model.model.set_grad_checkpointing(True)
     runs = {}
     for name, each in (("timm's", model), ("none", plain)):
