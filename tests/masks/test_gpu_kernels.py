@@ -57,4 +57,4 @@ def test_every_kernel_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.delenv("TRITON_INTERPRET")
     ended = run([sys.executable, "-c", COMPILE], cwd=ROOT, env={"TRITON_CACHE_DIR": str(tmp_path)})
     assert ended.returncode == 0, ended.stdout
-    assert ended.stdout.split() == ["65"]
+    assert ended.stdout.split()[-1] == "65"  # behind warnings, if there are any
