@@ -12,6 +12,7 @@ import torch
 from ssam_scale.config.load import load
 from ssam_scale.data.encode import Encoding
 from ssam_scale.data.write import Sample, write_samples
+from ssam_scale.masks import masked
 from ssam_scale.perturbation import Rehearsed
 from ssam_scale.perturbation.phases import no_phases
 from ssam_scale.sharding import World
@@ -39,6 +40,12 @@ def beton(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("images") / "images.beton"
     write_samples(samples, [str(k) for k in range(10)], out, Encoding(None, 90, 0.5, 0), source={}, progress=False)
     return out
+
+
+@pytest.fixture(autouse=True)
+def _plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by Triton's kernels, which take a second here for what other tests see, too."""
+    monkeypatch.setattr(masked, "_gpu", lambda: None)
 
 
 def test_each_configuration_has_its_smaller_one() -> None:

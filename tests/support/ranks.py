@@ -34,7 +34,11 @@ from tests.support.processes import free_port
 # Importing takes longer than much of what the processes do. Ranks are forks of one process that has imported these; it
 # has not looked for a GPU, and finds none (tests.support.gpus), so that it may be forked.
 _PRELOAD = [
+    "networkx",  # of torch's, which imports it late
+    "pytest",
+    "scipy.linalg",  # of numba's
     "torch._dynamo",
+    "torch._inductor.compile_fx",  # of DeepSpeed's stage 3
     "torch.distributed.checkpoint.state_dict",
     "torch.distributed.fsdp",
     "ssam_scale.models.timm_model",  # and with it timm
@@ -171,6 +175,7 @@ def _logged(rank: int, size: int, port: int, log: Path, function: Callable[..., 
             os.dup2(file.fileno(), stream)
     _tell_place(rank, size, port)
     torch.set_num_threads(1)
+    gc.freeze()
     function(*args)
 
 
@@ -209,6 +214,7 @@ def _serve(rank: int, size: int, port: int, connection: Connection) -> None:
                     torch.save(function(world, *args), result)
                 # gloo may abort the process at exit while wrappers of a group are alive.
                 gc.collect()
+                gc.freeze()  # what the job imported
                 if changed := _left_changed(before):
                     raise AssertionError(
                         f"{getattr(function, '__qualname__', function)} leaves {', '.join(changed)} changed"
