@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed._composable.replicate import replicate
 from torch.nn.parallel import DistributedDataParallel
 
 from ssam_scale import Scored, SparseSAM
@@ -135,3 +137,29 @@ def test_layers_that_are_unfrozen_after_ddp_was_built_are_refused_where_it_does_
             )
             assert "with find_unused_parameters=True, and freeze after that" in said[case]
         assert said["after"] == said["never"] == "0.0"
+
+
+def shared_otherwise(world: World) -> dict[str, str]:
+    """What a rank is told of a model whose gradients are averaged past what SparseSAM was given."""
+    batch = batches(1, 4, seed=world.rank)[0]
+
+    def step(given: Any, model: nn.Module) -> str:
+        opt = SparseSAM(given, torch.optim.SGD(model.parameters(), lr=0.1), rho=0.1)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            by_closure(opt, model, batch)
+        return "; ".join(str(w.message) for w in caught) or str(spread(model))
+
+    wrapped, hooked, alone = DistributedDataParallel(small()), small(), small()
+    replicate(hooked)
+    return {
+        "the parameters of DDP": step(list(wrapped.parameters()), wrapped),
+        "replicate": step(hooked, hooked),
+        "parameters": step(alone.parameters(), alone),
+    }
+
+
+def test_what_is_shared_by_ddp_or_replicate_is_not_said_to_be_alone() -> None:
+    for said in run_ranks(2, shared_otherwise):
+        assert said["the parameters of DDP"] == said["replicate"] == "0.0"
+        assert "SparseSAM trains a model that no other shares" in said["parameters"]
