@@ -524,9 +524,7 @@ def test_a_stage_before_a_cut_passes_on_a_tensor() -> None:
     forwards: list[Any] = [pair, lambda both: (model[2](both[0]), both[1]), lambda both: model[3](both[0])]
     staged_model = StagedModel(model, [Stage(str(i), model[i], f) for i, f in enumerate(forwards, 1)])
     optimizer(staged_model).step(loss_fn, BATCH)
-    with pytest.raises(
-        TypeError, match="1, the last stage before a cut, passes on a tuple of Tensor; a tensor is needed"
-    ):
+    with pytest.raises(TypeError, match="1, the last stage before a cut, passes on a tuple of Tensor; a tensor"):
         optimizer(staged_model, mask=Depth(0.2)).step(loss_fn, BATCH)
 
 
