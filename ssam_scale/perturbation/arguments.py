@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import is_dataclass
+from functools import partial
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -81,6 +83,42 @@ def check_optimizer(optimizer: Any, options: Mapping[str, Any] | None = None) ->
     # Of the class: a learning-rate scheduler puts another function in the place of the instance's.
     if not _takes(getattr(type(optimizer), "step", optimizer.step), 1):
         raise ValueError(f"{kind}.step needs a closure, and would evaluate the loss itself; use SGD or AdamW")
+
+
+def check_not_stepped_in_backward(parameters: Mapping[str, nn.Parameter]) -> None:
+    """Refuse weights that a hook of the backward steps: both passes of a step would, and the descent be from there.
+
+    Args:
+        parameters: that are trained, by name.
+
+    Raises:
+        ValueError: there is one, as far as a hook can be told from others.
+    """
+    for name, parameter in parameters.items():
+        hooks = getattr(parameter, "_post_accumulate_grad_hooks", None) or {}
+        if hasattr(parameter, "_in_backward_optimizers") or any(map(_has_optimizer, hooks.values())):
+            raise ValueError(
+                f"parameter {name} has a hook that steps an optimizer in the backward, which both passes of a step run "
+                "and after which no gradient is there to perturb along: remove the hook, and let SparseSAM step"
+            )
+
+
+def _has_optimizer(hook: Any) -> bool:
+    """Whether a function names an optimizer, or a container of some, in its closure, defaults, globals or object."""
+    held: list[Any] = []
+    while isinstance(hook, partial):
+        held += [*hook.args, *hook.keywords.values()]
+        hook = hook.func
+    if (owner := getattr(hook, "__self__", None)) is not None:
+        held += [owner, *getattr(owner, "__dict__", {}).values()]
+    if isinstance(function := getattr(hook, "__func__", hook), FunctionType):
+        scope = inspect.getclosurevars(function)
+        held += [*scope.nonlocals.values(), *scope.globals.values(), *(function.__defaults__ or ())]
+    for value in held:
+        inner = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+        if any(isinstance(each, torch.optim.Optimizer) for each in (value, *inner)):
+            return True
+    return False
 
 
 def check_no_others(others: Mapping[str, Any], base_optimizer: Any) -> None:

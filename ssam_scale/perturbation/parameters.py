@@ -46,8 +46,9 @@ class TrainedParameters:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights live."""
-        return next((p.device for p in self.by_name.values()), torch.device("cpu"))
+        """Where the weights live; while all of these are frozen, where the others do."""
+        every = (*self.by_name.values(), *(p for p, _ in self.foreign))
+        return next((p.device for p in every), torch.device("cpu"))
 
     def eligible(self, groups: Sequence[Mapping[str, Any]]) -> Layout:
         """The weights that a mask may choose from: those of the groups that are not left alone.

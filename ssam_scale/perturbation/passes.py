@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map_only
 from ssam_scale.sharding import AscentReduction, ShardedPasses
 
 from .arguments import check_loss, check_samples_first, explained
-from .batchnorm import Statistics
+from .batchnorm import Statistics, evaluation_mode
 from .loss import Forward, LossFn
 from .mask_state import MaskState
 from .parameters import TrainedParameters
@@ -44,6 +44,8 @@ class Passes:
         scaler: scales the losses, if there is one.
         phases: times the parts.
         statistics: what the forwards write to buffers.
+        of_samples: cuts and shapes of what a prefix puts out, whose first dimension is known to count samples; gets
+            those that are looked at here.
     """
 
     def __init__(
@@ -57,7 +59,9 @@ class Passes:
         scaler: torch.amp.GradScaler | None,
         phases: Phases,
         statistics: Statistics,
+        of_samples: set[tuple[int, torch.Size]],
     ) -> None:
+        self._of_samples = of_samples
         self._statistics = statistics
         self._sharding, self._parameters, self._mask = sharding, parameters, mask
         self._resolved = resolved
@@ -185,6 +189,19 @@ class Passes:
                 f"with a fraction below 1 a shared prefix has to put out one row a sample, and for {len(whole)} "
                 f"samples it put out a tensor of shape {tuple(hidden.shape)}; switch savings.share_prefix off"
             )
+        # Where another dimension is as long as well, the first one may not be that of samples.
+        known = (self._resolved.cut, hidden.shape)
+        if len(whole) in hidden.shape[1:] and known not in self._of_samples:
+            random = RandomState.now(self._device)
+            with torch.no_grad(), evaluation_mode(self._sharding.network):
+                alone = self._sharding.ascent_module(x, stop=self._resolved.cut)
+            random.restore()
+            if len(alone) != len(x):
+                raise ValueError(
+                    f"with a fraction below 1 a shared prefix has to put out samples first, and for {len(x)} samples "
+                    f"it puts out a tensor of shape {tuple(alone.shape)}; switch savings.share_prefix off"
+                )
+            self._of_samples.add(known)
         return hidden[: len(x)]
 
     def _descent_forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -25,6 +25,7 @@ from .arguments import (
     check_loss_fn,
     check_mask,
     check_no_others,
+    check_not_stepped_in_backward,
     check_scaler,
     check_stages,
     module_of,
@@ -34,7 +35,7 @@ from .by_hand import StaleGradients
 from .looksam import LookSAM
 from .loss import LossFn
 from .mask_state import MaskState, SparseState
-from .optimizer_wrapper import OptimizerWrapper, refused
+from .optimizer_wrapper import OptimizerWrapper, has_unscaled, living_scalers, refused
 from .parameters import Fingerprint, TrainedParameters, check_radius, trained_parameters
 from .passes import Passes
 from .perturb import Perturbation
@@ -98,8 +99,9 @@ class SparseSAM(OptimizerWrapper):
         max_grad_norm: the descent gradient is clipped to this norm. A DeepSpeed engine clips to its own
             `gradient_clipping`; None accepts that.
         scaler: scales the losses given with batches, for float16, and skips steps whose descent gradient is not finite;
-            a closure scales its loss itself, and by hand it is used as with any optimizer (`scaler.step(opt)`). A
-            DeepSpeed engine has its own.
+            a closure scales its loss itself. `step` unscales, steps and updates it: a `scaler.update()` after it has
+            nothing to go by, and fails. By hand a scaler is used as with any optimizer (`scaler.step(opt)`,
+            `scaler.update()`), and not given here. A DeepSpeed engine has its own.
         phases: measures the parts of the step.
 
     Raises:
@@ -164,6 +166,8 @@ class SparseSAM(OptimizerWrapper):
         self._by_hand: ResolvedStep | None = None  # what `perturbed` has done for the step that follows it
         self._unscaled_after = 0  # so many forwards
         self._checked: CodeType | None = None  # of a loss function
+        self._of_samples: set[tuple[int, torch.Size]] = set()
+        self._scalers: list[weakref.ref[torch.amp.GradScaler]] | None = None  # None: not looked for
         self._running = False  # a step, in which parameters are frozen for a while
         self._warned = self._told = self._placed = self._cleared = False
         self._rebuild()
@@ -175,6 +179,8 @@ class SparseSAM(OptimizerWrapper):
         """Set up all that depends on the parameter groups."""
         groups = self.sharding.unwrap_optimizer(self.base_optimizer, self.max_grad_norm)[1]
         self._parameters = trained_parameters(self.sharding, groups)
+        if self.sharding.leaves_grad:  # a DeepSpeed engine has hooks of its own
+            check_not_stepped_in_backward(self._parameters.by_name)
         self.mask.check(self._parameters.eligible(self.param_groups))
         self._mask = MaskState(
             self.sharding,
@@ -277,7 +283,11 @@ class SparseSAM(OptimizerWrapper):
     @property
     def density(self) -> float:
         """The share of the weights that the next step perturbs; 0 where there is no radius."""
-        return self.plan.perturbed / self._parameters.layout.total if any(self.radii) else 0.0
+        return self._share(self.plan) if any(self.radii) else 0.0
+
+    def _share(self, plan: Plan) -> float:
+        """Of the trained weights, which there may be none of while all are frozen."""
+        return plan.perturbed / max(self._parameters.layout.total, 1)
 
     @property
     def backup_bytes(self) -> int:
@@ -382,7 +392,7 @@ class SparseSAM(OptimizerWrapper):
             resolved.radius,
             self.kappa,
             self._perturbation.skips if resolved.ascends else self._perturbation.never,
-            resolved.plan.perturbed / self._parameters.layout.total,
+            self._share(resolved.plan),
         )
         return loss
 
@@ -448,6 +458,7 @@ class SparseSAM(OptimizerWrapper):
             scaler,
             phases,
             self._statistics,
+            self._of_samples,
         )
 
     def _run_passes(self, resolved: ResolvedStep, loss_fn: LossFn, batches: tuple[Any, ...]) -> Tensor:
@@ -457,6 +468,7 @@ class SparseSAM(OptimizerWrapper):
             if not resolved.ascends:
                 return passes.descend(statistics=True)
             loss = passes.ascend()
+            self._check_reached(resolved)
             with self._perturbation.applied(resolved, keep=self._looksam is not None) as epsilon:
                 passes.descend(statistics=False)
         if self._looksam is not None:
@@ -467,6 +479,11 @@ class SparseSAM(OptimizerWrapper):
         with torch.enable_grad():
             accumulated = [(p, p.grad) for p in self._parameters.by_name.values() if p.grad is not None]
             accumulated = [(p, g) for p, g in accumulated if resolved.ascends and g.any()]
+            versions = [g._version for _, g in accumulated]
+
+            def untouched() -> bool:
+                return all(p.grad is g for p, g in accumulated) and versions == [g._version for _, g in accumulated]
+
             foreign = [(p, p.grad) for p, _ in self._parameters.foreign] if resolved.ascends else []
             for p, _ in foreign:
                 p.grad = None
@@ -482,12 +499,20 @@ class SparseSAM(OptimizerWrapper):
                 )
             if not resolved.ascends:
                 return loss
+            if self._lacks_gradients() or (accumulated and untouched()):
+                self.zero_grad()
+                raise RuntimeError(
+                    "the closure called no backward, as that of a LightningOptimizer that is stepped without one: "
+                    "call opt.step(loss_fn, batch), in Lightning of self.optimizers(use_pl_optimizer=False), or let "
+                    "the closure compute the loss and call backward, and nothing before it"
+                )
             if not self._cleared and any(p.grad is g for p, g in accumulated):
                 self.zero_grad()
                 raise RuntimeError(
                     "the closure added to gradients that were there before: the ascent would be by all of these "
-                    "batches, and the descent by the closure's alone; give all of them at once, opt.step(loss_fn, "
-                    "*batches), or let the closure run all of them, or clear gradients"
+                    "batches, and the descent by the closure's alone; drop a backward before opt.step(closure), which "
+                    "runs the closure for both passes, or give all batches at once, opt.step(loss_fn, *batches), or "
+                    "let the closure run all of them, or clear gradients"
                 )
             for p, g in foreign:  # of the ascent, another optimizer's weights have nothing
                 p.grad = g
@@ -523,6 +548,7 @@ class SparseSAM(OptimizerWrapper):
                 "scaler.unscale_(opt) was called before `with opt.perturbed()`, so that the scaler would take the "
                 "gradients of the second pass for unscaled; call it after the block"
             )
+        self._check_scaled()
         self._check_placed()
         self._follow()
         resolved = self.resolve(by_hand=True)
@@ -548,14 +574,35 @@ class SparseSAM(OptimizerWrapper):
         self._by_hand = resolved
         self.steps += 1
 
-    def note_unscaled(self) -> None:
+    def note_unscaled(self, scaler: torch.amp.GradScaler) -> None:
         """Those of a step that the scaler skips afterwards are never stepped, and of no later step's forwards."""
-        super().note_unscaled()
+        super().note_unscaled(scaler)
         self._unscaled_after = self._first_forward.total
+
+    def _check_scaled(self) -> None:
+        """Refuse to go along gradients that a scaler has unscaled for the base optimizer, which nothing tells."""
+        if self._scalers is None:
+            self._scalers = living_scalers()
+        if any(s is not None and has_unscaled(s, self.base_optimizer) for s in (known() for known in self._scalers)):
+            self.zero_grad()
+            raise RuntimeError(
+                "scaler.unscale_ was called for the base optimizer before `with opt.perturbed()`, so that the scaler "
+                "would take the gradients of the second pass for unscaled; call scaler.unscale_(opt) after the block, "
+                "and scaler.step(opt)"
+            )
+
+    def _check_reached(self, resolved: ResolvedStep) -> None:
+        """Refuse an ascent that has left no gradient of what it is to perturb."""
+        every = self._parameters.by_name
+        if self.sharding.leaves_grad and all(every[name].grad is None for name in resolved.plan.weights):
+            raise RuntimeError(
+                "the ascent has left no gradient of any perturbed weight: the loss does not depend on one, or a hook "
+                "of the backward has dropped them, as one does that steps an optimizer in the backward"
+            )
 
     def _lacks_gradients(self) -> bool:
         every = self._parameters.by_name.values()
-        return self.sharding.leaves_grad and all(p.grad is None for p in every)
+        return self.sharding.leaves_grad and bool(every) and all(p.grad is None for p in every)
 
     def _check_ascent(self, resolved: ResolvedStep) -> None:
         """Refuse to perturb along what is no gradient of this step."""
@@ -710,12 +757,25 @@ class SparseSAM(OptimizerWrapper):
         Raises:
             AttributeError: `name` is an option's; says how it is changed.
         """
-        if name in _OPTIONS or (name == "mask" and "_mask" in self.__dict__):
+        if name in _OPTIONS or (name in {"mask", "base_optimizer"} and "_mask" in self.__dict__):
             how = "build a SparseSAM anew, and load opt.state_dict() into it"
             if name == "rho":
                 how = 'set it in the parameter groups: for group in opt.param_groups: group["rho"] = …'
             raise AttributeError(f"{name} of a SparseSAM cannot be set: {how}")
         super().__setattr__(name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        """What is not found in any other way.
+
+        Raises:
+            AttributeError: says what is in the place of another SAM's methods.
+        """
+        if name in {"first_step", "second_step"}:
+            raise AttributeError(
+                f"a SparseSAM has no {name}: run the second pass in `with opt.perturbed():` in the place of "
+                "first_step, and call opt.step() after it in that of second_step"
+            )
+        return super().__getattribute__(name)  # once more, for its own error
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters of the model to the base optimizer and to the weights that can be perturbed."""

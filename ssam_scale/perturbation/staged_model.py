@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, is_dataclass
 from functools import partial
-from types import CellType, FunctionType, MethodType
+from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ssam_scale.checks import described
 from ssam_scale.torch_compat import allow_graphs, compile_module, is_compiled
 
 from .batchnorm import batchnorms, repeating
@@ -62,14 +63,27 @@ class Stage:
 
 
 def _copied(value: Any, memo: dict[int, Any]) -> Any:
-    """A deep copy also of what functions have in their closures and defaults, which `copy.deepcopy` shares."""
+    """A deep copy also of what functions have in their closures and defaults, which `copy.deepcopy` shares.
+
+    And of functions that are in lists, tuples, dictionaries and objects.
+    """
     if isinstance(value, partial):
         keywords = {key: _copied(part, memo) for key, part in value.keywords.items()}
         return partial(_copied(value.func, memo), *[_copied(part, memo) for part in value.args], **keywords)
-    if not isinstance(value, FunctionType):
-        return copy.deepcopy(value, memo)
     if id(value) in memo:
         return memo[id(value)]
+    if isinstance(value, MethodType):
+        return MethodType(value.__func__, _copied(value.__self__, memo))
+    if type(value) is tuple:
+        return tuple(_copied(part, memo) for part in value)
+    if type(value) in (list, dict) or _is_plain(value):
+        same = memo[id(value)] = copy.copy(value)
+        parts: Any = same if type(value) in (list, dict) else vars(same)
+        for key, part in list(enumerate(parts) if type(value) is list else parts.items()):
+            parts[key] = _copied(part, memo)
+        return same
+    if not isinstance(value, FunctionType):
+        return copy.deepcopy(value, memo)
     for name in value.__code__.co_names:
         if isinstance(value.__globals__.get(name), nn.Module):
             raise TypeError(
@@ -84,6 +98,17 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
     result.__defaults__ = _copied(value.__defaults__, memo)
     result.__kwdefaults__ = _copied(value.__kwdefaults__, memo)
     return result
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a copy of an object is one of its attributes, because its class says nothing else."""
+    if isinstance(value, (type, FunctionType, ModuleType, Tensor, nn.Module)) or not hasattr(value, "__dict__"):
+        return False
+    cls = type(value)
+    own = ("__reduce__", "__reduce_ex__", "__getstate__", "__setstate__", "__copy__", "__deepcopy__")
+    if any(getattr(cls, name, None) is not getattr(object, name, None) for name in own):
+        return False
+    return not any(vars(base).get("__slots__") for base in cls.__mro__)
 
 
 def _modules_in(value: Any, seen: set[int]) -> Iterator[nn.Module]:
@@ -204,6 +229,7 @@ class StagedModel(nn.Module):
         """Run stages `start` to `stop` (exclusive) on the output of stage `start - 1`, the images if `start` is 0.
 
         Raises:
+            TypeError: a prefix ends in something else than a tensor.
             ValueError: no gradient flows through the first stage of a suffix, because it is checkpointed reentrantly.
         """
         if self.model._compiled_call_impl is not None and not self._told:
@@ -223,6 +249,11 @@ class StagedModel(nn.Module):
                 x = run(x)
             if graph and 0 < place == start and not x.requires_grad:
                 self._check_graph(self.stages[place])
+        if stop is not None and not isinstance(x, Tensor):
+            raise TypeError(
+                f"{self.stages[:stop][-1].name}, the last stage before a cut, passes on {described(x)}; a tensor is "
+                "needed: make what passes on more one stage with those that take it, or use a mask without a cut"
+            )
         return x
 
     def _tell(self) -> None:

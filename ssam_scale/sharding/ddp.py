@@ -5,8 +5,8 @@ The ascent's gradients are all-reduced here, masked elements only, and not by DD
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ssam_scale.torch_compat import FORWARD_SYNC_BUFFERS, broadcasts_buffers
 
 from .bucketed_all_reduce import AscentAllReduce
+from .gradient_hooks import OnGradient
 from .interface import AscentReduction
 from .process_group import ProcessGroup
 from .registry import BACKENDS, Backend, MakeOptimizer, Options
@@ -47,6 +48,46 @@ class DDP(ReplicatedWeights, TorchTraining):
         self.data_parallel_group = ProcessGroup(module.process_group)
         self.packs_gradients = self.data_parallel_group.size > 1
         self._all_reduce = AscentAllReduce(module.process_group)
+        self._known: set[int] | None = None  # the parameters that DDP reduces gradients of, by identity
+
+    def unwrap_optimizer(
+        self, optimizer: torch.optim.Optimizer, max_grad_norm: float | None
+    ) -> tuple[torch.optim.Optimizer, list[list[nn.Parameter]]]:
+        """The optimizer itself and its parameters that are not frozen.
+
+        Raises:
+            ValueError: a parameter is trained that DDP does not know, so that the copies would drift apart.
+        """
+        self._check_known()
+        return super().unwrap_optimizer(optimizer, max_grad_norm)
+
+    def _check_known(self) -> None:
+        if self.data_parallel_group.size == 1:
+            return
+        ignored = self._ddp.parameters_to_ignore
+        named = ((n, p) for n, p in self.network.named_parameters() if p.requires_grad and n not in ignored)
+        trained = {id(p): name for name, p in named}
+        if self._known is None:
+            if int(self._ddp._get_ddp_logging_data()["num_parameter_tensors"]) == len(trained):
+                self._known = set(trained)
+            else:  # The buckets tell which they are, and it takes memory for a gradient to ask for them.
+                buckets = self._ddp.reducer._get_zeros_like_grad_buckets()
+                self._known = {id(p) for bucket in buckets for p in bucket.parameters()}
+        unknown = [name for parameter, name in trained.items() if parameter not in self._known]
+        if unknown:
+            raise ValueError(
+                f"{len(unknown)} parameters that require gradients now (the first: {unknown[0]}) were frozen, or not "
+                "there, when DistributedDataParallel was built, which so averages no gradients of them: build it while "
+                "all that is ever trained requires gradients, with find_unused_parameters=True, and freeze after that"
+            )
+
+    def _refuse_static_graph(self) -> None:
+        if self._ddp.static_graph and self.data_parallel_group.size > 1:
+            raise ValueError(
+                "DistributedDataParallel with static_graph=True takes a backward past it, an ascent's or that of a "
+                "mask's scores, for its own first one, and averages no gradients from then on: build it with "
+                "static_graph=False, or run both passes through it, by opt.step(closure) or `with opt.perturbed()`"
+            )
 
     @contextmanager
     def micro_batch(self, *, last: bool) -> Iterator[None]:
@@ -67,8 +108,16 @@ class DDP(ReplicatedWeights, TorchTraining):
         if self.data_parallel_group.size == 1:
             yield
             return
+        self._refuse_static_graph()
         with self._all_reduce.of(reduction):
             yield
+
+    def capture_gradients(
+        self, parameters: Sequence[nn.Parameter], on_gradient: OnGradient
+    ) -> AbstractContextManager[None]:
+        """Takes them away from `.grad`."""
+        self._refuse_static_graph()
+        return super().capture_gradients(parameters, on_gradient)
 
     def backward(self, loss: Tensor) -> None:
         """Autograd's; in an ascent it ends when the gradients are reduced."""

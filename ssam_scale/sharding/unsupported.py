@@ -5,8 +5,10 @@ from __future__ import annotations
 import gc
 import warnings
 
+import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed._composable.contract import _get_registry
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
@@ -29,12 +31,13 @@ def refuse_unsupported(module: nn.Module) -> None:
         ValueError: it is such a model; says what would work.
     """
     outer = owner_of(module)
-    if type(module).__name__ == "RecursiveScriptModule":
-        raise ValueError(
-            "the model is what torch.jit.script returned, which takes no hooks: give SparseSAM the model itself, or "
-            "what torch.compile makes of it"
-        )
     for name, inner in module.named_modules():
+        if isinstance(inner, torch.jit.ScriptModule):
+            made = "trace" if isinstance(inner, torch.jit.TopLevelTracedModule) else "script"
+            raise ValueError(
+                f"{name or 'the model'} is what torch.jit.{made} returned, which takes no hooks: give SparseSAM the "
+                "model itself, or what torch.compile makes of it"
+            )
         if isinstance(inner, FullyShardedDataParallel):
             raise ValueError(
                 "the model is sharded by FullyShardedDataParallel (FSDP1), which is not supported; call fully_shard on "
@@ -79,8 +82,14 @@ def check_alone(module: nn.Module, group: ProcessGroup) -> None:
     """
     if group.size > 1 or not dist.is_initialized() or dist.get_world_size() == 1 or owner_of(module) is not None:
         return
+    if "replicate" in (_get_registry(module) or {}):  # DDP by hooks of the module, which both passes run
+        return
     # Nothing in a module says what is around it.
     others = [m for m in gc.get_objects() if isinstance(m, nn.Module) and m is not module]
+    if isinstance(module, nn.ParameterList):  # whose model is not known, and is called by a closure
+        own = set(map(id, module))
+        if any(own <= set(map(id, m.parameters())) for m in others if owner_of(m) is not None):
+            return
     around = [m for m in others if any(inner is module for inner in m.modules())]
     if owners := [owner for m in around if (owner := owner_of(m)) is not None]:
         raise ValueError(

@@ -121,6 +121,48 @@ def test_gradients_unscaled_too_early_are_refused() -> None:
         scaled(opt, model, off, batches(1, 8)[0], when)
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_scaler_that_unscales_the_base_optimizer_is_noticed(when: str) -> None:
+    model = vit()
+    before = copy.deepcopy(model)
+    opt, batch = SparseSAM(model, sgd(model.parameters()), rho=RHO), batches(1, 8)[0]
+
+    def step(scaler: torch.amp.GradScaler) -> None:
+        scaler.scale(loss_fn(model, batch)).backward()
+        if when == "before":
+            scaler.unscale_(opt.base_optimizer)
+        with opt.perturbed():
+            scaler.scale(loss_fn(model, batch)).backward()
+        if when == "after":
+            scaler.unscale_(opt.base_optimizer)
+        scaler.step(opt)
+        scaler.update()
+        opt.zero_grad()
+
+    told = {"before": r"before `with opt.perturbed\(\)`.*call scaler.unscale_\(opt\) after", "after": "once more: call"}
+    with pytest.raises(RuntimeError, match=told[when]):
+        step(torch.amp.GradScaler("cpu", 1024.0))
+    same(model, before, atol=0)
+    opt.zero_grad()
+    step(torch.amp.GradScaler("cpu", enabled=False))
+
+
+def test_a_scaler_may_step_the_base_optimizer_alone() -> None:
+    model, plain = vit(), vit()
+    opt, exact = (SparseSAM(m, sgd(m.parameters()), rho=RHO) for m in (model, plain))
+    scaler = torch.amp.GradScaler("cpu", 1024.0)
+    for batch in batches(2, 8):
+        scaler.scale(loss_fn(model, batch)).backward()
+        with opt.perturbed():
+            scaler.scale(loss_fn(model, batch)).backward()
+        scaler.unscale_(opt.base_optimizer)
+        scaler.step(opt.base_optimizer)
+        scaler.update()
+        opt.zero_grad()
+        exact.step(loss_fn, batch)
+    same(model, plain)
+
+
 def test_a_closure_scales_its_loss_and_the_step_unscales() -> None:
     model, plain = vit(), vit()
     scaler = torch.amp.GradScaler("cpu", 65536.0)
@@ -215,6 +257,33 @@ def test_layers_may_be_frozen_and_unfrozen_between_steps() -> None:
         same(model, plain)
         assert trained == {n for n, p in model.model.named_parameters() if p.requires_grad}
     assert sizes[0] < sizes[2] < sizes[4]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("mask", [None, Depth(0.5)], ids=["all", "cut"])
+def test_a_step_of_weights_that_are_all_frozen_is_another_optimizers(form: str, mask: Any) -> None:
+    """A head that is trained alone at first, by an optimizer of its own."""
+    model, plain = vit(), vit()
+    for each in (model, plain):
+        each.model.requires_grad_(False)
+        each.model.head.requires_grad_(True)
+    body = [p for p in model.parameters() if not p.requires_grad]
+    opt = SparseSAM(model, sgd(body), rho=RHO, mask=mask)
+    own, head = sgd(model.model.head.parameters()), sgd(plain.model.head.parameters())
+    for batch in batches(2, 8):
+        assert opt.density == 0.0
+        FORMS[form](opt, model, [batch])
+        assert opt.report is not None
+        assert (opt.report.kind, opt.report.density) == ("base", 0.0)
+        loss_fn(plain, batch).backward()
+        for each in (own, head):
+            each.step()
+            each.zero_grad()
+        same(model, plain, atol=0)
+    model.model.requires_grad_(True)
+    assert opt.density > 0.0
+    FORMS[form](opt, model, [batch])
+    assert opt.report.kind != "base"
 
 
 @pytest.mark.parametrize("pattern", ["element", "row", "tensor"])
@@ -354,6 +423,42 @@ def test_copies_of_stages_find_modules_in_closures_defaults_partials_and_lists_b
     assert not staged(x).any()
     with pytest.raises(TypeError, match="the forward of a stage uses the global LAYER"):
         copy.deepcopy(StagedModel(LAYER, [Stage("", LAYER, lambda x: LAYER(x))]))
+
+
+def test_copies_of_stages_find_functions_in_objects_and_containers() -> None:
+    from ssam_scale.perturbation import Stage, StagedModel
+
+    class Called:
+        def __init__(self, function: Any) -> None:
+            self.function, self.itself = function, self
+
+        def __call__(self, x: Tensor) -> Tensor:
+            return self.function(x)
+
+        def method(self, x: Tensor) -> Tensor:
+            return self.itself(x)
+
+    model = nn.ModuleList(nn.Linear(4, 4) for _ in range(4))
+    held = {"a list": [lambda x: model[2](x)], "a tuple": (lambda x: model[3](x),)}
+    forwards = [
+        Called(lambda x: model[0](x)),
+        Called(lambda x: model[1](x)).method,
+        lambda x: held["a list"][0](x),
+        lambda x: held["a tuple"][0](x),
+    ]
+    staged = StagedModel(model, [Stage(str(i), model[i], f) for i, f in enumerate(forwards)])
+    copied = copy.deepcopy(staged)
+    x = torch.randn(2, 4)
+    expected = staged(x)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    assert torch.equal(copied(x), expected)
+    assert not staged(x).any()
+    opt = SparseSAM(copied, sgd(copied.parameters()), rho=RHO, mask=Depth(0.5))
+    opt.step(lambda forward, batch: forward(batch).pow(2).mean(), x)
+    assert all(p.grad is None for p in model.parameters())
+    assert not any(p.any() for p in model.parameters())
 
 
 @pytest.mark.parametrize("family", ["resnet", "convnext", "vit"])

@@ -13,7 +13,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.algorithms.model_averaging.averagers import ModelAverager
 from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.optim import PostLocalSGDOptimizer, _apply_optimizer_in_backward
 
 from ssam_scale import CosineRadius, Depth, Interval, Named, Scored, SparseSAM, Window
 from ssam_scale.masks import Mask
@@ -58,6 +60,47 @@ class OtherSAM(torch.optim.SGD):
 class NeedsClosure(torch.optim.SGD):
     def step(self, closure: Any) -> Any:  # type: ignore[override]
         return closure()
+
+
+IN_BACKWARD = "parameter 1.weight has a hook that steps an optimizer in the backward.*: remove the hook"
+
+
+class Averager(ModelAverager):
+    """Of no process group."""
+
+    def __init__(self) -> None: ...
+
+    def average_parameters(self, params: Any) -> None: ...
+
+
+class Stepper:
+    """The kind of optimizer in the backward that is an object with a method."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.optimizers = {p: torch.optim.SGD([p], lr=0.1) for p in model.parameters()}
+
+    def hook(self, parameter: Tensor) -> None:
+        optimizer = self.optimizers[parameter]  # type: ignore[index]
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def stepped_in_backward(how: str) -> nn.Module:
+    """A model whose weights are stepped as soon as their gradient is there, as torch's tutorial has it."""
+    model = small()
+    if how == "torch":
+        _apply_optimizer_in_backward(torch.optim.SGD, model.parameters(), {"lr": 0.1})
+        return model
+    stepper = Stepper(model)
+    optimizers = stepper.optimizers
+
+    def hook(parameter: Tensor) -> None:
+        optimizers[parameter].step()  # type: ignore[index]
+        optimizers[parameter].zero_grad()  # type: ignore[index]
+
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(hook if how == "a closure" else stepper.hook)
+    return model
 
 
 def of_timm(model: nn.Module, name: str) -> Any:
@@ -189,6 +232,24 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         "torch.jit.script returned, which takes no",
     ),
+    "a traced model": (
+        of(torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2))),
+        ValueError,
+        "the model is what torch.jit.trace returned, which takes no",
+    ),
+    "a model around a traced one": (
+        of(nn.Sequential(torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2)))),
+        ValueError,
+        "0 is what torch.jit.trace returned, which takes no hooks: give SparseSAM the model itself",
+    ),
+    "an optimizer around one that averages models": (
+        lambda: SparseSAM(m := small(), PostLocalSGDOptimizer(sgd(m), Averager())),
+        ValueError,
+        "is a PostLocalSGDOptimizer, which is around another optimizer .*: give the optimizer inside of it",
+    ),
+    "an optimizer in the backward": (of(stepped_in_backward("a closure")), ValueError, IN_BACKWARD),
+    "an optimizer in the backward, bound": (of(stepped_in_backward("a method")), ValueError, IN_BACKWARD),
+    "an optimizer in the backward, by torch": (of(stepped_in_backward("torch")), ValueError, IN_BACKWARD),
     "a cut above 1": (lambda: Depth(1.5), ValueError, "one share in"),
     "three shares": (lambda: Depth((0.1, 0.2, 0.3)), ValueError, "one share in"),  # type: ignore[arg-type]
     "a cut without stages": (of(small(), mask=Depth()), ValueError, r"needs a model in stages.*stages_of\(model\)"),
@@ -259,6 +320,8 @@ def test_options_cannot_be_set_without_an_effect_nor_radii_be_none() -> None:
             opt.step(loss_fn, BATCH)
         with pytest.raises((ValueError, TypeError), match="the rho of a parameter group is"):
             opt.plan  # noqa: B018
+    with pytest.raises(AttributeError, match=r"base_optimizer of a SparseSAM cannot be set: build a SparseSAM anew"):
+        opt.base_optimizer = sgd(small())
     opt = optimizer(schedule=lambda step, group: -1.0)
     with pytest.raises(ValueError, match=r"the schedule's factor in step 0 is -1.0; at least 0"):
         opt.step(loss_fn, BATCH)
@@ -398,6 +461,113 @@ def test_a_wrong_loss_function_is_one_sentence_and_the_weights_stay(case: str) -
     assert "\n" not in str(caught.value)
     assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
     opt.step(loss_fn, BATCH)  # and nothing is left of it
+
+
+def test_the_methods_of_another_sam_are_named_with_what_is_in_their_place() -> None:
+    opt = optimizer()
+    for name in ("first_step", "second_step"):
+        assert not hasattr(opt, name)
+        with pytest.raises(AttributeError, match=rf"has no {name}: run the second pass in `with opt.perturbed\(\):`"):
+            getattr(opt, name)
+    with pytest.raises(AttributeError, match="object has no attribute 'third_step'"):
+        opt.third_step()
+
+
+def test_a_backward_before_a_closure_that_runs_it_too_is_dropped() -> None:
+    """As in the closures of SAMs that have the first backward outside."""
+    opt = optimizer(model := small())
+
+    def closure() -> Tensor:
+        loss = loss_fn(model, BATCH)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss
+
+    closure()
+    with pytest.raises(RuntimeError, match=r"drop a backward before opt.step\(closure\), which runs the cl"):
+        opt.step(closure)
+    opt.step(closure)
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_a_closure_that_does_nothing_is_told_for_what_it_is(before: bool) -> None:
+    """Lightning gives `step` such a one, after `manual_backward`."""
+    opt = optimizer(model := small())
+    if before:
+        loss_fn(model, BATCH).backward()  # type: ignore[no-untyped-call]
+    with pytest.raises(RuntimeError, match=r"called no backward, as that of a LightningOptimizer .*use_pl_optimizer="):
+        opt.step(lambda: None)
+
+
+def test_gradients_that_a_hook_has_dropped_are_no_ascent() -> None:
+    """No step of kind `dense` that is plain SGD in truth."""
+    model = small()
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    with pytest.raises(RuntimeError, match=r"left no gradient of any perturbed weight: .* steps an optimizer in the b"):
+        optimizer(model).step(loss_fn, BATCH)
+
+
+def test_hooks_that_look_at_gradients_may_stay() -> None:
+    model, seen = small(), []
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad))
+    optimizer(model).step(loss_fn, BATCH)
+    assert len(seen) == 8
+
+
+def test_a_stage_before_a_cut_passes_on_a_tensor() -> None:
+    model: Any = nn.Sequential(nn.Flatten(), nn.Linear(3072, 8), nn.Linear(8, 8), nn.Linear(8, 10))
+
+    def pair(x: Tensor) -> Any:
+        return model[1](model[0](x)), x
+
+    forwards: list[Any] = [pair, lambda both: (model[2](both[0]), both[1]), lambda both: model[3](both[0])]
+    staged_model = StagedModel(model, [Stage(str(i), model[i], f) for i, f in enumerate(forwards, 1)])
+    optimizer(staged_model).step(loss_fn, BATCH)
+    with pytest.raises(TypeError, match="1, the last stage before a cut, passes on a tuple of Tensor; a tensor"):
+        optimizer(staged_model, mask=Depth(0.2)).step(loss_fn, BATCH)
+
+
+class TokensFirst(nn.Module):
+    """A network whose blocks see tokens in the first dimension and samples in the second."""
+
+    def __init__(self, first: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.embed, self.block, self.head = first, nn.Linear(48, 8), nn.Linear(8, 8), nn.Linear(8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for stage in self.stages():
+            x = stage.forward(x)
+        return x
+
+    def tokens(self, x: Tensor) -> Tensor:
+        x = self.embed(x.reshape(len(x), -1, 48))
+        return x.transpose(0, 1) if self.first else x
+
+    def out(self, x: Tensor) -> Tensor:
+        return self.head(self.block(x).mean(0 if self.first else 1))
+
+    def stages(self) -> list[Stage]:
+        return [Stage("embed", self.embed, self.tokens), Stage("block", self.block, self.out, ("head",))]
+
+
+def test_tokens_first_are_no_samples_also_where_they_are_as_many() -> None:
+    images, labels = batches(1, 64)[0]  # of 64 patches
+    for first in (True, False):
+        model = TokensFirst(first)
+        opt = optimizer(StagedModel(model, model.stages()), mask=Depth(0.5), fraction=0.5)
+
+        def loss_of(forward: Any, batch: Any) -> Tensor:
+            return forward(batch[0]).pow(2).mean()  # which has no labels that there are not as many of
+
+        for _ in range(2):
+            if first:
+                with pytest.raises(ValueError, match=r"put out samples first, and for 32 samples .* \(64, 32, 8\)"):
+                    opt.step(loss_of, (images, labels))
+            else:
+                opt.step(loss_of, (images, labels))
+        assert len(opt._of_samples) == (0 if first else 1)
 
 
 @pytest.mark.parametrize("form", ["by hand", "a closure", "a loss"])
