@@ -15,7 +15,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from .deepspeed import WEIGHT_BY_WEIGHT, problems
 from .mask_sections import DepthMask, ElementMask, Mask
-from .section import Section, Share, UserPath, home, without
+from .section import Section, Share, UserPath, home, home_in_uri, without
 
 _OF_WEIGHTS = (
     "pretrained",
@@ -385,7 +385,7 @@ Name = Annotated[str, AfterValidator(_named)]
 class Tracking(Section):
     """Where results are compared."""
 
-    uri: str = Field("sqlite:///mlflow.db", description="MLflow tracking URI")
+    uri: Annotated[str, AfterValidator(home_in_uri)] = Field("sqlite:///mlflow.db", description="MLflow tracking URI")
     experiment: Name = Field("ssam_scale", description="MLflow experiment")
     run_name: Name | None = Field(None, description="MLflow run name; null: made from the method and the model")
     group: Name | None = Field(

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
 import pytest
+import typer
 from PIL import Image
 
-from ssam_scale.cli.main import main
+from ssam_scale.cli.main import app, main
 from ssam_scale.config.load import load
 from ssam_scale.data.write import write_beton
 from ssam_scale.errors import UserError
@@ -157,6 +160,96 @@ def test_a_variable_of_the_environment_is_its_value(tmp_path: Path, monkeypatch:
     }.items():
         with pytest.raises(UserError, match=told):
             load(tmp_path / "run.yaml", [override])
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    {
+        "sqlite:///~/m.db": "sqlite:///{home}/m.db",
+        "sqlite+pysqlite:///~/m.db?timeout=9": "sqlite+pysqlite:///{home}/m.db?timeout=9",
+        "file:~/zz": "file:{home}/zz",
+        "file://~/zz": "file://{home}/zz",
+        "file:///~/zz": "file://{home}/zz",
+        "~/yy": "{home}/yy",
+        "sqlite:///$SCRATCH/m.db": "sqlite:///{home}/s/m.db",
+        "sqlite:///runs/${NUMBER}.db": "sqlite:///runs/7.db",
+        "file:$SCRATCH/q": "file:{home}/s/q",
+        "file:///$SCRATCH/q": "file://{home}/s/q",
+        "sqlite:///a~b$.db": "sqlite:///a~b$.db",
+        "http://~u:$SCRATCH@host:5000": "http://~u:$SCRATCH@host:5000",
+        "postgresql://u:pa$word@host/db": "postgresql://u:pa$word@host/db",
+    }.items(),
+)
+def test_home_and_variables_in_a_tracking_uri(
+    given: str, meant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("SCRATCH", f"{tmp_path}/s")
+    monkeypatch.setenv("NUMBER", "7")
+    (tmp_path / "run.yaml").write_text(SMALL)
+    assert load(tmp_path / "run.yaml", [f'tracking.uri="{given}"']).tracking.uri == meant.format(home=tmp_path)
+    monkeypatch.delenv("SCRATCH")
+    if "$SCRATCH" in given and "@" not in given:
+        with pytest.raises(UserError, match=r"tracking\.uri: the environment variable SCRATCH is not set"):
+            load(tmp_path / "run.yaml", [f'tracking.uri="{given}"'])
+
+
+def _paths_of(commands: typer.Typer) -> Iterator[tuple[str, Any]]:
+    """Every option and argument that is a path or a tracking URI, and what typer was told of it."""
+    for group in commands.registered_groups:
+        yield from _paths_of(group.typer_instance)
+    for command in commands.registered_commands:
+        for name, hint in get_type_hints(command.callback, include_extras=True).items():
+            if "Path" in str(get_args(hint)[:1]) or "uri" in name:
+                yield f"{command.name} {name}", get_args(hint)[1]
+
+
+def test_every_path_of_every_command_knows_home() -> None:
+    found = dict(_paths_of(app))
+    assert len(found) >= 15
+    assert [name for name, told in found.items() if told.callback is None] == []
+
+
+def test_home_and_variables_on_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No shell looks into quotes, or behind `--out=`."""
+    there = tmp_path / "there"
+    there.mkdir()
+    monkeypatch.chdir(there)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("HERE", str(tmp_path))
+    monkeypatch.delenv("NOWHERE", raising=False)
+    (tmp_path / "run.yaml").write_text(SMALL)
+    (tmp_path / "zero.json").write_text('{"zero_optimization": {"stage": 2}}')
+    (tmp_path / "images/a").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "images/a/x.png")
+
+    def code(*arguments: str) -> int:
+        with pytest.raises(SystemExit) as ended:
+            main(list(arguments))
+        return int(ended.value.code or 0)
+
+    assert code("train", "--config=~/run.yaml", "--deepspeed-config=$HERE/zero.json", "--print-config") == 0
+    assert code("data", "write", "~/images", "${HERE}/o.beton") == 0
+    assert (tmp_path / "o.beton").is_file()
+    assert code("data", "check", "~/o.beton") == 0
+    capsys.readouterr()
+    for arguments, told in {
+        ("data", "write", "~/images", "$NOWHERE/o"): "OUT $NOWHERE/o: the environment variable NOWHERE is not set",
+        ("train", "-c", "$NOWHERE/r.yaml"): "--config $NOWHERE/r.yaml: the environment variable NOWHERE is not set",
+        ("compare", "--tracking-uri=file:~/none"): f"there is no folder {tmp_path}/none",
+        ("compare", "--html=~/no/x", "--tracking-uri=file:~"): f"there is no folder {tmp_path}/no;",
+        ("send", "~/unsent_1"): f"{tmp_path}/unsent_1: nothing waits there",
+    }.items():
+        assert code(*arguments) == 2
+        err = capsys.readouterr().err
+        assert told in err, err
+        assert err.count("\n") == 1
+    assert list(there.iterdir()) == []
+    (there / "$x.beton").write_text("")
+    assert code("data", "check", "$x.beton") == 2
+    assert "$x.beton" in capsys.readouterr().err
 
 
 def test_a_hash_within_a_word_or_in_quotes_is_no_comment(tmp_path: Path) -> None:
