@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import sys
+import time
+from contextlib import suppress
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ssam_scale import __version__
 from ssam_scale.cli import bench, data
 from ssam_scale.cli.compare import OptionsAlone, compare_command
 from ssam_scale.cli.cost import cost_command
 from ssam_scale.cli.list import list_command
 from ssam_scale.cli.send import send_command
 from ssam_scale.cli.train import train_command
+from ssam_scale.cli.versions import version_lines
 from ssam_scale.errors import UserError
 
 app = typer.Typer(
@@ -28,17 +32,9 @@ app = typer.Typer(
 
 
 def _print_version(asked: bool) -> None:
-    """ssam_scale's version and those of what decides how it computes, from what is installed: nothing is imported."""
-    if not asked:
-        return
-    from ssam_scale.tracking.environment import versions
-
-    found = versions()
-    print(f"ssam_scale {__version__}")
-    for name in ("torch", "torchvision", "timm", "deepspeed", "ffcv", "mlflow"):
-        print(f"{name} {found[name]}" if name in found else f"{name}: not installed")
-    print(f"Python {found['python']}")
-    raise typer.Exit
+    if asked:
+        print(*version_lines(), sep="\n")
+        raise typer.Exit
 
 
 @app.callback()
@@ -106,9 +102,8 @@ def _refuse_keys_as_options(arguments: list[str]) -> None:
 
 def _tell_launcher(error: UserError) -> None:
     """Under torchrun, put the line where its report of the failure looks for it."""
-    if "TORCHELASTIC_ERROR_FILE" in os.environ:
-        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
-
-        handler = get_error_handler()
-        handler.initialize()
-        handler.record_exception(error)
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        # In torch's form, which shows the place of the traceback only; its own handler puts a traceback there.
+        extra = {"py_callstack": f"ssam-scale: error: {error}", "timestamp": str(int(time.time()))}
+        with suppress(OSError):
+            Path(file).write_text(json.dumps({"message": {"message": str(error), "extraInfo": extra}}))

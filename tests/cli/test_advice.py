@@ -98,6 +98,25 @@ def test_a_mistake_is_one_line_with_what_to_type(
     assert [entry.name for entry in Path().iterdir()] == ["run.yaml"]
 
 
+def test_a_launcher_is_given_the_line_and_no_traceback(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What torchrun prints of a failed process; it was the 40 lines of a traceback, for each of them."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+    file = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+    (tmp_path / "run.yaml").write_text(SMALL)
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "--config", str(tmp_path / "run.yaml"), "train.epoch=3"])
+    assert ended.value.code == 2
+    line = capsys.readouterr().err
+    report = str(ChildFailedError("train.py", {0: ProcessFailure(0, 1, 2, str(file))}))
+    assert line.strip() in report
+    assert "File" not in report
+    assert len(report.splitlines()) < 20
+
+
 FILES = {
     "": "is empty; start from one of the files in configs/",
     "# nothing\n": "is empty; start from one of the files in configs/",
