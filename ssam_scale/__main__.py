@@ -29,8 +29,8 @@ def main(argv: list[str] | None = None) -> None:
         )
         if asked in ([], ["--help"]):
             print(
-                "ssam-scale: Sparse Sharpness-Aware Minimization at scale. `from ssam_scale import SparseSAM` works, and "
-                f"`ssam-scale --version` says what is there; for the commands, {lacks}"
+                "ssam-scale: Sparse Sharpness-Aware Minimization at scale. `from ssam_scale import SparseSAM` works, "
+                f"and `ssam-scale --version` says what is there; for the commands, {lacks}"
             )
             return
         print(f"ssam-scale: error: {lacks}", file=sys.stderr)
