@@ -43,6 +43,16 @@ CASES = {
     "ZeRO without a stage": (["sharding.backend=zero"], 'given "zero"; zero0 to zero3 are DeepSpeed\'s ZeRO: zero1'),
     "DeepSpeed": (["sharding.backend=deepspeed"], "zero0 to zero3 are DeepSpeed's ZeRO: zero1 shards optimizer states"),
     "a tag": (["model.name=resnet18.a1_in1k"], "tag a1_in1k names pretrained weights, which cannot be loaded yet"),
+    "torchvision's name": (["model.name=torchvision.resnet18"], "named without where they come from: resnet18"),
+    "a hub's tag": (["model.name=hf_hub:timm/resnet18.a1_in1k"], "loaded yet; resnet18 is the same network"),
+    "an optimizer's name": (["optimizer=adamw"], 'given "adamw"; write optimizer.name=adamw'),
+    "a model's name": (["model=resnet50"], 'given "resnet50"; write model.name=resnet50'),
+    "a backend's name": (["sharding=zero2"], 'given "zero2"; write sharding.backend=zero2'),
+    "an argument among those of the file": (["model.kwargs.in_chans=1"], "error: override model.kwargs.in_chans=1: "),
+    "another's option": (["--learning_rate=0.1"], "are written without dashes: optimizer.lr=0.1"),
+    "a short option": (["-lr", "0.1"], "-lr: no such option; keys of the configuration are written without dashes: "),
+    "a near option": (["--epoch", "3"], "written without dashes: train.epochs=3"),
+    "an option of nothing": (["--frobnicate"], "--frobnicate: no such option; keys of the configuration are written"),
     "a hub's name": (["model.name=timm/resnet18"], "models are named without where they come from: resnet18"),
     **{
         f"{section}.kwargs.{name}": ([f"{section}.kwargs.{name}=1"], f"{name} does not belong here: {where}")
@@ -61,6 +71,12 @@ CASES = {
             ("schedule", "num_epochs", "it is train.epochs"),
         ]
     },
+    "means of bytes": (
+        ["data.mean=[124, 116, 104]"],
+        "must be three numbers in [0, 1]; of pixels from 0 to 255, write",
+    ),
+    "deviations of bytes": (["data.std=[58, 57, 57]"], "data.std: must be three numbers in [0, 1]; of pixels"),
+    "a negative mean": (["data.mean=[-1, 0, 0]"], "data.mean: must be three numbers in [0, 1], given [-1"),
     "an experiment without a name": (["tracking.experiment="], "tracking.experiment: must be text, given null"),
     "an experiment of nothing": (['tracking.experiment=""'], "tracking.experiment: is empty; give a name"),
     "a run of blanks": (['tracking.run_name="  "'], "tracking.run_name: is empty; give a name"),
@@ -70,6 +86,7 @@ CASES = {
         key: ([f"{key}={value}"], f"{key}: must be less than or equal to")
         for key, value in {
             "train.epochs": 10**21,
+            "train.seed": 2**64,
             "optimizer.lr": "1e30",
             "optimizer.weight_decay": "1e9",
             "data.workers": 100000,
