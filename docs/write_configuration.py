@@ -66,9 +66,15 @@ def bounds(metadata: list[Any]) -> str:
     for each in metadata:
         for kind, word in words.items():
             if isinstance(each, kind):
-                said.append(f"{word} {getattr(each, kind.__name__.lower()):g}")
+                said.append(f"{word} {_number(getattr(each, kind.__name__.lower()))}")
     low, high = (next((word for word in said if word.startswith(start)), "") for start in ("at least", "at most"))
     return f"from {low.split()[-1]} to {high.split()[-1]}" if low and high else " and ".join(said)
+
+
+def _number(value: float) -> str:
+    """In few digits, but not in fewer than it has."""
+    short = f"{value:g}"
+    return short if float(short) == value and abs(value) < 2**53 else str(value)
 
 
 def type_of(annotation: Any, metadata: list[Any]) -> str:

@@ -13,10 +13,13 @@ from fashion_mnist import batches
 from torch import Tensor
 
 from ssam_scale import Depth, SparseSAM, StagedModel
-from ssam_scale.models import stages_of  # before timm, which a CPU build of torch cannot import by itself
 
-# isort: split
-import timm
+try:
+    from ssam_scale.models import stages_of  # before timm, which a CPU build of torch cannot import by itself
+
+    import timm  # isort: skip
+except ModuleNotFoundError as missing:
+    raise SystemExit(f"{missing.name} is not installed: pip install '.[train]' brings it") from None
 
 EPOCHS, STEPS, BATCH, TESTED = 2, 15, 64, 500
 

@@ -17,11 +17,23 @@ def main(argv: list[str] | None = None) -> None:
         extra = extra_of(error.name or "")
         if extra is None:  # ours, or one that has to be there
             raise
-        print(
-            f"ssam-scale: error: {error.name} is not installed; bash launch/setup.sh installs all that commands need, "
-            f"pip install 'ssam_scale[{extra}]' what pip can (docs/install.md)",
-            file=sys.stderr,
+        asked = sys.argv[1:] if argv is None else argv
+        if asked == ["--version"]:
+            from ssam_scale.cli.versions import version_lines
+
+            print(*version_lines(), sep="\n")
+            return
+        lacks = (
+            f"{error.name} is not installed; bash launch/setup.sh installs all that commands need, "
+            f"pip install 'ssam_scale[{extra}]' what pip can (docs/install.md)"
         )
+        if asked in ([], ["--help"]):
+            print(
+                "ssam-scale: Sparse Sharpness-Aware Minimization at scale. `from ssam_scale import SparseSAM` works, "
+                f"and `ssam-scale --version` says what is there; for the commands, {lacks}"
+            )
+            return
+        print(f"ssam-scale: error: {lacks}", file=sys.stderr)
         sys.exit(2)
 
 

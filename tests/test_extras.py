@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -52,7 +54,7 @@ def test_sparse_sam_needs_nothing_but_torch_numba_and_pydantic() -> None:
 @pytest.mark.parametrize(
     ("missing", "extra", "command"),
     [
-        ("typer", "train", ["--help"]),
+        ("typer", "train", ["train", "--help"]),
         ("timm", "train", ["list", "models"]),
         ("yaml", "train", ["train", "--config", "configs/quickstart.yaml", "--print-config"]),
     ],
@@ -64,6 +66,30 @@ def test_a_command_names_what_it_lacks_and_the_extra(missing: str, extra: str, c
         f"ssam-scale: error: {missing} is not installed; bash launch/setup.sh installs all that commands need, "
         f"pip install 'ssam_scale[{extra}]' what pip can (docs/install.md)\n"
     )
+
+
+MAIN = "from ssam_scale.__main__ import main; main(sys.argv[1:])"
+
+
+def test_versions_and_help_need_no_extra() -> None:
+    done = with_nothing_but(MAIN, OPTIONAL, "--version")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == with_nothing_but(MAIN, "", "--version").stdout
+    for asked in ([], ["--help"]):
+        done = with_nothing_but(MAIN, OPTIONAL, *asked)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.count("\n") == 1
+        assert "typer is not installed; bash launch/setup.sh installs" in done.stdout
+
+
+def test_the_first_example_says_what_it_needs() -> None:
+    script = Path(__file__).parents[1] / "examples/plain_loop.py"
+    code = (
+        f"import runpy; sys.path.insert(0, {str(script.parent)!r}); runpy.run_path({str(script)!r}, None, '__main__')"
+    )
+    done = with_nothing_but(code, OPTIONAL)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert re.fullmatch(r"(timm|torchvision) is not installed: pip install '\.\[train\]' brings it\n", done.stderr)
 
 
 @pytest.mark.parametrize(

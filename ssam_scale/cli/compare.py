@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from ssam_scale.cli.paths import expanded, expanded_uri
 from ssam_scale.cli.table import AsJson, Sheet
 from ssam_scale.console import console
 from ssam_scale.errors import UserError
@@ -54,7 +55,7 @@ def _filled(arguments: Sequence[str]) -> Iterator[str]:
 
 def compare_command(
     tracking_uri: Annotated[
-        str, typer.Option("--tracking-uri", help="MLflow tracking URI, e.g. http://host:5000.")
+        str, typer.Option("--tracking-uri", callback=expanded_uri, help="MLflow tracking URI, e.g. http://host:5000.")
     ] = "sqlite:///mlflow.db",
     experiment: Annotated[str, typer.Option("--experiment", help="MLflow experiment.")] = "ssam_scale",
     group: Annotated[str | None, typer.Option("--group", help="Only runs with this value of the tag `group`.")] = None,
@@ -86,11 +87,19 @@ def compare_command(
     ] = None,
     as_json: AsJson = False,
     csv: Annotated[
-        Path | None, typer.Option("--csv", metavar="[FILE]", help="All columns as CSV; without a file, print them.")
+        Path | None,
+        typer.Option(
+            "--csv", metavar="[FILE]", callback=expanded, help="All columns as CSV; without a file, print them."
+        ),
     ] = None,
     html: Annotated[
         Path | None,
-        typer.Option("--html", metavar="FILE", help="One page with charts; also kept in MLflow, in a run of its own."),
+        typer.Option(
+            "--html",
+            metavar="FILE",
+            callback=expanded,
+            help="One page with charts; also kept in MLflow, in a run of its own.",
+        ),
     ] = None,
     log: Annotated[bool, typer.Option("--log/--no-log", help="Whether MLflow keeps the page of --html.")] = True,
     watch: Annotated[

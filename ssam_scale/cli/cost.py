@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ssam_scale.cli.paths import expanded
 from ssam_scale.cli.table import AsJson, Columns, at_least, show
 from ssam_scale.cli.train import ConfigFile, Overrides
 
@@ -29,8 +30,12 @@ def cost_command(
     ] = "weak",
     images: Annotated[int | None, typer.Option(help="Images of the pass that is measured. [8; 64 on a GPU]")] = None,
     repeats: Annotated[int, typer.Option(help="Measurements, of which the median counts.")] = 5,
-    times: Annotated[Path | None, typer.Option(help="Take the times from this file; measure nothing.")] = None,
-    save_times: Annotated[Path | None, typer.Option(help="Write the measured times to this file.")] = None,
+    times: Annotated[
+        Path | None, typer.Option(callback=expanded, help="Take the times from this file; measure nothing.")
+    ] = None,
+    save_times: Annotated[
+        Path | None, typer.Option(callback=expanded, help="Write the measured times to this file.")
+    ] = None,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Instead, run one process of the largest job here, and compare what it sends."),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ssam_scale.cli.paths import expanded
 from ssam_scale.console import console
 
 if TYPE_CHECKING:
@@ -29,12 +30,15 @@ class Order(str, Enum):
 
 @app.command("write")
 def write_command(
-    source: Annotated[Path, typer.Argument(help="Folder in ImageNet's layout: one folder of images per class.")],
-    out: Annotated[Path, typer.Argument(help="The .beton file to write.")],
+    source: Annotated[
+        Path, typer.Argument(callback=expanded, help="Folder in ImageNet's layout: one folder of images per class.")
+    ],
+    out: Annotated[Path, typer.Argument(callback=expanded, help="The .beton file to write.")],
     classes_of: Annotated[
         Path | None,
         typer.Option(
             metavar="BETON|FOLDER",
+            callback=expanded,
             help="Number the classes as this file or folder does: of validation images, the training images'. Some may "
             "be missing.",
         ),
@@ -73,12 +77,15 @@ def write_command(
 
 @app.command("fashion-mnist")
 def fashion_mnist_command(
-    out: Annotated[Path, typer.Argument(help="Folder for train.beton and val.beton.")],
+    out: Annotated[Path, typer.Argument(callback=expanded, help="Folder for train.beton and val.beton.")],
     size: Annotated[int, typer.Option(min=8, help="Side of the images in pixels; the originals have 28.")] = 28,
     limit: Annotated[int | None, typer.Option(min=1, help="Only this many training images.")] = None,
     val_limit: Annotated[int | None, typer.Option(min=1, help="Only this many validation images.")] = None,
     idx_folder: Annotated[
-        Path | None, typer.Option(help="Folder of the four idx.gz files. [that of Debian's dataset-fashion-mnist]")
+        Path | None,
+        typer.Option(
+            callback=expanded, help="Folder of the four idx.gz files. [that of Debian's dataset-fashion-mnist]"
+        ),
     ] = None,
     workers: Workers = None,
 ) -> None:
@@ -92,7 +99,7 @@ def fashion_mnist_command(
 
 
 @app.command("check")
-def check_command(file: Annotated[Path, typer.Argument(help="The .beton file to check.")]) -> None:
+def check_command(file: Annotated[Path, typer.Argument(callback=expanded, help="The .beton file to check.")]) -> None:
     """Check a .beton file down to its last byte."""
     from ssam_scale.data.beton import inspect, verify
     from ssam_scale.data.write import progress_of_bytes

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import io
+import json
 import os
+import re
+import signal
 import sys
-from typing import Annotated
+import time
+from contextlib import suppress
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, NoReturn
 
 import typer
 
-from ssam_scale import __version__
 from ssam_scale.cli import bench, data
 from ssam_scale.cli.compare import OptionsAlone, compare_command
 from ssam_scale.cli.cost import cost_command
 from ssam_scale.cli.list import list_command
 from ssam_scale.cli.send import send_command
 from ssam_scale.cli.train import train_command
+from ssam_scale.cli.versions import version_lines
 from ssam_scale.errors import UserError
 
 app = typer.Typer(
@@ -28,17 +35,9 @@ app = typer.Typer(
 
 
 def _print_version(asked: bool) -> None:
-    """ssam_scale's version and those of what decides how it computes, from what is installed: nothing is imported."""
-    if not asked:
-        return
-    from ssam_scale.tracking.environment import versions
-
-    found = versions()
-    print(f"ssam_scale {__version__}")
-    for name in ("torch", "torchvision", "timm", "deepspeed", "ffcv", "mlflow"):
-        print(f"{name} {found[name]}" if name in found else f"{name}: not installed")
-    print(f"Python {found['python']}")
-    raise typer.Exit
+    if asked:
+        print(*version_lines(), sep="\n")
+        raise typer.Exit
 
 
 @app.callback()
@@ -66,7 +65,17 @@ def main(argv: list[str] | None = None) -> None:
             stream.reconfigure(errors="replace")  # a terminal that lacks a sign is no reason to end
     try:
         _refuse_keys_as_options(sys.argv[1:] if argv is None else argv)
-        app(args=argv)
+        try:
+            app(args=argv)
+        finally:
+            sys.stdout.flush()  # what reads it may be gone, which the interpreter would complain of at its end
+    except BrokenPipeError:
+        _end_for_a_closed_pipe()
+    except SystemExit as end:
+        # typer and rich make 1 of it, and a failure.
+        if isinstance(end.__context__, BrokenPipeError):
+            _end_for_a_closed_pipe()
+        raise
     except UserError as error:
         _tell_launcher(error)
         # Most mistakes are seen by every process of a job alike, but a damaged file may be seen by one of them only.
@@ -75,40 +84,65 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(2)
 
 
+# What other programs call a key.
+_OF_OTHERS = {
+    "learning_rate": "lr",
+    "wd": "weight_decay",
+    "bs": "batch_size",
+    "batch": "batch_size",
+    "arch": "model.name",
+}
+_OF_OTHERS |= {"model": "model.name", "optimizer": "optimizer.name", "opt": "optimizer.name", "dataset": "data.train"}
+
+
 def _refuse_keys_as_options(arguments: list[str]) -> None:
     """Say how a key of the configuration is written, for `--lr 0.1` and `--train.epochs=3`.
 
     Raises:
         UserError: an option is none, but a key of the configuration is called so.
     """
-    if not any(argument.startswith("--") for argument in arguments[1:]):
+    if not any(argument.startswith("-") for argument in arguments[1:]):
         return
     command = typer.main.get_command(app).commands.get(arguments[0])  # type: ignore[attr-defined]
     if command is None or not any("overrides" in parameter.opts for parameter in command.params):
         return
-    known = {option for parameter in command.params for option in parameter.opts} | {"--help", "--"}
+    known = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)} | {"--help"}
     for place, argument in enumerate(arguments[1:], start=2):
         option, equals, value = argument.partition("=")
-        if not option.startswith("--") or option in known:
+        if argument == "--":
+            return
+        if not re.match("--?[A-Za-z]", option) or option in known or (option[1] != "-" and option[:2] in known):
             continue
         from ssam_scale.config.explain import dotted_names
 
-        name = option.removeprefix("--").replace("-", "_")
-        keys = [key for key in dotted_names() if key == name or key.rpartition(".")[2] == name]
+        name = option.lstrip("-").replace("-", "_")
+        name, every = _OF_OTHERS.get(name, name), list(dotted_names())
+        keys = [key for key in every if key == name or key.rpartition(".")[2] == name]
+        if not keys and get_close_matches(option, known, cutoff=0.75):
+            continue  # typer names it
+        if not keys:
+            near = get_close_matches(name, {key.rpartition(".")[2] for key in every}, n=1, cutoff=0.75)
+            keys = [key for key in every if key.rpartition(".")[2] in near]
         if keys:
             following = next(iter(arguments[place:]), "")
             value = value if equals else following if following[:2] != "--" and "=" not in following else "VALUE"
             written = " or ".join(dict.fromkeys(f"{key}={value or 'VALUE'}" for key in keys))
-            raise UserError(
-                f"{option}: no such option; keys of the configuration are written without dashes: {written}"
-            )
+        else:
+            written = f"optimizer.lr=0.1, for example; `ssam-scale {arguments[0]} --help` lists the options"
+        raise UserError(f"{option}: no such option; keys of the configuration are written without dashes: {written}")
+
+
+def _end_for_a_closed_pipe() -> NoReturn:
+    """As others end whose output nobody reads on, such as that of `| head -1`: with the code of SIGPIPE, silently."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(128 + signal.SIGPIPE)
 
 
 def _tell_launcher(error: UserError) -> None:
     """Under torchrun, put the line where its report of the failure looks for it."""
-    if "TORCHELASTIC_ERROR_FILE" in os.environ:
-        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
-
-        handler = get_error_handler()
-        handler.initialize()
-        handler.record_exception(error)
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        # In torch's form, which shows the place of the traceback only; its own handler puts a traceback there.
+        extra = {"py_callstack": f"ssam-scale: error: {error}", "timestamp": str(int(time.time()))}
+        with suppress(OSError):
+            Path(file).write_text(json.dumps({"message": {"message": str(error), "extraInfo": extra}}))

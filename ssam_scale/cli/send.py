@@ -7,12 +7,17 @@ from typing import Annotated
 
 import typer
 
+from ssam_scale.cli.paths import expanded, expanded_uri
+
 
 def send_command(
-    folders: Annotated[list[Path], typer.Argument(help="unsent_… beside the checkpoints of a run.")],
+    folders: Annotated[list[Path], typer.Argument(callback=expanded, help="unsent_… beside the checkpoints of a run.")],
     uri: Annotated[
         str | None,
-        typer.Option(help="The MLflow tracking URI of the run's store, where it has moved or needs a password."),
+        typer.Option(
+            callback=expanded_uri,
+            help="The MLflow tracking URI of the run's store, where it has moved or needs a password.",
+        ),
     ] = None,
 ) -> None:
     """Send to MLflow what a run recorded while its tracking store was away. A run that is resumed does so itself."""

@@ -17,6 +17,7 @@ from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from ssam_scale.cli.paths import expanded
 from ssam_scale.console import console
 from ssam_scale.errors import UserError
 
@@ -27,6 +28,7 @@ RecordIn = Annotated[
     typer.Option(
         "--record",
         metavar="FOLDER",
+        callback=expanded,
         help="Also write the table and its raw rows there: [what]_[hardware]_[date].md and .json.",
     ),
 ]

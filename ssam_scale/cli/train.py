@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
+from ssam_scale.cli.paths import expanded, expanded_text
 from ssam_scale.errors import UserError
 
-ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="The run's YAML file.")]
+ConfigFile = Annotated[Path, typer.Option("--config", "-c", callback=expanded, help="The run's YAML file.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Dotted overrides, e.g. perturbation.rho=0.2 data.batch_size=512.")
 ]
@@ -30,6 +31,7 @@ def train_command(
             "--deepspeed-config",
             "--deepspeed_config",
             metavar="FILE",
+            callback=expanded_text,
             help="A configuration file of DeepSpeed's own, whose keys go below sharding.deepspeed.",
         ),
     ] = None,

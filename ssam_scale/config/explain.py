@@ -113,6 +113,8 @@ def _wrong(path: KeyPath, here: Sections, detail: ErrorDetails, origins: Origins
                 prefix = f"{_dotted(path)}: " if path else ""
                 return f"{_involved(path, problem, origins)}: {prefix}{problem}"
             problem += f", given {_shown(given)}"
+            if (below := (*path, problem.partition(" ")[0])) in origins:  # of an argument among others
+                return f"{origins[below]}: {_dotted(path)}: {problem}"
         case "model_type" | "model_attributes_type" | "dict_type":
             problem = f"must be a section with keys of its own, given {_shown(given)}{_as_section(path, here, given)}"
         case _:
@@ -139,6 +141,10 @@ def _as_section(path: KeyPath, here: Sections, given: Any) -> str:
         return f"; write '{_dotted(path)}={{pattern: {given}}}'"
     if path == ("perturbation",):
         return "; dense SAM is perturbation.rho=0.05, and no perturbation null"
+    for section in here:
+        for key in ("name", "backend"):
+            if key in section.model_fields:
+                return f"; write {_dotted((*path, key))}={given}"
     return ""
 
 

@@ -7,15 +7,16 @@ resolved values.
 from __future__ import annotations
 
 import pkgutil
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
-from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from .deepspeed import WEIGHT_BY_WEIGHT, problems
 from .mask_sections import DepthMask, ElementMask, Mask
-from .section import Section, Share, UserPath, home, without
+from .section import Section, Share, UserPath, home, home_in_uri, without
 
 _OF_WEIGHTS = (
     "pretrained",
@@ -39,7 +40,7 @@ class Model(Section):
     @field_validator("name")
     @classmethod
     def _a_model(cls, value: str) -> str:
-        name, dot, tag = value.removeprefix("hf-hub:").removeprefix("timm/").partition(".")
+        name, dot, tag = re.sub(r"^(hf[-_]hub:)?(timm/)?(torchvision\.(models\.)?)?", "", value).partition(".")
         if dot:
             raise ValueError(
                 f"tag {tag} names pretrained weights, which cannot be loaded yet; {name} is the same network, "
@@ -94,11 +95,14 @@ class Data(Section):
     mean: tuple[float, float, float] = Field((0.485, 0.456, 0.406), description="channel means of RGB in [0, 1]")
     std: tuple[float, float, float] = Field((0.229, 0.224, 0.225), description="channel deviations of RGB in [0, 1]")
 
-    @field_validator("std")
+    @field_validator("mean", "std")
     @classmethod
-    def _positive(cls, value: tuple[float, float, float]) -> tuple[float, float, float]:
-        if min(value) <= 0.0:
+    def _of_shares(cls, value: tuple[float, float, float], info: ValidationInfo) -> tuple[float, float, float]:
+        if info.field_name == "std" and min(value) <= 0.0:
             raise ValueError("must be three positive numbers")
+        if not 0.0 <= min(value) <= max(value) <= 1.0:
+            of_bytes = "; of pixels from 0 to 255, write a 255th of it" if 1.0 < max(value) <= 255.0 else ""
+            raise ValueError(f"must be three numbers in [0, 1]{of_bytes}")
         return value
 
     @field_validator("crop_scale", "crop_ratio")
@@ -337,7 +341,7 @@ class Train(Section):
         description="let that decay rise from 0 (timm's use_warmup), so that a short run's average is not of the "
         "weights it began with",
     )
-    seed: int = Field(0, ge=0, description="seed of weights, order, augmentation and masks")
+    seed: int = Field(0, ge=0, le=2**64 - 1, description="seed of weights, order, augmentation and masks")
     eval_epochs: int = Field(1, ge=1, description="epochs between two evaluations; the last epoch is always evaluated")
 
     @field_validator("max_micro_batch", mode="before")
@@ -385,7 +389,7 @@ Name = Annotated[str, AfterValidator(_named)]
 class Tracking(Section):
     """Where results are compared."""
 
-    uri: str = Field("sqlite:///mlflow.db", description="MLflow tracking URI")
+    uri: Annotated[str, AfterValidator(home_in_uri)] = Field("sqlite:///mlflow.db", description="MLflow tracking URI")
     experiment: Name = Field("ssam_scale", description="MLflow experiment")
     run_name: Name | None = Field(None, description="MLflow run name; null: made from the method and the model")
     group: Name | None = Field(

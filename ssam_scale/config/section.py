@@ -22,11 +22,33 @@ def home(path: Path) -> Path:
     Raises:
         ValueError: it names a variable that is not set.
     """
-    path = Path(os.path.expandvars(path))
-    if unset := re.search(r"\$\{?([A-Za-z_]\w*)", str(path)):
-        raise ValueError(f"the environment variable {unset[1]} is not set")
+    path = Path(_with_variables(str(path)))
     with suppress(RuntimeError):  # no such user: the folder is meant
         return path.expanduser()
+    return path
+
+
+def home_in_uri(uri: str) -> str:
+    """A tracking URI in whose path `~` and `$NAME` are what `home` makes of them, if it is of this machine's disk.
+
+    Others are left as they are: a password may hold such signs.
+
+    Raises:
+        ValueError: it names a variable that is not set.
+    """
+    parts = re.fullmatch(r"(sqlite(?:\+\w+)?:///|file:(?://)?|(?![A-Za-z][\w+.-]*:))(/?)(.*)", uri, re.S)
+    if parts is None or not re.search(r"\$|^~", parts[3]):
+        return uri
+    scheme, slash, rest = parts.groups()
+    path = os.path.expanduser(_with_variables(rest))  # noqa: PTH111  (a Path would make one slash of several)
+    # A folder of the root has no such name: file:///~/x is of the home folder too.
+    return f"{scheme}{path if path.startswith('/') else slash + path}"
+
+
+def _with_variables(path: str) -> str:
+    path = os.path.expandvars(path)
+    if unset := re.search(r"\$\{?([A-Za-z_]\w*)", path):
+        raise ValueError(f"the environment variable {unset[1]} is not set")
     return path
 
 

@@ -112,7 +112,8 @@ class World:
 
 
 # How many processes were started: of torch's launchers, of Slurm, of Open MPI, of MPICH and Intel MPI, of MVAPICH, of
-# Flux, of LSF's jsrun; and for those that say no number, which one this is: of PMIx, of Cray's aprun and PALS.
+# Flux, of LSF's jsrun, of Horovod; and for those that say no number, which one this is: of PMIx, of Cray's aprun and
+# PALS.
 _SIZES = (
     "WORLD_SIZE",
     "SLURM_STEP_NUM_TASKS",
@@ -121,6 +122,7 @@ _SIZES = (
     "MV2_COMM_WORLD_SIZE",
     "FLUX_JOB_SIZE",
     "JSM_NAMESPACE_SIZE",
+    "HOROVOD_SIZE",
 )
 _RANKS = ("PMIX_RANK", "ALPS_APP_PE", "PALS_RANKID")
 _USE = "start them with torchrun or deepspeed (slurm/imagenet_ssam.sh does)"

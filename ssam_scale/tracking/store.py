@@ -147,6 +147,8 @@ def check_store(uri: str) -> None:
         )
     if path is None or str(path) == ":memory:":
         _probe(uri, create=True)
+        if is_folder(uri) and (problem := why_not_writable(_folder(uri))) is not None:
+            raise UserError(_refused(uri, problem))
         if parts.scheme in ("http", "https"):
             _connect(uri, (parts.hostname or "localhost", parts.port or {"http": 80, "https": 443}[parts.scheme]))
         return
@@ -192,7 +194,7 @@ def check_experiment(uri: str, name: str) -> None:
     Raises:
         UserError: it was deleted, or the store cannot be read.
     """
-    path = sqlite_path(uri) or (Path(unquote(urlsplit(uri).path)) if is_folder(uri) else None)
+    path = sqlite_path(uri) or (_folder(uri) if is_folder(uri) else None)
     if path is None or path.exists():
         client = open_store(uri, create=False)
         with refusals(uri):
@@ -284,7 +286,7 @@ def absolute(uri: str) -> str:
     if path is not None:
         return uri.replace(f":///{path}", f":///{path.resolve()}", 1) if not path.is_absolute() else uri
     if is_folder(uri):
-        return f"file://{quote(str(Path(unquote(urlsplit(uri).path)).resolve()))}"
+        return f"file://{quote(str(_folder(uri).resolve()))}"
     return uri
 
 
@@ -332,13 +334,25 @@ def _probe(uri: str, *, create: bool) -> None:
     if scheme == "sqlite":
         _probe_sqlite(uri, create=create)
     elif is_folder(uri):
-        folder = Path(unquote(urlsplit(uri).path))
+        parts, folder = urlsplit(uri), _folder(uri)
+        if parts.netloc not in ("", "localhost"):
+            whole = f"file:{parts.netloc}{parts.path}, or file://{parts.path} of the root"
+            raise UserError(
+                f"tracking.uri {uri} is of another machine, {parts.netloc}; a folder of this one is {whole}"
+            )
+        if not parts.path:
+            raise UserError(f"tracking.uri {uri} names no folder; use {_WORKS}")
         if not create and not folder.is_dir():
             shown = without_secrets(uri)
             raise UserError(f"tracking.uri {shown}: there is no folder {folder}; train first, or name another store")
     elif scheme in _DATABASES:
         parts = urlsplit(uri)
         _connect(uri, (parts.hostname or "localhost", parts.port or _DATABASES[scheme]))
+
+
+def _folder(uri: str) -> Path:
+    """The folder of a store that is one."""
+    return Path(unquote(urlsplit(uri).path))
 
 
 def _connect(uri: str, address: tuple[str, int]) -> None:

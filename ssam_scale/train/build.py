@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 from dataclasses import dataclass
 from functools import partial
 from traceback import walk_tb
@@ -111,6 +112,7 @@ def build(config: Config, world: World, phases: Phases, found: int | None = None
         check_compiler(world.device)
     if found is None:
         shared_out(config, world)  # what cannot be is said before anything is built
+    base_optimizer(config, nn.Linear(1, 1))  # what it refuses is said before minutes of building
     torch.manual_seed(config.train.seed)
     staged_model = build_model(config)
     staged_model.activation_checkpointing = config.train.activation_checkpointing
@@ -362,6 +364,7 @@ def base_optimizer(config: Config, network: nn.Module) -> torch.optim.Optimizer:
         near = difflib.get_close_matches(section.name.lower(), list_optimizers(), n=3, cutoff=0.4)
         hint = f"; nearest: {', '.join(near)}" if near else ""
         raise UserError(f"optimizer.name: timm knows no optimizer {section.name!r}{hint}")
+    _refuse_dropped(config)
     try:
         optimizer = create_optimizer_v2(
             network,
@@ -382,6 +385,31 @@ def base_optimizer(config: Config, network: nn.Module) -> torch.optim.Optimizer:
     except ValueError as error:
         raise UserError(f"optimizer.name {section.name}: {error}") from error
     return optimizer
+
+
+def _refuse_dropped(config: Config) -> None:
+    """Refuse what timm's factory would leave out without a word, and words where the optimizer asks for a truth value.
+
+    Raises:
+        UserError: the optimizer takes no such thing.
+    """
+    from timm.optim import get_optimizer_class, get_optimizer_info
+
+    section, name = config.optimizer, config.optimizer.name.lower()
+    info = get_optimizer_info(name)
+    takes = inspect.signature(get_optimizer_class(name, bind_defaults=False)).parameters
+    for argument, taken_ in {"eps": info.has_eps, "betas": info.has_betas}.items():
+        if argument in section.kwargs and not taken_:
+            known = ", ".join(key for key in takes if key not in ("params", "lr", "weight_decay", "momentum", "kwargs"))
+            raise UserError(f"optimizer.kwargs.{argument}: {section.name} takes no {argument}; it takes {known}")
+    # A configuration that is printed names every key: the default says nothing.
+    if not info.has_momentum and section.momentum != type(section).model_fields["momentum"].default:
+        betas = "; its first moment is by optimizer.kwargs.betas" if info.has_betas else ""
+        raise UserError(f"optimizer.momentum {section.momentum}: {section.name} has no momentum{betas}")
+    for argument, value in section.kwargs.items():
+        switch = argument in ("foreach", "fused") or (argument in takes and isinstance(takes[argument].default, bool))
+        if switch and value is not None and not isinstance(value, bool):
+            raise UserError(f"optimizer.kwargs.{argument} {value!r}: true or false is needed")
 
 
 def _scheduler(config: Config, base: torch.optim.Optimizer, steps_per_epoch: int) -> Any:
@@ -429,10 +457,20 @@ def _try_forward(config: Config, model: nn.Module) -> None:
         side = getattr(config.data, key)
         try:
             with torch.random.fork_rng(devices=[]):
-                model.eval()(torch.zeros(1, 3, side, side))
+                logits = model.eval()(torch.zeros(1, 3, side, side))
         except (AssertionError, RuntimeError) as error:
             reason = str(error).splitlines()[0]
+            if config.model.kwargs.get("global_pool", "avg") in ("", None):
+                raise UserError(
+                    f"model.kwargs.global_pool {config.model.kwargs['global_pool']!r}: {config.model.name} pools "
+                    f"nothing then, which its classifier needs ({reason}); leave it out"
+                ) from error
             raise UserError(f"data.{key}: {config.model.name} cannot take images of {side} px: {reason}") from error
+        if logits.shape != (1, config.model.num_classes):
+            raise UserError(
+                f"model.kwargs {config.model.kwargs}: {config.model.name} gives {tuple(logits.shape)} for an image, "
+                f"and {(1, config.model.num_classes)} is needed of a classifier; leave out what changes that"
+            )
     model.train()
 
 

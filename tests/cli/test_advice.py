@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
 import pytest
+import typer
 from PIL import Image
 
-from ssam_scale.cli.main import main
+from ssam_scale.cli.main import app, main
 from ssam_scale.config.load import load
 from ssam_scale.data.write import write_beton
 from ssam_scale.errors import UserError
@@ -40,6 +43,16 @@ CASES = {
     "ZeRO without a stage": (["sharding.backend=zero"], 'given "zero"; zero0 to zero3 are DeepSpeed\'s ZeRO: zero1'),
     "DeepSpeed": (["sharding.backend=deepspeed"], "zero0 to zero3 are DeepSpeed's ZeRO: zero1 shards optimizer states"),
     "a tag": (["model.name=resnet18.a1_in1k"], "tag a1_in1k names pretrained weights, which cannot be loaded yet"),
+    "torchvision's name": (["model.name=torchvision.resnet18"], "named without where they come from: resnet18"),
+    "a hub's tag": (["model.name=hf_hub:timm/resnet18.a1_in1k"], "loaded yet; resnet18 is the same network"),
+    "an optimizer's name": (["optimizer=adamw"], 'given "adamw"; write optimizer.name=adamw'),
+    "a model's name": (["model=resnet50"], 'given "resnet50"; write model.name=resnet50'),
+    "a backend's name": (["sharding=zero2"], 'given "zero2"; write sharding.backend=zero2'),
+    "an argument among those of the file": (["model.kwargs.in_chans=1"], "error: override model.kwargs.in_chans=1: "),
+    "another's option": (["--learning_rate=0.1"], "are written without dashes: optimizer.lr=0.1"),
+    "a short option": (["-lr", "0.1"], "-lr: no such option; keys of the configuration are written without dashes: "),
+    "a near option": (["--epoch", "3"], "written without dashes: train.epochs=3"),
+    "an option of nothing": (["--frobnicate"], "--frobnicate: no such option; keys of the configuration are written"),
     "a hub's name": (["model.name=timm/resnet18"], "models are named without where they come from: resnet18"),
     **{
         f"{section}.kwargs.{name}": ([f"{section}.kwargs.{name}=1"], f"{name} does not belong here: {where}")
@@ -58,6 +71,12 @@ CASES = {
             ("schedule", "num_epochs", "it is train.epochs"),
         ]
     },
+    "means of bytes": (
+        ["data.mean=[124, 116, 104]"],
+        "must be three numbers in [0, 1]; of pixels from 0 to 255, write",
+    ),
+    "deviations of bytes": (["data.std=[58, 57, 57]"], "data.std: must be three numbers in [0, 1]; of pixels"),
+    "a negative mean": (["data.mean=[-1, 0, 0]"], "data.mean: must be three numbers in [0, 1], given [-1"),
     "an experiment without a name": (["tracking.experiment="], "tracking.experiment: must be text, given null"),
     "an experiment of nothing": (['tracking.experiment=""'], "tracking.experiment: is empty; give a name"),
     "a run of blanks": (['tracking.run_name="  "'], "tracking.run_name: is empty; give a name"),
@@ -67,6 +86,7 @@ CASES = {
         key: ([f"{key}={value}"], f"{key}: must be less than or equal to")
         for key, value in {
             "train.epochs": 10**21,
+            "train.seed": 2**64,
             "optimizer.lr": "1e30",
             "optimizer.weight_decay": "1e9",
             "data.workers": 100000,
@@ -93,6 +113,25 @@ def test_a_mistake_is_one_line_with_what_to_type(
     assert told in err
     assert err.count("\n") == 1
     assert [entry.name for entry in Path().iterdir()] == ["run.yaml"]
+
+
+def test_a_launcher_is_given_the_line_and_no_traceback(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What torchrun prints of a failed process; it was the 40 lines of a traceback, for each of them."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+    file = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+    (tmp_path / "run.yaml").write_text(SMALL)
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "--config", str(tmp_path / "run.yaml"), "train.epoch=3"])
+    assert ended.value.code == 2
+    line = capsys.readouterr().err
+    report = str(ChildFailedError("train.py", {0: ProcessFailure(0, 1, 2, str(file))}))
+    assert line.strip() in report
+    assert "File" not in report
+    assert len(report.splitlines()) < 20
 
 
 FILES = {
@@ -157,6 +196,96 @@ def test_a_variable_of_the_environment_is_its_value(tmp_path: Path, monkeypatch:
     }.items():
         with pytest.raises(UserError, match=told):
             load(tmp_path / "run.yaml", [override])
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    {
+        "sqlite:///~/m.db": "sqlite:///{home}/m.db",
+        "sqlite+pysqlite:///~/m.db?timeout=9": "sqlite+pysqlite:///{home}/m.db?timeout=9",
+        "file:~/zz": "file:{home}/zz",
+        "file://~/zz": "file://{home}/zz",
+        "file:///~/zz": "file://{home}/zz",
+        "~/yy": "{home}/yy",
+        "sqlite:///$SCRATCH/m.db": "sqlite:///{home}/s/m.db",
+        "sqlite:///runs/${NUMBER}.db": "sqlite:///runs/7.db",
+        "file:$SCRATCH/q": "file:{home}/s/q",
+        "file:///$SCRATCH/q": "file://{home}/s/q",
+        "sqlite:///a~b$.db": "sqlite:///a~b$.db",
+        "http://~u:$SCRATCH@host:5000": "http://~u:$SCRATCH@host:5000",
+        "postgresql://u:pa$word@host/db": "postgresql://u:pa$word@host/db",
+    }.items(),
+)
+def test_home_and_variables_in_a_tracking_uri(
+    given: str, meant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("SCRATCH", f"{tmp_path}/s")
+    monkeypatch.setenv("NUMBER", "7")
+    (tmp_path / "run.yaml").write_text(SMALL)
+    assert load(tmp_path / "run.yaml", [f'tracking.uri="{given}"']).tracking.uri == meant.format(home=tmp_path)
+    monkeypatch.delenv("SCRATCH")
+    if "$SCRATCH" in given and "@" not in given:
+        with pytest.raises(UserError, match=r"tracking\.uri: the environment variable SCRATCH is not set"):
+            load(tmp_path / "run.yaml", [f'tracking.uri="{given}"'])
+
+
+def _paths_of(commands: typer.Typer) -> Iterator[tuple[str, Any]]:
+    """Every option and argument that is a path or a tracking URI, and what typer was told of it."""
+    for group in commands.registered_groups:
+        yield from _paths_of(group.typer_instance)
+    for command in commands.registered_commands:
+        for name, hint in get_type_hints(command.callback, include_extras=True).items():
+            if "Path" in str(get_args(hint)[:1]) or "uri" in name:
+                yield f"{command.name} {name}", get_args(hint)[1]
+
+
+def test_every_path_of_every_command_knows_home() -> None:
+    found = dict(_paths_of(app))
+    assert len(found) >= 15
+    assert [name for name, told in found.items() if told.callback is None] == []
+
+
+def test_home_and_variables_on_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No shell looks into quotes, or behind `--out=`."""
+    there = tmp_path / "there"
+    there.mkdir()
+    monkeypatch.chdir(there)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("HERE", str(tmp_path))
+    monkeypatch.delenv("NOWHERE", raising=False)
+    (tmp_path / "run.yaml").write_text(SMALL)
+    (tmp_path / "zero.json").write_text('{"zero_optimization": {"stage": 2}}')
+    (tmp_path / "images/a").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "images/a/x.png")
+
+    def code(*arguments: str) -> int:
+        with pytest.raises(SystemExit) as ended:
+            main(list(arguments))
+        return int(ended.value.code or 0)
+
+    assert code("train", "--config=~/run.yaml", "--deepspeed-config=$HERE/zero.json", "--print-config") == 0
+    assert code("data", "write", "~/images", "${HERE}/o.beton") == 0
+    assert (tmp_path / "o.beton").is_file()
+    assert code("data", "check", "~/o.beton") == 0
+    capsys.readouterr()
+    for arguments, told in {
+        ("data", "write", "~/images", "$NOWHERE/o"): "OUT $NOWHERE/o: the environment variable NOWHERE is not set",
+        ("train", "-c", "$NOWHERE/r.yaml"): "--config $NOWHERE/r.yaml: the environment variable NOWHERE is not set",
+        ("compare", "--tracking-uri=file:~/none"): f"there is no folder {tmp_path}/none",
+        ("compare", "--html=~/no/x", "--tracking-uri=file:~"): f"there is no folder {tmp_path}/no;",
+        ("send", "~/unsent_1"): f"{tmp_path}/unsent_1: nothing waits there",
+    }.items():
+        assert code(*arguments) == 2
+        err = capsys.readouterr().err
+        assert told in err, err
+        assert err.count("\n") == 1
+    assert list(there.iterdir()) == []
+    (there / "$x.beton").write_text("")
+    assert code("data", "check", "$x.beton") == 2
+    assert "$x.beton" in capsys.readouterr().err
 
 
 def test_a_hash_within_a_word_or_in_quotes_is_no_comment(tmp_path: Path) -> None:

@@ -114,7 +114,8 @@ def configs(draw: st.DrawFn) -> Config:
     data["schedule"]["warmup_epochs"] = draw(st.floats(0, float(min(data["train"]["epochs"], 2**53)), exclude_max=True))
     for name in ("crop_scale", "crop_ratio"):
         data["data"][name] = sorted(abs(x) + 1e-6 for x in data["data"][name])
-    data["data"]["std"] = [abs(x) + 1e-6 for x in data["data"]["std"]]
+    for name in ("mean", "std"):
+        data["data"][name] = [min(abs(x) + 1e-6, 1.0) for x in data["data"][name]]
     if data["data"]["subset"] is not None:
         data["data"]["order"] = "random"
     mask = (data["perturbation"] or {}).get("mask")

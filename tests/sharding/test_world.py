@@ -166,12 +166,12 @@ def test_more_processes_than_gpus_are_refused_by_each_of_them(
     ("said", "harmless"),
     [
         *((n, "1") for n in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")),
-        *((n, "1") for n in ("FLUX_JOB_SIZE", "JSM_NAMESPACE_SIZE")),
+        *((n, "1") for n in ("FLUX_JOB_SIZE", "JSM_NAMESPACE_SIZE", "HOROVOD_SIZE")),
         *((n, "0") for n in ("PMIX_RANK", "ALPS_APP_PE", "PALS_RANKID")),
     ],
 )
 def test_processes_that_know_nothing_of_each_other(said: str, harmless: str, machine: Machine) -> None:
-    """As of srun, of several kinds of mpirun, of flux, jsrun, aprun and PALS."""
+    """As of srun, of several kinds of mpirun, of flux, jsrun, horovodrun, aprun and PALS."""
     machine.says(**{said: "2"})
     with pytest.raises(UserError, match=f"{said} is 2 but RANK is not set"), join_world():
         pass

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from ssam_scale.config.load import dump, load
 from tests.support.runs import ssam_scale, write_config
 
 
@@ -34,6 +35,11 @@ def test_folders_and_stores_are_looked_at_first(
         f"tracking.uri=sqlite:///{home}/file/x.db": "is not a folder",
         f"tracking.uri=sqlite:///{home}": "is a folder",
         f"tracking.uri=sqlite:///{home}/run.yaml": "file is not a database",
+        "tracking.uri=file:///proc/x": "nothing can be made in /proc",
+        f"tracking.uri=file:{home}/file": "file is not a folder; what works: sqlite:///mlflow.db",
+        f"tracking.uri={home}/file/x": "file is not a folder",
+        "tracking.uri=file://mlruns/x": "is of another machine, mlruns; a folder of this one is file:mlruns/x, or ",
+        'tracking.uri="file:"': "names no folder",
         "tracking.uri=smb://there": "is no MLflow tracking URI",
         "tracking.uri=http://127.0.0.1:9": "no MLflow server answers",
         f"checkpoint.resume={home}": "is not a checkpoint",
@@ -41,6 +47,19 @@ def test_folders_and_stores_are_looked_at_first(
     }.items():
         assert told in refusal(capsys, "--config", config, "model.name=no_such_model", override, *form), override
     assert sorted(home.rglob("*")) == there
+
+
+def test_an_optimizer_is_looked_at_before_the_model(data: Path, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = str(write_config(home / "run.yaml", data))
+    told = refusal(capsys, "--config", config, "model.name=no_such_model", "optimizer.kwargs={betas: [0.9, 0.99]}")
+    assert "sgd takes no betas" in told
+
+
+def test_printed_defaults_are_taken_again(data: Path, home: Path) -> None:
+    """A momentum among them, of an optimizer that has none."""
+    resolved = load(write_config(home / "run.yaml", data), ["optimizer.name=adamw"])
+    (home / "printed.yaml").write_text(dump(resolved))
+    assert ssam_scale("train", "--config", home / "printed.yaml", "--dry-run") == 0
 
 
 def test_batchnorm_of_a_single_image(data: Path, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
