@@ -22,6 +22,8 @@ import torch
 from torch import nn
 from ssam_scale import Depth, Scored, SparseSAM, Stage, StagedModel
 
+pytestmark = pytest.mark.slow
+
 def loss_fn(forward, batch):
     return nn.functional.cross_entropy(forward(batch[0]), batch[1])
 

@@ -69,6 +69,7 @@ def test_no_test_module_imports_another(path: Path) -> None:
         assert top != "tests" or not rest or rest[0] == "support", f"{path} imports {name}; shared parts go to support"
 
 
+@pytest.mark.slow
 def test_training_imports_neither_measurement_nor_predictions() -> None:
     code = "import sys, ssam_scale.train; print(*sorted(m for m in sys.modules if m.startswith('ssam_scale.')))"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)

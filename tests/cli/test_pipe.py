@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("command", [["list", "masks"], ["list", "masks", "--json"], ["--version"], ["--help"]])
 @pytest.mark.parametrize("buffered", ["", "1"])

@@ -112,6 +112,7 @@ def test_flips(numbered: Path) -> None:
     assert 0.25 * len(half) < flipped < 0.75 * len(half)
 
 
+@pytest.mark.slow
 def test_the_quasi_random_order_reads_everything_and_repeats(numbered: Path) -> None:
     loader = training(numbered, order="quasi_random")
     one, two = read(loader, 0), read(loader, 1)

@@ -14,6 +14,8 @@ import pytest
 
 from tests.support.checkout import ROOT
 
+pytestmark = pytest.mark.slow
+
 TOOLS = (
     "bash env sed cut cat dirname basename mkdir mktemp rm touch tail sort sha256sum realpath readlink tr sleep grep id"
 )

@@ -752,6 +752,7 @@ def test_autocast_around_a_step_reaches_into_the_engine() -> None:
     assert run_ranks(1, _autocast) == [["torch.bfloat16", "torch.bfloat16", "torch.float32"]]
 
 
+@pytest.mark.slow
 def test_sharding_does_not_import_deepspeed() -> None:
     code = "import sys, ssam_scale, ssam_scale.sharding; sys.exit('deepspeed' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

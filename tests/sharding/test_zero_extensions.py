@@ -53,6 +53,7 @@ def start(lock: Path) -> Iterator[Start]:
 COMPILES = "from ssam_scale.sharding.zero.extensions import Baton; assert Baton(lock).try_acquire()"
 
 
+@pytest.mark.slow
 def test_a_lock_is_waited_for_with_a_bound_and_taken_over_from_the_dead(
     lock: Path, start: Start, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -243,6 +243,7 @@ def test_a_folder_is_a_store_too(config: MakeConfig, tmp_path: Path) -> None:
     assert stored(uri, run).info.status == "FINISHED"
 
 
+@pytest.mark.slow
 def test_the_command_that_brings_a_deleted_experiment_back_works_as_it_is_printed(
     config: MakeConfig, uri: str, tmp_path: Path, child_environment: dict[str, str]
 ) -> None:
@@ -399,6 +400,7 @@ def test_a_store_that_fails_during_training_does_not_end_it(
     assert caplog.messages[1:] == ["tracking store answers again, and has all that waited"]
 
 
+@pytest.mark.slow
 def test_a_network_that_cannot_be_exported_is_a_warning(config: MakeConfig, uri: str) -> None:
     """In a process of its own: MLflow's flavour of PyTorch changes the root logger when it is imported."""
     code = (

@@ -26,6 +26,7 @@ def runs_of(home: Path) -> list[Any]:
     return store.search_runs([store.get_experiment_by_name("ssam_scale").experiment_id], order_by=["start_time"])
 
 
+@pytest.mark.slow
 def test_a_run_trains_as_without_and_shows_its_saving(data: Path, home: Path) -> None:
     config = write_config(home / "run.yaml", data, **RUN)
     for every in ("null", "2"):
