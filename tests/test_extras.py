@@ -11,6 +11,8 @@ import pytest
 
 from ssam_scale.__main__ import extra_of
 
+pytestmark = pytest.mark.slow
+
 OPTIONAL = "accelerate cv2 deepspeed ffcv lightning matplotlib mlflow PIL rich safetensors timm torchvision typer yaml"
 
 # None is what Python takes for "not to be found".
@@ -21,8 +23,6 @@ import copy
 import torch
 from torch import nn
 from ssam_scale import Depth, Scored, SparseSAM, Stage, StagedModel
-
-pytestmark = pytest.mark.slow
 
 def loss_fn(forward, batch):
     return nn.functional.cross_entropy(forward(batch[0]), batch[1])

@@ -182,6 +182,7 @@ def test_dump_then_load_is_the_same(tmp_path, config):
     assert load(path) == config
 
 
+@pytest.mark.slow
 @relaxed
 @given(configs())
 def test_other_yaml_readers_see_the_same(config):
