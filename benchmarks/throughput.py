@@ -180,8 +180,7 @@ def main() -> None:
     caption = (
         f"Batches of {first['batch_size']} images of {first['resolution']} × {first['resolution']}, "
         f"{first['precision']}; medians of {arguments.repeats} times {AT_ONCE} steps, taken in turns; MFU by the "
-        f"FLOPs of a base step "
-        f"over {first['peak_flops'] / 1e12:.1f} TFLOP/s."
+        f"FLOPs of a base step over {first['peak_flops'] / 1e12:.1f} TFLOP/s."
     )
     table = markdown(rows, COLUMNS, "loop")
     print("\n".join(table))

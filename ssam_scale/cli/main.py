@@ -91,8 +91,11 @@ _OF_OTHERS = {
     "bs": "batch_size",
     "batch": "batch_size",
     "arch": "model.name",
+    "model": "model.name",
+    "optimizer": "optimizer.name",
+    "opt": "optimizer.name",
+    "dataset": "data.train",
 }
-_OF_OTHERS |= {"model": "model.name", "optimizer": "optimizer.name", "opt": "optimizer.name", "dataset": "data.train"}
 
 
 def _refuse_keys_as_options(arguments: list[str]) -> None:

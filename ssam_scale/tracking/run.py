@@ -59,9 +59,9 @@ WARMUP_STEPS = 10
 
 # Limits of MLflow's stores.
 _PARAMS_AT_ONCE, _TAG_CHARACTERS = 100, 8000
+_STEP_SIZE = "steps_per_epoch"  # the tag by which steps of another size are known
 
 # How long the last metrics may take. Launchers kill for good 30 s after they ask politely.
-_STEP_SIZE = "steps_per_epoch"  # the tag by which steps of another size are known
 _FLUSH_S = {"FINISHED": 60.0, "FAILED": 20.0, "KILLED": 5.0}
 _FINISH_S = {"FINISHED": 60.0, "FAILED": 6.0, "KILLED": 3.0}  # and the last table and picture
 

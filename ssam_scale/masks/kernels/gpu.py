@@ -273,6 +273,11 @@ def _kinds(subsets: Sequence[Subset], kind: Callable[[int], Any]) -> list[tuple[
     return [(found, [some[k] for k in places]) for found, places in by_kind([kind(i) for i in some]).items()]
 
 
+def _alike(tensors: Sequence[Tensor], subsets: Sequence[Subset]) -> list[tuple[Any, list[int]]]:
+    """The places of each dtype and layout that a kernel is compiled for."""
+    return _kinds(subsets, lambda i: (tensors[i].dtype, _strided(tensors[i])))
+
+
 def _parts(memory: Tensor, subsets: Sequence[Subset]) -> list[Tensor]:
     return list(memory.split([s.count for s in subsets]))
 
@@ -280,7 +285,7 @@ def _parts(memory: Tensor, subsets: Sequence[Subset]) -> list[Tensor]:
 def select(tensors: Sequence[Tensor], subsets: Sequence[Subset]) -> list[Tensor]:
     """See `flat.select`."""
     found = [t.new_empty(0) for t in tensors]
-    for (dtype, strided), places in _kinds(subsets, lambda i: (tensors[i].dtype, _strided(tensors[i]))):
+    for (dtype, strided), places in _alike(tensors, subsets):
         theirs = [subsets[i] for i in places]
         same = [tensors[i] for i in places]
         memory = same[0].new_empty(sum(s.count for s in theirs))
@@ -294,7 +299,7 @@ def select(tensors: Sequence[Tensor], subsets: Sequence[Subset]) -> list[Tensor]
 
 def scatter_(tensors: Sequence[Tensor], subsets: Sequence[Subset], values: Sequence[Tensor]) -> None:
     """See `flat.scatter_`."""
-    for (dtype, strided), places in _kinds(subsets, lambda i: (tensors[i].dtype, _strided(tensors[i]))):
+    for (dtype, strided), places in _alike(tensors, subsets):
         table = _table([subsets[i] for i in places])
         rows = table.rows("scatter", [tensors[i] for i in places], [values[i].contiguous() for i in places])
         table.launch(_scatter, rows, T=_DTYPES[dtype], STRIDED=strided)
@@ -303,7 +308,7 @@ def scatter_(tensors: Sequence[Tensor], subsets: Sequence[Subset], values: Seque
 def norms(tensors: Sequence[Tensor], subsets: Sequence[Subset]) -> list[Tensor]:
     """See `flat.norms`."""
     found = [t.new_zeros((), dtype=_wide(t.dtype)) if not s.count else t for t, s in zip(tensors, subsets, strict=True)]
-    for (dtype, strided), places in _kinds(subsets, lambda i: (tensors[i].dtype, _strided(tensors[i]))):
+    for (dtype, strided), places in _alike(tensors, subsets):
         table = _table([subsets[i] for i in places])
         wide = _wide(dtype)
         sums = torch.empty(table.programs, dtype=wide, device=tensors[places[0]].device)
