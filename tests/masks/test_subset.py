@@ -214,6 +214,14 @@ def test_a_gpus_kernels_do_what_those_of_any_device_do(
         assert ((a - b).abs() <= torch.finfo(a.dtype).eps * b.abs() + product).all()
 
 
+@pytest.mark.usefixtures("_way")
+def test_a_summand_lies_in_memory_in_whatever_order() -> None:
+    booleans = torch.rand(3, 4, generator=torch.Generator().manual_seed(0)) < 0.7
+    target, summand = torch.zeros(3, 4), torch.arange(1.0, 13.0).view(4, 3).T
+    masked_add_([target], [BitMask(pack(booleans), 12)], [summand])
+    assert torch.equal(target, torch.where(booleans, summand, 0.0))
+
+
 @pytest.mark.gpu
 def test_a_gpu_moves_what_the_cpu_moves_without_the_host_waiting() -> None:
     booleans = torch.rand(3000, 7, generator=torch.Generator().manual_seed(0)) < 0.3

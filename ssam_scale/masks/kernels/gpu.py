@@ -338,6 +338,7 @@ def add_(
     backup: Backup | None = None,
 ) -> None:
     """See `flat.add_`; of subsets only."""
+    values = [v if _takes(v) else v.contiguous() for v in values]
 
     def kind(i: int) -> tuple[Any, ...]:
         t, v = tensors[i], values[i]
