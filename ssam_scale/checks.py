@@ -39,6 +39,16 @@ def check_switch(name: str, value: Any) -> None:
         raise TypeError(f"{name} is {described(value)}; True or False is needed")
 
 
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    """Refuse what is none of a few words.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name} is {value!r}; one of {', '.join(choices)} is needed")
+
+
 def described(value: Any) -> str:
     """What something is, in a few words."""
     if isinstance(value, type):

@@ -21,6 +21,7 @@ from ssam_scale.costs.cluster import Cluster, Placement, ZeroSettings
 from ssam_scale.costs.workload import Ascent, ascent_of, weights_of
 from ssam_scale.errors import UserError
 from ssam_scale.perturbation import SparseSAM, StagedModel
+from ssam_scale.perturbation.directions import scope_of
 from ssam_scale.sharding import BACKENDS, World
 from ssam_scale.sharding.collectives import Traffic
 from ssam_scale.sharding.place import place
@@ -45,7 +46,6 @@ _IMPORTED = (
 )
 # Of the floor, by which an ascent may be above it: norms are summed, and shards of a mask are not all alike.
 _ALLOWED = 1.02
-_WITHIN_SHARD_GROUP = "sam, within the shard group"
 
 
 @dataclass(frozen=True)
@@ -199,9 +199,19 @@ def _steps(scenario: Scenario, network: StagedModel) -> list[Ascent | None]:
     taken: list[Ascent | None] = []
     for step in range(scenario.steps):
         alone.steps = _FIRST + step
-        resolved = alone.resolve()
-        taken.append(ascent_of(resolved, weights, len(network.stages)) if resolved.ascends else None)
+        resolved = alone.resolve(plan=alone.plan)  # also of a direction that is known after a first step only
+        taken.append(ascent_of(resolved, weights, len(network.stages)) if resolved.perturbs else None)
     return taken
+
+
+def _has(setup: BackendSetup, scenario: Scenario) -> bool:
+    """Whether there is the scenario's scope on a backend; others it would refuse."""
+    scope = scope_of(scenario.direction) if scenario.direction is not None else "global"
+    if scope == "shard_group":
+        return setup.replicas > 1
+    if scope == "worker":
+        return setup.backend not in ("fsdp2", "zero3")
+    return scope == "global" or not setup.backend.startswith("zero")
 
 
 def _predicted(costs: BackendCosts, ascent: Ascent | None) -> float:
@@ -230,7 +240,7 @@ def bench_bytes(
     by_size: dict[int, list[Job]] = {}
     for backend in backends:
         replicas = SETUPS[backend].replicas
-        plans = [scenario.name for scenario in compared if replicas > 1 or scenario.name != _WITHIN_SHARD_GROUP]
+        plans = [scenario.name for scenario in compared if _has(SETUPS[backend], scenario)]
         by_size.setdefault(ranks * replicas, []).extend(Job(backend, plan) for plan in plans)
     # One start of processes for all that has as many of them.
     found = {

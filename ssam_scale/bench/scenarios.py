@@ -12,13 +12,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ssam_scale.config.direction_sections import Scope
 from ssam_scale.costs.compute import StepShape
 from ssam_scale.costs.profile import Batch
 from ssam_scale.costs.workload import shape_of, weights_of
 from ssam_scale.errors import UserError
 from ssam_scale.masks import Dense, Depth, Mask, Norms, ScoreBased, Scored
 from ssam_scale.masks.top_scores import Pattern
-from ssam_scale.perturbation import Interval, Phases, Savings, SparseSAM, StagedModel
+from ssam_scale.perturbation import (
+    Direction,
+    Fresh,
+    Friendly,
+    Interval,
+    Momentum,
+    Phases,
+    Previous,
+    Savings,
+    SparseSAM,
+    StagedModel,
+)
+from ssam_scale.perturbation.directions import Ascending
 from ssam_scale.perturbation.fused import fused_options
 from ssam_scale.perturbation.phases import no_phases
 
@@ -33,6 +46,7 @@ _DRAWS = 4
 _ELIDED: tuple[Pattern, ...] = ("tensor", "block", "row")
 _PACKED: tuple[Pattern, ...] = ("element", "row")
 _KEPT: tuple[Pattern, ...] = ("tensor", "block")
+_SCOPES: tuple[Scope, ...] = ("shard_group", "worker", "micro_batch")
 
 Step = Callable[[], Any]
 
@@ -44,7 +58,7 @@ class Scenario:
     Attributes:
         name: short and unique.
         mask: of our plans; None: not ours.
-        fraction: share of the batch in the ascent pass.
+        direction: where the direction of ε comes from; None: a fresh gradient of the whole batch.
         interval: steps from one ascent to the next.
         steps: how many are taken in turn before the next scenario's: a whole period, or several draws.
         has_cut: whether the blocks before a cut are left alone, for which there is a bound on the time.
@@ -53,11 +67,18 @@ class Scenario:
 
     name: str
     mask: Callable[[], Mask] | None
-    fraction: float = 1.0
+    direction: Direction | None = None
     interval: int = 1
     steps: int = 1
     has_cut: bool = False
     savings: Savings | None = None
+
+    @property
+    def fraction(self) -> float:
+        """Share of the batch in the ascent pass; 0 without one."""
+        if self.direction is None:
+            return 1.0
+        return self.direction.fraction if isinstance(self.direction, Ascending) else 0.0
 
     def target(self, suffix_share: float) -> float | None:
         """The highest time over the base step's that we want, where we want one."""
@@ -72,7 +93,7 @@ def _random(pattern: Pattern) -> Callable[[], Mask]:
 
 def _ours() -> list[Scenario]:
     cuts = [
-        Scenario(f"cut {cut}{name}", partial(Depth, (cut, cut)), fraction, has_cut=True)
+        Scenario(f"cut {cut}{name}", partial(Depth, (cut, cut)), Fresh(fraction), has_cut=True)
         for cut in (0.25, 0.5, 0.75)
         for name, fraction in (("", 1.0), (", fraction 0.5", 0.5))
     ]
@@ -89,8 +110,14 @@ def _ours() -> list[Scenario]:
         Scenario("cut 0.5, no shared prefix", partial(Depth, (0.5, 0.5)), savings=Savings(share_prefix=False)),
         *(Scenario(f"{p} 50%, not elided", _random(p), savings=Savings(elide=False)) for p in _ELIDED),
     ]
+    directions = [
+        Scenario("first 1/8", Dense, Fresh(0.125)),
+        Scenario("momentum", Dense, Momentum()),
+        Scenario("previous", Dense, Previous()),
+        Scenario("friendly", Dense, Friendly()),
+    ]
     intervals = [Scenario(f"interval {k}", Dense, interval=k, steps=k) for k in (2, 5)]
-    return [Scenario("sam", Dense), *cuts, *masks, *singly, *intervals]
+    return [Scenario("sam", Dense), *cuts, *masks, *singly, *directions, *intervals]
 
 
 def scenarios() -> list[Scenario]:
@@ -107,7 +134,7 @@ def sharded_scenarios() -> list[Scenario]:
     singly = [
         *(Scenario(f"{p} 50%, unpacked", _random(p), savings=Savings(pack=False)) for p in _PACKED),
         *(Scenario(f"{p} 50%, kept gathered", _random(p), savings=Savings(keep_gathered=True)) for p in _KEPT),
-        Scenario("sam, within the shard group", Dense, savings=Savings(within_shard_group=True)),
+        *(Scenario(f"sam, scope {scope}", Dense, Fresh(scope=scope)) for scope in _SCOPES),
     ]
     return [Scenario("base", None), *(scenario for scenario in _ours() if scenario.fraction == 1.0), *singly]
 
@@ -206,7 +233,7 @@ def sparse_sam(
         base,
         rho=rho,
         mask=mask,
-        fraction=scenario.fraction,
+        direction=scenario.direction,
         schedule=schedule,
         savings=scenario.savings,
         phases=phases,

@@ -44,7 +44,7 @@ class _Steps:
         copies: memory for copies of the weights, by name, which scenarios share.
 
     Attributes:
-        perturb: of each step with an ascent by one of our plans, the seconds of its phase "perturb", and of moving by
+        perturb: of each step that perturbs by one of our plans, the seconds of its phase "perturb", and of moving by
             copying what has to be moved for that.
     """
 
@@ -80,7 +80,7 @@ class _Steps:
             shape = self.running.shape()
             with timed(self._device) as step:
                 self.running.step()
-            perturb = self._perturb_seconds() if shape.ascends else None
+            perturb = self._perturb_seconds() if shape.perturbed else None
             if count:
                 self._seconds.append(step.seconds)
                 self.shapes.append(shape)
@@ -108,7 +108,7 @@ class _Steps:
     @property
     def over_floor(self) -> dict[str, float | None]:
         """What a row says of `perturb`."""
-        kinds = [(s.cut, True) for s in self.shapes if s.ascends]
+        kinds = [(s.cut, True) for s in self.shapes if s.perturbed]
         if not self.perturb:
             return dict.fromkeys(("perturb_seconds", "perturb_floor_seconds", "perturb_over_floor"))
         seconds, floor = (typical(kinds, values) for values in zip(*self.perturb, strict=True))

@@ -15,6 +15,7 @@ from pydantic import AfterValidator, Field, ValidationError, ValidationInfo, fie
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from .deepspeed import WEIGHT_BY_WEIGHT, problems
+from .direction_sections import Direction, FreshDirection, MomentumDirection, PreviousDirection
 from .mask_sections import DepthMask, ElementMask, Mask
 from .section import Section, Share, UserPath, home, home_in_uri, without
 
@@ -183,9 +184,6 @@ class Savings(Section):
     keep_gathered: bool = Field(
         False, description="fsdp2, zero3: weights left alone stay gathered between the passes, which takes their memory"
     )
-    within_shard_group: bool = Field(
-        False, description="fsdp2 with replicas: the ascent of each shard group is by its own part of the batch"
-    )
 
 
 # The names of the files, which are not imported: a new schedule is one file.
@@ -219,8 +217,9 @@ class Perturbation(Section):
         "where they must be",
     )
     adaptive: bool = Field(False, description="perturb weights in proportion to their magnitude (ASAM)")
-    fraction: float = Field(
-        1.0, gt=0.0, le=1.0, description="share of each micro-batch in the ascent, its first images; at least one"
+    direction: Direction = Field(
+        FreshDirection.model_validate({"source": "fresh"}),
+        description="where the direction of the perturbation comes from",
     )
     interval: int = Field(
         1, ge=1, description="steps from one ascent to the next; those between are the base optimizer's"
@@ -246,7 +245,8 @@ class Perturbation(Section):
 
     @model_validator(mode="after")
     def _affordable(self) -> Perturbation:
-        if self.norm == "dense" and isinstance(self.mask, DepthMask):
+        ascends = not isinstance(self.direction, (MomentumDirection, PreviousDirection))
+        if self.norm == "dense" and isinstance(self.mask, DepthMask) and ascends:
             raise ValueError(
                 "norm: dense needs the gradient of the prefix, and pattern depth computes none; use masked, or "
                 "calibrated for the same length"
@@ -257,6 +257,18 @@ class Perturbation(Section):
         if self.reuse and self.interval == 1:
             raise ValueError(
                 f"reuse {self.reuse} needs an interval above 1: with an ascent in each step none is between"
+            )
+        if self.norm != "masked" and not isinstance(self.direction, FreshDirection):
+            known = "masked, or dense" if isinstance(self.direction, MomentumDirection) else "masked"
+            if not (self.norm == "dense" and isinstance(self.direction, MomentumDirection)):
+                raise ValueError(
+                    f"norm: {self.norm} divides by a length that direction.source {self.direction.source} never "
+                    f"knows; use {known}"
+                )
+        if self.reuse and not (isinstance(self.direction, FreshDirection) and self.direction.scope == "global"):
+            raise ValueError(
+                "reuse knows the gradient by the perturbation, which is along it only with direction.source fresh and "
+                "scope global; use one of them"
             )
         if self.reuse and self.adaptive:
             raise ValueError("reuse knows the gradient by the perturbation, which adaptive distorts; use one of them")
@@ -503,10 +515,28 @@ class Config(Section):
                 "perturbation.savings.keep_gathered is for sharding.backend fsdp2 or zero3, and it is "
                 f"{sharding.backend}"
             )
-        if savings.within_shard_group and sharding.replicas == 1:
+        return self
+
+    @model_validator(mode="after")
+    def _scope_of_sharding(self) -> Config:
+        direction = self.perturbation.direction if self.perturbation is not None else None
+        if not isinstance(direction, FreshDirection):
+            return self
+        key, backend = f"perturbation.direction.scope: {direction.scope}", self.sharding.backend
+        if direction.scope == "shard_group" and self.sharding.replicas == 1:
             raise ValueError(
-                "perturbation.savings.within_shard_group needs sharding.replicas above 1 (and backend fsdp2): there "
-                "is one shard group only"
+                f"{key} needs sharding.replicas above 1 (and backend fsdp2): without, a shard group is all processes "
+                "or one, which are the scopes global and worker"
+            )
+        if direction.scope == "worker" and backend in ("fsdp2", "zero3"):
+            raise ValueError(
+                f"{key} perturbs all weights on each process by itself, and with sharding.backend {backend} none holds "
+                "them; use micro_batch (fsdp2), or backend ddp, zero1 or zero2"
+            )
+        if direction.scope == "micro_batch" and backend.startswith("zero"):
+            raise ValueError(
+                f"{key} climbs between descents whose gradients accumulate, which sharding.backend {backend} keeps "
+                "where the ascent's are to be; use ddp or fsdp2"
             )
         return self
 

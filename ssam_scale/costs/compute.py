@@ -73,7 +73,8 @@ class StepShape:
 
     Attributes:
         cut: the first stage that the ascent runs.
-        kept: of each stage, the share of its weights whose gradient the ascent computes; all 0: there is no ascent.
+        kept: of each stage, the share of its weights whose gradient the ascent computes; all 0: there is no ascent
+            pass.
         perturbed: number of perturbed weights.
         fraction: share of the batch in the ascent.
     """
@@ -85,7 +86,7 @@ class StepShape:
 
     @property
     def ascends(self) -> bool:
-        """Whether there is an ascent at all."""
+        """Whether there is an ascent pass."""
         return any(self.kept)
 
     @property
@@ -127,8 +128,6 @@ def ascent_backward(times: StepTimes, shape: StepShape) -> float:
 
 def predicted_ascent_seconds(times: StepTimes, shape: StepShape) -> float:
     """Everything that the step pays beyond the base optimizer's step."""
-    if not shape.ascends:
-        return 0.0
     return ascent_forward(times, shape) + ascent_backward(times, shape) + times.perturb * shape.perturbed
 
 

@@ -176,9 +176,9 @@ def step_cost(
         accumulation: micro-batches of a step.
     """
     cluster, backend = placement.cluster, costs_of(weights, placement, accumulation)
-    ascending = [ascent for ascent in ascents if ascent.shape.ascends]
-    kinds: list[tuple[float, Ascent | None]] = [(ascent.share, ascent) for ascent in ascending]
-    kinds.append((1.0 - sum(ascent.share for ascent in ascending), None))
+    perturbing = [ascent for ascent in ascents if ascent.shape.perturbed]
+    kinds: list[tuple[float, Ascent | None]] = [(ascent.share, ascent) for ascent in perturbing]
+    kinds.append((1.0 - sum(ascent.share for ascent in perturbing), None))
     weighted = [
         (share, segment) for share, kind in kinds for segment in step_segments(times, backend, placement.shards, kind)
     ]

@@ -2,6 +2,7 @@
 
 from ssam_scale import torch_compat  # noqa: F401 - refuses a torch that is too old, before anything looks for more
 
+from .directions import Direction, Fresh, Friendly, Momentum, Previous, VaSSO
 from .phases import Phase, Phases, no_phases
 from .profiling import ascent_seconds
 from .resolved_step import Norm, ResolvedStep, StepOptions, StepShares, resolve_step, step_shares
@@ -15,11 +16,16 @@ from .step_report import Rehearsed, StepKind, StepReport
 __all__ = [
     "ConstantRadius",
     "CosineRadius",
+    "Direction",
+    "Fresh",
+    "Friendly",
     "Interval",
     "LRRadius",
+    "Momentum",
     "Norm",
     "Phase",
     "Phases",
+    "Previous",
     "RadiusSchedule",
     "Rehearsed",
     "ResolvedStep",
@@ -31,6 +37,7 @@ __all__ = [
     "StepOptions",
     "StepReport",
     "StepShares",
+    "VaSSO",
     "Window",
     "ascent_seconds",
     "no_phases",

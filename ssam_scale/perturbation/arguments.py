@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ssam_scale.checks import described
+from ssam_scale.config.direction_sections import Scope
 from ssam_scale.masks import Depth, Mask
+from ssam_scale.sharding import Sharding
 
 from .staged_model import StagedModel
 
@@ -130,10 +132,43 @@ def check_no_others(others: Mapping[str, Any], base_optimizer: Any) -> None:
     check_optimizer(base_optimizer, others)
     if others:
         name = next(iter(others))
+        if name in ("fraction", "scope"):
+            raise TypeError(f"{name} belongs to the direction: direction=Fresh({name}={others[name]!r})")
         of = type(base_optimizer).__name__
         raise TypeError(
             f"SparseSAM has no argument {name}; what is the base optimizer's is given to it: {of}(…, {name}=…)"
         )
+
+
+def check_scope(scope: Scope, sharding: Sharding) -> None:
+    """Refuse an ascent by a part of the batch that the model's sharding does not let anybody climb by.
+
+    Args:
+        scope: of the direction.
+        sharding: of the model.
+
+    Raises:
+        ValueError: it is such; says which scopes there are.
+    """
+    processes, sharers = sharding.data_parallel_group.size, sharding.shard_group.size
+    if scope == "micro_batch" and not sharding.leaves_grad:
+        raise ValueError(
+            "direction scope 'micro_batch' climbs between descents whose gradients accumulate, which a DeepSpeed "
+            "engine keeps where the ascent's are to be: use DDP or FSDP2, or scope 'global' or 'worker'"
+        )
+    if processes == 1:
+        return  # what all of these are then
+    alone = sharding.weights_replicated and (sharers == 1 or sharding.reduces_whole)
+    if scope == "worker" and not alone:
+        how = (
+            "in low precision each process knows exactly only the weights that it steps: use float32 weights"
+            if sharding.weights_replicated
+            else "no process holds all weights: use scope 'micro_batch', or 'shard_group' with replicas, or DDP"
+        )
+        raise ValueError(f"direction scope 'worker' perturbs all weights on each process by itself, and here {how}")
+    if scope == "shard_group" and (sharding.weights_replicated or sharers == processes):
+        group = "each process is one: use scope 'worker'" if sharding.weights_replicated else "there is only one"
+        raise ValueError(f"direction scope 'shard_group' is for FSDP2 with replicas of the weights; here {group}")
 
 
 def check_scaler(scaler: Any) -> None:

@@ -1,12 +1,13 @@
 """BatchNorm under two passes: which of them updates the running statistics.
 
 One optimizer step runs two passes but sees one batch: the statistics are updated in the ascent pass, which is the one
-at the weights that are evaluated and saved, and left alone in the descent pass at the perturbed weights. Where both
-passes share a prefix, its statistics are updated once because it runs once. What a backward computes again, for the
-activations that a forward did not keep, updates nothing.
+at the weights that are evaluated and saved, and left alone in the descent pass at the perturbed weights. Where the
+ascent sees a part of the batch only, or there is none, they are updated in the descent pass, which sees all of it.
+Where both passes share a prefix, its statistics are updated once because it runs once. What a backward computes again,
+for the activations that a forward did not keep, updates nothing.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -45,6 +46,10 @@ def _frozen(batchnorms: list[_BatchNorm]) -> Iterator[None]:
             attributes["track_running_stats"] = True
 
 
+_Place = tuple[nn.Module, str]  # of a buffer
+_Buffers = Mapping[_Place, tuple[Tensor, int]]  # with a number that rises when one is written to
+
+
 class Statistics:
     """All that training forwards write to a model's buffers, which a step with two passes writes once.
 
@@ -59,8 +64,9 @@ class Statistics:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._seen = self._now()[1]
+        self._writers: set[_Place] | None = None  # of these buffers; None: nobody has looked yet
 
-    def _now(self) -> tuple[list[_BatchNorm], dict[tuple[nn.Module, str], tuple[Tensor, int]]]:
+    def _now(self) -> tuple[list[_BatchNorm], dict[_Place, tuple[Tensor, int]]]:
         """Every BatchNorm; and every other module's buffers, with a number that rises when one is written to."""
         with_buffers = [module for module in every_module(self._model) if module._buffers]
         return [module for module in with_buffers if isinstance(module, _BatchNorm)], {
@@ -72,14 +78,34 @@ class Statistics:
         }
 
     @contextmanager
+    def frozen_at_first(self) -> Iterator[None]:
+        """Nothing inside is left in the buffers. To be entered for the first pass, where the second writes to them."""
+        (layers, now), seen = self._now(), self._seen
+        if self._writers is not None:
+            self._writers |= _changed(now, seen).keys()
+        copied = {p: buffer for p, (buffer, _) in now.items() if self._writers is None or p in self._writers}
+        before = {place: buffer.detach().clone() for place, buffer in copied.items()}
+        try:
+            with _frozen(layers):
+                yield
+        finally:
+            written = {
+                (module, name)
+                for (module, name), buffer in copied.items()
+                if module._buffers.get(name) is not buffer or buffer._version != now[module, name][1]
+            }
+            self._writers = written | (self._writers or set())
+            with torch.no_grad():
+                for module, name in written:
+                    copied[module, name].copy_(before[module, name])
+                    module._buffers[name] = copied[module, name]
+            self._seen = self._now()[1]
+
+    @contextmanager
     def frozen(self) -> Iterator[None]:
         """Nothing inside is left in the buffers. To be entered after the pass that does write to them."""
         (layers, now), seen = self._now(), self._seen
-        written = {
-            place: buffer
-            for place, (buffer, number) in now.items()
-            if place not in seen or seen[place][0] is not buffer or seen[place][1] != number
-        }
+        written = _changed(now, seen)
         before = {place: buffer.detach().clone() for place, buffer in written.items()}
         try:
             with _frozen(layers):
@@ -91,6 +117,15 @@ class Statistics:
                     module._buffers[name] = buffer
             # What has come inside, or has been replaced there, is not seen by this, and counts as written next time.
             self._seen = {place: (buffer, buffer._version) for place, (buffer, _) in now.items()}
+
+
+def _changed(now: _Buffers, seen: _Buffers) -> dict[_Place, Tensor]:
+    """The buffers that have come, been replaced or been written to since."""
+    return {
+        place: buffer
+        for place, (buffer, number) in now.items()
+        if place not in seen or seen[place][0] is not buffer or seen[place][1] != number
+    }
 
 
 def repeating(layers: list[_BatchNorm]) -> AbstractContextManager[None]:

@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from ssam_scale.masks import (
-    BitMask,
-    Subset,
-    inner_product,
-    masked_add_,
-    masked_scatter_,
-    masked_select,
-    pack,
-)
+from ssam_scale.masks import inner_product, masked_add_, masked_select
 from ssam_scale.sharding import ShardedWeights
 
-from .perturb import at_least_fp32, squares, zero_unless_
+from .arithmetic import at_least_fp32, squares, zero_unless_
+from .directions import Kept
 from .resolved_step import ResolvedStep
 
 
@@ -41,8 +33,7 @@ class LookSAM:
 
     def __init__(self, sharding: ShardedWeights, parameters: Mapping[str, nn.Parameter]) -> None:
         self._sharding, self._parameters = sharding, parameters
-        self._parts: dict[str, Subset | None] = {}
-        self._orthogonal: list[Tensor] = []  # parallel to them
+        self._orthogonal = Kept(sharding, parameters)
 
     @torch.no_grad()
     def update(self, resolved: ResolvedStep, epsilon: list[Tensor]) -> None:
@@ -55,14 +46,16 @@ class LookSAM:
         Raises:
             ValueError: the backend shows copies of its gradients, to which nothing can be added.
         """
-        self._parts = dict(resolved.plan.weights)
+        names, parts = list(resolved.plan.weights), list(resolved.plan.weights.values())
         radii = list(resolved.radii.values())
         if len(set(radii)) > 1:  # groups go the way of one gradient, each as far as its own radius
             torch._foreach_div_(epsilon, radii)
-        gradients, device = self._gradients(), epsilon[0].device
-        if any(a.data_ptr() != b.data_ptr() for a, b in zip(gradients, self._gradients(), strict=True) if a.numel()):
+        gradients, device = self._gradients(names), epsilon[0].device
+        if any(
+            a.data_ptr() != b.data_ptr() for a, b in zip(gradients, self._gradients(names), strict=True) if a.numel()
+        ):
             raise ValueError("reuse between ascents needs float32 gradients with ZeRO stage 3, which copies others")
-        sharp = at_least_fp32(masked_select(gradients, list(self._parts.values())))
+        sharp = at_least_fp32(masked_select(gradients, parts))
         along = inner_product(sharp, epsilon)
         sums = torch.stack([along, squares(epsilon, device).sum(), squares(sharp, device).sum()])
         sums = self._sharding.shard_group.all_reduce(sums)
@@ -70,7 +63,7 @@ class LookSAM:
         torch._foreach_sub_(sharp, epsilon)
         # Where there was no perturbation, or the gradient overflowed, there is nothing to learn.
         zero_unless_(sharp, (sums[1] > 0.0) & sums.isfinite().all())
-        self._orthogonal = sharp
+        self._orthogonal.replace(resolved.plan, sharp)
 
     @torch.no_grad()
     def add(self, alpha: float) -> None:
@@ -79,44 +72,24 @@ class LookSAM:
         Args:
             alpha: α, the length of what is added over that of the gradient.
         """
-        if not self._parts:
+        if not self._orthogonal:
             return
-        gradients, parts, device = self._gradients(), list(self._parts.values()), self._orthogonal[0].device
+        gradients, parts = self._gradients(self._orthogonal.names()), self._orthogonal.parts()
+        orthogonal = self._orthogonal.values()
+        device = orthogonal[0].device
         plain = squares(masked_select(gradients, parts), device).sum()
-        sums = self._sharding.shard_group.all_reduce(torch.stack([plain, squares(self._orthogonal, device).sum()]))
+        sums = self._sharding.shard_group.all_reduce(torch.stack([plain, squares(orthogonal, device).sum()]))
         ratio = alpha * (sums[0] / sums[1]).sqrt()
         scale = torch.where(ratio.isfinite(), ratio, torch.zeros_like(ratio))
-        masked_add_(gradients, parts, self._orthogonal, alpha=scale)
+        masked_add_(gradients, parts, orthogonal, alpha=scale)
 
-    @torch.no_grad()
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """`reused`: g_v by parameter, full; not a number where the last ascent perturbed nothing. Collective."""
-        across = dict(zip(self._parts, self._orthogonal, strict=True))
-        result = {}
-        for name, p in self._parameters.items():
-            [shard] = self._sharding.shards([p])
-            local = torch.full_like(shard.weight, math.nan, dtype=torch.float32)
-            if name in across:
-                masked_scatter_([local], [self._parts[name]], [across[name]])
-            result[name] = self._sharding.gather(p, local)
-        return {"reused": result}
+        return {"reused": self._orthogonal.state_dict()}
 
-    @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Take back what `state_dict` returned, on any number of processes; without it there is nothing to reuse."""
-        self._parts, self._orthogonal = {}, []
-        saved = state_dict.get("reused", {})
-        for name, p in self._parameters.items():  # in their order, in which norms are summed up
-            if name not in saved:
-                continue
-            full = saved[name].to(p.device)
-            known = ~full.isnan()
-            if known.any():
-                local = self._sharding.scatter(p, full)
-                kept = self._sharding.scatter(p, known)
-                part = None if known.all() else BitMask(pack(kept), kept.numel())
-                self._parts[name] = part
-                self._orthogonal += masked_select([local], [part])
+        self._orthogonal.load_state_dict(state_dict.get("reused", {}))
 
-    def _gradients(self) -> list[Tensor]:
-        return self._sharding.gradients([self._parameters[name] for name in self._parts])
+    def _gradients(self, names: Sequence[str]) -> list[Tensor]:
+        return self._sharding.gradients([self._parameters[name] for name in names])

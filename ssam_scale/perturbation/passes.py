@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from ssam_scale.sharding import AscentReduction, ShardedPasses
 
@@ -20,7 +20,7 @@ from .parameters import TrainedParameters
 from .phases import Phase, Phases
 from .reference import first_samples
 from .resolved_step import ResolvedStep
-from .rng import RandomState
+from .rng import RandomState, hashed, uniform_
 from .skip_gradients import only_rows, without_gradient
 
 
@@ -30,8 +30,8 @@ class Passes:
     A shared prefix runs once: its output is detached for the ascent and used with its graph in the descent. Where it is
     not shared, the ascent runs the blocks before the cut without a graph.
 
-    With a `fraction` below 1 the ascent sees the first samples of each micro-batch. A shared prefix runs on all of
-    them, and the ascent goes on from the first rows of its output; what drops something at random in a prefix that is
+    With a `fraction` below 1 the ascent sees some samples of each micro-batch. A shared prefix runs on all of them, and
+    the ascent goes on from their rows of its output; what drops something at random in a prefix that is
     not shared, or in the suffix, then drops something else in the two passes, of which one has fewer samples.
 
     Args:
@@ -46,6 +46,7 @@ class Passes:
         statistics: what the forwards write to buffers.
         of_samples: cuts and shapes of what a prefix puts out, whose first dimension is known to count samples; gets
             those that are looked at here.
+        part: which of the step's micro-batches these are, where each climbs and descends by itself, and of how many.
     """
 
     def __init__(
@@ -60,8 +61,10 @@ class Passes:
         phases: Phases,
         statistics: Statistics,
         of_samples: set[tuple[int, torch.Size]],
+        part: tuple[int, int] = (0, 1),
     ) -> None:
         self._of_samples = of_samples
+        self._number, self._of = part if len(batches) == 1 else (0, len(batches))
         self._statistics = statistics
         self._sharding, self._parameters, self._mask = sharding, parameters, mask
         self._resolved = resolved
@@ -71,7 +74,8 @@ class Passes:
         self._phases = phases
         self._device = parameters.device
         self._random: list[RandomState] = []  # at the start of each micro-batch of the ascent
-        self._full_batch_of: dict[int, Tensor] = {}  # by identity of what the ascent sees the first rows of
+        self._rows: slice | Tensor = slice(None)  # of a micro-batch, which the ascent sees
+        self._full_batch_of: dict[int, Tensor] = {}  # by identity of what the ascent sees some rows of
         self._ascent_input: Tensor | None = None  # the input of the one forward of an ascent that may share its prefix
         self._prefix: tuple[Tensor, RandomState] | None = None  # its output, and where the suffix began to draw
 
@@ -92,7 +96,8 @@ class Passes:
         ):
             for index, batch in enumerate(self._batches):
                 self._random.append(RandomState.now(self._device))
-                losses.append(self._run(index, self._ascent_forward, self._first_samples(batch), "ascent backward"))
+                seen = self._ascents_samples(index, batch)
+                losses.append(self._run(index, self._ascent_forward, seen, "ascent backward", ascent=True))
         return _sum(losses)
 
     def _reducing(self) -> AbstractContextManager[None]:
@@ -108,25 +113,27 @@ class Passes:
             )
         )
 
-    def descend(self, *, statistics: bool) -> Tensor:
+    def descend(self) -> Tensor:
         """Forward and backward at the weights as they are, with the gradient of every parameter; returns the mean loss.
 
-        Args:
-            statistics: whether this pass is the one that updates BatchNorm's running statistics.
+        It updates BatchNorm's running statistics where the ascent has not.
         """
         losses = []
-        with nullcontext() if statistics else self._statistics.frozen():
+        with nullcontext() if self._resolved.counts_descent else self._statistics.frozen():
             for index, batch in enumerate(self._batches):
                 if self._random:
                     self._random[index].restore()
                 losses.append(self._run(index, self._descent_forward, batch, "descent backward"))
         return _sum(losses)
 
-    def _run(self, index: int, forward: Forward, batch: Any, backward_phase: Phase) -> Tensor:
-        with self._sharding.micro_batch(last=index == len(self._batches) - 1):
+    def _run(self, index: int, forward: Forward, batch: Any, backward_phase: Phase, *, ascent: bool = False) -> Tensor:
+        last = index == len(self._batches) - 1
+        if not ascent and self._resolved.by_micro_batch and self._sharding.accumulates_in_grad:
+            last &= self._number == self._of - 1  # else the gradients would lie where the next ascent's are to be
+        with self._sharding.micro_batch(last=last):
             loss = check_loss(self._loss_fn(forward, batch))
-            if len(self._batches) > 1:
-                loss = loss / len(self._batches)
+            if self._of > 1:
+                loss = loss / self._of
             with self._phases(backward_phase):
                 try:
                     self._sharding.backward(loss if self._scaler is None else self._scaler.scale(loss))
@@ -136,25 +143,69 @@ class Passes:
                     raise
         return loss.detach()
 
-    def _first_samples(self, batch: Any) -> Any:
+    def _ascents_samples(self, index: int, batch: Any) -> Any:
         """What the ascent sees of a micro-batch."""
         if self._resolved.fraction == 1.0:
             return batch
         check_samples_first(batch)
         self._full_batch_of = {}
-        return tree_map_only(Tensor, self._first_rows, batch)
+        size = next(len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim)
+        kept = first_samples(size, self._resolved.fraction)
+        self._rows = slice(kept)
+        if self._resolved.choose == "random":
+            stream = self._resolved.step * self._of + self._number + index
+            seed = hashed(stream, self._sharding.data_parallel_group.rank)
+            drawn = torch.empty(size, device=self._device)
+            uniform_(drawn, 0, seed)
+            self._rows = drawn.topk(kept).indices
+        elif self._resolved.choose == "highest_loss":
+            self._rows = self._losses(index, batch).topk(kept).indices
+        return tree_map_only(Tensor, self._rows_of, batch)
 
-    def _first_rows(self, leaf: Tensor) -> Tensor:
+    def _rows_of(self, leaf: Tensor) -> Tensor:
         if not leaf.ndim:
             return leaf
-        rows = leaf[: first_samples(len(leaf), self._resolved.fraction)]
+        rows = leaf[self._rows if isinstance(self._rows, slice) else self._rows.to(leaf.device)]
         self._full_batch_of[id(rows)] = leaf
         return rows
+
+    @torch.no_grad()
+    def _losses(self, index: int, batch: Any) -> Tensor:
+        """The loss of every sample of a micro-batch, of shape (samples,)."""
+        module, outputs = self._sharding.ascent_module, []
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            with self._phases("ascent forward"), self._statistics.frozen_at_first():
+                outputs.append(module(*args, **kwargs))
+            return outputs[-1]
+
+        self._loss_fn(forward, batch)
+        self._random[index].restore()
+        leaves, structure = tree_flatten((batch, outputs))
+        many = [isinstance(leaf, Tensor) and leaf.ndim > 0 for leaf in leaves]
+
+        def loss(*of_one: Tensor) -> Tensor:
+            own = iter(of_one)
+            single = [next(own)[None] if has_samples else leaf for leaf, has_samples in zip(leaves, many, strict=True)]
+            sample, seen = tree_unflatten(single, structure)
+            ran = iter(seen)
+            return _scalar(self._loss_fn(lambda *args, **kwargs: next(ran), sample))
+
+        try:
+            each: Tensor = torch.vmap(loss)(
+                *(leaf for leaf, has_samples in zip(leaves, many, strict=True) if has_samples)
+            )
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(
+                "direction choose='highest_loss' asks for the loss of each sample, by torch.vmap of the loss function "
+                f"over what the model put out, which fails: {str(error).splitlines()[0]}"
+            ) from error
+        return each
 
     def _ascent_forward(self, *args: Any, **kwargs: Any) -> Any:
         module, cut, shared = self._sharding.ascent_module, self._resolved.cut, self._resolved.shares_prefix
         if not self._resolved.may_share_prefix and cut == 0:
-            with self._phases("ascent forward"):
+            with self._phases("ascent forward"), self._ascents_statistics():
                 return module(*args, **kwargs)
         x = _only_input(args, kwargs)
         if x.is_leaf and x.requires_grad:
@@ -171,14 +222,21 @@ class Passes:
                 )
             self._ascent_input = whole
         if cut == 0:
-            with self._phases("ascent forward"):
+            with self._phases("ascent forward"), self._ascents_statistics():
                 return module(x)
-        with self._phases("descent forward" if shared else "ascent forward"), torch.set_grad_enabled(shared):
-            hidden = module(whole if shared else x, stop=cut)
         if shared:
+            with self._phases("descent forward"), torch.enable_grad():
+                hidden = module(whole, stop=cut)
             self._prefix = hidden, RandomState.now(self._device)
-        with self._phases("ascent forward"):
+        else:
+            with self._phases("ascent forward"), torch.no_grad(), self._ascents_statistics():
+                hidden = module(x, stop=cut)
+        with self._phases("ascent forward"), self._ascents_statistics():
             return module(self._ascents_part(hidden.detach(), x, whole), start=cut)
+
+    def _ascents_statistics(self) -> AbstractContextManager[None]:
+        """Surrounds what the descent runs again, and may count."""
+        return self._statistics.frozen_at_first() if self._resolved.counts_descent else nullcontext()
 
     def _ascents_part(self, hidden: Tensor, x: Tensor, whole: Tensor) -> Tensor:
         """Of what a shared prefix put out for all samples, what belongs to the first ones."""
@@ -202,7 +260,7 @@ class Passes:
                     f"it puts out a tensor of shape {tuple(alone.shape)}; switch savings.share_prefix off"
                 )
             self._of_samples.add(known)
-        return hidden[: len(x)]
+        return hidden[self._rows]
 
     def _descent_forward(self, *args: Any, **kwargs: Any) -> Any:
         module = self._sharding.descent_module
@@ -234,3 +292,9 @@ def _only_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
             f"the loss function called forward({kinds}); a model that a mask cuts is in stages, which take one tensor"
         )
     return given[0]
+
+
+def _scalar(loss: Any) -> Tensor:
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        check_loss(loss)
+    return loss.reshape(())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -14,55 +14,20 @@ from torch import Tensor, nn
 
 from ssam_scale.masks import Backup, Plan, Subset, masked_add_, masked_scatter_, masked_select, masked_squares
 from ssam_scale.sharding import Sharding, WrittenWeights
+from ssam_scale.torch_compat import foreach_clone
 
+from .arithmetic import adaptive_scales, at_least_fp32, picked, squares, zero_unless_
+from .directions import Direction, Source
+from .directions.fresh import FreshGradient
 from .mask_state import MaskState
 from .parameters import TrainedParameters
 from .phases import Phases
 from .resolved_step import ResolvedStep
 
 _TINY = 1e-7  # of the papers' code: keeps a vanishing gradient from dividing by zero
-_ETA = 0.01  # of the ASAM paper: lets weights at zero be perturbed, too
 
 
-def at_least_fp32(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """`tensors`, those of less than 32 bits as float32 copies."""
-    return [t.float() if t.element_size() < 4 else t for t in tensors]
-
-
-def squares(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
-    """Σ x² of each tensor, of shape (number of tensors,): float32, or float64 where a tensor is."""
-    return masked_squares(tensors, [None] * len(tensors))[0] if tensors else torch.zeros(0, device=device)
-
-
-def adaptive_scales(weights: Sequence[Tensor]) -> list[Tensor]:
-    """T = |w| + η, the scale that makes sharpness independent of rescaling weights (ASAM, arXiv 2102.11600, eq. 3)."""
-    if not weights:
-        return []
-    scales = at_least_fp32(torch._foreach_abs(list(weights)))
-    torch._foreach_add_(scales, _ETA)
-    return scales
-
-
-def _picked(tensors: Sequence[Tensor], parts: Sequence[Subset | None]) -> list[Tensor]:
-    """Copies of the elements that parts have, and the tensors themselves where all take part."""
-    some = [(t, part) for t, part in zip(tensors, parts, strict=True) if part is not None]
-    copies = iter(masked_select([t for t, _ in some], [part for _, part in some]))
-    return [t if part is None else next(copies) for t, part in zip(tensors, parts, strict=True)]
-
-
-def zero_unless_(tensors: Sequence[Tensor], condition: Tensor) -> None:
-    """Zeros in the place of everything in `tensors` (of 4 or 8 bytes an element) unless `condition`, of shape ().
-
-    Decided without making the host wait for the device: zero is what the bit pattern of anything, not-a-number
-    included, becomes when multiplied by 0.
-    """
-    if condition.is_cpu:
-        if not condition:
-            torch._foreach_zero_(list(tensors))
-        return
-    for size, integer in {4: torch.int32, 8: torch.int64}.items():
-        if same := [t.view(integer) for t in tensors if t.element_size() == size]:
-            torch._foreach_mul_(same, condition.to(integer))
+_Vectors = Callable[[Sequence[str]], list[Tensor]]
 
 
 class _Side:
@@ -127,6 +92,11 @@ class _Whole(_Side):
         return result
 
 
+def _to_pick(vectors: Sequence[Tensor], parts: Sequence[Subset | None]) -> list[Subset | None]:
+    """Of which elements of each to go by; None: of all, which where there is a subset may be its elements alone."""
+    return [None if part is None or v.numel() == part.count else part for v, part in zip(vectors, parts, strict=True)]
+
+
 @dataclass(frozen=True)
 class Epsilon:
     """ε = α · ρ · g of each parameter in a plan, which is computed while it is added.
@@ -136,7 +106,7 @@ class Epsilon:
             subset's elements count.
         parts: of each, as in `Plan.weights`.
         radii: ρ of each.
-        alpha: α = κ / (‖·‖ + 1e-7), of shape (): float32, or float64 where gradients are.
+        alpha: α = ±κ / (‖·‖ + 1e-7), of shape (): float32, or float64 where gradients are.
         exists: whether the norm is finite, bool of shape (); else ε is 0: there is no direction to go.
     """
 
@@ -161,11 +131,7 @@ class Epsilon:
 
     def computed(self) -> list[Tensor]:
         """ε itself: float32, where there is a `Subset` of shape (its count,), else shaped like the shard."""
-        counted = [
-            None if part is None or g.numel() == part.count else part
-            for g, part in zip(self.gradients, self.parts, strict=True)
-        ]
-        result = at_least_fp32(masked_select(self.gradients, counted))
+        result = at_least_fp32(masked_select(self.gradients, _to_pick(self.gradients, self.parts)))
         if result:
             torch._foreach_mul_(result, self.alpha)
             torch._foreach_mul_(result, list(self.radii))
@@ -191,8 +157,11 @@ class Perturbation:
         optimizer: of the weights, whose gradients are dropped between the passes.
         adaptive: perturb weights in proportion to their magnitude (ASAM, arXiv 2102.11600).
         phases: times the parts.
+        direction: of ε, which `source` computes.
+        before: that of before parameters were added or frozen, whose memory and counts go on.
 
     Attributes:
+        source: what ε goes along.
         backup: of the weights, empty between steps.
         kappa: ‖m ⊙ g‖ / ‖g‖ of the last step where both were known, float32 of shape (); not a number before.
         skips: whether the last perturbation was left out because the gradient was not finite, bool of shape ().
@@ -210,8 +179,15 @@ class Perturbation:
         optimizer: torch.optim.Optimizer,
         adaptive: bool,
         phases: Phases,
+        direction: Direction,
+        before: Perturbation | None = None,
     ) -> None:
         self.adaptive = adaptive
+        self._direction = direction
+        self.source = direction.source(sharding, parameters.by_name, optimizer)
+        if before is not None:
+            self.source.take_over(before.source)
+        self._forgets = False
         self.backup = Backup()
         self._sharding, self._mask, self._optimizer, self._phases = sharding, mask, optimizer, phases
         self._parameters = parameters.by_name
@@ -220,14 +196,21 @@ class Perturbation:
         self._device = parameters.device
         self.never = torch.zeros((), dtype=torch.bool, device=self._device)
         self.skips = self.never
-        self.skipped = torch.zeros((), dtype=torch.int64, device=self._device)
+        self.skipped: Tensor = torch.zeros((), dtype=torch.int64, device=self._device)
+        if before is not None:
+            self.skipped = before.skipped
         self.kappa = torch.full((), math.nan, device=self._device)
         self.shares = torch.full((len(self._parameters),), -1.0, device=self._device)
         self.calibrated = -1
 
     @contextmanager
     def applied(
-        self, resolved: ResolvedStep, *, keep: bool = False, phases: Phases | None = None
+        self,
+        resolved: ResolvedStep,
+        *,
+        keep: bool = False,
+        phases: Phases | None = None,
+        accumulated: Sequence[tuple[nn.Parameter, Tensor | None]] = (),
     ) -> Iterator[list[Tensor]]:
         """The weights are w + ε inside and w again afterwards, bit for bit, whatever happens inside.
 
@@ -235,11 +218,14 @@ class Perturbation:
             resolved: what the step does.
             keep: whether to yield the ε of this process's shards, as `Epsilon.computed` returns it; otherwise nothing.
             phases: times the parts; None: what times those of a step.
+            accumulated: gradients that the descent inside adds to.
         """
         phases = self._phases if phases is None else phases
         try:
             with phases("perturb"), torch.no_grad():
                 kept = self._perturb(resolved, keep)
+                for p, gradient in accumulated:
+                    p.grad = gradient
             yield kept
         finally:
             # Nothing in here waits for another process: this may be the only one that failed.
@@ -276,9 +262,11 @@ class Perturbation:
         """What is perturbed inside counts for nothing: afterwards all attributes are what they were."""
         before = self.skips, self.skipped, self.kappa, self.shares, self.calibrated
         self.skipped, self.shares = self.skipped.clone(), self.shares.clone()
+        self._forgets = True
         try:
             yield
         finally:
+            self._forgets = False
             self.skips, self.skipped, self.kappa, self.shares, self.calibrated = before
 
     def uncalibrate(self) -> None:
@@ -289,10 +277,12 @@ class Perturbation:
     def state_dict(self) -> dict[str, Any]:
         """`skipped`, int64 of shape (); and the calibration.
 
-        That is `calibrated`, the step of the last one (−1: due), and `shares`, float32 of shape (), by parameter.
+        That is `calibrated`, the step of the last one (−1: due), and `shares`, float32 of shape (), by parameter. And
+        what the direction remembers: see its source. Collective if it does.
         """
         shares = dict(zip(self._parameters, self.shares.clone().unbind(), strict=True))
-        return {"skipped": self.skipped.clone(), "calibrated": torch.tensor(self.calibrated), "shares": shares}
+        counts = {"skipped": self.skipped.clone(), "calibrated": torch.tensor(self.calibrated), "shares": shares}
+        return {**counts, **self.source.state_dict()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take back what `state_dict` returned.
@@ -307,6 +297,7 @@ class Perturbation:
         if shares:
             self.shares.copy_(torch.stack([shares[name] for name in self._parameters]))
         self.calibrated = int(state_dict["calibrated"])
+        self.source.load_state_dict(state_dict)
 
     def epsilon(self, resolved: ResolvedStep) -> Epsilon:
         """ε of what this process perturbs of each parameter in the plan. Collective.
@@ -315,41 +306,56 @@ class Perturbation:
         """
         plan, side = resolved.plan, self._side(resolved)
         chosen = [self._parameters[name] for name in plan.weights]
-        parts, gradients = side.parts(plan), side.gradients(chosen)
+        # Where another step is rehearsed than the optimizer's own, by its gradient.
+        own = resolved.direction == self._direction
+        source: Source = self.source if own else FreshGradient()
+
+        def of_names(names: Sequence[str]) -> list[Tensor]:
+            return side.gradients([self._parameters[name] for name in names])
+
+        parts, gradients = side.parts(plan), source.vectors(plan, of_names)
+        others = partial(source.others, gradients=of_names)
         if self.adaptive:
             weights = side.weights(chosen)
-            everything = self._all_scaled_squares(side, plan, gradients, weights) if resolved.measures_kappa else None
-            gradients, scales = at_least_fp32(_picked(gradients, parts)), adaptive_scales(_picked(weights, parts))
+            everything = (
+                self._all_scaled_squares(side, plan, gradients, weights, others) if resolved.measures_kappa else None
+            )
+            if not isinstance(source, FreshGradient):  # what the source keeps
+                gradients = foreach_clone(gradients)
+            gradients = at_least_fp32(picked(gradients, _to_pick(gradients, parts)))
+            scales = adaptive_scales(picked(weights, parts))
             if gradients:
                 torch._foreach_mul_(gradients, scales)
             masked = squares(gradients, self._device)
             if gradients:
                 torch._foreach_mul_(gradients, scales)
         else:
-            masked, of_chosen = masked_squares(gradients, parts, every=resolved.measures_kappa)
-            everything = None if of_chosen is None else self._all_squares(side, plan, of_chosen)
+            some = _to_pick(gradients, parts)
+            masked, of_chosen = masked_squares(gradients, some, every=resolved.measures_kappa)
+            everything = None if of_chosen is None else self._all_squares(plan, of_chosen, others)
         norm, kappa = self._norm_and_kappa(resolved, side, masked, everything)
         exists = norm < math.inf  # not so of not-a-number; `isfinite` takes four launches
         self.skips = ~exists
         self.skipped += self.skips
-        return Epsilon(gradients, parts, list(resolved.radii.values()), kappa / (norm + _TINY), exists)
+        if own and not self._forgets:
+            source.learn(exists)
+        return Epsilon(gradients, parts, list(resolved.radii.values()), source.sign * kappa / (norm + _TINY), exists)
 
     def _side(self, resolved: ResolvedStep) -> _Side:
         return _Whole(self._sharding, self._mask) if resolved.whole else _Side(self._sharding, self._mask)
 
-    def _all_squares(self, side: _Side, plan: Plan, of_chosen: Tensor) -> Tensor:
+    def _all_squares(self, plan: Plan, of_chosen: Tensor, others: _Vectors) -> Tensor:
         """‖g‖² of every parameter on this process; `of_chosen` is that of what the plan names."""
         names = [name for name in self._parameters if name not in plan.weights]
-        others = squares(side.gradients([self._parameters[name] for name in names]), self._device)
-        return self._in_order([*plan.weights, *names], torch.cat([of_chosen, others]))
+        return self._in_order([*plan.weights, *names], torch.cat([of_chosen, squares(others(names), self._device)]))
 
     def _all_scaled_squares(
-        self, side: _Side, plan: Plan, chosen: Sequence[Tensor], weights: Sequence[Tensor]
+        self, side: _Side, plan: Plan, chosen: Sequence[Tensor], weights: Sequence[Tensor], vectors: _Vectors
     ) -> Tensor:
         """‖T g‖² of every parameter on this process; `chosen` and `weights` are of what the plan names."""
         names = [name for name in self._parameters if name not in plan.weights]
         others = [self._parameters[name] for name in names]
-        gradients, weights = [*chosen, *side.gradients(others)], [*weights, *side.weights(others)]
+        gradients, weights = [*chosen, *vectors(names)], [*weights, *side.weights(others)]
         # One after the other, so that the products never exist together.
         each = [squares([g * adaptive_scales([w])[0]], self._device) for g, w in zip(gradients, weights, strict=True)]
         return self._in_order([*plan.weights, *names], torch.cat(each))

@@ -45,7 +45,7 @@ def ascent_seconds(opt: SparseSAM, loss_fn: LossFn, *batches: Any, repeats: int 
     """Measure the ascent pass with the cut at each block, in seconds, for `DepthByCost`. Collective.
 
     Each is forward, backward and reduction of the suffix as a step makes them, over `batches` as micro-batches and with
-    the optimizer's `fraction`. As in a step, the prefix counts only where it is not shared with the descent, which is
+    the optimizer's `direction`. As in a step, the prefix counts only where it is not shared with the descent, which is
     with several micro-batches. All processes take part, and are told what the first one measured.
 
     Costs (1 + repeats) · blocks ascents. Gradients are cleared before and after; weights, BatchNorm statistics and the

@@ -5,7 +5,7 @@ No stages, no sharing, no skipping: two full passes over the whole batch and a m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -42,10 +42,13 @@ def reference_gradient(
     }
     model.zero_grad()
     gradient = {name: at_least_fp32(g) for name, g in gradient.items()}
-    if adaptive:
-        weights = dict(model.named_parameters())
-        gradient = {name: g * (at_least_fp32(weights[name].detach()).abs() + 0.01) for name, g in gradient.items()}
-    return loss.detach(), gradient
+    return loss.detach(), in_adaptive_coordinates(gradient, model) if adaptive else gradient
+
+
+def in_adaptive_coordinates(gradient: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """T g, T = |w| + 0.01."""
+    weights = dict(model.named_parameters())
+    return {name: g * (at_least_fp32(weights[name].detach()).abs() + 0.01) for name, g in gradient.items()}
 
 
 def first_samples(samples: int, fraction: float) -> int:
@@ -78,6 +81,8 @@ def reference_step(
     adaptive: bool = False,
     max_grad_norm: float | None = None,
     ascent_batch: Any | None = None,
+    along: Mapping[str, Tensor] | None = None,
+    alone: Sequence[Any] = (),
 ) -> Tensor:
     """One step of masked SAM: ε = ρ · (m ⊙ g) / ‖·‖, then the base optimizer with the gradient at w + ε.
 
@@ -96,34 +101,51 @@ def reference_step(
         adaptive: perturb weights in proportion to their magnitude.
         max_grad_norm: the descent gradient is clipped to this norm.
         ascent_batch: the part of the batch that the ascent sees; None: all of it.
+        along: in the place of g, by parameter name: there is no ascent.
+        alone: equal parts of the batch, each of which climbs and descends by itself (m-sharpness); their mean gradient
+            is stepped by. Empty: all of it together.
 
     Returns:
-        The loss at w.
+        The loss at w, or without an ascent at w + ε.
     """
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     before = {name: p.detach().clone() for name, p in named.items()}
-    seen, random = batch if ascent_batch is None else ascent_batch, torch.get_rng_state()
-    loss, gradient = reference_gradient(model, loss_fn, seen, adaptive=adaptive)
-    masked = masked_by(gradient, mask)
-    length = length_of(gradient if norm == "dense" else masked)
-    with torch.no_grad():
-        for name, p in named.items():
-            radius = rho[name] if isinstance(rho, Mapping) else rho
-            scale = at_least_fp32(before[name]).abs() + 0.01 if adaptive else 1.0
-            p.copy_(before[name] + (radius / (length + 1e-7)).to(masked[name].dtype) * scale * masked[name])
-
-    optimizer.zero_grad()
-    torch.set_rng_state(random)
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    with frozen_statistics(model):
-        loss_fn(model, batch).backward()
-    with torch.no_grad():
-        for name, buffer in buffers.items():
-            model.get_buffer(name).copy_(buffer)
-        for name, p in named.items():
-            p.copy_(before[name])
+    losses, gradients, random = [], [], torch.get_rng_state()
+    for part in alone or [batch]:
+        torch.set_rng_state(random)
+        if along is None:
+            seen = part if ascent_batch is None else ascent_batch
+            loss, gradient = reference_gradient(model, loss_fn, seen, adaptive=adaptive)
+            losses.append(loss)
+            buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        else:
+            gradient = in_adaptive_coordinates(along, model) if adaptive else dict(along)
+        masked = masked_by(gradient, mask)
+        length = length_of(gradient if norm == "dense" else masked)
+        with torch.no_grad():
+            for name, p in named.items():
+                radius = rho[name] if isinstance(rho, Mapping) else rho
+                scale = at_least_fp32(before[name]).abs() + 0.01 if adaptive else 1.0
+                p.copy_(before[name] + (radius / (length + 1e-7)).to(masked[name].dtype) * scale * masked[name])
+
+        optimizer.zero_grad()
+        torch.set_rng_state(random)
+        with frozen_statistics(model):
+            loss = loss_fn(model, part)
+            loss.backward()
+        losses += [loss.detach()] if along is not None else []
+        gradients.append({name: None if p.grad is None else p.grad.clone() for name, p in named.items()})
+        with torch.no_grad():
+            for name, buffer in buffers.items():
+                model.get_buffer(name).copy_(buffer)
+            for name, p in named.items():
+                p.copy_(before[name])
+    for name, p in named.items():
+        each = [gradient[name] for gradient in gradients]
+        p.grad = None if any(g is None for g in each) else torch.stack([g for g in each if g is not None]).mean(0)
     if max_grad_norm is not None:
         torch.nn.utils.clip_grad_norm_(named.values(), max_grad_norm)
     optimizer.step()
     optimizer.zero_grad()
-    return loss
+    return torch.stack(losses).mean()

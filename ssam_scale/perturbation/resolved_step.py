@@ -12,9 +12,11 @@ from functools import cached_property
 from typing import Literal, TypeAlias, get_args
 
 from ssam_scale.checks import check_number, described
+from ssam_scale.config.direction_sections import Choose
 from ssam_scale.config.schema import Norm
 from ssam_scale.masks import Plan, Rows, Subset
 
+from .directions import Ascending, Direction, Fresh, check_direction, scope_of
 from .parameters import TrainedParameters
 from .savings import Savings
 from .schedules import RadiusSchedule, reuse_at
@@ -34,7 +36,7 @@ class StepOptions:
 
     norm: Norm = "masked"
     calibrate_every: int | None = 100
-    fraction: float = 1.0
+    direction: Direction = field(default_factory=Fresh)
     savings: Savings = field(default_factory=Savings)
 
     def __post_init__(self) -> None:
@@ -42,7 +44,12 @@ class StepOptions:
             raise ValueError(f"norm is {self.norm!r}; one of {', '.join(get_args(Norm))} is needed")
         if self.calibrate_every is not None:
             check_number("calibrate_every", self.calibrate_every, "at least 1, or None,", lambda n: n >= 1, whole=True)
-        check_number("fraction", self.fraction, "a share in (0, 1]", lambda share: 0.0 < share <= 1.0)
+        check_direction(self.direction)
+        if self.norm not in self.direction.norms:
+            raise ValueError(
+                f"norm {self.norm!r} divides by a length that direction {type(self.direction).__name__}(…) never "
+                f"knows; use {' or '.join(sorted(self.direction.norms, reverse=True))}"
+            )
         if not isinstance(self.savings, Savings):
             raise TypeError(f"savings is {described(self.savings)}; Savings(…) is needed, or None for the defaults")
 
@@ -51,6 +58,8 @@ class StepOptions:
 
         The calibrated norm has to; the masked norm does it where the ascent has most of that gradient anyway.
         """
+        if "calibrated" not in self.direction.norms:  # ε is not along the gradient that κ would be of
+            return False
         return self.norm == "calibrated" or (self.norm == "masked" and plan.perturbs_subsets)
 
     def is_dense(self, plan: Plan, step: int, calibrated: int) -> bool:
@@ -81,7 +90,7 @@ class ResolvedStep:
         plan: what is perturbed; empty without an ascent.
         radii: ρ of each parameter in the plan.
         alpha: LookSAM's α of a step of kind `reused`; 0 in the others.
-        fraction: share of each micro-batch's samples in the ascent.
+        direction: where the vector comes from that ε goes along.
         cut: the first stage that the ascent keeps a graph of; those before it make the prefix.
         shares_prefix: whether the prefix runs once and serves both passes.
         may_share_prefix: whether it does in another step of this mask, so that the loss function has to suit that.
@@ -96,7 +105,7 @@ class ResolvedStep:
         calibrates: whether the calibrated norm takes its κ from this step's gradient.
         packed: whether only what is perturbed is communicated: of gradients (`reduced`), and of the perturbed weights.
         kept: parameters that stay gathered from the ascent to the descent.
-        within_shard_group: whether each copy of the weights ascends by its own part of the batch (HSDP).
+        apart: whether each process climbs by its own part of the batch: of its gradients nothing is reduced.
         whole: whether each process perturbs all weights by itself, though the optimizer steps shards of them, from
             gradients that the ascent leaves whole on every one: nothing is published.
     """
@@ -106,7 +115,7 @@ class ResolvedStep:
     plan: Plan
     radii: Mapping[str, float]
     alpha: float = 0.0
-    fraction: float = 1.0
+    direction: Direction = field(default_factory=Fresh)
     cut: int = 0
     shares_prefix: bool = False
     may_share_prefix: bool = False
@@ -120,7 +129,7 @@ class ResolvedStep:
     calibrates: bool = False
     packed: bool = False
     kept: frozenset[str] = frozenset()
-    within_shard_group: bool = False
+    apart: bool = False
     whole: bool = False
 
     @classmethod
@@ -129,9 +138,42 @@ class ResolvedStep:
         return cls("reused" if alpha else "base", step, Plan.nothing(), {}, alpha)
 
     @property
+    def perturbs(self) -> bool:
+        """Whether weights are perturbed."""
+        return bool(self.plan.weights)
+
+    @property
     def ascends(self) -> bool:
         """Whether there is an ascent pass."""
-        return bool(self.plan.weights)
+        return self.perturbs and self.direction.ascends
+
+    @property
+    def fraction(self) -> float:
+        """Share of each micro-batch's samples in the ascent."""
+        return self.direction.fraction if isinstance(self.direction, Ascending) else 1.0
+
+    @property
+    def choose(self) -> Choose:
+        """Which samples these are."""
+        return self.direction.choose if isinstance(self.direction, Ascending) else "first"
+
+    @property
+    def within_shard_group(self) -> bool:
+        """Whether each copy of sharded weights ascends by its own part of the batch (HSDP)."""
+        return scope_of(self.direction) in ("shard_group", "micro_batch")
+
+    @property
+    def by_micro_batch(self) -> bool:
+        """Whether each micro-batch climbs, descends and is put back by itself."""
+        return self.ascends and scope_of(self.direction) == "micro_batch"
+
+    @property
+    def counts_descent(self) -> bool:
+        """Whether BatchNorm's running statistics are those of the descent pass, which sees the whole batch.
+
+        Where the ascent sees all of it, they are the ascent's, which is at the weights that are evaluated.
+        """
+        return not self.ascends or self.fraction < 1.0
 
     @property
     def forward_from(self) -> int:
@@ -155,6 +197,7 @@ def resolve_step(
     micro_batches: int = 1,
     dense: bool = False,
     packs: bool = True,
+    apart: bool = False,
     whole: bool = False,
     by_hand: bool = False,
     refreshed: bool = False,
@@ -169,9 +212,11 @@ def resolve_step(
         step: number of the step, from 0.
         alpha: LookSAM's α, of a step without an ascent.
         micro_batches: whose gradients accumulate. The graphs of several prefixes would have to be kept to share them,
-            which is the memory that accumulation saves: then the ascent runs each prefix again, without a graph.
+            which is the memory that accumulation saves: then the ascent runs each prefix again, without a graph, unless
+            each micro-batch climbs and descends by itself.
         dense: whether the ascent computes the gradient of every parameter: `StepOptions.is_dense`.
         packs: whether the backend reduces no more of the gradients than it is asked for.
+        apart: whether each process climbs by its own part of the batch, where each holds all weights.
         whole: whether the backend leaves whole gradients on every process, and each knows the mask of all weights.
         by_hand: whether the caller runs both passes (a closure, `perturbed`), and the gradient of everything is there.
         refreshed: whether the mask is chosen anew again and again. Compiled code is compiled for each set of gradients
@@ -181,6 +226,22 @@ def resolve_step(
     may_share = savings.share_prefix and options.norm != "dense" and plan.may_cut and not by_hand
     if not any(radii.get(name, 0.0) for name in plan.weights):
         return ResolvedStep.without_ascent(step, alpha)
+    direction, radii = options.direction, {name: radii[name] for name in plan.weights}
+    if not direction.ascends:
+        dense = options.norm == "dense"
+        known: Gradients = "all" if dense else "planned"
+        return ResolvedStep(
+            "free",
+            step,
+            plan,
+            radii,
+            direction=direction,
+            norm=options.norm,
+            gradients=known,
+            measures_kappa=dense,
+            packed=savings.pack,
+        )
+    alone = micro_batches == 1 or scope_of(direction) == "micro_batch"
     cut = plan.cut if may_share and not dense else 0
     sparse = not dense and not by_hand
     elided: frozenset[str] = frozenset()
@@ -205,14 +266,18 @@ def resolve_step(
         if uses[-1] >= cut and name not in elided
     }
     reduced: Mapping[str, Subset | None] = dict.fromkeys(parameters.layout.shapes)
-    if sparse:
+    if apart:
+        reduced = {}
+    elif sparse:
         reduced = plan.weights if savings.pack else dict.fromkeys(plan.weights)
     gradients: Gradients = "all"
     if sparse:
-        gradients = "perturbed" if rows or (savings.pack and packs and plan.perturbs_subsets) else "planned"
+        packed = savings.pack and packs and plan.perturbs_subsets and not apart
+        gradients = "perturbed" if rows or packed else "planned"
     measures_kappa = gradients == "all"
     if options.norm == "masked" and plan.weights.keys() == numels.keys():
         measures_kappa = gradients != "perturbed" and plan.perturbs_subsets
+    measures_kappa &= "calibrated" in direction.norms
     kind: StepKind = "dense"
     if dense and options.norm != "dense" and not by_hand:
         kind = "calibrating"
@@ -222,11 +287,11 @@ def resolve_step(
         kind,
         step,
         plan,
-        {name: radii[name] for name in plan.weights} if len(radii) > len(plan.weights) else radii,
-        fraction=options.fraction,
+        radii,
+        direction=direction,
         cut=cut,
-        shares_prefix=cut > 0 and micro_batches == 1,
-        may_share_prefix=may_share and micro_batches == 1,
+        shares_prefix=cut > 0 and alone,
+        may_share_prefix=may_share and alone,
         computed=computed,
         elided=elided,
         rows=rows,
@@ -237,7 +302,7 @@ def resolve_step(
         calibrates=gradients == "all" and options.norm == "calibrated",
         packed=savings.pack,
         kept=frozenset(numels.keys() - plan.weights.keys()) if savings.keep_gathered else frozenset(),
-        within_shard_group=savings.within_shard_group,
+        apart=apart,
         whole=whole and not by_hand,
     )
 
@@ -247,7 +312,7 @@ class StepShares:
     """How often each kind of step comes in a run, as shares of its steps.
 
     Attributes:
-        sparse: with an ascent that computes what the plan needs.
+        sparse: with an ascent that computes what the plan needs, or perturbed without one.
         dense: with an ascent that computes the gradient of every parameter.
         reused: without an ascent, reusing the last one (LookSAM). The others are the base optimizer's.
     """
@@ -277,7 +342,7 @@ def step_shares(
             calibrated = -1
         if schedule(step, group) <= 0.0:
             reused += reuse_at(schedule, step) > 0.0
-        elif options.is_dense(plan, step, calibrated):
+        elif options.direction.ascends and options.is_dense(plan, step, calibrated):
             dense, calibrated = dense + 1, step
         else:
             sparse += 1

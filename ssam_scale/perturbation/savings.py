@@ -11,8 +11,8 @@ from ssam_scale.checks import check_switch
 class Savings:
     """Switches for the work that a step leaves out because its mask leaves weights alone; each works by itself.
 
-    With the whole batch in the ascent (`fraction` 1) none of the first four changes what a step computes. One that a
-    backend has no use for does nothing there.
+    With the whole batch in the ascent (`Fresh(fraction=1)`) none changes what a step computes. One that a backend has
+    no use for does nothing there.
 
     Attributes:
         elide: no ascent gradient of what is not perturbed: not of whole tensors, nor of rows of linear layers and
@@ -21,8 +21,6 @@ class Savings:
         pack: of the ascent gradient, and of perturbed weights, only what is perturbed is sent to other processes.
         keep_gathered: sharded weights that are not perturbed stay gathered from the ascent pass to the descent pass,
             which saves sending them again and costs the memory of them.
-        within_shard_group: with several copies of sharded weights (HSDP) each copy ascends by the gradient of its own
-            part of the batch and sends the others nothing: m-sharpness, m being the samples of a copy.
 
     Raises:
         TypeError: a switch is neither True nor False.
@@ -32,7 +30,6 @@ class Savings:
     share_prefix: bool = True
     pack: bool = True
     keep_gathered: bool = False
-    within_shard_group: bool = False
 
     def __post_init__(self) -> None:
         for switch in fields(self):

@@ -6,7 +6,7 @@ import math
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import CodeType
 from typing import Any, NoReturn
 
@@ -27,11 +27,13 @@ from .arguments import (
     check_no_others,
     check_not_stepped_in_backward,
     check_scaler,
+    check_scope,
     check_stages,
     module_of,
 )
 from .batchnorm import Statistics
 from .by_hand import StaleGradients
+from .directions import Direction, Fresh, scope_of
 from .looksam import LookSAM
 from .loss import LossFn
 from .mask_state import MaskState, SparseState
@@ -73,9 +75,10 @@ class SparseSAM(OptimizerWrapper):
 
     The perturbation is ε = ρ · (m ⊙ g) / ‖g‖ (`norm="dense"`, SSAM, arXiv 2210.05177) or ρ · (m ⊙ g) / ‖m ⊙ g‖
     (`norm="masked"`, all that a sparse ascent can know) or ρ · κ · (m ⊙ g) / ‖m ⊙ g‖ (`norm="calibrated"`: the dense
-    norm's length, by a share κ = ‖m ⊙ g‖ / ‖g‖ measured now and then), g the gradient of the global batch. It is
-    computed in float32 (of float64 weights in float64); the weights come back by copy, also when the second pass
-    raises. Where the ascent gradient is not finite there is no perturbation, and the step is the base optimizer's.
+    norm's length, by a share κ = ‖m ⊙ g‖ / ‖g‖ measured now and then), g the gradient of the global batch, or what else
+    `direction` says. It is computed in float32 (of float64 weights in float64); the weights come back by copy, also
+    when the second pass raises. Where the ascent gradient is not finite there is no perturbation, and the step is the
+    base optimizer's.
 
     `param_groups` and `state` are the base optimizer's, and every group has its own `rho`; a group whose rho is 0 is
     left alone. `steps` counts calls of `step` with a closure or batches and of `perturbed`, not of `step(None)`.
@@ -93,7 +96,9 @@ class SparseSAM(OptimizerWrapper):
         calibrate_every: steps between two dense ascents of `norm="calibrated"`, which come more often at first (in
             steps 0, 1, 2, 4, 8 and so on), and of masks of single weights and rows between two looks at the whole
             gradient, for `kappa`; None: only after a refresh.
-        fraction: share of each batch in the ascent, in (0, 1]: its first samples (m-sharpness is that of so many then).
+        direction: where the direction of ε comes from; None: `Fresh()`, the gradient at w of the global batch. `Fresh`
+            takes a part of it, or that of each worker or micro-batch (m-sharpness); `Friendly` and `VaSSO` take a mean
+            of earlier ones off or in; `Momentum` and `Previous` need no ascent pass.
         schedule: factor on ρ over time; 0 makes a step the base optimizer's (`Interval`, `Window`).
         savings: which savings are made; None: `Savings()`, all that cost nothing.
         max_grad_norm: the descent gradient is clipped to this norm. A DeepSpeed engine clips to its own
@@ -120,7 +125,7 @@ class SparseSAM(OptimizerWrapper):
         norm: Norm = "masked",
         adaptive: bool = False,
         calibrate_every: int | None = 100,
-        fraction: float = 1.0,
+        direction: Direction | None = None,
         schedule: RadiusSchedule | None = None,
         savings: Savings | None = None,
         max_grad_norm: float | None = None,
@@ -141,20 +146,29 @@ class SparseSAM(OptimizerWrapper):
             raise TypeError(f"phases is {described(phases)}; a function that returns a context is needed: phases(name)")
         if max_grad_norm is not None:
             check_number("max_grad_norm", max_grad_norm, "a norm above 0, or None,", lambda norm: norm > 0.0)
-        self.options = StepOptions(norm, calibrate_every, fraction, savings if savings is not None else Savings())
-        if norm == "dense" and isinstance(mask, Depth):
+        climbs: Direction = direction if direction is not None else Fresh()
+        self.options = StepOptions(norm, calibrate_every, climbs, savings if savings is not None else Savings())
+        if norm == "dense" and isinstance(mask, Depth) and climbs.ascends:
             raise ValueError(
                 "norm 'dense' needs the gradient of the prefix, which a Depth mask never computes; use 'masked', or "
                 "'calibrated' for the same length"
             )
         if adaptive and schedule is not None and ever_reuses(schedule):
             raise ValueError("reuse between ascents knows the gradient by the perturbation, which adaptive distorts")
+        plain = isinstance(climbs, Fresh) and climbs.scope == "global"
+        if not plain and schedule is not None and ever_reuses(schedule):
+            raise ValueError(
+                "reuse between ascents knows the gradient by the perturbation, which is not along it with direction "
+                f"{climbs}; use Fresh() with scope 'global'"
+            )
         self._model = module_of(model)
         self.sharding, self._owner = sharding_of(self._model), owner_of(self._model)
         check_stages(self.sharding.network, mask if mask is not None else Dense())
+        check_scope(scope_of(climbs), self.sharding)
         base_optimizer, _ = self.sharding.unwrap_optimizer(base_optimizer, max_grad_norm)
         if scaler is not None and not self.sharding.supports_grad_scaler:
             raise ValueError("a DeepSpeed engine scales losses itself: leave scaler at None")
+        climbs.check(base_optimizer)
         super().__init__(base_optimizer, rho=rho)
         self.mask: Mask = mask if mask is not None else Dense()
         self.max_grad_norm, self.scaler = max_grad_norm, scaler
@@ -197,6 +211,8 @@ class SparseSAM(OptimizerWrapper):
             self.base_optimizer,
             self._adaptive,
             self._phases,
+            self.options.direction,
+            getattr(self, "_perturbation", None),
         )
         self._looksam = LookSAM(self.sharding, self._parameters.by_name) if ever_reuses(self._schedule) else None
         self._known = Fingerprint(self.sharding.network, self.param_groups)
@@ -220,7 +236,7 @@ class SparseSAM(OptimizerWrapper):
         trained = set(map(id, self._parameters.by_name.values()))
         others = {id(p) for p, _ in self._parameters.foreign}
         self.complete_groups()
-        self._rebuild_with_counts()
+        self._rebuild()
         lost = [p for p, _ in self._parameters.foreign if id(p) not in trained | others]
         if lost:
             names = {id(p): name for name, p in self.sharding.network.named_parameters()}
@@ -243,11 +259,6 @@ class SparseSAM(OptimizerWrapper):
                 f"the model was placed on {backend} after {what}, by its weights as they were: do that "
                 "first (with accelerate: prepare(model, base_optimizer)), and build SparseSAM from what comes of it"
             )
-
-    def _rebuild_with_counts(self) -> None:
-        skipped = self._perturbation.skipped
-        self._rebuild()
-        self._perturbation.skipped = skipped
 
     @property
     def parameters(self) -> TrainedParameters:
@@ -322,7 +333,7 @@ class SparseSAM(OptimizerWrapper):
         options = self.options if options is None else options
         radii = self.radii if radii is None else radii
         if plan is None:
-            plan = self.plan if any(radii) else Plan.nothing()
+            plan = self.plan if any(radii) and self._perturbation.source.ready else Plan.nothing()
         if dense is None:
             dense = options.is_dense(plan, self.steps, self._perturbation.calibrated)
         return resolve_step(
@@ -335,7 +346,10 @@ class SparseSAM(OptimizerWrapper):
             micro_batches=micro_batches,
             dense=dense,
             packs=self.sharding.packs_gradients,
-            whole=self.sharding.reduces_whole and self._mask.knows_full(plan),
+            apart=scope_of(options.direction) != "global"
+            and self.sharding.weights_replicated
+            and self.sharding.data_parallel_group.size > 1,
+            whole=self.sharding.reduces_whole and options.direction.whole and self._mask.knows_full(plan),
             by_hand=by_hand,
             refreshed=isinstance(self.mask, Refreshed) and self.mask.every is not None,
         )
@@ -350,7 +364,8 @@ class SparseSAM(OptimizerWrapper):
             batches: the micro-batches of this process, of equal size.
 
         Returns:
-            The loss at w (over what this process's ascent saw, detached), or what the closure returned at w.
+            The loss at w (over what this process's ascent saw, detached; without an ascent pass, where the descent
+            was), or what the closure returned there.
         """
         loss = None
         if self._running:
@@ -377,6 +392,10 @@ class SparseSAM(OptimizerWrapper):
             self._mask.accumulate(scaler)
             if self._looksam is not None and resolved.kind == "reused":
                 self._looksam.add(resolved.alpha)
+            if not self.options.direction.ascends:
+                following = self.steps + (closure is not None)
+                layout = self._parameters.eligible(self.param_groups)
+                self._perturbation.source.after_descent(self.mask.plan(layout, following))
             self.sharding.step(self.base_optimizer, self.max_grad_norm, scaler)
             # An autocast around the loop remembers low-precision copies of the weights as they were before the step.
             torch.clear_autocast_cache()
@@ -391,7 +410,7 @@ class SparseSAM(OptimizerWrapper):
             resolved.plan,
             resolved.radius,
             self.kappa,
-            self._perturbation.skips if resolved.ascends else self._perturbation.never,
+            self._perturbation.skips if resolved.perturbs else self._perturbation.never,
             self._share(resolved.plan),
         )
         return loss
@@ -446,8 +465,9 @@ class SparseSAM(OptimizerWrapper):
         batches: Sequence[Any],
         scaler: torch.amp.GradScaler | None,
         phases: Phases,
+        part: tuple[int, int] = (0, 1),
     ) -> Passes:
-        """The two passes of a step, which leave their reduced gradients and take no step."""
+        """The two passes of a step, or of one part of its micro-batches, which leave their reduced gradients."""
         return Passes(
             self.sharding,
             self._parameters,
@@ -459,24 +479,54 @@ class SparseSAM(OptimizerWrapper):
             phases,
             self._statistics,
             self._of_samples,
+            part,
         )
 
     def _run_passes(self, resolved: ResolvedStep, loss_fn: LossFn, batches: tuple[Any, ...]) -> Tensor:
         self.zero_grad()  # what an exception in an earlier step left behind
-        passes = self.passes(resolved, loss_fn, batches, self.scaler, self._phases)
         with torch.enable_grad():
-            if not resolved.ascends:
-                return passes.descend(statistics=True)
-            loss = passes.ascend()
+            return self._both_passes(resolved, loss_fn, batches, self.scaler, self._phases, self._looksam)
+
+    def _both_passes(
+        self,
+        resolved: ResolvedStep,
+        loss_fn: LossFn,
+        batches: Sequence[Any],
+        scaler: torch.amp.GradScaler | None,
+        phases: Phases,
+        looksam: LookSAM | None,
+    ) -> Tensor:
+        """Ascent, perturbation, descent, restoring; leaves the descent's gradients. Returns the mean loss at first."""
+        if not resolved.by_micro_batch:
+            passes = self.passes(resolved, loss_fn, batches, scaler, phases)
+            loss = passes.ascend() if resolved.ascends else None
+            if not resolved.perturbs:
+                return passes.descend()
+            if loss is not None:
+                self._check_reached(resolved)
+            with self._perturbation.applied(resolved, keep=looksam is not None, phases=phases) as epsilon:
+                loss_there = passes.descend()
+            if looksam is not None:
+                looksam.update(resolved, epsilon)
+            return loss if loss is not None else loss_there
+        losses = []
+        for number, batch in enumerate(batches):
+            accumulated = [(p, p.grad) for p in self._parameters.by_name.values()]
+            for p, _ in accumulated:
+                p.grad = None
+            passes = self.passes(resolved, loss_fn, [batch], scaler, phases, (number, len(batches)))
+            losses.append(passes.ascend())
             self._check_reached(resolved)
-            with self._perturbation.applied(resolved, keep=self._looksam is not None) as epsilon:
-                passes.descend(statistics=False)
-        if self._looksam is not None:
-            self._looksam.update(resolved, epsilon)
-        return loss
+            with self._perturbation.applied(resolved, phases=phases, accumulated=accumulated):
+                passes.descend()
+        return torch.stack(losses).sum()
 
     def _run_closure(self, resolved: ResolvedStep, closure: Callable[[], Any]) -> Any:
+        self._check_scope_by_hand("opt.step(closure)")
         with torch.enable_grad():
+            if resolved.perturbs and not resolved.ascends:
+                with self._perturbation.applied(resolved):
+                    return closure()
             accumulated = [(p, p.grad) for p in self._parameters.by_name.values() if p.grad is not None]
             accumulated = [(p, g) for p, g in accumulated if resolved.ascends and g.any()]
             versions = [g._version for _, g in accumulated]
@@ -526,6 +576,15 @@ class SparseSAM(OptimizerWrapper):
             self._looksam.update(resolved, epsilon)
         return loss
 
+    def _check_scope_by_hand(self, form: str) -> None:
+        """Refuse passes of the caller's, whose gradients are reduced, where the ascent is by a part of the batch."""
+        scope = scope_of(self.options.direction)
+        if scope != "global" and self.sharding.data_parallel_group.size > 1:
+            raise RuntimeError(
+                f"{form} runs passes whose gradients are averaged over all processes, and direction scope {scope!r} is "
+                "by a part of their batch: call opt.step(loss_fn, batch)"
+            )
+
     @contextmanager
     def perturbed(self) -> Iterator[None]:
         """The weights are w + ε inside and w again afterwards, bit for bit, whatever happens inside.
@@ -548,6 +607,7 @@ class SparseSAM(OptimizerWrapper):
                 "scaler.unscale_(opt) was called before `with opt.perturbed()`, so that the scaler would take the "
                 "gradients of the second pass for unscaled; call it after the block"
             )
+        self._check_scope_by_hand("`with opt.perturbed()`")
         self._check_scaled()
         self._check_placed()
         self._follow()
@@ -557,8 +617,9 @@ class SparseSAM(OptimizerWrapper):
         self._first_forward.forget()
         for p, _ in self._parameters.foreign:
             p.grad = None
-        with self._busy(), self._statistics.frozen():
-            if resolved.ascends:
+        only_pass = resolved.perturbs and not resolved.ascends and not forwards
+        with self._busy(), nullcontext() if only_pass else self._statistics.frozen():
+            if resolved.perturbs:
                 with self._perturbation.applied(resolved):
                     if random is not None:
                         random.restore()
@@ -665,14 +726,8 @@ class SparseSAM(OptimizerWrapper):
     def _rehearse(self, what: Rehearsed, loss_fn: LossFn, *batches: Any) -> None:
         resolved = self._rehearsed(what, len(batches))
         torch.clear_autocast_cache()
-        passes = self.passes(resolved, loss_fn, batches, self.scaler, no_phases)
         with torch.enable_grad():
-            if resolved.ascends:
-                passes.ascend()
-                with self._perturbation.applied(resolved, phases=no_phases):
-                    passes.descend(statistics=False)
-            else:
-                passes.descend(statistics=True)
+            self._both_passes(resolved, loss_fn, batches, self.scaler, no_phases, None)
         self.zero_grad()
 
     def _rehearsed(self, what: Rehearsed, micro_batches: int) -> ResolvedStep:
@@ -781,7 +836,7 @@ class SparseSAM(OptimizerWrapper):
         """Add parameters of the model to the base optimizer and to the weights that can be perturbed."""
         super().add_param_group(param_group)
         if hasattr(self, "_perturbation"):
-            self._rebuild_with_counts()
+            self._rebuild()
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         """A copy would train the original's weights, or none.
@@ -833,4 +888,4 @@ _WITHIN = (
     "{} was called where the weights are perturbed, and what it does to them would be undone: inside of "
     "`with opt.perturbed()`, or of a step; call it after the block"
 )
-_OPTIONS = {"rho", "norm", "adaptive", "calibrate_every", "fraction", "schedule", "savings"}
+_OPTIONS = {"rho", "norm", "adaptive", "calibrate_every", "direction", "schedule", "savings"}

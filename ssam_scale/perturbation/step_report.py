@@ -9,19 +9,20 @@ from torch import Tensor
 
 from ssam_scale.masks import Plan
 
-StepKind: TypeAlias = Literal["base", "sparse", "dense", "calibrating", "reused"]
+StepKind: TypeAlias = Literal["base", "sparse", "dense", "calibrating", "reused", "free"]
 """| kind | the step |
 |---|---|
 | `base` | is the base optimizer's: no ascent pass |
 | `sparse` | perturbs by an ascent pass that computes the gradient of what is perturbed and no more |
 | `dense` | perturbs by an ascent pass that computes the gradient of every parameter, as its mask or norm asks |
 | `calibrating` | the same, for once: its gradient tells κ |
+| `free` | perturbs along what is known before it (momentum, the gradient before), and has no ascent pass |
 | `reused` | has no ascent pass, and adds what the last one brought to its gradient (LookSAM) |
 """
 
 Rehearsed: TypeAlias = Literal["base", "dense", "own"]
 """A step to compare with: the base optimizer's; dense SAM's, of all weights on the whole batch; one with an ascent as
-the optimizer's own mask, norm, fraction and savings make it, that calibrates nothing."""
+the optimizer's own mask, norm, direction and savings make it, that calibrates nothing."""
 
 
 @dataclass(frozen=True)

@@ -111,7 +111,7 @@ class FSDP2(TorchTraining):
             one or the last of two mesh dimensions.
     """
 
-    weights_replicated = False
+    weights_replicated = accumulates_in_grad = False
 
     def __init__(self, module: nn.Module) -> None:
         self.network = self.ascent_module = self.descent_module = module

@@ -164,6 +164,7 @@ class ShardedPasses(Protocol):
         data_parallel_group: the ranks that a batch is split over, in the order of their parts.
         supports_grad_scaler: whether `step` takes a GradScaler.
         leaves_grad: whether gradients are in `.grad`, as autograd leaves them.
+        accumulates_in_grad: whether the gradients of micro-batches wait in `.grad`, unreduced, for the last one.
         packs_gradients: whether `ascent` reduces nothing but the elements that it is asked for.
         reduces_whole: whether `ascent` leaves whole gradients on every rank though the optimizer steps shards (ZeRO 1
             and 2 in float32): each rank can perturb all weights by itself, and has nothing to publish.
@@ -175,6 +176,7 @@ class ShardedPasses(Protocol):
     data_parallel_group: ProcessGroup
     supports_grad_scaler: bool
     leaves_grad: bool
+    accumulates_in_grad: bool
     packs_gradients: bool
     reduces_whole: bool
 
@@ -246,6 +248,14 @@ class ShardedState(Protocol):
 
     def load_optimizer_state_dict(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
         """Take back what `optimizer_state_dict` returned."""
+
+    def optimizer_entries(
+        self, optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], entry: str
+    ) -> list[Tensor | None]:
+        """What the optimizer keeps under `entry` for the local shards of `parameters`; None where it keeps nothing.
+
+        As it lies there, and not to be written to.
+        """
 
     def full_model_state_dict(self, network: nn.Module) -> dict[str, Any]:
         """Weights and buffers by name, the same under every backend: full tensors in CPU memory. Collective.

@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.tensor import DTensor
 
 from .gradient_hooks import OnGradient, dense, divert_gradients
 from .interface import AscentReduction, Shard, WrittenWeights
@@ -40,6 +41,13 @@ class TorchState:
     def load_optimizer_state_dict(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
         """The optimizer's own."""
         optimizer.load_state_dict(state)
+
+    def optimizer_entries(
+        self, optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], entry: str
+    ) -> list[Tensor | None]:
+        """By parameter, of this rank's rows where it is a DTensor."""
+        found = [optimizer.state.get(p, {}).get(entry) for p in parameters]
+        return [value.to_local() if isinstance(value, DTensor) else value for value in found]
 
     def full_model_state_dict(self, network: nn.Module) -> dict[str, Any]:
         """By torch.distributed.checkpoint, which gives tensors of sharded weights to the first rank alone."""
@@ -63,7 +71,7 @@ class TorchState:
 class TorchTraining(TorchState):
     """Backward, clipping and step of backends that leave gradients to autograd and clipping to torch."""
 
-    supports_grad_scaler = leaves_grad = True
+    supports_grad_scaler = leaves_grad = accumulates_in_grad = True
     packs_gradients = False
     reduces_whole = False  # or the shard is the whole
 

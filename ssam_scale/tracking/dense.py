@@ -10,7 +10,17 @@ def ascends_densely(params: Mapping[str, str]) -> bool:
     section = [key for key in params if key.startswith("perturbation.")]
     if not section or any(key.startswith("perturbation.mask.") for key in section):
         return False
-    return _is(params, "fraction", "1.0") and _is(params, "savings.within_shard_group", "false")
+    return all(_is(params, key, usual) for key, usual in _OF_ALL_SAMPLES.items())
+
+
+_OF_ALL_SAMPLES = {
+    "direction.source": "fresh",
+    "direction.fraction": "1.0",
+    "direction.scope": "global",
+    # As they were called before there were directions.
+    "fraction": "1.0",
+    "savings.within_shard_group": "false",
+}
 
 
 def is_dense_sam(params: Mapping[str, str]) -> bool:

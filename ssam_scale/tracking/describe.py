@@ -54,20 +54,39 @@ def plan_words(method: str, params: Mapping[str, str]) -> str:
     if method == "base":
         return ""
     section = {key.removeprefix("perturbation."): value for key, value in params.items()}
-    interval, fraction = int(section.get("interval", "1")), float(section.get("fraction", "1.0"))
+    interval = int(section.get("interval", "1"))
+    fraction = float(section.get("direction.fraction", section.get("fraction", "1.0")))
+    source, scope = section.get("direction.source", "fresh"), section.get("direction.scope", "global")
     first, last = json.loads(section.get("window", "[0.0, 1.0]"))
     words = ["every step" if interval == 1 else f"one step in {interval}"]
     if (first, last) != (0.0, 1.0):
         words.append(f"from {100 * first:g}% to {100 * last:g}% of the run")
+    if source != "fresh":
+        words.append(f"along {_SOURCES.get(source, source)}")
     if fraction != 1.0:
-        words.append(f"by {100 * fraction:g}% of the batch")
-    if section.get("savings.within_shard_group") == "true":
-        words.append("within the shard group")
+        which = section.get("direction.choose", "first")
+        words.append(f"by {100 * fraction:g}% of the batch" + ("" if which == "first" else f" ({_words(which)})"))
+    if scope != "global":
+        words.append(f"of each {_words(scope)}")
+    elif section.get("savings.within_shard_group") == "true":  # as it was called before
+        words.append("of each shard group")
     if float(section.get("reuse", "0.0")):
         words.append(f"reused by {float(section['reuse']):g} between")
     if section.get("adaptive") == "true":
         words.append("adaptive")
     return ", ".join(words)
+
+
+_SOURCES = {
+    "momentum": "the momentum",
+    "previous": "the gradient before",
+    "friendly": "the gradient less its mean",
+    "vasso": "the mean gradient",
+}
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
 
 
 def story(params: Mapping[str, str], tags: Mapping[str, str], summary: Mapping[str, float]) -> str:

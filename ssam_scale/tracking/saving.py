@@ -118,6 +118,7 @@ class Saving:
             "base": base,
             "reused": base,
             "sparse": own,
+            "free": own,
             "dense": own,
             "calibrating": dense,
         }

@@ -26,6 +26,7 @@ from ssam_scale.models.ema import EMA
 from ssam_scale.perturbation import Phases, Savings, SparseSAM
 from ssam_scale.perturbation.arguments import check_optimizer
 from ssam_scale.perturbation.batchnorm import batchnorms, frozen_statistics
+from ssam_scale.perturbation.directions import DIRECTIONS
 from ssam_scale.perturbation.fused import fused_options
 from ssam_scale.perturbation.loss import LossFn
 from ssam_scale.perturbation.reference import first_samples
@@ -112,7 +113,7 @@ def build(config: Config, world: World, phases: Phases, found: int | None = None
         check_compiler(world.device)
     if found is None:
         shared_out(config, world)  # what cannot be is said before anything is built
-    base_optimizer(config, nn.Linear(1, 1))  # what it refuses is said before minutes of building
+    _check_direction(config, base_optimizer(config, nn.Linear(1, 1)))  # said before minutes of building
     torch.manual_seed(config.train.seed)
     staged_model = build_model(config)
     staged_model.activation_checkpointing = config.train.activation_checkpointing
@@ -345,7 +346,7 @@ def perturbation_options(config: Config, steps_per_epoch: int) -> dict[str, Any]
         "mask": None if section.mask is None else build_mask(section.mask, run),
         "adaptive": section.adaptive,
         "calibrate_every": section.calibrate_every,
-        "fraction": section.fraction,
+        "direction": DIRECTIONS[section.direction.source].value(section.direction),
         "savings": Savings(**section.savings.model_dump()),
         "schedule": build_schedule(section, run.steps),
     }
@@ -385,6 +386,21 @@ def base_optimizer(config: Config, network: nn.Module) -> torch.optim.Optimizer:
     except ValueError as error:
         raise UserError(f"optimizer.name {section.name}: {error}") from error
     return optimizer
+
+
+def _check_direction(config: Config, base: torch.optim.Optimizer) -> None:
+    """Refuse a direction that the base optimizer keeps nothing for.
+
+    Raises:
+        UserError: it is such.
+    """
+    if config.perturbation is None:
+        return
+    section = config.perturbation.direction
+    try:
+        DIRECTIONS[section.source].value(section).check(base)
+    except ValueError as error:
+        raise UserError(f"perturbation.direction.source {section.source}: {error}") from error
 
 
 def _refuse_dropped(config: Config) -> None:
@@ -477,7 +493,8 @@ def _try_forward(config: Config, model: nn.Module) -> None:
 @torch.no_grad()
 def _try_micro_batch(config: Config, model: nn.Module, split: MicroBatches) -> None:
     """A micro-batch of one image that BatchNorm cannot normalise is found out here, and not in the first step."""
-    fraction = 1.0 if config.perturbation is None else config.perturbation.fraction
+    section = config.perturbation
+    fraction = getattr(section.direction, "fraction", 1.0) if section is not None else 1.0
     if first_samples(split.images, fraction) > 1 or not batchnorms(model):
         return
     side = config.data.resolution
@@ -491,7 +508,11 @@ def _try_micro_batch(config: Config, model: nn.Module, split: MicroBatches) -> N
     except ValueError as error:
         if "Expected more than 1 value per channel" not in str(error):
             raise
-        why = f"perturbation.fraction {fraction} leaves the ascent" if split.images > 1 else f"{split} leave a pass"
+        why = (
+            f"perturbation.direction.fraction {fraction} leaves the ascent"
+            if split.images > 1
+            else f"{split} leave a pass"
+        )
         raise UserError(
             f"{why} a single image, which BatchNorm of {config.model.name} cannot normalise at {side} px; take larger "
             "micro-batches (data.batch_size, train.accumulation, train.max_micro_batch) or a larger fraction"

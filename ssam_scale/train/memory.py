@@ -22,6 +22,7 @@ from ssam_scale.config.micro_batches import MicroBatches
 from ssam_scale.config.schema import Config
 from ssam_scale.errors import UserError
 from ssam_scale.perturbation import SparseSAM, StagedModel
+from ssam_scale.perturbation.directions import DIRECTIONS
 from ssam_scale.perturbation.loss import LossFn
 from ssam_scale.sharding import BACKENDS, World
 from ssam_scale.sharding.device import to_device
@@ -152,7 +153,7 @@ class _Trial:
             make_optimizer(network.model),
             rho=0.0 if section is None else section.rho,
             adaptive=section is not None and section.adaptive,
-            fraction=1.0 if section is None else section.fraction,
+            direction=None if section is None else DIRECTIONS[section.direction.source].value(section.direction),
             max_grad_norm=config.optimizer.clip_grad_norm,
         )
         weights = sum(p.numel() for p in network.parameters())
@@ -180,7 +181,8 @@ class _Trial:
         averages = self._config.train.ema_decay is not None
         mask = section is not None and section.mask is not None
         reuse = section is not None and section.reuse > 0.0
-        return averages + (1 + 1 / 32) * mask + 2.0 * reuse  # of a mask, its ε and its bits
+        remembers = self._opt.options.direction.remembers  # before the first step nothing is
+        return averages + (1 + 1 / 32) * mask + 2.0 * reuse + remembers  # of a mask, its ε and its bits
 
     def _beside_backend(self, backend: str, weights: int) -> int:
         return BACKENDS[backend].value.held_beside(weights, self._config.sharding.deepspeed)

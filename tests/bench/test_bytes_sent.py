@@ -47,7 +47,7 @@ ON_ZERO = {
 }
 JOBS += [Job(backend, plan) for backend, plans in ON_ZERO.items() for plan in plans]
 IN_BF16 = [Job(backend, plan) for backend in ("fsdp2", "zero3") for plan in ("base", "sam", "cut 0.5", "element 50%")]
-ON_COPIES = ["base", "sam", "element 50%", "sam, within the shard group"]
+ON_COPIES = ["base", "sam", "element 50%", "sam, scope shard_group"]
 
 
 def counted(world: World, jobs: list[Job], setting: Setting = SETTING) -> list[dict[str, Any]]:

@@ -79,7 +79,7 @@ def test_steps_without_an_ascent_and_on_part_of_the_batch_cost_less(
     every = extra()
     assert extra("perturbation.interval=4") == pytest.approx(every / 4)
     assert extra("perturbation.window=[0.75, 1.0]") == pytest.approx(every / 4)
-    assert every / 2 * (1 - 1e-9) <= extra("perturbation.fraction=0.5") < every
+    assert every / 2 * (1 - 1e-9) <= extra("perturbation.direction.fraction=0.5") < every
     assert every < extra("perturbation.norm=calibrated", "perturbation.calibrate_every=2")
     # Several micro-batches run the prefix again, and perturb once.
     saved = json.loads(times.read_text())

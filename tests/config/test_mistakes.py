@@ -102,8 +102,8 @@ def swap(old: str, new: str) -> str:
             "given.yaml:12: perturbation: rho_final 0.5 needs a rho_schedule, cosine or lr; constant has no end",
         ),
         (
-            swap("  rho: 0.2", "  fraction: 0.0\n  rho: 0.2"),
-            "given.yaml:12: perturbation.fraction: must be greater than 0, given 0.0",
+            swap("  rho: 0.2", "  direction:\n    fraction: 0.0\n  rho: 0.2"),
+            "given.yaml:13: perturbation.direction.fraction: must be greater than 0, given 0.0",
         ),
         (
             swap("  rho: 0.2", "  window: [0.5, 0.5]\n  rho: 0.2"),

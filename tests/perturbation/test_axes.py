@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ssam_scale import Depth, Named, Scored, SparseSAM
+from ssam_scale import Depth, Fresh, Named, Scored, SparseSAM
 from ssam_scale.masks import Mask
 from ssam_scale.perturbation import Stage, StagedModel
 from ssam_scale.perturbation.reference import first_samples, reference_step
@@ -173,7 +173,7 @@ def test_a_share_of_a_batch_is_a_whole_number_where_it_is_one() -> None:
     assert all(first_samples(n, k / n) == k for n in range(1, 300) for k in range(1, n + 1))
     seen = []
     model = nn.Linear(4, 2)
-    opt = SparseSAM(model, torch.optim.SGD(model.parameters(), lr=0.1), fraction=0.29)
+    opt = SparseSAM(model, torch.optim.SGD(model.parameters(), lr=0.1), direction=Fresh(0.29))
 
     def loss_fn(forward: Any, batch: Tensor) -> Tensor:
         seen.append(len(batch))
@@ -198,7 +198,7 @@ def test_pairs_of_axes_equal_the_reference(name: str) -> None:
             each.blocks.requires_grad_(False)
     base = torch.optim.SGD(groups_of(mine, case), lr=0.1, momentum=0.9)
     slow = torch.optim.SGD(groups_of(theirs, case), lr=0.1, momentum=0.9)
-    opt = SparseSAM(staged, base, mask=MASKS[case["mask"]](), fraction=float(case["fraction"]))
+    opt = SparseSAM(staged, base, mask=MASKS[case["mask"]](), direction=Fresh(float(case["fraction"])))
     loss_fn = loss_of(case)
     if opt.refresh_is_due:
         opt.refresh()

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ssam_scale import Depth, Scored, SparseSAM
+from ssam_scale import Depth, Fresh, Scored, SparseSAM
 from ssam_scale.masks import Refreshed
 from ssam_scale.models import staged
 from ssam_scale.perturbation import Stage, StagedModel
@@ -58,7 +58,7 @@ def trained(case: Compiled, steps: int = 4) -> dict[str, Any]:
     [
         Compiled("resnet", "moving cut", statistics=True),
         Compiled("resnet", "fixed cut", statistics=True, again=True),
-        Compiled("vit", "element", fraction=0.5),
+        Compiled("vit", "element", direction=Fresh(0.5)),
         Compiled("vit", "moving cut", again=True, precision=torch.bfloat16),
         Compiled("convnext", "moving cut", accumulation=2, again=True),
         Compiled("vit", "row", norm="dense", optimizer="adamw"),

@@ -17,7 +17,7 @@ from torch.distributed.algorithms.model_averaging.averagers import ModelAverager
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.optim import PostLocalSGDOptimizer, _apply_optimizer_in_backward
 
-from ssam_scale import CosineRadius, Depth, Interval, Named, Scored, SparseSAM, Window
+from ssam_scale import CosineRadius, Depth, Fresh, Interval, Named, Scored, SparseSAM, Window
 from ssam_scale.masks import Mask
 from ssam_scale.models import staged
 from ssam_scale.perturbation import Savings, Stage, StagedModel
@@ -201,7 +201,7 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         "max_grad_norm is -1.0; a norm above 0",
     ),
     "clipping to zero": (of(small(), max_grad_norm=0), ValueError, "max_grad_norm is 0; a norm above 0"),
-    "a fraction as text": (of(small(), fraction="0.5"), TypeError, r"fraction is '0.5' \(str\); a share in \(0, 1\]"),
+    "a fraction as text": (lambda: Fresh("0.5"), TypeError, r"fraction is '0.5' \(str\); a share in \(0, 1\]"),
     "half a step": (of(small(), calibrate_every=2.5), TypeError, "calibrate_every is 2.5 .*; a whole number"),
     "a scaler's switch": (of(small(), scaler=True), TypeError, r"scaler is True \(bool\); a torch.amp.GradScaler"),
     "a scaler's class": (of(small(), scaler=torch.amp.GradScaler), TypeError, "scaler is the class GradScaler"),
@@ -309,7 +309,7 @@ def test_options_cannot_be_set_without_an_effect_nor_radii_be_none() -> None:
     opt = optimizer()
     with pytest.raises(AttributeError, match=r'rho of a SparseSAM cannot be set: .* group\["rho"\] = '):
         opt.rho = 0.0
-    for name, value in {"mask": Depth(0.5), "schedule": Interval(2), "fraction": 0.5}.items():
+    for name, value in {"mask": Depth(0.5), "schedule": Interval(2), "direction": Fresh(0.5)}.items():
         with pytest.raises(AttributeError, match=f"{name} of a SparseSAM cannot be set: build a SparseSAM anew"):
             setattr(opt, name, value)
     for wrong in (-0.1, float("nan"), float("inf"), None, "0.1"):
@@ -379,7 +379,7 @@ CUT: dict[str, tuple[Any, type[Exception], str]] = {
 def test_a_batch_whose_first_samples_nobody_can_tell(case: str) -> None:
     batch, kind, told = CUT[case]
     with pytest.raises(kind, match=told):
-        optimizer(fraction=0.5).step(loss_fn, batch)
+        optimizer(direction=Fresh(0.5)).step(loss_fn, batch)
 
 
 class Looked(nn.Module):
@@ -556,7 +556,7 @@ def test_tokens_first_are_no_samples_also_where_they_are_as_many() -> None:
     images, labels = batches(1, 64)[0]  # of 64 patches
     for first in (True, False):
         model = TokensFirst(first)
-        opt = optimizer(StagedModel(model, model.stages()), mask=Depth(0.5), fraction=0.5)
+        opt = optimizer(StagedModel(model, model.stages()), mask=Depth(0.5), direction=Fresh(0.5))
 
         def loss_of(forward: Any, batch: Any) -> Tensor:
             return forward(batch[0]).pow(2).mean()  # which has no labels that there are not as many of

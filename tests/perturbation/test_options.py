@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ssam_scale import CosineRadius, Depth, Interval, LRRadius, Scored, SparseSAM, Window
+from ssam_scale import CosineRadius, Depth, Fresh, Interval, LRRadius, Scored, SparseSAM, Window
 from ssam_scale.perturbation.perturb import Epsilon, squares
 from ssam_scale.perturbation.reference import length_of, masked_by, reference_gradient
 from tests.support.masks import whole_mask
@@ -443,27 +443,27 @@ def test_a_fraction_of_the_batch_costs_a_fraction_of_the_ascent() -> None:
 
     base, whole = flops(rho=0.0), flops()
     assert whole == 2 * base
-    assert flops(fraction=0.5) == base + base // 2
+    assert flops(direction=Fresh(0.5)) == base + base // 2
     cut = Depth((0.5, 0.5))
     suffix = flops(mask=cut) - base
-    assert flops(mask=cut, fraction=0.25) == base + suffix // 4
+    assert flops(mask=cut, direction=Fresh(0.25)) == base + suffix // 4
     seen = []
 
     def watch(forward: Any, batch: Any) -> Tensor:
         seen.append(len(batch[1]))
         return loss_fn(forward, batch)
 
-    SparseSAM(model, sgd(model), fraction=0.3).step(watch, BATCH)
-    SparseSAM(model, sgd(model), fraction=0.01).step(watch, BATCH)
+    SparseSAM(model, sgd(model), direction=Fresh(0.3)).step(watch, BATCH)
+    SparseSAM(model, sgd(model), direction=Fresh(0.01)).step(watch, BATCH)
     assert seen == [2, 8, 1, 8]
     with pytest.raises(ValueError, match=r"fraction is 0\.0; a share in \(0, 1\] is needed"):
-        SparseSAM(model, sgd(model), fraction=0.0)
+        Fresh(0.0)
 
 
 def test_a_shared_prefix_updates_its_statistics_once_with_the_whole_batch() -> None:
     model, expected = small_network("resnet"), small_network("resnet")
     batch = batches(1, 8)[0]
-    SparseSAM(model, sgd(model), mask=Depth((0.5, 0.5)), fraction=0.25).step(loss_fn, batch)
+    SparseSAM(model, sgd(model), mask=Depth((0.5, 0.5)), direction=Fresh(0.25)).step(loss_fn, batch)
     expected(batch[0])
     for name in ("running_mean", "running_var", "num_batches_tracked"):
         assert torch.equal(getattr(model.model.bn1, name), getattr(expected.model.bn1, name))

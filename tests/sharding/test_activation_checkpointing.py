@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ssam_scale import SparseSAM
+from ssam_scale import Fresh, SparseSAM
 from ssam_scale.perturbation import StagedModel
 from ssam_scale.sharding import World
 from tests.support.networks import batches, loss_fn, small_network
@@ -35,10 +35,10 @@ CASES = [
     Again("resnet", "moving cut"),
     Again("resnet", "row", accumulation=2),
     Again("vit", "tensor", optimizer="adamw"),
-    Again("vit", "fixed cut", fraction=0.5, accumulation=2),
+    Again("vit", "fixed cut", direction=Fresh(0.5), accumulation=2),
     Again("vit", "moving cut", precision=torch.bfloat16),
     Again("resnet", "dense", norm="dense"),
-    Again("resnet", "element", fraction=0.5),
+    Again("resnet", "element", direction=Fresh(0.5)),
 ]
 
 

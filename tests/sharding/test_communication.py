@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ssam_scale import SparseSAM
+from ssam_scale import Fresh, SparseSAM
 from ssam_scale.perturbation import Savings
 from ssam_scale.perturbation.reference import length_of, masked_by, reference_gradient, reference_step
 from ssam_scale.sharding import World, bucketed_all_reduce
@@ -28,7 +28,8 @@ from tests.support.training import BATCH, RHO, STEPS, TOLERANCE, Case, check, la
 
 pytestmark = pytest.mark.slow
 
-UNPACKED, GATHERED, APART = Savings(pack=False), Savings(keep_gathered=True), Savings(within_shard_group=True)
+UNPACKED, GATHERED = Savings(pack=False), Savings(keep_gathered=True)
+APART = Fresh(scope="shard_group")
 
 
 class Sent(TorchDispatchMode):
@@ -288,7 +289,7 @@ def test_an_ascent_under_ddp_sends_while_its_backward_goes_on(two: Any) -> None:
 
 COPIES = [
     Case("vit", "element", savings=APART),
-    Case("resnet", "moving cut", savings=Savings(within_shard_group=True, keep_gathered=True), accumulation=2),
+    Case("resnet", "moving cut", savings=GATHERED, direction=APART, accumulation=2),
 ]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from ssam_scale import Interval
+from ssam_scale import Fresh, Interval
 from ssam_scale.perturbation import StagedModel
 from tests.support.networks import small_network
 from tests.support.ranks import alone, run_ranks
@@ -27,7 +27,7 @@ class Training(Case):
 CASES = {
     str(case): case
     for case in (
-        Training("resnet", "moving cut", fraction=0.5),
+        Training("resnet", "moving cut", direction=Fresh(0.5)),
         Training("vit", "element", norm="calibrated", accumulation=2),
         Training("resnet", "row", norm="dense", optimizer="adamw", rho=(RHO, 0.0)),
         Training("vit", "accumulated", schedule=Interval(2, reuse=0.5)),
@@ -67,7 +67,7 @@ def test_two_ranks_train_as_without(backend: str) -> None:
 
 def test_the_steps_that_are_rehearsed() -> None:
     """Whatever the schedule has in the next step."""
-    case = Training("vit", "moving cut", norm="calibrated", fraction=0.5, schedule=Interval(4))
+    case = Training("vit", "moving cut", norm="calibrated", direction=Fresh(0.5), schedule=Interval(4))
     model = case.make_model()
     opt = case.make_sam(model, case.make_optimizer(model))
     for _ in range(3):

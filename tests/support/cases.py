@@ -7,7 +7,7 @@ from dataclasses import fields
 
 import torch
 
-from ssam_scale import CosineRadius, Interval, LRRadius, Window
+from ssam_scale import CosineRadius, Fresh, Friendly, Interval, LRRadius, Momentum, Previous, VaSSO, Window
 from tests.support.training import RHO, STEPS, Case
 
 _CASES = [
@@ -23,9 +23,18 @@ _CASES = [
     Case("vit", "element", norm="calibrated", rho=(RHO, 0.0, 2 * RHO)),
     Case("vit", "tensor", norm="calibrated", adaptive=True, optimizer="adamw"),
     Case("resnet", "dense", adaptive=True, schedule=LRRadius(0.5)),
-    Case("resnet", "moving cut", fraction=0.5),
-    Case("convnext", "moving cut", fraction=0.3, accumulation=2, optimizer="adamw"),
-    Case("vit", "dense", fraction=0.25, schedule=Interval(2, Window(2))),
+    Case("resnet", "moving cut", direction=Fresh(0.5)),
+    Case("convnext", "moving cut", direction=Fresh(0.3), accumulation=2, optimizer="adamw"),
+    Case("vit", "dense", direction=Fresh(0.25), schedule=Interval(2, Window(2))),
+    Case("vit", "element", direction=Fresh(0.5, "random"), accumulation=2),
+    Case("vit", "moving cut", direction=Fresh(0.25, "highest_loss")),
+    Case("vit", "element", direction=Momentum()),
+    Case("vit", "moving cut", direction=Momentum(), optimizer="adamw"),
+    Case("resnet", "dense", direction=Momentum(), norm="dense", rho=(RHO, RHO / 2)),
+    Case("vit", "tensor", direction=Previous(), accumulation=2),
+    Case("vit", "moving cut", direction=Friendly()),
+    Case("resnet", "element", direction=Friendly(0.5, sigma=0.5, lmbda=0.6), adaptive=True),
+    Case("vit", "row", direction=VaSSO(theta=0.4), optimizer="adamw"),
     Case("convnext", "fixed cut"),
     Case("vit", "moving cut", precision=torch.bfloat16, accumulation=2),
     Case("resnet", "row", norm="dense", accumulation=2),

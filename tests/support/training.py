@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 
 from ssam_scale.masks import NM, Dense, Depth, DepthByCost, Dynamic, Mask, Named, Norms, Refreshed, Scored
-from ssam_scale.perturbation import RadiusSchedule, Rehearsed, Savings, SparseSAM
-from ssam_scale.perturbation.reference import first_samples, length_of, masked_by, reference_gradient, reference_step
+from ssam_scale.perturbation import Direction, Fresh, RadiusSchedule, Rehearsed, Savings, SparseSAM
+from ssam_scale.perturbation.reference import length_of, masked_by, reference_gradient, reference_step
 from ssam_scale.sharding import World
 from ssam_scale.sharding.place import place
+from tests.support.directions import Vectors, seen_by_ascent
 from tests.support.masks import whole_mask
 from tests.support.networks import batches, freeze_batchnorm, part, small_network
 
@@ -25,6 +26,15 @@ TOLERANCE = 1e-6
 # bf16 keeps 8 bits, so that sums in another order differ by up to 2^-8 of their terms: one unit in the last place. The
 # errors of a whole network are random and mostly cancel; the weights end within 8 such units of the way that they went.
 BF16_TOLERANCE = 2.0**-5
+
+
+def _changes(direction: Direction) -> str:
+    """What of a direction is not as usual, in words."""
+    usual = type(direction)()
+    changed = [
+        f"{v} of the batch" if n == "fraction" else str(v) for n, v in vars(direction).items() if v != getattr(usual, n)
+    ]
+    return " ".join([*([] if isinstance(direction, Fresh) else [type(direction).__name__]), *changed])
 
 
 @dataclass(frozen=True)
@@ -45,7 +55,7 @@ class Case:
     adaptive: bool = False
     schedule: RadiusSchedule | None = None
     precision: torch.dtype = torch.float32
-    fraction: float = 1.0
+    direction: Direction = field(default_factory=Fresh)
     savings: Savings = field(default_factory=Savings)
     scaled: bool = False
 
@@ -60,7 +70,7 @@ class Case:
             "adaptive": self.adaptive,
             type(self.schedule).__name__: self.schedule is not None,
             str(self.precision).removeprefix("torch."): self.precision != torch.float32,
-            f"{self.fraction} of the batch": self.fraction != 1.0,
+            _changes(self.direction): self.direction != Fresh(),
             "savings " + " and ".join(n for n, v in vars(self.savings).items() if v != getattr(Savings(), n)): (
                 self.savings != Savings()
             ),
@@ -108,7 +118,7 @@ class Case:
             norm=self.norm,
             adaptive=self.adaptive,
             calibrate_every=3,
-            fraction=self.fraction,
+            direction=self.direction,
             schedule=self.schedule,
             max_grad_norm=self.clip,
             savings=self.savings,
@@ -195,13 +205,6 @@ def train(
     return results
 
 
-def seen_by_ascent(case: Case, batch: tuple[torch.Tensor, torch.Tensor], ranks: int) -> Any:
-    """The first samples of every micro-batch of every rank."""
-    pieces = ranks * case.accumulation
-    first = first_samples(BATCH // pieces, case.fraction)
-    return tuple(torch.cat([part(batch, i, pieces)[j][:first] for i in range(pieces)]) for j in range(2))
-
-
 @dataclass(frozen=True)
 class Expected:
     """Where the oracle is after five steps: weights, entries of the optimizer's state, and the loss of each step."""
@@ -216,7 +219,7 @@ _EXPECTED: dict[tuple[str, int, str], Expected] = {}
 
 def expected_of(case: Case, masks: list[Mapping[str, torch.Tensor]], ranks: int = 1) -> Expected:
     """Five steps of the oracle, made once for what many backends must equal."""
-    pieces = ranks * case.accumulation if case.fraction < 1 else 1
+    pieces = ranks * case.accumulation if getattr(case.direction, "fraction", 1.0) < 1 else 1
     digest = hashlib.sha256()
     for name, mask in (item for step in masks for item in sorted(step.items())):
         digest.update(name.encode() + mask.contiguous().view(torch.uint8).numpy().tobytes())
@@ -247,11 +250,21 @@ def reference(
     model = case.make_model().model
     optimizer = case.make_optimizer(model)
     scheduler = halved(optimizer) if case.schedule else None
+    vectors = Vectors(case.direction, model, optimizer)
     for step, (batch, mask) in enumerate(zip(batches(STEPS, BATCH), masks, strict=True)):
         radii = [g["rho"] * (case.schedule(step, g) if case.schedule else 1.0) for g in optimizer.param_groups]
         names = {id(p): name for name, p in model.named_parameters()}
         rho = {names[id(p)]: r for g, r in zip(optimizer.param_groups, radii, strict=True) for p in g["params"]}
-        seen = seen_by_ascent(case, batch, ranks) if any(radii) else batch
+        if not vectors.known:
+            rho = dict.fromkeys(rho, 0.0)
+        climbs = any(rho.values()) and case.direction.ascends
+        seen = seen_by_ascent(case.direction, model, batch, ranks, case.accumulation, step) if climbs else batch
+        along = None
+        if any(rho.values()):
+            fresh = None
+            if case.direction.remembers and climbs:
+                seen_loss, fresh = reference_gradient(model, case.loss_fn, seen)
+            along = vectors.of(fresh, mask)
         norm = case.norm
         if norm == "calibrated":
             norm = "masked"
@@ -272,7 +285,10 @@ def reference(
             adaptive=case.adaptive,
             max_grad_norm=case.clip,
             ascent_batch=seen,
+            along=along,
         )
+        if along is not None and fresh is not None:  # the loss of the ascent, which this has not seen
+            loss = seen_loss
         if losses is not None:
             losses.append(loss.item())
         if scheduler is not None:

@@ -642,10 +642,10 @@ def test_watching_draws_anew_until_interrupted(
     [
         (None, False, False),
         ({}, True, True),
-        ({"fraction": 0.5}, False, False),
+        ({"direction": {"fraction": 0.5}}, False, False),
         ({"interval": 5}, True, False),
         ({"window": [0.5, 1.0]}, True, False),
-        ({"savings": {"within_shard_group": True}}, False, False),  # of fsdp2 with replicas
+        ({"direction": {"scope": "shard_group"}}, False, False),  # of fsdp2 with replicas
         ({"mask": {"pattern": "depth", "cut": 0.5}}, False, False),
         ({"mask": {"pattern": "norm"}}, False, False),
     ],

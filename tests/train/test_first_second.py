@@ -66,8 +66,8 @@ def test_batchnorm_of_a_single_image(data: Path, home: Path, capsys: pytest.Capt
     config = str(write_config(home / "run.yaml", data, perturbation={"rho": 0.1}))
     told = refusal(capsys, "--config", config, "data.batch_size=12", "train.accumulation=12")
     assert "12 micro-batches of 1 images on each process leave a pass a single image, which BatchNorm of" in told
-    told = refusal(capsys, "--config", config, "data.batch_size=12", "perturbation.fraction=0.1")
-    assert "perturbation.fraction 0.1 leaves the ascent a single image" in told
+    told = refusal(capsys, "--config", config, "data.batch_size=12", "perturbation.direction.fraction=0.1")
+    assert "perturbation.direction.fraction 0.1 leaves the ascent a single image" in told
 
 
 def test_validation_by_the_training_images_is_said(data: Path, home: Path, capsys: pytest.CaptureFixture[str]) -> None:

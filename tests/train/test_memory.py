@@ -133,7 +133,7 @@ def test_the_processes_agree(tmp_path: Path) -> None:
     [
         ["perturbation=null"],
         ["perturbation.mask=null", "perturbation.adaptive=true", "optimizer.clip_grad_norm=1.0"],
-        ["perturbation.fraction=0.5", "train.ema_decay=0.9", "loss.mixup=0.2"],
+        ["perturbation.direction.fraction=0.5", "train.ema_decay=0.9", "loss.mixup=0.2"],
         ["perturbation.interval=2", "perturbation.reuse=0.7", "optimizer.name=adamw", "optimizer.lr=1.0e-3"],
         ["sharding={backend: zero2, deepspeed: {zero_optimization: {reduce_bucket_size: 1000}}}"],
     ],

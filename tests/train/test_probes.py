@@ -14,7 +14,7 @@ from tests.support.tracked import client
 
 RUN: dict[str, Any] = {
     "loss": {"mixup": 0.2},
-    "perturbation": {"rho": 0.05, "norm": "masked", "mask": {"pattern": "depth"}, "fraction": 0.5},
+    "perturbation": {"rho": 0.05, "norm": "masked", "mask": {"pattern": "depth"}, "direction": {"fraction": 0.5}},
     "train": {"epochs": 3, "ema_decay": 0.9},
 }
 SAVING = ("saving/vs_dense_percent", "saving/seconds_so_far", "overhead/vs_base_percent")

@@ -20,7 +20,12 @@ METHODS: dict[str, Any] = {
     "base": None,
     "sam": {"rho": 0.05},
     "ssam-element": {"rho": 0.05, "norm": "dense", "mask": {"pattern": "element", "samples": 8, "refresh_epochs": 2}},
-    "ssam-tensor": {"rho": 0.05, "fraction": 0.5, "norm": "calibrated", "mask": {"pattern": "tensor", "samples": 8}},
+    "ssam-tensor": {
+        "rho": 0.05,
+        "direction": {"fraction": 0.5},
+        "norm": "calibrated",
+        "mask": {"pattern": "tensor", "samples": 8},
+    },
     "ssam-depth": {
         "rho": 0.05,
         "rho_schedule": "cosine",

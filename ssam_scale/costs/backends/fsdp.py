@@ -30,7 +30,9 @@ class FSDP2Costs(Common):
     """Of what is gathered and scattered over the processes of a copy, and reduced over those of a shard."""
 
     def ascent(self, ascent: Ascent) -> PassTraffic:
-        """Units from the cut on, gathered; the gradients that are needed, reduced."""
+        """Units from the cut on, gathered; the gradients that are needed, reduced; nothing where there is no pass."""
+        if not ascent.shape.ascends:
+            return PassTraffic()
         kept, shape = self._staying(ascent), ascent.shape
         forward = self._units(shape.cut)
         if ascent.resolved.shares_prefix:  # whose forward has gathered the root
@@ -43,7 +45,9 @@ class FSDP2Costs(Common):
         units, everything = self._units(0), self.weights.keys()
         mine = self._padded(everything) / self.placement.shards
         reduced = self._scatter(mine) + self._between_copies(mine)
-        if ascent is None:
+        if ascent is not None and ascent.resolved.by_micro_batch:
+            reduced *= self.accumulation  # what accumulates in a shard is reduced first
+        if ascent is None or not ascent.shape.ascends:
             return PassTraffic(self._gathers(units), self._gathers(units - {None}) + reduced)
         kept, prefix = self._staying(ascent), units - self._units(ascent.shape.cut)
         if not ascent.resolved.shares_prefix:
@@ -60,6 +64,8 @@ class FSDP2Costs(Common):
         that a plan keeps gathered, or before its end if the ascent shares it.
         """
         kept, resolved = self._staying(ascent), ascent.resolved
+        if not ascent.shape.ascends:
+            return ()
         run, climbed = self._units(ascent.shape.cut), self._units(ascent.shape.first)
         gathers = 0
         for unit in self._units(0):
@@ -75,7 +81,11 @@ class FSDP2Costs(Common):
         mine = sum(self.needed_of(ascent, names, lambda w: w.padded(shards)) for names in units) / shards
         between = () if resolved.within_shard_group else self._between_copies(mine)
         gathered = Sent("all_gather", float(self.accumulation * gathers), self.placement.shard_group)
-        return (gathered, *self._scatter(mine), *between)
+        if not resolved.by_micro_batch:
+            return (gathered, *self._scatter(mine), *between)
+        whole = self._padded(self.weights) / shards  # of the descents, which are reduced one by one
+        once_more = self._scatter(whole) + self._between_copies(whole)
+        return (gathered, *(self._scatter(mine) * self.accumulation + once_more * (self.accumulation - 1)))
 
     def memory(self, ascents: Sequence[Ascent]) -> MemoryUse:
         """Its rows; gathered: the root, the unit at work, the one fetched ahead, a gradient, and units that stay."""
@@ -133,7 +143,8 @@ class FSDP2Costs(Common):
         scattered = [self._scattered(ascent, names) for names in units.values()]
         mine, passed_on = (sum(each) for each in zip(*scattered, strict=True))
         between = () if ascent.resolved.within_shard_group else self._between_copies(mine)
-        return self._scatter(mine) + self.passed_on(passed_on) + between
+        times = self.accumulation if ascent.resolved.by_micro_batch else 1
+        return (self._scatter(mine) + self.passed_on(passed_on) + between) * times
 
     def _scattered(self, ascent: Ascent, names: Sequence[str]) -> tuple[float, float]:
         """Elements of a unit's gradients that each process sums up, and those that it passes on."""

@@ -8,6 +8,7 @@ from typing import Protocol, TypeVar
 
 from ssam_scale.costs.cluster import Placement, Sent
 from ssam_scale.costs.workload import FLOAT, Ascent, Weight, Weights
+from ssam_scale.perturbation.directions import scope_of
 from ssam_scale.sharding.packed_reduce_scatter import Shares
 
 Sends = tuple[Sent, ...]
@@ -127,11 +128,15 @@ class Common:
 
     def all_reduced(self, ascent: Ascent) -> Sends:
         """Of each gradient that an ascent asks for, the elements that it does, reduced by every process for itself."""
+        if scope_of(ascent.resolved.direction) != "global":
+            return ()  # each process climbs by its own
         sent = sum(sum(ascent.reduced_between(n, (0, self.weights[n].numel))) for n in ascent.resolved.reduced)
         return (Sent("all_reduce", float(FLOAT * sent), self.placement.world),)
 
     def all_reduced_floor(self, ascent: Ascent) -> Sends:
         """The same of what is perturbed: nothing is gathered."""
+        if scope_of(ascent.resolved.direction) != "global" or not ascent.shape.ascends:
+            return ()
         return (Sent("all_reduce", float(FLOAT * sum(ascent.perturbed.values())), self.placement.world),)
 
     def packing_knows(self, ascents: Sequence[Ascent], mine: float) -> float:
@@ -192,9 +197,10 @@ def perturbing(ascents: Sequence[Ascent], shards: int, known: float) -> dict[str
         known: number of weights that this process knows the mask of.
     """
     perturbed = FLOAT * max((sum(a.perturbed.values()) for a in ascents), default=0) / shards
+    remembered = any(a.resolved.direction.remembers for a in ascents)
     return {
         "mask": known / 8 if any(a.has_bit_mask for a in ascents) else 0.0,
         "backup": perturbed,
         # The next ascent's ε is there beside what the last one left behind.
-        "reuse": 2 * perturbed if any(a.reuses for a in ascents) else 0.0,
+        "reuse": 2 * perturbed if any(a.reuses for a in ascents) else perturbed if remembered else 0.0,
     }

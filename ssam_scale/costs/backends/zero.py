@@ -1,8 +1,9 @@
 """DeepSpeed's ZeRO, stages 0 to 2: every process holds all of the weights (DeepSpeed 0.19.8 with its defaults).
 
 An ascent is DDP's in all of them: what is perturbed of the gradients is all-reduced while the backward goes on, every
-process perturbs all weights, and puts them back from its own copy. In a descent stage 0 all-reduces whole gradients
-when the backward is over.
+process perturbs all weights, and puts them back from its own copy. A direction that is known where weights are stepped
+alone (momentum, a mean) is gone along there in stages 1 and 2, and what was perturbed gathered. In a descent stage 0
+all-reduces whole gradients when the backward is over.
 
 In stages 1 and 2 the weights of a parameter group lie in one flat buffer, which is cut into equal parts; each process
 steps one, and keeps the optimizer's state and a float32 copy of that part alone, in float32 too. In a descent every
@@ -61,8 +62,14 @@ class ZeRO12Costs(Common):
         return 1
 
     def ascent(self, ascent: Ascent) -> PassTraffic:
-        """Of each gradient that is needed, the elements that are."""
-        return PassTraffic(backward=self.all_reduced(ascent))
+        """Of each gradient that is needed, the elements that are; and what each perturbed by what it alone knows."""
+        return PassTraffic(backward=self.all_reduced(ascent), after=self._published(ascent))
+
+    def _published(self, ascent: Ascent) -> Sends:
+        if ascent.resolved.direction.whole:
+            return ()
+        written = sum(ascent.perturbed.values()) if ascent.resolved.packed else self.numel
+        return (Sent("all_gather", float(FLOAT * written), self.placement.world),)
 
     def descent(self, ascent: Ascent | None) -> PassTraffic:
         """All gradients, and the stepped weights."""
@@ -73,7 +80,7 @@ class ZeRO12Costs(Common):
 
     def floor(self, ascent: Ascent) -> Sends:
         """The density: an all-reduce is a reduce-scatter to those who perturb, and a gathering of what they have."""
-        return self.all_reduced_floor(ascent)
+        return (*self.all_reduced_floor(ascent), *self._published(ascent))
 
     def memory(self, ascents: Sequence[Ascent]) -> MemoryUse:
         """All weights, a part of what is stepped, and for gradients a bucket of fixed size, or an ascent's whole."""

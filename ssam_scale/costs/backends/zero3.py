@@ -40,6 +40,8 @@ class ZeRO3Costs(Common):
         again = (self._regathered & self._from_stage(shape.first)) - self._staying(ascent)
         some = ascent.resolved.packed or ascent.resolved.kept
         freed = self._persistent & ascent.perturbed.keys() if some else self._persistent
+        if not shape.ascends:
+            return PassTraffic(after=self._gathers(freed, times=1))
         return PassTraffic(
             self._gathers(self._large & self._from_stage(shape.cut)),
             self._gathers(again) + self._needed(ascent),
@@ -50,7 +52,7 @@ class ZeRO3Costs(Common):
         """All weights, gathered, but for those that have stayed; reduced gradients; small weights, gathered anew."""
         there: frozenset[str] = frozenset()
         again = self._regathered
-        if ascent is not None:
+        if ascent is not None and ascent.shape.ascends:
             suffix = self._from_stage(ascent.shape.cut)
             there = self._staying(ascent) & suffix
             if ascent.resolved.shares_prefix and not self._prefix_stays(ascent):
@@ -73,6 +75,8 @@ class ZeRO3Costs(Common):
         base = self.descent(None)
         whole -= sum(sent.whole for sent in base.forward + base.backward if sent.collective == "all_gather")
         whole += self._gathered_bytes(self._persistent & ascent.perturbed.keys())
+        if not ascent.shape.ascends:
+            return (Sent("all_gather", float(whole), self.placement.world),)
         shards = self.placement.shards
         elements = self.needed_of(ascent, self.weights, lambda w: -(-w.numel // shards) * shards)
         return (Sent("all_gather", float(whole), self.placement.world), *self._scatters(elements))

@@ -162,7 +162,7 @@ class DeepSpeedTraining:
             are half done, and nothing takes them back.
     """
 
-    supports_grad_scaler = leaves_grad = False
+    supports_grad_scaler = leaves_grad = accumulates_in_grad = False
     packs_gradients = False
     reduces_whole = False
     weights_replicated: bool

@@ -77,6 +77,17 @@ class MasterState:
         """Refused, as `optimizer_state_dict`."""
         self.optimizer_state_dict(optimizer)
 
+    def optimizer_entries(
+        self: HasMasters, optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], entry: str
+    ) -> list[Tensor | None]:
+        """By master, the run of each parameter's shard."""
+        result: list[Tensor | None] = []
+        for p in parameters:
+            master = self.master(p)
+            value = optimizer.state.get(master.tensor, {}).get(entry)
+            result.append(None if value is None else master.shard(value))
+        return result
+
     def full_model_state_dict(self: HasMasters, network: nn.Module) -> dict[str, Any]:
         """Gathers one tensor after the other; of trained weights, their masters."""
         masters = _masters(self)

@@ -1,0 +1,75 @@
+"""The sections below `perturbation.direction`: where ε's direction comes from, one section for each source."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import BeforeValidator, Field
+
+from .section import Section, Share
+
+Scope: TypeAlias = Literal["global", "shard_group", "worker", "micro_batch"]
+Choose: TypeAlias = Literal["first", "random", "highest_loss"]
+
+
+class _Ascending(Section):
+    """What the sources have in common that have an ascent pass."""
+
+    fraction: float = Field(
+        1.0, gt=0.0, le=1.0, description="share of each micro-batch in the ascent; at least one image"
+    )
+    choose: Choose = Field(
+        "first",
+        description="which images these are: the first; random, others in each step; those of the highest loss, which "
+        "costs a forward of all of them",
+    )
+
+
+class FreshDirection(_Ascending):
+    """The gradient at w of this step's batch (SAM, arXiv 2010.01412)."""
+
+    source: Literal["fresh"]
+    scope: Scope = Field(
+        "global",
+        description="whose images an ascent is by (m-sharpness): all of a step's; those of a shard group (fsdp2 with "
+        "replicas); of a worker, which is one process (not fsdp2, zero3); or of a micro-batch, each of which climbs, "
+        "descends and is put back by itself (not on ZeRO)",
+    )
+
+
+class FriendlyDirection(_Ascending):
+    """A fresh gradient less the running mean of earlier ones (F-SAM, arXiv 2403.12350)."""
+
+    source: Literal["friendly"]
+    sigma: float = Field(1.0, ge=0.0, le=10.0, description="how much of the running mean is taken off")
+    lmbda: Share = Field(0.9, description="share of the old mean that stays in the new one")
+
+
+class VaSSODirection(_Ascending):
+    """The running mean of fresh gradients (VaSSO, arXiv 2309.15639)."""
+
+    source: Literal["vasso"]
+    theta: float = Field(0.9, gt=0.0, le=1.0, description="share of the fresh gradient in the mean")
+
+
+class MomentumDirection(Section):
+    """The base optimizer's momentum, further along the way the weights go (MSAM, arXiv 2401.12033); no ascent pass."""
+
+    source: Literal["momentum"]
+
+
+class PreviousDirection(Section):
+    """The descent gradient of the step before (S2-SAM, AsyncSAM); no ascent pass."""
+
+    source: Literal["previous"]
+
+
+def _fresh_unless_said(given: Any) -> Any:
+    return {"source": "fresh", **given} if isinstance(given, dict) else given
+
+
+Direction: TypeAlias = Annotated[
+    FreshDirection | FriendlyDirection | VaSSODirection | MomentumDirection | PreviousDirection,
+    Field(discriminator="source"),
+    BeforeValidator(_fresh_unless_said),
+]

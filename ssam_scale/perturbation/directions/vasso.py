@@ -1,0 +1,97 @@
+"""The running mean of fresh gradients (VaSSO, arXiv 2309.15639)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ssam_scale.checks import check_number
+from ssam_scale.config.direction_sections import VaSSODirection
+from ssam_scale.masks import Plan, masked_select
+from ssam_scale.perturbation.arithmetic import at_least_fp32, zero_unless_
+from ssam_scale.sharding import Sharding
+
+from .interface import DIRECTIONS, Ascending, Forgetful, Gradients
+from .kept import Kept
+
+
+@dataclass(frozen=True)
+class VaSSO(Ascending):
+    """ε along d, the running mean of the gradients at w: less variance than one batch has (VaSSO).
+
+    d ← (1 − θ) d + θ g, beginning as g (equation 6 and the authors' code). With a mask all of this is about the
+    perturbed weights, of which d takes 4 bytes each. A step whose gradient is not finite leaves d alone.
+
+    Attributes:
+        theta: θ in (0, 1], the share of the fresh gradient; 1 is SAM.
+    """
+
+    theta: float = 0.9
+
+    whole = False
+    norms = frozenset({"masked"})
+    remembers = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("theta", self.theta, "a share in (0, 1]", lambda share: 0.0 < share <= 1.0)
+
+    def source(
+        self, sharding: Sharding, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
+    ) -> MeanGradient:
+        """See `Direction`."""
+        return MeanGradient(self, sharding, parameters)
+
+
+class MeanGradient(Forgetful):
+    """d."""
+
+    def __init__(self, direction: VaSSO, sharding: Sharding, parameters: Mapping[str, nn.Parameter]) -> None:
+        self._direction, self._mean = direction, Kept(sharding, parameters)
+        self._seen: tuple[Plan, list[Tensor], list[Tensor]] | None = None
+
+    def vectors(self, plan: Plan, gradients: Gradients) -> list[Tensor]:
+        """Of the perturbed weights alone."""
+        moved = at_least_fp32(masked_select(gradients(list(plan.weights)), list(plan.weights.values())))
+        mean, unknown = self._mean.of(plan)
+        begun = [None if first is None else torch.where(first, g, 0.0) for g, first in zip(moved, unknown, strict=True)]
+        if moved:
+            torch._foreach_mul_(moved, self._direction.theta)
+            torch._foreach_add_(moved, mean, alpha=1.0 - self._direction.theta)
+        for d, g, first in zip(moved, begun, unknown, strict=True):
+            if first is not None and g is not None:
+                d.copy_(torch.where(first, g, d))
+        self._seen = plan, moved, mean
+        return moved
+
+    def learn(self, exists: Tensor) -> None:
+        """Keep d if it is finite, and else what it was."""
+        assert self._seen is not None
+        (plan, moved, mean), self._seen = self._seen, None
+        if mean:
+            zero_unless_(moved, exists)
+            zero_unless_(mean, ~exists)
+            torch._foreach_add_(mean, moved)
+            self._mean.keep(plan, mean)
+
+    def take_over(self, before: Any) -> None:
+        """With what it has kept."""
+        self._mean.take_over(before._mean)
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """`mean_direction`: d by parameter, full; not a number where there is none. Collective."""
+        return {"mean_direction": self._mean.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Take back what `state_dict` returned; without it the next step begins anew."""
+        self._mean.load_state_dict(state.get("mean_direction", {}))
+
+
+@DIRECTIONS.register("vasso", "the running mean of fresh gradients (VaSSO)", "arXiv 2309.15639")
+def build(section: VaSSODirection) -> VaSSO:
+    """The direction of the section `perturbation.direction`."""
+    return VaSSO(section.fraction, section.choose, section.theta)
