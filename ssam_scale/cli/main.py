@@ -20,6 +20,7 @@ from ssam_scale.cli import bench, data
 from ssam_scale.cli.compare import OptionsAlone, compare_command
 from ssam_scale.cli.cost import cost_command
 from ssam_scale.cli.list import list_command
+from ssam_scale.cli.methods import methods_command
 from ssam_scale.cli.send import send_command
 from ssam_scale.cli.train import train_command
 from ssam_scale.cli.versions import version_lines
@@ -55,6 +56,7 @@ app.command("cost")(cost_command)
 app.command("compare", cls=OptionsAlone)(compare_command)
 app.command("send")(send_command)
 app.command("list")(list_command)
+app.command("methods")(methods_command)
 app.add_typer(bench.app, name="bench")
 
 

@@ -28,7 +28,7 @@ class _Ascending(Section):
 class FreshDirection(_Ascending):
     """The gradient at w of this step's batch (SAM, arXiv 2010.01412)."""
 
-    source: Literal["fresh"]
+    source: Literal["fresh"] = Field(description="the gradient at w of this step's batch")
     scope: Scope = Field(
         "global",
         description="whose images an ascent is by (m-sharpness): all of a step's; those of a shard group (fsdp2 with "
@@ -40,7 +40,7 @@ class FreshDirection(_Ascending):
 class FriendlyDirection(_Ascending):
     """A fresh gradient less the running mean of earlier ones (F-SAM, arXiv 2403.12350)."""
 
-    source: Literal["friendly"]
+    source: Literal["friendly"] = Field(description="the gradient less the running mean of earlier ones")
     sigma: float = Field(1.0, ge=0.0, le=10.0, description="how much of the running mean is taken off")
     lmbda: Share = Field(0.9, description="share of the old mean that stays in the new one")
 
@@ -48,20 +48,20 @@ class FriendlyDirection(_Ascending):
 class VaSSODirection(_Ascending):
     """The running mean of fresh gradients (VaSSO, arXiv 2309.15639)."""
 
-    source: Literal["vasso"]
+    source: Literal["vasso"] = Field(description="the running mean of gradients")
     theta: float = Field(0.9, gt=0.0, le=1.0, description="share of the fresh gradient in the mean")
 
 
 class MomentumDirection(Section):
     """The base optimizer's momentum, further along the way the weights go (MSAM, arXiv 2401.12033); no ascent pass."""
 
-    source: Literal["momentum"]
+    source: Literal["momentum"] = Field(description="the base optimizer's momentum")
 
 
 class PreviousDirection(Section):
     """The descent gradient of the step before (S2-SAM, AsyncSAM); no ascent pass."""
 
-    source: Literal["previous"]
+    source: Literal["previous"] = Field(description="the descent gradient of the step before")
 
 
 def _fresh_unless_said(given: Any) -> Any:

@@ -66,13 +66,18 @@ def _unknown(path: KeyPath, around: Sections, values: dict[str, Any], origins: O
     line = f"{_origin(path, origins)}: {_dotted(path)}: unknown key"
     section = _at(values, path[:-1])
     near = nearest(name, names(around))
+    moved = dict.fromkeys(("fraction", "scope", "choose"), "direction") if path[:-1] == ("perturbation",) else {}
+    if name in moved:
+        return f"{line}; it is {_dotted((*path[:-1], moved[name], name))}"
     if near:
         meant.add((*path[:-1], near))
         return f"{line}; did you mean {_dotted((*path[:-1], near))}?"
     elsewhere = [key for key in dotted_names() if key.rpartition(".")[2] == name]
     siblings = [key for key in elsewhere if key.rpartition(".")[0] == _dotted(path[:-1])]
-    if siblings and "pattern" in section:
-        return f"{line} for pattern {_shown(section['pattern'])}, which has {', '.join(names(around))}"
+    for tag in ("pattern", "source"):
+        if siblings and len(around) == 1 and tag in around[0].model_fields:
+            kind = section.get(tag, typing.get_args(around[0].model_fields[tag].annotation)[0])
+            return f"{line} for {tag} {_shown(kind)}, which has {', '.join(names(around))}"
     if elsewhere:
         return f"{line}; did you mean {' or '.join(elsewhere)}?"
     return f"{line}; {_dotted(path[:-1]) or 'the configuration'} has {', '.join(names(around))}"

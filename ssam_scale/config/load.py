@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from ssam_scale.config.deepspeed import stage_of
 from ssam_scale.config.deepspeed_file import read_deepspeed
 from ssam_scale.config.explain import DEEPSPEED, comments, describe
+from ssam_scale.config.presets import PRESETS, ContradictionError, expanded
 from ssam_scale.config.schema import Config
 from ssam_scale.config.section import KeyPath
 from ssam_scale.config.yaml_lines import parse, write
@@ -49,6 +50,7 @@ def load(path: Path, overrides: Sequence[str] = (), deepspeed: str | None = None
     for override in overrides:
         _apply(override, values, origins)
     _choose_stage(values, origins)
+    _expand_preset(values, origins)
     try:
         # As JSON because strictness is just right there: no "3" or true for 3, but lists for tuples and text for paths.
         config = Config.model_validate_json(json.dumps(values), strict=True)
@@ -64,6 +66,22 @@ def load(path: Path, overrides: Sequence[str] = (), deepspeed: str | None = None
     if len(mistakes) == 1:
         raise UserError(mistakes[0])
     raise UserError("\n  ".join([f"{path}: {len(mistakes)} mistakes in the configuration", *mistakes]))
+
+
+def _expand_preset(values: dict[str, Any], origins: dict[KeyPath, str]) -> None:
+    """Put the settings of a named method in their places.
+
+    Raises:
+        UserError: another setting contradicts it.
+    """
+    section = values.get("perturbation")
+    if not isinstance(section, dict) or section.get("preset") not in PRESETS:  # what is wrong is told by the schema
+        return
+    try:
+        values["perturbation"] = expanded(section)
+    except ContradictionError as error:
+        where = dict.fromkeys(origins[key] for key in (("perturbation", "preset"), error.path) if key in origins)
+        raise UserError(f"{', '.join(where)}: {error}") from error
 
 
 def dump(config: Config) -> str:

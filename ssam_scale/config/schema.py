@@ -17,6 +17,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 from .deepspeed import WEIGHT_BY_WEIGHT, problems
 from .direction_sections import Direction, FreshDirection, MomentumDirection, PreviousDirection
 from .mask_sections import DepthMask, ElementMask, Mask
+from .presets import PRESETS
 from .section import Section, Share, UserPath, home, home_in_uri, without
 
 _OF_WEIGHTS = (
@@ -194,9 +195,19 @@ else:
     RhoSchedule = Literal[tuple(_SCHEDULES)]
 
 
+if TYPE_CHECKING:
+    PresetName: TypeAlias = str
+else:
+    PresetName = Literal[tuple(PRESETS)]
+
+
 class Perturbation(Section):
     """The ascent step of SAM: how far, and which weights."""
 
+    preset: PresetName | None = Field(
+        None,
+        description="a named method, whose settings are taken where nothing else is said (`ssam-scale methods`)",
+    )
     rho: float = Field(gt=0.0, le=1000.0, description="radius of the perturbation")
     rho_schedule: RhoSchedule = Field(
         "constant",
@@ -542,10 +553,13 @@ class Config(Section):
 
     @property
     def method(self) -> str:
-        """`base`, `sam`, `ssam-<pattern>` or `ssam-dynamic`: what runs are compared by."""
+        """What runs are compared by: `base`, `sam`, `ssam-<pattern>`, `ssam-dynamic`; and of other directions than a
+        fresh gradient `msam`, `f-sam`, `msam-<pattern>` and so on."""
         if self.perturbation is None:
             return "base"
-        mask = self.perturbation.mask
-        if isinstance(mask, ElementMask) and mask.dynamic is not None:
-            return "ssam-dynamic"
-        return "sam" if mask is None else f"ssam-{mask.pattern}"
+        mask, source = self.perturbation.mask, self.perturbation.direction.source
+        own = {"momentum": "msam", "previous": "s2-sam", "friendly": "f-sam", "vasso": "vasso"}.get(source)
+        if mask is None:
+            return own or "sam"
+        dynamic = isinstance(mask, ElementMask) and mask.dynamic is not None
+        return f"{own or 'ssam'}-{'dynamic' if dynamic else mask.pattern}"

@@ -82,7 +82,7 @@ def reference_step(
     max_grad_norm: float | None = None,
     ascent_batch: Any | None = None,
     along: Mapping[str, Tensor] | None = None,
-    alone: Sequence[Any] = (),
+    alone: Sequence[tuple[Any, Any]] = (),
 ) -> Tensor:
     """One step of masked SAM: ε = ρ · (m ⊙ g) / ‖·‖, then the base optimizer with the gradient at w + ε.
 
@@ -102,8 +102,8 @@ def reference_step(
         max_grad_norm: the descent gradient is clipped to this norm.
         ascent_batch: the part of the batch that the ascent sees; None: all of it.
         along: in the place of g, by parameter name: there is no ascent.
-        alone: equal parts of the batch, each of which climbs and descends by itself (m-sharpness); their mean gradient
-            is stepped by. Empty: all of it together.
+        alone: equal parts of the batch, each of which climbs and descends by itself (m-sharpness), as what the ascent
+            sees of it and all of it; their mean gradient is stepped by. Empty: the batch is one such part.
 
     Returns:
         The loss at w, or without an ascent at w + ε.
@@ -112,10 +112,9 @@ def reference_step(
     before = {name: p.detach().clone() for name, p in named.items()}
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     losses, gradients, random = [], [], torch.get_rng_state()
-    for part in alone or [batch]:
+    for seen, part in alone or [(batch if ascent_batch is None else ascent_batch, batch)]:
         torch.set_rng_state(random)
         if along is None:
-            seen = part if ascent_batch is None else ascent_batch
             loss, gradient = reference_gradient(model, loss_fn, seen, adaptive=adaptive)
             losses.append(loss)
             buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}

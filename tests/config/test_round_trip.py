@@ -140,13 +140,30 @@ def configs(draw: st.DrawFn) -> Config:
         if perturbation["interval"] == 1 or perturbation["adaptive"]:
             perturbation["reuse"] = 0.0
         perturbation["savings"]["keep_gathered"] &= data["sharding"]["backend"] in ("fsdp2", "zero3")
-        perturbation["savings"]["within_shard_group"] &= data["sharding"]["replicas"] > 1
+        perturbation["preset"] = None  # which has settings of its own
+        _of_the_direction(perturbation, data["sharding"])
     if data["sharding"]["backend"].startswith("zero"):
         data["optimizer"] |= {"name": "sgd", "kwargs": {}}
         data["train"]["precision"] = "bf16"
     data["train"]["compile"] &= data["sharding"]["backend"] != "zero3"
     data["sharding"]["deepspeed"] = draw(deepspeed()) if data["sharding"]["backend"].startswith("zero") else {}
     return Config.model_validate(data)
+
+
+def _of_the_direction(perturbation: dict[str, Any], sharding: dict[str, Any]) -> None:
+    direction = perturbation["direction"]
+    if direction["source"] != "fresh":
+        perturbation |= {"norm": "masked", "reuse": 0.0}
+        return
+    impossible = {
+        "shard_group": sharding["replicas"] == 1,
+        "worker": sharding["backend"] in ("fsdp2", "zero3"),
+        "micro_batch": sharding["backend"].startswith("zero"),
+    }
+    if impossible.get(direction["scope"]):
+        direction["scope"] = "global"
+    if direction["scope"] != "global":
+        perturbation["reuse"] = 0.0
 
 
 def _cut(mask: dict[str, Any]) -> None:
@@ -229,6 +246,15 @@ def test_every_key_is_explained(small, mask):
     assert [line for line in printed.splitlines() if "  #" not in line] == []
 
 
+SOURCES = ("fresh", "friendly", "vasso", "momentum", "previous")
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_every_key_of_a_direction_is_explained(small, source):
+    printed = dump(load(small, [f"perturbation.direction={{source: {source}}}", "perturbation.norm=masked"]))
+    assert [line for line in printed.splitlines() if "  #" not in line] == []
+
+
 # ---- typos
 
 
@@ -244,8 +270,9 @@ def edits(key: str) -> set[str]:
 
 def full(key: str) -> dict[str, Any]:
     """A configuration in which `key` and all that may stand beside it are given."""
-    for mask in MASKS.values():
+    for mask, source in [*((mask, "fresh") for mask in MASKS.values()), *((MASKS["norm"], s) for s in SOURCES)]:
         text = SMALL.replace("    pattern: depth\n    cut: [0.25, 0.75]\n", f"    {mask}\n")
+        text = re.sub("  norm: .*\n", "", text).replace("  rho:", f"  direction: {{source: {source}}}\n  rho:")
         data = Config.model_validate(yaml.safe_load(text)).model_dump(mode="json")
         around = data
         for part in key.split(".")[:-1]:
