@@ -127,13 +127,13 @@ def write_sections(section: type[Section], path: str) -> Iterator[str]:
         here = f"{path}.{name}" if path else name
         inside = sections_of(field.annotation)
         level = "#" * (2 + here.count("."))
-        if len(inside) > 1:  # told apart by their pattern
+        if len(inside) > 1:  # told apart by a key
             yield from (f"{level} `{here}`", "", f"{capitalised(field.description)}.", "")
         for one in inside:
             title = f"`{here}`"
             if len(inside) > 1:
-                patterns = get_args(one.model_fields["pattern"].annotation)
-                title = f"pattern {' or '.join(patterns)}"
+                tag = next(key for key in ("pattern", "source") if key in one.model_fields)
+                title = f"{tag} {' or '.join(get_args(one.model_fields[tag].annotation))}"
             note = f" {capitalised(field.description)}." if field.description and len(inside) == 1 else ""
             yield from (f"{level}{'#' * (len(inside) > 1)} {title}", "")
             yield from ((one.__doc__ or "").partition("\n")[0] + note, "")
