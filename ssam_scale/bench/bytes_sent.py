@@ -211,7 +211,7 @@ def _has(setup: BackendSetup, scenario: Scenario) -> bool:
         return setup.replicas > 1
     if scope == "worker":
         return setup.backend not in ("fsdp2", "zero3")
-    return scope == "global" or not setup.backend.startswith("zero")
+    return True
 
 
 def _predicted(costs: BackendCosts, ascent: Ascent | None) -> float:

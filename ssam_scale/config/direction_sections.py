@@ -33,7 +33,7 @@ class FreshDirection(_Ascending):
         "global",
         description="whose images an ascent is by (m-sharpness): all of a step's; those of a shard group (fsdp2 with "
         "replicas); of a worker, which is one process (not fsdp2, zero3); or of a micro-batch, each of which climbs, "
-        "descends and is put back by itself (not on ZeRO)",
+        "descends and is put back by itself",
     )
 
 

@@ -542,12 +542,7 @@ class Config(Section):
         if direction.scope == "worker" and backend in ("fsdp2", "zero3"):
             raise ValueError(
                 f"{key} perturbs all weights on each process by itself, and with sharding.backend {backend} none holds "
-                "them; use micro_batch (fsdp2), or backend ddp, zero1 or zero2"
-            )
-        if direction.scope == "micro_batch" and backend.startswith("zero"):
-            raise ValueError(
-                f"{key} climbs between descents whose gradients accumulate, which sharding.backend {backend} keeps "
-                "where the ascent's are to be; use ddp or fsdp2"
+                "them; use micro_batch, or backend ddp, zero1 or zero2"
             )
         return self
 

@@ -151,21 +151,19 @@ def check_scope(scope: Scope, sharding: Sharding) -> None:
         ValueError: it is such; says which scopes there are.
     """
     processes, sharers = sharding.data_parallel_group.size, sharding.shard_group.size
-    if scope == "micro_batch" and not sharding.leaves_grad:
-        raise ValueError(
-            "direction scope 'micro_batch' climbs between descents whose gradients accumulate, which a DeepSpeed "
-            "engine keeps where the ascent's are to be: use DDP or FSDP2, or scope 'global' or 'worker'"
-        )
     if processes == 1:
         return  # what all of these are then
     alone = sharding.weights_replicated and (sharers == 1 or sharding.reduces_whole)
-    if scope == "worker" and not alone:
-        how = (
-            "in low precision each process knows exactly only the weights that it steps: use float32 weights"
-            if sharding.weights_replicated
-            else "no process holds all weights: use scope 'micro_batch', or 'shard_group' with replicas, or DDP"
+    if scope in ("worker", "micro_batch") and sharding.weights_replicated and not alone:
+        raise ValueError(
+            f"direction scope {scope!r} perturbs all weights on each process by itself, and here, in low precision, "
+            "each knows exactly only the weights that it steps: use float32 weights"
         )
-        raise ValueError(f"direction scope 'worker' perturbs all weights on each process by itself, and here {how}")
+    if scope == "worker" and not alone:
+        raise ValueError(
+            "direction scope 'worker' perturbs all weights on each process by itself, and here no process holds all "
+            "weights: use scope 'micro_batch', or 'shard_group' with replicas, or DDP"
+        )
     if scope == "shard_group" and (sharding.weights_replicated or sharers == processes):
         group = "each process is one: use scope 'worker'" if sharding.weights_replicated else "there is only one"
         raise ValueError(f"direction scope 'shard_group' is for FSDP2 with replicas of the weights; here {group}")

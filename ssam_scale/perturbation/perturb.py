@@ -205,12 +205,7 @@ class Perturbation:
 
     @contextmanager
     def applied(
-        self,
-        resolved: ResolvedStep,
-        *,
-        keep: bool = False,
-        phases: Phases | None = None,
-        accumulated: Sequence[tuple[nn.Parameter, Tensor | None]] = (),
+        self, resolved: ResolvedStep, *, keep: bool = False, phases: Phases | None = None
     ) -> Iterator[list[Tensor]]:
         """The weights are w + ε inside and w again afterwards, bit for bit, whatever happens inside.
 
@@ -218,14 +213,11 @@ class Perturbation:
             resolved: what the step does.
             keep: whether to yield the ε of this process's shards, as `Epsilon.computed` returns it; otherwise nothing.
             phases: times the parts; None: what times those of a step.
-            accumulated: gradients that the descent inside adds to.
         """
         phases = self._phases if phases is None else phases
         try:
             with phases("perturb"), torch.no_grad():
                 kept = self._perturb(resolved, keep)
-                for p, gradient in accumulated:
-                    p.grad = gradient
             yield kept
         finally:
             # Nothing in here waits for another process: this may be the only one that failed.

@@ -19,6 +19,7 @@ from ssam_scale.masks import Dense, Depth, Mask, Plan, Refreshed, ScoreBased
 from ssam_scale.sharding.place import sharding_of
 from ssam_scale.sharding.unsupported import check_alone, owner_of
 
+from .accumulating import Accumulating
 from .arguments import (
     check_batches,
     check_closure,
@@ -509,16 +510,16 @@ class SparseSAM(OptimizerWrapper):
             if looksam is not None:
                 looksam.update(resolved, epsilon)
             return loss if loss is not None else loss_there
-        losses = []
+        losses, accumulating = [], Accumulating(self.sharding, self._parameters.by_name.values())
         for number, batch in enumerate(batches):
-            accumulated = [(p, p.grad) for p in self._parameters.by_name.values()]
-            for p, _ in accumulated:
-                p.grad = None
+            accumulating.set_aside(self.base_optimizer)
             passes = self.passes(resolved, loss_fn, [batch], scaler, phases, (number, len(batches)))
             losses.append(passes.ascend())
             self._check_reached(resolved)
-            with self._perturbation.applied(resolved, phases=phases, accumulated=accumulated):
+            with self._perturbation.applied(resolved, phases=phases):
+                accumulating.put_back()
                 passes.descend()
+        accumulating.add()
         return torch.stack(losses).sum()
 
     def _run_closure(self, resolved: ResolvedStep, closure: Callable[[], Any]) -> Any:

@@ -158,7 +158,6 @@ def _of_the_direction(perturbation: dict[str, Any], sharding: dict[str, Any]) ->
     impossible = {
         "shard_group": sharding["replicas"] == 1,
         "worker": sharding["backend"] in ("fsdp2", "zero3"),
-        "micro_batch": sharding["backend"].startswith("zero"),
     }
     if impossible.get(direction["scope"]):
         direction["scope"] = "global"

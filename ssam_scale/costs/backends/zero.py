@@ -37,8 +37,9 @@ class ZeRO0Costs(Common):
         return PassTraffic(backward=self.all_reduced(ascent))
 
     def descent(self, ascent: Ascent | None) -> PassTraffic:
-        """All gradients."""
-        return PassTraffic(after=(Sent("all_reduce", float(FLOAT * self.numel), self.placement.world),))
+        """All gradients; of micro-batches that descend by themselves, each time."""
+        times = self.accumulation if ascent is not None and ascent.resolved.by_micro_batch else 1
+        return PassTraffic(after=(Sent("all_reduce", float(FLOAT * times * self.numel), self.placement.world),))
 
     def floor(self, ascent: Ascent) -> Sends:
         """The density: nothing is gathered."""
@@ -73,7 +74,8 @@ class ZeRO12Costs(Common):
 
     def descent(self, ascent: Ascent | None) -> PassTraffic:
         """All gradients, and the stepped weights."""
-        times = self.accumulation if self.placement.backend == "zero2" else 1
+        each = self.placement.backend == "zero2" or (ascent is not None and ascent.resolved.by_micro_batch)
+        times = self.accumulation if each else 1
         reduced = Sent("all_reduce", float(FLOAT * times * self.numel), self.placement.world)
         gathered = FLOAT * sum(self._padded(group) for group in self._groups())
         return PassTraffic(after=(reduced, Sent("all_gather", float(gathered), self.placement.world)))

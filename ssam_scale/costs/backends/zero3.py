@@ -45,7 +45,7 @@ class ZeRO3Costs(Common):
         return PassTraffic(
             self._gathers(self._large & self._from_stage(shape.cut)),
             self._gathers(again) + self._needed(ascent),
-            self._gathers(freed, times=1),
+            self._gathers(freed, times=self.accumulation if ascent.resolved.by_micro_batch else 1),
         )
 
     def descent(self, ascent: Ascent | None) -> PassTraffic:
