@@ -34,6 +34,7 @@ from ssam_scale.perturbation import (
 from ssam_scale.perturbation.directions import Ascending
 from ssam_scale.perturbation.fused import fused_options
 from ssam_scale.perturbation.phases import no_phases
+from ssam_scale.perturbation.reference import first_samples
 
 from .networks import Setting
 
@@ -136,11 +137,14 @@ def sharded_scenarios() -> list[Scenario]:
         *(Scenario(f"{p} 50%, kept gathered", _random(p), savings=Savings(keep_gathered=True)) for p in _KEPT),
         *(Scenario(f"sam, scope {scope}", Dense, Fresh(scope=scope)) for scope in _SCOPES),
     ]
-    return [Scenario("base", None), *(scenario for scenario in _ours() if scenario.fraction == 1.0), *singly]
+    return [Scenario("base", None), *(scenario for scenario in _ours() if scenario.fraction in (0.0, 1.0)), *singly]
 
 
 def select_scenarios(
-    names: Sequence[str] | None, among: Sequence[Scenario], always: Sequence[str] = ("base",)
+    names: Sequence[str] | None,
+    among: Sequence[Scenario],
+    always: Sequence[str] = ("base",),
+    batch_size: int | None = None,
 ) -> list[Scenario]:
     """Those of these names, and some that others are compared to; None: all.
 
@@ -148,10 +152,19 @@ def select_scenarios(
         names: of scenarios.
         among: the scenarios that there are.
         always: names of those that are there in any case.
+        batch_size: of which an ascent of a single image is left out, as BatchNorm needs two; None: whatever it is.
 
     Raises:
-        UserError: there is none of such a name.
+        UserError: there is none of such a name, or it would be left out.
     """
+    single = {
+        s.name for s in among if batch_size and 0.0 < s.fraction < 1.0 and first_samples(batch_size, s.fraction) < 2
+    }
+    if alone := single.intersection(names or ()):
+        raise UserError(
+            f"--batch-size {batch_size}: the ascent of plan {min(alone)!r} would see one image, and needs two; take more"
+        )
+    among = [scenario for scenario in among if scenario.name not in single]
     known = {scenario.name: scenario for scenario in among}
     for name in names or ():
         if name not in known:

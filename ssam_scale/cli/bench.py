@@ -170,8 +170,8 @@ def _compare(
     """Measure each model under the plans on one process, and show it."""
     from ssam_scale.bench.scenarios import scenarios, select_scenarios
 
-    compared = select_scenarios(plans, scenarios())
     settings = _settings(models, repeats, resolution, batch_size, compile)
+    compared = select_scenarios(plans, scenarios(), batch_size=min(setting.batch_size for setting in settings))
     rows = [row for setting in settings for row in bench(setting, repeats, compared)]
     _report(result, rows, _caption(rows), record, as_json)
 

@@ -176,7 +176,7 @@ def step_cost(
         accumulation: micro-batches of a step.
     """
     cluster, backend = placement.cluster, costs_of(weights, placement, accumulation)
-    perturbing = [ascent for ascent in ascents if ascent.shape.perturbed]
+    perturbing = [ascent for ascent in ascents if ascent.shape.ascends or ascent.shape.perturbed]
     kinds: list[tuple[float, Ascent | None]] = [(ascent.share, ascent) for ascent in perturbing]
     kinds.append((1.0 - sum(ascent.share for ascent in perturbing), None))
     weighted = [

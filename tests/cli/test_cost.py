@@ -107,28 +107,27 @@ TENSOR, BLOCK, CUT = (f"perturbation.mask={{pattern: {pattern}}}" for pattern in
 
 
 @pytest.mark.parametrize(
-    ("saving", "plan", "more", "less"),
+    ("lever", "plan", "more", "less"),
     [
-        ("elide=false", [TENSOR, "sharding.backend=ddp"], ["seconds"], []),
-        ("elide=false", [TENSOR, *FSDP2], ["seconds"], []),
-        ("elide=false", [TENSOR, "sharding.backend=zero2"], ["seconds"], []),
-        ("elide=false", [TENSOR, "sharding.backend=zero3"], ["seconds"], []),
-        ("share_prefix=false", [CUT, *FSDP2], ["seconds", "bytes"], []),
-        ("pack=false", [ELEMENT, "sharding.backend=ddp"], ["bytes"], []),
-        ("pack=false", [ELEMENT, *FSDP2], ["bytes"], []),
-        ("pack=false", [ELEMENT, "sharding.backend=zero1"], ["bytes"], []),
-        ("pack=false", [ELEMENT, "sharding.backend=zero3"], ["bytes"], []),
-        ("keep_gathered=true", [BLOCK, *FSDP2], ["memory_gathered"], ["bytes"]),
-        (
-            "within_shard_group=true",
-            [TENSOR, *FSDP2, "sharding.replicas=2"],
-            [],
-            ["bytes", "seconds_unhidden"],
-        ),
+        ("savings.elide=false", [TENSOR, "sharding.backend=ddp"], ["seconds"], []),
+        ("savings.elide=false", [TENSOR, *FSDP2], ["seconds"], []),
+        ("savings.elide=false", [TENSOR, "sharding.backend=zero2"], ["seconds"], []),
+        ("savings.elide=false", [TENSOR, "sharding.backend=zero3"], ["seconds"], []),
+        ("savings.share_prefix=false", [CUT, *FSDP2], ["seconds", "bytes"], []),
+        ("savings.pack=false", [ELEMENT, "sharding.backend=ddp"], ["bytes"], []),
+        ("savings.pack=false", [ELEMENT, *FSDP2], ["bytes"], []),
+        ("savings.pack=false", [ELEMENT, "sharding.backend=zero1"], ["bytes"], []),
+        ("savings.pack=false", [ELEMENT, "sharding.backend=zero3"], ["bytes"], []),
+        ("savings.keep_gathered=true", [BLOCK, *FSDP2], ["memory_gathered"], ["bytes"]),
+        ("direction.scope=shard_group", [TENSOR, *FSDP2, "sharding.replicas=2"], [], ["bytes", "seconds_unhidden"]),
+        ("direction.scope=worker", [TENSOR, "sharding.backend=ddp"], [], ["bytes", "seconds_unhidden"]),
+        ("direction.scope=worker", [TENSOR, "sharding.backend=zero2"], [], ["bytes", "seconds_unhidden"]),
+        ("direction={source: momentum}", [TENSOR, *FSDP2], [], ["bytes", "seconds"]),
+        ("direction={source: friendly}", [TENSOR, "sharding.backend=zero1"], ["bytes"], []),
     ],
 )
 def test_a_lever_changes_what_it_is_for(
-    saving: str,
+    lever: str,
     plan: list[str],
     more: list[str],
     less: list[str],
@@ -143,7 +142,7 @@ def test_a_lever_changes_what_it_is_for(
     (folder / "by_hand.json").write_text(json.dumps(found))
     given = ["--times", str(folder / "by_hand.json"), "--gpus", "16", *plan]
     (*_, usual), (*_, other) = (
-        run(folder, capsys, *given, *overrides) for overrides in ([], [f"perturbation.savings.{saving}"])
+        run(folder, capsys, *given, *overrides) for overrides in ([], [f"perturbation.{lever}"])
     )
     for what in more:
         assert other[what] > usual[what], what

@@ -37,11 +37,11 @@ class ZeRO3Costs(Common):
     def ascent(self, ascent: Ascent) -> PassTraffic:
         """Stages from the cut on, gathered; the gradients that there are, reduced; and small weights, gathered anew."""
         shape = ascent.shape
-        again = (self._regathered & self._from_stage(shape.first)) - self._staying(ascent)
         some = ascent.resolved.packed or ascent.resolved.kept
         freed = self._persistent & ascent.perturbed.keys() if some else self._persistent
         if not shape.ascends:
             return PassTraffic(after=self._gathers(freed, times=1))
+        again = (self._regathered & self._from_stage(shape.first)) - self._staying(ascent)
         return PassTraffic(
             self._gathers(self._large & self._from_stage(shape.cut)),
             self._gathers(again) + self._needed(ascent),
