@@ -162,7 +162,7 @@ def select_scenarios(
     }
     if alone := single.intersection(names or ()):
         raise UserError(
-            f"--batch-size {batch_size}: the ascent of plan {min(alone)!r} would see one image, and needs two; take more"
+            f"--batch-size {batch_size}: the ascent of plan {min(alone)!r} would see one image, and needs two"
         )
     among = [scenario for scenario in among if scenario.name not in single]
     known = {scenario.name: scenario for scenario in among}
