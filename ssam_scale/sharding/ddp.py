@@ -105,7 +105,8 @@ class DDP(ReplicatedWeights, TorchTraining):
             with self._syncing() if last else self._ddp.no_sync():
                 yield
                 passed = ddp.require_forward_param_sync is not None
-            if passed == self._ascends and self.data_parallel_group.size > 1:
+            wrong = passed if self._ascends else last and not passed
+            if wrong and self.data_parallel_group.size > 1:
                 raise ValueError(
                     "the loss function called the model, or DDP, in the place of the `forward` that it was given, so "
                     "that gradients are averaged twice or not at all: loss_fn(forward, batch) calls forward"
