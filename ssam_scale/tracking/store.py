@@ -75,6 +75,8 @@ def open_store(uri: str, *, create: bool) -> Any:
         UserError: the URI means nothing to MLflow, or its store does not answer within seconds.
     """
     _probe(uri, create=create)
+    if not create and (path := sqlite_path(uri)) is not None and _is_anothers(path):
+        raise UserError(f"tracking.uri {uri}: {path} is a database of something else than MLflow; name another store")
     _quiet_mlflow(uri)
     database = sqlite_path(uri) if create else None
     with refusals(uri), nullcontext() if database is None else _alone(database.parent):

@@ -116,7 +116,7 @@ def test_a_dry_run_is_told_what_a_run_is_told(data: Path, home: Path, capsys: py
     assert f"tracking.cost_times {home}/gone: No such file" in told
 
 
-def test_a_dry_run_leaves_another_programs_database_alone(data: Path, home: Path) -> None:
+def test_another_programs_database_is_left_alone(data: Path, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """MLflow made its tables in it."""
     config = write_config(home / "run.yaml", data)
     with closing(sqlite3.connect(home / "other.db")) as connection:
@@ -124,4 +124,6 @@ def test_a_dry_run_leaves_another_programs_database_alone(data: Path, home: Path
         connection.commit()
     before = (home / "other.db").read_bytes()
     assert ssam_scale("train", "--config", config, f"tracking.uri=sqlite:///{home}/other.db", "--dry-run") == 0
+    assert ssam_scale("compare", "--experiment", "x", "--tracking-uri", f"sqlite:///{home}/other.db") == 2
+    assert "other.db is a database of something else than MLflow; name another store" in capsys.readouterr().err
     assert (home / "other.db").read_bytes() == before
