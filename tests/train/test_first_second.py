@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from ssam_scale.config.load import dump, load
+from ssam_scale.errors import UserError
+from ssam_scale.tracking.store import check_experiment
 from tests.support.runs import ssam_scale, write_config
 
 
@@ -48,7 +50,6 @@ def test_folders_and_stores_are_looked_at_first(
         "tracking.uri=http://127.0.0.1:99999": "Port out of range",
         "tracking.uri=http://u:secret@[::1": "tracking.uri [::1: Invalid IPv6 URL",
         "tracking.uri=127.0.0.1:5000": "has no scheme; of a server, write http://127.0.0.1:5000",
-        "tracking.uri=databricks": "tracking.uri databricks: Reading Databricks credential",
         f"tracking.uri=sqlite:///{home}/line": "file is not a database",
         f"checkpoint.directory={'x' * 300}": "File name too long; choose another folder",
         f"checkpoint.resume={home}": "is not a checkpoint",
@@ -57,6 +58,12 @@ def test_folders_and_stores_are_looked_at_first(
         assert told in refusal(capsys, "--config", config, "model.name=no_such_model", override, *form), override
     assert sorted(home.rglob("*")) == there
     assert (home / "line").read_text() == "\n"
+
+
+def test_a_service_of_mlflows_is_no_folder_of_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DATABRICKS_CONFIG_FILE", str(tmp_path / "none"))
+    with pytest.raises(UserError, match=r"tracking\.uri databricks: Reading Databricks credential"):
+        check_experiment("databricks", "x")
 
 
 def test_an_optimizer_is_looked_at_before_the_model(data: Path, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
