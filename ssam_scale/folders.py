@@ -12,7 +12,10 @@ def why_not_writable(folder: Path) -> str | None:
 
     Asks by making a folder and removing it: by the bits of a file root may do anything, and yet not on every disk.
     """
-    there = next((path for path in (folder, *folder.absolute().parents) if path.exists() or path.is_symlink()), folder)
+    try:
+        there = next((p for p in (folder, *folder.absolute().parents) if p.exists() or p.is_symlink()), folder)
+    except OSError as error:  # a name that is too long
+        return str(error.strerror or error)
     if not there.exists():
         return f"{there} is a link to nothing"
     if not there.is_dir():

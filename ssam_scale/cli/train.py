@@ -45,6 +45,8 @@ def train_command(
     """Train a model. Under torchrun or deepspeed, every process runs this command."""
     from ssam_scale.config.load import dump, load
 
+    if resume == "":  # of a variable of the shell that is not set; a run would begin anew
+        raise UserError("--resume is empty; give a checkpoint's folder, or auto")
     given = [*(overrides or []), *([f"checkpoint.resume={resume}"] if resume else [])]
     resolved = load(config, given, deepspeed_config)
     if deepspeed and not resolved.sharding.backend.startswith("zero"):

@@ -13,7 +13,7 @@ import re
 import shutil
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -31,7 +31,9 @@ from ssam_scale.errors import UserError
 SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp"))
 """What counts as an image in a class folder, in lower case; other files are passed over."""
 # Not those of torchvision's ImageFolder either.
-_OTHER_IMAGES = frozenset((".avif", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".jxl", ".npy", ".svg", ".tga"))
+_OTHER_IMAGES = frozenset(
+    (".avif", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".jxl", ".npy", ".pfm", ".svg", ".tga")
+)
 
 _CHUNK = 16
 _LOOK_AT_DISK = 4096
@@ -184,8 +186,8 @@ def scan_folder(
     return [folder.name for folder in folders], samples
 
 
-def passed_over(folders: Iterable[Path]) -> str | None:
-    """A line, where class folders hold images that are not taken: in folders of their own, or of other formats."""
+def passed_over(folders: Sequence[Path]) -> str | None:
+    """A line, where images are not taken: beside class folders, in folders inside of them, or of other formats."""
     deeper: list[Path] = []
     others: dict[str, int] = {}
     for folder in folders:
@@ -200,7 +202,14 @@ def passed_over(folders: Iterable[Path]) -> str | None:
                     deeper.append(Path(entry.path))
                 elif suffix in _OTHER_IMAGES:
                     others[suffix] = others.get(suffix, 0) + 1
+    beside: list[str] = []
+    for parent in {folder.parent for folder in folders}:
+        names = [entry.name for entry in os.scandir(parent) if entry.is_file()]
+        beside += [name for name in names if name[0] != "." and os.path.splitext(name)[1].lower() in SUFFIXES]  # noqa: PTH122
     notes = []
+    if beside:
+        images = "image" if len(beside) == 1 else "images"
+        notes.append(f"{len(beside):,} {images} beside the class folders ({min(beside)})")
     if deeper:
         notes.append(f"{len(deeper):,} {'folder' if len(deeper) == 1 else 'folders'} in class folders ({min(deeper)})")
     if others:

@@ -75,6 +75,8 @@ class Depth:
 
     def __init__(self, cut: float | Range | AnnealedCut = (0.0, 1.0), seed: int = 0) -> None:
         if not isinstance(cut, AnnealedCut):
+            if cut is True or cut is False:
+                raise ValueError(f"cut is {cut} (bool); {_CUT_NEEDED}")
             cut = (float(cut), float(cut)) if isinstance(cut, (int, float, Real)) else cut
             _check_range(cut)
         self.cut = cut
@@ -285,12 +287,14 @@ def probabilities_by_cost(masses: Sequence[float], seconds: Sequence[float], cut
     return [scaled.get(cut, 0.0) / total for cut in range(len(masses))]
 
 
+_CUT_NEEDED = "one share in [0, 1], or two, the smaller first, are needed"
+
+
 def _check_range(cut: Range) -> None:
-    needed = "one share in [0, 1], or two, the smaller first, are needed"
     if not isinstance(cut, Sequence) or len(cut) != 2 or not all(isinstance(share, Real) for share in cut):
-        raise ValueError(f"cut is {cut!r} ({type(cut).__name__}); {needed}")
+        raise ValueError(f"cut is {cut!r} ({type(cut).__name__}); {_CUT_NEEDED}")
     if not 0.0 <= cut[0] <= cut[1] <= 1.0:
-        raise ValueError(f"cut is {cut}; {needed}")
+        raise ValueError(f"cut is {cut}; {_CUT_NEEDED}")
 
 
 @register_mask(DepthMask, "all weights from a block (the cut) on; the prefix before it runs once for both passes")

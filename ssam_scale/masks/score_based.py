@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Literal, TypeAlias, get_args
 
@@ -146,6 +147,8 @@ class ScoreBased(Refreshed):
         super().__init__(kinds, every, seed)
         self.selected: Plan | None = None
         self.turnover = math.nan
+        self._chosen_from: set[str] = set()
+        self._looked_at: Layout | None = None
 
     def check(self, layout: Layout) -> None:
         """Any weights will do."""
@@ -160,10 +163,24 @@ class ScoreBased(Refreshed):
             raise RuntimeError(
                 "the mask has no scores yet: call SparseSAM.refresh(loss_fn, batch) before the first step"
             )
+        if layout is not self._looked_at:
+            self._tell_of_others(layout)
         if self.selected.weights.keys() <= layout.shapes.keys():
             return self.selected
         kept = {name: subset for name, subset in self.selected.weights.items() if name in layout.shapes}
         return self._plan_of(layout, kept, [self.selected.counts[name] for name in kept])
+
+    def _tell_of_others(self, layout: Layout) -> None:
+        """Warn once of weights that could not be chosen at the last refresh, because they were not trained then."""
+        self._looked_at = layout
+        others = [name for name in layout.shapes if name not in self._chosen_from]
+        if others and self._chosen_from:
+            self._chosen_from |= set(others)
+            warnings.warn(
+                f"{len(others)} parameters that are trained now (the first: {others[0]}) were frozen, or without a "
+                "radius, when the mask was chosen, and are not perturbed until the next refresh: call opt.refresh",
+                stacklevel=2,
+            )
 
     def choose(
         self, layout: Layout, scores: Mapping[Score, Scores], group: ShardGroup, step: int
@@ -187,7 +204,7 @@ class ScoreBased(Refreshed):
         if not chosen:
             raise ValueError(f"{self} leaves nothing of {layout.total} weights to perturb")
         before, self.selected = self.selected, self._plan_of(layout, chosen, [c for c in counts if c])
-        self.chosen_at = step
+        self.chosen_at, self._chosen_from = step, set(layout.shapes)
         if before is not None:
             new = [_newly_chosen(p, n in before.weights, before.weights.get(n), shards[n]) for n, p in subsets.items()]
             self.turnover = sum(_sums(new, group, device)) / self.selected.perturbed
@@ -204,7 +221,7 @@ class ScoreBased(Refreshed):
             chosen_at: the step of the saved refresh.
         """
         self.selected = self._plan_of(layout, subsets, counts) if subsets else None
-        self.chosen_at = chosen_at
+        self.chosen_at, self._chosen_from = chosen_at, set(layout.shapes)
 
     def _plan_of(self, layout: Layout, subsets: Mapping[str, Subset | None], counts: Sequence[int]) -> Plan:
         """The plan, in which a subset that is everything is None: the same for a mask computed and one restored.

@@ -32,7 +32,7 @@ def build_model(config: Config) -> StagedModel:
     try:
         model = timm.create_model(name, pretrained=False, **arguments)
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-        hint = "; without what the file says in model.kwargs: model.kwargs={}" if section.kwargs else ""
+        hint = "; model.kwargs={} leaves out all that is said there" if section.kwargs else ""
         raise UserError(f"model: timm could not build {name} with {arguments}: {error}{hint}") from error
     return staged(model)
 
@@ -51,6 +51,11 @@ def check_known(name: str, given_by: str) -> None:
         near = _nearest(name)
         hint = f"; nearest: {', '.join(near)}" if near else ""
         raise UserError(f"{given_by}: timm {timm.__version__} knows no model {name!r}{hint}")
+    now = timm.models.get_deprecated_models().get(name)
+    if now is not None:  # most of them name weights, as tags do now
+        architecture, _, tag = now.partition(".")
+        meant = f"the weights {tag} of {architecture}, which cannot be loaded yet" if tag else architecture
+        raise UserError(f"{given_by}: {name} is timm's old name for {meant}; write {architecture}")
 
 
 def _nearest(name: str) -> list[str]:

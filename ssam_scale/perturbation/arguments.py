@@ -74,6 +74,8 @@ def check_optimizer(optimizer: Any, options: Mapping[str, Any] | None = None) ->
         raise ValueError("SparseAdam steps sparse gradients, which cannot be scaled with others; use Adam or AdamW")
     if getattr(inner, "is_second_order", False):
         raise ValueError(f"{kind} differentiates the gradient again, of which a step has no graph; use AdamW")
+    if getattr(inner, "_overlap_with_ddp", False):
+        raise ValueError(f"{kind} with overlap_with_ddp=True steps in the backward, which both passes run; use False")
     if any(group.get("differentiable") for group in optimizer.param_groups):
         raise ValueError(
             f"{kind} with differentiable=True steps in a graph, which a perturbation has none of; use False"
@@ -200,16 +202,17 @@ def check_stages(network: nn.Module, mask: Mask) -> None:
     Raises:
         ValueError: it is such a model.
     """
-    if not isinstance(mask, Depth) or isinstance(network, StagedModel):
+    in_blocks = getattr(mask, "pattern", None) == "block"
+    if not (isinstance(mask, Depth) or in_blocks) or isinstance(network, StagedModel):
         return
     for name, module in network.named_modules():
         if isinstance(module, StagedModel):
+            named = "a mask of pattern 'block'" if in_blocks else f"a {type(mask).__name__} mask"
             how = "give SparseSAM the StagedModel itself, or wrap what is around it in stages of its own"
             if type(network).__name__ == "OptimizedModule":
                 how = "compile its stages instead: staged.compile()"
             raise ValueError(
-                f"a {type(mask).__name__} mask runs parts of a StagedModel, and a {type(network).__name__} is around "
-                f"it ({name}): {how}"
+                f"{named} runs parts of a StagedModel, and a {type(network).__name__} is around it ({name}): {how}"
             )
 
 
@@ -305,7 +308,7 @@ def check_loss(loss: Any) -> Tensor:
     """What a loss function returned, if it is a mean loss that a backward can begin at.
 
     Raises:
-        TypeError: it is no tensor.
+        TypeError: it is no tensor, or one of complex numbers.
         ValueError: it has several elements, or no graph.
     """
     if not isinstance(loss, Tensor):
@@ -315,7 +318,13 @@ def check_loss(loss: Any) -> Tensor:
         raise ValueError(
             f"the loss function returned a tensor of shape {tuple(loss.shape)}; the mean over the batch is needed"
         )
+    if loss.is_complex():
+        raise TypeError(f"the loss function returned {described(loss)}, of complex numbers; a real loss is needed")
     if not loss.requires_grad:
+        if torch.is_inference_mode_enabled():
+            raise ValueError(
+                "the step is within torch.inference_mode, which records no graph for a backward: leave that for it"
+            )
         raise ValueError(
             "the loss that the loss function returned depends on no trained weight by a graph: it has been detached, "
             "or computed under torch.no_grad, or not by the `forward` that it was given"

@@ -158,6 +158,7 @@ class Fingerprint:
         for group in groups:
             own += group["params"]
             own.append(None)
+            trained.append("rho" in group)  # which one that is put in another's place lacks
         return children, list(map(id, own)), trained
 
 

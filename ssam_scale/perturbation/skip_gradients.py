@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from ssam_scale.masks import Rows
+
+from .staged_model import modules_in
 
 # Above this share of a layer's rows, moving the gradient of the kept ones together costs more than it saves. On a GPU
 # it always does: half of all rows took 14 ms a step more than all of them, on ResNet-50 and ViT-B (an H100, batch 128).
@@ -19,15 +23,48 @@ _MOST_ROWS = {"cpu": 0.9, "cuda": 0.0}
 
 @contextmanager
 def without_gradient(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Forwards inside keep no graph towards `parameters`, so their gradient is neither computed nor saved for."""
+    """Forwards inside keep no graph towards `parameters`, so their gradient is neither computed nor saved for.
+
+    Raises:
+        ValueError: what others need is lost with it, because a layer behind them is checkpointed reentrantly.
+    """
     trained = [p for p in parameters if p.requires_grad]
     for p in trained:
         p.requires_grad_(False)
     try:
-        yield
+        with _reentrance_told() if trained else nullcontext():
+            yield
     finally:
         for p in trained:
             p.requires_grad_(True)
+
+
+@contextmanager
+def _reentrance_told() -> Iterator[None]:
+    """Within the `with`, a reentrant checkpoint of layers that are trained refuses inputs without a gradient.
+
+    It would compute none of these layers, with a warning that many turn off: torch's, whose place this takes.
+    """
+    own = torch.utils.checkpoint.check_backward_validity
+
+    def check(inputs: Iterable[Any]) -> None:
+        if any(x.requires_grad for x in inputs if isinstance(x, Tensor)):
+            return
+        function = sys._getframe(1).f_locals.get("run_function")
+        held = list(modules_in(function, set()))
+        if not held or any(p.requires_grad for module in held for p in module.parameters()):
+            name = type(held[0]).__name__ if held else "function"
+            raise ValueError(
+                f"a {name} is checkpointed reentrantly, which computes no gradient of its weights where its input has "
+                "none, and the ascent computes none of what is not perturbed before it: use use_reentrant=False, or no "
+                "checkpointing"
+            )
+
+    torch.utils.checkpoint.check_backward_validity = check
+    try:
+        yield
+    finally:
+        torch.utils.checkpoint.check_backward_validity = own
 
 
 def row_layers(network: nn.Module) -> dict[int, nn.Module]:

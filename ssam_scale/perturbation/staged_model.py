@@ -111,8 +111,8 @@ def _is_plain(value: Any) -> bool:
     return not any(vars(base).get("__slots__") for base in cls.__mro__)
 
 
-def _modules_in(value: Any, seen: set[int]) -> Iterator[nn.Module]:
-    """The modules that a stage's forward holds, in closures, defaults, partials and dataclasses, and those in them."""
+def modules_in(value: Any, seen: set[int]) -> Iterator[nn.Module]:
+    """The modules that a function holds, in closures, defaults, partials and dataclasses, and those in them."""
     if id(value) in seen:
         return
     seen.add(id(value))
@@ -134,7 +134,7 @@ def _modules_in(value: Any, seen: set[int]) -> Iterator[nn.Module]:
     elif is_dataclass(value) and not isinstance(value, type):
         inner = (getattr(value, field.name) for field in fields(value))
     for part in inner:
-        yield from _modules_in(part, seen)
+        yield from modules_in(part, seen)
 
 
 class StagedModel(nn.Module):
@@ -247,7 +247,7 @@ class StagedModel(nn.Module):
                 x = checkpoint(run, x, use_reentrant=False, context_fn=contexts)
             else:
                 x = run(x)
-            if graph and 0 < place == start and not x.requires_grad:
+            if graph and 0 < place == start and isinstance(x, Tensor) and not x.requires_grad:
                 self._check_graph(self.stages[place])
         if stop is not None and not isinstance(x, Tensor):
             raise TypeError(
@@ -293,7 +293,7 @@ class StagedModel(nn.Module):
             if isinstance(found, nn.Module) and found is not stage.block:
                 kind = type(found).__name__
                 raise ValueError(f"{stage.name} of the model has become another module ({kind}), {again}")
-            for module in _modules_in(stage.forward, set()):
+            for module in modules_in(stage.forward, set()):
                 if module not in modules and any(True for _ in (*module._parameters, *module._buffers)):
                     kind = type(module).__name__
                     raise ValueError(

@@ -6,7 +6,7 @@ The ascent's gradients are all-reduced here, masked elements only, and not by DD
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -48,6 +48,7 @@ class DDP(ReplicatedWeights, TorchTraining):
         self.data_parallel_group = ProcessGroup(module.process_group)
         self.packs_gradients = self.data_parallel_group.size > 1
         self._all_reduce = AscentAllReduce(module.process_group)
+        self._ascends = False
         self._known: set[int] | None = None  # the parameters that DDP reduces gradients of, by identity
 
     def unwrap_optimizer(
@@ -91,16 +92,41 @@ class DDP(ReplicatedWeights, TorchTraining):
 
     @contextmanager
     def micro_batch(self, *, last: bool) -> Iterator[None]:
-        """DDP's reducer works in the last micro-batch only. It ignores passes on the inner module by itself."""
+        """DDP's reducer works in the last micro-batch only. It ignores passes on the inner module by itself.
+
+        Raises:
+            ValueError: the loss function called the model, or DDP, and not the `forward` that it was given.
+        """
         if last:
             self._all_reduce.expect_last()
+        ddp: Any = self._ddp
+        synced, ddp.require_forward_param_sync = ddp.require_forward_param_sync, None  # each forward sets it
         try:
-            with nullcontext() if last else self._ddp.no_sync():
+            with self._syncing() if last else self._ddp.no_sync():
                 yield
+                passed = ddp.require_forward_param_sync is not None
+            wrong = passed if self._ascends else last and not passed
+            if wrong and self.data_parallel_group.size > 1:
+                raise ValueError(
+                    "the loss function called the model, or DDP, in the place of the `forward` that it was given, so "
+                    "that gradients are averaged twice or not at all: loss_fn(forward, batch) calls forward"
+                )
         except BaseException:
             # The reducer waits for the backward that its forward announced, and refuses the next forward until then.
             self._ddp.reducer._reset_state()
             raise
+        finally:
+            if ddp.require_forward_param_sync is None:
+                ddp.require_forward_param_sync = synced
+
+    @contextmanager
+    def _syncing(self) -> Iterator[None]:
+        """A step is by averaged gradients, within `no_sync` too: without these the copies would drift apart."""
+        syncs, self._ddp.require_backward_grad_sync = self._ddp.require_backward_grad_sync, True
+        try:
+            yield
+        finally:
+            self._ddp.require_backward_grad_sync = syncs
 
     @contextmanager
     def ascent(self, reduction: AscentReduction) -> Iterator[None]:
@@ -109,8 +135,17 @@ class DDP(ReplicatedWeights, TorchTraining):
             yield
             return
         self._refuse_static_graph()
-        with self._all_reduce.of(reduction):
-            yield
+        if self._ddp._join_config.enable:
+            raise ValueError(
+                "the step is within DistributedDataParallel.join, which stands in for the all-reduces of DDP and not "
+                "for those of an ascent: give every process as many batches, as DistributedSampler does"
+            )
+        self._ascends = True
+        try:
+            with self._all_reduce.of(reduction):
+                yield
+        finally:
+            self._ascends = False
 
     def capture_gradients(
         self, parameters: Sequence[nn.Parameter], on_gradient: OnGradient

@@ -12,7 +12,9 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed._composable.contract import _get_registry
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -166,13 +168,25 @@ class Single(ReplicatedWeights, TorchTraining):
     def __init__(self, module: nn.Module) -> None:
         self.network = self.ascent_module = self.descent_module = module
         self.data_parallel_group = ProcessGroup()
+        replicated = "replicate" in (_get_registry(module) or {})
+        self._replicated = [p for p in module.parameters() if p.requires_grad] if replicated else []
 
     def micro_batch(self, *, last: bool) -> AbstractContextManager[None]:
         """Gradients accumulate in `.grad` by themselves."""
         return nullcontext()
 
     def ascent(self, reduction: AscentReduction) -> AbstractContextManager[None]:
-        """There is no other process to reduce over."""
+        """There is no other process to reduce over, or `replicate` reduces in every backward, as DDP does.
+
+        Raises:
+            ValueError: it waits for gradients that this ascent does not compute, and would average none.
+        """
+        computed = set(map(id, reduction.parameters)) if self._replicated else set()
+        if any(id(p) not in computed for p in self._replicated) and dist.get_world_size() > 1:
+            raise ValueError(
+                "the model is shared by torch's composable replicate, which waits for the gradients of all weights, "
+                "and this ascent computes some: wrap it in DistributedDataParallel instead"
+            )
         return nullcontext()
 
 

@@ -63,6 +63,10 @@ def refuse_unsupported(module: nn.Module) -> None:
             raise ValueError(f"parameter {name} is on the meta device: move the model to a real one first")
         if parameter.is_complex():
             raise ValueError(f"parameter {name} is {parameter.dtype}; only real weights can be perturbed")
+        if parameter.is_inference():
+            raise ValueError(f"parameter {name} was made in torch.inference_mode; build the model outside, to train it")
+        if parameter.requires_grad and parameter.element_size() < 2:
+            raise ValueError(f"parameter {name} is {parameter.dtype}, too narrow for sums; keep it in bfloat16")
         if isinstance(parameter, DTensor) and (outer is None or outer.title == "DDP"):
             raise ValueError(
                 f"parameter {name} is a DTensor over {parameter.device_mesh}; of those that are sharded, weights of "

@@ -52,7 +52,11 @@ def interface_lines(uri: str, experiment_id: str, run_id: str | None = None, por
 
 def is_folder(uri: str) -> bool:
     """Whether a store is a folder of files, which MLflow 3 discourages but still reads and writes."""
-    return urlsplit(uri).scheme in ("", "file")
+    return urlsplit(uri).scheme in ("", "file") and uri not in HOSTED
+
+
+HOSTED = {"databricks", "uc", "databricks-uc"}
+"""What MLflow takes for its services and not for folders of these names."""
 
 
 def _executable() -> str:

@@ -199,6 +199,9 @@ def import_matplotlib() -> None:
     """Import it whatever MPLBACKEND says: it may be inherited from a notebook whose backend is not installed here."""
     if "matplotlib" in sys.modules:
         return
+    # What somebody else's attempt has left, which failed by that backend: the package would lack what is there already.
+    for name in [name for name in sys.modules if name.startswith("matplotlib.")]:
+        del sys.modules[name]
     with environment(MPLBACKEND=None):  # importing fails for good where that is no backend
         import matplotlib
     # For whoever draws with pyplot in this process, as matplotlib itself would have done.

@@ -11,21 +11,24 @@ _AUTHORITY = re.compile(
     r"(?P<scheme>\w[\w+.-]*)://(?P<user>[^\s/:'\"]*?)(?P<password>:[^\s/'\"]*|:(?!\d+/)[^\s'\"]*?)?@"
     r"(?=[^\s/@'\"]+(?:[/\s'\"]|$)|/[^\s@'\"]*(?:[\s'\"]|$)|[\s'\"]|$)"
 )
-_QUERY = re.compile(r"(?i)([?&][\w.-]*(?:passw|pwd|token|secret|key|sig|credential|authorization)[\w.-]*=)[^&\s'\"]+")
+_QUERY = re.compile(r"(?i)([?&#][\w.-]*(?:passw|pwd|token|secret|key|sig|credential|authorization)[\w.-]*=)[^&\s'\"]+")
+_TOKEN = r"(?:(?:access|api|auth|id|refresh|session)[_-]?)?token"
 # Variables of an environment before a command, and connection strings, also within a URL.
 _NAMED = re.compile(
-    r"(\b[A-Z0-9_]*(?:PASSWORD|PASSWD|TOKEN|SECRET|CREDENTIALS?|API_?KEY|ACCESS_?KEY(?!_ID))[A-Z0-9_]*="
-    r"|(?i:(?:\b|(?<=%3B))(?:password|passwd|pwd|accountkey|sharedaccesskey) ?(?:=|%3D) ?))"
+    r"(\b[A-Z0-9_]*(?:PASSWORD|PASSWD|_PWD|SSHPASS|PASSPHRASE|TOKEN|SECRET|CREDENTIALS?|API_?KEY|PRIVATE_?KEY"
+    r"|ACCESS_?KEY(?!_ID))[A-Z0-9_]*="
+    r"|(?i:(?:\b|(?<=%3B))(?:password|passwd|pwd|accountkey|sharedaccesskey|passphrase"
+    rf"|{_TOKEN}) ?(?:=|%3D) ?))"
     r"(?:'[^']*'|\"[^\"]*\"|(?:(?!%3B)[^&;\s'\"])+)"
 )
 # Keys of dictionaries, as they are printed, and headers of other names.
 _SECRET = r"passw(?:or)?d|pwd|secret|api[_-]?key|access[_-]?key(?!_id)|auth[_-]?token|credential"
 _KEYED = re.compile(
-    rf"(?i)(['\"]?\b(?:[\w-]*(?:{_SECRET})|(?:set-)?cookie)['\"]?: ?)"
+    rf"(?i)(['\"]?\b(?:[\w-]*(?:{_SECRET})|(?:set-)?cookie)['\"]?: ?|['\"]{_TOKEN}['\"]: ?)"
     r"(?:'[^']*'|\"[^\"]*\"|[^\s'\",;}]+)"
 )
 _KEY = re.compile(rf"(?i){_SECRET}|^token$|[_-]token$(?<!class_token)")
-_HEADER = re.compile(r"(?i)(\bauthorization['\"]?: ?['\"]?(?:(?:basic|bearer) )?|\bbearer )[^\s'\"]+")
+_HEADER = re.compile(r"(?i)(\bauthorization['\"]?: ?['\"]?(?:(?:basic|bearer|token) )?|\bbearer )[^\s'\"]+")
 
 
 def without_secrets(text: str) -> str:
@@ -40,6 +43,8 @@ def without_secrets(text: str) -> str:
         user, web = match["user"], match["scheme"].lower().startswith("http")
         if match["password"] is None:
             return f"{match['scheme']}://{'***' if web and user else user}@"
+        if web and user and match["password"] in (":", ":x-oauth-basic"):  # a token in the user's place
+            return f"{match['scheme']}://***{match['password']}@"
         return f"{match['scheme']}://{user}:***@"
 
     text = _QUERY.sub(r"\1***", _AUTHORITY.sub(hidden, text))

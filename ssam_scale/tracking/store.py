@@ -13,7 +13,7 @@ import sqlite3
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit
@@ -22,7 +22,7 @@ from ssam_scale.config.schema import Config
 from ssam_scale.errors import UserError
 from ssam_scale.folders import why_not_writable
 from ssam_scale.tracking import view
-from ssam_scale.tracking.commands import is_folder, mlflow_command, server_line
+from ssam_scale.tracking.commands import HOSTED, is_folder, mlflow_command, server_line
 from ssam_scale.tracking.moved import BESIDE, follow_moved
 from ssam_scale.tracking.redaction import all_without_secrets, without_secrets
 
@@ -60,7 +60,6 @@ def shortened(text: str, length: int) -> str:
 
 _WORKS = "sqlite:///mlflow.db, http://HOST:PORT of an `mlflow server`, or file:FOLDER"
 _DATABASES = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
-_OTHER = {"databricks", "uc", "databricks-uc"}
 ANSWER_WITHIN_S = 5
 _ALONE_WITHIN_S = 120
 
@@ -76,6 +75,8 @@ def open_store(uri: str, *, create: bool) -> Any:
         UserError: the URI means nothing to MLflow, or its store does not answer within seconds.
     """
     _probe(uri, create=create)
+    if not create and (path := sqlite_path(uri)) is not None and _is_anothers(path):
+        raise UserError(f"tracking.uri {uri}: {path} is a database of something else than MLflow; name another store")
     _quiet_mlflow(uri)
     database = sqlite_path(uri) if create else None
     with refusals(uri), nullcontext() if database is None else _alone(database.parent):
@@ -134,6 +135,7 @@ def check_store(uri: str) -> None:
     Raises:
         UserError: it cannot be recorded in.
     """
+    _check_address(uri)
     parts = urlsplit(uri)
     path = sqlite_path(uri) if parts.scheme == "sqlite" else None
     if path is not None and (disk := network_disk(path)) is not None:
@@ -195,10 +197,21 @@ def check_experiment(uri: str, name: str) -> None:
         UserError: it was deleted, or the store cannot be read.
     """
     path = sqlite_path(uri) or (_folder(uri) if is_folder(uri) else None)
-    if path is None or path.exists():
+    if path is None or (path.exists() and not _is_anothers(path)):
         client = open_store(uri, create=False)
         with refusals(uri):
             _refuse_deleted(client.get_experiment_by_name(name), uri, name)
+
+
+def _is_anothers(database: Path) -> bool:
+    """Whether an SQLite file has no tables of MLflow's, which would make them as soon as it opens it."""
+    if not database.is_file():
+        return False
+    try:
+        with closing(sqlite3.connect(f"{database.absolute().as_uri()}?mode=ro", uri=True)) as connection:
+            return not connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'experiments'").fetchall()
+    except sqlite3.Error:  # which opening it says
+        return False
 
 
 def _refuse_deleted(found: Any, uri: str, name: str) -> None:
@@ -328,8 +341,9 @@ def _quiet_mlflow(uri: str) -> None:
 
 def _probe(uri: str, *, create: bool) -> None:
     """Find out in a moment what MLflow would find out after minutes of retries."""
+    _check_address(uri)
     scheme = urlsplit(uri).scheme.partition("+")[0]
-    if not uri.strip() or scheme not in {"", "file", "http", "https", "sqlite", *_DATABASES, *_OTHER}:
+    if not uri.strip() or scheme not in {"", "file", "http", "https", "sqlite", *_DATABASES, *HOSTED}:
         raise UserError(f"tracking.uri {without_secrets(uri)!r} is no MLflow tracking URI; use {_WORKS}")
     if scheme == "sqlite":
         _probe_sqlite(uri, create=create)
@@ -348,6 +362,16 @@ def _probe(uri: str, *, create: bool) -> None:
     elif scheme in _DATABASES:
         parts = urlsplit(uri)
         _connect(uri, (parts.hostname or "localhost", parts.port or _DATABASES[scheme]))
+
+
+def _check_address(uri: str) -> None:
+    """Refuse what is no address of a server, and would be a folder's or a traceback."""
+    try:
+        _ = urlsplit(uri).port
+    except ValueError as error:
+        raise UserError(f"tracking.uri {uri.rpartition('@')[2]}: {error}; use {_WORKS}") from None
+    if re.fullmatch(r"[\w.-]+:\d+/?", uri):
+        raise UserError(f"tracking.uri {uri} has no scheme; of a server, write http://{uri}")
 
 
 def _folder(uri: str) -> Path:
@@ -372,6 +396,9 @@ def _probe_sqlite(uri: str, *, create: bool) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         connection = sqlite3.connect(path, timeout=ANSWER_WITHIN_S)
         try:
+            # Of a file that is shorter than its first page SQLite thinks that it is new, and overwrites it.
+            if path.is_file() and 0 < path.stat().st_size < 100:
+                raise sqlite3.DatabaseError("file is not a database")
             # Taking the write lock finds a read-only file, a full disk and a file that is no database.
             connection.execute("BEGIN IMMEDIATE" if create else "SELECT name FROM sqlite_master LIMIT 1")
             connection.rollback()

@@ -129,6 +129,11 @@ def dry_run(config: Config, world: World) -> str:
     """
     path = _check_folders(config, world)
     what = describe(config, world)
+    if path is None:
+        checkpoint.check_fresh_directory(config)
+    elif (done := checkpoint.finished(path, config)) is not None:
+        return f"dry run: {path} is of epoch {done.epoch}, the last: nothing is left to train"
+    _predicted(config, world)
     phases = PhaseTimer(world.device)
     components = _build(config, world, phases, path)
     with open_run(config, enabled=False) as run, ProgressBar(1, 0, visible=False) as bar:
@@ -142,11 +147,11 @@ def dry_run(config: Config, world: World) -> str:
     assert loss is not None
     with explaining_out_of_memory(config, components.split), closing(iter(components.val)) as batches:
         evaluate(components.module, [next(batches)], 1, world, components.precision)
-    done = (
+    said = (
         f"dry run: {what}, one step of {components.split}, loss {float(loss):.4f}; "
         f"an epoch has {components.steps_per_epoch} steps"
     )
-    return "\n".join([*notes_on_data(config), done])
+    return "\n".join([*notes_on_data(config), said])
 
 
 def _check_folders(config: Config, world: World) -> Path | None:

@@ -275,6 +275,8 @@ def test_what_lies_in_the_place_of_an_image(source: Path, out: Path) -> None:
 def test_what_is_left_out_is_said(source: Path, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (source / "n00000000" / "more").mkdir()
     (source / "n00000001" / "x.avif").touch()
+    (source / "loose.PNG").touch()
+    (source / "labels.csv").touch()
     for path in (source / "n00000002").iterdir():
         empty(path)
     exif = Image.Exif()
@@ -286,8 +288,8 @@ def test_what_is_left_out_is_said(source: Path, out: Path, capsys: pytest.Captur
     with pytest.raises(SystemExit):
         main(["data", "write", str(source), str(out), "--skip-bad"])
     said = capsys.readouterr()
-    assert f"passed over 1 folder in class folders ({source}/n00000000/more) and files of formats that are" in said.err
-    assert "(1 .avif)" in said.err
+    assert "passed over 1 image beside the class folders (loose.PNG) and 1 folder in class folders (" in said.err
+    assert f"{source}/n00000000/more) and files of formats that are not read (1 .avif)" in said.err
     assert "of 1 classes no image is left: n00000002" in said.out
     assert "2 images say by EXIF that they are shown turned; their pixels are stored as they lie" in said.out
 

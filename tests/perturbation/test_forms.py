@@ -302,6 +302,37 @@ def test_a_chosen_mask_goes_on_when_layers_are_frozen_and_unfrozen(pattern: Any)
     opt.step(loss_fn, batch)
 
 
+def test_what_is_unfrozen_after_a_mask_was_chosen_is_said_once_and_chosen_from_at_the_next_refresh() -> None:
+    model, batch = vit(), batches(1, 8)[0]
+    model.model.blocks[0].requires_grad_(False)
+    opt = SparseSAM(model, sgd(model.parameters()), rho=RHO, mask=Scored("tensor", 0.1, score="weight"))
+    opt.refresh()
+    opt.step(loss_fn, batch)
+    model.model.blocks[0].requires_grad_(True)
+    with pytest.warns(UserWarning, match=r"\(the first: blocks.0.norm1.weight\) were frozen, .* call opt.refresh"):
+        opt.step(loss_fn, batch)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        opt.step(loss_fn, batch)
+        assert not any(name.startswith("blocks.0.") for name in opt.plan.weights)
+        opt.refresh()
+        opt.step(loss_fn, batch)
+    assert any(name.startswith("blocks.0.") for name in opt.plan.weights)
+
+
+def test_a_group_that_is_put_in_anothers_place_gets_a_radius() -> None:
+    """It was a KeyError: 'rho'."""
+    model, changed = vit(), vit()
+    for net in (model, changed):
+        base = torch.optim.SGD(net.parameters(), lr=0.1)
+        opt = SparseSAM(net, base, rho=0.1)
+        for number, batch in enumerate(batches(2, 4)):
+            if number and net is changed:
+                base.param_groups[0] = {key: value for key, value in base.param_groups[0].items() if key != "rho"}
+            opt.step(loss_fn, batch)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), changed.parameters(), strict=True))
+
+
 def test_what_is_unfrozen_without_a_group_is_said_once() -> None:
     model = vit()
     model.model.blocks.requires_grad_(False)

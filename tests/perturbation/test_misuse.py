@@ -49,6 +49,23 @@ class Complex(nn.Module):
         self.w = nn.Parameter(torch.ones(2, dtype=torch.complex64))
 
 
+class Eighth(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(2, dtype=torch.float8_e4m3fn))
+
+
+class Overlapping(torch.optim.SGD):
+    """As torch's `ZeroRedundancyOptimizer` can be."""
+
+    _overlap_with_ddp = True
+
+
+def for_inference() -> nn.Module:
+    with torch.inference_mode():
+        return small()
+
+
 class OtherSAM(torch.optim.SGD):
     """Of the kind that has two methods for the two halves of a step."""
 
@@ -250,6 +267,19 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "an optimizer in the backward": (of(stepped_in_backward("a closure")), ValueError, IN_BACKWARD),
     "an optimizer in the backward, bound": (of(stepped_in_backward("a method")), ValueError, IN_BACKWARD),
     "an optimizer in the backward, by torch": (of(stepped_in_backward("torch")), ValueError, IN_BACKWARD),
+    "an optimizer in DDP's backward": (
+        lambda: SparseSAM(m := small(), Overlapping(m.parameters(), lr=0.1)),
+        ValueError,
+        "Overlapping with overlap_with_ddp=True steps in the backward, which both passes run; use False",
+    ),
+    "blocks of something around stages": (
+        lambda: optimizer(nn.Sequential(small_network("vit")), mask=Scored("block", 0.5)),
+        ValueError,
+        r"a mask of pattern 'block' runs parts of a StagedModel, and a Sequential is around it \(0\): give SparseSAM",
+    ),
+    "weights of 8 bits": (of(Eighth()), ValueError, "parameter w is torch.float8_e4m3fn, too narrow for sums"),
+    "weights made for inference": (lambda: optimizer(for_inference()), ValueError, "was made in torch.inference_mode"),
+    "a cut as a switch": (lambda: Depth(True), ValueError, r"cut is True \(bool\); one share in"),
     "a cut above 1": (lambda: Depth(1.5), ValueError, "one share in"),
     "three shares": (lambda: Depth((0.1, 0.2, 0.3)), ValueError, "one share in"),  # type: ignore[arg-type]
     "a cut without stages": (of(small(), mask=Depth()), ValueError, r"needs a model in stages.*stages_of\(model\)"),
@@ -830,6 +860,57 @@ def test_a_stage_that_is_checkpointed_reentrantly_is_refused_behind_a_cut() -> N
     whole = [Stage(str(i), same[i], same[i]) for i in range(4)]
     optimizer(StagedModel(same, whole), mask=Depth(0.5)).step(loss_fn, BATCH)
     assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), same.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("alone", ["a mask", "a radius", "another optimizer"])
+def test_a_layer_that_is_checkpointed_reentrantly_is_refused_behind_what_is_left_alone(alone: str) -> None:
+    """Its input has no gradient then, so that torch computes none of its weights: they were not perturbed."""
+    from torch.utils.checkpoint import checkpoint
+
+    class Network(nn.Module):
+        def __init__(self, reentrant: bool) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.middle, self.last = nn.Linear(3072, 8), nn.Linear(8, 8), nn.Linear(8, 10)
+            self.reentrant = reentrant
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(checkpoint(self.middle, self.first(x.flatten(1)), use_reentrant=self.reentrant))  # type: ignore[no-any-return]
+
+    def step(reentrant: bool, elide: bool = True) -> list[Tensor]:
+        model = Network(reentrant)
+        rest = [*model.middle.parameters(), *model.last.parameters()]
+        groups = [{"params": list(model.first.parameters()), "rho": 0.0}, {"params": rest}]
+        base = torch.optim.SGD(
+            {"a mask": model.parameters(), "a radius": groups, "another optimizer": rest}[alone],  # type: ignore[arg-type]
+            lr=0.1,
+        )
+        mask = Named("middle|last") if alone == "a mask" else None
+        SparseSAM(model, base, rho=0.1, mask=mask, savings=Savings(elide=elide)).step(loss_fn, BATCH)
+        return list(model.parameters())
+
+    with pytest.raises(ValueError, match=r"a Linear is checkpointed reentrantly, .*: use use_reentrant=False"):
+        step(True)
+    if alone == "a mask":
+        assert all(torch.equal(a, b) for a, b in zip(step(True, elide=False), step(False), strict=True))
+
+
+def test_the_last_stage_may_pass_on_what_it_likes() -> None:
+    model: Any = small()
+    head = Stage("3", model[3], lambda x: {"logits": model[3](x)})  # type: ignore[arg-type, return-value]
+    staged_model = StagedModel(model, [Stage("0", model[0], model[0]), Stage("1", model[1], model[1]), head])
+    opt = optimizer(staged_model, mask=Depth(0.67))
+    opt.step(lambda forward, batch: F.cross_entropy(forward(batch[0])["logits"], batch[1]), BATCH)
+    assert opt.report is not None
+    assert opt.report.plan.cut == 2
+
+
+def test_what_a_loss_is_and_where_a_step_is() -> None:
+    with pytest.raises(TypeError, match="of complex numbers; a real loss is needed"):
+        optimizer().step(lambda forward, batch: loss_fn(forward, batch) * 1j, BATCH)
+    opt = optimizer()
+    with torch.inference_mode(), pytest.raises(ValueError, match=r"the step is within torch\.inference_mode"):
+        opt.step(loss_fn, BATCH)
 
 
 MASKS: dict[str, Callable[[], Mask | None]] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed._composable.replicate import replicate
 from torch.nn.parallel import DistributedDataParallel
 
-from ssam_scale import Scored, SparseSAM
+from ssam_scale import Named, Scored, SparseSAM
 from ssam_scale.sharding import World
 from tests.support.networks import batches, loss_fn
 from tests.support.ranks import run_ranks
@@ -163,3 +164,35 @@ def test_what_is_shared_by_ddp_or_replicate_is_not_said_to_be_alone() -> None:
     for said in run_ranks(2, shared_otherwise):
         assert said["the parameters of DDP"] == said["replicate"] == "0.0"
         assert "SparseSAM trains a model that no other shares" in said["parameters"]
+
+
+def gone_around(world: World) -> dict[str, str]:
+    """What becomes of steps that do not go as DDP, or `replicate`, has to have them."""
+    data = batches(2, 4, seed=world.rank)
+
+    def train(how: str) -> float:
+        model = small()
+        wrapped: Any = DistributedDataParallel(model)
+        calls = {"DDP called": wrapped, "the model called": model}.get(how)
+        if how == "replicate":
+            replicate(wrapped := model)
+        mask = Named("3") if how == "replicate" else None
+        opt = SparseSAM(wrapped, torch.optim.SGD(model.parameters(), lr=0.1), rho=0.1, mask=mask)
+        context = {"no_sync": "no_sync", "join": "join"}.get(how)
+        with getattr(wrapped, context)() if context else nullcontext():
+            for batch in data:
+                opt.step(loss_fn if calls is None else lambda forward, batch: loss_fn(calls, batch), batch)
+        return spread(model)
+
+    ways = ("no_sync", "join", "DDP called", "the model called", "replicate", "plain")
+    return {how: told(lambda how=how: train(how)) for how in ways}  # type: ignore[misc]
+
+
+def test_steps_that_go_around_the_averaging_of_gradients_are_refused_or_averaged() -> None:
+    """The copies drifted apart, or the ascent was by something else, and nothing said so."""
+    for said in run_ranks(2, gone_around):
+        assert said["plain"] == said["no_sync"] == "0.0"
+        for how in ("DDP called", "the model called"):
+            assert "called the model, or DDP, in the place of the `forward` that it was given" in said[how], how
+        assert "the step is within DistributedDataParallel.join" in said["join"]
+        assert "composable replicate, which waits for the gradients of all weights" in said["replicate"]

@@ -118,10 +118,14 @@ def test_drawing_leaves_matplotlibs_global_state_alone(tmp_path: Path) -> None:
     assert plt.get_fignums() == before
 
 
-@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "svg"])
-def test_pictures_do_not_depend_on_a_backend_inherited_from_a_notebook(backend: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("tried", [False, True], ids=["", "another package has tried to import it"])
+@pytest.mark.parametrize("backend", ["module://no_such_package.backend", "svg"])
+def test_pictures_do_not_depend_on_a_backend_inherited_from_a_notebook(
+    backend: str, tried: bool, tmp_path: Path
+) -> None:
     # In a process of its own, because matplotlib reads the variable when it is imported.
     program = (
+        f"import contextlib\nwith contextlib.suppress(ValueError): {'import matplotlib' if tried else 'pass'}\n"
         "import os, pathlib; from ssam_scale.tracking.layer_density import LayerDensities, draw\n"
         "d = LayerDensities(); d.add({'a': 1}, {'a': 2}, 1); draw(d, 'steps', pathlib.Path('density.png'))\n"
         "import matplotlib; print(os.environ['MPLBACKEND'], matplotlib.get_backend())"

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import shutil
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from ssam_scale.config.load import dump, load
+from ssam_scale.errors import UserError
+from ssam_scale.tracking.store import check_experiment
 from tests.support.runs import ssam_scale, write_config
 
 
@@ -26,6 +30,7 @@ def test_folders_and_stores_are_looked_at_first(
     """Before the model is built: one that does not exist would be the next mistake."""
     config = str(write_config(home / "run.yaml", data))
     (home / "file").write_text("")
+    (home / "line").write_text("\n")  # which SQLite would overwrite
     (home / "nothing").symlink_to(home / "gone")
     there = sorted(home.rglob("*"))
     for override, told in {
@@ -42,11 +47,23 @@ def test_folders_and_stores_are_looked_at_first(
         'tracking.uri="file:"': "names no folder",
         "tracking.uri=smb://there": "is no MLflow tracking URI",
         "tracking.uri=http://127.0.0.1:9": "no MLflow server answers",
+        "tracking.uri=http://127.0.0.1:99999": "Port out of range",
+        "tracking.uri=http://u:secret@[::1": "tracking.uri [::1: Invalid IPv6 URL",
+        "tracking.uri=127.0.0.1:5000": "has no scheme; of a server, write http://127.0.0.1:5000",
+        f"tracking.uri=sqlite:///{home}/line": "file is not a database",
+        f"checkpoint.directory={'x' * 300}": "File name too long; choose another folder",
         f"checkpoint.resume={home}": "is not a checkpoint",
         f"data.train={data}": "is a folder, and a .beton file is needed; did you mean",
     }.items():
         assert told in refusal(capsys, "--config", config, "model.name=no_such_model", override, *form), override
     assert sorted(home.rglob("*")) == there
+    assert (home / "line").read_text() == "\n"
+
+
+def test_a_service_of_mlflows_is_no_folder_of_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DATABRICKS_CONFIG_FILE", str(tmp_path / "none"))
+    with pytest.raises(UserError, match=r"tracking\.uri databricks: Reading Databricks credential"):
+        check_experiment("databricks", "x")
 
 
 def test_an_optimizer_is_looked_at_before_the_model(data: Path, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -89,3 +106,31 @@ def test_what_is_said_of_a_run(data: Path, home: Path, capsys: pytest.CaptureFix
     assert "outputs are never a label" in said
     assert ssam_scale("train", "--config", config, "model.num_classes=12", "--resume", "auto") == 0
     assert "is of epoch 1, the last: nothing is left to train" in capsys.readouterr().out
+
+
+def test_a_dry_run_is_told_what_a_run_is_told(data: Path, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A used folder, a finished run and a file of times were found by the run alone."""
+    config = write_config(home / "run.yaml", data, train={"epochs": 1})
+    assert ssam_scale("train", "--config", config) == 0
+    assert "of an earlier run: go on from it with --resume auto" in refusal(
+        capsys, "--config", str(config), "--dry-run"
+    )
+    assert ssam_scale("train", "--config", config, "--resume", "auto", "--dry-run") == 0
+    assert "is of epoch 1, the last: nothing is left to train" in capsys.readouterr().out
+    fresh = ("--config", str(config), f"checkpoint.directory={home}/other", "--dry-run")
+    assert "--resume is empty; give a checkpoint's folder, or auto" in refusal(capsys, *fresh, "--resume", "")
+    told = refusal(capsys, *fresh, "perturbation.rho=0.1", f"tracking.cost_times={home}/gone")
+    assert f"tracking.cost_times {home}/gone: No such file" in told
+
+
+def test_another_programs_database_is_left_alone(data: Path, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """MLflow made its tables in it."""
+    config = write_config(home / "run.yaml", data)
+    with closing(sqlite3.connect(home / "other.db")) as connection:
+        connection.execute("CREATE TABLE own (value)")
+        connection.commit()
+    before = (home / "other.db").read_bytes()
+    assert ssam_scale("train", "--config", config, f"tracking.uri=sqlite:///{home}/other.db", "--dry-run") == 0
+    assert ssam_scale("compare", "--experiment", "x", "--tracking-uri", f"sqlite:///{home}/other.db") == 2
+    assert "other.db is a database of something else than MLflow; name another store" in capsys.readouterr().err
+    assert (home / "other.db").read_bytes() == before
