@@ -30,6 +30,9 @@ _OF_WEIGHTS = (
 )
 
 
+_OF_A_HUB = r"^(https?://(www\.)?huggingface\.co/)?(hf[-_]hub:)?(timm/)?(torchvision\.(models\.)?)?"
+
+
 class Model(Section):
     """The network, built by timm."""
 
@@ -42,7 +45,7 @@ class Model(Section):
     @field_validator("name")
     @classmethod
     def _a_model(cls, value: str) -> str:
-        name, dot, tag = re.sub(r"^(hf[-_]hub:)?(timm/)?(torchvision\.(models\.)?)?", "", value).partition(".")
+        name, dot, tag = re.sub(_OF_A_HUB, "", value).partition(".")
         if dot:
             raise ValueError(
                 f"tag {tag} names pretrained weights, which cannot be loaded yet; {name} is the same network, "
@@ -109,9 +112,13 @@ class Data(Section):
 
     @field_validator("crop_scale", "crop_ratio")
     @classmethod
-    def _ordered(cls, value: tuple[float, float]) -> tuple[float, float]:
+    def _ordered(cls, value: tuple[float, float], info: ValidationInfo) -> tuple[float, float]:
         if not 0.0 < value[0] <= value[1]:
             raise ValueError("must be two positive numbers, the smaller first")
+        if info.field_name == "crop_scale" and value[1] > 1.0:
+            raise ValueError("must be shares of the image's area, at most 1")
+        if info.field_name == "crop_ratio" and not 0.01 <= value[0] <= value[1] <= 100.0:
+            raise ValueError("must be ratios of width to height from 0.01 to 100")
         return value
 
 
@@ -145,6 +152,7 @@ class Optimizer(Section):
                 "filter_bias_and_bn": "it is optimizer.decay_norm_and_bias, which says the opposite",
                 "params": "all parameters of the model are trained",
                 "model_or_params": "all parameters of the model are trained",
+                "learning_rate": "it is optimizer.lr",
             },
         )
 
@@ -167,6 +175,8 @@ class Schedule(Section):
             {
                 **{name: f"it is schedule.{name}" for name in ("warmup_epochs", "warmup_lr", "min_lr")},
                 "sched": "it is schedule.name",
+                "warmup_t": "it is schedule.warmup_epochs",
+                "t_initial": "it is train.epochs",
                 "num_epochs": "it is train.epochs",
                 **dict.fromkeys(("optimizer", "warmup_prefix", "step_on_epochs", "updates_per_epoch"), always),
             },

@@ -334,12 +334,18 @@ def check_loss(loss: Any) -> Tensor:
 
 def explained(error: RuntimeError) -> Exception | None:
     """What an error of autograd's means that comes of a loss function that calls backward itself; None: another."""
-    if "backward through the graph a second time" not in str(error):
-        return None
-    return ValueError(
-        "the graph of the loss is gone: the loss function calls backward itself, which SparseSAM does for each pass; "
-        "let it return the loss, or use the form with a closure, which calls backward"
-    )
+    if "appears to not have been used in the graph" in str(error):
+        return ValueError(
+            "the loss function differentiates by weights that the ascent keeps no graph of, as they lie before the "
+            "cut: use a mask without a cut, or switch savings.share_prefix off"
+        )
+    return ValueError(CALLS_BACKWARD) if "backward through the graph a second time" in str(error) else None
+
+
+CALLS_BACKWARD = (
+    "the graph of the loss is gone: the loss function calls backward itself, which SparseSAM does for each pass; let "
+    "it return the loss, or use the form with a closure, which calls backward"
+)
 
 
 def _takes(function: Callable[..., Any], arguments: int) -> bool:

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_u
 
 from ssam_scale.sharding import AscentReduction, ShardedPasses
 
-from .arguments import check_loss, check_samples_first, explained
+from .arguments import CALLS_BACKWARD, check_loss, check_samples_first, explained
 from .batchnorm import Statistics, evaluation_mode
 from .loss import Forward, LossFn
 from .mask_state import MaskState
@@ -131,7 +131,7 @@ class Passes:
         if not ascent and self._resolved.by_micro_batch and self._sharding.accumulates_in_grad:
             last &= self._number == self._of - 1  # else the gradients would lie where the next ascent's are to be
         with self._sharding.micro_batch(last=last):
-            loss = check_loss(self._loss_fn(forward, batch))
+            loss = self._loss(forward, batch)
             if self._of > 1:
                 loss = loss / self._of
             with self._phases(backward_phase):
@@ -142,6 +142,20 @@ class Passes:
                         raise better from error
                     raise
         return loss.detach()
+
+    def _loss(self, forward: Forward, batch: Any) -> Tensor:
+        """What the loss function returns, if it has left the graph and the gradients to this."""
+        last = next(reversed(self._parameters.by_name.values()), None)
+        before = None if last is None else (last.grad, None if last.grad is None else last.grad._version)
+        try:
+            loss = check_loss(self._loss_fn(forward, batch))
+        except RuntimeError as error:
+            if (better := explained(error)) is not None:
+                raise better from error
+            raise
+        if last is not None and before != (last.grad, None if last.grad is None else last.grad._version):
+            raise ValueError(CALLS_BACKWARD)
+        return loss
 
     def _ascents_samples(self, index: int, batch: Any) -> Any:
         """What the ascent sees of a micro-batch."""

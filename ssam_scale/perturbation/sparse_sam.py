@@ -7,6 +7,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from types import CodeType
 from typing import Any, NoReturn
 
@@ -381,7 +382,7 @@ class SparseSAM(OptimizerWrapper):
         else:
             with self._busy(), self._first_forward.asleep():
                 if batches:
-                    self._check_loss_fn(closure)
+                    closure = self._checked_loss_fn(closure)
                     check_batches(batches)
                     resolved = self.resolve(len(batches))
                     loss = self._run_passes(resolved, closure, batches)
@@ -425,12 +426,28 @@ class SparseSAM(OptimizerWrapper):
         finally:
             self._running = False
 
-    def _check_loss_fn(self, loss_fn: Any) -> None:
-        """Unless it is the last one that was checked, or made by the same code, as a lambda in a loop is."""
+    def _checked_loss_fn(self, loss_fn: Any) -> LossFn:
+        """The loss function, watched while it is called if it is neither the last one that was checked nor made by the
+        same code, as a lambda in a loop is."""
         code = None if hasattr(loss_fn, "__wrapped__") else getattr(loss_fn, "__code__", None)
-        if code is None or code is not self._checked:
-            check_loss_fn(loss_fn, self._model)
-            self._checked = code
+        if code is not None and code is self._checked:
+            return loss_fn
+        check_loss_fn(loss_fn, self._model)
+        self._checked = code
+        return self._not_scaling(loss_fn) if code is not None or not self.steps else loss_fn
+
+    def _not_scaling(self, loss_fn: LossFn) -> LossFn:
+        def watched(forward: Any, batch: Any) -> Tensor:
+            with self._noting_scalers() as scaled:
+                loss = loss_fn(forward, batch)
+            if scaled:
+                raise RuntimeError(
+                    "the loss function scales its loss by a GradScaler; let it return the loss itself, which SparseSAM "
+                    "scales: SparseSAM(…, scaler=scaler)"
+                )
+            return loss
+
+        return watched
 
     def _check_placed(self) -> None:
         """Once, before the first step: nobody has wrapped the model since."""
@@ -540,7 +557,15 @@ class SparseSAM(OptimizerWrapper):
                 p.grad = None
             self._cleared = False
             random = RandomState.now(self._parameters.device)
-            loss = closure()
+            with self._noting_scalers() as scaled:
+                loss = closure()
+            others = [each for scaler, *pair in scaled if scaler is not self.scaler for each in pair]
+            if isinstance(loss, Tensor) and any(loss is each for each in others):
+                self.zero_grad()
+                raise RuntimeError(
+                    "the closure scales its loss by a GradScaler that SparseSAM was not given, so that it would step "
+                    "by scaled gradients: SparseSAM(…, scaler=scaler)"
+                )
             if self.scaler is not None and self.scaler.is_enabled() and self.scaler._scale is None:
                 raise RuntimeError("the closure called backward on a loss that the scaler has not scaled: scale it")
             if loss is not None and self._lacks_gradients():
@@ -576,6 +601,26 @@ class SparseSAM(OptimizerWrapper):
         if self._looksam is not None:
             self._looksam.update(resolved, epsilon)
         return loss
+
+    @contextmanager
+    def _noting_scalers(self) -> Iterator[list[tuple[Any, Any, Any]]]:
+        """Of what scalers are given inside: the scaler, what it was given, and what it has made of that."""
+        if self._scalers is None:
+            self._scalers = living_scalers()
+        known = [scaler for scaler in (reference() for reference in self._scalers) if scaler is not None]
+        seen: list[tuple[Any, Any, Any]] = []
+
+        def noted(scaler: Any, scale: Callable[[Any], Any], outputs: Any) -> Any:
+            seen.append((scaler, outputs, result := scale(outputs)))
+            return result
+
+        for scaler in known:
+            scaler.scale = partial(noted, scaler, scaler.scale)  # type: ignore[method-assign]
+        try:
+            yield seen
+        finally:
+            for scaler in known:
+                del scaler.scale
 
     def _check_scope_by_hand(self, form: str) -> None:
         """Refuse passes of the caller's, whose gradients are reduced, where the ascent is by a part of the batch."""
@@ -621,10 +666,12 @@ class SparseSAM(OptimizerWrapper):
         only_pass = resolved.perturbs and not resolved.ascends and not forwards
         with self._busy(), nullcontext() if only_pass else self._statistics.frozen():
             if resolved.perturbs:
-                with self._perturbation.applied(resolved):
+                with self._perturbation.applied(resolved, keep=self._looksam is not None) as epsilon:
                     if random is not None:
                         random.restore()
                     yield
+                if self._looksam is not None:
+                    self._looksam.update(resolved, epsilon)
             else:
                 self.zero_grad()
                 if random is not None:

@@ -379,7 +379,7 @@ def base_optimizer(config: Config, network: nn.Module) -> torch.optim.Optimizer:
                 get_optimizer_class(section.name.lower(), bind_defaults=False), network.parameters(), section.kwargs
             ),
         )
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, AssertionError, ImportError, RuntimeError) as error:
         raise UserError(f"optimizer: timm could not build {section.name} with {section.kwargs}: {error}") from error
     try:
         check_optimizer(optimizer)

@@ -44,6 +44,12 @@ CASES = {
     "DeepSpeed": (["sharding.backend=deepspeed"], "zero0 to zero3 are DeepSpeed's ZeRO: zero1 shards optimizer states"),
     "a tag": (["model.name=resnet18.a1_in1k"], "tag a1_in1k names pretrained weights, which cannot be loaded yet"),
     "torchvision's name": (["model.name=torchvision.resnet18"], "named without where they come from: resnet18"),
+    "a hub's address": (
+        ["model.name=https://huggingface.co/timm/resnet18.a1_in1k"],
+        "loaded yet; resnet18 is the same network",
+    ),
+    "a scheduler's own word": (["schedule.kwargs={warmup_t: 3}"], "it is schedule.warmup_epochs"),
+    "an optimizer's long word": (["optimizer.kwargs={learning_rate: 0.5}"], "it is optimizer.lr"),
     "a hub's tag": (["model.name=hf_hub:timm/resnet18.a1_in1k"], "loaded yet; resnet18 is the same network"),
     "an optimizer's name": (["optimizer=adamw"], 'given "adamw"; write optimizer.name=adamw'),
     "a model's name": (["model=resnet50"], 'given "resnet50"; write model.name=resnet50'),

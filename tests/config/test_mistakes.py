@@ -53,6 +53,10 @@ def swap(old: str, new: str) -> str:
         (swap("128", ""), "given.yaml:7: data.batch_size: must be a whole number, given null"),
         (swap("lr: 0.1", "lr: .inf"), 'given.yaml:10: optimizer.lr: must be a number, given ".inf"'),
         (swap("name: resnet18", "name: 18"), "given.yaml:2: model.name: must be text, given 18"),
+        (
+            swap("[0.25, 1.0]", "[5, 10]"),
+            "given.yaml:8: data.crop_scale: must be shares of the image's area, at most 1, given [5, 10]",
+        ),
         (swap("[0.25, 1.0]", "[0.25]"), "given.yaml:8: data.crop_scale: item number 2 is missing"),
         (swap("[0.25, 1.0]", "[0.25, x]"), 'given.yaml:8: data.crop_scale.1: must be a number, given "x"'),
         (

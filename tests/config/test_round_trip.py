@@ -112,8 +112,8 @@ def configs(draw: st.DrawFn) -> Config:
     if data["train"]["accumulation"] is not None and data["train"]["max_micro_batch"] == "auto":
         data["train"]["max_micro_batch"] = None
     data["schedule"]["warmup_epochs"] = draw(st.floats(0, float(min(data["train"]["epochs"], 2**53)), exclude_max=True))
-    for name in ("crop_scale", "crop_ratio"):
-        data["data"][name] = sorted(abs(x) + 1e-6 for x in data["data"][name])
+    for name, least, most in (("crop_scale", 1e-6, 1.0), ("crop_ratio", 0.01, 100.0)):
+        data["data"][name] = sorted(min(abs(x) + least, most) for x in data["data"][name])
     for name in ("mean", "std"):
         data["data"][name] = [min(abs(x) + 1e-6, 1.0) for x in data["data"][name]]
     if data["data"]["subset"] is not None:

@@ -932,3 +932,74 @@ def test_a_model_in_stages_takes_one_tensor(mask: str) -> None:
     told = "a model that a mask cuts is in stages" if mask == "cut" else "unexpected keyword argument 'attention'"
     with pytest.raises((ValueError, TypeError), match=told):
         opt.step(wrong, BATCH)
+
+
+# ---- scalers and graphs that a loss function takes into its own hands
+
+
+def test_a_loss_function_that_keeps_its_graph_and_calls_backward_is_refused() -> None:
+    def both(forward: Any, batch: Any) -> Any:
+        loss = loss_fn(forward, batch)
+        loss.backward(retain_graph=True)
+        return loss
+
+    with pytest.raises(ValueError, match="the loss function calls backward itself"):
+        optimizer().step(both, BATCH)
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_a_loss_that_is_scaled_by_the_loss_function_is_refused(given: bool) -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    opt = optimizer(scaler=scaler) if given else optimizer()
+    with pytest.raises(
+        RuntimeError, match=r"the loss function scales its loss by a GradScaler.*SparseSAM\(…, scaler=scaler\)"
+    ):
+        opt.step(lambda forward, b: scaler.scale(loss_fn(forward, b)), BATCH)
+    assert "scale" not in vars(scaler)
+
+
+def test_a_closure_that_scales_by_a_scaler_that_was_not_given_is_refused() -> None:
+    model = small()
+    opt = SparseSAM(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+
+    def closure() -> Any:
+        opt.zero_grad()
+        loss = loss_fn(model, BATCH)
+        scaler.scale(loss).backward()
+        return loss
+
+    with pytest.raises(RuntimeError, match="the closure scales its loss by a GradScaler that SparseSAM was not given"):
+        opt.step(closure)
+
+
+def test_weights_before_a_cut_have_no_graph_to_differentiate_by() -> None:
+    model = small_network("vit")
+    opt = SparseSAM(model, torch.optim.SGD(model.parameters(), lr=0.1), mask=Depth(0.5))
+
+    def penalty(forward: Any, b: Any) -> Any:
+        loss = loss_fn(forward, b)
+        [g] = torch.autograd.grad(loss, [next(model.parameters())], create_graph=True)
+        return loss + g.square().sum()
+
+    with pytest.raises(ValueError, match="as they lie before the cut: use a mask without a cut"):
+        opt.step(penalty, batches(1, 4)[0])
+
+
+def test_reuse_by_hand_is_reuse_by_batches() -> None:
+    ends = []
+    for by_hand in (False, True):
+        model = small_network("vit")
+        base = torch.optim.SGD(model.parameters(), lr=0.1)
+        opt = SparseSAM(model, base, rho=0.1, schedule=Interval(2, reuse=0.7))
+        for each in batches(4, 4):
+            if not by_hand:
+                opt.step(loss_fn, each)
+                continue
+            loss_fn(model, each).backward()
+            with opt.perturbed():
+                loss_fn(model, each).backward()
+            opt.step()
+            opt.zero_grad()
+        ends.append([p.detach().clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
