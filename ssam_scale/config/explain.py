@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from ssam_scale.config.presets import PRESETS
 from ssam_scale.config.schema import Config
 from ssam_scale.config.section import KeyPath
 from ssam_scale.config.spelling import nearest
@@ -145,7 +146,9 @@ def _as_section(path: KeyPath, here: Sections, given: Any) -> str:
     if patterns:
         return f"; write '{_dotted(path)}={{pattern: {given}}}'"
     if path == ("perturbation",):
-        return "; dense SAM is perturbation.rho=0.05, and no perturbation null"
+        name = given.lower() if given.lower() in PRESETS else nearest(given.lower(), PRESETS)
+        named = f"; write 'perturbation={{preset: {name}}}'" if name else ""
+        return f"{named or '; dense SAM is perturbation.rho=0.05'}, and no perturbation null"
     for section in here:
         for key in ("name", "backend"):
             if key in section.model_fields:

@@ -17,7 +17,7 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_masks_take_a_bit_a_weight_or_less_and_weights_come_back() -> None:
     result = bench("--weights", "3000000", "--json")
     assert result.returncode == 0, result.stderr

@@ -17,7 +17,7 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_rows_are_exact_on_one_and_two_processes() -> None:
     result = bench("--scores", "30011", "--ranks", "1", "--ranks", "2", "--repeats", "1", "--means", "--json")
     assert result.returncode == 0, result.stderr

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ssam_scale import Depth, Scored, SparseSAM
-from tests.support.cases import CASES
+from tests.support.cases import CASES, each_option_once
 from tests.support.networks import batches, loss_fn, small_network
 from tests.support.pretended_gpu.watch import Watch
 from tests.support.training import BATCH, Case, halved, on
@@ -43,6 +43,8 @@ def stepped(case: Case, device: torch.device) -> tuple[dict[str, torch.Tensor], 
 
 # Triton's interpreter, which takes seconds for masks within tensors, has one of them in the quick tier.
 SLOW = [name for name in CASES if any(mask in name for mask in ("element", "row", "1:4", "dynamic"))][1:]
+# Of the others, those that say nothing that no other says.
+SLOW += CASES.keys() - {*SLOW, *each_option_once()}
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from ssam_scale.sharding.collectives import Traffic
 from ssam_scale.sharding.place import place
 from tests.support.networks import batches, loss_fn, part, small_network
 from tests.support.ranks import alone, run_ranks
+from tests.support.tiers import few
 from tests.support.training import BATCH, CLIP, RHO, STEPS, TOLERANCE, Case, train
 
 WORKER, BY_MICRO_BATCH, IN_GROUP = (Fresh(scope=scope) for scope in ("worker", "micro_batch", "shard_group"))
@@ -95,14 +96,21 @@ def test_one_process_takes_every_scope() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["ddp", "zero0", "zero1", "zero2"])
+@pytest.mark.parametrize("backend", few(["ddp", "zero0", "zero1", "zero2"], "ddp", "zero2"))
 def test_workers_climb_by_their_own_batch_where_each_holds_all_weights(backend: str) -> None:
     check(ON_REPLICAS, run_ranks(2, train, backend, ON_REPLICAS), 1)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("backend", "sharers"), [("ddp", 1), ("fsdp2", 2), ("zero0", 1), ("zero1", 1), ("zero2", 1), ("zero3", 2)]
+    ("backend", "sharers"),
+    [
+        ("ddp", 1),
+        ("fsdp2", 2),
+        *(pytest.param(f"zero{stage}", 1, marks=pytest.mark.exhaustive) for stage in (0, 1)),
+        ("zero2", 1),
+        ("zero3", 2),
+    ],
 )
 def test_micro_batches_climb_and_descend_by_themselves(backend: str, sharers: int) -> None:
     check(IN_PARTS, run_ranks(2, train, backend, IN_PARTS), sharers)
