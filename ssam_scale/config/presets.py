@@ -88,6 +88,14 @@ PRESETS: Mapping[str, Preset] = {
         "arXiv 2203.02714",
         "adaptive",
     ),
+    "gsam": Preset(
+        "SAM that also narrows the gap between the losses at w + ε and at w; the radius falls with the learning rate",
+        {"direction": {"source": "fresh", "scope": "global"}, "adaptive": False, "rho_schedule": "lr"},
+        {"rho": 0.6, "rho_final": 0.16666666666666666, "gap": 0.6},
+        "2",
+        "arXiv 2203.08065",
+        "adaptive; other directions and scopes",
+    ),
     "rare-sam": Preset(
         "an ascent in every tenth step, at ten times the radius",
         {"direction": {"source": "fresh"}},

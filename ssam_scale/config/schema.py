@@ -251,6 +251,13 @@ class Perturbation(Section):
         description="with an interval above 1: how much of what the last ascent brought is added to the gradients "
         "between, relative to them (alpha of LookSAM)",
     )
+    gap: float = Field(
+        0.0,
+        ge=0.0,
+        le=100.0,
+        description="how much of what the plain gradient has orthogonal to the descent's is taken off that (alpha of "
+        "GSAM)",
+    )
     savings: Savings = Savings.model_validate({})
     window: tuple[Share, Share] = Field(
         (0.0, 1.0), description="part of the run that has ascents: shares of its steps, [first, last]"
@@ -286,13 +293,17 @@ class Perturbation(Section):
                     f"norm: {self.norm} divides by a length that direction.source {self.direction.source} never "
                     f"knows; use {known}"
                 )
-        if self.reuse and not (isinstance(self.direction, FreshDirection) and self.direction.scope == "global"):
-            raise ValueError(
-                "reuse knows the gradient by the perturbation, which is along it only with direction.source fresh and "
-                "scope global; use one of them"
-            )
-        if self.reuse and self.adaptive:
-            raise ValueError("reuse knows the gradient by the perturbation, which adaptive distorts; use one of them")
+        plain = isinstance(self.direction, FreshDirection) and self.direction.scope == "global"
+        for key in ("reuse", "gap"):
+            if getattr(self, key) and not plain:
+                raise ValueError(
+                    f"{key} knows the gradient by the perturbation, which is along it only with direction.source fresh "
+                    "and scope global; use one of them"
+                )
+            if getattr(self, key) and self.adaptive:
+                raise ValueError(
+                    f"{key} knows the gradient by the perturbation, which adaptive distorts; use one of them"
+                )
         return self
 
 

@@ -165,6 +165,7 @@ class Perturbation:
         backup: of the weights, empty between steps.
         kappa: ‖m ⊙ g‖ / ‖g‖ of the last step where both were known, float32 of shape (); not a number before.
         skips: whether the last perturbation was left out because the gradient was not finite, bool of shape ().
+        length: by which the last gradient was divided for ε, of shape ().
         never: False, of the same kind: that of a step without a perturbation.
         skipped: how many were, int64 of shape ().
         shares: of ‖g‖² by parameter, float32; −1 before the first calibration.
@@ -196,6 +197,7 @@ class Perturbation:
         self._device = parameters.device
         self.never = torch.zeros((), dtype=torch.bool, device=self._device)
         self.skips = self.never
+        self.length = torch.full((), math.nan, device=self._device)
         self.skipped: Tensor = torch.zeros((), dtype=torch.int64, device=self._device)
         if before is not None:
             self.skipped = before.skipped
@@ -331,6 +333,7 @@ class Perturbation:
         self.skipped += self.skips
         if own and not self._forgets:
             source.learn(exists)
+        self.length = (norm + _TINY) / kappa
         return Epsilon(gradients, parts, list(resolved.radii.values()), source.sign * kappa / (norm + _TINY), exists)
 
     def _side(self, resolved: ResolvedStep) -> _Side:

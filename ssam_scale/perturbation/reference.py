@@ -82,6 +82,7 @@ def reference_step(
     max_grad_norm: float | None = None,
     ascent_batch: Any | None = None,
     along: Mapping[str, Tensor] | None = None,
+    gap: float = 0.0,
     alone: Sequence[tuple[Any, Any]] = (),
 ) -> Tensor:
     """One step of masked SAM: ε = ρ · (m ⊙ g) / ‖·‖, then the base optimizer with the gradient at w + ε.
@@ -102,6 +103,7 @@ def reference_step(
         max_grad_norm: the descent gradient is clipped to this norm.
         ascent_batch: the part of the batch that the ascent sees; None: all of it.
         along: in the place of g, by parameter name: there is no ascent.
+        gap: α of GSAM: of the masked part of g, what is orthogonal to the descent's gradient is taken off that.
         alone: equal parts of the batch, each of which climbs and descends by itself (m-sharpness), as what the ascent
             sees of it and all of it; their mean gradient is stepped by. Empty: the batch is one such part.
 
@@ -135,6 +137,12 @@ def reference_step(
             loss.backward()
         losses += [loss.detach()] if along is not None else []
         gradients.append({name: None if p.grad is None else p.grad.clone() for name, p in named.items()})
+        if gap and float(length) > 0.0:
+            sharp = {n: at_least_fp32(g) for n, g in gradients[-1].items() if g is not None}
+            within = masked_by(sharp, mask)
+            inner = sum((masked[n].double() * within[n].double()).sum() for n in within)
+            share = (inner / length_of(within) ** 2).float()
+            gradients[-1] = {n: g - gap * (masked[n] - share * within[n]) for n, g in sharp.items()}
         with torch.no_grad():
             for name, buffer in buffers.items():
                 model.get_buffer(name).copy_(buffer)

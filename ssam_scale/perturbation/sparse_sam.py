@@ -36,6 +36,7 @@ from .arguments import (
 from .batchnorm import Statistics
 from .by_hand import StaleGradients
 from .directions import Direction, Fresh, scope_of
+from .gsam import SurrogateGap
 from .looksam import LookSAM
 from .loss import LossFn
 from .mask_state import MaskState, SparseState
@@ -98,6 +99,8 @@ class SparseSAM(OptimizerWrapper):
         calibrate_every: steps between two dense ascents of `norm="calibrated"`, which come more often at first (in
             steps 0, 1, 2, 4, 8 and so on), and of masks of single weights and rows between two looks at the whole
             gradient, for `kappa`; None: only after a refresh.
+        gap: α of GSAM (arXiv 2203.08065): how much of the plain gradient's part that is orthogonal to the descent's is
+            taken off it, so that the gap between the losses at w + ε and at w narrows; 0: SAM.
         direction: where the direction of ε comes from; None: `Fresh()`, the gradient at w of the global batch. `Fresh`
             takes a part of it, or that of each worker or micro-batch (m-sharpness); `Friendly` and `VaSSO` take a mean
             of earlier ones off or in; `Momentum` and `Previous` need no ascent pass.
@@ -127,6 +130,7 @@ class SparseSAM(OptimizerWrapper):
         norm: Norm = "masked",
         adaptive: bool = False,
         calibrate_every: int | None = 100,
+        gap: float = 0.0,
         direction: Direction | None = None,
         schedule: RadiusSchedule | None = None,
         savings: Savings | None = None,
@@ -157,7 +161,13 @@ class SparseSAM(OptimizerWrapper):
             )
         if adaptive and schedule is not None and ever_reuses(schedule):
             raise ValueError("reuse between ascents knows the gradient by the perturbation, which adaptive distorts")
+        check_number("gap", gap, "at least 0", lambda alpha: 0.0 <= alpha < math.inf)
         plain = isinstance(climbs, Fresh) and climbs.scope == "global"
+        if gap and (adaptive or not plain):
+            raise ValueError(
+                "gap knows the gradient by the perturbation, which is along it only where that is not adaptive, and by "
+                f"direction Fresh() with scope 'global'; here adaptive is {adaptive} and direction {climbs}"
+            )
         if not plain and schedule is not None and ever_reuses(schedule):
             raise ValueError(
                 "reuse between ascents knows the gradient by the perturbation, which is not along it with direction "
@@ -173,7 +183,7 @@ class SparseSAM(OptimizerWrapper):
         climbs.check(base_optimizer)
         super().__init__(base_optimizer, rho=rho)
         self.mask: Mask = mask if mask is not None else Dense()
-        self.max_grad_norm, self.scaler = max_grad_norm, scaler
+        self.max_grad_norm, self.scaler, self._alpha = max_grad_norm, scaler, gap
         self.steps = 0
         self.report: StepReport | None = None
         self._statistics, self._stale = Statistics(self.sharding.network), StaleGradients()
@@ -217,6 +227,7 @@ class SparseSAM(OptimizerWrapper):
             getattr(self, "_perturbation", None),
         )
         self._looksam = LookSAM(self.sharding, self._parameters.by_name) if ever_reuses(self._schedule) else None
+        self._gap = SurrogateGap(self.sharding, self._parameters.by_name, self._alpha) if self._alpha else None
         self._known = Fingerprint(self.sharding.network, self.param_groups)
 
     def _follow(self) -> None:
@@ -503,7 +514,7 @@ class SparseSAM(OptimizerWrapper):
     def _run_passes(self, resolved: ResolvedStep, loss_fn: LossFn, batches: tuple[Any, ...]) -> Tensor:
         self.zero_grad()  # what an exception in an earlier step left behind
         with torch.enable_grad():
-            return self._both_passes(resolved, loss_fn, batches, self.scaler, self._phases, self._looksam)
+            return self._both_passes(resolved, loss_fn, batches, self.scaler, self._phases)
 
     def _both_passes(
         self,
@@ -512,7 +523,7 @@ class SparseSAM(OptimizerWrapper):
         batches: Sequence[Any],
         scaler: torch.amp.GradScaler | None,
         phases: Phases,
-        looksam: LookSAM | None,
+        rehearsed: bool = False,
     ) -> Tensor:
         """Ascent, perturbation, descent, restoring; leaves the descent's gradients. Returns the mean loss at first."""
         if not resolved.by_micro_batch:
@@ -522,10 +533,10 @@ class SparseSAM(OptimizerWrapper):
                 return passes.descend()
             if loss is not None:
                 self._check_reached(resolved)
-            with self._perturbation.applied(resolved, keep=looksam is not None, phases=phases) as epsilon:
+            with self._perturbation.applied(resolved, keep=self._keeps and not rehearsed, phases=phases) as epsilon:
                 loss_there = passes.descend()
-            if looksam is not None:
-                looksam.update(resolved, epsilon)
+            if not rehearsed:
+                self._look_back(resolved, epsilon)
             return loss if loss is not None else loss_there
         losses, accumulating = [], Accumulating(self.sharding, self._parameters.by_name.values())
         for number, batch in enumerate(batches):
@@ -538,6 +549,19 @@ class SparseSAM(OptimizerWrapper):
                 passes.descend()
         accumulating.add()
         return torch.stack(losses).sum()
+
+    @property
+    def _keeps(self) -> bool:
+        """Whether ε is asked for after the descent."""
+        return self._looksam is not None or self._gap is not None
+
+    def _look_back(self, resolved: ResolvedStep, epsilon: list[Tensor]) -> None:
+        """What is done with the gradients at w and at w + ε together; overwrites ε."""
+        if self._looksam is not None:
+            again = [e.clone() for e in epsilon] if self._gap is not None else epsilon
+            self._looksam.update(resolved, again)
+        if self._gap is not None:
+            self._gap.narrow(resolved, epsilon, self._perturbation.length)
 
     def _run_closure(self, resolved: ResolvedStep, closure: Callable[[], Any]) -> Any:
         self._check_scope_by_hand("opt.step(closure)")
@@ -593,13 +617,12 @@ class SparseSAM(OptimizerWrapper):
             for p, g in foreign:  # of the ascent, another optimizer's weights have nothing
                 p.grad = g
             with (
-                self._perturbation.applied(resolved, keep=self._looksam is not None) as epsilon,
+                self._perturbation.applied(resolved, keep=self._keeps) as epsilon,
                 self._statistics.frozen(),
             ):
                 random.restore()
                 closure()
-        if self._looksam is not None:
-            self._looksam.update(resolved, epsilon)
+        self._look_back(resolved, epsilon)
         return loss
 
     @contextmanager
@@ -666,12 +689,11 @@ class SparseSAM(OptimizerWrapper):
         only_pass = resolved.perturbs and not resolved.ascends and not forwards
         with self._busy(), nullcontext() if only_pass else self._statistics.frozen():
             if resolved.perturbs:
-                with self._perturbation.applied(resolved, keep=self._looksam is not None) as epsilon:
+                with self._perturbation.applied(resolved, keep=self._keeps) as epsilon:
                     if random is not None:
                         random.restore()
                     yield
-                if self._looksam is not None:
-                    self._looksam.update(resolved, epsilon)
+                self._look_back(resolved, epsilon)
             else:
                 self.zero_grad()
                 if random is not None:
@@ -775,7 +797,7 @@ class SparseSAM(OptimizerWrapper):
         resolved = self._rehearsed(what, len(batches))
         torch.clear_autocast_cache()
         with torch.enable_grad():
-            self._both_passes(resolved, loss_fn, batches, self.scaler, no_phases, None)
+            self._both_passes(resolved, loss_fn, batches, self.scaler, no_phases, rehearsed=True)
         self.zero_grad()
 
     def _rehearsed(self, what: Rehearsed, micro_batches: int) -> ResolvedStep:
@@ -936,4 +958,4 @@ _WITHIN = (
     "{} was called where the weights are perturbed, and what it does to them would be undone: inside of "
     "`with opt.perturbed()`, or of a step; call it after the block"
 )
-_OPTIONS = {"rho", "norm", "adaptive", "calibrate_every", "direction", "schedule", "savings"}
+_OPTIONS = {"rho", "norm", "adaptive", "calibrate_every", "direction", "schedule", "savings", "gap"}

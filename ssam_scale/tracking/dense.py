@@ -17,6 +17,7 @@ _OF_ALL_SAMPLES = {
     "direction.source": "fresh",
     "direction.fraction": "1.0",
     "direction.scope": "global",
+    "gap": "0.0",
     # As they were called before there were directions.
     "fraction": "1.0",
     "savings.within_shard_group": "false",

@@ -347,6 +347,7 @@ def perturbation_options(config: Config, steps_per_epoch: int) -> dict[str, Any]
         "adaptive": section.adaptive,
         "calibrate_every": section.calibrate_every,
         "direction": DIRECTIONS[section.direction.source].value(section.direction),
+        "gap": section.gap,
         "savings": Savings(**section.savings.model_dump()),
         "schedule": build_schedule(section, run.steps),
     }

@@ -152,8 +152,10 @@ def configs(draw: st.DrawFn) -> Config:
 
 def _of_the_direction(perturbation: dict[str, Any], sharding: dict[str, Any]) -> None:
     direction = perturbation["direction"]
+    if perturbation["adaptive"]:
+        perturbation["gap"] = 0.0
     if direction["source"] != "fresh":
-        perturbation |= {"norm": "masked", "reuse": 0.0}
+        perturbation |= {"norm": "masked", "reuse": 0.0, "gap": 0.0}
         return
     impossible = {
         "shard_group": sharding["replicas"] == 1,
@@ -162,7 +164,7 @@ def _of_the_direction(perturbation: dict[str, Any], sharding: dict[str, Any]) ->
     if impossible.get(direction["scope"]):
         direction["scope"] = "global"
     if direction["scope"] != "global":
-        perturbation["reuse"] = 0.0
+        perturbation |= {"reuse": 0.0, "gap": 0.0}
 
 
 def _cut(mask: dict[str, Any]) -> None:

@@ -488,3 +488,36 @@ def test_norms_alone_go_along_the_momentum() -> None:
         opt.step(loss_fn, batch)
     assert opt.report is not None
     assert (opt.report.kind, set(opt.report.plan.weights) < set(opt.parameters.by_name)) == ("free", True)
+
+
+# ---- GSAM
+
+
+def test_the_gap_is_narrowed_by_what_is_orthogonal_to_the_descent() -> None:
+    """The descent's own part of the gradient stays: ⟨g', g_s⟩ = ‖g_s‖², and the difference is α times what g has beside."""
+    model = nn.Linear(4, 3, bias=False)
+    x = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+    seen: list[Tensor] = []
+    for gap in (0.0, 0.5):
+        base = torch.optim.SGD(model.parameters(), lr=0.0)
+        base.register_step_pre_hook(lambda *_: seen.append(model.weight.grad.clone()))
+        SparseSAM(model, base, rho=0.3, gap=gap).step(lambda forward, b: forward(b).exp().mean(), x)
+    model(x).exp().mean().backward()
+    sharp, narrowed, plain = (g.flatten() for g in (*seen, model.weight.grad))
+    beside = plain - plain @ sharp / (sharp @ sharp) * sharp
+    torch.testing.assert_close(narrowed, sharp - 0.5 * beside)
+    assert float(narrowed @ sharp) == pytest.approx(float(sharp @ sharp), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gap": -1.0}, "gap is -1.0; at least 0 is needed"),
+        ({"gap": 0.5, "adaptive": True}, "here adaptive is True"),
+        ({"gap": 0.5, "direction": Momentum()}, r"by direction Fresh\(\) with scope 'global'"),
+        ({"gap": 0.5, "direction": Fresh(scope="worker")}, "with scope 'global'"),
+    ],
+)
+def test_a_gap_needs_the_plain_gradient(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        vit(**options)

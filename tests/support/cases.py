@@ -26,6 +26,7 @@ _CASES = [
     Case("resnet", "moving cut", direction=Fresh(0.5)),
     Case("convnext", "moving cut", direction=Fresh(0.3), accumulation=2, optimizer="adamw"),
     Case("vit", "dense", direction=Fresh(0.25), schedule=Interval(2, Window(2))),
+    Case("vit", "element", gap=0.6, rho=(RHO, RHO / 2), accumulation=2),
     Case("vit", "element", direction=Fresh(0.5, "random"), accumulation=2),
     Case("vit", "moving cut", direction=Fresh(0.25, "highest_loss")),
     Case("vit", "element", direction=Momentum()),

@@ -58,6 +58,7 @@ class Case:
     direction: Direction = field(default_factory=Fresh)
     savings: Savings = field(default_factory=Savings)
     scaled: bool = False
+    gap: float = 0.0
 
     def __str__(self) -> str:
         """The case in words, e.g. "vit element, calibrated norm, radii 0.1 and 0.0": what is not as usual is named."""
@@ -75,6 +76,7 @@ class Case:
                 self.savings != Savings()
             ),
             "scaled": self.scaled,
+            f"gap {self.gap}": self.gap > 0.0,
         }
         return ", ".join([f"{self.family} {self.mask}", *(word for word, said in words.items() if said)])
 
@@ -119,6 +121,7 @@ class Case:
             adaptive=self.adaptive,
             calibrate_every=3,
             direction=self.direction,
+            gap=self.gap,
             schedule=self.schedule,
             max_grad_norm=self.clip,
             savings=self.savings,
@@ -286,6 +289,7 @@ def reference(
             max_grad_norm=case.clip,
             ascent_batch=seen,
             along=along,
+            gap=case.gap,
         )
         if along is not None and fresh is not None:  # the loss of the ascent, which this has not seen
             loss = seen_loss
