@@ -494,7 +494,7 @@ def test_norms_alone_go_along_the_momentum() -> None:
 
 
 def test_the_gap_is_narrowed_by_what_is_orthogonal_to_the_descent() -> None:
-    """The descent's own part of the gradient stays: ⟨g', g_s⟩ = ‖g_s‖², and the difference is α times what g has beside."""
+    """⟨g', g_s⟩ stays ‖g_s‖², and what is taken off is α times what g has beside."""
     model = nn.Linear(4, 3, bias=False)
     x = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
     seen: list[Tensor] = []
