@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
 import datetime
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +30,15 @@ _DIVERGED = re.compile(r"error: (the loss became .*)")
 # What a launcher sets, under which this command may have been started.
 _OF_LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
-_PR_SET_PDEATHSIG = 1
+
+# Where this command is killed, its run ends too: nobody would read its result, and it would hold the core. In the new
+# process itself: a `preexec_fn` has Python fork, after which numba's threads of this process do not end any more.
+_ENDING_WITH_PARENT = """
+import ctypes, os, signal, sys
+if hasattr(libc := ctypes.CDLL(None), "prctl"):
+    libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+os.execv(sys.executable, [sys.executable, "-m", "ssam_scale", *sys.argv[1:]])
+"""
 
 
 class FailedRunError(UserError):
@@ -71,12 +76,11 @@ class Trainer:
             began, started = time.monotonic(), datetime.datetime.now(datetime.timezone.utc)
             with log.open("w") as output:
                 done = subprocess.run(
-                    [sys.executable, "-m", "ssam_scale", "train", "--config", str(config)],
+                    [sys.executable, "-c", _ENDING_WITH_PARENT, "train", "--config", str(config)],
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=subprocess.STDOUT,
                     env=_environment(),
-                    preexec_fn=_end_with_parent,  # no thread of this process holds anything
                     check=False,
                 )
             seconds = time.monotonic() - began
@@ -158,9 +162,3 @@ def _environment() -> dict[str, str]:
     """One process with one thread, whoever started this one."""
     kept = {key: value for key, value in os.environ.items() if key not in _OF_LAUNCHERS}
     return kept | dict.fromkeys(_THREADS, "1") | {"TQDM_DISABLE": "1"}
-
-
-def _end_with_parent() -> None:
-    """Where the command is killed, its run ends too: nobody would read its result, and it would hold the core."""
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
