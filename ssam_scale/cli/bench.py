@@ -229,6 +229,7 @@ def _report_accuracy(
 ) -> None:
     """Show what is known of a study, and write it into its folder and where `--record` says."""
     from ssam_scale.bench.accuracy.report import report as report_of
+    from ssam_scale.bench.accuracy.report import tuning
     from ssam_scale.bench.record import provenance, result_path, write
     from ssam_scale.train.predict_flops import predictor
 
@@ -250,6 +251,12 @@ def _report_accuracy(
         "t test of top-1 with dense SAM's over the same seeds, Holm's correction over all methods. The overhead is by "
         "the runs' own probes, with the mean of their 95% intervals; at 224 px it is by FLOPs alone, without what a "
         "GPU takes to perturb, to choose masks and to launch kernels.",
+        "",
+        "## Tuning",
+        "",
+        "Mean top-1 on the tuning images of each candidate, by the last round that it was in; in brackets its runs.",
+        "",
+        *tuning(found.rows),
     ]
     for path in (place / "report.md", *([result_path(record, f"accuracy-{loaded.name}")] if record else [])):
         drawn = []

@@ -29,6 +29,8 @@ Knobs = tuple[tuple[str, Any], ...]
 """Values of what is tuned, by dotted key."""
 
 _MOST_KNOBS = 2
+# All that dense SAM says; with anything else, less than everything is perturbed, or not in every step.
+_HOW_FAR = {"rho", "rho_schedule", "rho_final", "norm", "calibrate_every", "savings"}
 # What the study decides, the same for every method.
 _OWN = ("data", "tracking", "checkpoint", "sharding", "train.seed", "train.epochs", "train.eval_epochs")
 
@@ -251,7 +253,8 @@ class LoadedStudy:
             raise UserError(f"{where}: methods.{BASE}: has a perturbation; set: {{perturbation: null}}")
         for knobs in self.study.methods[SAM].grid:
             section = self.config(SAM, knobs).perturbation
-            if section is None or section.mask is not None or section.interval > 1 or section.window != (0.0, 1.0):
+            said = {} if section is None else section.model_dump(exclude_unset=True, exclude_none=True)
+            if section is None or said.keys() - _HOW_FAR:
                 where = self._origins["methods", SAM]
                 raise UserError(
                     f"{where}: methods.{SAM}: is not dense SAM, which every other method is measured against; "

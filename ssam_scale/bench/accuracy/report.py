@@ -5,6 +5,7 @@ Everything is computed from the lines of the results; nothing is typed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -110,6 +111,23 @@ def recommendation(rows: Sequence[Mapping[str, Any]], within: float) -> tuple[st
         f"The cheapest that is not significantly below dense SAM: {_in_short(cheapest)}.",
     ]
     return recommended["method"], cheapest["method"], said
+
+
+def tuning(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line of Markdown for each method that was tuned: every candidate, the best first."""
+    lines = []
+    for row in rows:
+        found = []
+        for each in row["tuned"]:
+            tops = [top1 for top1 in each["top1"] if top1 is not None]
+            mean = fmean(tops) if len(tops) == len(each["top1"]) else None
+            shown = "diverged" if mean is None else f"{mean:.2f} ({len(tops)})"
+            rank = (-each["rung"], math.inf if mean is None else -mean)
+            found.append((rank, f"{in_words(tuple(each['knobs'].items()))} {shown}"))
+        if found:
+            # Of equal ones, the first.
+            lines.append(f"- {row['method']}: {', '.join(text for _, text in sorted(found, key=lambda each: each[0]))}")
+    return lines
 
 
 def significantly_below(row: Mapping[str, Any]) -> bool:
