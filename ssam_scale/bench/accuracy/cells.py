@@ -24,7 +24,7 @@ class Cell:
 
     Attributes:
         stage: `tune`, on images that are held out of the training set, or `final`, on the validation images.
-        method: of the study.
+        method: of the study; empty: a finalist, not known yet.
         knobs: what of it is tuned; None: not known yet, because other runs decide it.
         seed: of all random numbers.
         epochs: how long.
@@ -40,7 +40,7 @@ class Cell:
     def name(self) -> str:
         """In words, unique in a study."""
         knobs = "to be chosen" if self.knobs is None else in_words(self.knobs)
-        return f"{self.stage}: {self.method}, {knobs}, {self.epochs} epochs, seed {self.seed}"
+        return f"{self.stage}: {self.method or 'a finalist'}, {knobs}, {self.epochs} epochs, seed {self.seed}"
 
 
 Lines = Mapping[str, Mapping[str, Any]]
