@@ -707,10 +707,12 @@ def test_a_run_that_diverges_is_a_result_and_one_that_fails_is_not(trained: Path
     """Two real trainings, which take ten seconds each, mostly to start."""
     values = copy.deepcopy(SMALL)
     values["methods"] |= {
-        "far": {"set": {"perturbation": {"rho": 1.0}, "optimizer.lr": 1000.0}},
+        # Each step multiplies the weights by a million.
+        "far": {"set": {"perturbation": {"rho": 1.0}, "optimizer": {"lr": 1000.0, "weight_decay": 1000.0}}},
         # One image in an ascent of 12 is fewer than BatchNorm takes.
         "one": {"set": {"perturbation": {"rho": 0.1, "fraction": 0.01}}},
     }
+    values["recipe"]["train"] = {"epochs": 8}
     home = trained
     (home / "small.yaml").rename(home / "kept.yaml")
     try:
