@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ssam_scale.errors import UserError
-from ssam_scale.folders import why_not_writable
 
 from .paths import expanded
 from .table import AsJson, Columns, RecordIn, at_least, check_record, markdown, show
@@ -190,6 +189,7 @@ def accuracy_command(
     Each run is kept as it finishes; the same command goes on where it was stopped, at whatever moment.
     """
     from ssam_scale.config.study import LoadedStudy
+    from ssam_scale.folders import why_not_writable
 
     check_record(record)
     at_least(1, seeds=seeds)
