@@ -722,7 +722,7 @@ def test_a_run_that_diverges_is_a_result_and_one_that_fails_is_not(trained: Path
         (home / "kept.yaml").replace(home / "small.yaml")
     assert found.returncode == 2
     last = found.stderr.strip().splitlines()[-1]
-    assert "final: one, as set, 1 epochs, seed 0: exit code 2" in last
+    assert "final: one, as set, 8 epochs, seed 0: exit code 2" in last
     assert "BatchNorm" in last
     by_method = {line["method"]: line for line in lines_of(home / "work")}
     assert by_method["far"]["top1"] is None
