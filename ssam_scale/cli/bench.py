@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,11 +13,13 @@ import typer
 
 from ssam_scale.errors import UserError
 
+from .paths import expanded
 from .table import AsJson, Columns, RecordIn, at_least, check_record, markdown, show
 
 if TYPE_CHECKING:
     from ssam_scale.bench.networks import Setting
     from ssam_scale.bench.scenarios import Scenario
+    from ssam_scale.config.study import LoadedStudy
 
 app = typer.Typer(help="Measure parts of the package on this machine.", no_args_is_help=True)
 
@@ -155,6 +158,128 @@ def bytes_command(
     _report(_Result("ascent-bytes", "Bytes that an ascent sends", _BYTES), rows, caption, record, as_json)
 
 
+@app.command("accuracy")
+def accuracy_command(
+    study: Annotated[
+        Path, typer.Argument(callback=expanded, help="The study's YAML file, such as those in benchmarks/studies.")
+    ],
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            callback=expanded,
+            metavar="FOLDER",
+            help="Its images: train/ and val/ (or test/) with a folder per class; of Fashion-MNIST, the idx.gz files.",
+        ),
+    ] = None,
+    folder: Annotated[
+        Path | None,
+        typer.Option(callback=expanded, help="Where its results and its MLflow store are. [runs/accuracy-STUDY]"),
+    ] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Do the runs of this method only; may be given several times. [all]")
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(help="At most so many seeds of each method. [the study's]")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs that are left, and their time.")] = False,
+    report: Annotated[bool, typer.Option("--report", help="Do no runs; report on those that have finished.")] = False,
+    record: RecordIn = None,
+    as_json: AsJson = False,
+) -> None:
+    """Accuracy against overhead: tune every method by the same budget, train it with several seeds, and compare.
+
+    Each run is kept as it finishes; the same command goes on where it was stopped, at whatever moment.
+    """
+    from ssam_scale.config.study import LoadedStudy
+    from ssam_scale.folders import why_not_writable
+
+    check_record(record)
+    at_least(1, seeds=seeds)
+    loaded = LoadedStudy(study)
+    place = folder or Path("runs") / f"accuracy-{loaded.name}"
+    if (problem := why_not_writable(place)) is not None:
+        raise UserError(f"--folder {place}: {problem}")
+    from ssam_scale.bench.accuracy.results import alone
+    from ssam_scale.bench.accuracy.work import Work, estimate, in_time
+
+    work = Work(loaded, place, only or (), seeds)
+    if dry_run:
+        left = work.left()
+        for cell in left:
+            print(cell.name)
+        print(f"{len(left)} runs, {in_time(estimate(left, work.results.lines))}; {len(work.results.lines)} are done")
+        return
+    if not report:
+        from ssam_scale.bench.accuracy.train import Trainer
+        from ssam_scale.data.split import prepare_split
+
+        place.mkdir(parents=True, exist_ok=True)
+        images = loaded.study.data
+        with alone(place):
+            work = Work(loaded, place, only or (), seeds)  # what another one has done in the meantime
+            split = prepare_split(
+                place / "data", images.source, data, train=images.train, tune=images.tune, val=images.val
+            )
+            work.do(Trainer(loaded, place, split).run, lambda line: print(line, file=sys.stderr, flush=True))
+    if aside := work.set_aside:
+        print(f"{aside} finished runs are of the study as it was, and do not count", file=sys.stderr)
+    _report_accuracy(loaded, work.results.lines, place, record, as_json)
+
+
+def _report_accuracy(
+    loaded: LoadedStudy, lines: Mapping[str, Mapping[str, Any]], place: Path, record: Path | None, as_json: bool
+) -> None:
+    """Show what is known of a study, and write it into its folder and where `--record` says."""
+    from ssam_scale.bench.accuracy.report import report as report_of
+    from ssam_scale.bench.accuracy.report import tuning
+    from ssam_scale.bench.record import provenance, result_path, write
+    from ssam_scale.train.predict_flops import predictor
+
+    if not lines:
+        raise UserError(f"{place}: no run of {loaded.name} has finished there")
+    found = report_of(loaded, lines, predictor(loaded, _LARGE))
+    rows = [{**row, **_flat(row)} for row in found.rows]
+    study = loaded.study
+    show(rows, _ACCURACY, "\n".join(found.said), as_json, "method")
+    text = [
+        f"# {study.title}: accuracy against overhead",
+        "",
+        *(f"{sentence}  " for sentence in found.said),
+        "",
+        *markdown(rows, _ACCURACY, "method"),
+        "",
+        f"{study.data.train:,} training images, {loaded.epochs} epochs; knobs chosen by successive halving on "
+        f"{study.data.tune:,} other training images, {study.tuning.candidates} candidates of every method. p: paired "
+        "t test of top-1 with dense SAM's over the same seeds, Holm's correction over all methods. The overhead is by "
+        "the runs' own probes, with the mean of their 95% intervals; at 224 px it is by FLOPs alone, without what a "
+        "GPU takes to perturb, to choose masks and to launch kernels.",
+        "",
+        "## Tuning",
+        "",
+        "Mean top-1 on the tuning images of each candidate, by the last round that it was in; in brackets its runs.",
+        "",
+        *tuning(found.rows),
+    ]
+    for path in (place / "report.md", *([result_path(record, f"accuracy-{loaded.name}")] if record else [])):
+        drawn = []
+        if found.picture is not None:
+            path.with_suffix(".svg").write_text(found.picture.svg, encoding="utf-8")
+            drawn = ["", f"![{found.picture.alternative}]({path.with_suffix('.svg').name})", "", found.picture.caption]
+        write(path, [*text, *drawn], rows, provenance())
+    if not as_json:
+        print(f"written: {place / 'report.md'}, .json and .svg")
+
+
+def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a row, what its table shows of pairs and sections."""
+    over, interval = row["overhead_interval"] or (None, None), row["over_sam_interval"] or (None, None)
+    return {
+        "overhead_low": over[0],
+        "overhead_high": over[1],
+        "over_sam_low": interval[0],
+        "over_sam_high": interval[1],
+        **{f"predicted_{name}": value for name, value in row["predicted"].items()},
+    }
+
+
 def _compare(
     bench: Callable[[Setting, int, Sequence[Scenario]], list[dict[str, Any]]],
     result: _Result,
@@ -270,6 +395,23 @@ _BYTES: Columns = {
     "ascent / dense": ("ascent_bytes_over_dense", 1.0, ".3f"),
     "floor": ("floor_over_dense", 1.0, ".3f"),
     "at most": ("target_over_dense", 1.0, ".3f"),
+}
+_LARGE = {"resnet50": "resnet50", "vit_base": "vit_base_patch16_224"}
+_ACCURACY: Columns = {
+    "knobs": ("knobs_in_words", 1, ""),
+    "seeds": ("seeds", 1, "d"),
+    "top-1 %": ("top1", 1.0, ".2f"),
+    "sd": ("top1_sd", 1.0, ".2f"),
+    "over SAM": ("over_sam", 1.0, "+.2f"),
+    "from": ("over_sam_low", 1.0, "+.2f"),
+    "to": ("over_sam_high", 1.0, "+.2f"),
+    "p": ("p", 1.0, ".3f"),
+    "p (Holm)": ("p_holm", 1.0, ".3f"),
+    "step / base": ("overhead", 1.0, ".3f"),
+    "from ": ("overhead_low", 1.0, ".3f"),
+    "to ": ("overhead_high", 1.0, ".3f"),
+    "ResNet-50 at 224": ("predicted_resnet50", 1.0, ".3f"),
+    "ViT-B/16 at 224": ("predicted_vit_base", 1.0, ".3f"),
 }
 _PEAK: Columns = {
     "model": ("model", 1, ""),

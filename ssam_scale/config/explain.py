@@ -27,24 +27,27 @@ Origins = Mapping[KeyPath, str]
 """Where each key was given: `configs/a.yaml:3` or `override train.epochs=3`."""
 
 
-def describe(error: ValidationError, values: dict[str, Any], origins: Origins) -> list[str]:
+def describe(
+    error: ValidationError, values: dict[str, Any], origins: Origins, root: type[BaseModel] = Config
+) -> list[str]:
     """One line for each mistake of a configuration.
 
     Args:
         error: what pydantic found.
         values: what was given.
         origins: where each key was given.
+        root: of what kind the whole is.
     """
     lines: list[str] = []
     meant: set[KeyPath] = set()  # keys that are missing only because they are misspelt
     details = error.errors(include_url=False)
     for detail in sorted(details, key=lambda detail: detail["type"] == "missing"):
-        path, here, around = resolve(detail["loc"])
+        path, here, around = resolve(detail["loc"], root)
         match detail["type"]:
             case "extra_forbidden":
-                lines.append(_unknown(path, around, values, origins, meant))
+                lines.append(_unknown(path, around, values, origins, meant, root))
             case "union_tag_not_found":
-                lines += _untagged(path, here, detail, values, origins, meant)
+                lines += _untagged(path, here, detail, values, origins, meant, root)
             case "missing" if path in meant:
                 pass
             case "default_factory_not_called":  # only because of another mistake
@@ -62,7 +65,14 @@ def describe(error: ValidationError, values: dict[str, Any], origins: Origins) -
     return lines
 
 
-def _unknown(path: KeyPath, around: Sections, values: dict[str, Any], origins: Origins, meant: set[KeyPath]) -> str:
+def _unknown(
+    path: KeyPath,
+    around: Sections,
+    values: dict[str, Any],
+    origins: Origins,
+    meant: set[KeyPath],
+    root: type[BaseModel],
+) -> str:
     name = str(path[-1])
     line = f"{_origin(path, origins)}: {_dotted(path)}: unknown key"
     section = _at(values, path[:-1])
@@ -73,7 +83,7 @@ def _unknown(path: KeyPath, around: Sections, values: dict[str, Any], origins: O
     if near:
         meant.add((*path[:-1], near))
         return f"{line}; did you mean {_dotted((*path[:-1], near))}?"
-    elsewhere = [key for key in dotted_names() if key.rpartition(".")[2] == name]
+    elsewhere = [key for key in dotted_names([root]) if key.rpartition(".")[2] == name]
     siblings = [key for key in elsewhere if key.rpartition(".")[0] == _dotted(path[:-1])]
     for tag in ("pattern", "source"):
         if siblings and len(around) == 1 and tag in around[0].model_fields:
@@ -85,12 +95,18 @@ def _unknown(path: KeyPath, around: Sections, values: dict[str, Any], origins: O
 
 
 def _untagged(
-    path: KeyPath, here: Sections, detail: ErrorDetails, values: dict[str, Any], origins: Origins, meant: set[KeyPath]
+    path: KeyPath,
+    here: Sections,
+    detail: ErrorDetails,
+    values: dict[str, Any],
+    origins: Origins,
+    meant: set[KeyPath],
+    root: type[BaseModel],
 ) -> list[str]:
     """A union whose alternatives are told apart by a key that is not there: perhaps because it is misspelt."""
     discriminator = str((detail.get("ctx") or {}).get("discriminator", "'pattern'")).strip("'")
     strangers = [key for key in _at(values, path) if key not in names(here)]
-    lines = [_unknown((*path, key), here, values, origins, meant) for key in strangers]
+    lines = [_unknown((*path, key), here, values, origins, meant, root) for key in strangers]
     if (*path, discriminator) not in meant:
         literals = [section.model_fields[discriminator].annotation for section in here]
         choices = [str(choice) for literal in literals for choice in getattr(literal, "__args__", ())]
@@ -214,22 +230,30 @@ def _shown(value: Any) -> str:
     return shown if len(shown) <= 60 else f"{shown[:57]}..."
 
 
-def resolve(location: tuple[str | int, ...]) -> tuple[KeyPath, Sections, Sections]:
+def resolve(location: tuple[str | int, ...], root: type[BaseModel] = Config) -> tuple[KeyPath, Sections, Sections]:
     """What pydantic calls a location, as the user's key: without the tags that stand for a union's alternatives.
+
+    Args:
+        location: pydantic's.
+        root: of what kind the whole is.
 
     Returns:
         The key's path, the sections that may stand there, and the sections that may stand around it.
     """
     path: KeyPath = ()
     around: Sections = []
-    here: Sections = [Config]
-    tagged = False
+    here: Sections = [root]
+    tagged = several = False
     for item in location:
         if tagged:
             here = [section for section in here if item in _tags(section)] or here
             tagged = False
             continue
         path += (item,)
+        if several:  # the name or number of one of them
+            several = False
+            continue
+        several = any(_holds_several(section, item) for section in here)
         around, here = here, sections_at(here, item)
         tagged = len(here) > 1
     return path, here, around
@@ -251,6 +275,12 @@ def sections_at(sections: Sections, name: str | int) -> Sections:
     """The sections that may stand under `name` in any of `sections`."""
     fields = [section.model_fields[name] for section in sections if name in section.model_fields]
     return [below for field in fields for below in sections_in(field.annotation)]
+
+
+def _holds_several(section: type[BaseModel], name: str | int) -> bool:
+    """Whether a field holds sections by their names, or in a list."""
+    field = section.model_fields.get(str(name))
+    return field is not None and typing.get_origin(field.annotation) in (dict, tuple, list)
 
 
 def names(sections: Sections) -> list[str]:

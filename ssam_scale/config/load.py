@@ -38,12 +38,46 @@ def load(path: Path, overrides: Sequence[str] = (), deepspeed: str | None = None
     Raises:
         UserError: something in the file or the overrides cannot be; the message names key, line and what would work.
     """
+    values, origins = read(path, "a configuration", "configs/, such as configs/quickstart.yaml")
+    return resolved(values, origins, overrides, deepspeed)
+
+
+def read(path: Path, what: str, like: str) -> tuple[dict[str, Any], dict[KeyPath, str]]:
+    """The sections of a YAML file, and where each key stands in it.
+
+    Args:
+        path: the file.
+        what: it is to be, in the words of the error.
+        like: a folder of good ones, likewise.
+
+    Raises:
+        UserError: it cannot be read or is no section.
+    """
     values, lines = parse(_read(path), str(path))
     if values is None:
-        raise UserError(f"{path}: is empty; start from one of the files in configs/, such as configs/quickstart.yaml")
+        raise UserError(f"{path}: is empty; start from one of the files in {like}")
     if not isinstance(values, dict):
-        raise UserError(f"{path}:1: a configuration is a section with keys, this is {json.dumps(values)[:60]}")
-    origins = {(): str(path)} | {key: f"{path}:{line}" for key, line in lines.items()}
+        raise UserError(f"{path}:1: {what} is a section with keys, this is {json.dumps(values)[:60]}")
+    return values, {(): str(path)} | {key: f"{path}:{line}" for key, line in lines.items()}
+
+
+def resolved(
+    values: dict[str, Any],
+    origins: dict[KeyPath, str],
+    overrides: Sequence[str] = (),
+    deepspeed: str | None = None,
+) -> Config:
+    """The configuration in sections that were read; both are changed in place.
+
+    Args:
+        values: the sections.
+        origins: where each key was given; of the empty key, where all of them were.
+        overrides: as of `load`.
+        deepspeed: the same.
+
+    Raises:
+        UserError: as `load`.
+    """
     if deepspeed is not None:
         _add_deepspeed(deepspeed, values, origins)
     _refuse_split(overrides)
@@ -65,7 +99,7 @@ def load(path: Path, overrides: Sequence[str] = (), deepspeed: str | None = None
         return config
     if len(mistakes) == 1:
         raise UserError(mistakes[0])
-    raise UserError("\n  ".join([f"{path}: {len(mistakes)} mistakes in the configuration", *mistakes]))
+    raise UserError("\n  ".join([f"{origins[()]}: {len(mistakes)} mistakes in the configuration", *mistakes]))
 
 
 def _expand_preset(values: dict[str, Any], origins: dict[KeyPath, str]) -> None:

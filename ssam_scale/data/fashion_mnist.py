@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import gzip
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from ssam_scale.data.beton import Sidecar, inspect
 from ssam_scale.data.encode import Encoding
-from ssam_scale.data.write import Sample, recipe, write_samples
+from ssam_scale.data.write import Sample, up_to_date, write_samples
 from ssam_scale.errors import UserError
 
 FOLDER = Path("/usr/share/datasets/fashion-mnist")
@@ -32,7 +31,11 @@ CLASSES = [
     "Ankle boot",
 ]
 
+ENCODING = Encoding(max_resolution=None, quality=95, jpeg_proportion=1.0, seed=0)
+"""How they are stored, unless asked for otherwise."""
+
 _PACKAGE = "dataset-fashion-mnist"
+_PREFIXES = {"train": "train", "val": "t10k"}
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ def prepare_fashion_mnist(
     size: int = 28,
     limit: int | None = None,
     val_limit: int | None = None,
-    quality: int = 95,
+    quality: int = ENCODING.quality,
     workers: int | None = None,
     progress: bool = True,
 ) -> Prepared:
@@ -72,32 +75,40 @@ def prepare_fashion_mnist(
     Raises:
         UserError: the package is not installed or damaged, or `out` cannot be written.
     """
-    encoding = Encoding(max_resolution=None, quality=quality, jpeg_proportion=1.0, seed=0)
+    encoding = replace(ENCODING, quality=quality)
     written = False
-    for name, prefix, count in (("train", "train", limit), ("val", "t10k", val_limit)):
+    for name, count in (("train", limit), ("val", val_limit)):
         target = out / f"{name}.beton"
         source = {"dataset": "fashion-mnist", "part": name, "size": size, "limit": count}
-        if _up_to_date(target, encoding, source):
+        if up_to_date(target, encoding, source):
             continue
-        images = _read_idx(idx_folder / f"{prefix}-images-idx3-ubyte.gz", dimensions=3)[:count]
-        labels = _read_idx(idx_folder / f"{prefix}-labels-idx1-ubyte.gz", dimensions=1)[:count]
-        if len(images) != len(labels):
-            raise UserError(f"{idx_folder}: {len(images):,} images but {len(labels):,} labels; reinstall {_PACKAGE}")
-        samples = [
-            Sample(f"{prefix} image {number}", _rgb(image, size), int(label))
-            for number, (image, label) in enumerate(zip(images, labels, strict=True))
-        ]
+        samples = read_part(idx_folder, name, size=size, limit=count)
         write_samples(samples, CLASSES, target, encoding, source=source, workers=workers, progress=progress)
         written = True
     return Prepared(out / "train.beton", out / "val.beton", written)
 
 
-def _up_to_date(target: Path, encoding: Encoding, source: dict[str, object]) -> bool:
-    try:
-        sidecar: Sidecar | None = inspect(target).sidecar
-    except UserError:
-        return False
-    return sidecar is not None and sidecar.recipe == recipe(encoding, source)
+def read_part(idx_folder: Path, part: str, *, size: int = 28, limit: int | None = None) -> list[Sample]:
+    """Labelled images of `train` or `val`, RGB.
+
+    Args:
+        idx_folder: folder of the four idx.gz files.
+        part: which.
+        size: side in pixels.
+        limit: only this many.
+
+    Raises:
+        UserError: the package is not installed, or damaged.
+    """
+    prefix = _PREFIXES[part]
+    images = _read_idx(idx_folder / f"{prefix}-images-idx3-ubyte.gz", dimensions=3)[:limit]
+    labels = _read_idx(idx_folder / f"{prefix}-labels-idx1-ubyte.gz", dimensions=1)[:limit]
+    if len(images) != len(labels):
+        raise UserError(f"{idx_folder}: {len(images):,} images but {len(labels):,} labels; reinstall {_PACKAGE}")
+    return [
+        Sample(f"{prefix} image {number}", _rgb(image, size), int(label))
+        for number, (image, label) in enumerate(zip(images, labels, strict=True))
+    ]
 
 
 def _rgb(gray: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:

@@ -199,8 +199,15 @@ def eval_loader(
 
 
 def _pool(images: int, wanted: int) -> NDArray[np.int64]:
-    """Which images to train on: all, or the same random choice in every run, since a file may be sorted by class."""
-    return np.arange(images) if wanted == images else np.sort(np.random.default_rng(0).permutation(images)[:wanted])
+    """Which images to train on."""
+    return np.arange(images) if wanted == images else draws(images, wanted)[0]
+
+
+def draws(images: int, *counts: int) -> list[NDArray[np.int64]]:
+    """Disjoint random choices among `images`, each rising; always the same, since a file may be sorted by class."""
+    order = np.random.default_rng(0).permutation(images)
+    ends = np.cumsum(counts)
+    return [np.sort(order[end - count : end]) for end, count in zip(ends, counts, strict=True)]
 
 
 def _checked(path: Path, other: Path, num_classes: int, key: str) -> Beton:

@@ -24,7 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressC
 
 from ssam_scale.console import console
 from ssam_scale.cores import usable_cores
-from ssam_scale.data.beton import Pages, Sidecar, checksum
+from ssam_scale.data.beton import Pages, Sidecar, checksum, inspect
 from ssam_scale.data.encode import BadImageError, Encoded, Encoding, Pixels, encode
 from ssam_scale.errors import UserError
 
@@ -345,6 +345,15 @@ def write_samples(
 def recipe(encoding: Encoding, source: dict[str, Any]) -> dict[str, Any]:
     """What a file is made from and how, as its sidecar records it."""
     return {**asdict(encoding), "source": source}
+
+
+def up_to_date(target: Path, encoding: Encoding, source: dict[str, Any]) -> bool:
+    """Whether a file is there, whole and made in this way."""
+    try:
+        sidecar = inspect(target).sidecar
+    except UserError:
+        return False
+    return sidecar is not None and sidecar.recipe == recipe(encoding, source)
 
 
 def _encoded(samples: Sequence[Sample], encoding: Encoding, workers: int) -> Iterator[Encoded | BadImageError]:

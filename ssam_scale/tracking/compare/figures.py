@@ -148,31 +148,70 @@ def _course(group: Group) -> list[tuple[float, float, float]]:
 
 def _frontier(comparison: Comparison) -> Picture | None:
     """Accuracy against overhead, and which rows nothing beats in both."""
+    labels = names(comparison.rows)
     points = [
-        (number, 100.0 * (row.time_over_base - 1.0), row.top1)
+        CostAndGain(number, labels[number], row.time_over_base, row.time_over_base_interval, row.top1, row.top1_sd)
         for number, row in enumerate(comparison.rows)
         if row.time_over_base is not None and row.top1 is not None
     ]
-    if not points:
-        return None
+    return _frontier_of(points) if points else None
+
+
+@dataclass(frozen=True)
+class CostAndGain:
+    """A point of the frontier.
+
+    Attributes:
+        number: by which it is coloured.
+        label: a short name.
+        over_base: the step's time over the base optimizer's.
+        interval: of it, 95%; None where it is not known.
+        top1: percent.
+        sd: of it over the seeds; None of one.
+    """
+
+    number: int
+    label: str
+    over_base: float
+    interval: tuple[float, float] | None
+    top1: float
+    sd: float | None
+
+
+def frontier_picture(points: Sequence[CostAndGain]) -> Picture:
+    """Accuracy against overhead, and which points nothing beats in both.
+
+    Args:
+        points: at least one.
+    """
+    import_matplotlib()
+    import matplotlib
+
+    with matplotlib.rc_context(_STYLE):
+        return _frontier_of(points)
+
+
+def _frontier_of(points: Sequence[CostAndGain]) -> Picture:
     figure, axes = _figure()
-    labels = names(comparison.rows)
-    best = [points[index] for index in frontier([(overhead, top1) for _, overhead, top1 in points])]
-    axes.plot([x for _, x, _ in best], [y for _, _, y in best], color="#888888", linewidth=1, zorder=1)
-    for number, overhead, top1 in points:
-        row = comparison.rows[number]
-        bounds = row.time_over_base_interval
+
+    def overhead(point: CostAndGain) -> float:
+        return 100.0 * (point.over_base - 1.0)
+
+    best = [points[index] for index in frontier([(overhead(point), point.top1) for point in points])]
+    axes.plot([overhead(p) for p in best], [p.top1 for p in best], color="#888888", linewidth=1, zorder=1)
+    for point in points:
+        bounds, at = point.interval, overhead(point)
         across = None
         if bounds is not None:
-            across = [[max(0.0, overhead - 100 * (bounds[0] - 1))], [max(0.0, 100 * (bounds[1] - 1) - overhead)]]
+            across = [[max(0.0, at - 100 * (bounds[0] - 1))], [max(0.0, 100 * (bounds[1] - 1) - at)]]
         axes.errorbar(
-            [overhead],
-            [top1],
+            [at],
+            [point.top1],
             xerr=across,
-            yerr=None if row.top1_sd is None else [row.top1_sd],
-            fmt=_MARKERS[number % len(_MARKERS)],
-            color=_look(number)[0],
-            label=_clipped(labels[number]),
+            yerr=None if point.sd is None else [point.sd],
+            fmt=_MARKERS[point.number % len(_MARKERS)],
+            color=_look(point.number)[0],
+            label=_clipped(point.label),
             markersize=6,
             elinewidth=1,
             capsize=2,
@@ -186,7 +225,7 @@ def _frontier(comparison: Comparison) -> Picture | None:
         "The line joins what no other row beats in both. Bars: a standard deviation over the seeds; of the overhead, "
         "the 95% interval of its probes.",
         _svg(figure),
-        "; ".join(f"{labels[number]} {top1:.2f}% at {overhead:+.0f}%" for number, overhead, top1 in points),
+        "; ".join(f"{point.label} {point.top1:.2f}% at {overhead(point):+.0f}%" for point in points),
     )
 
 

@@ -1,0 +1,124 @@
+"""What the configured plan would cost on a large network by arithmetic alone, which needs no GPU to be said."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from ssam_scale.config.schema import Config
+from ssam_scale.config.study import Knobs, LoadedStudy
+from ssam_scale.costs.compute import StageTimes, StepTimes, base_seconds, predicted_ascent_seconds
+from ssam_scale.errors import UserError
+from ssam_scale.perturbation import StagedModel
+
+from .build import base_optimizer
+from .predict_cost import ascents_of, configured_sam, plans_of, staged_model
+
+# FLOPs of a stage are in proportion to the images; BatchNorm takes two at least.
+_IMAGES = 2
+_SIDE = 224
+
+
+class ArithmeticCost:
+    """The FLOPs of a plan's mean step over the base optimizer's, on one network.
+
+    Perturbing, choosing masks and launching kernels take no FLOPs here; a GPU takes its time for them, most of all
+    beside a small ascent.
+
+    Args:
+        config: with the network and the side of its images; what it says of the perturbation does not matter.
+
+    Raises:
+        UserError: timm cannot build it, or it does not take such images.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self._network = staged_model(config)
+        side = config.data.resolution
+        self._flops = stage_flops(self._network, torch.empty(_IMAGES, 3, side, side, device="meta"))
+
+    def over_base(self, config: Config) -> float:
+        """Of the plan in a configuration of this network.
+
+        Raises:
+            UserError: its mask does not go with the network.
+        """
+        if config.perturbation is None:
+            return 1.0
+        with torch.random.fork_rng(devices=[]):
+            opt = configured_sam(config, self._network, base_optimizer(config, self._network.model))
+            ascents = ascents_of(config, self._network, opt, plans_of(config, opt), 1)
+        extra = sum(ascent.share * predicted_ascent_seconds(self._flops, ascent.shape) for ascent in ascents)
+        return 1.0 + extra / base_seconds(self._flops)
+
+
+def predictor(loaded: LoadedStudy, networks: Mapping[str, str]) -> Callable[[str, Knobs], dict[str, float | None]]:
+    """A function that says what a method of a study would cost on large networks, at 224 px; None where it cannot be.
+
+    Args:
+        loaded: the study.
+        networks: timm's names, by the names in the result.
+    """
+    sized = {
+        name: {"model": {"name": timm}, "data.resolution": _SIDE, "data.eval_resolution": _SIDE}
+        for name, timm in networks.items()
+    }
+    costs: dict[str, ArithmeticCost] = {}
+
+    def predict(method: str, knobs: Knobs) -> dict[str, float | None]:
+        found: dict[str, float | None] = {}
+        for name, own in sized.items():
+            if name not in costs:
+                costs[name] = ArithmeticCost(loaded.config(own=own))
+            try:
+                found[name] = costs[name].over_base(loaded.config(method, knobs, own))
+            except UserError:  # a mask of groups that this network cannot make, or of names that it has not
+                found[name] = None
+        return found
+
+    return predict
+
+
+def stage_flops(network: StagedModel, images: Tensor) -> StepTimes:
+    """FLOPs of each stage, in the place of seconds; nothing is computed.
+
+    Args:
+        network: in stages.
+        images: on the device `meta`.
+    """
+    shapes = copy.deepcopy(network).to("meta")
+    stages, hidden = [], images
+    for index in range(len(shapes.stages)):
+        forward, backward, after = _flops(shapes, index, hidden, weights=True, inputs=True)
+        _, no_weights, _ = _flops(shapes, index, hidden, weights=False, inputs=True)
+        _, no_input, _ = _flops(shapes, index, hidden, weights=True, inputs=False)
+        stages.append(StageTimes(forward, backward, no_weights, no_input))
+        hidden = after
+    return StepTimes(tuple(stages), 0.0, 0.0)
+
+
+def _flops(
+    network: StagedModel, stage: int, images: Tensor, *, weights: bool, inputs: bool
+) -> tuple[float, float, Tensor]:
+    """Of a stage's forward and backward, and what it puts out.
+
+    Args:
+        network: on the device `meta`.
+        stage: its number.
+        images: what goes in.
+        weights: whether the gradients of its weights are computed.
+        inputs: whether that of its input is.
+    """
+    for p in network.parameters():
+        p.requires_grad_(weights)
+    x = images.detach().requires_grad_(inputs)
+    with FlopCounterMode(display=False) as forward:
+        out: Tensor = network(x, start=stage, stop=stage + 1)
+    with FlopCounterMode(display=False) as backward:
+        if out.requires_grad:
+            out.backward(torch.empty_like(out))
+    return float(forward.get_total_flops()), float(backward.get_total_flops()), out
