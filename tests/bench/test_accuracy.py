@@ -69,7 +69,7 @@ LARGER = {
             "tune": {"perturbation.window": [[k / 10, 1.0] for k in range(1, 6)]},
         },
         "eighth": {
-            "set": {"perturbation": {"rho": 0.05, "fraction": 0.125}},
+            "set": {"perturbation": {"rho": 0.05, "direction": {"fraction": 0.125}}},
             "tune": {"perturbation.rho": [0.01, 0.02, 0.05, 0.1, 0.2]},
         },
     },
@@ -583,7 +583,7 @@ def test_the_report_on_disk(
 def test_arithmetic_of_plans(tmp_path: Path) -> None:
     values = copy.deepcopy(SMALL)
     for name, section in (
-        ("eighth", {"fraction": 0.125}),
+        ("eighth", {"direction": {"fraction": 0.125}}),
         ("interval", {"interval": 10}),
         ("late", {"window": [0.75, 1.0]}),
         ("cut", {"mask": {"pattern": "depth", "policy": "fixed", "cut": 0.5}}),
@@ -710,7 +710,7 @@ def test_a_run_that_diverges_is_a_result_and_one_that_fails_is_not(trained: Path
         # Each step multiplies the weights by a million.
         "far": {"set": {"perturbation": {"rho": 1.0}, "optimizer": {"lr": 1000.0, "weight_decay": 1000.0}}},
         # One image in an ascent of 12 is fewer than BatchNorm takes.
-        "one": {"set": {"perturbation": {"rho": 0.1, "fraction": 0.01}}},
+        "one": {"set": {"perturbation": {"rho": 0.1, "direction": {"fraction": 0.01}}}},
     }
     values["recipe"]["train"] = {"epochs": 8}
     home = trained
