@@ -145,17 +145,22 @@ class Passes:
 
     def _loss(self, forward: Forward, batch: Any) -> Tensor:
         """What the loss function returns, if it has left the graph and the gradients to this."""
-        last = next(reversed(self._parameters.by_name.values()), None)
-        before = None if last is None else (last.grad, None if last.grad is None else last.grad._version)
+        before = self._last_gradient()
         try:
             loss = check_loss(self._loss_fn(forward, batch))
         except RuntimeError as error:
             if (better := explained(error)) is not None:
                 raise better from error
             raise
-        if last is not None and before != (last.grad, None if last.grad is None else last.grad._version):
+        if before != self._last_gradient():
             raise ValueError(CALLS_BACKWARD)
         return loss
+
+    def _last_gradient(self) -> tuple[int, int]:
+        """What changes with the gradient of the last parameter, which every backward has."""
+        last = next(reversed(self._parameters.by_name.values()), None)
+        gradient = None if last is None else last.grad
+        return id(gradient), 0 if gradient is None else gradient._version
 
     def _ascents_samples(self, index: int, batch: Any) -> Any:
         """What the ascent sees of a micro-batch."""
