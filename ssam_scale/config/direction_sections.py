@@ -64,6 +64,14 @@ class PreviousDirection(Section):
     source: Literal["previous"] = Field(description="the descent gradient of the step before")
 
 
+class GateSection(Section):
+    """AE-SAM: a step perturbs only where its plain gradient is unusually long (arXiv 2304.14647)."""
+
+    delta: float = Field(0.9, ge=0.0, lt=1.0, description="share of the old in the running mean and variance")
+    first: float = Field(1.0, ge=-10.0, le=10.0, description="standard deviations above the mean, at the run's start")
+    last: float = Field(-1.0, ge=-10.0, le=10.0, description="the same at its end")
+
+
 def _fresh_unless_said(given: Any) -> Any:
     return {"source": "fresh", **given} if isinstance(given, dict) else given
 

@@ -96,6 +96,14 @@ PRESETS: Mapping[str, Preset] = {
         "arXiv 2203.08065",
         "adaptive; other directions and scopes",
     ),
+    "ae-sam": Preset(
+        "an ascent only where the gradient is unusually long",
+        {"direction": {"source": "fresh", "fraction": 1.0, "scope": "global"}},
+        {"rho": 0.1, "gate": {"delta": 0.9, "first": 1.0, "last": -1.0}},
+        "1.5, 1 + the share of steps that it opens for",
+        "arXiv 2304.14647",
+        "parts of the batch; other directions and scopes; reuse; `with opt.perturbed()`",
+    ),
     "rare-sam": Preset(
         "an ascent in every tenth step, at ten times the radius",
         {"direction": {"source": "fresh"}},

@@ -15,7 +15,7 @@ from pydantic import AfterValidator, Field, ValidationError, ValidationInfo, fie
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from .deepspeed import WEIGHT_BY_WEIGHT, problems
-from .direction_sections import Direction, FreshDirection, MomentumDirection, PreviousDirection
+from .direction_sections import Direction, FreshDirection, GateSection, MomentumDirection, PreviousDirection
 from .mask_sections import DepthMask, ElementMask, Mask
 from .presets import PRESETS
 from .section import Section, Share, UserPath, home, home_in_uri, without
@@ -258,6 +258,7 @@ class Perturbation(Section):
         description="how much of what the plain gradient has orthogonal to the descent's is taken off that (alpha of "
         "GSAM)",
     )
+    gate: GateSection | None = Field(None, description="null: every step of the interval and window perturbs")
     savings: Savings = Savings.model_validate({})
     window: tuple[Share, Share] = Field(
         (0.0, 1.0), description="part of the run that has ascents: shares of its steps, [first, last]"
@@ -294,6 +295,14 @@ class Perturbation(Section):
                     f"knows; use {known}"
                 )
         plain = isinstance(self.direction, FreshDirection) and self.direction.scope == "global"
+        direction = self.direction
+        if self.gate is not None and not (plain and direction.fraction == 1.0):  # type: ignore[union-attr]
+            raise ValueError(
+                "gate looks at the plain gradient of the whole batch: use direction.source fresh with fraction 1 and "
+                "scope global"
+            )
+        if self.gate is not None and self.reuse:
+            raise ValueError("gate has no ascents in fixed steps that reuse could go by; use one of them")
         for key in ("reuse", "gap"):
             if getattr(self, key) and not plain:
                 raise ValueError(

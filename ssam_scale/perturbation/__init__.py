@@ -3,6 +3,7 @@
 from ssam_scale import torch_compat  # noqa: F401 - refuses a torch that is too old, before anything looks for more
 
 from .directions import Direction, Fresh, Friendly, Momentum, Previous, VaSSO
+from .gate import Gate
 from .phases import Phase, Phases, no_phases
 from .profiling import ascent_seconds
 from .resolved_step import Norm, ResolvedStep, StepOptions, StepShares, resolve_step, step_shares
@@ -19,6 +20,7 @@ __all__ = [
     "Direction",
     "Fresh",
     "Friendly",
+    "Gate",
     "Interval",
     "LRRadius",
     "Momentum",

@@ -113,6 +113,14 @@ class Passes:
             )
         )
 
+    def plain(self) -> Tensor:
+        """Forward and backward at w as a descent runs them, before which nothing has run; returns the mean loss."""
+        losses = []
+        for index, batch in enumerate(self._batches):
+            self._random.append(RandomState.now(self._device))
+            losses.append(self._run(index, self._descent_forward, batch, "descent backward"))
+        return _sum(losses)
+
     def descend(self) -> Tensor:
         """Forward and backward at the weights as they are, with the gradient of every parameter; returns the mean loss.
 

@@ -336,6 +336,18 @@ class Perturbation:
         self.length = (norm + _TINY) / kappa
         return Epsilon(gradients, parts, list(resolved.radii.values()), source.sign * kappa / (norm + _TINY), exists)
 
+    @torch.no_grad()
+    def gradient_squares(self) -> Tensor:
+        """‖g‖² of all that is trained, of shape (), after a pass that was reduced as a descent's; the same on every
+        process. Collective."""
+        own = squares(self._sharding.gradients(list(self._parameters.values())), self._device).sum()
+        of_all = self._sharding.shard_group.all_reduce(own)
+        everyone = self._sharding.data_parallel_group
+        # What copies have computed apart may differ in the last bit, by which they would part.
+        return (
+            everyone.all_reduce(of_all) / everyone.size if everyone.size > self._sharding.shard_group.size else of_all
+        )
+
     def _side(self, resolved: ResolvedStep) -> _Side:
         return _Whole(self._sharding, self._mask) if resolved.whole else _Side(self._sharding, self._mask)
 

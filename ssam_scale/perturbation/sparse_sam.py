@@ -36,6 +36,7 @@ from .arguments import (
 from .batchnorm import Statistics
 from .by_hand import StaleGradients
 from .directions import Direction, Fresh, scope_of
+from .gate import Gate, GateState
 from .gsam import SurrogateGap
 from .looksam import LookSAM
 from .loss import LossFn
@@ -101,6 +102,8 @@ class SparseSAM(OptimizerWrapper):
             gradient, for `kappa`; None: only after a refresh.
         gap: α of GSAM (arXiv 2203.08065): how much of the plain gradient's part that is orthogonal to the descent's is
             taken off it, so that the gap between the losses at w + ε and at w narrows; 0: SAM.
+        gate: lets a step perturb only where its plain gradient is unusually long (AE-SAM, arXiv 2304.14647); the others
+            go by that, and cost one pass. The host waits for the device once a step then.
         direction: where the direction of ε comes from; None: `Fresh()`, the gradient at w of the global batch. `Fresh`
             takes a part of it, or that of each worker or micro-batch (m-sharpness); `Friendly` and `VaSSO` take a mean
             of earlier ones off or in; `Momentum` and `Previous` need no ascent pass.
@@ -131,6 +134,7 @@ class SparseSAM(OptimizerWrapper):
         adaptive: bool = False,
         calibrate_every: int | None = 100,
         gap: float = 0.0,
+        gate: Gate | None = None,
         direction: Direction | None = None,
         schedule: RadiusSchedule | None = None,
         savings: Savings | None = None,
@@ -173,6 +177,16 @@ class SparseSAM(OptimizerWrapper):
                 "reuse between ascents knows the gradient by the perturbation, which is not along it with direction "
                 f"{climbs}; use Fresh() with scope 'global'"
             )
+        if gate is not None and not isinstance(gate, Gate):
+            raise TypeError(f"gate is {described(gate)}; Gate(steps) is needed, or None")
+        if gate is not None and climbs != Fresh():
+            raise ValueError(
+                f"a gate looks at the plain gradient of the whole batch, by which steps that do not perturb go: with "
+                f"direction {climbs} there is none; use Fresh()"
+            )
+        if gate is not None and schedule is not None and ever_reuses(schedule):
+            raise ValueError("a gate has no ascents in fixed steps that others could reuse; use one of them")
+        self._gate = None if gate is None else GateState(gate)
         self._model = module_of(model)
         self.sharding, self._owner = sharding_of(self._model), owner_of(self._model)
         check_stages(self.sharding.network, mask if mask is not None else Dense())
@@ -395,12 +409,14 @@ class SparseSAM(OptimizerWrapper):
                 if batches:
                     closure = self._checked_loss_fn(closure)
                     check_batches(batches)
-                    resolved = self.resolve(len(batches))
+                    resolved = self.resolve(len(batches), by_hand=self._gate is not None)
                     loss = self._run_passes(resolved, closure, batches)
                 else:
                     check_closure(closure)
                     resolved = self.resolve(by_hand=True)
                     loss = self._run_closure(resolved, closure)
+        if resolved.ascends and self._gate is not None and not self._gate.opened:
+            resolved = ResolvedStep.without_ascent(self.steps)
         with self._phases("optimizer"):
             self._mask.accumulate(scaler)
             if self._looksam is not None and resolved.kind == "reused":
@@ -526,6 +542,15 @@ class SparseSAM(OptimizerWrapper):
         rehearsed: bool = False,
     ) -> Tensor:
         """Ascent, perturbation, descent, restoring; leaves the descent's gradients. Returns the mean loss at first."""
+        if self._gate is not None and resolved.ascends:
+            passes = self.passes(resolved, loss_fn, batches, scaler, phases)
+            loss_at_w = passes.plain()
+            if rehearsed or self._opens():
+                with self._perturbation.applied(resolved, keep=self._keeps and not rehearsed, phases=phases) as epsilon:
+                    passes.descend()
+                if not rehearsed:
+                    self._look_back(resolved, epsilon)
+            return loss_at_w
         if not resolved.by_micro_batch:
             passes = self.passes(resolved, loss_fn, batches, scaler, phases)
             loss = passes.ascend() if resolved.ascends else None
@@ -549,6 +574,13 @@ class SparseSAM(OptimizerWrapper):
                 passes.descend()
         accumulating.add()
         return torch.stack(losses).sum()
+
+    def _opens(self) -> bool:
+        """Whether the gate lets this step perturb, by the gradients at w. Collective, and waits for the device."""
+        assert self._gate is not None
+        squared = float(self._perturbation.gradient_squares())
+        scale = self.sharding.loss_scale() if self.scaler is None else self.scaler.get_scale()
+        return self._gate.opens(squared / scale**2, self.steps)
 
     @property
     def _keeps(self) -> bool:
@@ -598,6 +630,8 @@ class SparseSAM(OptimizerWrapper):
                     "anew; a function that only returns the loss goes with a batch, opt.step(loss_fn, batch)"
                 )
             if not resolved.ascends:
+                return loss
+            if self._gate is not None and not self._lacks_gradients() and not self._opens():
                 return loss
             if self._lacks_gradients() or (accumulated and untouched()):
                 self.zero_grad()
@@ -675,6 +709,11 @@ class SparseSAM(OptimizerWrapper):
             raise RuntimeError(
                 "scaler.unscale_(opt) was called before `with opt.perturbed()`, so that the scaler would take the "
                 "gradients of the second pass for unscaled; call it after the block"
+            )
+        if self._gate is not None:
+            raise RuntimeError(
+                "a gate decides after the first pass whether there is a second one, which `with opt.perturbed()` "
+                "always runs: call opt.step(loss_fn, batch) or opt.step(closure)"
             )
         self._check_scope_by_hand("`with opt.perturbed()`")
         self._check_scaled()
@@ -949,7 +988,8 @@ class SparseSAM(OptimizerWrapper):
         """
 
         def parts() -> list[Stateful]:
-            return [part for part in (self._mask, self._perturbation, self._looksam) if part is not None]
+            every = (self._mask, self._perturbation, self._looksam, self._gate)
+            return [part for part in every if part is not None]
 
         return SparseState(self, parts)
 
@@ -958,4 +998,4 @@ _WITHIN = (
     "{} was called where the weights are perturbed, and what it does to them would be undone: inside of "
     "`with opt.perturbed()`, or of a step; call it after the block"
 )
-_OPTIONS = {"rho", "norm", "adaptive", "calibrate_every", "direction", "schedule", "savings", "gap"}
+_OPTIONS = {"rho", "norm", "adaptive", "calibrate_every", "direction", "schedule", "savings", "gap", "gate"}

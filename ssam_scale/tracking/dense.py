@@ -26,7 +26,8 @@ _OF_ALL_SAMPLES = {
 
 def is_dense_sam(params: Mapping[str, str]) -> bool:
     """Whether each of its steps has such an ascent."""
-    return ascends_densely(params) and _is(params, "interval", "1") and _is(params, "window", "[0.0, 1.0]")
+    always = _is(params, "interval", "1") and _is(params, "window", "[0.0, 1.0]")
+    return ascends_densely(params) and always and "perturbation.gate.delta" not in params
 
 
 def _is(params: Mapping[str, str], key: str, usual: str) -> bool:

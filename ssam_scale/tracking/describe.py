@@ -72,6 +72,8 @@ def plan_words(method: str, params: Mapping[str, str]) -> str:
         words.append("of each shard group")
     if float(section.get("reuse", "0.0")):
         words.append(f"reused by {float(section['reuse']):g} between")
+    if "gate.delta" in section:
+        words.append("where the gradient is long")
     if float(section.get("gap", "0.0")):
         words.append(f"gap narrowed by {float(section['gap']):g}")
     if section.get("adaptive") == "true":

@@ -23,7 +23,7 @@ from ssam_scale.errors import UserError
 from ssam_scale.masks import RunInfo, build_mask
 from ssam_scale.models import build_model, check_compiler, stages_of
 from ssam_scale.models.ema import EMA
-from ssam_scale.perturbation import Phases, Savings, SparseSAM
+from ssam_scale.perturbation import Gate, Phases, Savings, SparseSAM
 from ssam_scale.perturbation.arguments import check_optimizer
 from ssam_scale.perturbation.batchnorm import batchnorms, frozen_statistics
 from ssam_scale.perturbation.directions import DIRECTIONS
@@ -348,6 +348,7 @@ def perturbation_options(config: Config, steps_per_epoch: int) -> dict[str, Any]
         "calibrate_every": section.calibrate_every,
         "direction": DIRECTIONS[section.direction.source].value(section.direction),
         "gap": section.gap,
+        "gate": None if section.gate is None else Gate(run.steps, **section.gate.model_dump()),
         "savings": Savings(**section.savings.model_dump()),
         "schedule": build_schedule(section, run.steps),
     }

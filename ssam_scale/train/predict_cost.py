@@ -27,7 +27,7 @@ from ssam_scale.costs.workload import Ascent, ascent_of, weights_of
 from ssam_scale.errors import UserError
 from ssam_scale.masks import Plan, ScoreBased
 from ssam_scale.models import build_model, check_compiler
-from ssam_scale.perturbation import Norm, SparseSAM, StagedModel, step_shares
+from ssam_scale.perturbation import Gate, Norm, SparseSAM, StagedModel, StepShares, step_shares
 from ssam_scale.perturbation.schedules import build_schedule
 from ssam_scale.sharding.device import PRECISIONS, choose_device, to_device, use_device
 from ssam_scale.sharding.place import place
@@ -256,12 +256,16 @@ def ascents_of(
     weights, depth = weights_of(network), len(network.stages)
     steps, every = config.train.epochs * _STEPS_PER_EPOCH, getattr(opt.mask, "every", None)
     often = step_shares(build_schedule(section, steps), opt.options, plans[0], steps, every)
+    if section.gate is not None:  # whose first pass computes everything, and is the base step where it stays closed
+        gated = section.gate.model_dump()
+        often = StepShares(0.0, (often.sparse + often.dense) * Gate(steps, **gated).expected_share, 0.0)
     reuses = often.reused / (often.sparse + often.dense)
     ascents = []
     for plan in plans:
         for share, dense in ((often.sparse, False), (often.dense, True)):
             if share:
-                resolved = opt.resolve(accumulation, plan=plan, dense=dense)
+                by_hand = section.gate is not None
+                resolved = opt.resolve(accumulation, plan=plan, dense=dense, by_hand=by_hand)
                 ascents.append(ascent_of(resolved, weights, depth, share=share / len(plans), reuses=reuses))
     return ascents
 

@@ -152,6 +152,10 @@ def configs(draw: st.DrawFn) -> Config:
 
 def _of_the_direction(perturbation: dict[str, Any], sharding: dict[str, Any]) -> None:
     direction = perturbation["direction"]
+    if direction.get("fraction") != 1.0 or direction["source"] != "fresh" or direction["scope"] != "global":
+        perturbation["gate"] = None
+    if perturbation["gate"] is not None:
+        perturbation["reuse"] = 0.0
     if perturbation["adaptive"]:
         perturbation["gap"] = 0.0
     if direction["source"] != "fresh":
@@ -250,6 +254,11 @@ def test_every_key_is_explained(small, mask):
 SOURCES = ("fresh", "friendly", "vasso", "momentum", "previous")
 
 
+def test_every_key_of_a_gate_is_explained(small):
+    printed = dump(load(small, ["perturbation.gate={delta: 0.5}"]))
+    assert [line for line in printed.splitlines() if "  #" not in line] == []
+
+
 @pytest.mark.parametrize("source", SOURCES)
 def test_every_key_of_a_direction_is_explained(small, source):
     printed = dump(load(small, [f"perturbation.direction={{source: {source}}}", "perturbation.norm=masked"]))
@@ -273,7 +282,8 @@ def full(key: str) -> dict[str, Any]:
     """A configuration in which `key` and all that may stand beside it are given."""
     for mask, source in [*((mask, "fresh") for mask in MASKS.values()), *((MASKS["norm"], s) for s in SOURCES)]:
         text = SMALL.replace("    pattern: depth\n    cut: [0.25, 0.75]\n", f"    {mask}\n")
-        text = re.sub("  norm: .*\n", "", text).replace("  rho:", f"  direction: {{source: {source}}}\n  rho:")
+        gate = "  gate: {delta: 0.5}\n" if source == "fresh" else ""
+        text = re.sub("  norm: .*\n", "", text).replace("  rho:", f"{gate}  direction: {{source: {source}}}\n  rho:")
         data = Config.model_validate(yaml.safe_load(text)).model_dump(mode="json")
         around = data
         for part in key.split(".")[:-1]:

@@ -7,7 +7,7 @@ from dataclasses import fields
 
 import torch
 
-from ssam_scale import CosineRadius, Fresh, Friendly, Interval, LRRadius, Momentum, Previous, VaSSO, Window
+from ssam_scale import CosineRadius, Fresh, Friendly, Gate, Interval, LRRadius, Momentum, Previous, VaSSO, Window
 from tests.support.training import RHO, STEPS, Case
 
 _CASES = [
@@ -26,6 +26,8 @@ _CASES = [
     Case("resnet", "moving cut", direction=Fresh(0.5)),
     Case("convnext", "moving cut", direction=Fresh(0.3), accumulation=2, optimizer="adamw"),
     Case("vit", "dense", direction=Fresh(0.25), schedule=Interval(2, Window(2))),
+    Case("vit", "moving cut", gate=Gate(STEPS, delta=0.5, first=0.5), accumulation=2),
+    Case("resnet", "element", gate=Gate(STEPS, delta=0.5, first=0.5), norm="dense", gap=0.3),
     Case("vit", "element", gap=0.6, rho=(RHO, RHO / 2), accumulation=2),
     Case("vit", "element", direction=Fresh(0.5, "random"), accumulation=2),
     Case("vit", "moving cut", direction=Fresh(0.25, "highest_loss")),

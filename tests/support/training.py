@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from ssam_scale.masks import NM, Dense, Depth, DepthByCost, Dynamic, Mask, Named, Norms, Refreshed, Scored
-from ssam_scale.perturbation import Direction, Fresh, RadiusSchedule, Rehearsed, Savings, SparseSAM
+from ssam_scale.perturbation import Direction, Fresh, Gate, RadiusSchedule, Rehearsed, Savings, SparseSAM
 from ssam_scale.perturbation.reference import length_of, masked_by, reference_gradient, reference_step
 from ssam_scale.sharding import World
 from ssam_scale.sharding.place import place
@@ -59,6 +59,7 @@ class Case:
     savings: Savings = field(default_factory=Savings)
     scaled: bool = False
     gap: float = 0.0
+    gate: Gate | None = None
 
     def __str__(self) -> str:
         """The case in words, e.g. "vit element, calibrated norm, radii 0.1 and 0.0": what is not as usual is named."""
@@ -77,6 +78,7 @@ class Case:
             ),
             "scaled": self.scaled,
             f"gap {self.gap}": self.gap > 0.0,
+            "gated": self.gate is not None,
         }
         return ", ".join([f"{self.family} {self.mask}", *(word for word, said in words.items() if said)])
 
@@ -122,6 +124,7 @@ class Case:
             calibrate_every=3,
             direction=self.direction,
             gap=self.gap,
+            gate=self.gate,
             schedule=self.schedule,
             max_grad_norm=self.clip,
             savings=self.savings,
@@ -254,12 +257,21 @@ def reference(
     optimizer = case.make_optimizer(model)
     scheduler = halved(optimizer) if case.schedule else None
     vectors = Vectors(case.direction, model, optimizer)
+    mean, variance = None, 0.0  # of the squared length of the gradient: AE-SAM
     for step, (batch, mask) in enumerate(zip(batches(STEPS, BATCH), masks, strict=True)):
         radii = [g["rho"] * (case.schedule(step, g) if case.schedule else 1.0) for g in optimizer.param_groups]
         names = {id(p): name for name, p in model.named_parameters()}
         rho = {names[id(p)]: r for g, r in zip(optimizer.param_groups, radii, strict=True) for p in g["params"]}
         if not vectors.known:
             rho = dict.fromkeys(rho, 0.0)
+        if case.gate is not None and any(rho.values()):
+            squared = float(length_of(reference_gradient(model, case.loss_fn, batch)[1])) ** 2
+            delta = case.gate.delta
+            mean = squared if mean is None else delta * mean + (1 - delta) * squared
+            variance = delta * variance + (1 - delta) * (squared - mean) ** 2
+            c = case.gate.first + (case.gate.last - case.gate.first) * step / case.gate.steps
+            if squared < mean + c * variance**0.5:
+                rho = dict.fromkeys(rho, 0.0)
         climbs = any(rho.values()) and case.direction.ascends
         seen = seen_by_ascent(case.direction, model, batch, ranks, case.accumulation, step) if climbs else batch
         along = None
