@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import is_dataclass
 from functools import partial
@@ -13,11 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ssam_scale.checks import described
+from ssam_scale.checks import check_number, described
 from ssam_scale.config.direction_sections import Scope
+from ssam_scale.config.schema import Norm
 from ssam_scale.masks import Depth, Mask
 from ssam_scale.sharding import Sharding
 
+from .directions import Direction, Fresh
+from .gate import Gate
 from .staged_model import StagedModel
 
 _LABELS = {"y", "label", "labels", "target", "targets"}
@@ -140,6 +144,41 @@ def check_no_others(others: Mapping[str, Any], base_optimizer: Any) -> None:
         raise TypeError(
             f"SparseSAM has no argument {name}; what is the base optimizer's is given to it: {of}(…, {name}=…)"
         )
+
+
+def check_together(
+    norm: Norm, mask: Mask | None, adaptive: bool, direction: Direction, gap: float, gate: Gate | None, *, reuses: bool
+) -> None:
+    """Refuse options of `SparseSAM` that do not go together; `reuses`: whether its schedule reuses ascents (LookSAM).
+
+    Raises:
+        TypeError: the gap is no number, or the gate no gate.
+        ValueError: they do not.
+    """
+    check_number("gap", gap, "at least 0", lambda alpha: 0.0 <= alpha < math.inf)
+    if gate is not None and not isinstance(gate, Gate):
+        raise TypeError(f"gate is {described(gate)}; Gate(steps) is needed, or None")
+    if norm == "dense" and isinstance(mask, Depth) and direction.ascends:
+        raise ValueError(
+            "norm 'dense' needs the gradient of the prefix, which a Depth mask never computes; use 'masked', or "
+            "'calibrated' for the same length"
+        )
+    along = isinstance(direction, Fresh) and direction.scope == "global"
+    for what, asked in (("reuse between ascents", reuses), ("gap", gap > 0.0)):
+        if asked and adaptive:
+            raise ValueError(f"{what} knows the gradient by the perturbation, which adaptive distorts")
+        if asked and not along:
+            raise ValueError(
+                f"{what} knows the gradient by the perturbation, which is not along it with direction {direction}; use "
+                "Fresh() with scope 'global'"
+            )
+    if gate is not None and direction != Fresh():
+        raise ValueError(
+            "a gate looks at the plain gradient of the whole batch, by which steps that do not perturb go: with "
+            f"direction {direction} there is none; use Fresh()"
+        )
+    if gate is not None and reuses:
+        raise ValueError("a gate has no ascents in fixed steps that others could reuse; use one of them")
 
 
 def check_scope(scope: Scope, sharding: Sharding) -> None:

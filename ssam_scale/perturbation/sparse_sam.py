@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.stateful import Stateful
 
 from ssam_scale.checks import check_number, check_switch, described
-from ssam_scale.masks import Dense, Depth, Mask, Plan, Refreshed, ScoreBased
+from ssam_scale.masks import Dense, Mask, Plan, Refreshed, ScoreBased
 from ssam_scale.sharding.place import sharding_of
 from ssam_scale.sharding.unsupported import check_alone, owner_of
 
@@ -31,6 +31,7 @@ from .arguments import (
     check_scaler,
     check_scope,
     check_stages,
+    check_together,
     module_of,
 )
 from .batchnorm import Statistics
@@ -158,34 +159,7 @@ class SparseSAM(OptimizerWrapper):
             check_number("max_grad_norm", max_grad_norm, "a norm above 0, or None,", lambda norm: norm > 0.0)
         climbs: Direction = direction if direction is not None else Fresh()
         self.options = StepOptions(norm, calibrate_every, climbs, savings if savings is not None else Savings())
-        if norm == "dense" and isinstance(mask, Depth) and climbs.ascends:
-            raise ValueError(
-                "norm 'dense' needs the gradient of the prefix, which a Depth mask never computes; use 'masked', or "
-                "'calibrated' for the same length"
-            )
-        if adaptive and schedule is not None and ever_reuses(schedule):
-            raise ValueError("reuse between ascents knows the gradient by the perturbation, which adaptive distorts")
-        check_number("gap", gap, "at least 0", lambda alpha: 0.0 <= alpha < math.inf)
-        plain = isinstance(climbs, Fresh) and climbs.scope == "global"
-        if gap and (adaptive or not plain):
-            raise ValueError(
-                "gap knows the gradient by the perturbation, which is along it only where that is not adaptive, and by "
-                f"direction Fresh() with scope 'global'; here adaptive is {adaptive} and direction {climbs}"
-            )
-        if not plain and schedule is not None and ever_reuses(schedule):
-            raise ValueError(
-                "reuse between ascents knows the gradient by the perturbation, which is not along it with direction "
-                f"{climbs}; use Fresh() with scope 'global'"
-            )
-        if gate is not None and not isinstance(gate, Gate):
-            raise TypeError(f"gate is {described(gate)}; Gate(steps) is needed, or None")
-        if gate is not None and climbs != Fresh():
-            raise ValueError(
-                f"a gate looks at the plain gradient of the whole batch, by which steps that do not perturb go: with "
-                f"direction {climbs} there is none; use Fresh()"
-            )
-        if gate is not None and schedule is not None and ever_reuses(schedule):
-            raise ValueError("a gate has no ascents in fixed steps that others could reuse; use one of them")
+        check_together(norm, mask, adaptive, climbs, gap, gate, reuses=schedule is not None and ever_reuses(schedule))
         self._gate = None if gate is None else GateState(gate)
         self._model = module_of(model)
         self.sharding, self._owner = sharding_of(self._model), owner_of(self._model)

@@ -513,8 +513,8 @@ def test_the_gap_is_narrowed_by_what_is_orthogonal_to_the_descent() -> None:
     ("options", "message"),
     [
         ({"gap": -1.0}, "gap is -1.0; at least 0 is needed"),
-        ({"gap": 0.5, "adaptive": True}, "here adaptive is True"),
-        ({"gap": 0.5, "direction": Momentum()}, r"by direction Fresh\(\) with scope 'global'"),
+        ({"gap": 0.5, "adaptive": True}, "gap knows the gradient by the perturbation, which adaptive distorts"),
+        ({"gap": 0.5, "direction": Momentum()}, r"use Fresh\(\) with scope 'global'"),
         ({"gap": 0.5, "direction": Fresh(scope="worker")}, "with scope 'global'"),
     ],
 )
