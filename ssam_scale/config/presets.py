@@ -51,7 +51,7 @@ PRESETS: Mapping[str, Preset] = {
         "arXiv 2102.11600",
         "reuse",
     ),
-    "m-sam": Preset(
+    "worker-sam": Preset(
         "SAM of each worker's own part of the batch, as its authors train on several accelerators",
         {"direction": {"source": "fresh", "scope": "worker"}, "mask": None},
         {"rho": 0.05},
