@@ -626,8 +626,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def arguments(home: Path, work: str, *options: str) -> list[str]:
-    # On one core, as it is meant to run, the threads of a process that has forked were waited for without end. Not niced,
-    # as it is meant to be, too: beside other tests it would not come to its turn.
+    # On one core, as it is meant to run, the threads of a process that has forked were waited for without end. Not
+    # niced, as it is meant to be, too: beside other tests it would not come to its turn.
     bound = ["taskset", "-c", str(min(os.sched_getaffinity(0)))]
     line = [*bound, sys.executable, "-m", "ssam_scale", "bench", "accuracy", str(home / "small.yaml"), "--data"]
     return [*line, str(home / "images"), "--folder", str(home / work), *options]
