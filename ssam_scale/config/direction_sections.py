@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
+from typing_extensions import Self
 
 from .section import Section, Share
 
@@ -23,6 +24,14 @@ class _Ascending(Section):
         description="which images these are: the first; random, others in each step; those of the highest loss, which "
         "costs a forward of all of them",
     )
+
+    @model_validator(mode="after")
+    def _chosen_of_some(self) -> Self:
+        if self.choose != "first" and self.fraction == 1.0:
+            raise ValueError(
+                f"choose {self.choose} says which images are seen, and with fraction 1 all are; lower that"
+            )
+        return self
 
 
 class FreshDirection(_Ascending):

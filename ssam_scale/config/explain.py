@@ -77,9 +77,8 @@ def _unknown(
     line = f"{_origin(path, origins)}: {_dotted(path)}: unknown key"
     section = _at(values, path[:-1])
     near = nearest(name, names(around))
-    moved = dict.fromkeys(("fraction", "scope", "choose"), "direction") if path[:-1] == ("perturbation",) else {}
-    if name in moved:
-        return f"{line}; it is {_dotted((*path[:-1], moved[name], name))}"
+    if path in _MOVED:
+        return f"{line}; it is {_MOVED[path]}"
     if near:
         meant.add((*path[:-1], near))
         return f"{line}; did you mean {_dotted((*path[:-1], near))}?"
@@ -92,6 +91,12 @@ def _unknown(
     if elsewhere:
         return f"{line}; did you mean {' or '.join(elsewhere)}?"
     return f"{line}; {_dotted(path[:-1]) or 'the configuration'} has {', '.join(names(around))}"
+
+
+_MOVED: dict[KeyPath, str] = {
+    **{("perturbation", name): f"perturbation.direction.{name}" for name in ("fraction", "scope", "choose")},
+    ("perturbation", "savings", "within_shard_group"): "perturbation.direction.scope=shard_group",
+}
 
 
 def _untagged(

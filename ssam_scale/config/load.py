@@ -109,7 +109,8 @@ def _expand_preset(values: dict[str, Any], origins: dict[KeyPath, str]) -> None:
         UserError: another setting contradicts it.
     """
     section = values.get("perturbation")
-    if not isinstance(section, dict) or section.get("preset") not in PRESETS:  # what is wrong is told by the schema
+    name = section.get("preset") if isinstance(section, dict) else None
+    if not isinstance(section, dict) or not isinstance(name, str) or name not in PRESETS:  # the schema tells
         return
     try:
         values["perturbation"] = expanded(section)

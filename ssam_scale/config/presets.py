@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -23,6 +23,7 @@ class Preset:
         cost: time of a step over the base optimizer's, by arithmetic; t is the suffix's share of compute, of a cut.
         paper: where it comes from; empty: it is ours.
         refuses: what it does not go with, beside what every ascent refuses; empty: nothing.
+        off: settings that would switch off what makes it this method, and so cannot be given.
     """
 
     summary: str
@@ -31,25 +32,33 @@ class Preset:
     cost: str
     paper: str = ""
     refuses: str = ""
+    off: Mapping[str, Any] = field(default_factory=dict)
 
 
+_PLAIN = {
+    "direction": {"source": "fresh", "fraction": 1.0, "scope": "global"},
+    "interval": 1,
+    "window": [0.0, 1.0],
+    "gap": 0.0,
+    "gate": None,
+}
 _FISHER = {"pattern": "element", "score": "fisher"}
 
 PRESETS: Mapping[str, Preset] = {
     "sam": Preset(
         "the gradient of the batch, all weights",
-        {"direction": {"source": "fresh"}, "mask": None, "adaptive": False},
+        {**_PLAIN, "mask": None, "adaptive": False},
         {"rho": 0.05},
         "2",
         "arXiv 2010.01412",
     ),
     "asam": Preset(
         "SAM, each weight in proportion to its magnitude",
-        {"direction": {"source": "fresh"}, "mask": None, "adaptive": True},
+        {**_PLAIN, "mask": None, "adaptive": True},
         {"rho": 0.5},
         "2",
         "arXiv 2102.11600",
-        "reuse",
+        "reuse; gap",
     ),
     "worker-sam": Preset(
         "SAM of each worker's own part of the batch, as its authors train on several accelerators",
@@ -57,7 +66,7 @@ PRESETS: Mapping[str, Preset] = {
         {"rho": 0.05},
         "2, sends nothing in the ascent",
         "arXiv 2010.01412, section 3.1",
-        "backends fsdp2 and zero3; reuse",
+        "backends fsdp2 and zero3; reuse, gap and gate",
     ),
     "ssam-f": Preset(
         "single weights of the highest Fisher score",
@@ -86,7 +95,8 @@ PRESETS: Mapping[str, Preset] = {
         {"rho": 0.1, "interval": 5, "reuse": 0.7},
         "1 + 1/interval",
         "arXiv 2203.02714",
-        "adaptive",
+        "adaptive; gate; other directions and scopes",
+        {"reuse": 0.0, "interval": 1},
     ),
     "gsam": Preset(
         "SAM that also narrows the gap between the losses at w + ε and at w; the radius falls with the learning rate",
@@ -95,6 +105,7 @@ PRESETS: Mapping[str, Preset] = {
         "2",
         "arXiv 2203.08065",
         "adaptive; other directions and scopes",
+        {"gap": 0.0},
     ),
     "ae-sam": Preset(
         "an ascent only where the gradient is unusually long",
@@ -103,6 +114,7 @@ PRESETS: Mapping[str, Preset] = {
         "1.5, 1 + the share of steps that it opens for",
         "arXiv 2304.14647",
         "parts of the batch; other directions and scopes; reuse; `with opt.perturbed()`",
+        {"gate": None},
     ),
     "rare-sam": Preset(
         "an ascent in every tenth step, at ten times the radius",
@@ -110,6 +122,7 @@ PRESETS: Mapping[str, Preset] = {
         {"rho": 0.5, "interval": 10},
         "1 + 1/interval",
         "MosaicML Composer",
+        off={"interval": 1},
     ),
     "f-sam": Preset(
         "the gradient less the running mean of earlier ones",
@@ -117,7 +130,7 @@ PRESETS: Mapping[str, Preset] = {
         {"rho": 0.2, "direction": {"sigma": 1.0, "lmbda": 0.9}},
         "2",
         "arXiv 2403.12350",
-        "norms dense and calibrated; reuse",
+        "norms dense and calibrated; reuse, gap and gate",
     ),
     "vasso": Preset(
         "the running mean of gradients",
@@ -125,7 +138,7 @@ PRESETS: Mapping[str, Preset] = {
         {"rho": 0.1, "direction": {"theta": 0.9}},
         "2",
         "arXiv 2309.15639",
-        "norms dense and calibrated; reuse",
+        "norms dense and calibrated; reuse, gap and gate",
     ),
     "msam": Preset(
         "further along the momentum of the base optimizer",
@@ -133,7 +146,7 @@ PRESETS: Mapping[str, Preset] = {
         {"rho": 3.0},
         "1",
         "arXiv 2401.12033",
-        "optimizers without momentum; norm calibrated; reuse",
+        "optimizers without momentum; norm calibrated; reuse, gap and gate",
     ),
     "s2-sam": Preset(
         "the gradient by which the step before descended",
@@ -141,7 +154,7 @@ PRESETS: Mapping[str, Preset] = {
         {"rho": 0.05},
         "1",
         "openreview MJgMMqMDu4",
-        "norms dense and calibrated; reuse",
+        "norms dense and calibrated; reuse, gap and gate",
     ),
     "moving-cut": Preset(
         "the blocks from a random depth on; those before run once for both passes",
@@ -163,6 +176,7 @@ PRESETS: Mapping[str, Preset] = {
         {"rho": 0.05, "window": [0.75, 1.0]},
         "1 + the window's length",
         "arXiv 2410.10373",
+        off={"window": [0.0, 1.0]},
     ),
 }
 
@@ -185,7 +199,14 @@ def expanded(given: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ContradictionError: something is said that the preset is not.
     """
-    preset = PRESETS[given["preset"]]
+    preset, name = PRESETS[given["preset"]], given["preset"]
+    for key, off in preset.off.items():
+        if key in given and given[key] == off:
+            raise ContradictionError(
+                f"perturbation.preset {name} is nothing of the kind with {key}: {_shown(off)}; leave that out, or "
+                "leave the preset out and say what you want",
+                ("perturbation", key),
+            )
     return _filled(_merged(given, preset.point, given["preset"], ()), preset.start)
 
 
@@ -231,7 +252,10 @@ def _overrides(settings: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{key}={_shown(value)}"
 
 
-_USUAL = (("direction.source", "fresh"), ("mask", None), ("adaptive", False), ("norm", "masked"))
+_USUAL = (
+    *(("direction.source", "fresh"), ("direction.fraction", 1.0), ("direction.scope", "global"), ("norm", "masked")),
+    *(("mask", None), ("adaptive", False), ("interval", 1), ("window", [0.0, 1.0]), ("gap", 0.0), ("gate", None)),
+)
 
 
 def in_words(preset: Preset) -> str:

@@ -77,12 +77,14 @@ class StepShape:
             pass.
         perturbed: number of perturbed weights.
         fraction: share of the batch in the ascent.
+        scored: whether a forward of the whole batch chooses it.
     """
 
     cut: int
     kept: tuple[float, ...]
     perturbed: int
     fraction: float = 1.0
+    scored: bool = False
 
     @property
     def ascends(self) -> bool:
@@ -113,7 +115,10 @@ def suffix_share(times: StepTimes, cut: int) -> float:
 
 def ascent_forward(times: StepTimes, shape: StepShape) -> float:
     """The ascent's forward."""
-    return shape.fraction * sum(s.forward for s in times.stages[shape.cut :]) if shape.ascends else 0.0
+    if not shape.ascends:
+        return 0.0
+    chosen = sum(s.forward for s in times.stages) if shape.scored else 0.0
+    return chosen + shape.fraction * sum(s.forward for s in times.stages[shape.cut :])
 
 
 def ascent_backward(times: StepTimes, shape: StepShape) -> float:

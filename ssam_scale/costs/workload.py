@@ -156,7 +156,9 @@ def shape_of(resolved: ResolvedStep, weights: Weights, depth: int) -> StepShape:
             if stage >= resolved.cut:
                 computed[stage] += resolved.computed.get(name, 0)
     kept = tuple(c / n if n else 0.0 for c, n in zip(computed, total, strict=True))
-    return StepShape(resolved.forward_from, kept, resolved.plan.perturbed, resolved.fraction)
+    return StepShape(
+        resolved.forward_from, kept, resolved.plan.perturbed, resolved.fraction, resolved.choose == "highest_loss"
+    )
 
 
 def _between(plan: Plan) -> CountBetween:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from ssam_scale.sharding import Sharding
+
+from .live_gradients import live_gradients
 
 
 class Accumulating:
@@ -19,11 +21,12 @@ class Accumulating:
 
     Args:
         sharding: where the weights live.
-        parameters: all that are trained.
+        parameters: all that are trained, by name.
     """
 
-    def __init__(self, sharding: Sharding, parameters: Iterable[nn.Parameter]) -> None:
-        self._sharding, self._parameters = sharding, list(parameters)
+    def __init__(self, sharding: Sharding, parameters: Mapping[str, nn.Parameter]) -> None:
+        self._sharding, self._parameters = sharding, parameters
+        self._reached: set[int] = set()
         self._aside: list[Tensor | None] = []
         self._sum: list[Tensor] = []
         self._begun = False
@@ -32,8 +35,8 @@ class Accumulating:
     def set_aside(self, optimizer: torch.optim.Optimizer) -> None:
         """Before an ascent: no gradient is where its own will be."""
         if self._sharding.accumulates_in_grad:
-            self._aside = [p.grad for p in self._parameters]
-            for p in self._parameters:
+            self._aside = [p.grad for p in self._parameters.values()]
+            for p in self._parameters.values():
                 p.grad = None
             return
         if self._begun:
@@ -43,7 +46,7 @@ class Accumulating:
 
     def put_back(self) -> None:
         """Before a descent, after the gradients of its ascent were dropped: it adds to those of the descents before."""
-        for p, gradient in zip(self._parameters, self._aside, strict=bool(self._aside)):
+        for p, gradient in zip(self._parameters.values(), self._aside, strict=bool(self._aside)):
             p.grad = gradient
 
     @torch.no_grad()
@@ -55,17 +58,21 @@ class Accumulating:
         """
         if not self._sum:
             return
-        gradients = self._sharding.gradients(self._parameters)
-        again = self._sharding.gradients(self._parameters)
-        if any(a.data_ptr() != b.data_ptr() for a, b in zip(gradients, again, strict=True) if a.numel()):
-            raise ValueError(
-                "direction scope 'micro_batch' needs float32 gradients with ZeRO stage 3, which copies others"
-            )
-        torch._foreach_add_(gradients, self._sum)
+        if self._sharding.leaves_grad:
+            for p in self._parameters.values():
+                if p.grad is None and id(p) in self._reached:  # by the batches before this one
+                    p.grad = torch.zeros_like(p)
+        names, gradients = live_gradients(
+            self._sharding, self._parameters, self._parameters, "direction scope 'micro_batch'"
+        )
+        sums = dict(zip(self._parameters, self._sum, strict=True))
+        torch._foreach_add_(gradients, [sums[name] for name in names])
         self._sum = []
 
     def _take_sum(self) -> None:
-        gradients = self._sharding.gradients(self._parameters)
+        every = list(self._parameters.values())
+        self._reached |= {id(p) for p in every if p.grad is not None}
+        gradients = self._sharding.gradients(every)
         if self._sum:
             torch._foreach_add_(self._sum, gradients)
         else:

@@ -172,7 +172,8 @@ def check_together(
                 f"{what} knows the gradient by the perturbation, which is not along it with direction {direction}; use "
                 "Fresh() with scope 'global'"
             )
-    if gate is not None and direction != Fresh():
+    whole = isinstance(direction, Fresh) and direction.fraction == 1.0 and direction.scope == "global"
+    if gate is not None and not whole:
         raise ValueError(
             "a gate looks at the plain gradient of the whole batch, by which steps that do not perturb go: with "
             f"direction {direction} there is none; use Fresh()"

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from ssam_scale.masks import inner_product, masked_add_, masked_select
-from ssam_scale.sharding import ShardedWeights
+from ssam_scale.sharding import Sharding
 
 from .arithmetic import at_least_fp32, squares, zero_unless_
+from .live_gradients import live_gradients
 from .resolved_step import ResolvedStep
 
 
@@ -27,7 +28,7 @@ class SurrogateGap:
         alpha: α ≥ 0.
     """
 
-    def __init__(self, sharding: ShardedWeights, parameters: Mapping[str, nn.Parameter], alpha: float) -> None:
+    def __init__(self, sharding: Sharding, parameters: Mapping[str, nn.Parameter], alpha: float) -> None:
         self._sharding, self._parameters, self._alpha = sharding, parameters, alpha
 
     @torch.no_grad()
@@ -42,13 +43,14 @@ class SurrogateGap:
         Raises:
             ValueError: the backend shows copies of its gradients, to which nothing can be added.
         """
-        chosen = [self._parameters[name] for name in resolved.plan.weights]
-        parts, radii = list(resolved.plan.weights.values()), list(resolved.radii.values())
-        gradients, again = self._sharding.gradients(chosen), self._sharding.gradients(chosen)
-        if any(a.data_ptr() != b.data_ptr() for a, b in zip(gradients, again, strict=True) if a.numel()):
-            raise ValueError("gap needs float32 gradients with ZeRO stage 3, which copies others")
-        plain = epsilon
-        torch._foreach_div_(plain, [radius or 1.0 for radius in radii])
+        # A group whose radius is 0 in this step has no ε to know its gradient by.
+        of_each = dict(zip(resolved.plan.weights, epsilon, strict=True))
+        climbed = [name for name in of_each if resolved.radii[name] > 0.0]
+        names, gradients = live_gradients(self._sharding, self._parameters, climbed, "gap")
+        parts, plain = [resolved.plan.weights[name] for name in names], [of_each[name] for name in names]
+        if not plain:
+            return
+        torch._foreach_div_(plain, [resolved.radii[name] for name in names])
         torch._foreach_mul_(plain, length)
         sharp = at_least_fp32(masked_select(gradients, parts))
         sums = torch.stack([inner_product(plain, sharp), squares(sharp, sharp[0].device).sum()])

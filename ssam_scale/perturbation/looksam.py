@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from ssam_scale.masks import inner_product, masked_add_, masked_select
-from ssam_scale.sharding import ShardedWeights
+from ssam_scale.masks import Plan, inner_product, masked_add_, masked_select
+from ssam_scale.sharding import Sharding
 
 from .arithmetic import at_least_fp32, squares, zero_unless_
 from .directions import Kept
+from .live_gradients import live_gradients
 from .resolved_step import ResolvedStep
 
 
@@ -31,7 +33,7 @@ class LookSAM:
         parameters: all that are trained, by name.
     """
 
-    def __init__(self, sharding: ShardedWeights, parameters: Mapping[str, nn.Parameter]) -> None:
+    def __init__(self, sharding: Sharding, parameters: Mapping[str, nn.Parameter]) -> None:
         self._sharding, self._parameters = sharding, parameters
         self._orthogonal = Kept(sharding, parameters)
 
@@ -46,15 +48,16 @@ class LookSAM:
         Raises:
             ValueError: the backend shows copies of its gradients, to which nothing can be added.
         """
-        names, parts = list(resolved.plan.weights), list(resolved.plan.weights.values())
-        radii = list(resolved.radii.values())
+        of_each = dict(zip(resolved.plan.weights, epsilon, strict=True))
+        climbed = [name for name in of_each if resolved.radii[name] > 0.0]
+        names, gradients = live_gradients(self._sharding, self._parameters, climbed, "reuse between ascents")
+        plan = _only(resolved.plan, names)
+        parts, epsilon = list(plan.weights.values()), [of_each[name] for name in names]
+        if not names:
+            return
+        radii, device = [resolved.radii[name] for name in names], epsilon[0].device
         if len(set(radii)) > 1:  # groups go the way of one gradient, each as far as its own radius
             torch._foreach_div_(epsilon, radii)
-        gradients, device = self._gradients(names), epsilon[0].device
-        if any(
-            a.data_ptr() != b.data_ptr() for a, b in zip(gradients, self._gradients(names), strict=True) if a.numel()
-        ):
-            raise ValueError("reuse between ascents needs float32 gradients with ZeRO stage 3, which copies others")
         sharp = at_least_fp32(masked_select(gradients, parts))
         along = inner_product(sharp, epsilon)
         sums = torch.stack([along, squares(epsilon, device).sum(), squares(sharp, device).sum()])
@@ -63,7 +66,7 @@ class LookSAM:
         torch._foreach_sub_(sharp, epsilon)
         # Where there was no perturbation, or the gradient overflowed, there is nothing to learn.
         zero_unless_(sharp, (sums[1] > 0.0) & sums.isfinite().all())
-        self._orthogonal.replace(resolved.plan, sharp)
+        self._orthogonal.replace(plan, sharp)
 
     @torch.no_grad()
     def add(self, alpha: float) -> None:
@@ -72,10 +75,17 @@ class LookSAM:
         Args:
             alpha: α, the length of what is added over that of the gradient.
         """
-        if not self._orthogonal:
+        across = dict(
+            zip(
+                self._orthogonal.names(),
+                zip(self._orthogonal.parts(), self._orthogonal.values(), strict=True),
+                strict=True,
+            )
+        )
+        names, gradients = live_gradients(self._sharding, self._parameters, across, "reuse between ascents")
+        if not names:
             return
-        gradients, parts = self._gradients(self._orthogonal.names()), self._orthogonal.parts()
-        orthogonal = self._orthogonal.values()
+        parts, orthogonal = [across[name][0] for name in names], [across[name][1] for name in names]
         device = orthogonal[0].device
         plain = squares(masked_select(gradients, parts), device).sum()
         sums = self._sharding.shard_group.all_reduce(torch.stack([plain, squares(orthogonal, device).sum()]))
@@ -91,5 +101,9 @@ class LookSAM:
         """Take back what `state_dict` returned, on any number of processes; without it there is nothing to reuse."""
         self._orthogonal.load_state_dict(state_dict.get("reused", {}))
 
-    def _gradients(self, names: Sequence[str]) -> list[Tensor]:
-        return self._sharding.gradients([self._parameters[name] for name in names])
+
+def _only(plan: Plan, names: Sequence[str]) -> Plan:
+    """What a plan perturbs of these parameters."""
+    return replace(
+        plan, weights={name: plan.weights[name] for name in names}, counts={name: plan.counts[name] for name in names}
+    )

@@ -207,7 +207,6 @@ class Passes:
             return outputs[-1]
 
         self._loss_fn(forward, batch)
-        self._random[index].restore()
         leaves, structure = tree_flatten((batch, outputs))
         many = [isinstance(leaf, Tensor) and leaf.ndim > 0 for leaf in leaves]
 
@@ -227,6 +226,8 @@ class Passes:
                 "direction choose='highest_loss' asks for the loss of each sample, by torch.vmap of the loss function "
                 f"over what the model put out, which fails: {str(error).splitlines()[0]}"
             ) from error
+        finally:
+            self._random[index].restore()  # the loss function may draw, too
         return each
 
     def _ascent_forward(self, *args: Any, **kwargs: Any) -> Any:

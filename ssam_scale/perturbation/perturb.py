@@ -158,6 +158,7 @@ class Perturbation:
         adaptive: perturb weights in proportion to their magnitude (ASAM, arXiv 2102.11600).
         phases: times the parts.
         direction: of ε, which `source` computes.
+        loss_scale: what the losses of an ascent were multiplied by.
         before: that of before parameters were added or frozen, whose memory and counts go on.
 
     Attributes:
@@ -181,10 +182,11 @@ class Perturbation:
         adaptive: bool,
         phases: Phases,
         direction: Direction,
+        loss_scale: Callable[[], Tensor | float],
         before: Perturbation | None = None,
     ) -> None:
         self.adaptive = adaptive
-        self._direction = direction
+        self._direction, self._loss_scale = direction, loss_scale
         self.source = direction.source(sharding, parameters.by_name, optimizer)
         if before is not None:
             self.source.take_over(before.source)
@@ -307,7 +309,7 @@ class Perturbation:
         def of_names(names: Sequence[str]) -> list[Tensor]:
             return side.gradients([self._parameters[name] for name in names])
 
-        parts, gradients = side.parts(plan), source.vectors(plan, of_names)
+        parts, gradients = side.parts(plan), source.vectors(plan, of_names, self._loss_scale())
         others = partial(source.others, gradients=of_names)
         if self.adaptive:
             weights = side.weights(chosen)
@@ -331,8 +333,8 @@ class Perturbation:
         exists = norm < math.inf  # not so of not-a-number; `isfinite` takes four launches
         self.skips = ~exists
         self.skipped += self.skips
-        if own and not self._forgets:
-            source.learn(exists)
+        if own:
+            source.learn(None if self._forgets else exists)
         self.length = (norm + _TINY) / kappa
         return Epsilon(gradients, parts, list(resolved.radii.values()), source.sign * kappa / (norm + _TINY), exists)
 

@@ -212,11 +212,19 @@ class SparseSAM(OptimizerWrapper):
             self._adaptive,
             self._phases,
             self.options.direction,
+            self._loss_scale,
             getattr(self, "_perturbation", None),
         )
         self._looksam = LookSAM(self.sharding, self._parameters.by_name) if ever_reuses(self._schedule) else None
         self._gap = SurrogateGap(self.sharding, self._parameters.by_name, self._alpha) if self._alpha else None
         self._known = Fingerprint(self.sharding.network, self.param_groups)
+
+    def _loss_scale(self) -> Tensor | float:
+        """What the losses of a step are multiplied by."""
+        if self.scaler is None or not self.scaler.is_enabled():
+            return self.sharding.loss_scale()
+        scale: Tensor | None = self.scaler._scale
+        return 1.0 if scale is None else scale
 
     def _follow(self) -> None:
         """Take notice of parameters that were frozen, unfrozen, replaced or regrouped since the last step.
@@ -395,7 +403,7 @@ class SparseSAM(OptimizerWrapper):
             self._mask.accumulate(scaler)
             if self._looksam is not None and resolved.kind == "reused":
                 self._looksam.add(resolved.alpha)
-            if not self.options.direction.ascends:
+            if self._perturbation.source.looks_back and self._descended(closure):
                 following = self.steps + (closure is not None)
                 layout = self._parameters.eligible(self.param_groups)
                 self._perturbation.source.after_descent(self.mask.plan(layout, following))
@@ -417,6 +425,15 @@ class SparseSAM(OptimizerWrapper):
             self._share(resolved.plan),
         )
         return loss
+
+    def _descended(self, closure: Any) -> bool:
+        """Whether the step is by a gradient of training, and something known to be perturbed in the next one.
+
+        torch.distributed.checkpoint initialises optimizer state by a step of zeros, with a learning rate of 0.
+        """
+        if isinstance(self.mask, ScoreBased) and self.mask.selected is None:
+            return False
+        return closure is not None or any(group.get("lr", 1.0) for group in self.param_groups)
 
     @contextmanager
     def _busy(self) -> Iterator[None]:
@@ -518,8 +535,12 @@ class SparseSAM(OptimizerWrapper):
         """Ascent, perturbation, descent, restoring; leaves the descent's gradients. Returns the mean loss at first."""
         if self._gate is not None and resolved.ascends:
             passes = self.passes(resolved, loss_fn, batches, scaler, phases)
+            # Another optimizer's weights have the gradient of one pass, that at w + ε if there is one.
+            foreign = [(p, None if p.grad is None else p.grad.clone()) for p, _ in self._parameters.foreign]
             loss_at_w = passes.plain()
             if rehearsed or self._opens():
+                for p, gradient in foreign:
+                    p.grad = gradient
                 with self._perturbation.applied(resolved, keep=self._keeps and not rehearsed, phases=phases) as epsilon:
                     passes.descend()
                 if not rehearsed:
@@ -537,7 +558,7 @@ class SparseSAM(OptimizerWrapper):
             if not rehearsed:
                 self._look_back(resolved, epsilon)
             return loss if loss is not None else loss_there
-        losses, accumulating = [], Accumulating(self.sharding, self._parameters.by_name.values())
+        losses, accumulating = [], Accumulating(self.sharding, self._parameters.by_name)
         for number, batch in enumerate(batches):
             accumulating.set_aside(self.base_optimizer)
             passes = self.passes(resolved, loss_fn, [batch], scaler, phases, (number, len(batches)))
@@ -572,11 +593,8 @@ class SparseSAM(OptimizerWrapper):
     def _run_closure(self, resolved: ResolvedStep, closure: Callable[[], Any]) -> Any:
         self._check_scope_by_hand("opt.step(closure)")
         with torch.enable_grad():
-            if resolved.perturbs and not resolved.ascends:
-                with self._perturbation.applied(resolved):
-                    return closure()
             accumulated = [(p, p.grad) for p in self._parameters.by_name.values() if p.grad is not None]
-            accumulated = [(p, g) for p, g in accumulated if resolved.ascends and g.any()]
+            accumulated = [(p, g) for p, g in accumulated if resolved.perturbs and g.any()]
             versions = [g._version for _, g in accumulated]
 
             def untouched() -> bool:
@@ -587,25 +605,19 @@ class SparseSAM(OptimizerWrapper):
                 p.grad = None
             self._cleared = False
             random = RandomState.now(self._parameters.device)
-            with self._noting_scalers() as scaled:
-                loss = closure()
-            others = [each for scaler, *pair in scaled if scaler is not self.scaler for each in pair]
-            if isinstance(loss, Tensor) and any(loss is each for each in others):
-                self.zero_grad()
-                raise RuntimeError(
-                    "the closure scales its loss by a GradScaler that SparseSAM was not given, so that it would step "
-                    "by scaled gradients: SparseSAM(…, scaler=scaler)"
-                )
-            if self.scaler is not None and self.scaler.is_enabled() and self.scaler._scale is None:
-                raise RuntimeError("the closure called backward on a loss that the scaler has not scaled: scale it")
-            if loss is not None and self._lacks_gradients():
-                raise RuntimeError(
-                    "the closure returned a loss and left no gradient: it has to call backward on it, for each pass "
-                    "anew; a function that only returns the loss goes with a batch, opt.step(loss_fn, batch)"
-                )
+            if resolved.perturbs and not resolved.ascends:
+                with self._perturbation.applied(resolved):
+                    loss = self._called(closure)
+                if not self._cleared:
+                    self._check_none_accumulated(accumulated)
+                return loss
+            loss = self._called(closure)
             if not resolved.ascends:
                 return loss
             if self._gate is not None and not self._lacks_gradients() and not self._opens():
+                for p, g in foreign:
+                    if g is not None:
+                        p.grad = g if p.grad is None else p.grad + g
                 return loss
             if self._lacks_gradients() or (accumulated and untouched()):
                 self.zero_grad()
@@ -615,13 +627,7 @@ class SparseSAM(OptimizerWrapper):
                     "the closure compute the loss and call backward, and nothing before it"
                 )
             if not self._cleared and any(p.grad is g for p, g in accumulated):
-                self.zero_grad()
-                raise RuntimeError(
-                    "the closure added to gradients that were there before: the ascent would be by all of these "
-                    "batches, and the descent by the closure's alone; drop a backward before opt.step(closure), which "
-                    "runs the closure for both passes, or give all batches at once, opt.step(loss_fn, *batches), or "
-                    "let the closure run all of them, or clear gradients"
-                )
+                self._check_none_accumulated(accumulated)
             for p, g in foreign:  # of the ascent, another optimizer's weights have nothing
                 p.grad = g
             with (
@@ -633,12 +639,41 @@ class SparseSAM(OptimizerWrapper):
         self._look_back(resolved, epsilon)
         return loss
 
+    def _called(self, closure: Callable[[], Any]) -> Any:
+        """What a closure returns that has called backward on it, scaled as it should be."""
+        with self._noting_scalers() as scaled:
+            loss = closure()
+        others = [each for scaler, *pair in scaled if scaler is not self.scaler for each in pair]
+        if isinstance(loss, Tensor) and any(loss is each for each in others):
+            self.zero_grad()
+            raise RuntimeError(
+                "the closure scales its loss by a GradScaler that SparseSAM was not given, so that it would step "
+                "by scaled gradients: SparseSAM(…, scaler=scaler)"
+            )
+        if self.scaler is not None and self.scaler.is_enabled() and self.scaler._scale is None:
+            raise RuntimeError("the closure called backward on a loss that the scaler has not scaled: scale it")
+        if loss is not None and self._lacks_gradients():
+            raise RuntimeError(
+                "the closure returned a loss and left no gradient: it has to call backward on it, for each pass "
+                "anew; a function that only returns the loss goes with a batch, opt.step(loss_fn, batch)"
+            )
+        return loss
+
+    def _check_none_accumulated(self, accumulated: Sequence[Any]) -> None:
+        """Refuse gradients from before a closure, of batches that its second call does not see."""
+        if accumulated:
+            self.zero_grad()
+            raise RuntimeError(
+                "the closure added to gradients that were there before: the ascent would be by all of these "
+                "batches, and the descent by the closure's alone; drop a backward before opt.step(closure), which "
+                "runs the closure for its passes, or give all batches at once, opt.step(loss_fn, *batches), or "
+                "let the closure run all of them, or clear gradients"
+            )
+
     @contextmanager
     def _noting_scalers(self) -> Iterator[list[tuple[Any, Any, Any]]]:
         """Of what scalers are given inside: the scaler, what it was given, and what it has made of that."""
-        if self._scalers is None:
-            self._scalers = living_scalers()
-        known = [scaler for scaler in (reference() for reference in self._scalers) if scaler is not None]
+        known = self._living()
         seen: list[tuple[Any, Any, Any]] = []
 
         def noted(scaler: Any, scale: Callable[[Any], Any], outputs: Any) -> Any:
@@ -655,8 +690,13 @@ class SparseSAM(OptimizerWrapper):
 
     def _check_scope_by_hand(self, form: str) -> None:
         """Refuse passes of the caller's, whose gradients are reduced, where the ascent is by a part of the batch."""
-        scope = scope_of(self.options.direction)
-        if scope != "global" and self.sharding.data_parallel_group.size > 1:
+        scope, fraction = scope_of(self.options.direction), getattr(self.options.direction, "fraction", 1.0)
+        if fraction < 1.0:
+            raise RuntimeError(
+                f"{form} runs the caller's passes, whose ascent sees what the caller gives it, and the direction's "
+                f"fraction is {fraction}: call opt.step(loss_fn, batch)"
+            )
+        if scope == "micro_batch" or (scope != "global" and self.sharding.data_parallel_group.size > 1):
             raise RuntimeError(
                 f"{form} runs passes whose gradients are averaged over all processes, and direction scope {scope!r} is "
                 "by a part of their batch: call opt.step(loss_fn, batch)"
@@ -690,6 +730,17 @@ class SparseSAM(OptimizerWrapper):
                 "always runs: call opt.step(loss_fn, batch) or opt.step(closure)"
             )
         self._check_scope_by_hand("`with opt.perturbed()`")
+        direction = self.options.direction
+        if (
+            direction.ascends
+            and direction.remembers
+            and any(s.is_enabled() and s._scale is not None for s in self._living())
+        ):
+            raise RuntimeError(
+                f"direction {direction} remembers gradients, which a scaler multiplies by another factor in another "
+                "step, and `with opt.perturbed()` knows no scaler: call opt.step(loss_fn, batch) with "
+                "SparseSAM(…, scaler=scaler)"
+            )
         self._check_scaled()
         self._check_placed()
         self._follow()
@@ -699,13 +750,19 @@ class SparseSAM(OptimizerWrapper):
         self._first_forward.forget()
         for p, _ in self._parameters.foreign:
             p.grad = None
-        only_pass = resolved.perturbs and not resolved.ascends and not forwards
+        only_pass = not self.options.direction.ascends and not forwards
         with self._busy(), nullcontext() if only_pass else self._statistics.frozen():
             if resolved.perturbs:
                 with self._perturbation.applied(resolved, keep=self._keeps) as epsilon:
                     if random is not None:
                         random.restore()
                     yield
+                if self._gap is not None and (self.unscaled or self._unscaled_elsewhere()):
+                    self.zero_grad()
+                    raise RuntimeError(
+                        "gap compares the gradients of both passes, and a scaler has unscaled those of the second in "
+                        "`with opt.perturbed()`: call scaler.unscale_(opt) after the block"
+                    )
                 self._look_back(resolved, epsilon)
             else:
                 self.zero_grad()
@@ -725,15 +782,23 @@ class SparseSAM(OptimizerWrapper):
 
     def _check_scaled(self) -> None:
         """Refuse to go along gradients that a scaler has unscaled for the base optimizer, which nothing tells."""
-        if self._scalers is None:
-            self._scalers = living_scalers()
-        if any(s is not None and has_unscaled(s, self.base_optimizer) for s in (known() for known in self._scalers)):
+        if self._unscaled_elsewhere():
             self.zero_grad()
             raise RuntimeError(
                 "scaler.unscale_ was called for the base optimizer before `with opt.perturbed()`, so that the scaler "
                 "would take the gradients of the second pass for unscaled; call scaler.unscale_(opt) after the block, "
                 "and scaler.step(opt)"
             )
+
+    def _living(self) -> list[torch.amp.GradScaler]:
+        """Every scaler that there is."""
+        if self._scalers is None:
+            self._scalers = living_scalers()
+        return [scaler for scaler in (reference() for reference in self._scalers) if scaler is not None]
+
+    def _unscaled_elsewhere(self) -> bool:
+        """Whether a scaler has unscaled gradients for the base optimizer, which nothing tells."""
+        return any(has_unscaled(scaler, self.base_optimizer) for scaler in self._living())
 
     def _check_reached(self, resolved: ResolvedStep) -> None:
         """Refuse an ascent that has left no gradient of what it is to perturb."""
@@ -819,8 +884,9 @@ class SparseSAM(OptimizerWrapper):
             return ResolvedStep.without_ascent(self.steps)
         radii, layout = [group["rho"] for group in self.param_groups], self._parameters.eligible(self.param_groups)
         if what == "own":
-            dense = self.options.norm == "dense"
-            return self.resolve(micro_batches, plan=self.mask.plan(layout, self.steps), dense=dense, radii=radii)
+            dense, by_hand = self.options.norm == "dense", self._gate is not None
+            plan = self.mask.plan(layout, self.steps)
+            return self.resolve(micro_batches, plan=plan, dense=dense, by_hand=by_hand, radii=radii)
         plan, options = Dense().plan(layout, self.steps), StepOptions(calibrate_every=None)
         return self.resolve(micro_batches, plan=plan, dense=False, options=options, radii=radii)
 
@@ -919,7 +985,12 @@ class SparseSAM(OptimizerWrapper):
         """Add parameters of the model to the base optimizer and to the weights that can be perturbed."""
         super().add_param_group(param_group)
         if hasattr(self, "_perturbation"):
-            self._rebuild()
+            try:
+                self._rebuild()
+            except (TypeError, ValueError):
+                self.base_optimizer.param_groups.pop()
+                self._rebuild()
+                raise
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         """A copy would train the original's weights, or none.

@@ -182,7 +182,8 @@ class _Trial:
         mask = section is not None and section.mask is not None
         reuse = section is not None and section.reuse > 0.0
         remembers = self._opt.options.direction.remembers  # before the first step nothing is
-        return averages + (1 + 1 / 32) * mask + 2.0 * reuse + remembers  # of a mask, its ε and its bits
+        gap = section is not None and section.gap > 0.0  # which keeps ε
+        return averages + (1 + 1 / 32) * mask + 2.0 * reuse + remembers + gap  # of a mask, its ε and its bits
 
     def _beside_backend(self, backend: str, weights: int) -> int:
         return BACKENDS[backend].value.held_beside(weights, self._config.sharding.deepspeed)

@@ -259,7 +259,8 @@ def ascents_of(
     if section.gate is not None:  # whose first pass computes everything, and is the base step where it stays closed
         gated = section.gate.model_dump()
         often = StepShares(0.0, (often.sparse + often.dense) * Gate(steps, **gated).expected_share, 0.0)
-    reuses = often.reused / (often.sparse + often.dense)
+    climbing = often.sparse + often.dense
+    reuses = often.reused / climbing if climbing else 0.0
     ascents = []
     for plan in plans:
         for share, dense in ((often.sparse, False), (often.dense, True)):

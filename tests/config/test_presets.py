@@ -107,3 +107,22 @@ def test_the_command_lists_them(capsys: pytest.CaptureFixture[str]) -> None:
     assert "arXiv" in out
     assert ssam_scale("methods", "msan") == 2
     assert "methods msan: no name has 'msan' in it; did you mean msam?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        "  preset: ae-sam\n  gate: null\n",
+        "  preset: gsam\n  gap: 0.0\n",
+        "  preset: looksam\n  reuse: 0.0\n",
+        "  preset: late-sam\n  window: [0.0, 1.0]\n",
+    ],
+)
+def test_what_makes_a_method_is_not_switched_off_under_its_name(section: str, named: Any) -> None:
+    with pytest.raises(UserError, match="is nothing of the kind with"):
+        named(section)
+
+
+def test_a_preset_that_is_no_name_is_one_line(named: Any) -> None:
+    with pytest.raises(UserError, match=r"perturbation\.preset"):
+        named("  preset: [a]\n  rho: 0.1\n")

@@ -222,7 +222,8 @@ def test_a_gradient_that_is_not_finite_is_not_remembered_or_not_gone_along(direc
     opt.step(loss, x)
     assert opt.report is not None
     assert not opt.report.skipped
-    assert opt.skipped == 1
+    # What is no direction is not kept, and then there is nothing to leave out.
+    assert opt.skipped == (0 if isinstance(direction, Previous) else 1)
     assert all(t.isfinite().all() for t in _remembered_by(opt).values())
 
 
@@ -521,3 +522,223 @@ def test_the_gap_is_narrowed_by_what_is_orthogonal_to_the_descent() -> None:
 def test_a_gap_needs_the_plain_gradient(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         vit(**options)
+
+
+# ---- losses that are scaled, groups that are left alone, weights that have no gradient
+
+
+class Growing(torch.amp.GradScaler):
+    """Scales by twice as much in each step."""
+
+    def __init__(self) -> None:
+        super().__init__("cpu", init_scale=4.0, growth_factor=2.0, growth_interval=1)
+
+
+@pytest.mark.parametrize("direction", [Friendly(lmbda=0.6), VaSSO(theta=0.3), Previous()], ids=str)
+@pytest.mark.parametrize("form", ["batches", "closure"])
+def test_what_is_remembered_does_not_depend_on_the_losses_scale(form: str, direction: Direction) -> None:
+    ends = []
+    for scaler in (None, Growing()):
+        model = small_network("vit").double()
+        opt = SparseSAM(model, sgd(model), rho=RHO, direction=direction, scaler=scaler)
+        for images, labels in batches(5, SIZE):
+            batch = images.double(), labels
+
+            def closure(opt: SparseSAM = opt, model: Any = model, batch: Any = batch, scaler: Any = scaler) -> Tensor:
+                opt.zero_grad()
+                loss = loss_fn(model, batch)
+                (loss if scaler is None else scaler.scale(loss)).backward()
+                return loss
+
+            if form == "batches":
+                opt.step(loss_fn, batch)
+            else:
+                opt.step(closure)
+        ends.append(weights(model))
+    for one, other in zip(*ends, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-7)
+
+
+def test_by_hand_a_mean_of_gradients_of_unknown_scale_is_refused() -> None:
+    model = small_network("vit")
+    opt = SparseSAM(model, sgd(model), direction=Friendly())
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler.scale(loss_fn(model, batches(1, SIZE)[0])).backward()
+    with (
+        pytest.raises(RuntimeError, match="which a scaler multiplies by another factor in another step"),
+        opt.perturbed(),
+    ):
+        pass
+
+
+def test_a_free_directions_only_pass_counts_in_every_step() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10), nn.BatchNorm1d(10))
+    opt = SparseSAM(model, sgd(model), rho=RHO, direction=Momentum(), schedule=Interval(3))
+    for batch in batches(5, SIZE):
+        with opt.perturbed():
+            loss_fn(model, batch).backward()
+        opt.step()
+        opt.zero_grad()
+    norm: Any = model[2]
+    assert int(norm.num_batches_tracked) == 5
+
+
+def test_samples_of_the_highest_loss_leave_the_passes_the_same_random_numbers() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10))
+    drawn: list[float] = []
+
+    def draws(forward: Any, batch: Any) -> Tensor:
+        if not torch._C._functorch.is_batchedtensor(batch[0]):
+            drawn.append(float(torch.rand(())))
+        return F.cross_entropy(forward(batch[0]), batch[1])
+
+    SparseSAM(model, sgd(model), direction=Fresh(0.5, "highest_loss")).step(draws, batches(1, SIZE)[0])
+    assert drawn[-1] == drawn[-2]
+
+
+class WithUnused(nn.Module):
+    """Has a layer that no loss depends on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.unused, self.last = nn.Linear(3 * 32 * 32, 8), nn.Linear(4, 4), nn.Linear(8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.tanh(self.first(x.flatten(1))))
+
+
+@pytest.mark.parametrize(
+    "options", [{"gap": 0.6}, {"schedule": Interval(2, reuse=0.5)}, {"direction": Previous()}], ids=str
+)
+def test_a_layer_without_a_gradient_is_left_alone(options: dict[str, Any]) -> None:
+    model = WithUnused()
+    before = model.unused.weight.detach().clone()
+    opt = SparseSAM(model, sgd(model), rho=RHO, **options)
+    for batch in batches(4, SIZE):
+        opt.step(loss_fn, batch)
+    assert torch.equal(model.unused.weight, before)
+
+
+@pytest.mark.parametrize("options", [{"gap": 0.6}, {"schedule": Interval(2, reuse=0.5)}], ids=str)
+def test_a_group_whose_radius_is_0_in_a_step_keeps_its_own_gradient(options: dict[str, Any]) -> None:
+    """As one whose own radius is 0: schedules fall to 0 where a learning rate does."""
+    ends = []
+    for still in (True, False):
+        model = small_network("vit")
+        every = list(model.parameters())
+        groups = [
+            {"params": every[::2], "rho": RHO},
+            {"params": every[1::2], "rho": RHO if still else 0.0, "still": still},
+        ]
+        base = torch.optim.SGD(groups, lr=0.05)
+        inner = options.get("schedule", lambda step, group: 1.0)
+
+        class Still:
+            """Leaves a group alone."""
+
+            def __call__(self, step: int, group: Any, inner: Any = inner) -> float:
+                return 0.0 if group.get("still") else inner(step, group)
+
+            def reuse_at(self, step: int, inner: Any = inner) -> float:
+                return getattr(inner, "reuse_at", lambda step: 0.0)(step)
+
+            def ever_reuses(self, inner: Any = inner) -> bool:
+                return hasattr(inner, "ever_reuses")
+
+        opt = SparseSAM(model, base, **{**options, "schedule": Still()})
+        for batch in batches(3, SIZE):
+            opt.step(loss_fn, batch)
+        ends.append(weights(model))
+        assert all(w.isfinite().all() for w in ends[-1])
+    assert same(*ends)
+
+
+@pytest.mark.parametrize("direction", [Momentum(), Previous()], ids=["momentum", "previous"])
+def test_a_mask_that_is_chosen_later_and_a_step_without_anything_do_not_break_it(direction: Direction) -> None:
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    from ssam_scale import Window
+
+    model = small_network("vit")
+    opt = SparseSAM(model, sgd(model), mask=Scored("element", 0.5), direction=direction, schedule=Window(2))
+    get_optimizer_state_dict(model, opt.base_optimizer)
+    for batch in batches(2, SIZE):
+        opt.step(loss_fn, batch)
+    opt.refresh(loss_fn, *batches(1, SIZE))
+    for batch in batches(2, SIZE):
+        opt.step(loss_fn, batch)
+    assert opt.report is not None
+    assert opt.report.kind == "free"
+
+
+@pytest.mark.parametrize("form", ["no backward", "an unknown scaler", "accumulated"])
+def test_a_closure_of_a_free_direction_is_looked_at_too(form: str) -> None:
+    model = small_network("vit")
+    opt = SparseSAM(model, sgd(model), rho=RHO, direction=Momentum())
+    batch, scaler = batches(1, SIZE)[0], torch.amp.GradScaler("cpu", init_scale=4.0)
+    opt.step(loss_fn, batch)
+
+    def closure() -> Tensor:
+        loss = loss_fn(model, batch)
+        if form == "an unknown scaler":
+            scaler.scale(loss).backward()
+        elif form == "accumulated":
+            loss.backward()
+        return loss
+
+    if form == "accumulated":
+        loss_fn(model, batch).backward()
+    with pytest.raises(
+        RuntimeError, match=r"the closure (returned a loss and left|scales its loss|added to gradients)"
+    ):
+        opt.step(closure)
+
+
+def test_a_gap_by_hand_wants_both_gradients_in_one_unit() -> None:
+    model = small_network("vit")
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    opt = SparseSAM(model, sgd(model), rho=RHO, gap=0.5)
+    batch = batches(1, SIZE)[0]
+    scaler.scale(loss_fn(model, batch)).backward()
+
+    def unscaled_inside() -> None:
+        with opt.perturbed():
+            scaler.scale(loss_fn(model, batch)).backward()
+            scaler.unscale_(opt)
+
+    with pytest.raises(RuntimeError, match=r"call scaler\.unscale_\(opt\) after the block"):
+        unscaled_inside()
+
+
+def test_by_hand_there_is_no_part_of_a_batch() -> None:
+    opt = vit(direction=Fresh(0.5))
+    with pytest.raises(RuntimeError, match=r"the direction's fraction is 0\.5: call opt\.step\(loss_fn, batch\)"):
+        opt.step(lambda: None)
+    with pytest.raises(ValueError, match=r"choose 'random' says which samples"):
+        Fresh(choose="random")
+
+
+def test_a_layer_that_is_frozen_for_a_while_keeps_its_mean() -> None:
+    model = small_network("vit")
+    opt = SparseSAM(model, sgd(model), rho=RHO, direction=Friendly())
+    data = batches(3, SIZE)
+    opt.step(loss_fn, data[0])
+    [head] = [p for name, p in model.named_parameters() if name.endswith("head.weight")]
+    before = _remembered_by(opt)
+    [name] = [name for name, p in opt.parameters.by_name.items() if p is head]
+    head.requires_grad_(False)
+    opt.step(loss_fn, data[1])
+    head.requires_grad_(True)
+    assert opt.parameters.by_name[name] is head
+    assert torch.equal(_remembered_by(opt)[name], before[name])
+
+
+def test_a_group_that_keeps_no_momentum_is_refused_and_not_there() -> None:
+    first, second = nn.Linear(2, 2), nn.Linear(2, 2)
+    model = nn.Sequential(first, second)
+    opt = SparseSAM(model, torch.optim.SGD(first.parameters(), lr=0.1, momentum=0.9), direction=Momentum())
+    with pytest.raises(ValueError, match="SGD with momentum 0 keeps none"):
+        opt.add_param_group({"params": list(second.parameters()), "momentum": 0})
+    assert len(opt.param_groups) == 1
+    opt.step(lambda forward, x: forward(x).square().mean(), torch.randn(3, 2))

@@ -171,3 +171,38 @@ def test_by_hand_the_second_pass_cannot_be_left_out() -> None:
 def test_a_gate_out_of_its_range_is_refused(given_: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"(steps|delta|first) is "):
         Gate(**given_)
+
+
+@pytest.mark.parametrize("form", ["batches", "closure"])
+@pytest.mark.parametrize("gate", [ALWAYS, NEVER], ids=["open", "closed"])
+def test_another_optimizers_weights_have_the_gradient_of_one_pass(gate: Gate, form: str) -> None:
+    found = []
+    for options in ({}, {"gate": gate}):
+        torch.manual_seed(0)
+        body, head = nn.Linear(4, 4), nn.Linear(4, 2)
+        model = nn.Sequential(body, nn.Tanh(), head)
+        opt = SparseSAM(model, torch.optim.SGD(body.parameters(), lr=0.0), rho=1e-12, **options)
+        x = torch.randn(8, 4, generator=torch.Generator().manual_seed(1))
+        for number in range(2):
+            for p in head.parameters():
+                p.grad = torch.full_like(p, 100.0) if number else None
+
+            def closure(model: Any = model, x: Any = x) -> torch.Tensor:
+                loss = model(x).square().mean()
+                loss.backward()
+                return loss
+
+            if form == "batches":
+                opt.step(lambda forward, b: forward(b).square().mean(), x)
+            else:
+                opt.step(closure)
+        found.append([p.grad.clone() for p in head.parameters() if p.grad is not None])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_gates_own_rehearsal_is_the_step_that_it_takes() -> None:
+    model = small_network("vit")
+    opt = SparseSAM(model, sgd(model), rho=0.1, gate=ALWAYS, mask=Depth(0.5))
+    taken, rehearsed = opt.resolve(by_hand=True), opt._rehearsed("own", 1)
+    assert (taken.gradients, taken.computed) == (rehearsed.gradients, rehearsed.computed)

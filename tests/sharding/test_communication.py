@@ -288,7 +288,7 @@ def test_an_ascent_under_ddp_sends_while_its_backward_goes_on(two: Any) -> None:
 # --- Copies of sharded weights, on four ranks
 
 COPIES = [
-    Case("vit", "element", savings=APART),
+    Case("vit", "element", direction=APART),
     Case("resnet", "moving cut", savings=GATHERED, direction=APART, accumulation=2),
 ]
 

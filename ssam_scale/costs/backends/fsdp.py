@@ -38,7 +38,8 @@ class FSDP2Costs(Common):
         if ascent.resolved.shares_prefix:  # whose forward has gathered the root
             forward -= {None}
         backward = self._units(shape.first) - kept - {None}
-        return PassTraffic(self._gathers(forward), self._gathers(backward) + self._reductions(ascent))
+        scored = self._gathers(self._units(0)) if shape.scored else ()
+        return PassTraffic(scored + self._gathers(forward), self._gathers(backward) + self._reductions(ascent))
 
     def descent(self, ascent: Ascent | None) -> PassTraffic:
         """All units, gathered, but for those that have stayed; all gradients, reduced."""

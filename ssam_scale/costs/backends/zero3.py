@@ -42,8 +42,9 @@ class ZeRO3Costs(Common):
         if not shape.ascends:
             return PassTraffic(after=self._gathers(freed, times=1))
         again = (self._regathered & self._from_stage(shape.first)) - self._staying(ascent)
+        scored = self._gathers(self._large) if shape.scored else ()
         return PassTraffic(
-            self._gathers(self._large & self._from_stage(shape.cut)),
+            scored + self._gathers(self._large & self._from_stage(shape.cut)),
             self._gathers(again) + self._needed(ascent),
             self._gathers(freed, times=self.accumulation if ascent.resolved.by_micro_batch else 1),
         )

@@ -53,7 +53,7 @@ def scope_of(direction: Direction) -> Scope:
 class FreshGradient(Forgetful):
     """What the ascent has left, as it is."""
 
-    def vectors(self, plan: Plan, gradients: Gradients) -> list[Tensor]:
+    def vectors(self, plan: Plan, gradients: Gradients, scale: Tensor | float = 1.0) -> list[Tensor]:
         """The gradients."""
         return gradients(list(plan.weights))
 

@@ -59,9 +59,11 @@ class FriendlyGradient(Forgetful):
         self._direction, self._mean = direction, Kept(sharding, parameters)
         self._seen: tuple[Plan, list[Tensor], list[Tensor], list[Tensor | None]] | None = None
 
-    def vectors(self, plan: Plan, gradients: Gradients) -> list[Tensor]:
+    def vectors(self, plan: Plan, gradients: Gradients, scale: Tensor | float = 1.0) -> list[Tensor]:
         """Of the perturbed weights alone."""
         fresh = at_least_fp32(masked_select(gradients(list(plan.weights)), list(plan.weights.values())))
+        if fresh and not (isinstance(scale, float) and scale == 1.0):
+            torch._foreach_div_(fresh, scale)
         mean, unknown = self._mean.of(plan)
         self._seen = plan, fresh, mean, unknown
         if not mean:
@@ -70,9 +72,11 @@ class FriendlyGradient(Forgetful):
         torch._foreach_add_(special, fresh)
         return special
 
-    def learn(self, exists: Tensor) -> None:
+    def learn(self, exists: Tensor | None) -> None:
         """m ← λ m + (1 − λ) g."""
-        assert self._seen is not None
+        if exists is None or self._seen is None:
+            self._seen = None
+            return
         (plan, fresh, mean, unknown), self._seen = self._seen, None
         if not mean:
             return

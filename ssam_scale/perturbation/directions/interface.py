@@ -74,25 +74,32 @@ class Source(Protocol):
 
     Attributes:
         sign: −1 where ε goes against the vector, else 1.
+        looks_back: whether `after_descent` is called.
     """
 
     sign: float
+    looks_back: bool
 
     @property
     def ready(self) -> bool:
         """Whether there is a vector; without one a step is the base optimizer's. Known on the host."""
 
-    def vectors(self, plan: Plan, gradients: Gradients) -> list[Tensor]:
+    def vectors(self, plan: Plan, gradients: Gradients, scale: Tensor | float) -> list[Tensor]:
         """Of each parameter in the plan: shaped like its shard, or where there is a `Subset` of shape (its count,).
 
         Not to be written to.
+
+        Args:
+            plan: what is perturbed.
+            gradients: of the ascent.
+            scale: what the losses were multiplied by, and so these gradients are: another factor in another step.
         """
 
     def others(self, names: Sequence[str], gradients: Gradients) -> list[Tensor]:
         """Of parameters that are not perturbed, shaped like their shards: for the dense norm."""
 
-    def learn(self, exists: Tensor) -> None:
-        """Remember what the last `vectors` has shown, if it was finite: `exists` is a bool of shape ()."""
+    def learn(self, exists: Tensor | None) -> None:
+        """Remember what the last `vectors` has shown, if it was finite: a bool of shape (); None: do not."""
 
     def take_over(self, before: Any) -> None:
         """Go on with what another source of the same kind remembers, before parameters were added or frozen."""
@@ -111,6 +118,7 @@ class Forgetful:
     """A `Source` that remembers nothing: what the others begin from."""
 
     sign = 1.0
+    looks_back = False
 
     @property
     def ready(self) -> bool:
@@ -125,7 +133,7 @@ class Forgetful:
         """
         raise NotImplementedError
 
-    def learn(self, exists: Tensor) -> None:
+    def learn(self, exists: Tensor | None) -> None:
         """Nothing."""
 
     def take_over(self, before: Any) -> None:
@@ -161,6 +169,11 @@ class Ascending:
     def __post_init__(self) -> None:
         check_number("fraction", self.fraction, "a share in (0, 1]", lambda share: 0.0 < share <= 1.0)
         check_choice("choose", self.choose, get_args(Choose))
+        if self.choose != "first" and self.fraction == 1.0:
+            raise ValueError(
+                f"choose {self.choose!r} says which samples of a batch are seen, and with fraction 1.0 all are; give a "
+                "fraction below 1"
+            )
 
     @property
     def ascends(self) -> bool:

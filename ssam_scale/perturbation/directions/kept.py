@@ -26,6 +26,7 @@ class Kept:
     def __init__(self, sharding: ShardedWeights, parameters: Mapping[str, nn.Parameter]) -> None:
         self._sharding, self._parameters = sharding, parameters
         self._of: dict[str, tuple[Subset | None, Tensor]] = {}
+        self._owners: dict[str, nn.Parameter] = {}
 
     def __bool__(self) -> bool:
         return bool(self._of)
@@ -44,8 +45,11 @@ class Kept:
 
     def take_over(self, before: Kept) -> None:
         """Keep what another has kept of parameters that are the same."""
-        same = {n for n, p in self._parameters.items() if before._parameters.get(n) is p}
-        self._of = {name: kept for name, kept in before._of.items() if name in same}
+        # Of those that are frozen now, too, as long as they are the same when they come back.
+        self._owners = {**before._owners, **before._parameters}
+        self._of = {
+            n: kept for n, kept in before._of.items() if self._parameters.get(n, self._owners[n]) is self._owners[n]
+        }
 
     def keep(self, plan: Plan, values: Sequence[Tensor]) -> None:
         """Keep these, of what a plan perturbs; what is kept of other parameters stays."""

@@ -100,7 +100,7 @@ class MomentumBuffer(Forgetful):
         """After the optimizer's first step."""
         return any(state.get(self._entry) is not None for state in self._optimizer.state.values())
 
-    def vectors(self, plan: Plan, gradients: Gradients) -> list[Tensor]:
+    def vectors(self, plan: Plan, gradients: Gradients, scale: Tensor | float = 1.0) -> list[Tensor]:
         """Of the perturbed parameters, whole shards."""
         return self.others(list(plan.weights), gradients)
 

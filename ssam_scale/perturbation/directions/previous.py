@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ssam_scale.config.direction_sections import PreviousDirection
 from ssam_scale.masks import Plan, masked_select
-from ssam_scale.perturbation.arithmetic import at_least_fp32
+from ssam_scale.perturbation.arithmetic import at_least_fp32, squares, zero_unless_
 from ssam_scale.sharding import Sharding
 
 from .interface import DIRECTIONS, Forgetful, Gradients
@@ -45,6 +45,8 @@ class Previous:
 class PreviousGradient(Forgetful):
     """The gradient at the last w + ε."""
 
+    looks_back = True
+
     def __init__(self, sharding: Sharding, parameters: Mapping[str, nn.Parameter]) -> None:
         self._sharding, self._parameters = sharding, parameters
         self._gradient = Kept(sharding, parameters)
@@ -54,7 +56,7 @@ class PreviousGradient(Forgetful):
         """After the first step."""
         return bool(self._gradient)
 
-    def vectors(self, plan: Plan, gradients: Gradients) -> list[Tensor]:
+    def vectors(self, plan: Plan, gradients: Gradients, scale: Tensor | float = 1.0) -> list[Tensor]:
         """What is kept."""
         return self._gradient.of(plan)[0]
 
@@ -62,8 +64,12 @@ class PreviousGradient(Forgetful):
     def after_descent(self, following: Plan) -> None:
         """Keep of the gradient what the next step perturbs."""
         chosen = self._sharding.gradients([self._parameters[name] for name in following.weights])
-        kept = masked_select(chosen, list(following.weights.values()))
-        self._gradient.replace(following, at_least_fp32(kept))
+        kept = at_least_fp32(masked_select(chosen, list(following.weights.values())))
+        if kept:
+            # One that is not finite is no direction, and none is kept: the next step has no perturbation.
+            length = self._sharding.shard_group.all_reduce(squares(kept, kept[0].device).sum())
+            zero_unless_(kept, length.isfinite())
+        self._gradient.replace(following, kept)
 
     def take_over(self, before: Any) -> None:
         """With what it has kept."""

@@ -54,9 +54,11 @@ class MeanGradient(Forgetful):
         self._direction, self._mean = direction, Kept(sharding, parameters)
         self._seen: tuple[Plan, list[Tensor], list[Tensor]] | None = None
 
-    def vectors(self, plan: Plan, gradients: Gradients) -> list[Tensor]:
+    def vectors(self, plan: Plan, gradients: Gradients, scale: Tensor | float = 1.0) -> list[Tensor]:
         """Of the perturbed weights alone."""
         moved = at_least_fp32(masked_select(gradients(list(plan.weights)), list(plan.weights.values())))
+        if moved and not (isinstance(scale, float) and scale == 1.0):
+            torch._foreach_div_(moved, scale)
         mean, unknown = self._mean.of(plan)
         begun = [None if first is None else torch.where(first, g, 0.0) for g, first in zip(moved, unknown, strict=True)]
         if moved:
@@ -68,9 +70,11 @@ class MeanGradient(Forgetful):
         self._seen = plan, moved, mean
         return moved
 
-    def learn(self, exists: Tensor) -> None:
+    def learn(self, exists: Tensor | None) -> None:
         """Keep d if it is finite, and else what it was."""
-        assert self._seen is not None
+        if exists is None or self._seen is None:
+            self._seen = None
+            return
         (plan, moved, mean), self._seen = self._seen, None
         if mean:
             zero_unless_(moved, exists)
