@@ -627,10 +627,8 @@ def test_a_group_whose_radius_is_0_in_a_step_keeps_its_own_gradient(options: dic
     for still in (True, False):
         model = small_network("vit")
         every = list(model.parameters())
-        groups = [
-            {"params": every[::2], "rho": RHO},
-            {"params": every[1::2], "rho": RHO if still else 0.0, "still": still},
-        ]
+        other = {"params": every[1::2], "rho": RHO if still else 0.0, "still": still}
+        groups = [{"params": every[::2], "rho": RHO}, other]
         base = torch.optim.SGD(groups, lr=0.05)
         inner = options.get("schedule", lambda step, group: 1.0)
 
@@ -646,12 +644,12 @@ def test_a_group_whose_radius_is_0_in_a_step_keeps_its_own_gradient(options: dic
             def ever_reuses(self, inner: Any = inner) -> bool:
                 return hasattr(inner, "ever_reuses")
 
-        opt = SparseSAM(model, base, **{**options, "schedule": Still()})
+        opt = SparseSAM(model, base, norm="dense", **{**options, "schedule": Still()})
         for batch in batches(3, SIZE):
             opt.step(loss_fn, batch)
         ends.append(weights(model))
         assert all(w.isfinite().all() for w in ends[-1])
-    assert same(*ends)
+    assert max(float((a - b).abs().max()) for a, b in zip(*ends, strict=True)) <= TOLERANCE
 
 
 @pytest.mark.parametrize("direction", [Momentum(), Previous()], ids=["momentum", "previous"])

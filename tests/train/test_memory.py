@@ -222,7 +222,19 @@ def test_a_run_whose_micro_batch_is_found(data: Path, home: Path, capsys: pytest
     shutil.move(home / "checkpoints", home / "auto")
     assert ssam_scale("train", "--config", config, f"tracking.uri=sqlite:///{home}/other.db") == 0
     assert differing(home / "auto/epoch_0001", home / "checkpoints/epoch_0001") == []
-    assert ssam_scale("train", "--config", config, *found, "--dry-run", "--resume", str(home / "auto/epoch_0001")) == 0
+    assert (
+        ssam_scale(
+            "train",
+            "--config",
+            config,
+            *found,
+            "train.epochs=2",
+            "--dry-run",
+            "--resume",
+            str(home / "auto/epoch_0001"),
+        )
+        == 0
+    )
     assert "one step of 1 micro-batch of 12 images on each process" in capsys.readouterr().out
 
 
