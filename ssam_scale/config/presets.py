@@ -111,7 +111,7 @@ PRESETS: Mapping[str, Preset] = {
         "an ascent only where the gradient is unusually long",
         {"direction": {"source": "fresh", "fraction": 1.0, "scope": "global"}},
         {"rho": 0.1, "gate": {"delta": 0.9, "first": 1.0, "last": -1.0}},
-        "1.5, 1 + the share of steps that it opens for",
+        "1 + the share of open steps, about 1.5",
         "arXiv 2304.14647",
         "parts of the batch; other directions and scopes; reuse; `with opt.perturbed()`",
         {"gate": None},

@@ -152,6 +152,8 @@ def configs(draw: st.DrawFn) -> Config:
 
 def _of_the_direction(perturbation: dict[str, Any], sharding: dict[str, Any]) -> None:
     direction = perturbation["direction"]
+    if direction.get("fraction") == 1.0:
+        direction["choose"] = "first"
     if direction.get("fraction") != 1.0 or direction["source"] != "fresh" or direction["scope"] != "global":
         perturbation["gate"] = None
     if perturbation["gate"] is not None:
