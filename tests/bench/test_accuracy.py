@@ -542,6 +542,7 @@ def test_a_report_of_what_is_there_so_far(larger: LoadedStudy) -> None:
     assert found.counts is False
 
 
+@pytest.mark.slow
 def test_the_report_on_disk(
     larger: LoadedStudy, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -189,6 +189,7 @@ def test_one_process_of_512_sends_and_holds_what_is_predicted(
     assert rows[0]["sent"] < rows[1]["sent"] <= 2.01 * rows[0]["sent"]
 
 
+@pytest.mark.slow
 def test_in_bf16_one_process_of_eight_gathers_half_as_predicted(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

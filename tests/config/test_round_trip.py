@@ -214,6 +214,7 @@ def test_other_yaml_readers_see_the_same(config):
     assert yaml.safe_load(dump(config)) == config.model_dump(mode="json")
 
 
+@pytest.mark.slow
 @relaxed
 @given(configs())
 def test_overrides_equal_the_file(tmp_path, config):

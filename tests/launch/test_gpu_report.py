@@ -34,6 +34,7 @@ def times(folder: Path) -> dict[str, int]:
     return {file.name: file.stat().st_mtime_ns for file in folder.iterdir() if file.suffix in (".md", ".json")}
 
 
+@pytest.mark.slow
 def test_without_a_gpu_one_line_says_so(tmp_path: Path) -> None:
     done = report(tmp_path / "results")
     assert done.returncode == 2

@@ -231,6 +231,7 @@ def sentences(count: int, seed: int) -> Tensor:
     return (first + stride * torch.arange(17)) % 24
 
 
+@pytest.mark.slow
 def test_fsam_a_fisher_mask_trains_a_language_model() -> None:
     """FSAM (arXiv 2210.05497): nothing here knows about images."""
     torch.manual_seed(0)

@@ -77,7 +77,9 @@ def test_every_direction_is_listed_and_tried() -> None:
 
 
 @EVERY
-@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize(
+    "mask", [name if name == "element" else pytest.param(name, marks=pytest.mark.slow) for name in MASKS]
+)
 def test_a_resumed_run_is_the_uninterrupted_one(mask: str, direction: Direction) -> None:
     data = batches(6, SIZE)
     model = small_network("vit")

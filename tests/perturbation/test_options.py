@@ -88,6 +88,7 @@ def test_groups_without_a_rho_take_the_default_and_bad_ones_are_refused() -> Non
         SparseSAM(model, base, rho=math.inf)
 
 
+@pytest.mark.slow
 def test_a_group_left_alone_costs_no_weight_gradient_in_the_ascent() -> None:
     def flops(*rhos: float) -> int:
         model = vit()

@@ -161,6 +161,7 @@ def test_a_cut_pays_for_the_suffix_only() -> None:
     assert costs[1] / base == pytest.approx(1 + 2 * block, abs=0.05)
 
 
+@pytest.mark.slow
 def test_a_tensor_mask_pays_no_weight_gradient_for_what_it_leaves_alone() -> None:
     model = small_network("vit")
     dense = _flops(model, rho=0.1)

@@ -40,7 +40,9 @@ UNEVEN = (
 )
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [name if name in each_option_once() else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+)
 def test_one_process_equals_the_reference(name: str) -> None:
     check([CASES[name]], [alone(train, "single", [CASES[name]])], "single")
 

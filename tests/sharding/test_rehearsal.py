@@ -50,6 +50,7 @@ def differing(first: Any, second: Any, name: str = "") -> list[str]:
     return [] if (torch.equal(first, second) if same is None else same) else [name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_one_process_trains_as_without(name: str) -> None:
     case = CASES[name]

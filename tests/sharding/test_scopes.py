@@ -83,6 +83,7 @@ def check(cases: list[Case], ranks: list[Any], sharers: int) -> None:
             assert other > 100 * TOLERANCE
 
 
+@pytest.mark.slow
 def test_one_process_takes_every_scope() -> None:
     check(IN_PARTS, [alone(train, "single", IN_PARTS)], 1)
     whole = [

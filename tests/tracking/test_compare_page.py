@@ -137,6 +137,7 @@ def test_a_password_of_the_store_is_not_shown(config: MakeConfig, uri: str, fini
     assert "secret" not in page(comparison)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("compared")
 def test_mlflow_keeps_it_in_a_run_of_its_own_which_is_never_compared(
     uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -370,6 +370,7 @@ def test_an_unusable_store_is_one_line_naming_it(config: MakeConfig, tmp_path: P
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
+@pytest.mark.slow
 def test_a_server_that_accepts_but_never_answers_is_given_up(config: MakeConfig) -> None:
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))

@@ -155,6 +155,7 @@ def counting(counter: Counter) -> Iterator[Counter]:
         yield counter
 
 
+@pytest.mark.slow
 def test_a_part_of_ones_own_is_saved_and_resumed_with_a_run(
     home: Path, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

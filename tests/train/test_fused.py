@@ -48,6 +48,7 @@ def test_benchmarks_take_the_same() -> None:
         assert made.defaults["fused"] is True
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 def test_a_run_goes_on_from_what_was_not_fused(
     name: str, data: Path, home: Path, capsys: pytest.CaptureFixture[str]

@@ -64,6 +64,7 @@ def add_hooks(monkeypatch: pytest.MonkeyPatch, hooks: Sequence[Hook]) -> None:
     monkeypatch.setattr(loop, "build_hooks", lambda *args: [*build_hooks(*args), *hooks])
 
 
+@pytest.mark.slow
 def test_a_hook_sees_every_step_and_epoch_in_order(home: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
     add_hooks(monkeypatch, [Recorder(calls)])

@@ -74,6 +74,7 @@ def watched() -> Iterator[list[Places]]:
         yield made
 
 
+@pytest.mark.slow
 def test_a_run_resumed_with_steps_of_another_size_goes_on_at_the_same_place(home: Path, data: Path) -> None:
     config = write_config(home / "run.yaml", data, **CHANGING)
     with watched() as runs:

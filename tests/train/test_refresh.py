@@ -45,6 +45,7 @@ def test_two_of_four(home: Path, data: Path) -> None:
     assert 0.0 < run.data.metrics["perturbation/kappa"] < 1.0  # by the first step, which looks at the whole gradient
 
 
+@pytest.mark.slow
 def test_rows_by_steps(home: Path, data: Path) -> None:
     run = train(home, data, {"pattern": "row", "score": "weight", "allocation": "uniform", "refresh_steps": 3})
     flags, steps = saved(home), {0: None, 3: None, 6: None}
@@ -107,6 +108,7 @@ def test_a_mask_that_drifts_and_refreshes_that_come_late_in_an_epoch(
     assert all(0.0 < kappa < 1.0 for kappa in history(home, run, "perturbation/kappa").values())
 
 
+@pytest.mark.slow
 def test_accumulated_scores_and_a_sparsity_that_is_annealed(home: Path, data: Path) -> None:
     mask = {"pattern": "element", "score": "accumulated", "sparsity": 0.2, "sparsity_final": 0.9, "refresh_steps": 2}
     run = train(home, data, mask)
