@@ -130,6 +130,7 @@ def test_the_better_half_goes_on(scores: list[float]) -> None:
         assert all((scores[index], -index) > (scores[left_out], -left_out) for index in kept)
 
 
+@pytest.mark.slow
 @settings(max_examples=15)
 @given(st.data())
 def test_tuning_finds_the_best_candidate_by_the_same_number_of_runs_whatever_they_come_to(
@@ -627,10 +628,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def arguments(home: Path, work: str, *options: str) -> list[str]:
-    # On one core, as it is meant to run, the threads of a process that has forked were waited for without end. Not
-    # niced, as it is meant to be, too: beside other tests it would not come to its turn.
-    bound = ["taskset", "-c", str(min(os.sched_getaffinity(0)))]
-    line = [*bound, sys.executable, "-m", "ssam_scale", "bench", "accuracy", str(home / "small.yaml"), "--data"]
+    line = [sys.executable, "-m", "ssam_scale", "bench", "accuracy", str(home / "small.yaml"), "--data"]
     return [*line, str(home / "images"), "--folder", str(home / work), *options]
 
 

@@ -301,7 +301,9 @@ KEYS = [key for key in dotted_names() if len(key.rpartition(".")[2]) > 1]
 
 
 @settings(relaxed, max_examples=8)
-@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize(
+    "key", [key if index % 4 == 0 else pytest.param(key, marks=pytest.mark.slow) for index, key in enumerate(KEYS)]
+)
 @given(st.data())
 def test_a_typo_names_the_key(tmp_path, key, data):
     config = full(key)

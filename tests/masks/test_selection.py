@@ -291,6 +291,7 @@ def test_shards_uneven_or_empty_choose_what_one_process_chooses(ranks: list[tupl
             assert all(torch.equal(a, b) for a, b in zip(masks, expected, strict=True)), (name, k)
 
 
+@pytest.mark.slow
 def test_flat_runs_cut_anywhere_give_the_same_bits(ranks: list[tuple[Any, Any]]) -> None:
     scores = _unit_scores()
     rounded = [s.round() for s in scores]

@@ -827,6 +827,7 @@ def around(world: World) -> dict[str, str]:
     return told
 
 
+@pytest.mark.slow
 def test_wrappers_that_hide_others_are_refused() -> None:
     for told in run_ranks(2, around):
         assert "a Around around DDP (net), which it hides: give SparseSAM the DistributedDataParallel" in told["around"]

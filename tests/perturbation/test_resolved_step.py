@@ -199,6 +199,7 @@ def test_options_out_of_their_range_are_refused(options: dict[str, Any], message
         StepOptions(**options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", [ConstantRadius(), Interval(5), Window(50, 150), Interval(3, reuse=0.5)], ids=repr)
 @pytest.mark.parametrize("norm", ["dense", "masked", "calibrated"])
 @pytest.mark.parametrize("mask", ["row 50%", "tensor"])

@@ -131,6 +131,7 @@ def test_a_loss_function_that_a_cut_would_not_suit_is_refused_before_there_is_on
 # ---- random numbers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["vit", "resnet", "convnext"])
 @pytest.mark.parametrize("micro", [1, 2])
 @pytest.mark.parametrize(

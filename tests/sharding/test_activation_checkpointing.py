@@ -59,6 +59,7 @@ def _with_and_without(world: World, backend: str, cases: list[Again]) -> list[li
     return differing
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_one_process(case: Again) -> None:
     assert _with_and_without(World(), "single", [case]) == [[]]

@@ -76,6 +76,7 @@ def compared(config: MakeConfig, uri: str, finish: Finish) -> None:
             finish(made, top1=top1 + seed, ms=ms, probed=probed, course=course, layers=layers, density=0.7)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("compared")
 def test_it_has_table_charts_and_how_each_number_was_measured(uri: str) -> None:
     tree = Tree(page(compare(uri, "ssam_scale")))

@@ -118,6 +118,7 @@ def test_drawing_leaves_matplotlibs_global_state_alone(tmp_path: Path) -> None:
     assert plt.get_fignums() == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tried", [False, True], ids=["", "another package has tried to import it"])
 @pytest.mark.parametrize("backend", ["module://no_such_package.backend", "svg"])
 def test_pictures_do_not_depend_on_a_backend_inherited_from_a_notebook(

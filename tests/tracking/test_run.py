@@ -218,6 +218,7 @@ def test_resuming_what_the_store_does_not_know_starts_anew(config: MakeConfig, u
     assert stored(uri, run).data.tags["resumed_from"] == "0" * 32
 
 
+@pytest.mark.slow
 def test_long_values_are_cut_to_what_mlflow_takes(config: MakeConfig, uri: str) -> None:
     base = config()
     long = base.model_copy(update={"model": base.model.model_copy(update={"kwargs": {"text": "x" * 10_000}})})

@@ -141,6 +141,7 @@ def test_a_mask_that_leaves_nothing(data: Path, home: Path, capsys: pytest.Captu
     assert "perturbation.mask: a mask of pattern block and sparsity 0.9999 leaves nothing of" in line
 
 
+@pytest.mark.slow
 def test_checkpoints_of_other_masks(data: Path, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     mask = {"pattern": "element", "score": "weight"}
     config = write_config(home / "run.yaml", data, perturbation={"rho": 0.1, "mask": mask})

@@ -78,6 +78,7 @@ def test_bf16_on_a_gpu_that_only_pretends_it(
     assert "bf16 needs 8.0" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("version", "message"),
     [
