@@ -26,7 +26,7 @@ from ssam_scale.models.ema import EMA
 from ssam_scale.perturbation import Gate, Phases, Savings, SparseSAM
 from ssam_scale.perturbation.arguments import check_optimizer
 from ssam_scale.perturbation.batchnorm import batchnorms, frozen_statistics
-from ssam_scale.perturbation.directions import DIRECTIONS
+from ssam_scale.perturbation.directions import build_direction
 from ssam_scale.perturbation.fused import fused_options
 from ssam_scale.perturbation.loss import LossFn
 from ssam_scale.perturbation.reference import first_samples
@@ -346,7 +346,7 @@ def perturbation_options(config: Config, steps_per_epoch: int) -> dict[str, Any]
         "mask": None if section.mask is None else build_mask(section.mask, run),
         "adaptive": section.adaptive,
         "calibrate_every": section.calibrate_every,
-        "direction": DIRECTIONS[section.direction.source].value(section.direction),
+        "direction": build_direction(section.direction),
         "gap": section.gap,
         "gate": None if section.gate is None else Gate(run.steps, **section.gate.model_dump()),
         "savings": Savings(**section.savings.model_dump()),
@@ -400,7 +400,7 @@ def _check_direction(config: Config, base: torch.optim.Optimizer) -> None:
         return
     section = config.perturbation.direction
     try:
-        DIRECTIONS[section.source].value(section).check(base)
+        build_direction(section).check(base)
     except ValueError as error:
         raise UserError(f"perturbation.direction.source {section.source}: {error}") from error
 

@@ -22,7 +22,7 @@ from ssam_scale.config.micro_batches import MicroBatches
 from ssam_scale.config.schema import Config
 from ssam_scale.errors import UserError
 from ssam_scale.perturbation import SparseSAM, StagedModel
-from ssam_scale.perturbation.directions import DIRECTIONS
+from ssam_scale.perturbation.directions import build_direction
 from ssam_scale.perturbation.loss import LossFn
 from ssam_scale.sharding import BACKENDS, World
 from ssam_scale.sharding.device import to_device
@@ -153,7 +153,7 @@ class _Trial:
             make_optimizer(network.model),
             rho=0.0 if section is None else section.rho,
             adaptive=section is not None and section.adaptive,
-            direction=None if section is None else DIRECTIONS[section.direction.source].value(section.direction),
+            direction=None if section is None else build_direction(section.direction),
             max_grad_norm=config.optimizer.clip_grad_norm,
         )
         weights = sum(p.numel() for p in network.parameters())

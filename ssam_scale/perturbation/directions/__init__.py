@@ -1,5 +1,6 @@
 """Where the direction of ε comes from: a fresh gradient, the base optimizer's momentum, the gradient before, a mean."""
 
+from .build import build_direction
 from .fresh import Fresh, scope_of
 from .friendly import Friendly
 from .interface import DIRECTIONS, Ascending, Direction, Source, check_direction
@@ -19,6 +20,7 @@ __all__ = [
     "Previous",
     "Source",
     "VaSSO",
+    "build_direction",
     "check_direction",
     "scope_of",
 ]

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from ssam_scale.checks import check_number
 from ssam_scale.config.direction_sections import FriendlyDirection
-from ssam_scale.masks import Plan, masked_select
-from ssam_scale.perturbation.arithmetic import at_least_fp32, zero_unless_
+from ssam_scale.masks import Plan
+from ssam_scale.perturbation.arithmetic import zero_unless_
 from ssam_scale.sharding import Sharding
 
-from .interface import DIRECTIONS, Ascending, Forgetful, Gradients
+from .interface import DIRECTIONS, Ascending, Forgetful, Gradients, unscaled
 from .kept import Kept
 
 
@@ -61,9 +61,7 @@ class FriendlyGradient(Forgetful):
 
     def vectors(self, plan: Plan, gradients: Gradients, scale: Tensor | float = 1.0) -> list[Tensor]:
         """Of the perturbed weights alone."""
-        fresh = at_least_fp32(masked_select(gradients(list(plan.weights)), list(plan.weights.values())))
-        if fresh and not (isinstance(scale, float) and scale == 1.0):
-            torch._foreach_div_(fresh, scale)
+        fresh = unscaled(plan, gradients, scale)
         mean, unknown = self._mean.of(plan)
         self._seen = plan, fresh, mean, unknown
         if not mean:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from ssam_scale.checks import check_choice, check_number, described
 from ssam_scale.config.direction_sections import Choose
-from ssam_scale.masks import Plan
+from ssam_scale.masks import Plan, masked_select
+from ssam_scale.perturbation.arithmetic import at_least_fp32
 from ssam_scale.registry import Registry
 from ssam_scale.sharding import Sharding
 
@@ -182,6 +183,23 @@ class Ascending:
 
     def check(self, optimizer: torch.optim.Optimizer) -> None:
         """Any will do."""
+
+
+def unscaled(plan: Plan, gradients: Gradients, scale: Tensor | float) -> list[Tensor]:
+    """The ascent's gradients of the perturbed weights, less the factor on the losses; may overwrite them.
+
+    Args:
+        plan: what the step perturbs.
+        gradients: of the parameters that are named.
+        scale: what the losses were multiplied by.
+
+    Returns:
+        One tensor of 1 dimension a parameter of the plan, float32 or float64.
+    """
+    fresh = at_least_fp32(masked_select(gradients(list(plan.weights)), list(plan.weights.values())))
+    if fresh and not (isinstance(scale, float) and scale == 1.0):
+        torch._foreach_div_(fresh, scale)
+    return fresh
 
 
 Build = Callable[[Any], Direction]

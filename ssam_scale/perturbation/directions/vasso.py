@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from ssam_scale.checks import check_number
 from ssam_scale.config.direction_sections import VaSSODirection
-from ssam_scale.masks import Plan, masked_select
-from ssam_scale.perturbation.arithmetic import at_least_fp32, zero_unless_
+from ssam_scale.masks import Plan
+from ssam_scale.perturbation.arithmetic import zero_unless_
 from ssam_scale.sharding import Sharding
 
-from .interface import DIRECTIONS, Ascending, Forgetful, Gradients
+from .interface import DIRECTIONS, Ascending, Forgetful, Gradients, unscaled
 from .kept import Kept
 
 
@@ -56,9 +56,7 @@ class MeanGradient(Forgetful):
 
     def vectors(self, plan: Plan, gradients: Gradients, scale: Tensor | float = 1.0) -> list[Tensor]:
         """Of the perturbed weights alone."""
-        moved = at_least_fp32(masked_select(gradients(list(plan.weights)), list(plan.weights.values())))
-        if moved and not (isinstance(scale, float) and scale == 1.0):
-            torch._foreach_div_(moved, scale)
+        moved = unscaled(plan, gradients, scale)
         mean, unknown = self._mean.of(plan)
         begun = [None if first is None else torch.where(first, g, 0.0) for g, first in zip(moved, unknown, strict=True)]
         if moved:
