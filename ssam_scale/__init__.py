@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .masks import NM, Annealed, AnnealedCut, Dense, Depth, DepthByCost, Dynamic, Named, Norms, Scored
     from .perturbation import (
         CosineRadius,
+        DescentSamples,
         Fresh,
         Friendly,
         Gate,
@@ -37,6 +38,7 @@ __all__ = [
     "Dense",
     "Depth",
     "DepthByCost",
+    "DescentSamples",
     "Dynamic",
     "Fresh",
     "Friendly",

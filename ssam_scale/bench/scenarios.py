@@ -20,6 +20,7 @@ from ssam_scale.errors import UserError
 from ssam_scale.masks import Dense, Depth, Mask, Norms, ScoreBased, Scored
 from ssam_scale.masks.top_scores import Pattern
 from ssam_scale.perturbation import (
+    DescentSamples,
     Direction,
     Fresh,
     Friendly,
@@ -64,6 +65,7 @@ class Scenario:
         steps: how many are taken in turn before the next scenario's: a whole period, or several draws.
         has_cut: whether the blocks before a cut are left alone, for which there is a bound on the time.
         savings: which savings are made; None: those that cost nothing.
+        descent: which samples the descent goes by; None: all.
     """
 
     name: str
@@ -73,6 +75,7 @@ class Scenario:
     steps: int = 1
     has_cut: bool = False
     savings: Savings | None = None
+    descent: DescentSamples | None = None
 
     @property
     def fraction(self) -> float:
@@ -117,8 +120,13 @@ def _ours() -> list[Scenario]:
         Scenario("previous", Dense, Previous()),
         Scenario("friendly", Dense, Friendly()),
     ]
+    highest = Fresh(0.5, "highest_loss"), DescentSamples(0.5, "highest_loss")
+    selections = [
+        Scenario("esam", partial(Scored, "tensor", 0.4, score="random"), descent=DescentSamples(0.5)),
+        Scenario("k-sam", Dense, highest[0], descent=highest[1]),
+    ]
     intervals = [Scenario(f"interval {k}", Dense, interval=k, steps=k) for k in (2, 5)]
-    return [Scenario("sam", Dense), *cuts, *masks, *singly, *directions, *intervals]
+    return [Scenario("sam", Dense), *cuts, *masks, *singly, *directions, *selections, *intervals]
 
 
 def scenarios() -> list[Scenario]:
@@ -249,6 +257,7 @@ def sparse_sam(
         direction=scenario.direction,
         schedule=schedule,
         savings=scenario.savings,
+        descent=scenario.descent,
         phases=phases,
     )
     if isinstance(mask, ScoreBased):

@@ -11,6 +11,7 @@ from .section import Section, Share
 
 Scope: TypeAlias = Literal["global", "shard_group", "worker", "micro_batch"]
 Choose: TypeAlias = Literal["first", "random", "highest_loss"]
+ChooseDescent: TypeAlias = Literal["sharpest", "highest_loss", "random"]
 
 
 class _Ascending(Section):
@@ -71,6 +72,17 @@ class PreviousDirection(Section):
     """The descent gradient of the step before (S2-SAM, AsyncSAM); no ascent pass."""
 
     source: Literal["previous"] = Field(description="the descent gradient of the step before")
+
+
+class DescentSection(Section):
+    """The descent goes by a part of each micro-batch (ESAM, arXiv 2110.03141; K-SAM, arXiv 2210.12864)."""
+
+    fraction: float = Field(gt=0.0, lt=1.0, description="share of each micro-batch in the descent; at least one image")
+    choose: ChooseDescent = Field(
+        "sharpest",
+        description="which images these are: sharpest: whose loss rises most by the perturbation, which costs a "
+        "forward of all of them; highest_loss, before the perturbation; random: others in each step",
+    )
 
 
 class GateSection(Section):

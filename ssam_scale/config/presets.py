@@ -1,7 +1,7 @@
 """Named methods: each is a point of the space that `perturbation` spans, and `perturbation.preset` expands into it.
 
-Only data, so that a configuration can be read without anything else. What a method is not (a loss term, a choice of
-samples for the descent) is no point of this space and not here.
+Only data, so that a configuration can be read without anything else. A loss term is no point of this space and not
+here.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ _PLAIN = {
     "window": [0.0, 1.0],
     "gap": 0.0,
     "gate": None,
+    "descent": None,
+    "loss_budget": None,
 }
 _FISHER = {"pattern": "element", "score": "fisher"}
 
@@ -115,6 +117,41 @@ PRESETS: Mapping[str, Preset] = {
         "arXiv 2304.14647",
         "parts of the batch; other directions and scopes; reuse; `with opt.perturbed()`",
         {"gate": None},
+    ),
+    "esam": Preset(
+        "single tensors, others in each step, and a descent by the samples whose loss rises most",
+        {
+            "direction": {"source": "fresh", "fraction": 1.0},
+            "mask": {"pattern": "tensor", "score": "random", "refresh_steps": 1},
+            "descent": {"choose": "sharpest"},
+        },
+        {"rho": 0.1, "mask": {"sparsity": 0.4}, "descent": {"fraction": 0.5}},
+        "4/3 + descent.fraction, less what the mask elides: about 1.7",
+        "arXiv 2110.03141",
+        "parts of the batch in the ascent; momentum and previous; reuse, gap and gate; `with opt.perturbed()`",
+        {"descent": None},
+    ),
+    "k-sam": Preset(
+        "both passes by the samples of the highest loss",
+        {
+            "direction": {"source": "fresh", "choose": "highest_loss"},
+            "mask": None,
+            "descent": {"choose": "highest_loss"},
+        },
+        {"rho": 0.1, "direction": {"fraction": 0.5}, "descent": {"fraction": 0.5}},
+        "1/3 + direction.fraction + descent.fraction",
+        "arXiv 2210.12864",
+        "momentum and previous; reuse, gap and gate; `with opt.perturbed()`",
+        {"descent": None},
+    ),
+    "le-sam": Preset(
+        "as far as the loss rises by the same everywhere, to first order; the rise falls along a cosine",
+        {"direction": {"source": "fresh"}, "norm": "masked", "rho_schedule": "cosine"},
+        {"rho": 0.5, "loss_budget": 0.1},
+        "2",
+        "arXiv 2605.10183",
+        "norms dense and calibrated; other directions",
+        {"loss_budget": None},
     ),
     "rare-sam": Preset(
         "an ascent in every tenth step, at ten times the radius",
@@ -255,6 +292,7 @@ def _overrides(settings: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
 _USUAL = (
     *(("direction.source", "fresh"), ("direction.fraction", 1.0), ("direction.scope", "global"), ("norm", "masked")),
     *(("mask", None), ("adaptive", False), ("interval", 1), ("window", [0.0, 1.0]), ("gap", 0.0), ("gate", None)),
+    *(("descent", None), ("loss_budget", None)),
 )
 
 

@@ -15,7 +15,14 @@ from pydantic import AfterValidator, Field, ValidationError, ValidationInfo, fie
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from .deepspeed import WEIGHT_BY_WEIGHT, problems
-from .direction_sections import Direction, FreshDirection, GateSection, MomentumDirection, PreviousDirection
+from .direction_sections import (
+    DescentSection,
+    Direction,
+    FreshDirection,
+    GateSection,
+    MomentumDirection,
+    PreviousDirection,
+)
 from .mask_sections import DepthMask, ElementMask, Mask
 from .presets import PRESETS
 from .section import Section, Share, UserPath, home, home_in_uri, without
@@ -258,6 +265,14 @@ class Perturbation(Section):
         description="how much of what the plain gradient has orthogonal to the descent's is taken off that (alpha of "
         "GSAM)",
     )
+    descent: DescentSection | None = Field(None, description="null: the descent goes by all images of each micro-batch")
+    loss_budget: float | None = Field(
+        None,
+        gt=0.0,
+        le=1e6,
+        description="by how much the loss may rise along the perturbation, to first order, before that is shortened; "
+        "rho is the longest it can be (LE-SAM); null: it is as long as rho says",
+    )
     gate: GateSection | None = Field(None, description="null: every step of the interval and window perturbs")
     savings: Savings = Savings.model_validate({})
     window: tuple[Share, Share] = Field(
@@ -303,6 +318,17 @@ class Perturbation(Section):
             )
         if self.gate is not None and self.reuse:
             raise ValueError("gate has no ascents in fixed steps that reuse could go by; use one of them")
+        self._check_descent()
+        if self.loss_budget is not None and self.norm != "masked":
+            raise ValueError(
+                f"loss_budget says how far a step goes by the norm of what is perturbed, and norm is {self.norm}; use "
+                "masked, or leave loss_budget out"
+            )
+        if self.loss_budget is not None and not isinstance(self.direction, FreshDirection):
+            raise ValueError(
+                "loss_budget goes by how the loss rises along its own gradient, and direction.source is "
+                f"{self.direction.source}; use fresh"
+            )
         for key in ("reuse", "gap"):
             if getattr(self, key) and not plain:
                 raise ValueError(
@@ -314,6 +340,27 @@ class Perturbation(Section):
                     f"{key} knows the gradient by the perturbation, which adaptive distorts; use one of them"
                 )
         return self
+
+    def _check_descent(self) -> None:
+        """Refuse a choice of the descent's images that nothing tells."""
+        if self.descent is None:
+            return
+        if isinstance(self.direction, (MomentumDirection, PreviousDirection)):
+            raise ValueError(
+                "descent is of images that an ascent helps to choose, and direction.source "
+                f"{self.direction.source} has none; use fresh, friendly or vasso"
+            )
+        if self.descent.choose == "sharpest" and self.direction.fraction < 1.0:
+            raise ValueError(
+                "descent.choose sharpest compares each image's loss with that in the ascent, which sees "
+                f"{self.direction.fraction} of them; use direction.fraction 1, or choose highest_loss"
+            )
+        for key in ("reuse", "gap", "gate"):
+            if getattr(self, key):
+                raise ValueError(
+                    f"{key} goes by the gradients of both passes together, and with descent they are of other images; "
+                    "use one of them"
+                )
 
 
 class Sharding(Section):

@@ -77,14 +77,16 @@ class StepShape:
             pass.
         perturbed: number of perturbed weights.
         fraction: share of the batch in the ascent.
-        scored: whether a forward of the whole batch chooses it.
+        scores: forwards of the whole batch that choose samples, of the ascent or of the descent.
+        descent: share of the batch in the descent.
     """
 
     cut: int
     kept: tuple[float, ...]
     perturbed: int
     fraction: float = 1.0
-    scored: bool = False
+    scores: int = 0
+    descent: float = 1.0
 
     @property
     def ascends(self) -> bool:
@@ -117,8 +119,9 @@ def ascent_forward(times: StepTimes, shape: StepShape) -> float:
     """The ascent's forward."""
     if not shape.ascends:
         return 0.0
-    chosen = sum(s.forward for s in times.stages) if shape.scored else 0.0
-    return chosen + shape.fraction * sum(s.forward for s in times.stages[shape.cut :])
+    return shape.scores * sum(s.forward for s in times.stages) + shape.fraction * sum(
+        s.forward for s in times.stages[shape.cut :]
+    )
 
 
 def ascent_backward(times: StepTimes, shape: StepShape) -> float:
@@ -132,8 +135,9 @@ def ascent_backward(times: StepTimes, shape: StepShape) -> float:
 
 
 def predicted_ascent_seconds(times: StepTimes, shape: StepShape) -> float:
-    """Everything that the step pays beyond the base optimizer's step."""
-    return ascent_forward(times, shape) + ascent_backward(times, shape) + times.perturb * shape.perturbed
+    """Everything that the step pays beyond the base optimizer's step; negative where its descent spares more."""
+    spared = (1.0 - shape.descent) * pass_seconds(times)
+    return ascent_forward(times, shape) + ascent_backward(times, shape) + times.perturb * shape.perturbed - spared
 
 
 def predicted_over_base(times: StepTimes, shapes: Sequence[StepShape]) -> float:

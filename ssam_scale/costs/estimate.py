@@ -128,8 +128,9 @@ def step_segments(times: StepTimes, backend: BackendCosts, shards: int, ascent: 
         shards: processes that stepping is sharded over.
         ascent: its ascent; None: a step of the base optimizer.
     """
+    part = 1.0 if ascent is None else ascent.shape.descent
     forward = sum(s.forward for s in times.stages)
-    descent = _segments(forward, pass_seconds(times) - forward, backend.descent(ascent))
+    descent = _segments(part * forward, part * (pass_seconds(times) - forward), backend.descent(ascent))
     segments = [*descent, Segment(times.optimizer / shards)]
     if ascent is None:
         return segments

@@ -157,7 +157,12 @@ def shape_of(resolved: ResolvedStep, weights: Weights, depth: int) -> StepShape:
                 computed[stage] += resolved.computed.get(name, 0)
     kept = tuple(c / n if n else 0.0 for c, n in zip(computed, total, strict=True))
     return StepShape(
-        resolved.forward_from, kept, resolved.plan.perturbed, resolved.fraction, resolved.choose == "highest_loss"
+        resolved.forward_from,
+        kept,
+        resolved.plan.perturbed,
+        resolved.fraction,
+        resolved.scores_samples + resolved.scores_again,
+        resolved.descent.fraction if resolved.descent is not None else 1.0,
     )
 
 

@@ -2,6 +2,7 @@
 
 from ssam_scale import torch_compat  # noqa: F401 - refuses a torch that is too old, before anything looks for more
 
+from .descent_samples import DescentSamples
 from .directions import Direction, Fresh, Friendly, Momentum, Previous, VaSSO
 from .gate import Gate
 from .phases import Phase, Phases, no_phases
@@ -17,6 +18,7 @@ from .step_report import Rehearsed, StepKind, StepReport
 __all__ = [
     "ConstantRadius",
     "CosineRadius",
+    "DescentSamples",
     "Direction",
     "Fresh",
     "Friendly",

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import is_dataclass
 from functools import partial
 from types import FunctionType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +16,16 @@ from torch.utils._pytree import tree_leaves
 
 from ssam_scale.checks import check_number, described
 from ssam_scale.config.direction_sections import Scope
-from ssam_scale.config.schema import Norm
 from ssam_scale.masks import Depth, Mask
 from ssam_scale.sharding import Sharding
 
-from .directions import Direction, Fresh
+from .descent_samples import DescentSamples
+from .directions import Ascending, Direction, Fresh
 from .gate import Gate
 from .staged_model import StagedModel
+
+if TYPE_CHECKING:
+    from .resolved_step import StepOptions
 
 _LABELS = {"y", "label", "labels", "target", "targets"}
 
@@ -147,7 +150,7 @@ def check_no_others(others: Mapping[str, Any], base_optimizer: Any) -> None:
 
 
 def check_together(
-    norm: Norm, mask: Mask | None, adaptive: bool, direction: Direction, gap: float, gate: Gate | None, *, reuses: bool
+    options: StepOptions, mask: Mask | None, adaptive: bool, gap: float, gate: Gate | None, *, reuses: bool
 ) -> None:
     """Refuse options of `SparseSAM` that do not go together; `reuses`: whether its schedule reuses ascents (LookSAM).
 
@@ -155,6 +158,7 @@ def check_together(
         TypeError: the gap is no number, or the gate no gate.
         ValueError: they do not.
     """
+    norm, direction = options.norm, options.direction
     check_number("gap", gap, "at least 0", lambda alpha: 0.0 <= alpha < math.inf)
     if gate is not None and not isinstance(gate, Gate):
         raise TypeError(f"gate is {described(gate)}; Gate(steps) is needed, or None")
@@ -180,6 +184,42 @@ def check_together(
         )
     if gate is not None and reuses:
         raise ValueError("a gate has no ascents in fixed steps that others could reuse; use one of them")
+    if options.descent is not None:
+        _check_descent(options.descent, direction, {"reuse": reuses, "gap": gap > 0.0, "gate": gate is not None})
+    if options.loss_budget is not None and norm != "masked":
+        raise ValueError(
+            f"loss_budget says how far a step goes by the norm of what is perturbed, whatever else it would be divided "
+            f"by: with norm {norm!r} use no loss_budget, or norm 'masked'"
+        )
+    if options.loss_budget is not None and not isinstance(direction, Fresh):
+        raise ValueError(
+            f"loss_budget goes by how the loss rises along its own gradient, which direction {direction} is not; use "
+            "Fresh()"
+        )
+
+
+def _check_descent(descent: DescentSamples, direction: Direction, others: Mapping[str, bool]) -> None:
+    """Refuse a choice of the descent's samples that nothing tells.
+
+    Raises:
+        ValueError: it is such.
+    """
+    if not isinstance(direction, Ascending):
+        raise ValueError(
+            f"descent {descent} is of samples that an ascent helps to choose, and direction {direction} has none; use "
+            "Fresh(), Friendly() or VaSSO()"
+        )
+    if descent.choose == "sharpest" and direction.fraction < 1.0:
+        raise ValueError(
+            "descent choose='sharpest' compares each sample's loss with that in the ascent, which sees "
+            f"{direction.fraction} of them: give the direction fraction=1.0, or choose='highest_loss'"
+        )
+    for name, asked in others.items():
+        if asked:
+            raise ValueError(
+                f"{name} goes by the gradients of both passes together, and with descent {descent} they are of other "
+                "samples; use one of them"
+            )
 
 
 def check_scope(scope: Scope, sharding: Sharding) -> None:

@@ -8,19 +8,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_map_only
 
 from ssam_scale.sharding import AscentReduction, ShardedPasses
 
+from . import samples
 from .arguments import CALLS_BACKWARD, check_loss, check_samples_first, explained
 from .batchnorm import Statistics, evaluation_mode
 from .loss import Forward, LossFn
 from .mask_state import MaskState
 from .parameters import TrainedParameters
 from .phases import Phase, Phases
-from .reference import first_samples
 from .resolved_step import ResolvedStep
-from .rng import RandomState, hashed, uniform_
+from .rng import RandomState
+from .samples import SampleRows, losses_of_each
 from .skip_gradients import only_rows, without_gradient
 
 
@@ -32,7 +33,8 @@ class Passes:
 
     With a `fraction` below 1 the ascent sees some samples of each micro-batch. A shared prefix runs on all of them, and
     the ascent goes on from their rows of its output; what drops something at random in a prefix that is
-    not shared, or in the suffix, then drops something else in the two passes, of which one has fewer samples.
+    not shared, or in the suffix, then drops something else in the two passes, of which one has fewer samples. So does
+    what drops something in a descent by some of the samples, which the ascent has helped to choose.
 
     Args:
         sharding: what to run.
@@ -74,8 +76,9 @@ class Passes:
         self._phases = phases
         self._device = parameters.device
         self._random: list[RandomState] = []  # at the start of each micro-batch of the ascent
-        self._rows: slice | Tensor = slice(None)  # of a micro-batch, which the ascent sees
-        self._full_batch_of: dict[int, Tensor] = {}  # by identity of what the ascent sees some rows of
+        self._rows = SampleRows(slice(None))  # of a micro-batch, which the ascent sees
+        self._losses_at_w: list[Tensor] = []  # of each sample of each micro-batch, where something is chosen by them
+        self._outputs: list[Any] | None = None  # of the model in the pass that is running, where they are asked for
         self._ascent_input: Tensor | None = None  # the input of the one forward of an ascent that may share its prefix
         self._prefix: tuple[Tensor, RandomState] | None = None  # its output, and where the suffix began to draw
 
@@ -97,7 +100,13 @@ class Passes:
             for index, batch in enumerate(self._batches):
                 self._random.append(RandomState.now(self._device))
                 seen = self._ascents_samples(index, batch)
+                if resolved.fraction == 1.0 and resolved.compares_losses:
+                    self._outputs = []
                 losses.append(self._run(index, self._ascent_forward, seen, "ascent backward", ascent=True))
+                if self._outputs is not None:
+                    random, outputs, self._outputs = RandomState.now(self._device), self._outputs, None
+                    self._losses_at_w.append(losses_of_each(self._loss_fn, batch, outputs, self._asks_for_losses()))
+                    random.restore()  # the loss function may draw, too
         return _sum(losses)
 
     def _reducing(self) -> AbstractContextManager[None]:
@@ -124,14 +133,15 @@ class Passes:
     def descend(self) -> Tensor:
         """Forward and backward at the weights as they are, with the gradient of every parameter; returns the mean loss.
 
-        It updates BatchNorm's running statistics where the ascent has not.
+        It updates BatchNorm's running statistics where nothing at w has.
         """
         losses = []
-        with nullcontext() if self._resolved.counts_descent else self._statistics.frozen():
+        with nullcontext() if self._resolved.counted == "descent" else self._statistics.frozen():
             for index, batch in enumerate(self._batches):
+                seen = self._descents_samples(index, batch)
                 if self._random:
                     self._random[index].restore()
-                losses.append(self._run(index, self._descent_forward, batch, "descent backward"))
+                losses.append(self._run(index, self._descent_forward, seen, "descent backward"))
         return _sum(losses)
 
     def _run(self, index: int, forward: Forward, batch: Any, backward_phase: Phase, *, ascent: bool = False) -> Tensor:
@@ -172,65 +182,74 @@ class Passes:
 
     def _ascents_samples(self, index: int, batch: Any) -> Any:
         """What the ascent sees of a micro-batch."""
-        if self._resolved.fraction == 1.0:
+        resolved = self._resolved
+        if resolved.fraction == 1.0:
             return batch
         check_samples_first(batch)
-        self._full_batch_of = {}
-        size = next(len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim)
-        kept = first_samples(size, self._resolved.fraction)
-        self._rows = slice(kept)
-        if self._resolved.choose == "random":
-            stream = self._resolved.step * self._of + self._number + index
-            seed = hashed(stream, self._sharding.data_parallel_group.rank)
-            drawn = torch.empty(size, device=self._device)
-            uniform_(drawn, 0, seed)
-            self._rows = drawn.topk(kept).indices
-        elif self._resolved.choose == "highest_loss":
-            self._rows = self._losses(index, batch).topk(kept).indices
-        return tree_map_only(Tensor, self._rows_of, batch)
+        if resolved.scores_samples:
+            with (
+                self._phases("ascent forward"),
+                nullcontext() if resolved.counted == "choice" else self._statistics.frozen_at_first(),
+            ):
+                self._losses_at_w.append(self._losses(index, batch))
+        if resolved.choose == "random":
+            self._rows = self._random_rows(index, batch, resolved.fraction)
+        elif resolved.choose == "highest_loss":
+            self._rows = samples.highest(self._losses_at_w[-1], resolved.fraction)
+        else:
+            self._rows = samples.first(samples.number_of(batch), resolved.fraction)
+        return self._rows.of(batch)
 
-    def _rows_of(self, leaf: Tensor) -> Tensor:
-        if not leaf.ndim:
-            return leaf
-        rows = leaf[self._rows if isinstance(self._rows, slice) else self._rows.to(leaf.device)]
-        self._full_batch_of[id(rows)] = leaf
-        return rows
+    def _descents_samples(self, index: int, batch: Any) -> Any:
+        """What the descent sees of a micro-batch."""
+        chosen = self._resolved.descent
+        if chosen is None:
+            return batch
+        check_samples_first(batch)
+        if chosen.choose == "random":
+            rows = self._random_rows(index, batch, chosen.fraction)
+        else:
+            scores = self._losses_at_w[index]
+            if chosen.choose == "sharpest":
+                with self._phases("descent forward"):
+                    scores = self._losses(index, batch) - scores
+            rows = samples.highest(scores, chosen.fraction)
+        return rows.of(batch)
+
+    def _random_rows(self, index: int, batch: Any, fraction: float) -> SampleRows:
+        stream = self._resolved.step * self._of + self._number + index
+        rank = self._sharding.data_parallel_group.rank
+        return samples.random(samples.number_of(batch), fraction, stream, rank, self._device)
+
+    def _asks_for_losses(self) -> str:
+        """The option, in words."""
+        descent = self._resolved.descent
+        if descent is None or self._resolved.choose == "highest_loss":
+            return "direction choose='highest_loss'"
+        return f"descent choose={descent.choose!r}"
 
     @torch.no_grad()
     def _losses(self, index: int, batch: Any) -> Tensor:
-        """The loss of every sample of a micro-batch, of shape (samples,)."""
+        """The loss of every sample of a micro-batch at the weights as they are, by a forward without a graph."""
+        self._random[index].restore()
         module, outputs = self._sharding.ascent_module, []
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            with self._phases("ascent forward"), self._statistics.frozen_at_first():
-                outputs.append(module(*args, **kwargs))
+            outputs.append(module(*args, **kwargs))
             return outputs[-1]
 
         self._loss_fn(forward, batch)
-        leaves, structure = tree_flatten((batch, outputs))
-        many = [isinstance(leaf, Tensor) and leaf.ndim > 0 for leaf in leaves]
-
-        def loss(*of_one: Tensor) -> Tensor:
-            own = iter(of_one)
-            single = [next(own)[None] if has_samples else leaf for leaf, has_samples in zip(leaves, many, strict=True)]
-            sample, seen = tree_unflatten(single, structure)
-            ran = iter(seen)
-            return _scalar(self._loss_fn(lambda *args, **kwargs: next(ran), sample))
-
-        try:
-            each: Tensor = torch.vmap(loss)(
-                *(leaf for leaf, has_samples in zip(leaves, many, strict=True) if has_samples)
-            )
-        except (RuntimeError, ValueError) as error:
-            raise ValueError(
-                "direction choose='highest_loss' asks for the loss of each sample, by torch.vmap of the loss function "
-                f"over what the model put out, which fails: {str(error).splitlines()[0]}"
-            ) from error
-        finally:
-            self._random[index].restore()  # the loss function may draw, too
+        each = losses_of_each(self._loss_fn, batch, outputs, self._asks_for_losses())
+        self._random[index].restore()  # the loss function may draw, too
         return each
 
     def _ascent_forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = self._forward_of_ascent(*args, **kwargs)
+        if self._outputs is not None:
+            self._outputs.append(tree_map_only(Tensor, Tensor.detach, output))
+        return output
+
+    def _forward_of_ascent(self, *args: Any, **kwargs: Any) -> Any:
         module, cut, shared = self._sharding.ascent_module, self._resolved.cut, self._resolved.shares_prefix
         if not self._resolved.may_share_prefix and cut == 0:
             with self._phases("ascent forward"), self._ascents_statistics():
@@ -241,7 +260,7 @@ class Passes:
                 "the loss function's input requires a gradient of its own, which an ascent behind a cut does not "
                 "compute: use a mask without a cut for gradient penalties"
             )
-        whole = self._full_batch_of.get(id(x), x)
+        whole = self._rows.full_of.get(id(x), x)
         if self._resolved.may_share_prefix:
             if self._ascent_input is not None:
                 raise ValueError(
@@ -263,8 +282,11 @@ class Passes:
             return module(self._ascents_part(hidden.detach(), x, whole), start=cut)
 
     def _ascents_statistics(self) -> AbstractContextManager[None]:
-        """Surrounds what the descent runs again, and may count."""
-        return self._statistics.frozen_at_first() if self._resolved.counts_descent else nullcontext()
+        """Surrounds what another forward runs before or again, and may count."""
+        counted = self._resolved.counted
+        if counted == "ascent":
+            return nullcontext()
+        return self._statistics.frozen_at_first() if counted == "descent" else self._statistics.frozen()
 
     def _ascents_part(self, hidden: Tensor, x: Tensor, whole: Tensor) -> Tensor:
         """Of what a shared prefix put out for all samples, what belongs to the first ones."""
@@ -288,7 +310,7 @@ class Passes:
                     f"it puts out a tensor of shape {tuple(alone.shape)}; switch savings.share_prefix off"
                 )
             self._of_samples.add(known)
-        return hidden[self._rows]
+        return hidden[self._rows.chosen]
 
     def _descent_forward(self, *args: Any, **kwargs: Any) -> Any:
         module = self._sharding.descent_module
@@ -320,9 +342,3 @@ def _only_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
             f"the loss function called forward({kinds}); a model that a mask cuts is in stages, which take one tensor"
         )
     return given[0]
-
-
-def _scalar(loss: Any) -> Tensor:
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        check_loss(loss)
-    return loss.reshape(())

@@ -335,6 +335,10 @@ class Perturbation:
         self.skipped += self.skips
         if own:
             source.learn(None if self._forgets else exists)
+        if resolved.budget is not None:
+            # To first order the loss rises by ρ ‖m ⊙ g‖; the norm is that of the scaled losses' gradient.
+            rises = resolved.radius * (norm + _TINY)
+            kappa = kappa * (resolved.budget * self._loss_scale() / rises).clamp(max=1.0)
         self.length = (norm + _TINY) / kappa
         return Epsilon(gradients, parts, list(resolved.radii.values()), source.sign * kappa / (norm + _TINY), exists)
 

@@ -83,6 +83,7 @@ def reference_step(
     ascent_batch: Any | None = None,
     along: Mapping[str, Tensor] | None = None,
     gap: float = 0.0,
+    descent_batch: Callable[[], Any] | None = None,
     alone: Sequence[tuple[Any, Any]] = (),
 ) -> Tensor:
     """One step of masked SAM: ε = ρ · (m ⊙ g) / ‖·‖, then the base optimizer with the gradient at w + ε.
@@ -104,6 +105,7 @@ def reference_step(
         ascent_batch: the part of the batch that the ascent sees; None: all of it.
         along: in the place of g, by parameter name: there is no ascent.
         gap: α of GSAM: of the masked part of g, what is orthogonal to the descent's gradient is taken off that.
+        descent_batch: called at w + ε, says the part of the batch that the descent sees; None: all of it.
         alone: equal parts of the batch, each of which climbs and descends by itself (m-sharpness), as what the ascent
             sees of it and all of it; their mean gradient is stepped by. Empty: the batch is one such part.
 
@@ -133,7 +135,9 @@ def reference_step(
         optimizer.zero_grad()
         torch.set_rng_state(random)
         with frozen_statistics(model):
-            loss = loss_fn(model, part)
+            chosen = part if descent_batch is None else descent_batch()
+            torch.set_rng_state(random)
+            loss = loss_fn(model, chosen)
             loss.backward()
         losses += [loss.detach()] if along is not None else []
         gradients.append({name: None if p.grad is None else p.grad.clone() for name, p in named.items()})

@@ -6,6 +6,7 @@ predicted of a step cannot differ from what it does.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,6 +17,7 @@ from ssam_scale.config.direction_sections import Choose
 from ssam_scale.config.schema import Norm
 from ssam_scale.masks import Plan, Rows, Subset
 
+from .descent_samples import DescentSamples
 from .directions import Ascending, Direction, Fresh, check_direction, scope_of
 from .parameters import TrainedParameters
 from .savings import Savings
@@ -38,6 +40,8 @@ class StepOptions:
     calibrate_every: int | None = 100
     direction: Direction = field(default_factory=Fresh)
     savings: Savings = field(default_factory=Savings)
+    descent: DescentSamples | None = None
+    loss_budget: float | None = None
 
     def __post_init__(self) -> None:
         if self.norm not in get_args(Norm):
@@ -50,6 +54,12 @@ class StepOptions:
                 f"norm {self.norm!r} divides by a length that direction {type(self.direction).__name__}(…) never "
                 f"knows; use {' or '.join(sorted(self.direction.norms, reverse=True))}"
             )
+        if self.loss_budget is not None:
+            check_number(
+                "loss_budget", self.loss_budget, "a number above 0, or None,", lambda rise: 0.0 < rise < math.inf
+            )
+        if self.descent is not None and not isinstance(self.descent, DescentSamples):
+            raise TypeError(f"descent is {described(self.descent)}; DescentSamples(…) is needed, or None")
         if not isinstance(self.savings, Savings):
             raise TypeError(f"savings is {described(self.savings)}; Savings(…) is needed, or None for the defaults")
 
@@ -91,6 +101,8 @@ class ResolvedStep:
         radii: ρ of each parameter in the plan.
         alpha: LookSAM's α of a step of kind `reused`; 0 in the others.
         direction: where the vector comes from that ε goes along.
+        descent: which samples of each micro-batch the descent goes by; None: all.
+        budget: by how much the loss may rise along ε, to first order, before that is shortened (LE-SAM); None: by any.
         cut: the first stage that the ascent keeps a graph of; those before it make the prefix.
         shares_prefix: whether the prefix runs once and serves both passes.
         may_share_prefix: whether it does in another step of this mask, so that the loss function has to suit that.
@@ -116,6 +128,8 @@ class ResolvedStep:
     radii: Mapping[str, float]
     alpha: float = 0.0
     direction: Direction = field(default_factory=Fresh)
+    descent: DescentSamples | None = None
+    budget: float | None = None
     cut: int = 0
     shares_prefix: bool = False
     may_share_prefix: bool = False
@@ -168,12 +182,33 @@ class ResolvedStep:
         return self.ascends and scope_of(self.direction) == "micro_batch"
 
     @property
-    def counts_descent(self) -> bool:
-        """Whether BatchNorm's running statistics are those of the descent pass, which sees the whole batch.
+    def compares_losses(self) -> bool:
+        """Whether the descent's samples are chosen by their losses at w."""
+        return self.descent is not None and self.descent.choose != "random"
 
-        Where the ascent sees all of it, they are the ascent's, which is at the weights that are evaluated.
+    @property
+    def scores_samples(self) -> bool:
+        """Whether a forward of all samples at w, without a graph, tells the loss of each.
+
+        An ascent by all of them tells that itself.
         """
-        return not self.ascends or self.fraction < 1.0
+        return self.ascends and self.fraction < 1.0 and (self.choose == "highest_loss" or self.compares_losses)
+
+    @property
+    def scores_again(self) -> bool:
+        """Whether one at w + ε does."""
+        return self.descent is not None and self.descent.choose == "sharpest"
+
+    @property
+    def counted(self) -> Literal["ascent", "choice", "descent"]:
+        """The forward whose batch BatchNorm's running statistics are of.
+
+        The ascent's, at the weights that are evaluated, where it sees all samples; else the descent's, or where that
+        does not see all either, that of the choice.
+        """
+        if self.ascends and self.fraction == 1.0:
+            return "ascent"
+        return "choice" if self.descent is not None and self.scores_samples else "descent"
 
     @property
     def forward_from(self) -> int:
@@ -194,6 +229,7 @@ def resolve_step(
     radii: Mapping[str, float],
     step: int = 0,
     alpha: float = 0.0,
+    budget: float | None = None,
     micro_batches: int = 1,
     dense: bool = False,
     packs: bool = True,
@@ -211,6 +247,7 @@ def resolve_step(
         radii: ρ by parameter; without a positive one there is no ascent.
         step: number of the step, from 0.
         alpha: LookSAM's α, of a step without an ascent.
+        budget: see `ResolvedStep`.
         micro_batches: whose gradients accumulate. The graphs of several prefixes would have to be kept to share them,
             which is the memory that accumulation saves: then the ascent runs each prefix again, without a graph, unless
             each micro-batch climbs and descends by itself.
@@ -242,6 +279,7 @@ def resolve_step(
             packed=savings.pack,
         )
     alone = micro_batches == 1 or scope_of(direction) == "micro_batch"
+    alone &= options.descent is None  # which runs the prefix for its own samples, known after the ascent
     cut = plan.cut if may_share and not dense else 0
     sparse = not dense and not by_hand
     elided: frozenset[str] = frozenset()
@@ -289,6 +327,8 @@ def resolve_step(
         plan,
         radii,
         direction=direction,
+        descent=options.descent,
+        budget=budget,
         cut=cut,
         shares_prefix=cut > 0 and alone,
         may_share_prefix=may_share and alone,

@@ -36,6 +36,7 @@ from .arguments import (
 )
 from .batchnorm import Statistics
 from .by_hand import StaleGradients
+from .descent_samples import DescentSamples
 from .directions import Direction, Fresh, scope_of
 from .gate import Gate, GateState
 from .gsam import SurrogateGap
@@ -108,6 +109,11 @@ class SparseSAM(OptimizerWrapper):
         direction: where the direction of ε comes from; None: `Fresh()`, the gradient at w of the global batch. `Fresh`
             takes a part of it, or that of each worker or micro-batch (m-sharpness); `Friendly` and `VaSSO` take a mean
             of earlier ones off or in; `Momentum` and `Previous` need no ascent pass.
+        descent: which samples of each micro-batch the descent goes by, which costs that share of one (ESAM, K-SAM);
+            None: all.
+        loss_budget: σ of LE-SAM (arXiv 2605.10183): ε is shortened to min(ρ, σ / ‖m ⊙ g‖), so that the loss rises along
+            it by σ at most, to first order; rho is the largest radius then, and the schedule's factor is on both.
+            None: ε is as long as rho says.
         schedule: factor on ρ over time; 0 makes a step the base optimizer's (`Interval`, `Window`).
         savings: which savings are made; None: `Savings()`, all that cost nothing.
         max_grad_norm: the descent gradient is clipped to this norm. A DeepSpeed engine clips to its own
@@ -137,6 +143,8 @@ class SparseSAM(OptimizerWrapper):
         gap: float = 0.0,
         gate: Gate | None = None,
         direction: Direction | None = None,
+        descent: DescentSamples | None = None,
+        loss_budget: float | None = None,
         schedule: RadiusSchedule | None = None,
         savings: Savings | None = None,
         max_grad_norm: float | None = None,
@@ -158,8 +166,10 @@ class SparseSAM(OptimizerWrapper):
         if max_grad_norm is not None:
             check_number("max_grad_norm", max_grad_norm, "a norm above 0, or None,", lambda norm: norm > 0.0)
         climbs: Direction = direction if direction is not None else Fresh()
-        self.options = StepOptions(norm, calibrate_every, climbs, savings if savings is not None else Savings())
-        check_together(norm, mask, adaptive, climbs, gap, gate, reuses=schedule is not None and ever_reuses(schedule))
+        self.options = StepOptions(
+            norm, calibrate_every, climbs, savings if savings is not None else Savings(), descent, loss_budget
+        )
+        check_together(self.options, mask, adaptive, gap, gate, reuses=schedule is not None and ever_reuses(schedule))
         self._gate = None if gate is None else GateState(gate)
         self._model = module_of(model)
         self.sharding, self._owner = sharding_of(self._model), owner_of(self._model)
@@ -352,6 +362,7 @@ class SparseSAM(OptimizerWrapper):
             radii={name: radii[self._parameters.group_of[name]] for name in plan.weights},
             step=self.steps,
             alpha=reuse_at(self._schedule, self.steps) if self._looksam is not None else 0.0,
+            budget=self._budget(options.loss_budget, radii),
             micro_batches=micro_batches,
             dense=dense,
             packs=self.sharding.packs_gradients,
@@ -362,6 +373,11 @@ class SparseSAM(OptimizerWrapper):
             by_hand=by_hand,
             refreshed=isinstance(self.mask, Refreshed) and self.mask.every is not None,
         )
+
+    def _budget(self, sigma: float | None, radii: Sequence[float]) -> float | None:
+        """LE-SAM's σ of a step with these radii: the schedule's factor is on it, too."""
+        largest = max((group["rho"] for group in self.param_groups), default=0.0)
+        return None if sigma is None or not largest else sigma * max(radii) / largest
 
     @torch.no_grad()
     def step(self, closure: Callable[..., Any] | None = None, *batches: Any) -> Any:
@@ -691,6 +707,11 @@ class SparseSAM(OptimizerWrapper):
     def _check_scope_by_hand(self, form: str) -> None:
         """Refuse passes of the caller's, whose gradients are reduced, where the ascent is by a part of the batch."""
         scope, fraction = scope_of(self.options.direction), getattr(self.options.direction, "fraction", 1.0)
+        if self.options.descent is not None:
+            raise RuntimeError(
+                f"{form} runs the caller's passes, which see what the caller gives them, and descent is "
+                f"{self.options.descent}: call opt.step(loss_fn, batch)"
+            )
         if fraction < 1.0:
             raise RuntimeError(
                 f"{form} runs the caller's passes, whose ascent sees what the caller gives it, and the direction's "
@@ -733,13 +754,13 @@ class SparseSAM(OptimizerWrapper):
         direction = self.options.direction
         if (
             direction.ascends
-            and direction.remembers
+            and (direction.remembers or self.options.loss_budget is not None)
             and any(s.is_enabled() and s._scale is not None for s in self._living())
         ):
+            what = "remembers gradients" if direction.remembers else "with a loss_budget goes by gradients"
             raise RuntimeError(
-                f"direction {direction} remembers gradients, which a scaler multiplies by another factor in another "
-                "step, and `with opt.perturbed()` knows no scaler: call opt.step(loss_fn, batch) with "
-                "SparseSAM(…, scaler=scaler)"
+                f"direction {direction} {what}, which a scaler multiplies by another factor in another step, and `with "
+                "opt.perturbed()` knows no scaler: call opt.step(loss_fn, batch) with SparseSAM(…, scaler=scaler)"
             )
         self._check_scaled()
         self._check_placed()
@@ -1043,4 +1064,16 @@ _WITHIN = (
     "{} was called where the weights are perturbed, and what it does to them would be undone: inside of "
     "`with opt.perturbed()`, or of a step; call it after the block"
 )
-_OPTIONS = {"rho", "norm", "adaptive", "calibrate_every", "direction", "schedule", "savings", "gap", "gate"}
+_OPTIONS = {
+    "rho",
+    "norm",
+    "adaptive",
+    "calibrate_every",
+    "direction",
+    "schedule",
+    "savings",
+    "gap",
+    "gate",
+    "descent",
+    "loss_budget",
+}

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 def ascends_densely(params: Mapping[str, str]) -> bool:
     """Whether an ascent is dense SAM's: of all weights, on the whole batch of all processes."""
     section = [key for key in params if key.startswith("perturbation.")]
-    if not section or any(key.startswith("perturbation.mask.") for key in section):
+    if not section or any(key.startswith(("perturbation.mask.", "perturbation.descent.")) for key in section):
         return False
     return all(_is(params, key, usual) for key, usual in _OF_ALL_SAMPLES.items())
 
@@ -18,6 +18,7 @@ _OF_ALL_SAMPLES = {
     "direction.fraction": "1.0",
     "direction.scope": "global",
     "gap": "0.0",
+    "loss_budget": "null",
     # As they were called before there were directions.
     "fraction": "1.0",
     "savings.within_shard_group": "false",

@@ -72,6 +72,11 @@ def plan_words(method: str, params: Mapping[str, str]) -> str:
         words.append("of each shard group")
     if float(section.get("reuse", "0.0")):
         words.append(f"reused by {float(section['reuse']):g} between")
+    if "descent.fraction" in section:
+        share, which = 100 * float(section["descent.fraction"]), _words(section["descent.choose"])
+        words.append(f"descending by {share:g}% of the batch ({which})")
+    if section.get("loss_budget", "null") != "null":
+        words.append(f"at most as far as the loss rises by {float(section['loss_budget']):g}")
     if "gate.delta" in section:
         words.append("where the gradient is long")
     if float(section.get("gap", "0.0")):

@@ -23,7 +23,7 @@ from ssam_scale.errors import UserError
 from ssam_scale.masks import RunInfo, build_mask
 from ssam_scale.models import build_model, check_compiler, stages_of
 from ssam_scale.models.ema import EMA
-from ssam_scale.perturbation import Gate, Phases, Savings, SparseSAM
+from ssam_scale.perturbation import DescentSamples, Gate, Phases, Savings, SparseSAM
 from ssam_scale.perturbation.arguments import check_optimizer
 from ssam_scale.perturbation.batchnorm import batchnorms, frozen_statistics
 from ssam_scale.perturbation.directions import build_direction
@@ -347,6 +347,8 @@ def perturbation_options(config: Config, steps_per_epoch: int) -> dict[str, Any]
         "adaptive": section.adaptive,
         "calibrate_every": section.calibrate_every,
         "direction": build_direction(section.direction),
+        "descent": None if section.descent is None else DescentSamples(**section.descent.model_dump()),
+        "loss_budget": section.loss_budget,
         "gap": section.gap,
         "gate": None if section.gate is None else Gate(run.steps, **section.gate.model_dump()),
         "savings": Savings(**section.savings.model_dump()),
@@ -496,7 +498,11 @@ def _try_forward(config: Config, model: nn.Module) -> None:
 def _try_micro_batch(config: Config, model: nn.Module, split: MicroBatches) -> None:
     """A micro-batch of one image that BatchNorm cannot normalise is found out here, and not in the first step."""
     section = config.perturbation
-    fraction = getattr(section.direction, "fraction", 1.0) if section is not None else 1.0
+    fraction, key = 1.0, ""
+    if section is not None:
+        fraction, key = getattr(section.direction, "fraction", 1.0), "direction.fraction"
+        if section.descent is not None:
+            fraction, key = min((fraction, key), (section.descent.fraction, "descent.fraction"))
     if first_samples(split.images, fraction) > 1 or not batchnorms(model):
         return
     side = config.data.resolution
@@ -511,7 +517,7 @@ def _try_micro_batch(config: Config, model: nn.Module, split: MicroBatches) -> N
         if "Expected more than 1 value per channel" not in str(error):
             raise
         why = (
-            f"perturbation.direction.fraction {fraction} leaves the ascent"
+            f"perturbation.{key} {fraction} leaves the {'ascent' if key == 'direction.fraction' else 'descent'}"
             if split.images > 1
             else f"{split} leave a pass"
         )

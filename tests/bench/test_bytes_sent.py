@@ -41,7 +41,19 @@ SENDS_NOTHING = {
 }
 ON_WHOLE = {
     "ddp": ["base", "sam", "moving cut", "element 50%", "element 50%, unpacked", "sam, scope worker", "momentum"],
-    "fsdp2": ["base", "sam", "cut 0.5", "tensor 50%", "element 50%", "element 50%, unpacked", "momentum", "friendly"],
+    "fsdp2": [
+        *(
+            "base",
+            "sam",
+            "cut 0.5",
+            "tensor 50%",
+            "element 50%",
+            "element 50%, unpacked",
+            "momentum",
+            "friendly",
+            "esam",
+        ),
+    ],
 }
 JOBS = [Job(backend, plan) for backend, plans in ON_WHOLE.items() for plan in plans]
 JOBS += [Job("fsdp2", "block 50%, kept gathered")]
@@ -50,7 +62,7 @@ ON_ZERO = {
     "zero0": ["base", "sam", "element 50%"],
     "zero1": ["base", "sam", "tensor 50%", "momentum"],
     "zero2": ["base", "sam", "row 50%", "friendly", "sam, scope worker"],
-    "zero3": ["base", "sam", "cut 0.5", "tensor 50%", "element 50%", "momentum", "sam, scope micro_batch"],
+    "zero3": ["base", "sam", "cut 0.5", "tensor 50%", "element 50%", "momentum", "esam", "sam, scope micro_batch"],
 }
 JOBS += [Job(backend, plan) for backend, plans in ON_ZERO.items() for plan in plans]
 IN_BF16 = [Job(backend, plan) for backend in ("fsdp2", "zero3") for plan in ("base", "sam", "cut 0.5", "element 50%")]

@@ -150,10 +150,23 @@ def configs(draw: st.DrawFn) -> Config:
     return Config.model_validate(data)
 
 
+def _of_the_descent(perturbation: dict[str, Any]) -> None:
+    direction = perturbation["direction"]
+    if direction["source"] in ("momentum", "previous"):
+        perturbation["descent"] = None
+    if perturbation["descent"] is not None:
+        perturbation |= {"reuse": 0.0, "gap": 0.0, "gate": None}
+        if direction["fraction"] < 1.0 and perturbation["descent"]["choose"] == "sharpest":
+            perturbation["descent"]["choose"] = "highest_loss"
+
+
 def _of_the_direction(perturbation: dict[str, Any], sharding: dict[str, Any]) -> None:
     direction = perturbation["direction"]
     if direction.get("fraction") == 1.0:
         direction["choose"] = "first"
+    if perturbation["norm"] != "masked" or direction["source"] != "fresh":
+        perturbation["loss_budget"] = None
+    _of_the_descent(perturbation)
     if direction.get("fraction") != 1.0 or direction["source"] != "fresh" or direction["scope"] != "global":
         perturbation["gate"] = None
     if perturbation["gate"] is not None:
@@ -262,6 +275,11 @@ def test_every_key_of_a_gate_is_explained(small):
     assert [line for line in printed.splitlines() if "  #" not in line] == []
 
 
+def test_every_key_of_a_descent_is_explained(small):
+    printed = dump(load(small, ["perturbation.descent={fraction: 0.5}"]))
+    assert [line for line in printed.splitlines() if "  #" not in line] == []
+
+
 @pytest.mark.parametrize("source", SOURCES)
 def test_every_key_of_a_direction_is_explained(small, source):
     printed = dump(load(small, [f"perturbation.direction={{source: {source}}}", "perturbation.norm=masked"]))
@@ -283,10 +301,14 @@ def edits(key: str) -> set[str]:
 
 def full(key: str) -> dict[str, Any]:
     """A configuration in which `key` and all that may stand beside it are given."""
-    for mask, source in [*((mask, "fresh") for mask in MASKS.values()), *((MASKS["norm"], s) for s in SOURCES)]:
+    for mask, source, extra in [
+        *((mask, "fresh", "gate: {delta: 0.5}") for mask in MASKS.values()),
+        *((MASKS["norm"], source, "") for source in SOURCES),
+        (MASKS["norm"], "fresh", "descent: {fraction: 0.5}"),
+    ]:
         text = SMALL.replace("    pattern: depth\n    cut: [0.25, 0.75]\n", f"    {mask}\n")
-        gate = "  gate: {delta: 0.5}\n" if source == "fresh" else ""
-        text = re.sub("  norm: .*\n", "", text).replace("  rho:", f"{gate}  direction: {{source: {source}}}\n  rho:")
+        above = f"  {extra}\n" * bool(extra) + f"  direction: {{source: {source}}}\n"
+        text = re.sub("  norm: .*\n", "", text).replace("  rho:", f"{above}  rho:")
         data = Config.model_validate(yaml.safe_load(text)).model_dump(mode="json")
         around = data
         for part in key.split(".")[:-1]:

@@ -7,7 +7,19 @@ from dataclasses import fields
 
 import torch
 
-from ssam_scale import CosineRadius, Fresh, Friendly, Gate, Interval, LRRadius, Momentum, Previous, VaSSO, Window
+from ssam_scale import (
+    CosineRadius,
+    DescentSamples,
+    Fresh,
+    Friendly,
+    Gate,
+    Interval,
+    LRRadius,
+    Momentum,
+    Previous,
+    VaSSO,
+    Window,
+)
 from tests.support.training import RHO, STEPS, Case
 
 _CASES = [
@@ -31,6 +43,13 @@ _CASES = [
     Case("vit", "element", gap=0.6, rho=(RHO, RHO / 2), accumulation=2),
     Case("vit", "element", direction=Fresh(0.5, "random"), accumulation=2),
     Case("vit", "moving cut", direction=Fresh(0.25, "highest_loss")),
+    Case("resnet", "tensor", descent=DescentSamples(0.5), accumulation=2),
+    Case("vit", "moving cut", descent=DescentSamples(0.4), direction=Friendly()),
+    Case("vit", "dense", descent=DescentSamples(0.5, "highest_loss"), direction=Fresh(0.5, "highest_loss")),
+    Case("vit", "fixed cut", descent=DescentSamples(0.25, "highest_loss"), adaptive=True, optimizer="adamw"),
+    Case("resnet", "moving cut", descent=DescentSamples(0.75, "random"), direction=Fresh(0.5, "random")),
+    Case("vit", "element", loss_budget=0.05, rho=(RHO, RHO / 2), schedule=CosineRadius(STEPS)),
+    Case("vit", "moving cut", loss_budget=0.01, direction=Fresh(0.5), scaled=True, accumulation=2),
     Case("vit", "element", direction=Momentum()),
     Case("vit", "moving cut", direction=Momentum(), optimizer="adamw"),
     Case("resnet", "dense", direction=Momentum(), norm="dense", rho=(RHO, RHO / 2)),

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssam_scale import Friendly, Momentum, Previous, VaSSO
+from ssam_scale import DescentSamples, Friendly, Momentum, Previous, VaSSO
 from ssam_scale.perturbation import Direction
 from ssam_scale.perturbation.directions import Ascending
 from ssam_scale.perturbation.reference import first_samples, reference_gradient
@@ -96,4 +96,33 @@ def seen_by_ascent(direction: Direction, model: nn.Module, batch: Any, ranks: in
     return tuple(torch.cat(several) for several in found)
 
 
-__all__ = ["Vectors", "reference_gradient", "seen_by_ascent"]
+def descended(
+    descent: DescentSamples | None, model: nn.Module, batch: Any, ranks: int, accumulation: int, step: int
+) -> Callable[[], Any] | None:
+    """A function that says, at w + ε, what the descents of all ranks see; to be made at w. None: all of it."""
+    if descent is None:
+        return None
+    pieces = [part(batch, i, ranks * accumulation) for i in range(ranks * accumulation)]
+
+    def losses() -> list[Tensor]:
+        with torch.no_grad():
+            return [F.cross_entropy(model(images), labels, reduction="none") for images, labels in pieces]
+
+    at_w = losses()
+
+    def chosen() -> Any:
+        found: list[list[Tensor]] = [[], []]
+        for i, (own, here, there) in enumerate(zip(pieces, at_w, losses(), strict=True)):
+            score = {"highest_loss": here, "sharpest": there - here, "random": torch.empty(len(here))}[descent.choose]
+            if descent.choose == "random":
+                rank, index = divmod(i, accumulation)
+                uniform_(score, 0, hashed(step * accumulation + index, rank))
+            rows = score.argsort(descending=True)[: first_samples(len(score), descent.fraction)]
+            for several, tensor in zip(found, own, strict=True):
+                several.append(tensor[rows])
+        return tuple(torch.cat(several) for several in found)
+
+    return chosen
+
+
+__all__ = ["Vectors", "descended", "reference_gradient", "seen_by_ascent"]

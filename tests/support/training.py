@@ -12,11 +12,20 @@ import torch
 import torch.nn.functional as F
 
 from ssam_scale.masks import NM, Dense, Depth, DepthByCost, Dynamic, Mask, Named, Norms, Refreshed, Scored
-from ssam_scale.perturbation import Direction, Fresh, Gate, RadiusSchedule, Rehearsed, Savings, SparseSAM
+from ssam_scale.perturbation import (
+    DescentSamples,
+    Direction,
+    Fresh,
+    Gate,
+    RadiusSchedule,
+    Rehearsed,
+    Savings,
+    SparseSAM,
+)
 from ssam_scale.perturbation.reference import length_of, masked_by, reference_gradient, reference_step
 from ssam_scale.sharding import World
 from ssam_scale.sharding.place import place
-from tests.support.directions import Vectors, seen_by_ascent
+from tests.support.directions import Vectors, descended, seen_by_ascent
 from tests.support.masks import whole_mask
 from tests.support.networks import batches, freeze_batchnorm, part, small_network
 
@@ -60,6 +69,8 @@ class Case:
     scaled: bool = False
     gap: float = 0.0
     gate: Gate | None = None
+    descent: DescentSamples | None = None
+    loss_budget: float | None = None
 
     def __str__(self) -> str:
         """The case in words, e.g. "vit element, calibrated norm, radii 0.1 and 0.0": what is not as usual is named."""
@@ -79,6 +90,10 @@ class Case:
             "scaled": self.scaled,
             f"gap {self.gap}": self.gap > 0.0,
             "gated": self.gate is not None,
+            f"descent {' '.join(map(str, vars(self.descent).values())) if self.descent else ''}": (
+                self.descent is not None
+            ),
+            f"loss budget {self.loss_budget}": self.loss_budget is not None,
         }
         return ", ".join([f"{self.family} {self.mask}", *(word for word, said in words.items() if said)])
 
@@ -112,6 +127,12 @@ class Case:
         # into one of the step's size.
         if adamw:
             return torch.optim.AdamW(groups, eps=1e-3)
+        if self.optimizer != "sgd":
+            from timm.optim import get_optimizer_class
+
+            options = {"momentum": 0.9} if self.optimizer == "sgdp" else {}
+            made: torch.optim.Optimizer = get_optimizer_class(self.optimizer)(groups, weight_decay=1e-3, **options)
+            return made
         return torch.optim.SGD(groups, momentum=0.9, weight_decay=1e-3)
 
     def make_sam(self, model: torch.nn.Module, base: torch.optim.Optimizer) -> SparseSAM:
@@ -125,6 +146,8 @@ class Case:
             direction=self.direction,
             gap=self.gap,
             gate=self.gate,
+            descent=self.descent,
+            loss_budget=self.loss_budget,
             schedule=self.schedule,
             max_grad_norm=self.clip,
             savings=self.savings,
@@ -225,7 +248,8 @@ _EXPECTED: dict[tuple[str, int, str], Expected] = {}
 
 def expected_of(case: Case, masks: list[Mapping[str, torch.Tensor]], ranks: int = 1) -> Expected:
     """Five steps of the oracle, made once for what many backends must equal."""
-    pieces = ranks * case.accumulation if getattr(case.direction, "fraction", 1.0) < 1 else 1
+    parts = getattr(case.direction, "fraction", 1.0) < 1 or case.descent is not None
+    pieces = ranks * case.accumulation if parts else 1
     digest = hashlib.sha256()
     for name, mask in (item for step in masks for item in sorted(step.items())):
         digest.update(name.encode() + mask.contiguous().view(torch.uint8).numpy().tobytes())
@@ -274,7 +298,12 @@ def reference(
                 rho = dict.fromkeys(rho, 0.0)
         climbs = any(rho.values()) and case.direction.ascends
         seen = seen_by_ascent(case.direction, model, batch, ranks, case.accumulation, step) if climbs else batch
+        chosen = descended(case.descent, model, batch, ranks, case.accumulation, step) if climbs else None
         along = None
+        if case.loss_budget is not None and climbs:
+            share = max(radii) / max(case.rho)  # the schedule's factor
+            length = float(length_of(masked_by(reference_gradient(model, case.loss_fn, seen)[1], mask)))
+            rho = {name: r * min(1.0, share * case.loss_budget / (max(radii) * length)) for name, r in rho.items()}
         if any(rho.values()):
             fresh = None
             if case.direction.remembers and climbs:
@@ -302,6 +331,7 @@ def reference(
             ascent_batch=seen,
             along=along,
             gap=case.gap,
+            descent_batch=chosen,
         )
         if along is not None and fresh is not None:  # the loss of the ascent, which this has not seen
             loss = seen_loss

@@ -38,7 +38,7 @@ class FSDP2Costs(Common):
         if ascent.resolved.shares_prefix:  # whose forward has gathered the root
             forward -= {None}
         backward = self._units(shape.first) - kept - {None}
-        scored = self._gathers(self._units(0)) if shape.scored else ()
+        scored = self._gathers(self._units(0)) * shape.scores
         return PassTraffic(scored + self._gathers(forward), self._gathers(backward) + self._reductions(ascent))
 
     def descent(self, ascent: Ascent | None) -> PassTraffic:

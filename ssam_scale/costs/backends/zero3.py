@@ -42,7 +42,7 @@ class ZeRO3Costs(Common):
         if not shape.ascends:
             return PassTraffic(after=self._gathers(freed, times=1))
         again = (self._regathered & self._from_stage(shape.first)) - self._staying(ascent)
-        scored = self._gathers(self._large) if shape.scored else ()
+        scored = self._gathers(self._large) * shape.scores
         return PassTraffic(
             scored + self._gathers(self._large & self._from_stage(shape.cut)),
             self._gathers(again) + self._needed(ascent),
