@@ -1,10 +1,33 @@
-"""Whether something can be written to a folder, asked before there is anything to write."""
+"""Whether something can be written to a folder, or in a file's place, asked before there is anything to write."""
 
 from __future__ import annotations
 
 import os
+import stat
 import tempfile
 from pathlib import Path
+
+_KINDS = {
+    stat.S_IFLNK: "a link",
+    stat.S_IFBLK: "a device",
+    stat.S_IFCHR: "a device",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFDIR: "a folder",
+}
+
+
+def why_not_replaceable(path: Path) -> str | None:
+    """Why a file may not be put in the place of what is there, in a few words; None: it may.
+
+    Where a link leads is not looked at: what it points to is another's to change, and as root a device's node would be
+    gone.
+    """
+    try:
+        kind = _KINDS.get(stat.S_IFMT(path.lstat().st_mode))
+    except OSError:  # nothing is there, or whoever writes is told why not
+        return None
+    return None if kind is None else f"is {kind}; name a file, which need not be there yet"
 
 
 def why_not_writable(folder: Path) -> str | None:

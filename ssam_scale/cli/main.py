@@ -9,6 +9,7 @@ import re
 import signal
 import sys
 import time
+import traceback
 from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
@@ -84,6 +85,21 @@ def main(argv: list[str] | None = None) -> None:
         prefix = "" if os.environ.get("RANK", "0") == "0" else f"process {os.environ['RANK']}: "
         print(f"ssam-scale: {prefix}error: {error}", file=sys.stderr)
         sys.exit(2)
+    except (MemoryError, RecursionError, UnicodeError) as error:
+        # No traceback says more of what was given than where it was looked at.
+        print(f"ssam-scale: error: {_in_a_line(error)}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _in_a_line(error: MemoryError | RecursionError | UnicodeError) -> str:
+    """What has happened, and in which file of this package."""
+    ours = [f for f in traceback.extract_tb(error.__traceback__) if "ssam_scale" in Path(f.filename).parts]
+    where = f" ({Path(ours[-1].filename).name}:{ours[-1].lineno}, {ours[-1].name})" if ours else ""
+    if isinstance(error, MemoryError):
+        return f"this machine's memory does not suffice for what was asked{where}{f': {error}' if str(error) else ''}"
+    if isinstance(error, RecursionError):
+        return f"something that was given is nested too deeply{where}"
+    return f"not text that can be read or written: {str(error)[:200]}{where}"
 
 
 # What other programs call a key.

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ssam_scale.config.section import KeyPath
-from ssam_scale.config.yaml_lines import parse
+from ssam_scale.config.yaml_lines import parse, text_of
 from ssam_scale.errors import UserError
 
 # What DeepSpeed also takes, by Hjson: comments. Texts come first, so that nothing inside of one is taken for one.
@@ -34,6 +34,8 @@ def read_deepspeed(given: str) -> tuple[dict[str, Any], dict[KeyPath, int], str]
         raise UserError(f"{where}:{error.lineno}:{error.colno}: not JSON: {error.msg}") from None
     except RecursionError:
         raise UserError(f"{where}: not a configuration: it is nested too deeply") from None
+    except ValueError:  # Python converts no number of more than 4,300 digits
+        raise UserError(f"{where}: not a configuration: a number in it is thousands of digits long") from None
     if not isinstance(values, dict):
         raise UserError(f"{where}: a configuration of DeepSpeed's is an object with keys, this is {text.strip()[:60]}")
     _, lines = parse(text.replace("\t", " "), where)  # JSON is YAML but for its tabs
@@ -43,7 +45,7 @@ def read_deepspeed(given: str) -> tuple[dict[str, Any], dict[KeyPath, int], str]
 def _text(given: str) -> tuple[str, str]:
     path = Path(given)
     try:
-        return path.read_text(encoding="utf-8-sig"), given
+        return text_of(path, "utf-8-sig"), given
     except UnicodeDecodeError as error:
         raise UserError(f"{given}: not a text file (byte {error.start} is not UTF-8)") from None
     except OSError as error:

@@ -17,7 +17,7 @@ from ssam_scale.config.explain import DEEPSPEED, comments, describe
 from ssam_scale.config.presets import PRESETS, ContradictionError, expanded
 from ssam_scale.config.schema import Config
 from ssam_scale.config.section import KeyPath
-from ssam_scale.config.yaml_lines import parse, write
+from ssam_scale.config.yaml_lines import parse, text_of, write
 from ssam_scale.errors import UserError
 
 _KEY = re.compile(r"[^\s.=]+(\.[^\s.=]+)*")
@@ -126,7 +126,7 @@ def dump(config: Config) -> str:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return text_of(path)
     except FileNotFoundError:
         if not path.parent.is_dir():
             raise UserError(f"{path}: no such file: there is no folder {path.parent}") from None

@@ -9,8 +9,11 @@ no place in a configuration: the same rules would have to be written on top of i
 
 from __future__ import annotations
 
+import io
+import itertools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -28,6 +31,11 @@ _SCALARS: dict[str, tuple[re.Pattern[str], str, Callable[[str], Any]]] = {
         float,
     ),
 }
+
+
+_CHARACTERS, _NODES, _DEPTH, _DIGITS = 2**20, 10_000, 32, 50
+"""Of a configuration, at most: a few lines whose anchors repeat each other, or a number of a million digits, would take
+hours and all memory. The largest of ours has some 150 nodes, 5 deep."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -60,6 +68,17 @@ _Dumper.add_representer(str, _write_text)
 _Dumper.add_representer(list, _write_list)
 
 
+def text_of(path: Path, encoding: str = "utf-8") -> str:
+    """What a file of settings says; of a longer one, or a device that never ends, no more than is too much.
+
+    Raises:
+        OSError, UnicodeDecodeError: it cannot be read, or is no text.
+    """
+    with path.open("rb") as file:
+        data = file.read(4 * _CHARACTERS + 1)
+    return io.TextIOWrapper(io.BytesIO(data), encoding).read()  # with the line breaks of any system
+
+
 def parse(text: str, where: str) -> tuple[Any, dict[KeyPath, int]]:
     """Values of one YAML document, and the line of every key and list item.
 
@@ -70,8 +89,12 @@ def parse(text: str, where: str) -> tuple[Any, dict[KeyPath, int]]:
     Raises:
         UserError: it is not YAML, or has duplicate keys or types of its own.
     """
+    if len(text) > _CHARACTERS:
+        raise UserError(f"{where}: not a configuration: it is longer than {_CHARACTERS:,} characters")
     try:
         node = _Loader(text).get_single_node()
+    except RecursionError:
+        raise UserError(f"{where}: not a configuration: it is nested deeper than {_DEPTH} levels") from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"{where}:{mark.line + 1}:{mark.column + 1}" if mark else where
@@ -86,12 +109,23 @@ def parse(text: str, where: str) -> tuple[Any, dict[KeyPath, int]]:
         character = chr(error.character) if isinstance(error.character, int) else error.character
         raise UserError(f"{where}:{line}: not YAML: character {character!r} is not allowed") from None
     lines: dict[KeyPath, int] = {}
-    value = None if node is None else _value(node, (), lines, where, frozenset())
+    value = None if node is None else _value(node, (), lines, where, frozenset(), itertools.count(1))
     return value, lines
 
 
-def _value(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], where: str, above: frozenset[int]) -> Any:
+def _value(
+    node: yaml.Node,
+    path: KeyPath,
+    lines: dict[KeyPath, int],
+    where: str,
+    above: frozenset[int],
+    counted: Iterator[int],
+) -> Any:
     here = f"{where}:{node.start_mark.line + 1}"
+    if next(counted) > _NODES:
+        raise UserError(f"{here}: not a configuration: more than {_NODES:,} values, an anchor's counted each time")
+    if len(above) > _DEPTH:
+        raise UserError(f"{here}: not a configuration: it is nested deeper than {_DEPTH} levels")
     kind = node.tag.removeprefix("tag:yaml.org,2002:")
     if id(node) in above:
         raise UserError(f"{here}: the anchor contains itself")
@@ -112,15 +146,17 @@ def _value(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], where: str
                 full = ".".join(map(str, (*path, key)))
                 raise UserError(f"{where}:{line}: {full}: given twice, first in line {lines[(*path, key)]}")
             lines[(*path, key)] = line
-            result[key] = _value(value_node, (*path, key), lines, where, above)
+            result[key] = _value(value_node, (*path, key), lines, where, above, counted)
         return result
     if isinstance(node, yaml.SequenceNode) and kind == "seq":
         for index, item in enumerate(node.value):
             lines[(*path, index)] = item.start_mark.line + 1
-        return [_value(item, (*path, index), lines, where, above) for index, item in enumerate(node.value)]
+        return [_value(item, (*path, index), lines, where, above, counted) for index, item in enumerate(node.value)]
     if isinstance(node, yaml.ScalarNode):
         if kind == "str":
             return node.value
+        if kind in ("int", "float") and len(node.value) > _DIGITS:
+            raise UserError(f"{here}: a number of {len(node.value):,} characters; {_DIGITS} are enough for any")
         if kind in _SCALARS and _SCALARS[kind][0].fullmatch(node.value):
             return _SCALARS[kind][2](node.value)
     tag = node.tag.replace("tag:yaml.org,2002:", "!!")

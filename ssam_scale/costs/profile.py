@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ssam_scale.clock import clock_of
 from ssam_scale.errors import UserError
+from ssam_scale.folders import why_not_replaceable
 from ssam_scale.perturbation import SparseSAM, StagedModel
 from ssam_scale.tracking.environment import hardware_tags
 
@@ -182,6 +183,8 @@ class Measured:
         Raises:
             UserError: the file cannot be written.
         """
+        if (problem := why_not_replaceable(path)) is not None:
+            raise UserError(f"--save-times {path}: {problem}")
         try:
             path.write_text(json.dumps(asdict(self), indent=2) + "\n")
         except OSError as error:
@@ -221,7 +224,7 @@ def load_times(path: Path, given_by: str = "--times") -> Measured:
         return Measured(times=StepTimes(stages, **times), activations=Activations(**activations), **found)
     except OSError as error:
         raise UserError(f"{given_by} {path}: {error.strerror}") from error
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(f"{given_by} {path}: not a file that --save-times wrote: {error}") from error
 
 

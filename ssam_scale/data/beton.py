@@ -52,7 +52,7 @@ class Sidecar:
             return cls(**json.loads(path.read_text(encoding="utf-8")))
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             raise UserError(
                 f"{path}: not a description of a .beton file ({error}); write {beton.name} again"
             ) from error

@@ -27,6 +27,7 @@ from ssam_scale.cores import usable_cores
 from ssam_scale.data.beton import Pages, Sidecar, checksum, inspect
 from ssam_scale.data.encode import BadImageError, Encoded, Encoding, Pixels, encode
 from ssam_scale.errors import UserError
+from ssam_scale.folders import why_not_replaceable
 
 SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp"))
 """What counts as an image in a class folder, in lower case; other files are passed over."""
@@ -109,6 +110,7 @@ def write_beton(
         UserError: no such folder, no class folders, a class without images (but see `classes_of`) or of another name,
             a damaged image, a full disk.
     """
+    _check_out(out)
     classes, samples = scan_folder(source, limit, classes_of, class_order)
     if progress and classes_of is None and (note := order_note(classes, class_order)):
         console(stderr=True).print(f"{source}: {note}", soft_wrap=True)
@@ -279,6 +281,17 @@ def _images(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(names) if not name.startswith(".")]
 
 
+def _check_out(out: Path) -> None:
+    """A file can be put there, and its sidecar beside it.
+
+    Raises:
+        UserError: something else is there.
+    """
+    for path in (out, Sidecar.path(out)):
+        if (problem := why_not_replaceable(path)) is not None:
+            raise UserError(f"{path}: {problem}")
+
+
 def write_samples(
     samples: Sequence[Sample],
     classes: list[str],
@@ -297,8 +310,7 @@ def write_samples(
     """
     if not samples:
         raise UserError(f"{out}: there are no images to write")
-    if out.is_dir():
-        raise UserError(f"{out}: is a folder; name the .beton file to write")
+    _check_out(out)
     skipped: list[Skipped] = []
     written = need = turned = 0
     counts = [0] * len(classes)

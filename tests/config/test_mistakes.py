@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 from pathlib import Path
 
 import pytest
@@ -312,3 +313,62 @@ def test_configuration_needs_nothing_of_ours():
         for node in ast.walk(ast.parse(source.read_text())):
             if isinstance(node, ast.ImportFrom) and str(node.module).startswith("ssam_scale"):
                 assert str(node.module).startswith(("ssam_scale.config", "ssam_scale.errors")), source
+
+
+# ---- what would take hours or all memory
+
+
+def doubled(levels: int) -> str:
+    """A few lines whose anchors repeat each other: as many values as 9 to the power of the levels."""
+    names = [chr(ord("a") + level) for level in range(levels)]
+    lines = ["a: &a [" + ",".join("x" * 9) + "]"]
+    lines += [f"{name}: &{name} [{','.join([f'*{before}'] * 9)}]" for before, name in itertools.pairwise(names)]
+    return "\n".join(lines) + "\n"
+
+
+BOMBS = {
+    "anchors": (doubled(12), r"given\.yaml:1: not a configuration: more than 10,000 values"),
+    "deep lists": ("a: " + "[" * 5000 + "]" * 5000, r"nested deeper than 32 levels"),
+    "less deep lists": ("a: " + "[" * 40 + "]" * 40, r"given\.yaml:1: .* nested deeper than 32 levels"),
+    "deep sections": ("a: " + "{b: " * 60 + "1" + "}" * 60, r"nested deeper than 32 levels"),
+    "a long number": ("a: " + "9" * 5000, r"given\.yaml:1: a number of 5,000 characters"),
+    "a long fraction": ("a: 0." + "9" * 5000, r"given\.yaml:1: a number of 5,002 characters"),
+    "many values": ("a: [" + "1," * 20000 + "]", "more than 10,000 values"),
+    "a long text": ("a: " + "x" * 2**20, r"given\.yaml: .* longer than 1,048,576 characters"),
+}
+
+
+@pytest.mark.parametrize(("text", "said"), BOMBS.values(), ids=BOMBS)
+def test_what_is_too_much_for_a_configuration(tmp_path: Path, text: str, said: str) -> None:
+    path = tmp_path / "given.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=said):
+        load(path)
+
+
+def test_a_device_that_never_ends() -> None:
+    with pytest.raises(UserError, match=r"/dev/zero: not a configuration: it is longer than 1,048,576 characters"):
+        load(Path("/dev/zero"))
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [("9" * 3000, "a number of 3,000 characters"), ("[" * 3000 + "]" * 3000, "nested deeper than 32 levels")],
+)
+def test_what_is_too_much_for_an_override(small: Path, value: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        load(small, [f"train.epochs={value}"])
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"a": ' + "9" * 5000 + "}", "a number in it is thousands of digits long"),
+        ('{"a": ' + "[" * 5000 + "]" * 5000 + "}", "nested too deeply"),
+    ],
+)
+def test_what_is_too_much_for_a_file_of_deepspeeds(small: Path, tmp_path: Path, text: str, said: str) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match=said):
+        load(small, deepspeed=str(path))

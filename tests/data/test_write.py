@@ -7,6 +7,7 @@ import json
 import os
 import resource
 import shutil
+import socket
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -270,6 +271,29 @@ def test_what_lies_in_the_place_of_an_image(source: Path, out: Path) -> None:
     (source / "n00000009").symlink_to(source / "gone")
     with pytest.raises(UserError, match="n00000009: a link to nothing, in the place of a class folder"):
         write(source, out)
+
+
+@pytest.mark.parametrize("beside", [False, True], ids=["file", "sidecar"])
+@pytest.mark.parametrize(
+    ("kind", "make"),
+    {
+        "a link": lambda place: place.symlink_to(place.with_name("precious")),
+        "a pipe": os.mkfifo,
+        "a folder": Path.mkdir,
+        "a socket": lambda place: socket.socket(socket.AF_UNIX).bind(str(place)),
+    }.items(),
+)
+def test_what_is_no_file_is_not_replaced(source: Path, out: Path, kind: str, make: Any, beside: bool) -> None:
+    """As root, a device's node was replaced by a file."""
+    (out.parent / "precious").write_text("kept")
+    place = Sidecar.path(out) if beside else out
+    make(place)
+    before = place.lstat()
+    with pytest.raises(UserError, match=f"{place.name}: is {kind}; name a file, which need not be there yet"):
+        write(source, out)
+    assert place.lstat() == before
+    assert (out.parent / "precious").read_text() == "kept"
+    assert contents(out.parent) == {"precious", place.name}
 
 
 def test_what_is_left_out_is_said(source: Path, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
