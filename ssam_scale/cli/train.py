@@ -58,9 +58,10 @@ def train_command(
         print(dump(resolved), end="")
         return
     from ssam_scale import train
+    from ssam_scale.launcher import ended_with_launcher
     from ssam_scale.sharding import join_world
 
-    with join_world(device=resolved.train.device) as world:
+    with ended_with_launcher(), join_world(device=resolved.train.device) as world:
         if dry_run:
             done = train.dry_run(resolved, world)
             if world.first:
