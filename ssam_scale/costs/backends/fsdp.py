@@ -38,8 +38,13 @@ class FSDP2Costs(Common):
         if ascent.resolved.shares_prefix:  # whose forward has gathered the root
             forward -= {None}
         backward = self._units(shape.first) - kept - {None}
-        scored = self._gathers(self._units(0)) * shape.scores
-        return PassTraffic(scored + self._gathers(forward), self._gathers(backward) + self._reductions(ascent))
+        return PassTraffic(
+            self._choices(ascent) + self._gathers(forward), self._gathers(backward) + self._reductions(ascent)
+        )
+
+    def _choices(self, ascent: Ascent) -> Sends:
+        """What forwards without a graph gather that choose samples; the root stays for the pass that follows."""
+        return self._gathers(self._units(0) - {None}) * ascent.shape.scores
 
     def descent(self, ascent: Ascent | None) -> PassTraffic:
         """All units, gathered, but for those that have stayed; all gradients, reduced."""
@@ -59,6 +64,8 @@ class FSDP2Costs(Common):
 
     def floor(self, ascent: Ascent) -> Sends:
         """Each unit gathered where its weights are used and were not there before, and the density of what is reduced.
+
+        And what the forwards gather that choose samples.
 
         A unit is there from a forward on until it is freed, which is before its backward, and at the latest when its
         weights are perturbed. The root is not freed before its backward, nor is a unit before the descent's backward
@@ -81,12 +88,13 @@ class FSDP2Costs(Common):
         units = [[name for name, w in self.weights.items() if w.unit == unit] for unit in self._units(0)]
         mine = sum(self.needed_of(ascent, names, lambda w: w.padded(shards)) for names in units) / shards
         between = () if resolved.within_shard_group else self._between_copies(mine)
-        gathered = Sent("all_gather", float(self.accumulation * gathers), self.placement.shard_group)
+        own = Sent("all_gather", float(self.accumulation * gathers), self.placement.shard_group)
+        gathered = (own, *self._choices(ascent))
         if not resolved.by_micro_batch:
-            return (gathered, *self._scatter(mine), *between)
+            return (*gathered, *self._scatter(mine), *between)
         whole = self._padded(self.weights) / shards  # of the descents, which are reduced one by one
         once_more = self._scatter(whole) + self._between_copies(whole)
-        return (gathered, *(self._scatter(mine) * self.accumulation + once_more * (self.accumulation - 1)))
+        return (*gathered, *(self._scatter(mine) * self.accumulation + once_more * (self.accumulation - 1)))
 
     def memory(self, ascents: Sequence[Ascent]) -> MemoryUse:
         """Its rows; gathered: the root, the unit at work, the one fetched ahead, a gradient, and units that stay."""
