@@ -145,7 +145,8 @@ def sharded_scenarios() -> list[Scenario]:
         *(Scenario(f"{p} 50%, kept gathered", _random(p), savings=Savings(keep_gathered=True)) for p in _KEPT),
         *(Scenario(f"sam, scope {scope}", Dense, Fresh(scope=scope)) for scope in _SCOPES),
     ]
-    return [Scenario("base", None), *(scenario for scenario in _ours() if scenario.fraction in (0.0, 1.0)), *singly]
+    ours = [each for each in _ours() if each.fraction in (0.0, 1.0) or each.descent is not None]
+    return [Scenario("base", None), *ours, *singly]
 
 
 def select_scenarios(

@@ -30,6 +30,7 @@ BF16 = replace(SETTING, asked="bf16")
 ZERO = ZeroSettings(persistent=5000)
 
 PLANS = ["base", "sam", "cut 0.5", "moving cut", "tensor 50%", "row 50%", "norm", "element 50%", "interval 2"]
+PLANS += ["esam", "k-sam"]
 # Savings left out: what the step sends then is predicted all the same.
 UNSAVED = ["cut 0.5, no shared prefix", "tensor 50%, not elided", "element 50%, unpacked"]
 # Nothing is reduced for them: only what the passes must gather, and weights that each perturbs for itself, is sent.
