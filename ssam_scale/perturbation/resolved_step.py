@@ -108,6 +108,9 @@ class ResolvedStep:
         apart: whether each process climbs by its own part of the batch: of its gradients nothing is reduced.
         whole: whether each process perturbs all weights by itself, though the optimizer steps shards of them, from
             gradients that the ascent leaves whole on every one: nothing is published.
+        by_hand: whether the first pass is run as a base step's only one is, by the caller, or for a gate that may leave
+            it at that: the backend reduces the gradient of everything by its own means.
+        keeps: whether ε is kept until the descent's gradients are there.
     """
 
     kind: StepKind
@@ -131,6 +134,8 @@ class ResolvedStep:
     kept: frozenset[str] = frozenset()
     apart: bool = False
     whole: bool = False
+    by_hand: bool = False
+    keeps: bool = False
 
     @classmethod
     def without_ascent(cls, step: int, alpha: float = 0.0) -> ResolvedStep:
@@ -200,6 +205,7 @@ def resolve_step(
     apart: bool = False,
     whole: bool = False,
     by_hand: bool = False,
+    keeps: bool = False,
     refreshed: bool = False,
 ) -> ResolvedStep:
     """Decide what a step does.
@@ -218,7 +224,9 @@ def resolve_step(
         packs: whether the backend reduces no more of the gradients than it is asked for.
         apart: whether each process climbs by its own part of the batch, where each holds all weights.
         whole: whether the backend leaves whole gradients on every process, and each knows the mask of all weights.
-        by_hand: whether the caller runs both passes (a closure, `perturbed`), and the gradient of everything is there.
+        by_hand: whether the caller runs both passes (a closure, `perturbed`), or a gate decides after the first: the
+            gradient of everything is there.
+        keeps: whether ε is asked for after the descent.
         refreshed: whether the mask is chosen anew again and again. Compiled code is compiled for each set of gradients
             that it computes: of a stage in which anything is perturbed it then computes them all.
     """
@@ -304,6 +312,8 @@ def resolve_step(
         kept=frozenset(numels.keys() - plan.weights.keys()) if savings.keep_gathered else frozenset(),
         apart=apart,
         whole=whole and not by_hand,
+        by_hand=by_hand,
+        keeps=keeps,
     )
 
 
