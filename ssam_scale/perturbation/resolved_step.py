@@ -26,6 +26,11 @@ from .step_report import StepKind
 Gradients: TypeAlias = Literal["all", "planned", "perturbed"]
 
 
+def fraction_of(direction: Direction) -> float:
+    """Share of each micro-batch's samples that an ascent by it sees."""
+    return direction.fraction if isinstance(direction, Ascending) else 1.0
+
+
 @dataclass(frozen=True)
 class StepOptions:
     """What a `SparseSAM` was asked for, as far as it decides what a step does; see there.
@@ -111,6 +116,7 @@ class ResolvedStep:
         by_hand: whether the first pass is run as a base step's only one is, by the caller, or for a gate that may leave
             it at that: the backend reduces the gradient of everything by its own means.
         keeps: whether ε is kept until the descent's gradients are there.
+        graphed: whether the ascent runs the network as CUDA graphs.
     """
 
     kind: StepKind
@@ -136,6 +142,7 @@ class ResolvedStep:
     whole: bool = False
     by_hand: bool = False
     keeps: bool = False
+    graphed: bool = False
 
     @classmethod
     def without_ascent(cls, step: int, alpha: float = 0.0) -> ResolvedStep:
@@ -155,7 +162,7 @@ class ResolvedStep:
     @property
     def fraction(self) -> float:
         """Share of each micro-batch's samples in the ascent."""
-        return self.direction.fraction if isinstance(self.direction, Ascending) else 1.0
+        return fraction_of(self.direction)
 
     @property
     def choose(self) -> Choose:
@@ -206,6 +213,7 @@ def resolve_step(
     whole: bool = False,
     by_hand: bool = False,
     keeps: bool = False,
+    graphs: bool = False,
     refreshed: bool = False,
 ) -> ResolvedStep:
     """Decide what a step does.
@@ -227,6 +235,8 @@ def resolve_step(
         by_hand: whether the caller runs both passes (a closure, `perturbed`), or a gate decides after the first: the
             gradient of everything is there.
         keeps: whether ε is asked for after the descent.
+        graphs: whether weights and their gradients lie whole on a GPU, and no code is compiled, so that CUDA graphs can
+            be made of a pass.
         refreshed: whether the mask is chosen anew again and again. Compiled code is compiled for each set of gradients
             that it computes: of a stage in which anything is perturbed it then computes them all.
     """
@@ -314,6 +324,9 @@ def resolve_step(
         whole=whole and not by_hand,
         by_hand=by_hand,
         keeps=keeps,
+        # Of several micro-batches the gradients add up, where a graph would overwrite them; and the ascent on the whole
+        # batch is no small one.
+        graphed=savings.graph_ascent and graphs and alone and sparse and not rows and fraction_of(direction) < 1.0,
     )
 
 

@@ -38,6 +38,7 @@ from .batchnorm import Statistics
 from .by_hand import StaleGradients
 from .directions import Direction, Fresh, scope_of
 from .gate import Gate, GateState
+from .graphs import AscentGraphs
 from .gsam import SurrogateGap
 from .looksam import LookSAM
 from .loss import LossFn
@@ -217,6 +218,7 @@ class SparseSAM(OptimizerWrapper):
         )
         self._looksam = LookSAM(self.sharding, self._parameters.by_name) if ever_reuses(self._schedule) else None
         self._gap = SurrogateGap(self.sharding, self._parameters.by_name, self._alpha) if self._alpha else None
+        self._graphs = AscentGraphs(self.sharding.ascent_module)
         self._known = Fingerprint(self.sharding.network, self.param_groups)
 
     def _loss_scale(self) -> Tensor | float:
@@ -362,6 +364,10 @@ class SparseSAM(OptimizerWrapper):
             whole=self.sharding.reduces_whole and options.direction.whole and self._mask.knows_full(plan),
             by_hand=by_hand or self._gate is not None,
             keeps=self._looksam is not None or self._gap is not None,
+            graphs=self._parameters.device.type == "cuda"
+            and self.sharding.leaves_grad
+            and self.sharding.weights_replicated
+            and not self._parameters.compiled,
             refreshed=isinstance(self.mask, Refreshed) and self.mask.every is not None,
         )
 
@@ -517,6 +523,7 @@ class SparseSAM(OptimizerWrapper):
             phases,
             self._statistics,
             self._of_samples,
+            self._graphs,
             part,
         )
 
