@@ -120,8 +120,8 @@ def swap(old: str, new: str) -> str:
         ),
         (
             swap("  rho: 0.2", "  savings: {graph_ascent: true}\n  rho: 0.2") + "sharding: {backend: fsdp2}\n",
-            "given.yaml:12, given.yaml:19: perturbation.savings.graph_ascent is for sharding.backend single or ddp, and "
-            "it is fsdp2",
+            "given.yaml:12, given.yaml:19: perturbation.savings.graph_ascent is for sharding.backend single or ddp, "
+            "and it is fsdp2",
         ),
         (
             swap("  rho: 0.2", "  savings: {graph_ascent: true}\n  rho: 0.2") + "  compile: true\n",
