@@ -24,6 +24,7 @@ from ssam_scale.perturbation import (
     Direction,
     Fresh,
     Friendly,
+    Gate,
     Interval,
     Momentum,
     Phases,
@@ -48,6 +49,7 @@ _DRAWS = 4
 _ELIDED: tuple[Pattern, ...] = ("tensor", "block", "row")
 _PACKED: tuple[Pattern, ...] = ("element", "row")
 _KEPT: tuple[Pattern, ...] = ("tensor", "block")
+_OPEN = Gate(1, first=-1e9, last=-1e9)  # in every step
 _SCOPES: tuple[Scope, ...] = ("shard_group", "worker", "micro_batch")
 
 Step = Callable[[], Any]
@@ -61,6 +63,8 @@ class Scenario:
         name: short and unique.
         mask: of our plans; None: not ours.
         direction: where the direction of ε comes from; None: a fresh gradient of the whole batch.
+        gap: α of GSAM.
+        gate: decides after the first pass whether there is an ascent.
         interval: steps from one ascent to the next.
         steps: how many are taken in turn before the next scenario's: a whole period, or several draws.
         has_cut: whether the blocks before a cut are left alone, for which there is a bound on the time.
@@ -71,6 +75,8 @@ class Scenario:
     name: str
     mask: Callable[[], Mask] | None
     direction: Direction | None = None
+    gap: float = 0.0
+    gate: Gate | None = None
     interval: int = 1
     steps: int = 1
     has_cut: bool = False
@@ -144,6 +150,9 @@ def sharded_scenarios() -> list[Scenario]:
         *(Scenario(f"{p} 50%, unpacked", _random(p), savings=Savings(pack=False)) for p in _PACKED),
         *(Scenario(f"{p} 50%, kept gathered", _random(p), savings=Savings(keep_gathered=True)) for p in _KEPT),
         *(Scenario(f"sam, scope {scope}", Dense, Fresh(scope=scope)) for scope in _SCOPES),
+        Scenario("sam, gap", Dense, gap=0.3),
+        Scenario("sam, open gate", Dense, gate=_OPEN),
+        Scenario("element 50%, open gate", _random("element"), gate=_OPEN),
     ]
     ours = [each for each in _ours() if each.fraction in (0.0, 1.0) or each.descent is not None]
     return [Scenario("base", None), *ours, *singly]
@@ -256,6 +265,8 @@ def sparse_sam(
         rho=rho,
         mask=mask,
         direction=scenario.direction,
+        gap=scenario.gap,
+        gate=scenario.gate,
         schedule=schedule,
         savings=scenario.savings,
         descent=scenario.descent,

@@ -22,6 +22,7 @@ from ssam_scale.costs.compute import StepShape, base_seconds, predicted_over_bas
 from ssam_scale.costs.profile import Parts
 from ssam_scale.masks.subset import Subset
 from ssam_scale.perturbation import StagedModel
+from ssam_scale.perturbation.reference import first_samples
 from ssam_scale.tracking.environment import hardware_tags, versions
 from ssam_scale.tracking.timer import PhaseTimer
 
@@ -169,7 +170,8 @@ def bench_steps(setting: Setting, repeats: int, compared: Sequence[Scenario]) ->
     two were taken shortly after each other. `density` and `suffix_share` (t: the perturbed suffix's share of a pass's
     measured time, forward and backward) are means over the steps, a step without an ascent counting 0.
     `predicted_over_base` comes from the measured parts alone (`costs.compute`), which the row of the base optimizer
-    lists; `target_over_base` is the most that we want.
+    lists, those of an ascent on a part of the batch in passes of as many images; `target_over_base` is the most that we
+    want.
 
     `perturb_seconds` is what perturbing and restoring take, the phase "perturb" of a step with an ascent, and
     `perturb_floor_seconds` what moving the bytes that this must move (`bytes_to_perturb`) takes by the speed at which
@@ -183,7 +185,8 @@ def bench_steps(setting: Setting, repeats: int, compared: Sequence[Scenario]) ->
     """
     network = setting.network()
     copied = copy.deepcopy(network)
-    parts = Parts(setting, copied, setting.batch(), sgd(copied))
+    sizes = {first_samples(setting.batch_size, s.fraction) for s in compared if 0.0 < s.fraction < 1.0}
+    parts = Parts(setting, copied, setting.batch(), sgd(copied), sizes)
     copies: dict[str, Tensor] = {}
     each = [_Steps(scenario, setting, copy.deepcopy(network), copies) for scenario in compared]
     for steps in each:

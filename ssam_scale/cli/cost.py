@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,7 +29,9 @@ def cost_command(
     scaling: Annotated[
         str, typer.Option(help="weak: a GPU keeps the images that were measured; strong: it shares the batch.")
     ] = "weak",
-    images: Annotated[int | None, typer.Option(help="Images of the pass that is measured. [8; 64 on a GPU]")] = None,
+    images: Annotated[
+        int | None, typer.Option(help="Images of the largest pass that is measured. [8; 64 on a GPU]")
+    ] = None,
     repeats: Annotated[int, typer.Option(help="Measurements, of which the median counts.")] = 5,
     times: Annotated[
         Path | None, typer.Option(callback=expanded, help="Take the times from this file; measure nothing.")
@@ -61,15 +64,19 @@ def cost_command(
     for count in machines.gpus:  # before minutes of measuring
         placement_of(resolved, machines.cluster(count))
     found = measured(resolved, images=images, repeats=repeats, times=times, save=save_times)
-    show(cost_rows(resolved, found, machines), _COLUMNS, _caption(found, machines), as_json, "plan")
+    predicted = cost_rows(resolved, found, machines)
+    show(predicted, _COLUMNS, _caption(found, machines, predicted), as_json, "plan")
 
 
-def _caption(found: Measured, machines: Machines) -> str:
+def _caption(found: Measured, machines: Machines, rows: Sequence[Mapping[str, Any]]) -> str:
+    fewest, sizes = found.times.fewest, ", ".join(str(each.images) for each in found.times.passes)
+    few = any(0 < row["ascent_images"] < fewest for row in rows)
     return (
-        f"{found.model}, {found.precision}, measured with {found.images} images of {found.resolution} px on "
+        f"{found.model}, {found.precision}, measured with {sizes} images of {found.resolution} px on "
         f"{found.hardware}; {machines.scaling} scaling; {machines.node_bandwidth / 1e9:g} GB/s inside a node of "
         f"{machines.per_node}, {machines.network_bandwidth / 1e9:g} GB/s between nodes. A real step lies between ms, "
         "with what is sent hidden as far as it can be, and unhidden ms. Memory is in GiB of one GPU"
+        + (f". Passes of fewer than {fewest} images are taken to last as long as those of {fewest}" if few else "")
     )
 
 
@@ -80,6 +87,7 @@ _DRY_CAPTION = (
 _COLUMNS: Columns = {
     "GPUs": ("gpus", 1, "d"),
     "images": ("images", 1, ",.4g"),
+    "ascent": ("ascent_images", 1, ",.4g"),
     "density": ("density", 1, ".3f"),
     "ms": ("seconds", 1e3, ",.1f"),
     "unhidden ms": ("seconds_unhidden", 1e3, ",.1f"),

@@ -202,6 +202,11 @@ class Savings(Section):
     keep_gathered: bool = Field(
         False, description="fsdp2, zero3: weights left alone stay gathered between the passes, which takes their memory"
     )
+    graph_ascent: bool = Field(
+        False,
+        description="single and ddp, on a GPU: an ascent on part of the batch (`direction.fraction`) runs the network "
+        "as CUDA graphs, captured for each cut, which keep their memory",
+    )
 
 
 # The names of the files, which are not imported: a new schedule is one file.
@@ -602,6 +607,21 @@ class Config(Section):
             raise ValueError(
                 "perturbation.savings.keep_gathered is for sharding.backend fsdp2 or zero3, and it is "
                 f"{sharding.backend}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _graphs_of_small_ascents(self) -> Config:
+        if self.perturbation is None or not self.perturbation.savings.graph_ascent:
+            return self
+        key, backend = "perturbation.savings.graph_ascent", self.sharding.backend
+        if backend not in ("auto", "single", "ddp"):
+            raise ValueError(f"{key} is for sharding.backend single or ddp, and it is {backend}")
+        if self.train.compile:
+            raise ValueError(f"{key} is for a network that is not compiled, and train.compile is true; use one of them")
+        if getattr(self.perturbation.direction, "fraction", 1.0) == 1.0:
+            raise ValueError(
+                f"{key} is for an ascent on part of the batch; lower perturbation.direction.fraction, or leave it off"
             )
         return self
 

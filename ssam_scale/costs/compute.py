@@ -5,14 +5,27 @@ its input. The difference to the first is what leaving that gradient out saves. 
 mask but which stages it runs again and which share of each stage's weights needs a gradient; the prediction never sees
 the time of the step that it predicts.
 
-Assumptions: half of a batch costs half of the time; the gradients of a stage's weights cost in proportion
-to their number; perturbing costs the same for each perturbed weight, whichever they are; nothing else takes time.
+A pass of few images takes longer than its share: launching kernels costs as much, however little each has to do. So
+stages are measured in passes of several sizes, and an ascent on a part of the batch takes the time of its own number of
+images.
+
+Assumptions: between two sizes that were measured the time grows evenly, a pass of fewer images than were ever measured
+takes as long as the smallest that was, and one of more in proportion to the largest; the gradients of a stage's weights
+cost in proportion to their number; perturbing costs the same for each perturbed weight, whichever they are; nothing
+else takes time.
 """
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from functools import cached_property
+
+from ssam_scale.perturbation.reference import first_samples
+
+# Of work in proportion to the images, so many that any share of them is whole.
+_MANY = 1 << 40
 
 
 @dataclass(frozen=True)
@@ -53,18 +66,80 @@ class StageTimes:
 
 
 @dataclass(frozen=True)
+class PassTimes:
+    """Seconds that the stages of a pass take.
+
+    Attributes:
+        images: that it sees.
+        stages: of each stage, the loss being in the last.
+    """
+
+    images: int
+    stages: tuple[StageTimes, ...]
+
+
+@dataclass(frozen=True)
 class StepTimes:
     """Seconds of a step's parts.
 
     Attributes:
-        stages: of each stage, the loss being in the last.
+        passes: that were measured, of different sizes, the smallest first.
         optimizer: of the base optimizer's step and of dropping gradients.
         perturb: of perturbing one weight and putting it back.
+        images: of each micro-batch of the step; a mean where processes have not all as many.
+        micro_batches: of the step.
     """
 
-    stages: tuple[StageTimes, ...]
+    passes: tuple[PassTimes, ...]
     optimizer: float
     perturb: float
+    images: float
+    micro_batches: int = 1
+
+    @classmethod
+    def proportional(cls, stages: tuple[StageTimes, ...], optimizer: float = 0.0, perturb: float = 0.0) -> StepTimes:
+        """Of work in proportion to the images, as FLOPs are.
+
+        Args:
+            stages: of the whole step.
+            optimizer: see above.
+            perturb: see above.
+        """
+        nothing = (StageTimes(0.0, 0.0, 0.0, 0.0),) * len(stages)
+        return cls((PassTimes(0, nothing), PassTimes(_MANY, stages)), optimizer, perturb, _MANY)
+
+    @property
+    def fewest(self) -> int:
+        """Images of the smallest pass that was measured."""
+        return self.passes[0].images
+
+    @cached_property
+    def stages(self) -> tuple[StageTimes, ...]:
+        """Of each stage, what the micro-batches of a step take together."""
+        return self._of(self.images)
+
+    def part(self, fraction: float) -> tuple[StageTimes, ...]:
+        """The same if of each micro-batch a pass sees only this share."""
+        return self._of(self.images_in(fraction))
+
+    def images_in(self, fraction: float) -> float:
+        """How many images of a micro-batch a pass sees, if it sees this share."""
+        return self.images if fraction == 1.0 else first_samples(round(self.images), fraction)
+
+    def _of(self, images: float) -> tuple[StageTimes, ...]:
+        sizes = [each.images for each in self.passes]
+        above, times = bisect.bisect_left(sizes, images), self.micro_batches
+        if above == len(sizes):
+            return self._sum((self.passes[-1], times * images / sizes[-1]))
+        if above == 0:
+            return self._sum((self.passes[0], times))
+        share = (images - sizes[above - 1]) / (sizes[above] - sizes[above - 1])
+        return self._sum((self.passes[above - 1], times * (1.0 - share)), (self.passes[above], times * share))
+
+    @staticmethod
+    def _sum(*weighted: tuple[PassTimes, float]) -> tuple[StageTimes, ...]:
+        parts = [[[weight * part for part in astuple(stage)] for stage in times.stages] for times, weight in weighted]
+        return tuple(StageTimes(*map(sum, zip(*stages, strict=True))) for stages in zip(*parts, strict=True))
 
 
 @dataclass(frozen=True)
@@ -99,9 +174,9 @@ class StepShape:
         return next(i for i, share in enumerate(self.kept) if share > 0.0)
 
 
-def pass_seconds(times: StepTimes) -> float:
-    """The forward and backward of a whole pass; the images need no gradient."""
-    return sum(s.forward + s.backward_for(1.0, first=i == 0) for i, s in enumerate(times.stages))
+def pass_seconds(times: StepTimes, fraction: float = 1.0) -> float:
+    """The forward and backward of a whole pass over this share of the batch; the images need no gradient."""
+    return sum(s.forward + s.backward_for(1.0, first=i == 0) for i, s in enumerate(times.part(fraction)))
 
 
 def base_seconds(times: StepTimes) -> float:
@@ -119,24 +194,21 @@ def ascent_forward(times: StepTimes, shape: StepShape) -> float:
     """The ascent's forward."""
     if not shape.ascends:
         return 0.0
-    return shape.scores * sum(s.forward for s in times.stages) + shape.fraction * sum(
-        s.forward for s in times.stages[shape.cut :]
-    )
+    chosen = shape.scores * sum(s.forward for s in times.stages)
+    return chosen + sum(s.forward for s in times.part(shape.fraction)[shape.cut :])
 
 
 def ascent_backward(times: StepTimes, shape: StepShape) -> float:
     """The ascent's backward."""
     if not shape.ascends:
         return 0.0
-    first = shape.first
-    return shape.fraction * sum(
-        times.stages[i].backward_for(shape.kept[i], first=i == first) for i in range(first, len(times.stages))
-    )
+    first, stages = shape.first, times.part(shape.fraction)
+    return sum(stages[i].backward_for(shape.kept[i], first=i == first) for i in range(first, len(stages)))
 
 
 def predicted_ascent_seconds(times: StepTimes, shape: StepShape) -> float:
     """Everything that the step pays beyond the base optimizer's step; negative where its descent spares more."""
-    spared = (1.0 - shape.descent) * pass_seconds(times)
+    spared = pass_seconds(times) - pass_seconds(times, shape.descent)
     return ascent_forward(times, shape) + ascent_backward(times, shape) + times.perturb * shape.perturbed - spared
 
 

@@ -1,8 +1,8 @@
 """Predicted time, bytes on the wire and memory of a step on a cluster: `step_cost` and `footprint`, pure functions.
 
 A step is a sequence of segments, each of which computes for a time and sends something. How long a segment computes
-comes from the measured times of the stages on one process (`compute`), in proportion to the images that it sees; what
-it sends from the resolved step, the shapes of the weights and how the backend shards them (`backends`).
+comes from the measured times of the stages on one process (`compute`), by the number of images that it sees; what it
+sends from the resolved step, the shapes of the weights and how the backend shards them (`backends`).
 
 Assumptions of the time:
 
@@ -21,8 +21,9 @@ Assumptions of the time:
 Counted in the memory of one GPU, in bytes: this process's part of the weights, of their gradients and of the base
 optimizer's state; the buckets that gradients are reduced in; what is gathered at once (`backends` says what that is);
 the mask, a bit a weight where single weights or rows are perturbed; the backup of the perturbed weights; what LookSAM
-keeps; and the activations that one micro-batch keeps for its backward. Not counted: buffers, what a kernel works with,
-what an allocator wastes, and what the communication library needs.
+or a direction remembers, and ε where it is kept for LookSAM or GSAM; and the activations that one micro-batch keeps for
+its backward. Not counted: buffers, what a kernel works with, what an allocator wastes, and what the communication
+library needs.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ class Footprint:
 
     @property
     def perturbing(self) -> float:
-        """What perturbing adds: the mask, the backup, and what LookSAM keeps."""
+        """What perturbing adds: the mask, the backup, and what is kept beside it."""
         return self.mask + self.perturbation + self.reuse
 
     @property
@@ -110,27 +111,18 @@ def footprint(
     )
 
 
-def scaled(times: StepTimes, images: float) -> StepTimes:
-    """`times` for `images` times as many images: compute grows in proportion, optimizer and perturbation do not."""
-    stages = (
-        replace(s, **{name: images * getattr(s, name) for name in ("forward", "backward", "no_weights", "no_input")})
-        for s in times.stages
-    )
-    return replace(times, stages=tuple(stages))
-
-
 def step_segments(times: StepTimes, backend: BackendCosts, shards: int, ascent: Ascent | None) -> list[Segment]:
     """The segments of a step: ascent, perturbation, descent, base optimizer.
 
     Args:
-        times: of the parts, for the images that one process sees in a step.
+        times: of the parts, for the micro-batches that one process sees in a step.
         backend: what it sends.
         shards: processes that stepping is sharded over.
         ascent: its ascent; None: a step of the base optimizer.
     """
     part = 1.0 if ascent is None else ascent.shape.descent
-    forward = sum(s.forward for s in times.stages)
-    descent = _segments(part * forward, part * (pass_seconds(times) - forward), backend.descent(ascent))
+    forward = sum(s.forward for s in times.part(part))
+    descent = _segments(forward, pass_seconds(times, part) - forward, backend.descent(ascent))
     segments = [*descent, Segment(times.optimizer / shards)]
     if ascent is None:
         return segments
@@ -170,7 +162,7 @@ def step_cost(
     """The predicted cost of the mean step of a run.
 
     Args:
-        times: of the parts, for the images that one process sees in a step.
+        times: of the parts, for the micro-batches that one process sees in a step.
         weights: all of them, by name.
         ascents: the kinds of its steps, whose shares add up to 1 or, the others being the base optimizer's, less.
         placement: how the weights lie on the cluster.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from ssam_scale.folders import why_not_replaceable
 from ssam_scale.perturbation import SparseSAM, StagedModel
 from ssam_scale.tracking.environment import hardware_tags
 
-from .compute import StageTimes, StepTimes
+from .compute import PassTimes, StageTimes, StepTimes
 from .estimate import Activations
 
 if TYPE_CHECKING:
@@ -51,12 +51,21 @@ class Parts:
         network: in training mode, and nobody else's.
         batch: images and labels.
         optimizer: the base optimizer, over all of the network's parameters.
+        sizes: images of the passes that are measured beside those of the whole batch.
     """
 
-    def __init__(self, work: Work, network: StagedModel, batch: Batch, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(
+        self,
+        work: Work,
+        network: StagedModel,
+        batch: Batch,
+        optimizer: torch.optim.Optimizer,
+        sizes: Iterable[int] = (),
+    ) -> None:
         self._work = work
         self._network = network
-        self._batch = batch
+        whole = len(batch[0])
+        self._batches = [(batch[0][:size], batch[1][:size]) for size in sorted({*sizes, whole})]
         self._clock = clock_of(batch[0].device)
         self._optimizer = optimizer
         self._opt = SparseSAM(network, self._optimizer)
@@ -65,43 +74,48 @@ class Parts:
 
     def measure(self) -> None:
         """Once more."""
-        upstream: list[Tensor | None] = []
-        both = self._pass(_BOTH, upstream)
+        passes = tuple(self._stages(batch) for batch in self._batches)
         perturb = self._seconds(self._perturb)
-        no_weights = self._pass(_NO_WEIGHTS, upstream)
-        no_input = self._pass(_NO_INPUT, upstream)
+        self._pass(self._batches[0], _BOTH, [])  # perturbing has dropped the gradients that the optimizer steps by
         optimizer = self._seconds(self._step)
-        stages = tuple(
-            StageTimes(forward, backward, no_weights[i][1], no_input[i][1])
-            for i, (forward, backward) in enumerate(both)
-        )
-        self._measured.append(StepTimes(stages, optimizer, perturb / self._weights))
+        self._measured.append(StepTimes(passes, optimizer, perturb / self._weights, passes[-1].images))
 
     def medians(self) -> StepTimes:
         """Of all measurements but the first, which is a warm-up."""
         kept = self._measured[1:]
-
-        def of(part: Callable[[StepTimes], float]) -> float:
-            return statistics.median(part(times) for times in kept)
-
-        stages = tuple(
-            StageTimes(*(of(lambda t, i=i, k=k: dataclasses.astuple(t.stages[i])[k]) for k in range(4)))  # type: ignore[misc]
-            for i in range(len(kept[0].stages))
+        passes = (tuple(each) for each in zip(*(times.passes for times in kept), strict=True))
+        return StepTimes(
+            tuple(PassTimes(same[0].images, _medians([times.stages for times in same])) for same in passes),
+            statistics.median(times.optimizer for times in kept),
+            statistics.median(times.perturb for times in kept),
+            kept[0].images,
         )
-        return StepTimes(stages, of(lambda t: t.optimizer), of(lambda t: t.perturb))
 
-    def _pass(self, computes: str, upstream: list[Tensor | None]) -> list[tuple[float, float]]:
+    def _stages(self, batch: Batch) -> PassTimes:
+        upstream: list[Tensor | None] = []
+        both, no_weights, no_input = (
+            self._pass(batch, computes, upstream) for computes in (_BOTH, _NO_WEIGHTS, _NO_INPUT)
+        )
+        stages = (
+            StageTimes(forward, backward, no_weights[i][1], no_input[i][1])
+            for i, (forward, backward) in enumerate(both)
+        )
+        return PassTimes(len(batch[0]), tuple(stages))
+
+    def _pass(self, batch: Batch, computes: str, upstream: list[Tensor | None]) -> list[tuple[float, float]]:
         """Forward and backward of each stage by itself, on what the one before put out.
 
         Args:
+            batch: images and labels.
             computes: which gradients.
             upstream: of each stage's output, its gradient; filled if both gradients are computed, else used, because
                 without the gradients of inputs there is none.
         """
         clock, last = self._clock, len(self._network.stages) - 1
+        self._optimizer.zero_grad()  # adding to gradients takes longer than leaving them, as an ascent does
         for p in self._network.parameters():
             p.requires_grad_(computes != _NO_WEIGHTS)
-        hidden, inputs, outputs, marks = self._batch[0], [], [], []
+        hidden, inputs, outputs, marks = batch[0], [], [], []
         for index in range(last + 1):
             x = hidden.detach().requires_grad_(computes != _NO_INPUT)
 
@@ -114,7 +128,7 @@ class Parts:
                 with self._work.autocast():
                     hidden = forward(x)
             else:
-                hidden = self._work.loss_fn(forward, (x, self._batch[1]))
+                hidden = self._work.loss_fn(forward, (x, batch[1]))
             marks.append([start, clock.mark()])
             inputs.append(x)
             outputs.append(hidden)
@@ -149,6 +163,14 @@ class Parts:
         self._optimizer.zero_grad()
 
 
+def _medians(measured: Sequence[tuple[StageTimes, ...]]) -> tuple[StageTimes, ...]:
+    """Of each part of each stage, over measurements."""
+    return tuple(
+        StageTimes(*map(statistics.median, zip(*map(dataclasses.astuple, same), strict=True)))
+        for same in zip(*measured, strict=True)
+    )
+
+
 @dataclass(frozen=True)
 class Measured:
     """What the cost model takes from a machine.
@@ -157,7 +179,6 @@ class Measured:
         model: timm's name of the network.
         resolution: side of the images, pixels.
         precision: of passes.
-        images: of the pass that was measured.
         weights: number of the network's weights.
         hardware: on what.
         times: seconds of the parts.
@@ -169,13 +190,17 @@ class Measured:
     model: str
     resolution: int
     precision: str
-    images: int
     weights: int
     hardware: str
     times: StepTimes
     activations: Activations
     activation_checkpointing: bool = False
     compile: bool = False
+
+    @property
+    def images(self) -> int:
+        """Of the largest pass that was measured."""
+        return self.times.passes[-1].images
 
     def save(self, path: Path) -> None:
         """Write them as JSON.
@@ -202,7 +227,7 @@ class Measured:
             UserError: it is something else that was measured.
         """
         for key, value in expected.items():
-            found = len(self.times.stages) if key == "stages" else getattr(self, key)
+            found = len(self.times.passes[0].stages) if key == "stages" else getattr(self, key)
             if found != value:
                 raise UserError(f"{given_by} {path}: {key} is {found} there and {value} in the configuration")
 
@@ -215,13 +240,21 @@ def load_times(path: Path, given_by: str = "--times") -> Measured:
         given_by: the option or key that names it, in the words of the error.
 
     Raises:
-        UserError: the file cannot be read, or is not such a file.
+        UserError: the file cannot be read, or is not such a file, or one of an older version.
     """
     try:
         found = json.loads(path.read_text())
         times, activations = found.pop("times"), found.pop("activations")
-        stages = tuple(StageTimes(**stage) for stage in times.pop("stages"))
-        return Measured(times=StepTimes(stages, **times), activations=Activations(**activations), **found)
+        if "stages" in times:
+            raise UserError(
+                f"{given_by} {path}: an older version wrote it, which measured passes of one size only; make a new one "
+                f"with `ssam-scale cost --config … --save-times {path}`"
+            )
+        passes = tuple(
+            PassTimes(each["images"], tuple(StageTimes(**stage) for stage in each["stages"]))
+            for each in times.pop("passes")
+        )
+        return Measured(times=StepTimes(passes, **times), activations=Activations(**activations), **found)
     except OSError as error:
         raise UserError(f"{given_by} {path}: {error.strerror}") from error
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -229,7 +262,12 @@ def load_times(path: Path, given_by: str = "--times") -> Measured:
 
 
 def measure_times(
-    work: Work, network: StagedModel, batch: Batch, optimizer: torch.optim.Optimizer, repeats: int
+    work: Work,
+    network: StagedModel,
+    batch: Batch,
+    optimizer: torch.optim.Optimizer,
+    repeats: int,
+    sizes: Iterable[int] = (),
 ) -> StepTimes:
     """Medians of `repeats` measurements, after one that warms up.
 
@@ -239,8 +277,9 @@ def measure_times(
         batch: images and labels.
         optimizer: over all of its parameters.
         repeats: at least 1.
+        sizes: images of the passes that are measured beside those of the whole batch.
     """
-    parts = Parts(work, network, batch, optimizer)
+    parts = Parts(work, network, batch, optimizer, sizes)
     for _ in range(repeats + 1):
         parts.measure()
     return parts.medians()

@@ -15,6 +15,7 @@ from ssam_scale.sharding import AscentReduction, ShardedPasses
 from . import samples
 from .arguments import CALLS_BACKWARD, check_loss, check_samples_first, explained
 from .batchnorm import Statistics, evaluation_mode
+from .graphs import AscentGraphs
 from .loss import Forward, LossFn
 from .mask_state import MaskState
 from .parameters import TrainedParameters
@@ -48,6 +49,7 @@ class Passes:
         statistics: what the forwards write to buffers.
         of_samples: cuts and shapes of what a prefix puts out, whose first dimension is known to count samples; gets
             those that are looked at here.
+        graphs: of small ascents.
         part: which of the step's micro-batches these are, where each climbs and descends by itself, and of how many.
     """
 
@@ -63,9 +65,10 @@ class Passes:
         phases: Phases,
         statistics: Statistics,
         of_samples: set[tuple[int, torch.Size]],
+        graphs: AscentGraphs,
         part: tuple[int, int] = (0, 1),
     ) -> None:
-        self._of_samples = of_samples
+        self._of_samples, self._graphs = of_samples, graphs
         self._number, self._of = part if len(batches) == 1 else (0, len(batches))
         self._statistics = statistics
         self._sharding, self._parameters, self._mask = sharding, parameters, mask
@@ -253,6 +256,8 @@ class Passes:
         module, cut, shared = self._sharding.ascent_module, self._resolved.cut, self._resolved.shares_prefix
         if not self._resolved.may_share_prefix and cut == 0:
             with self._phases("ascent forward"), self._ascents_statistics():
+                if self._resolved.graphed and len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
+                    return self._graphs(args[0])
                 return module(*args, **kwargs)
         x = _only_input(args, kwargs)
         if x.is_leaf and x.requires_grad:
@@ -270,7 +275,7 @@ class Passes:
             self._ascent_input = whole
         if cut == 0:
             with self._phases("ascent forward"), self._ascents_statistics():
-                return module(x)
+                return self._graphs(x) if self._resolved.graphed else module(x)
         if shared:
             with self._phases("descent forward"), torch.enable_grad():
                 hidden = module(whole, stop=cut)
@@ -279,7 +284,8 @@ class Passes:
             with self._phases("ascent forward"), torch.no_grad(), self._ascents_statistics():
                 hidden = module(x, stop=cut)
         with self._phases("ascent forward"), self._ascents_statistics():
-            return module(self._ascents_part(hidden.detach(), x, whole), start=cut)
+            part = self._ascents_part(hidden.detach(), x, whole)
+            return self._graphs(part, start=cut) if self._resolved.graphed else module(part, start=cut)
 
     def _ascents_statistics(self) -> AbstractContextManager[None]:
         """Surrounds what another forward runs before or again, and may count."""

@@ -88,7 +88,8 @@ class _Whole(_Side):
                 full = e.new_zeros(shard.numel)
                 part.put(full, e)
             mine = full.view(-1)[shard.start : shard.start + shard.weight.numel()]
-            result.append(mine if own is None else own.take(mine))
+            # Not a view, which would keep all of ε.
+            result.append(mine.clone() if own is None else own.take(mine))
         return result
 
 

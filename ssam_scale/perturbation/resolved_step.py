@@ -28,6 +28,11 @@ from .step_report import StepKind
 Gradients: TypeAlias = Literal["all", "planned", "perturbed"]
 
 
+def fraction_of(direction: Direction) -> float:
+    """Share of each micro-batch's samples that an ascent by it sees."""
+    return direction.fraction if isinstance(direction, Ascending) else 1.0
+
+
 @dataclass(frozen=True)
 class StepOptions:
     """What a `SparseSAM` was asked for, as far as it decides what a step does; see there.
@@ -120,6 +125,10 @@ class ResolvedStep:
         apart: whether each process climbs by its own part of the batch: of its gradients nothing is reduced.
         whole: whether each process perturbs all weights by itself, though the optimizer steps shards of them, from
             gradients that the ascent leaves whole on every one: nothing is published.
+        by_hand: whether the first pass is run as a base step's only one is, by the caller, or for a gate that may leave
+            it at that: the backend reduces the gradient of everything by its own means.
+        keeps: whether ε is kept until the descent's gradients are there.
+        graphed: whether the ascent runs the network as CUDA graphs.
     """
 
     kind: StepKind
@@ -145,6 +154,9 @@ class ResolvedStep:
     kept: frozenset[str] = frozenset()
     apart: bool = False
     whole: bool = False
+    by_hand: bool = False
+    keeps: bool = False
+    graphed: bool = False
 
     @classmethod
     def without_ascent(cls, step: int, alpha: float = 0.0) -> ResolvedStep:
@@ -164,7 +176,7 @@ class ResolvedStep:
     @property
     def fraction(self) -> float:
         """Share of each micro-batch's samples in the ascent."""
-        return self.direction.fraction if isinstance(self.direction, Ascending) else 1.0
+        return fraction_of(self.direction)
 
     @property
     def choose(self) -> Choose:
@@ -236,6 +248,8 @@ def resolve_step(
     apart: bool = False,
     whole: bool = False,
     by_hand: bool = False,
+    keeps: bool = False,
+    graphs: bool = False,
     refreshed: bool = False,
 ) -> ResolvedStep:
     """Decide what a step does.
@@ -255,7 +269,11 @@ def resolve_step(
         packs: whether the backend reduces no more of the gradients than it is asked for.
         apart: whether each process climbs by its own part of the batch, where each holds all weights.
         whole: whether the backend leaves whole gradients on every process, and each knows the mask of all weights.
-        by_hand: whether the caller runs both passes (a closure, `perturbed`), and the gradient of everything is there.
+        by_hand: whether the caller runs both passes (a closure, `perturbed`), or a gate decides after the first: the
+            gradient of everything is there.
+        keeps: whether ε is asked for after the descent.
+        graphs: whether weights and their gradients lie whole on a GPU, and no code is compiled, so that CUDA graphs can
+            be made of a pass.
         refreshed: whether the mask is chosen anew again and again. Compiled code is compiled for each set of gradients
             that it computes: of a stage in which anything is perturbed it then computes them all.
     """
@@ -279,8 +297,9 @@ def resolve_step(
             packed=savings.pack,
         )
     alone = micro_batches == 1 or scope_of(direction) == "micro_batch"
-    alone &= options.descent is None  # which runs the prefix for its own samples, known after the ascent
     cut = plan.cut if may_share and not dense else 0
+    # A descent by some samples runs the prefix for these alone, which are known after the ascent.
+    may_share &= alone and options.descent is None
     sparse = not dense and not by_hand
     elided: frozenset[str] = frozenset()
     rows: dict[str, Rows] = {}
@@ -330,8 +349,8 @@ def resolve_step(
         descent=options.descent,
         budget=budget,
         cut=cut,
-        shares_prefix=cut > 0 and alone,
-        may_share_prefix=may_share and alone,
+        shares_prefix=cut > 0 and may_share,
+        may_share_prefix=may_share,
         computed=computed,
         elided=elided,
         rows=rows,
@@ -344,6 +363,11 @@ def resolve_step(
         kept=frozenset(numels.keys() - plan.weights.keys()) if savings.keep_gathered else frozenset(),
         apart=apart,
         whole=whole and not by_hand,
+        by_hand=by_hand,
+        keeps=keeps,
+        # Of several micro-batches the gradients add up, where a graph would overwrite them; and the ascent on the whole
+        # batch is no small one.
+        graphed=savings.graph_ascent and graphs and alone and sparse and not rows and fraction_of(direction) < 1.0,
     )
 
 

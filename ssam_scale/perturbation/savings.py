@@ -21,6 +21,9 @@ class Savings:
         pack: of the ascent gradient, and of perturbed weights, only what is perturbed is sent to other processes.
         keep_gathered: sharded weights that are not perturbed stay gathered from the ascent pass to the descent pass,
             which saves sending them again and costs the memory of them.
+        graph_ascent: on a GPU, where each process holds all weights (one alone, or DDP), an ascent on part of the batch
+            runs the network as two CUDA graphs, captured when a cut is met first, which keep the memory of its
+            activations and gradients.
 
     Raises:
         TypeError: a switch is neither True nor False.
@@ -30,6 +33,7 @@ class Savings:
     share_prefix: bool = True
     pack: bool = True
     keep_gathered: bool = False
+    graph_ascent: bool = False
 
     def __post_init__(self) -> None:
         for switch in fields(self):

@@ -39,6 +39,7 @@ from .by_hand import StaleGradients
 from .descent_samples import DescentSamples
 from .directions import Direction, Fresh, scope_of
 from .gate import Gate, GateState
+from .graphs import AscentGraphs
 from .gsam import SurrogateGap
 from .looksam import LookSAM
 from .loss import LossFn
@@ -227,6 +228,7 @@ class SparseSAM(OptimizerWrapper):
         )
         self._looksam = LookSAM(self.sharding, self._parameters.by_name) if ever_reuses(self._schedule) else None
         self._gap = SurrogateGap(self.sharding, self._parameters.by_name, self._alpha) if self._alpha else None
+        self._graphs = AscentGraphs(self.sharding.ascent_module)
         self._known = Fingerprint(self.sharding.network, self.param_groups)
 
     def _loss_scale(self) -> Tensor | float:
@@ -345,7 +347,8 @@ class SparseSAM(OptimizerWrapper):
             micro_batches: whose gradients accumulate.
             plan: another one than the next step's.
             dense: whether the ascent computes the gradient of every parameter; None: as the next step does.
-            by_hand: for the forms in which the caller runs both passes: a closure, and `perturbed`.
+            by_hand: for the forms in which the caller runs both passes: a closure, and `perturbed`. With a gate every
+                step's first pass is like theirs.
             options: others than this optimizer's.
             radii: ρ by parameter group; None: the next step's.
         """
@@ -370,7 +373,12 @@ class SparseSAM(OptimizerWrapper):
             and self.sharding.weights_replicated
             and self.sharding.data_parallel_group.size > 1,
             whole=self.sharding.reduces_whole and options.direction.whole and self._mask.knows_full(plan),
-            by_hand=by_hand,
+            by_hand=by_hand or self._gate is not None,
+            keeps=self._looksam is not None or self._gap is not None,
+            graphs=self._parameters.device.type == "cuda"
+            and self.sharding.leaves_grad
+            and self.sharding.weights_replicated
+            and not self._parameters.compiled,
             refreshed=isinstance(self.mask, Refreshed) and self.mask.every is not None,
         )
 
@@ -407,7 +415,7 @@ class SparseSAM(OptimizerWrapper):
                 if batches:
                     closure = self._checked_loss_fn(closure)
                     check_batches(batches)
-                    resolved = self.resolve(len(batches), by_hand=self._gate is not None)
+                    resolved = self.resolve(len(batches))
                     loss = self._run_passes(resolved, closure, batches)
                 else:
                     check_closure(closure)
@@ -531,6 +539,7 @@ class SparseSAM(OptimizerWrapper):
             phases,
             self._statistics,
             self._of_samples,
+            self._graphs,
             part,
         )
 
@@ -549,6 +558,7 @@ class SparseSAM(OptimizerWrapper):
         rehearsed: bool = False,
     ) -> Tensor:
         """Ascent, perturbation, descent, restoring; leaves the descent's gradients. Returns the mean loss at first."""
+        keep = resolved.keeps and not rehearsed
         if self._gate is not None and resolved.ascends:
             passes = self.passes(resolved, loss_fn, batches, scaler, phases)
             # Another optimizer's weights have the gradient of one pass, that at w + ε if there is one.
@@ -557,7 +567,7 @@ class SparseSAM(OptimizerWrapper):
             if rehearsed or self._opens():
                 for p, gradient in foreign:
                     p.grad = gradient
-                with self._perturbation.applied(resolved, keep=self._keeps and not rehearsed, phases=phases) as epsilon:
+                with self._perturbation.applied(resolved, keep=keep, phases=phases) as epsilon:
                     passes.descend()
                 if not rehearsed:
                     self._look_back(resolved, epsilon)
@@ -569,7 +579,7 @@ class SparseSAM(OptimizerWrapper):
                 return passes.descend()
             if loss is not None:
                 self._check_reached(resolved)
-            with self._perturbation.applied(resolved, keep=self._keeps and not rehearsed, phases=phases) as epsilon:
+            with self._perturbation.applied(resolved, keep=keep, phases=phases) as epsilon:
                 loss_there = passes.descend()
             if not rehearsed:
                 self._look_back(resolved, epsilon)
@@ -592,11 +602,6 @@ class SparseSAM(OptimizerWrapper):
         squared = float(self._perturbation.gradient_squares())
         scale = self.sharding.loss_scale() if self.scaler is None else self.scaler.get_scale()
         return self._gate.opens(squared / scale**2, self.steps)
-
-    @property
-    def _keeps(self) -> bool:
-        """Whether ε is asked for after the descent."""
-        return self._looksam is not None or self._gap is not None
 
     def _look_back(self, resolved: ResolvedStep, epsilon: list[Tensor]) -> None:
         """What is done with the gradients at w and at w + ε together; overwrites ε."""
@@ -647,7 +652,7 @@ class SparseSAM(OptimizerWrapper):
             for p, g in foreign:  # of the ascent, another optimizer's weights have nothing
                 p.grad = g
             with (
-                self._perturbation.applied(resolved, keep=self._keeps) as epsilon,
+                self._perturbation.applied(resolved, keep=resolved.keeps) as epsilon,
                 self._statistics.frozen(),
             ):
                 random.restore()
@@ -774,7 +779,7 @@ class SparseSAM(OptimizerWrapper):
         only_pass = not self.options.direction.ascends and not forwards
         with self._busy(), nullcontext() if only_pass else self._statistics.frozen():
             if resolved.perturbs:
-                with self._perturbation.applied(resolved, keep=self._keeps) as epsilon:
+                with self._perturbation.applied(resolved, keep=resolved.keeps) as epsilon:
                     if random is not None:
                         random.restore()
                     yield
@@ -905,9 +910,8 @@ class SparseSAM(OptimizerWrapper):
             return ResolvedStep.without_ascent(self.steps)
         radii, layout = [group["rho"] for group in self.param_groups], self._parameters.eligible(self.param_groups)
         if what == "own":
-            dense, by_hand = self.options.norm == "dense", self._gate is not None
-            plan = self.mask.plan(layout, self.steps)
-            return self.resolve(micro_batches, plan=plan, dense=dense, by_hand=by_hand, radii=radii)
+            plan, dense = self.mask.plan(layout, self.steps), self.options.norm == "dense"
+            return self.resolve(micro_batches, plan=plan, dense=dense, radii=radii)
         plan, options = Dense().plan(layout, self.steps), StepOptions(calibrate_every=None)
         return self.resolve(micro_batches, plan=plan, dense=False, options=options, radii=radii)
 

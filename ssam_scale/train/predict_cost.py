@@ -20,7 +20,7 @@ from ssam_scale.config.micro_batches import accumulation_on
 from ssam_scale.config.schema import Config, Perturbation
 from ssam_scale.costs.cluster import Cluster, Placement, ZeroSettings
 from ssam_scale.costs.compute import StageTimes, StepTimes
-from ssam_scale.costs.estimate import Activations, footprint, scaled, step_cost
+from ssam_scale.costs.estimate import Activations, footprint, step_cost
 from ssam_scale.costs.profile import Batch, Measured, load_times, measure_activations, measure_times, this_machine
 from ssam_scale.costs.simulate import GivenPlan, Simulated, fake_world, simulate
 from ssam_scale.costs.workload import Ascent, ascent_of, weights_of
@@ -28,6 +28,7 @@ from ssam_scale.errors import UserError
 from ssam_scale.masks import Plan, ScoreBased
 from ssam_scale.models import build_model, check_compiler
 from ssam_scale.perturbation import Gate, Norm, SparseSAM, StagedModel, StepShares, step_shares
+from ssam_scale.perturbation.reference import first_samples
 from ssam_scale.perturbation.schedules import build_schedule
 from ssam_scale.sharding.device import PRECISIONS, choose_device, to_device, use_device
 from ssam_scale.sharding.place import place
@@ -96,7 +97,8 @@ def cost_rows(config: Config, found: Measured, machines: Machines) -> list[dict[
     """Rows of the cost of a mean step, for each number of GPUs: the base optimizer, dense SAM, the configured plan.
 
     `costs.estimate` says the assumptions. Of a plan whose steps differ, `seconds` and
-    `bytes` are the mean step's and the memory the largest's.
+    `bytes` are the mean step's and the memory the largest's. `images` are those of a GPU in a step, and `ascent_images`
+    those of a micro-batch that an ascent sees; 0 without one.
 
     Raises:
         UserError: the configured backend does not go with so many GPUs, or there are more GPUs than images.
@@ -126,10 +128,11 @@ def cost_rows(config: Config, found: Measured, machines: Machines) -> list[dict[
                 f"--gpus {gpus}: data.batch_size {config.data.batch_size} gives each GPU less than one image in each "
                 f"of {accumulation} micro-batches; use --scaling weak, or fewer GPUs"
             )
-        times, base = scaled(found.times, images / found.images), None
+        one = images / accumulation
+        times, base = replace(found.times, images=one, micro_batches=accumulation), None
         for name, ascents in plans.items():
             cost = step_cost(times, weights, ascents, placement, accumulation)
-            one = images / accumulation
+            seen = [times.images_in(a.shape.fraction) for a in ascents if a.shape.ascends]
             memory = footprint(weights, ascents, placement, state, found.activations, one, accumulation)
             base = base or cost
             rows.append(
@@ -139,6 +142,7 @@ def cost_rows(config: Config, found: Measured, machines: Machines) -> list[dict[
                     "backend": placement.backend,
                     "replicas": placement.replicas,
                     "images": images,
+                    "ascent_images": max(seen, default=0),
                     "density": sum(a.share * sum(a.perturbed.values()) for a in ascents) / total,
                     **asdict(cost),
                     "seconds_over_base": cost.seconds / base.seconds,
@@ -265,8 +269,7 @@ def ascents_of(
     for plan in plans:
         for share, dense in ((often.sparse, False), (often.dense, True)):
             if share:
-                by_hand = section.gate is not None
-                resolved = opt.resolve(accumulation, plan=plan, dense=dense, by_hand=by_hand)
+                resolved = opt.resolve(accumulation, plan=plan, dense=dense)
                 ascents.append(ascent_of(resolved, weights, depth, share=share / len(plans), reuses=reuses))
     return ascents
 
@@ -353,13 +356,32 @@ def measured(config: Config, *, images: int | None, repeats: int, times: Path | 
                 f"{str(error).splitlines()[0] if str(error) else type(error).__name__}"
             ) from error
         del expected["stages"]
-        step = measure_times(work, network, batch, base_optimizer(config, network.model), repeats)
-        found = Measured(
-            **expected, images=images, hardware=this_machine(config.train.device), times=step, activations=activations
-        )
+        sizes = _sizes(images, config)
+        step = measure_times(work, network, batch, base_optimizer(config, network.model), repeats, sizes)
+        found = Measured(**expected, hardware=this_machine(config.train.device), times=step, activations=activations)
     if save is not None:
         found.save(save)
     return found
+
+
+# Of the smallest pass that is measured: normalization over a batch needs two.
+_FEWEST = 2
+
+
+def _sizes(images: int, config: Config) -> set[int]:
+    """How many images the passes have that are measured beside a whole one.
+
+    Those of the configured ascent and descent; and halves, halves of these and so on, so that the times serve other
+    fractions, too. Not where each size is compiled for itself, which takes minutes.
+    """
+    section = config.perturbation
+    fractions = {getattr(section.direction, "fraction", 1.0) if section is not None else 1.0}
+    if section is not None and section.descent is not None:
+        fractions.add(section.descent.fraction)
+    sizes = {max(_FEWEST, first_samples(images, fraction)) for fraction in fractions}
+    if not config.train.compile:
+        sizes |= {images >> halved for halved in range(1, images.bit_length()) if images >> halved >= _FEWEST}
+    return sizes
 
 
 class ConfiguredWork:
@@ -402,7 +424,7 @@ def simulated_rows(config: Config, cluster: Cluster) -> list[dict[str, Any]]:
     alone = configured_sam(config, network, base)
     drawn = sorted(plans_of(config, alone), key=lambda plan: plan.perturbed)
     plan = drawn[len(drawn) // 2]
-    state, nothing = state_bytes_per_weight(config), StepTimes((StageTimes(0.0, 0.0, 0.0, 0.0),) * depth, 0.0, 0.0)
+    state, nothing = state_bytes_per_weight(config), StepTimes.proportional((StageTimes(0.0, 0.0, 0.0, 0.0),) * depth)
     accumulation = accumulation_on(config, cluster.gpus)
     plans: dict[str, list[Ascent]] = {"base": []}
     if config.perturbation is not None:

@@ -98,7 +98,7 @@ def stage_flops(network: StagedModel, images: Tensor) -> StepTimes:
         _, no_input, _ = _flops(shapes, index, hidden, weights=True, inputs=False)
         stages.append(StageTimes(forward, backward, no_weights, no_input))
         hidden = after
-    return StepTimes(tuple(stages), 0.0, 0.0)
+    return StepTimes.proportional(tuple(stages))
 
 
 def _flops(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,15 @@ from ssam_scale.bench.networks import setting_of
 from ssam_scale.bench.scenarios import scenarios, select_scenarios
 from ssam_scale.bench.step_time import bytes_to_perturb, interquartile_range, typical
 from ssam_scale.cli.main import main
-from ssam_scale.costs.compute import StageTimes, StepShape, StepTimes, predicted_over_base, suffix_share
+from ssam_scale.costs.compute import (
+    PassTimes,
+    StageTimes,
+    StepShape,
+    StepTimes,
+    base_seconds,
+    predicted_over_base,
+    suffix_share,
+)
 from ssam_scale.masks.subset import BitMask, pack
 
 SMALL = ["--resolution", "32", "--batch-size", "4", "--repeats", "1"]
@@ -46,8 +55,10 @@ def rows_of(model: str, measured: list[Row]) -> dict[str, Row]:
 
 def parts_of(rows: dict[str, Row]) -> StepTimes:
     parts = rows["base"]["parts"]
-    stages = tuple(StageTimes(**stage) for stage in parts["stages"])
-    return StepTimes(stages, parts["optimizer"], parts["perturb"])
+    passes = tuple(
+        PassTimes(each["images"], tuple(StageTimes(**stage) for stage in each["stages"])) for each in parts["passes"]
+    )
+    return StepTimes(passes, parts["optimizer"], parts["perturb"], parts["images"])
 
 
 @measuring
@@ -117,8 +128,10 @@ def test_predictions_follow_from_the_parts_listed(model: str, measured: list[Row
         alone = predicted_over_base(times, [StepShape(cut, kept, 0)])
         assert 1.0 < alone <= predicted <= sam * (1.0 + 1e-9)
         half = predicted_over_base(times, [StepShape(cut, kept, 0, 0.5)])
-        assert half == pytest.approx(1.0 + (alone - 1.0) / 2)
-        assert half <= rows[f"cut {share}, fraction 0.5"]["predicted_over_base"] <= predicted
+        few = replace(times, images=2)  # of four
+        alone_of_few = base_seconds(few) * (predicted_over_base(few, [StepShape(cut, kept, 0)]) - 1.0)
+        assert half == pytest.approx(1.0 + alone_of_few / base)
+        assert rows[f"cut {share}, fraction 0.5"]["predicted_over_base"] == pytest.approx(half + predicted - alone)
     for steps in (2, 5):
         assert rows[f"interval {steps}"]["predicted_over_base"] == pytest.approx(1.0 + (sam - 1.0) / steps)
     for name in ("tensor 50%", "block 50%", "norm", "element 50%"):
@@ -178,6 +191,23 @@ def test_mistakes_are_the_users_in_one_line(
     assert said.err.startswith("ssam-scale: error: ")
     assert message in said.err
     assert said.err.count("\n") == 1
+
+
+@pytest.mark.exhaustive  # by a clock
+@pytest.mark.parametrize("model", ["test_vit", "test_resnet"])
+def test_what_a_small_ascent_adds_is_predicted_nearer_by_passes_of_its_size_than_in_proportion(model: str) -> None:
+    """Eight images of 64, on networks whose layers have little to do: the whole step in turns, in one process."""
+    size = ["--models", model, "--resolution", "32", "--batch-size", "64", "--repeats", "15"]
+    result = bench(*size, "--plans", "first 1/8", "--json")
+    assert result.returncode == 0, result.stderr
+    rows = {row["plan"]: row for row in json.loads(result.stdout)}
+    times, row = parts_of(rows), rows["first 1/8"]
+    everything = StepShape(0, (1.0,) * len(times.stages), 0, 1 / 8)
+    in_proportion = StepTimes.proportional(times.stages, times.optimizer, times.perturb)
+    gap = predicted_over_base(in_proportion, [everything]) - predicted_over_base(times, [everything])
+    measured, predicted = (row[key] - 1.0 for key in ("time_over_base", "predicted_over_base"))
+    print(f"{model}: ascent over base {measured:.3f}, predicted {predicted:.3f}, in proportion {predicted + gap:.3f}")
+    assert abs(predicted - measured) < abs(predicted + gap - measured)
 
 
 def test_typical_is_the_mean_over_kinds_of_medians() -> None:

@@ -51,8 +51,9 @@ def test_times_measured_once_serve_every_question(
     folder: Path, times: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     saved = json.loads(times.read_text())["times"]
-    stages = tuple(StageTimes(**stage) for stage in saved["stages"])
-    expected = base_seconds(StepTimes(stages, saved["optimizer"], saved["perturb"]))
+    assert [each["images"] for each in saved["passes"]] == [2, 4]
+    stages = tuple(StageTimes(**stage) for stage in saved["passes"][-1]["stages"])
+    expected = base_seconds(StepTimes.proportional(stages, saved["optimizer"], saved["perturb"]))
     rows = run(folder, capsys, "--times", str(times), "--gpus", "1", "--gpus", "64")
     by = {(row["gpus"], row["plan"]): row for row in rows}
     assert list(by) == [(gpus, plan) for gpus in (1, 64) for plan in ("base", "sam", "ssam-depth")]
@@ -69,9 +70,58 @@ def test_times_measured_once_serve_every_question(
     assert by[64, "ssam-depth"]["bytes"] < by[64, "sam"]["bytes"] == 2 * by[64, "base"]["bytes"]
 
 
-def test_steps_without_an_ascent_and_on_part_of_the_batch_cost_less(
+def by_hand(folder: Path, times: Path, seconds: dict[int, float]) -> Path:
+    """The file with the same times for every stage: the seconds of a forward, by images of the pass."""
+    found = json.loads(times.read_text())
+    count = len(found["times"]["passes"][0]["stages"])
+    parts = {"forward": 1.0, "backward": 2.0, "no_weights": 1.0, "no_input": 1.0}
+    found["times"]["passes"] = [
+        {"images": images, "stages": [{name: each * part for name, part in parts.items()}] * count}
+        for images, each in seconds.items()
+    ]
+    found["times"]["images"] = max(seconds)
+    path = folder / "by_hand.json"
+    path.write_text(json.dumps(found))
+    return path
+
+
+def test_an_ascent_on_part_of_the_batch_takes_the_time_of_its_images(
     folder: Path, times: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """A forward of 64 images takes 16 times that of two, and one of 16 twice."""
+    path = by_hand(folder, times, {2: 1.0, 16: 2.0, 64: 16.0})
+
+    def of(*overrides: str) -> tuple[float, float]:
+        dense = ["perturbation.mask=null", *overrides]
+        rows = run(folder, capsys, "--times", str(path), "--gpus", "1", *dense)
+        return rows[-1]["seconds"] - rows[0]["seconds"], rows[-1]["ascent_images"]
+
+    perturb = json.loads(path.read_text())["times"]["perturb"] * json.loads(path.read_text())["weights"]
+    whole, images = of()
+    assert images == 64
+    for share, seen, seconds in (
+        (0.25, 16, 2.0),
+        (0.03125, 2, 1.0),
+        (0.140625, 9, 1.5),  # between two that were measured
+        (0.015625, 1, 1.0),  # fewer than were ever measured
+    ):
+        extra, images = of(f"perturbation.direction.fraction={share}")
+        assert images == seen
+        assert (extra - perturb) / (whole - perturb) == pytest.approx(seconds / 16.0)
+    # Each of two micro-batches of 64 climbs by two images.
+    extra, images = of("perturbation.direction.fraction=0.03125", "train.accumulation=2")
+    assert images == 2
+    assert (extra - perturb) / (whole - perturb) == pytest.approx(2 / 16.0)
+    with pytest.raises(SystemExit):
+        main(
+            ["cost", "--config", str(folder / "run.yaml"), "--times", str(path), "perturbation.direction.fraction=0.01"]
+        )
+    said = " ".join(capsys.readouterr().out.split())
+    assert "measured with 2, 16, 64 images" in said
+    assert "Passes of fewer than 2 images are taken to last as long as those of 2" in said
+
+
+def test_steps_without_an_ascent_cost_less(folder: Path, times: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def extra(*overrides: str) -> float:
         rows = run(folder, capsys, "--times", str(times), "--gpus", "1", *overrides)
         return float(rows[-1]["seconds"] - rows[0]["seconds"])
@@ -79,7 +129,6 @@ def test_steps_without_an_ascent_and_on_part_of_the_batch_cost_less(
     every = extra()
     assert extra("perturbation.interval=4") == pytest.approx(every / 4)
     assert extra("perturbation.window=[0.75, 1.0]") == pytest.approx(every / 4)
-    assert every / 2 * (1 - 1e-9) <= extra("perturbation.direction.fraction=0.5") < every
     assert every < extra("perturbation.norm=calibrated", "perturbation.calibrate_every=2")
     # Several micro-batches run the prefix again, and perturb once.
     saved = json.loads(times.read_text())
@@ -100,6 +149,10 @@ def test_what_is_kept_between_ascents_takes_memory_and_a_little_time(
     assert reusing["memory_reuse"] == 2 * reusing["memory_weights"]
     assert plain["seconds"] < reusing["seconds"]
     assert plain["bytes"] == reusing["bytes"]
+    # GSAM has ε until the descent's gradients are there.
+    gap = of("perturbation.gap=0.3")
+    assert gap["memory_reuse"] == gap["memory_weights"]
+    assert gap["bytes"] == plain["bytes"]
 
 
 FSDP2 = ["sharding.backend=fsdp2"]
@@ -136,11 +189,7 @@ def test_a_lever_changes_what_it_is_for(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     # Times by hand: the smallest network's are too short for their differences to be more than noise.
-    found = json.loads(times.read_text())
-    stages = found["times"]["stages"]
-    found["times"]["stages"] = [{"forward": 1.0, "backward": 2.0, "no_weights": 1.0, "no_input": 1.0} for _ in stages]
-    (folder / "by_hand.json").write_text(json.dumps(found))
-    given = ["--times", str(folder / "by_hand.json"), "--gpus", "16", *plan]
+    given = ["--times", str(by_hand(folder, times, {4: 1.0})), "--gpus", "16", *plan]
     (*_, usual), (*_, other) = (
         run(folder, capsys, *given, *overrides) for overrides in ([], [f"perturbation.{lever}"])
     )
@@ -231,6 +280,11 @@ def test_copies_and_micro_batches_of_a_dry_run(folder: Path, capsys: pytest.Capt
         (["--times", "nowhere.json"], "--times nowhere.json: No such file or directory"),
         (["--times", "TIMES", "data.resolution=48"], "resolution is 32 there and 48 in the configuration"),
         (["--times", "TIMES", "--scaling", "strong", "--gpus", "512"], "gives each GPU less than one image"),
+        (
+            ["--times", "old.json"],
+            "--times old.json: an older version wrote it, which measured passes of one size only; make a new one with "
+            "`ssam-scale cost --config … --save-times old.json`",
+        ),
         (["--times", "run.yaml"], "not a file that --save-times wrote"),
         (["model.name=test_vit9"], "knows no model 'test_vit9'"),
     ],
@@ -244,6 +298,9 @@ def test_mistakes_are_the_users_in_one_line(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(folder)
+    old = json.loads(times.read_text())
+    old["times"] = {"stages": old["times"]["passes"][0]["stages"], "optimizer": 0.1, "perturb": 0.0}
+    (folder / "old.json").write_text(json.dumps(old | {"images": 4}))
     given = [str(times) if part == "TIMES" else part for part in arguments]
     with pytest.raises(SystemExit) as ended:
         main(["cost", "--config", "run.yaml", *given])

@@ -120,6 +120,21 @@ def swap(old: str, new: str) -> str:
             "hooks, which compiled blocks do not wait for; use fsdp2, or zero2",
         ),
         (
+            swap("  rho: 0.2", "  savings: {graph_ascent: true}\n  rho: 0.2") + "sharding: {backend: fsdp2}\n",
+            "given.yaml:12, given.yaml:19: perturbation.savings.graph_ascent is for sharding.backend single or ddp, "
+            "and it is fsdp2",
+        ),
+        (
+            swap("  rho: 0.2", "  savings: {graph_ascent: true}\n  rho: 0.2") + "  compile: true\n",
+            "given.yaml:12, given.yaml:19: perturbation.savings.graph_ascent is for a network that is not compiled, "
+            "and train.compile is true; use one of them",
+        ),
+        (
+            swap("  rho: 0.2", "  savings: {graph_ascent: true}\n  rho: 0.2"),
+            "given.yaml:12: perturbation.savings.graph_ascent is for an ascent on part of the batch; lower "
+            "perturbation.direction.fraction, or leave it off",
+        ),
+        (
             SMALL + "  precision: fp16\nsharding: {backend: zero2}\n",
             "given.yaml:18, given.yaml:19: train.precision fp16 needs loss scaling, which sharding.backend zero2 "
             "leaves to DeepSpeed's own fp16; use bf16, or the backends ddp or fsdp2",

@@ -140,8 +140,11 @@ def configs(draw: st.DrawFn) -> Config:
         if perturbation["interval"] == 1 or perturbation["adaptive"]:
             perturbation["reuse"] = 0.0
         perturbation["savings"]["keep_gathered"] &= data["sharding"]["backend"] in ("fsdp2", "zero3")
+        perturbation["savings"]["graph_ascent"] &= data["sharding"]["backend"] in ("auto", "single", "ddp")
+        perturbation["savings"]["graph_ascent"] &= not data["train"]["compile"]
         perturbation["preset"] = None  # which has settings of its own
         _of_the_direction(perturbation, data["sharding"])
+        perturbation["savings"]["graph_ascent"] &= perturbation["direction"].get("fraction", 1.0) < 1.0
     if data["sharding"]["backend"].startswith("zero"):
         data["optimizer"] |= {"name": "sgd", "kwargs": {}}
         data["train"]["precision"] = "bf16"

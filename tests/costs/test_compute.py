@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ssam_scale.costs.compute import (
+    PassTimes,
     StageTimes,
     StepShape,
     StepTimes,
@@ -24,7 +25,10 @@ from ssam_scale.costs.compute import (
 seconds = st.floats(1e-3, 10.0)
 stage = st.builds(StageTimes, seconds, seconds, seconds, seconds)
 step_times = st.builds(
-    StepTimes, st.lists(stage, min_size=2, max_size=8).map(tuple), st.floats(0.0, 1.0), st.floats(0.0, 1e-6)
+    StepTimes.proportional,
+    st.lists(stage, min_size=2, max_size=8).map(tuple),
+    st.floats(0.0, 1.0),
+    st.floats(0.0, 1e-6),
 )
 
 
@@ -43,6 +47,16 @@ def test_no_ascent_costs_nothing_and_dense_sam_a_whole_pass(times: StepTimes) ->
     assert predicted_ascent_seconds(times, depth(times, 0)) == pytest.approx(pass_seconds(times))
     free = replace(times, optimizer=0.0, perturb=0.0)
     assert predicted_over_base(free, [depth(free, 0)]) == pytest.approx(2.0)
+
+
+@given(step_times, st.floats(0.1, 0.9), st.integers(0, 2))
+def test_a_descent_by_some_samples_spares_the_rest_and_pays_for_the_choice(
+    times: StepTimes, share: float, forwards: int
+) -> None:
+    shape = replace(depth(times, 0), scores=forwards, descent=share)
+    forward = sum(s.forward for s in times.stages)
+    expected = share * pass_seconds(times) + forwards * forward
+    assert predicted_ascent_seconds(times, shape) == pytest.approx(expected)
 
 
 @given(step_times)
@@ -87,9 +101,52 @@ def test_an_interval_spreads_the_cost_of_an_ascent(times: StepTimes, interval: i
     assert predicted_over_base(times, period) == pytest.approx(1.0 + extra / interval)
 
 
+SIZES = (2, 4, 8, 16, 32, 64)
+
+
+def launching(fixed: float, each: float, sizes: tuple[int, ...] = SIZES) -> StepTimes:
+    """Of a device on which every part takes `fixed` for its launches, and `each` for the arithmetic of an image."""
+    passes = [(n, StageTimes(*(part * (fixed + each * n) for part in (1.0, 2.0, 1.0, 1.0)))) for n in sizes]
+    return StepTimes(tuple(PassTimes(n, (stage, stage)) for n, stage in passes), 0.0, 0.0, images=sizes[-1])
+
+
+@given(st.floats(0.01, 10.0), st.floats(0.01, 10.0), st.integers(2, 64))
+def test_a_small_ascent_takes_its_launches_and_what_it_computes(fixed: float, each: float, images: int) -> None:
+    times = launching(fixed, each)
+    # Forwards of both stages; a backward of the second with the gradient of its input, of the first without.
+    real = (1 + 1 + 2 + 1) * (fixed + each * images)
+    predicted = predicted_ascent_seconds(times, depth(times, 0, images / 64))
+    assert predicted == pytest.approx(real)
+    in_proportion = predicted_ascent_seconds(StepTimes.proportional(times.stages), depth(times, 0, images / 64))
+    assert in_proportion == pytest.approx(real - 5 * fixed * (1.0 - images / 64))
+
+
+@given(st.integers(1, 200), st.integers(1, 8))
+def test_between_measured_sizes_time_grows_and_beyond_them_it_is_bounded(images: int, micro_batches: int) -> None:
+    """What launches hide, an ascent of few images has for nothing: a kink that no straight line goes through."""
+    stages = {n: StageTimes(*(part * max(16.0, n) for part in (1.0, 2.0, 1.0, 1.0))) for n in SIZES}
+    measured = tuple(PassTimes(n, (stage,)) for n, stage in stages.items())
+    times = StepTimes(measured, 0.0, 0.0, images=images, micro_batches=micro_batches)
+    [found] = times.stages
+    assert found.backward == pytest.approx(2 * found.forward)
+    if images in SIZES or images < 2:
+        assert found.forward == pytest.approx(micro_batches * max(16.0, images))
+    elif images > 64:
+        assert found.forward == pytest.approx(micro_batches * images)
+    else:
+        below, above = (max(16.0, m(n for n in SIZES if c(n))) for m, c in ((max, images.__gt__), (min, images.__lt__)))
+        assert micro_batches * below * (1 - 1e-9) <= found.forward <= micro_batches * above * (1 + 1e-9)
+
+
+def test_an_ascent_sees_whole_images_and_one_at_least() -> None:
+    times = replace(launching(1.0, 1.0), images=12)
+    assert [times.images_in(share) for share in (1.0, 0.5, 0.125, 0.01)] == [12, 6, 1, 1]
+    assert replace(times, images=12.5).images_in(1.0) == 12.5
+
+
 def test_an_example_by_hand() -> None:
     stages = (StageTimes(1.0, 2.0, 1.2, 1.5), StageTimes(1.0, 2.0, 1.0, 1.0))
-    times = StepTimes(stages, optimizer=0.5, perturb=0.01)
+    times = StepTimes.proportional(stages, optimizer=0.5, perturb=0.01)
     assert pass_seconds(times) == 5.5  # the images' gradient, 0.5, is never computed
     assert base_seconds(times) == 6.0
     assert suffix_share(times, 1) == pytest.approx(3.0 / 5.5)

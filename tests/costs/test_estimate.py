@@ -13,16 +13,19 @@ from hypothesis import strategies as st
 from ssam_scale.costs.backends import PassTraffic, costs_of
 from ssam_scale.costs.cluster import Cluster, Placement, ZeroSettings
 from ssam_scale.costs.compute import StageTimes, StepShape, StepTimes, base_seconds, predicted_ascent_seconds
-from ssam_scale.costs.estimate import Activations, footprint, scaled, step_cost
+from ssam_scale.costs.estimate import Activations, footprint, step_cost
 from ssam_scale.costs.workload import Ascent, Weight, Weights
 from ssam_scale.masks import BitMask, Plan
-from ssam_scale.perturbation import ResolvedStep
+from ssam_scale.perturbation import Fresh, Friendly, ResolvedStep
 
 STAGES = 3
 seconds = st.floats(1e-3, 10.0)
 stage = st.builds(StageTimes, seconds, seconds, seconds, seconds)
 step_times = st.builds(
-    StepTimes, st.lists(stage, min_size=STAGES, max_size=STAGES).map(tuple), st.floats(0.0, 1.0), st.floats(0.0, 1e-6)
+    StepTimes.proportional,
+    st.lists(stage, min_size=STAGES, max_size=STAGES).map(tuple),
+    st.floats(0.0, 1.0),
+    st.floats(0.0, 1e-6),
 )
 shape = st.lists(st.integers(1, 600), min_size=1, max_size=3).map(tuple)
 weight = st.builds(Weight, shape, st.tuples(st.integers(0, STAGES - 1)), st.none() | st.integers(0, STAGES - 1))
@@ -127,7 +130,7 @@ def test_no_ascent_is_predicted_to_send_less_than_the_floor_and_dense_sams_sends
 
 @given(step_times, st.floats(0.1, 10.0))
 def test_more_images_take_longer_in_proportion_but_the_optimizer_does_not(times: StepTimes, images: float) -> None:
-    more = scaled(times, images)
+    more = replace(times, images=images * times.images)
     assert base_seconds(more) - more.optimizer == pytest.approx(images * (base_seconds(times) - times.optimizer))
     assert (more.optimizer, more.perturb) == (times.optimizer, times.perturb)
 
@@ -150,6 +153,30 @@ def test_fsdp2_holds_a_share_and_ddp_everything(given: tuple[Weights, Ascent], f
             <= on("fsdp2", gpus)
             < whole / gpus + 4 * sum(math.prod(w.shape[1:]) for w in weights.values()) + 1e-6
         )
+
+
+@pytest.mark.parametrize(
+    ("backend", "shards"),
+    [("single", 1), ("ddp", 1), ("fsdp2", 4), ("zero0", 1), ("zero1", 4), ("zero2", 4), ("zero3", 4)],
+)
+def test_what_is_kept_through_the_descent_takes_four_bytes_a_perturbed_weight_of_a_shard(
+    backend: str, shards: int
+) -> None:
+    weights = {"a": Weight((16, 4), (0,), 0), "b": Weight((16, 8), (1,), 1)}
+    plan = Plan(1, {"b": None}, {"b": 128})
+    gpus = 1 if backend == "single" else 4
+    placement = Placement(backend, 1, Cluster(gpus, 8, 1.0, 1.0))  # type: ignore[arg-type]
+
+    def reuse(keeps: bool, remembers: bool = False, reuses: float = 0.0) -> float:
+        direction = Friendly() if remembers else Fresh()
+        resolved = ResolvedStep("sparse", 0, plan, {"b": 1.0}, direction=direction, keeps=keeps)
+        ascent = Ascent(1.0, resolved, StepShape(1, (0.0, 1.0), 128), reuses=reuses)
+        return footprint(weights, [ascent], placement, 8.0, Activations(0.0, 0.0), 2.0).reuse
+
+    mine = 4 * 128 / shards
+    assert (reuse(False), reuse(True), reuse(False, remembers=True)) == (0.0, mine, mine)
+    # GSAM's ε beside a mean of gradients, and LookSAM's beside what its last ascent has left.
+    assert reuse(True, remembers=True) == reuse(True, reuses=4.0) == reuse(False, reuses=4.0) == 2 * mine
 
 
 def test_a_footprint_by_hand() -> None:

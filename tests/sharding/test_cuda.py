@@ -8,6 +8,7 @@ The device is the world's everywhere, so that what is in here, but for what only
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from ssam_scale import Depth, Scored, SparseSAM
+from ssam_scale import Depth, Fresh, Savings, Scored, SparseSAM
 from ssam_scale.masks import Mask
 from ssam_scale.models import staged
 from ssam_scale.perturbation.reference import length_of
@@ -91,6 +92,31 @@ def shards(opt: SparseSAM) -> list[Tensor]:
 
 def same(a: list[Tensor], b: list[Tensor]) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", ["resnet", "vit"])
+def test_a_small_ascent_as_graphs_is_the_one_without(family: str, precision: torch.dtype, world: World) -> None:
+    """cuDNN may choose other algorithms for what is captured; on the pretended GPU it is so bit for bit."""
+
+    def loss(forward: Callable[[Tensor], Tensor], batch: tuple[Tensor, Tensor]) -> Tensor:
+        with torch.autocast(world.device.type, precision, enabled=precision != torch.float32):
+            return loss_fn(forward, batch)
+
+    found = []
+    for graph_ascent in (False, True):
+        model = small_network(family).to(world.device)
+        sgd = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+        savings = Savings(graph_ascent=graph_ascent)
+        opt = SparseSAM(model, sgd, rho=0.1, mask=Depth((0.5, 0.5)), direction=Fresh(0.25), savings=savings)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # one says what could not be captured
+            for batch in batches(STEPS, BATCH):
+                opt.step(loss, on(world.device, batch))
+        found.append({name: p.detach().cpu() for name, p in model.named_parameters()})
+    plain, graphed = found
+    away = max(float((plain[name] - graphed[name]).abs().max()) for name in plain)
+    assert away < (CUDA_TOLERANCE if precision == torch.float32 else LOW_PRECISION_TOLERANCE[precision])
 
 
 class Stop(Exception):  # noqa: N818 - not an error

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from ssam_scale.config.load import load
-from ssam_scale.costs.compute import StageTimes, StepTimes
+from ssam_scale.costs.compute import PassTimes, StageTimes, StepTimes
 from ssam_scale.costs.estimate import Activations
 from ssam_scale.costs.profile import Measured
 from ssam_scale.models.torchvision_ops import ensure_torchvision
@@ -33,10 +33,9 @@ def run(home: Path, data: Path) -> Any:
         model=VIT["name"],
         resolution=32,
         precision="fp32",
-        images=6,
         weights=57764,
         hardware="any",
-        times=StepTimes(stages, optimizer=0.0, perturb=0.0),
+        times=StepTimes((PassTimes(6, stages),), optimizer=0.0, perturb=0.0, images=6),
         activations=Activations(0.0, 0.0),
     )
     found.save(home / "times.json")

@@ -41,7 +41,7 @@ class MemoryUse:
         gathered: of weights that are whole for a while, and of the whole gradients that belong to them.
         mask: of the mask's bits.
         backup: of the perturbed weights as they were.
-        reuse: of what is kept for steps without an ascent, and of ε when that is renewed.
+        reuse: of what is kept for steps without an ascent, and of ε where that is kept through the descent.
         copies: of weights, cast by autocast, that are kept from a forward to its backward, more than on one process,
             where activations are measured with them; below 0 where the backend casts weights before it gathers them.
     """
@@ -134,10 +134,11 @@ class Common:
         return (Sent("all_reduce", float(FLOAT * sent), self.placement.world),)
 
     def all_reduced_floor(self, ascent: Ascent) -> Sends:
-        """The same of what is perturbed: nothing is gathered."""
+        """The same of what is perturbed, or where a step may go by it, of all: nothing is gathered."""
         if scope_of(ascent.resolved.direction) != "global" or not ascent.shape.ascends:
             return ()
-        return (Sent("all_reduce", float(FLOAT * sum(ascent.perturbed.values())), self.placement.world),)
+        needed = self.numel if ascent.resolved.by_hand else sum(ascent.perturbed.values())
+        return (Sent("all_reduce", float(FLOAT * needed), self.placement.world),)
 
     def packing_knows(self, ascents: Sequence[Ascent], mine: float) -> float:
         """Weights that a process knows the mask of to pack what others are sent, beside those of its own part.
@@ -182,6 +183,8 @@ class Common:
             names: of the weights.
             padded: elements of one over all processes, when each has as many.
         """
+        if ascent.resolved.by_hand:  # a step may go by all of it
+            return sum(padded(self.weights[name]) for name in names)
         some = {name: ascent.perturbed[name] for name in names if ascent.perturbed.get(name)}
         if all(count == self.weights[name].numel for name, count in some.items()):
             return sum(padded(self.weights[name]) for name in some)
@@ -197,10 +200,11 @@ def perturbing(ascents: Sequence[Ascent], shards: int, known: float) -> dict[str
         known: number of weights that this process knows the mask of.
     """
     perturbed = FLOAT * max((sum(a.perturbed.values()) for a in ascents), default=0) / shards
-    remembered = any(a.resolved.direction.remembers for a in ascents)
+    # What LookSAM or a direction remembers; beside it ε, where that is looked at after the descent.
+    remembered = any(a.reuses or a.resolved.direction.remembers for a in ascents)
+    kept = any(a.reuses or a.resolved.keeps for a in ascents)
     return {
         "mask": known / 8 if any(a.has_bit_mask for a in ascents) else 0.0,
         "backup": perturbed,
-        # The next ascent's ε is there beside what the last one left behind.
-        "reuse": 2 * perturbed if any(a.reuses for a in ascents) else perturbed if remembered else 0.0,
+        "reuse": perturbed * (remembered + kept),
     }

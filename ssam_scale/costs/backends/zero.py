@@ -3,7 +3,8 @@
 An ascent is DDP's in all of them: what is perturbed of the gradients is all-reduced while the backward goes on, every
 process perturbs all weights, and puts them back from its own copy. A direction that is known where weights are stepped
 alone (momentum, a mean) is gone along there in stages 1 and 2, and what was perturbed gathered. In a descent stage 0
-all-reduces whole gradients when the backward is over.
+all-reduces whole gradients when the backward is over. Under a gate the first pass is a descent's, after which stages 1
+and 2 have left each process the gradients of what it steps: there, too, what was perturbed is gathered.
 
 In stages 1 and 2 the weights of a parameter group lie in one flat buffer, which is cut into equal parts; each process
 steps one, and keeps the optimizer's state and a float32 copy of that part alone, in float32 too. In a descent every
@@ -64,21 +65,31 @@ class ZeRO12Costs(Common):
 
     def ascent(self, ascent: Ascent) -> PassTraffic:
         """Of each gradient that is needed, the elements that are; and what each perturbed by what it alone knows."""
+        if ascent.resolved.by_hand:
+            return PassTraffic(after=(self._reduced(self._each_backward), *self._published(ascent)))
         return PassTraffic(backward=self.all_reduced(ascent), after=self._published(ascent))
 
     def _published(self, ascent: Ascent) -> Sends:
-        if ascent.resolved.direction.whole:
+        if ascent.resolved.direction.whole and not ascent.resolved.by_hand:
             return ()
         written = sum(ascent.perturbed.values()) if ascent.resolved.packed else self.numel
         return (Sent("all_gather", float(FLOAT * written), self.placement.world),)
 
     def descent(self, ascent: Ascent | None) -> PassTraffic:
         """All gradients, and the stepped weights."""
-        each = self.placement.backend == "zero2" or (ascent is not None and ascent.resolved.by_micro_batch)
-        times = self.accumulation if each else 1
-        reduced = Sent("all_reduce", float(FLOAT * times * self.numel), self.placement.world)
+        reduced = self._reduced(self._each_backward or (ascent is not None and ascent.resolved.by_micro_batch))
         gathered = FLOAT * sum(self._padded(group) for group in self._groups())
         return PassTraffic(after=(reduced, Sent("all_gather", float(gathered), self.placement.world)))
+
+    @property
+    def _each_backward(self) -> bool:
+        """Whether gradients are reduced in each micro-batch, and not in the last one alone."""
+        return self.placement.backend == "zero2"
+
+    def _reduced(self, each: bool) -> Sent:
+        """All gradients, whole: in each micro-batch, or once."""
+        times = self.accumulation if each else 1
+        return Sent("all_reduce", float(FLOAT * times * self.numel), self.placement.world)
 
     def floor(self, ascent: Ascent) -> Sends:
         """The density: an all-reduce is a reduce-scatter to those who perturb, and a gathering of what they have."""
@@ -91,7 +102,7 @@ class ZeRO12Costs(Common):
         # Stage 1 reduces in the last micro-batch, until when gradients are whole.
         waiting = FLOAT * self.numel if self.placement.backend == "zero1" and self.accumulation > 1 else 0
         gradients = waiting + part + FLOAT * self.placement.zero.reduce_bucket
-        if ascents:  # which go past the bucket
+        if any(not ascent.resolved.by_hand for ascent in ascents):  # which go past the bucket
             gradients = max(gradients, FLOAT * self.numel)
         # Every process perturbs all, and knows the mask of all, but remembers what it reuses for its part alone.
         extra = perturbing(ascents, 1, padded / self.placement.shards + self.numel)

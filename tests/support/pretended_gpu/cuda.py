@@ -237,11 +237,18 @@ def install(library: ctypes.CDLL, devices: int) -> None:
         "memory_stats": lambda device=None: {},
         "empty_cache": lambda: None,
         "ipc_collect": lambda: None,
+        "graph_pool_handle": lambda: (0, 1),
+        "is_current_stream_capturing": lambda: False,
     }
     for name, function in functions.items():
         setattr(torch.cuda, name, function)
     torch.cuda.Stream = torch.cuda.streams.Stream = Stream  # type: ignore[misc,assignment]
     torch.cuda.Event = torch.cuda.streams.Event = Event  # type: ignore[misc,assignment]
+    from .graphs import CUDAGraph
+
+    for place in (torch.cuda, torch.cuda.graphs):
+        place.CUDAGraph = CUDAGraph  # type: ignore[misc,assignment]
+        place.graph_pool_handle = functions["graph_pool_handle"]  # type: ignore[assignment]
     torch.cuda._initialized = True
     torch.UntypedStorage.resize_ = _resize_storage  # type: ignore[method-assign]
     torch.UntypedStorage.clone = _clone_storage  # type: ignore[method-assign]
@@ -256,6 +263,7 @@ def install(library: ctypes.CDLL, devices: int) -> None:
         "_cuda_maybeExchangeDevice": lambda device: _exchange(device),
         "_cuda_getDeviceCount": lambda: devices,
         "_cuda_isInBadFork": lambda: False,
+        "_host_emptyCache": lambda: None,
         "_cuda_set_sync_debug_mode": lambda mode: library.set_sync_debug_mode(mode),
         "_cuda_get_sync_debug_mode": lambda: int(library.get_sync_debug_mode()),
     }

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from triton.runtime.interpreter import GridExecutor
 
 from .cuda import TIMELINE, freed_addresses, waits_of_operators
+from .graphs import CUDAGraph
 
 # Operators that launch nothing: they make views, or ask for memory.
 _FREE = {
@@ -102,6 +103,7 @@ class Watch(TorchDispatchMode):
         self._inside = ExitStack()
         self._inside.enter_context(torch.autograd.set_multithreading_enabled(False))
         self._inside.enter_context(patch.object(GridExecutor, "__call__", self._counting(GridExecutor.__call__)))
+        self._inside.enter_context(patch.object(CUDAGraph, "replay", self._counting_graphs(CUDAGraph.replay)))
         return super().__enter__()
 
     def __exit__(self, *exception: Any) -> None:
@@ -118,6 +120,13 @@ class Watch(TorchDispatchMode):
                 interpret(*args, **kwargs)
             finally:
                 self._interpreting = before
+
+        return launch
+
+    def _counting_graphs(self, replay: Callable[[CUDAGraph], None]) -> Callable[[CUDAGraph], None]:
+        def launch(graph: CUDAGraph) -> None:
+            self.launches[self._phase]["graph"] += 1
+            replay(graph)
 
         return launch
 
