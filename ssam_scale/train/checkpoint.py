@@ -312,7 +312,7 @@ def _check(path: Path, config: Config, state: dict[str, Any], saved: dict[str, T
     if state["method"] != config.method:
         raise UserError(
             f"checkpoint {path} is of a {state['method']} run, this is a {config.method} run; resume with the "
-            "perturbation it was made with, or choose another checkpoint.directory"
+            "perturbation and trajectory it was made with, or choose another checkpoint.directory"
         )
     if state["optimizer"] != config.optimizer.name:
         raise UserError(
