@@ -133,7 +133,7 @@ def _invalid_tag(path: KeyPath, detail: ErrorDetails, origins: Origins) -> str:
 def _wrong(path: KeyPath, here: Sections, detail: ErrorDetails, origins: Origins) -> str:
     given = detail["input"]
     match detail["type"]:
-        case "literal_error" if path == ("perturbation", "preset") and given in TERMS:
+        case "literal_error" if path == ("perturbation", "preset") and str(given) in TERMS:
             problem = f"{given} is a loss term and no perturbation; write 'trajectory={{kind: {given}}}'"
         case "literal_error":
             problem = _choice(given, re.findall(r"'([^']*)'", detail["ctx"]["expected"]))

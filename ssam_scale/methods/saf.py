@@ -87,6 +87,7 @@ class SAF:
         self._classes, self._weight, self._temperature = classes, weight, temperature
         self._lag, self._start, self._checkpoints = lag_epochs, start_epoch, checkpoints
         self._epoch, self._within = -1, False
+        self._tidied = False  # of the epoch that goes on: what nothing looks back to is gone
         self._saved: list[tuple[int, int]] = []  # first and last epoch that a saved state looks back to
         self._expected: dict[int, Tensor] = {}  # indices of the step's micro-batches, by identity
         self._outputs: dict[int, Tensor] = {}  # float16 [N, classes] on the device, by the same
@@ -102,7 +103,7 @@ class SAF:
         Raises:
             UserError: what was to be remembered of an earlier epoch is not there.
         """
-        self._epoch, self._within = epoch, True
+        self._epoch, self._within, self._tidied = epoch, True, False
         self._expected, self._outputs, self._fetched = {}, {}, []
         if self._remembers:
             self._memory.begin(epoch, step)
@@ -146,7 +147,7 @@ class SAF:
         self._expected, self._outputs = {}, {}
 
     def end_epoch(self) -> None:
-        """Writes what is left, and forgets what nothing looks back to. Collective.
+        """Writes what is left. Collective.
 
         Raises:
             UserError: an image has come twice in this epoch, or outputs of another process are not seen here.
@@ -155,13 +156,13 @@ class SAF:
         if self._remembers:
             self._write()
             self._memory.complete()
-        following = self._epoch + 1
-        needed = {following - back for back in range(1, self._lag + 1)}
-        for first, last in self._saved:
-            needed |= set(range(first, last + 1))
-        self._memory.forget(self._epoch, needed)
 
     def _write(self) -> None:
+        if self._fetched and not self._tidied:
+            # The state of the epoch before has been saved by now, if it is; a dry run, of one step, does not come here.
+            needed = [(self._epoch - self._lag, self._epoch), *self._saved]
+            self._memory.forget(self._epoch, {epoch for first, last in needed for epoch in range(first, last + 1)})
+            self._tidied = True
         for fetched in self._fetched:
             self._memory.append(*fetched.arrays())
         self._fetched = []
