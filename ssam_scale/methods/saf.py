@@ -229,13 +229,8 @@ def epochs_kept(lag: int, every: int, checkpoints: int) -> int:
         every: epochs between two checkpoints.
         checkpoints: how many are kept.
     """
-    most = 0
-    for since in range(every):  # epochs since the last checkpoint, which is at 0
-        needed = set(range(since - lag, since + 1))
-        for number in range(checkpoints):
-            needed |= set(range(-number * every - lag, -number * every))
-        most = max(most, len(needed))
-    return most
+    # What the newest checkpoint looks back to, what each older one does besides, and what has come since the newest.
+    return lag + (checkpoints - 1) * min(lag, every) + min(every, lag + 1)
 
 
 @TRAJECTORIES.register("saf", "each image's own outputs of some epochs ago (SAF)", "arXiv 2205.14083")

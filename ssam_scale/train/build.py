@@ -404,7 +404,10 @@ def _check_outputs(config: Config, world: World) -> None:
         return
     folder = outputs_folder(section.directory)
     images = config.data.subset or inspect(config.data.train).images
-    epochs = epochs_kept(term.lag_epochs, section.every_epochs, section.keep)
+    epochs = min(
+        epochs_kept(term.lag_epochs, section.every_epochs, section.keep),
+        config.train.epochs - term.start_epoch + term.lag_epochs,
+    )
     try:
         check_shared(folder, world)
         check_room(folder, images, config.model.num_classes, epochs)
