@@ -71,18 +71,14 @@ def test_several_processes_train_as_one_and_go_on_as_another_number(kind: str, d
     config = write_config(
         home / "run.yaml", data, model=VIT, perturbation=sam, trajectory=TERMS[kind], train={"epochs": 4}
     )
-    for processes, backend in ((1, "auto"), (2, "ddp"), (2, "fsdp2"), (2, "zero2")):
-        where = f"checkpoint.directory={home / backend}"
-        options = (f"sharding.backend={backend}", where, "checkpoint.keep=2")
-        if processes == 1:
-            train("--config", str(config), *options)
-        else:
-            train_on_ranks(processes, config, *options)
-            assert differing(home / "auto/epoch_0004", home / backend / "epoch_0004", 1e-5) == [], backend
+    train("--config", str(config), f"checkpoint.directory={home / 'one'}")
+    two = home / "two"
+    train_on_ranks(2, config, "sharding.backend=fsdp2", f"checkpoint.directory={two}")
+    assert differing(home / "one/epoch_0004", two / "epoch_0004", 1e-5) == []
     # What two processes have written is read by one.
-    shutil.rmtree(home / "fsdp2/epoch_0004")
-    train("--config", str(config), f"checkpoint.directory={home / 'fsdp2'}", "--resume", "auto")
-    assert differing(home / "auto/epoch_0004", home / "fsdp2/epoch_0004", 1e-5) == []
+    shutil.rmtree(two / "epoch_0004")
+    train("--config", str(config), f"checkpoint.directory={two}", "--resume", "auto")
+    assert differing(home / "one/epoch_0004", two / "epoch_0004", 1e-5) == []
 
 
 @pytest.mark.slow
