@@ -61,7 +61,8 @@ def test_a_word_narrows_it_down(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (
             ["maskz"],
-            "list maskz: there are masks, directions, trajectories, scores, schedules, backends and models; did you mean masks?",
+            "list maskz: there are masks, directions, trajectories, scores, schedules, backends and models; did you "
+            "mean masks?",
         ),
         (["xyz"], "list xyz: there are masks, directions, trajectories, scores, schedules, backends and models"),
         (["masks", "hexagon"], "list masks hexagon: no name has 'hexagon' in it"),
