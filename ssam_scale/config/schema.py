@@ -561,8 +561,18 @@ class Config(Section):
                 f"trajectory.start_epoch {term.start_epoch} must be less than train.epochs {self.train.epochs}, or no "
                 "epoch has the term"
             )
+        if not isinstance(term, SAFTrajectory):
+            return self
+        descent = self.perturbation.descent if self.perturbation is not None else None
+        fraction = getattr(self.perturbation.direction, "fraction", 1.0) if self.perturbation is not None else 1.0
+        if descent is not None and descent.choose == "random" and fraction < 1.0:
+            raise ValueError(
+                "trajectory.kind saf remembers what a step puts out for every image, and no pass sees all of them with "
+                f"perturbation.direction.fraction {fraction} and perturbation.descent.choose random; use mesa, or "
+                "choose highest_loss"
+            )
         for key in ("mixup", "cutmix"):
-            if isinstance(term, SAFTrajectory) and getattr(self.loss, key):
+            if getattr(self.loss, key):
                 raise ValueError(
                     f"trajectory.kind saf remembers the outputs of single images, and loss.{key} "
                     f"{getattr(self.loss, key)} mixes each with another one in each epoch; use mesa, or 0"

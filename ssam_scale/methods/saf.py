@@ -41,7 +41,7 @@ class SAF:
 
     The outputs are remembered in files (`OutputMemory`), 2 bytes for each class and image in an epoch, from the first
     epoch on that is looked back to; each is under its epoch's crop and flip, as in the paper. Remembered is what the
-    last pass of a step computed, which is the one that sees every image: with a perturbation, of the perturbed weights.
+    last pass of a step computed, over all of its images: the descent, at the perturbed weights if there are such.
     Images that an epoch has left out, as an incomplete last batch, have no term `lag_epochs` later. The authors' code
     keeps float32 in each process's memory, and there alone, so that on several processes most images are compared with
     nothing; here all processes share one memory, and their number changes nothing.
@@ -140,9 +140,15 @@ class SAF:
         """Remembers the step's outputs; those of the step before are written, which the host need not wait for.
 
         Raises:
+            RuntimeError: no pass of the step has seen a whole micro-batch and called `loss` with it.
             UserError: an image comes twice in this epoch, or outputs cannot be written.
         """
         self._write()
+        if self._expected.keys() != self._outputs.keys():
+            raise RuntimeError(
+                "SAF has not seen the outputs of a whole micro-batch of this step: the loss function is to call "
+                "saf.loss(logits, reference) with what attach has added to the batch, in a pass over all of it"
+            )
         self._fetched = [_Fetched(self._expected[key], logits) for key, logits in self._outputs.items()]
         self._expected, self._outputs = {}, {}
 

@@ -6,6 +6,7 @@
         optimizer.safetensors   state of the base optimizer
         sparse.safetensors      mask and calibration, see `SparseSAM.sparse`
         ema.safetensors         averaged weights, if there are any
+        trajectory.safetensors  those that MESA goes by; what SAF remembers stays beside the checkpoints, in outputs/
 
 `build.Components.state` says which parts a run has. A part's state is made of dictionaries, lists, plain values and
 tensors; each tensor goes to the part's safetensors file, and `{"$tensor": its name there}` takes its place in the JSON.

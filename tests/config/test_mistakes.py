@@ -195,6 +195,11 @@ def test_in_the_file(complaint, text, message):
             "that nothing is remembered of 3 epochs before; begin in epoch 3 or later",
         ),
         (
+            "trajectory={kind: saf, start_epoch: 1, lag_epochs: 2}",
+            "override trajectory={kind: saf, start_epoch: 1, lag_epochs: 2}: trajectory: start_epoch 1 is before "
+            "lag_epochs 2, so that nothing is remembered of 2 epochs before; begin in epoch 2 or later",
+        ),
+        (
             "trajectory={kind: mesa}",
             "given.yaml:17: trajectory.start_epoch 5 must be less than train.epochs 3, or no epoch has the term",
         ),

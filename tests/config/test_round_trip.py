@@ -428,6 +428,24 @@ def test_a_loss_term_is_a_method_of_its_own_and_beside_another(read):
     assert given.model_dump() == {"kind": "saf", "weight": 0.3, "temperature": 5.0, "lag_epochs": 3, "start_epoch": 5}
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["loss.mixup=0.2"], r"remembers the outputs of single images, and loss\.mixup 0\.2 mixes each .*; use mesa"),
+        (["loss.cutmix=1"], r"loss\.cutmix 1\.0 mixes each with another one in each epoch"),
+        (
+            ["perturbation={rho: 1, direction: {fraction: 0.5}, descent: {fraction: 0.5, choose: random}}"],
+            r"no pass sees all of them with perturbation\.direction\.fraction 0\.5 and perturbation\.descent\.choose",
+        ),
+    ],
+)
+def test_what_saf_cannot_remember_is_one_line_and_goes_with_mesa(read, overrides, message):
+    with pytest.raises(UserError, match=message) as caught:
+        read(SMALL, ["perturbation.mask=null", f"trajectory={TERMS['saf']}", *overrides])
+    assert "\n" not in str(caught.value)
+    read(SMALL, ["perturbation.mask=null", f"trajectory={TERMS['mesa']}", *overrides])
+
+
 def test_null_and_sections(read):
     assert read(SMALL, ["perturbation=null"]).method == "base"
     assert read(SMALL, ["perturbation.mask=null"]).method == "sam"

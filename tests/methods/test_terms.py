@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ssam_scale.methods import Reference, trajectory_loss
+from ssam_scale.perturbation import DescentSamples
 from tests.support.ranks import alone, run_ranks
-from tests.support.trajectories import Term, train, written_out
+from tests.support.trajectories import EPOCHS, Term, train, written_out
 
 # float32 in another order of summation; and an output that lies between two of float16 may be rounded to the other one,
 # which moves a weight by about as much.
@@ -62,13 +63,31 @@ def test_two_ranks_train_as_one_on_every_backend(tmp_path: Path) -> None:
         assert {case: distance for case, distance in far.items() if distance > TOLERANCE} == {}
 
 
-@pytest.mark.slow
-def test_the_samples_of_the_highest_loss_are_chosen_with_the_term_in_it(tmp_path: Path) -> None:
-    """By torch.vmap over what the model put out, of which the term remembers nothing."""
-    way = Term("saf", rho=0.1, fraction=0.5, choose="highest_loss")
-    found = alone(train, "single", way, str(tmp_path))
-    assert apart(found, alone(train, "single", Term("saf", rho=0.1, fraction=0.5), str(tmp_path / "first"))) > TOLERANCE
+CHOOSING = {
+    "an ascent by the highest losses": Term("saf", rho=0.1, fraction=0.5, choose="highest_loss"),
+    "a descent by the sharpest": Term("saf", rho=0.1, descent=DescentSamples(0.5)),
+    "a descent by the highest losses": Term("saf", rho=0.1, descent=DescentSamples(0.5, "highest_loss")),
+    "a descent by random ones": Term("saf", rho=0.1, descent=DescentSamples(0.5, "random")),
+    "all of it by parts, MESA": Term("mesa", rho=0.1, fraction=0.5, descent=DescentSamples(0.5, "random")),
+}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) for name in CHOOSING])
+def test_where_samples_are_chosen_what_they_are_held_against_goes_along(name: str, tmp_path: Path) -> None:
+    """Also by torch.vmap over what the model put out, of which nothing is remembered."""
+    way = CHOOSING[name]
+    found = alone(train, "single", way, str(tmp_path / "found"))
+    again = alone(train, "single", way, str(tmp_path / "again"))
+    assert apart(found, again) == 0.0
     assert all(bool(weight.isfinite().all()) for weight in found.values())
+    without = alone(train, "single", way, str(tmp_path / "without"), EPOCHS, 1e-9)
+    assert apart(found, without) > 100 * TOLERANCE
+
+
+def test_a_step_whose_outputs_nobody_has_shown_is_refused(tmp_path: Path) -> None:
+    way = Term("saf", rho=0.1, fraction=0.5, descent=DescentSamples(0.5, "random"))
+    with pytest.raises(RuntimeError, match=r"SAF has not seen the outputs of a whole micro-batch of this step"):
+        alone(train, "single", way, str(tmp_path))
 
 
 def test_nothing_is_added_where_nothing_is_known() -> None:

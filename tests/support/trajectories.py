@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ssam_scale.methods import MESA, SAF
 from ssam_scale.models.ema import EMA
-from ssam_scale.perturbation import Fresh, SparseSAM
+from ssam_scale.perturbation import DescentSamples, Fresh, SparseSAM
 from ssam_scale.perturbation.reference import reference_step
 from ssam_scale.sharding import World
 from ssam_scale.sharding.place import place
@@ -34,6 +34,7 @@ class Term:
     family: str = "vit"
     fraction: float = 1.0
     choose: str = "first"
+    descent: DescentSamples | None = None
 
 
 def order(epoch: int) -> Tensor:
@@ -58,7 +59,9 @@ def loss_of(term: Any) -> Any:
     return loss_fn
 
 
-def train(world: World, backend: Any, way: Term, folder: str, epochs: int = EPOCHS) -> dict[str, Tensor]:
+def train(
+    world: World, backend: Any, way: Term, folder: str, epochs: int = EPOCHS, weight: float = WEIGHT
+) -> dict[str, Tensor]:
     """The weights after training so many epochs, on this rank."""
     model = freeze_batchnorm(small_network(way.family))
     module, base = place(
@@ -70,8 +73,8 @@ def train(world: World, backend: Any, way: Term, folder: str, epochs: int = EPOC
         batch_size=BATCH // world.size // way.accumulation,
         accumulation=way.accumulation,
     )
-    opt = SparseSAM(module, base, rho=way.rho, direction=Fresh(way.fraction, way.choose))
-    options = {"weight": WEIGHT, "temperature": TEMPERATURE, "start_epoch": START}
+    opt = SparseSAM(module, base, rho=way.rho, direction=Fresh(way.fraction, way.choose), descent=way.descent)
+    options = {"weight": weight, "temperature": TEMPERATURE, "start_epoch": START}
     term: Any = (
         SAF(Path(folder), CLASSES, lag_epochs=LAG, world=world, **options)
         if way.kind == "saf"
