@@ -17,12 +17,15 @@ Row = dict[str, Any]  # name, summary, paper; of models also how many they are a
 
 def list_command(
     kind: Annotated[
-        str, typer.Argument(help="masks, directions, scores, schedules, backends or models.", show_default=False)
+        str,
+        typer.Argument(
+            help="masks, directions, trajectories, scores, schedules, backends or models.", show_default=False
+        ),
     ],
     word: Annotated[str, typer.Argument(help="Only what has this word in its name; of models, which they are.")] = "",
     as_json: AsJson = False,
 ) -> None:
-    """List what a configuration can name: masks, directions, scores, schedules, backends, models that can be cut."""
+    """List what a configuration can name: masks, directions, loss terms, scores, schedules, backends, models to cut."""
     if kind not in KINDS:
         from ssam_scale.config.spelling import nearest
 
@@ -56,6 +59,12 @@ def _directions(word: str) -> list[Row]:
     from ssam_scale.perturbation.directions import DIRECTIONS
 
     return _rows(DIRECTIONS, word)
+
+
+def _trajectories(word: str) -> list[Row]:
+    from ssam_scale.methods import TRAJECTORIES
+
+    return _rows(TRAJECTORIES, word)
 
 
 def _scores(word: str) -> list[Row]:
@@ -103,6 +112,7 @@ def _sorted(registry: Any) -> list[Any]:
 KINDS: dict[str, tuple[str, Callable[[str], list[Row]]]] = {
     "masks": ("perturbation.mask.pattern; null perturbs all weights (dense SAM)", _masks),
     "directions": ("perturbation.direction.source; named methods are listed by `ssam-scale methods`", _directions),
+    "trajectories": ("trajectory.kind: a loss term by outputs of earlier weights", _trajectories),
     "scores": ("perturbation.mask.score, and drop and grow of perturbation.mask.dynamic", _scores),
     "schedules": ("perturbation.rho_schedule; interval and window are keys of perturbation themselves", _schedules),
     "backends": ("sharding.backend", _backends),

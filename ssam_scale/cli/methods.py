@@ -14,33 +14,36 @@ from ssam_scale.errors import UserError
 _CAPTION = (
     "perturbation.preset: NAME in a configuration expands into these settings (`ssam-scale train --print-config`), of "
     "which rho and what else the method leaves open can be set beside it. cost: a step's arithmetic over the base "
-    "optimizer's; `ssam-scale cost` predicts yours. Methods with other loss terms are no points of this space"
+    "optimizer's; `ssam-scale cost` predicts yours. Settings of trajectory are a section of their own, beside "
+    "perturbation: null or any other"
 )
 
 
 def methods_command(
     word: Annotated[str, typer.Argument(help="Only what has this word in its name.")] = "", as_json: AsJson = False
 ) -> None:
-    """List the named methods that perturbation.preset takes: settings, cost, paper, and what each refuses."""
-    from ssam_scale.config.presets import PRESETS, in_words
+    """List the named methods: settings, cost, paper, and what each refuses."""
+    from ssam_scale.config.presets import PRESETS, TERMS, in_words
 
     rows = [
         {
             "name": name,
             "summary": preset.summary,
-            "settings": in_words(preset),
+            "settings": in_words(preset, prefix),
             "cost": preset.cost,
             "paper": preset.paper,
             "refuses": preset.refuses,
         }
-        for name, preset in PRESETS.items()
+        for methods, prefix in ((PRESETS, ""), (TERMS, "trajectory."))
+        for name, preset in methods.items()
         if word in name
     ]
     if not rows:
         from ssam_scale.config.spelling import nearest
 
-        near = nearest(word, PRESETS)
-        hint = f"; did you mean {near}?" if near else f"; there are {', '.join(PRESETS)}"
+        names = [*PRESETS, *TERMS]
+        near = nearest(word, names)
+        hint = f"; did you mean {near}?" if near else f"; there are {', '.join(names)}"
         raise UserError(f"methods {word}: no name has {word!r} in it{hint}")
     if as_json:
         print(json.dumps(rows, indent=2, ensure_ascii=False))

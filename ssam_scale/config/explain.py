@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from ssam_scale.config.presets import PRESETS
+from ssam_scale.config.presets import PRESETS, TERMS
 from ssam_scale.config.schema import Config
 from ssam_scale.config.section import KeyPath
 from ssam_scale.config.spelling import nearest
@@ -84,7 +84,7 @@ def _unknown(
         return f"{line}; did you mean {_dotted((*path[:-1], near))}?"
     elsewhere = [key for key in dotted_names([root]) if key.rpartition(".")[2] == name]
     siblings = [key for key in elsewhere if key.rpartition(".")[0] == _dotted(path[:-1])]
-    for tag in ("pattern", "source"):
+    for tag in _TAGS:
         if siblings and len(around) == 1 and tag in around[0].model_fields:
             kind = section.get(tag, typing.get_args(around[0].model_fields[tag].annotation)[0])
             return f"{line} for {tag} {_shown(kind)}, which has {', '.join(names(around))}"
@@ -92,6 +92,9 @@ def _unknown(
         return f"{line}; did you mean {' or '.join(elsewhere)}?"
     return f"{line}; {_dotted(path[:-1]) or 'the configuration'} has {', '.join(names(around))}"
 
+
+# The keys by which the sections of a union are told apart.
+_TAGS = ("pattern", "source", "kind")
 
 _MOVED: dict[KeyPath, str] = {
     **{("perturbation", name): f"perturbation.direction.{name}" for name in ("fraction", "scope", "choose")},
@@ -130,6 +133,8 @@ def _invalid_tag(path: KeyPath, detail: ErrorDetails, origins: Origins) -> str:
 def _wrong(path: KeyPath, here: Sections, detail: ErrorDetails, origins: Origins) -> str:
     given = detail["input"]
     match detail["type"]:
+        case "literal_error" if path == ("perturbation", "preset") and str(given) in TERMS:
+            problem = f"{given} is a loss term and no perturbation; write 'trajectory={{kind: {given}}}'"
         case "literal_error":
             problem = _choice(given, re.findall(r"'([^']*)'", detail["ctx"]["expected"]))
             if path == ("sharding", "backend") and re.search("zero|deepspeed", str(given), re.I):
@@ -161,11 +166,10 @@ def _as_section(path: KeyPath, here: Sections, given: Any) -> str:
     """What somebody meant who gave a section's kind, or a method, in its place."""
     if not isinstance(given, str):
         return ""
-    patterns = [
-        choice for section in here if "pattern" in section.model_fields for choice in _tags(section) if choice == given
-    ]
-    if patterns:
-        return f"; write '{_dotted(path)}={{pattern: {given}}}'"
+    for section in here:
+        for tag in _TAGS:
+            if tag in section.model_fields and given.lower() in typing.get_args(section.model_fields[tag].annotation):
+                return f"; write '{_dotted(path)}={{{tag}: {given.lower()}}}'"
     if path == ("perturbation",):
         name = given.lower() if given.lower() in PRESETS else nearest(given.lower(), PRESETS)
         named = f"; write 'perturbation={{preset: {name}}}'" if name else ""

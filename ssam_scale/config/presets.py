@@ -1,7 +1,7 @@
 """Named methods: each is a point of the space that `perturbation` spans, and `perturbation.preset` expands into it.
 
-Only data, so that a configuration can be read without anything else. A loss term is no point of this space and not
-here.
+Only data, so that a configuration can be read without anything else. A method that is a loss term is no point of this
+space: it is settings of the section `trajectory` (`TERMS`).
 """
 
 from __future__ import annotations
@@ -217,6 +217,26 @@ PRESETS: Mapping[str, Preset] = {
     ),
 }
 
+TERMS: Mapping[str, Preset] = {
+    "saf": Preset(
+        "the base optimizer, with a loss term by each image's own outputs of some epochs ago",
+        {"kind": "saf"},
+        {"weight": 0.3, "temperature": 5.0, "lag_epochs": 3, "start_epoch": 5},
+        "1, and 2 bytes an image, class and epoch kept",
+        "arXiv 2205.14083",
+        "loss.mixup and loss.cutmix; orders that repeat an image within an epoch",
+    ),
+    "mesa": Preset(
+        "the base optimizer, with a loss term by the outputs of averaged weights",
+        {"kind": "mesa"},
+        {"weight": 0.8, "temperature": 5.0, "decay": 0.9995, "start_epoch": 5},
+        "4/3, a forward more",
+        "arXiv 2205.14083",
+    ),
+}
+"""Methods that are a loss term: settings of the section `trajectory`, where a `Preset` of `PRESETS` has those of the
+section `perturbation`. They are meant to go without a perturbation, and go with any."""
+
 
 class ContradictionError(ValueError):
     """A setting that a preset does not have.
@@ -296,6 +316,11 @@ _USUAL = (
 )
 
 
-def in_words(preset: Preset) -> str:
-    """What of a preset's settings is not as usual, e.g. `direction.source=momentum, rho=3.0`."""
-    return ", ".join(_overrides(_filled(preset.point, preset.start)))
+def in_words(preset: Preset, prefix: str = "") -> str:
+    """What of a preset's settings is not as usual, e.g. `direction.source=momentum, rho=3.0`.
+
+    Args:
+        preset: the method.
+        prefix: put before each key.
+    """
+    return ", ".join(_overrides(_filled(preset.point, preset.start), prefix))

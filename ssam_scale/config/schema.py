@@ -26,6 +26,7 @@ from .direction_sections import (
 from .mask_sections import DepthMask, ElementMask, Mask
 from .presets import PRESETS
 from .section import Section, Share, UserPath, home, home_in_uri, without
+from .trajectory_sections import SAFTrajectory, Trajectory
 
 _OF_WEIGHTS = (
     "pretrained",
@@ -530,6 +531,10 @@ class Config(Section):
     optimizer: Optimizer
     schedule: Schedule = Schedule.model_validate({})
     perturbation: Perturbation | None = Field(None, description="null: the base optimizer alone")
+    trajectory: Trajectory | None = Field(
+        None,
+        description="a loss term by outputs of earlier weights, with a perturbation or without; null: none",
+    )
     sharding: Sharding = Sharding.model_validate({})
     train: Train
     checkpoint: Checkpoint = Checkpoint.model_validate({})
@@ -549,6 +554,34 @@ class Config(Section):
                 f"schedule.warmup_epochs {self.schedule.warmup_epochs} must be less than "
                 f"train.epochs {self.train.epochs}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _some_epochs_with_the_term(self) -> Config:
+        term = self.trajectory
+        if term is None:
+            return self
+        if term.start_epoch >= self.train.epochs:
+            raise ValueError(
+                f"trajectory.start_epoch {term.start_epoch} must be less than train.epochs {self.train.epochs}, or no "
+                "epoch has the term"
+            )
+        if not isinstance(term, SAFTrajectory):
+            return self
+        descent = self.perturbation.descent if self.perturbation is not None else None
+        fraction = getattr(self.perturbation.direction, "fraction", 1.0) if self.perturbation is not None else 1.0
+        if descent is not None and descent.choose == "random" and fraction < 1.0:
+            raise ValueError(
+                "trajectory.kind saf remembers what a step puts out for every image, and no pass sees all of them with "
+                f"perturbation.direction.fraction {fraction} and perturbation.descent.choose random; use mesa, or "
+                "choose highest_loss"
+            )
+        for key in ("mixup", "cutmix"):
+            if getattr(self.loss, key):
+                raise ValueError(
+                    f"trajectory.kind saf remembers the outputs of single images, and loss.{key} "
+                    f"{getattr(self.loss, key)} mixes each with another one in each epoch; use mesa, or 0"
+                )
         return self
 
     @model_validator(mode="after")
@@ -646,7 +679,14 @@ class Config(Section):
     @property
     def method(self) -> str:
         """What runs are compared by: `base`, `sam`, `ssam-<pattern>`, `ssam-dynamic`; and of other directions than a
-        fresh gradient `msam`, `f-sam`, `msam-<pattern>` and so on."""
+        fresh gradient `msam`, `f-sam`, `msam-<pattern>` and so on. With a loss term `saf`, `mesa`, `sam+mesa`."""
+        if self.trajectory is not None:
+            ascent = self._ascent
+            return self.trajectory.kind if ascent == "base" else f"{ascent}+{self.trajectory.kind}"
+        return self._ascent
+
+    @property
+    def _ascent(self) -> str:
         if self.perturbation is None:
             return "base"
         mask, source = self.perturbation.mask, self.perturbation.direction.source

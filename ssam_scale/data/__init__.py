@@ -6,13 +6,14 @@ Importing this package imports neither FFCV nor numba; the first loader or write
 from ssam_scale import torch_compat  # noqa: F401 - refuses a torch that is too old, before anything looks for more
 from ssam_scale.data.beton import Beton, inspect, verify
 from ssam_scale.data.fashion_mnist import prepare_fashion_mnist
-from ssam_scale.data.loaders import Batch, ImageLoader, eval_loader, train_loader
+from ssam_scale.data.loaders import Batch, ImageLoader, IndexedBatch, eval_loader, train_loader
 from ssam_scale.data.write import WriteReport, write_beton
 
 __all__ = [
     "Batch",
     "Beton",
     "ImageLoader",
+    "IndexedBatch",
     "WriteReport",
     "eval_loader",
     "inspect",

@@ -135,6 +135,19 @@ class LabelDecoder(Operation):
         return decode
 
 
+class IndexDecoder(LabelDecoder):
+    """Fills int64 batches [N, 1] of which images of the file they are."""
+
+    def generate_code(self) -> Callable[..., Any]:
+        """What FFCV calls for each batch."""
+
+        def decode(indices: Indices, out: NDArray[np.int64], metadata: Any, storage: Any) -> NDArray[np.int64]:
+            out[: len(indices), 0] = indices
+            return out[: len(indices)]
+
+        return decode
+
+
 class SlicedShuffle(TraversalOrder):
     """A shuffle of the images per epoch, of which each process takes its slice of each batch.
 
@@ -253,8 +266,13 @@ class Reader:
         batch: int,
         workers: int,
         seed: int = 0,
+        *,
+        indices: bool = False,
     ) -> None:
-        """`order`: a shuffle (PagedShuffle reads page by page into memory), or the indices to read, in their order."""
+        """`order`: a shuffle (PagedShuffle reads page by page into memory), or the indices to read, in their order.
+
+        `indices`: whether batches say which images they hold.
+        """
         self._decoder = ImageDecoder(path, view, workers)
         options: dict[str, Any] = {"order": order, "os_cache": isinstance(order, SlicedShuffle)}
         if isinstance(order, np.ndarray):
@@ -270,6 +288,7 @@ class Reader:
                 pipelines={
                     "image": PipelineSpec("image", self._decoder, [ToTensor()]),
                     "label": PipelineSpec("label", LabelDecoder(), [ToTensor()]),
+                    **({"index": PipelineSpec("label", IndexDecoder(), [ToTensor()])} if indices else {}),
                 },
                 **options,
             )

@@ -31,6 +31,16 @@ class Batch(NamedTuple):
     """int64 [N]."""
 
 
+class IndexedBatch(Batch):
+    """A batch that also says which images it holds; as a tuple it is images and labels, like any other.
+
+    Attributes:
+        indices: int64 [N], of the images in their file, in the memory of the host.
+    """
+
+    indices: torch.Tensor
+
+
 class ImageLoader:
     """Iterates over the batches of one epoch of one process; made by `train_loader` and `eval_loader`.
 
@@ -98,8 +108,16 @@ class ImageLoader:
             self._running.stop()
             self._running = None
 
-    def _on_device(self, pixels: torch.Tensor, labels: torch.Tensor) -> Batch:
-        """A batch of its own from FFCV's buffers: uint8 [N, H, W, 3] and int64 [N, 1]."""
+    def _on_device(self, pixels: torch.Tensor, labels: torch.Tensor, *indices: torch.Tensor) -> Batch:
+        """A batch of its own from FFCV's buffers: uint8 [N, H, W, 3] and int64 [N, 1], and perhaps indices [N, 1]."""
+        batch = self._images_and_labels(pixels, labels)
+        if not indices:
+            return batch
+        indexed = IndexedBatch(*batch)
+        indexed.indices = indices[0][:, 0].clone()
+        return indexed
+
+    def _images_and_labels(self, pixels: torch.Tensor, labels: torch.Tensor) -> Batch:
         pixels, labels = pixels.permute(0, 3, 1, 2), labels[:, 0]
         if not self.aside.overlaps:
             images = pixels.to(self._device, torch.float32, memory_format=torch.contiguous_format)
@@ -120,11 +138,13 @@ def train_loader(
     seed: int,
     micro_batch: int,
     num_classes: int,
+    indices: bool = False,
 ) -> ImageLoader:
     """Training images: random crops and flips, `micro_batch` of them per process and batch, the remainder dropped.
 
     No image is seen twice in an epoch. The k-th batches of all processes together hold the images, cropped and flipped
-    alike, that one process with `micro_batch * world_size` would see in its k-th batch (with `order: random`).
+    alike, that one process with `micro_batch * world_size` would see in its k-th batch (with `order: random`). With
+    `indices` a batch says which images it holds (`IndexedBatch`).
 
     Raises:
         UserError: the file is missing, damaged or no .beton; too few images; a label outside the model's classes;
@@ -150,7 +170,7 @@ def train_loader(
     quasi = data.order == "quasi_random"
     pool = _pool(beton.images, images)
     shuffle = PagedShuffle() if quasi else SlicedShuffle(pool, seed, rank, world_size, micro_batch)
-    reader = Reader(data.train, view, shuffle, micro_batch, _workers(data, world_size), seed)
+    reader = Reader(data.train, view, shuffle, micro_batch, _workers(data, world_size), seed, indices=indices)
     return ImageLoader(
         reader,
         images=len(reader) * micro_batch,

@@ -6,6 +6,7 @@ from typing import Literal, TypeAlias
 
 Phase = Literal[
     "data",
+    "reference",
     "ascent forward",
     "ascent backward",
     "perturb",

@@ -909,6 +909,10 @@ class SparseSAM(OptimizerWrapper):
         if what == "base":
             return ResolvedStep.without_ascent(self.steps)
         radii, layout = [group["rho"] for group in self.param_groups], self._parameters.eligible(self.param_groups)
+        if not any(radii):  # dense SAM has one all the same, whose length is no matter of time
+            if what == "own":
+                return ResolvedStep.without_ascent(self.steps)
+            radii = [_REHEARSED_RADIUS] * len(radii)
         if what == "own":
             plan, dense = self.mask.plan(layout, self.steps), self.options.norm == "dense"
             return self.resolve(micro_batches, plan=plan, dense=dense, radii=radii)
@@ -1068,6 +1072,7 @@ _WITHIN = (
     "{} was called where the weights are perturbed, and what it does to them would be undone: inside of "
     "`with opt.perturbed()`, or of a step; call it after the block"
 )
+_REHEARSED_RADIUS = 0.05
 _OPTIONS = {
     "rho",
     "norm",

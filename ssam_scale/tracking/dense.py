@@ -6,9 +6,10 @@ from collections.abc import Mapping
 
 
 def ascends_densely(params: Mapping[str, str]) -> bool:
-    """Whether an ascent is dense SAM's: of all weights, on the whole batch of all processes."""
-    section = [key for key in params if key.startswith("perturbation.")]
-    if not section or any(key.startswith(("perturbation.mask.", "perturbation.descent.")) for key in section):
+    """Whether an ascent is dense SAM's: of all weights, on the whole batch of all processes, with no term of a loss."""
+    if not any(key.startswith("perturbation.") for key in params):
+        return False
+    if any(key.startswith(("perturbation.mask.", "perturbation.descent.", "trajectory.")) for key in params):
         return False
     return all(_is(params, key, usual) for key, usual in _OF_ALL_SAMPLES.items())
 

@@ -12,13 +12,13 @@ def _range(cut: str) -> str:
 
 
 def mask_words(method: str, params: Mapping[str, str]) -> str:
-    """What a run perturbs, e.g. `depth rotate 0.25–0.75`; empty for the base optimizer.
+    """What a run perturbs, e.g. `depth rotate 0.25–0.75`; empty where nothing is perturbed.
 
     Args:
         method: the run's.
         params: its parameters, as MLflow has them.
     """
-    if method == "base":
+    if _perturbs_nothing(method, params):
         return ""
     prefix = "perturbation.mask."
     mask = {key[len(prefix) :]: value for key, value in params.items() if key.startswith(prefix)}
@@ -44,14 +44,18 @@ def mask_words(method: str, params: Mapping[str, str]) -> str:
     return " ".join(words)
 
 
+def _perturbs_nothing(method: str, params: Mapping[str, str]) -> bool:
+    return method == "base" or params.get("perturbation") == "null"
+
+
 def plan_words(method: str, params: Mapping[str, str]) -> str:
-    """When and by what a run climbs, e.g. `one step in 2, by 50% of the batch`; empty for the base optimizer.
+    """When and by what a run climbs, e.g. `one step in 2, by 50% of the batch`; empty where it does not.
 
     Args:
         method: the run's.
         params: its parameters, as MLflow has them.
     """
-    if method == "base":
+    if _perturbs_nothing(method, params):
         return ""
     section = {key.removeprefix("perturbation."): value for key, value in params.items()}
     interval = int(section.get("interval", "1"))

@@ -221,6 +221,8 @@ class Run:
         """Record a probe, which took so many seconds before the step after `step`, and what is known of the saving."""
         self._saving.add(probe)
         times = {"time/probe": seconds, "probe/base": probe.base, "probe/dense": probe.dense, "probe/own": probe.own}
+        if probe.reference:
+            times["probe/reference"] = probe.reference
         self.log(times | self._saving.metrics(), step)
 
     def no_saving(self, reason: str) -> None:

@@ -33,11 +33,13 @@ class Probe:
         base: of the base optimizer's.
         dense: of dense SAM's.
         own: of the run's own, with an ascent.
+        reference: of what a trajectory term computes before every step, beside them.
     """
 
     base: float
     dense: float
     own: float
+    reference: float = 0.0
 
 
 class Saving:
@@ -87,7 +89,7 @@ class Saving:
             return {"overhead/vs_base_percent": 0.0}
         if not self._probes or not steps:
             return {}
-        times = np.array([(p.base, p.dense, p.own) for p in self._probes]).T
+        times = np.array([(p.base, p.dense, p.own, p.reference) for p in self._probes]).T
         saved, saving, overhead = self._figures(*times)
         result = {
             "saving/vs_dense_percent": float(saving),
@@ -102,15 +104,16 @@ class Saving:
                 result |= {f"{key}_low": low, f"{key}_high": high}
         return result
 
-    def _figures(self, base: Any, dense: Any, own: Any) -> tuple[Any, Any, Any]:
+    def _figures(self, base: Any, dense: Any, own: Any, reference: Any) -> tuple[Any, Any, Any]:
         """Seconds saved a step, share of them in dense SAM's and overhead over the base's in percent.
 
         Args:
             base: seconds of probes, of shape [..., probes].
             dense: the same.
             own: the same.
+            reference: the same.
         """
-        base, dense, own = (np.mean(times, axis=-1) for times in (base, dense, own))
+        base, dense, own, reference = (np.mean(times, axis=-1) for times in (base, dense, own, reference))
         if self._dense:
             own = dense
         steps = sum(self._steps.values())
@@ -122,7 +125,7 @@ class Saving:
             "dense": own,
             "calibrating": dense,
         }
-        passes = sum(count / steps * of_kind[kind] for kind, count in self._steps.items())
+        passes = reference + sum(count / steps * of_kind[kind] for kind, count in self._steps.items())
         rest, data, refreshes = self._rest / steps, self._data / steps, self.refreshes / steps
         saved = dense - passes - refreshes
         # While a step of dense SAM computes longer, the loader works on: what it was waited for is no saving then.
@@ -135,14 +138,14 @@ def _interval(times: NDArray[np.float64], figure: Any) -> tuple[float, float]:
     """95% of a figure of probes, by bootstrap over them.
 
     Args:
-        times: seconds, [3, probes].
-        figure: of three arrays whose last dimension is that of the probes.
+        times: seconds, [4, probes].
+        figure: of four arrays whose last dimension is that of the probes.
     """
     from scipy.stats import bootstrap
 
     found = bootstrap(
         tuple(times),
-        lambda base, dense, own, axis=-1: figure(base, dense, own),
+        lambda base, dense, own, reference, axis=-1: figure(base, dense, own, reference),
         paired=True,
         vectorized=True,
         n_resamples=999,

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from torch import Tensor
 
-from ssam_scale.data import Batch, ImageLoader
+from ssam_scale.data import Batch, ImageLoader, IndexedBatch
 
 Transform: TypeAlias = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Of images and labels, on their device."""
+
+MicroBatch: TypeAlias = tuple[Any, ...]
+"""Images and targets; with a loader of `IndexedBatch` also which images they are."""
 
 
 class EpochBatches:
@@ -34,9 +37,9 @@ class EpochBatches:
         self._left = len(loader) // per_step if steps is None else steps
         self._loaded = iter(loader)
         self._ahead: deque[Batch] = deque()  # as they are loaded, what is prepared among them
-        self._prepared: list[tuple[Tensor, Tensor]] = []
+        self._prepared: list[MicroBatch] = []
 
-    def next_step(self) -> list[tuple[Tensor, Tensor]]:
+    def next_step(self) -> list[MicroBatch]:
         """The micro-batches of the next step, transformed.
 
         Raises:
@@ -49,7 +52,7 @@ class EpochBatches:
         self._left -= 1
         return prepared
 
-    def peek(self) -> list[tuple[Tensor, Tensor]]:
+    def peek(self) -> list[MicroBatch]:
         """What `next_step` will return.
 
         Raises:
@@ -72,7 +75,7 @@ class EpochBatches:
             self._ahead.append(batch)
         result: list[Batch] = []
         while samples > 0 and len(result) < len(self._ahead):
-            result.append(self._ahead[len(result)])
+            result.append(Batch(*self._ahead[len(result)]))
             samples -= len(result[-1].labels)
         return result
 
@@ -88,10 +91,10 @@ class EpochBatches:
                 self._ahead.append(next(self._loaded))
             self._prepared.append(self._transformed(self._ahead[index]))
 
-    def _transformed(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        if self._transform is None:
-            return batch
-        with self._loader.aside as aside:
-            result = self._transform(*batch)
-        aside.hand_over(result)
-        return result
+    def _transformed(self, batch: Batch) -> MicroBatch:
+        result: tuple[Tensor, Tensor] = batch
+        if self._transform is not None:
+            with self._loader.aside as aside:
+                result = self._transform(*batch)
+            aside.hand_over(result)
+        return (*result, batch.indices) if isinstance(batch, IndexedBatch) else result

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
-import inspect
 from dataclasses import dataclass
 from functools import partial
+from inspect import signature
+from pathlib import Path
 from traceback import walk_tb
 from typing import Any
 
@@ -18,9 +19,13 @@ from ssam_scale.config.deepspeed import batch_problems, taken
 from ssam_scale.config.mask_sections import BlockMask, DepthMask
 from ssam_scale.config.micro_batches import MicroBatches, micro_batches
 from ssam_scale.config.schema import Config, Perturbation
-from ssam_scale.data import ImageLoader, eval_loader, train_loader
+from ssam_scale.config.trajectory_sections import SAFTrajectory
+from ssam_scale.data import ImageLoader, eval_loader, inspect, train_loader
 from ssam_scale.errors import UserError
 from ssam_scale.masks import RunInfo, build_mask
+from ssam_scale.methods import MESA, Average, TrainingRun, Trajectory, build_trajectory
+from ssam_scale.methods.memory import check_room, check_shared
+from ssam_scale.methods.saf import epochs_kept
 from ssam_scale.models import build_model, check_compiler, stages_of
 from ssam_scale.models.ema import EMA
 from ssam_scale.perturbation import DescentSamples, Gate, Phases, Savings, SparseSAM
@@ -31,13 +36,13 @@ from ssam_scale.perturbation.fused import fused_options
 from ssam_scale.perturbation.loss import LossFn
 from ssam_scale.perturbation.reference import first_samples
 from ssam_scale.perturbation.schedules import build_schedule
-from ssam_scale.sharding import World
+from ssam_scale.sharding import ShardedWeights, World
 from ssam_scale.sharding.device import PRECISIONS, has_bf16
 from ssam_scale.sharding.place import place
 from ssam_scale.tracking.run import Run
 from ssam_scale.tracking.timer import PhaseTimer
 
-from .batches import Transform
+from .batches import MicroBatch, Transform
 from .checkpoint import ModelState, OptimizerState, SaveCheckpoint
 from .evaluation import Evaluate
 from .hooks import (
@@ -47,6 +52,7 @@ from .hooks import (
     LogEpochs,
     LogFixedDensities,
     LogMetrics,
+    RunTrajectory,
     UpdateEMA,
 )
 from .log_model import LogModel
@@ -67,6 +73,7 @@ class Components:
         opt: the optimizer.
         scheduler: of the learning rate, timm's; updated before every step.
         ema: averaged weights, if wanted.
+        trajectory: a loss term by outputs of earlier weights, if wanted; `attach` is to be called before a step.
         loss_fn: what `opt.step` is given.
         train, val: the loaders.
         mix: mixup and CutMix on a batch, on its device; None: neither.
@@ -81,6 +88,7 @@ class Components:
     opt: SparseSAM
     scheduler: Any
     ema: EMA | None
+    trajectory: Trajectory | None
     loss_fn: LossFn
     train: ImageLoader
     val: ImageLoader
@@ -94,6 +102,10 @@ class Components:
     def steps_per_epoch(self) -> int:
         """Optimizer steps in one epoch."""
         return self.progress.steps_per_epoch
+
+    def attached(self, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
+        """The micro-batches of a step as `loss_fn` takes them: with what a trajectory term holds them against."""
+        return micro_batches if self.trajectory is None else self.trajectory.attach(micro_batches)
 
 
 def build(config: Config, world: World, phases: Phases, found: int | None = None) -> Components:
@@ -114,6 +126,7 @@ def build(config: Config, world: World, phases: Phases, found: int | None = None
     if found is None:
         shared_out(config, world)  # what cannot be is said before anything is built
     _check_direction(config, base_optimizer(config, nn.Linear(1, 1)))  # said before minutes of building
+    _check_outputs(config, world)
     torch.manual_seed(config.train.seed)
     staged_model = build_model(config)
     staged_model.activation_checkpointing = config.train.activation_checkpointing
@@ -127,7 +140,7 @@ def build(config: Config, world: World, phases: Phases, found: int | None = None
         stages_of(staged_model.model, "train.activation_checkpointing works")
     _try_forward(config, staged_model)
     precision = PRECISIONS[config.train.precision]
-    loss_fn = soft_loss(config, precision)
+    loss_fn = soft_loss(config, precision)  # the term is added where there is a module for it
     if config.train.max_micro_batch == "auto" and found is None:
         build_optimizer = partial(base_optimizer, config)
         found = largest_micro_batch(config, world, backend_of(config, world), staged_model, build_optimizer, loss_fn)
@@ -159,6 +172,7 @@ def build(config: Config, world: World, phases: Phases, found: int | None = None
     opt = _sparse_sam(config, module, base, scaler, steps, phases)
     decay, warmup = config.train.ema_decay, config.train.ema_warmup
     ema = EMA(network, decay, opt.sharding, warmup=warmup) if decay is not None else None
+    trajectory = _trajectory(config, world, module, network, opt.sharding, precision)
     progress = Progress(steps)
     state: dict[str, Stateful] = {
         "sparse": opt.sparse,  # the first to be loaded, because it refuses what was saved with another mask
@@ -170,13 +184,16 @@ def build(config: Config, world: World, phases: Phases, found: int | None = None
         state["scaler"] = scaler
     if ema is not None:
         state["ema"] = ema
+    if trajectory is not None:
+        state["trajectory"] = trajectory
     return Components(
         module=module,
         network=network,
         opt=opt,
         scheduler=_scheduler(config, base, steps),
         ema=ema,
-        loss_fn=loss_fn,
+        trajectory=trajectory,
+        loss_fn=loss_fn if trajectory is None else soft_loss(config, precision, trajectory),
         train=train,
         val=val,
         mix=_mix(config),
@@ -243,8 +260,13 @@ def build_hooks(
         bar: what a person sees goes there.
     """
     opt, ema = components.opt, components.ema
-    probes = ProbeSaving(config, world, components, run, bar) if config.perturbation is not None else None
+    averages: list[Average] = [] if ema is None else [ema]
+    if isinstance(components.trajectory, MESA):
+        averages.append(components.trajectory.average)
+    probes = ProbeSaving(config, world, components, run, bar) if config.method != "base" else None
     hooks: list[Hook] = [LogEpochs(run) if probes is None else LogEpochs(run, lambda: probes.paused)]
+    if components.trajectory is not None:
+        hooks.append(RunTrajectory(components.trajectory))
     mask = config.perturbation.mask if config.perturbation is not None else None
     refreshed = refreshed_section(config) is not None
     if refreshed:
@@ -263,7 +285,7 @@ def build_hooks(
         # From here on nothing counts as a part of the step's time.
         LogMetrics(config, world, components, phases, run, bar),
         bar,
-        AverageBatchNormStatistics(components.network, ema, world),
+        AverageBatchNormStatistics(components.network, averages, world),
         Evaluate(config, world, components, run, bar),
         SaveCheckpoint(config, world, components),
     ]
@@ -280,6 +302,7 @@ def _loaders(config: Config, world: World, split: MicroBatches) -> tuple[ImageLo
         seed=config.train.seed,
         micro_batch=split.images,
         num_classes=config.model.num_classes,
+        indices=isinstance(config.trajectory, SAFTrajectory),
     )
     refreshed, images = refreshed_section(config), train.images * world.size
     if refreshed is not None and refreshed.by_samples and refreshed.samples > images:
@@ -318,16 +341,78 @@ def _sparse_sam(
         raise UserError(f"{'perturbation.mask' if by_mask else 'sharding'}: {error}") from error
 
 
-def soft_loss(config: Config, precision: torch.dtype) -> LossFn:
-    """Mean cross-entropy with label smoothing of labels or, once mixed, label distributions."""
+def soft_loss(config: Config, precision: torch.dtype, trajectory: Trajectory | None = None) -> LossFn:
+    """Mean cross-entropy with label smoothing of labels or, once mixed, label distributions.
 
-    def loss_fn(forward: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
-        images, targets = batch
-        with torch.autocast(images.device.type, precision, enabled=precision != torch.float32):
-            logits = forward(images)
-        return F.cross_entropy(logits.float(), targets, label_smoothing=config.loss.label_smoothing)
+    Where a batch has something for a trajectory term to go by, its term is added.
+    """
+
+    def loss_fn(forward: Any, batch: MicroBatch) -> Tensor:
+        images, targets, *reference = batch
+        logits = in_precision(forward, images, precision)
+        loss = F.cross_entropy(logits.float(), targets, label_smoothing=config.loss.label_smoothing)
+        return loss + trajectory.loss(logits, *reference) if trajectory is not None and reference else loss
 
     return loss_fn
+
+
+def in_precision(forward: Any, images: Tensor, precision: torch.dtype) -> Tensor:
+    """The logits of images, by autocast unless float32."""
+    with torch.autocast(images.device.type, precision, enabled=precision != torch.float32):
+        logits: Tensor = forward(images)
+    return logits
+
+
+def _trajectory(
+    config: Config,
+    world: World,
+    module: nn.Module,
+    network: nn.Module,
+    sharding: ShardedWeights,
+    precision: torch.dtype,
+) -> Trajectory | None:
+    """The loss term by outputs of earlier weights, if one is configured."""
+    if config.trajectory is None:
+        return None
+    resumed = config.checkpoint.resume
+    run = TrainingRun(
+        world=world,
+        module=module,
+        forward=lambda images: in_precision(module, images, precision),
+        average=lambda decay: EMA(network, decay, sharding),
+        classes=config.model.num_classes,
+        folder=outputs_folder(config.checkpoint.directory),
+        elsewhere=[] if resumed in (None, "auto") else [outputs_folder(Path(resumed).parent)],
+        checkpoints=config.checkpoint.keep,
+    )
+    return build_trajectory(config.trajectory, run)
+
+
+def outputs_folder(checkpoints: Path) -> Path:
+    """Where SAF remembers outputs: beside the checkpoints that need them."""
+    return checkpoints / "outputs"
+
+
+def _check_outputs(config: Config, world: World) -> None:
+    """What can be said of SAF's memory before anything is built. Collective.
+
+    Raises:
+        UserError: the disk has no room for it, or not all processes see the folder.
+    """
+    term, section = config.trajectory, config.checkpoint
+    if not isinstance(term, SAFTrajectory):
+        return
+    folder = outputs_folder(section.directory)
+    images = config.data.subset or inspect(config.data.train).images
+    epochs = min(
+        epochs_kept(term.lag_epochs, section.every_epochs, section.keep),
+        config.train.epochs - term.start_epoch + term.lag_epochs,
+    )
+    try:
+        check_shared(folder, world)
+        check_room(folder, images, config.model.num_classes, epochs)
+    except UserError as error:
+        raise UserError(f"trajectory.kind saf: {error}") from error
 
 
 def perturbation_options(config: Config, steps_per_epoch: int) -> dict[str, Any]:
@@ -417,7 +502,7 @@ def _refuse_dropped(config: Config) -> None:
 
     section, name = config.optimizer, config.optimizer.name.lower()
     info = get_optimizer_info(name)
-    takes = inspect.signature(get_optimizer_class(name, bind_defaults=False)).parameters
+    takes = signature(get_optimizer_class(name, bind_defaults=False)).parameters
     for argument, taken_ in {"eps": info.has_eps, "betas": info.has_betas}.items():
         if argument in section.kwargs and not taken_:
             known = ", ".join(key for key in takes if key not in ("params", "lr", "weight_decay", "momentum", "kwargs"))

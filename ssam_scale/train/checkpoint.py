@@ -6,6 +6,7 @@
         optimizer.safetensors   state of the base optimizer
         sparse.safetensors      mask and calibration, see `SparseSAM.sparse`
         ema.safetensors         averaged weights, if there are any
+        trajectory.safetensors  those that MESA goes by; what SAF remembers stays beside the checkpoints, in outputs/
 
 `build.Components.state` says which parts a run has. A part's state is made of dictionaries, lists, plain values and
 tensors; each tensor goes to the part's safetensors file, and `{"$tensor": its name there}` takes its place in the JSON.
@@ -312,7 +313,7 @@ def _check(path: Path, config: Config, state: dict[str, Any], saved: dict[str, T
     if state["method"] != config.method:
         raise UserError(
             f"checkpoint {path} is of a {state['method']} run, this is a {config.method} run; resume with the "
-            "perturbation it was made with, or choose another checkpoint.directory"
+            "perturbation and trajectory it was made with, or choose another checkpoint.directory"
         )
     if state["optimizer"] != config.optimizer.name:
         raise UserError(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ssam_scale.config.schema import Config
 from ssam_scale.errors import UserError
+from ssam_scale.methods import Average, Trajectory
 from ssam_scale.models import average_statistics
 from ssam_scale.models.ema import EMA
 from ssam_scale.perturbation import SparseSAM, StepReport
@@ -77,23 +78,50 @@ class UpdateEMA(Hook):
         self._ema.update(progress.step)
 
 
+class RunTrajectory(Hook):
+    """Tells a trajectory term of epochs and steps: before all that a checkpoint holds, and before any rehearsal.
+
+    Args:
+        trajectory: the term.
+    """
+
+    def __init__(self, trajectory: Trajectory) -> None:
+        self._trajectory = trajectory
+        self._begun = False
+
+    def before_step(self, progress: Progress, batches: EpochBatches) -> None:
+        """Begins the epoch with the first step that this process makes in it."""
+        if not self._begun:
+            self._trajectory.begin_epoch(progress.epoch, progress.step_of_epoch)
+            self._begun = True
+
+    def after_step(self, progress: Progress, report: StepReport) -> None:
+        """Counts as a part of the step's time: `LogMetrics` comes later."""
+        self._trajectory.after_step()
+
+    def after_epoch(self, progress: Progress) -> None:
+        """Collective."""
+        self._trajectory.end_epoch()
+        self._begun = False
+
+
 class AverageBatchNormStatistics(Hook):
-    """Averages BatchNorm's running statistics over the processes at the end of an epoch; those of the EMA, too.
+    """Averages BatchNorm's running statistics over the processes at the end of an epoch; those of averages, too.
 
     Args:
         network: whose buffers they are.
-        ema: of the network's weights and buffers.
+        averages: of the network's weights and buffers.
         world: the processes.
     """
 
-    def __init__(self, network: nn.Module, ema: EMA | None, world: World) -> None:
-        self._network, self._ema, self._world = network, ema, world
+    def __init__(self, network: nn.Module, averages: Sequence[Average], world: World) -> None:
+        self._network, self._averages, self._world = network, averages, world
 
     def after_epoch(self, progress: Progress) -> None:
         """Collective."""
         average_statistics(self._network, self._world)
-        if self._ema is not None:
-            with self._ema.swapped_in():
+        for average in self._averages:
+            with average.swapped_in():
                 average_statistics(self._network, self._world)
 
 

@@ -214,6 +214,8 @@ def _train_step(
         hook.before_step(progress, batches)
     with phases("data"):
         micro_batches = batches.next_step()
+    with phases("reference") if components.trajectory is not None else nullcontext():
+        micro_batches = components.attached(micro_batches)
     opt.step(components.loss_fn, *micro_batches)
     with phases("data"):
         batches.prefetch()

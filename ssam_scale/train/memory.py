@@ -20,6 +20,7 @@ from torch import nn
 
 from ssam_scale.config.micro_batches import MicroBatches
 from ssam_scale.config.schema import Config
+from ssam_scale.config.trajectory_sections import MESATrajectory
 from ssam_scale.errors import UserError
 from ssam_scale.perturbation import SparseSAM, StagedModel
 from ssam_scale.perturbation.directions import build_direction
@@ -177,8 +178,8 @@ class _Trial:
 
     def _copies(self) -> float:
         """Of all weights in float32, that a run holds beside what a step of dense SAM holds."""
-        section = self._config.perturbation
-        averages = self._config.train.ema_decay is not None
+        section, trajectory = self._config.perturbation, self._config.trajectory
+        averages = sum((self._config.train.ema_decay is not None, isinstance(trajectory, MESATrajectory)))
         mask = section is not None and section.mask is not None
         reuse = section is not None and section.reuse > 0.0
         remembers = self._opt.options.direction.remembers  # before the first step nothing is

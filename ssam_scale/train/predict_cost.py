@@ -18,6 +18,7 @@ from ssam_scale.config.deepspeed import taken
 from ssam_scale.config.mask_sections import ChosenMask, DepthMask, ElementMask
 from ssam_scale.config.micro_batches import accumulation_on
 from ssam_scale.config.schema import Config, Perturbation
+from ssam_scale.config.trajectory_sections import MESATrajectory
 from ssam_scale.costs.cluster import Cluster, Placement, ZeroSettings
 from ssam_scale.costs.compute import StageTimes, StepTimes
 from ssam_scale.costs.estimate import Activations, footprint, step_cost
@@ -132,6 +133,9 @@ def cost_rows(config: Config, found: Measured, machines: Machines) -> list[dict[
         times, base = replace(found.times, images=one, micro_batches=accumulation), None
         for name, ascents in plans.items():
             cost = step_cost(times, weights, ascents, placement, accumulation)
+            if name == config.method:
+                more = reference_seconds(config, times)
+                cost = replace(cost, seconds=cost.seconds + more, seconds_unhidden=cost.seconds_unhidden + more)
             seen = [times.images_in(a.shape.fraction) for a in ascents if a.shape.ascends]
             memory = footprint(weights, ascents, placement, state, found.activations, one, accumulation)
             base = base or cost
@@ -158,6 +162,21 @@ def cost_rows(config: Config, found: Measured, machines: Machines) -> list[dict[
                 }
             )
     return rows
+
+
+def reference_seconds(config: Config, times: StepTimes) -> float:
+    """What MESA's forward of the averaged weights adds to the mean step of the run; SAF computes nothing.
+
+    Moving the average, and putting it in the place of the weights and back, is not counted, nor what gathers send.
+
+    Args:
+        config: of the run.
+        times: of the parts, in seconds or whatever else.
+    """
+    term = config.trajectory
+    if not isinstance(term, MESATrajectory):
+        return 0.0
+    return (1.0 - term.start_epoch / config.train.epochs) * sum(stage.forward for stage in times.stages)
 
 
 def predicted(config: Config, processes: int) -> dict[str, float]:

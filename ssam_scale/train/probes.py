@@ -84,7 +84,8 @@ class ProbeSaving(Hook):
 
     def _probe(self, step: int, batches: EpochBatches) -> Probe:
         components, device = self._components, self._world.device
-        micro_batches = batches.peek()
+        loaded = batches.peek()
+        micro_batches = components.attached(loaded)
         seconds: dict[Rehearsed, float] = {}
         with components.opt.rehearsal() as rehearse:
             if not self._warm:  # kernels are chosen, memory is taken
@@ -96,7 +97,11 @@ class ProbeSaving(Hook):
                 with timed(device) as block:
                     rehearse(kind, components.loss_fn, *micro_batches)
                 seconds[kind] = block.seconds
-        return Probe(seconds["base"], seconds["dense"], seconds["own"])
+        self._together()
+        with timed(device) as block:
+            components.attached(loaded)
+        reference = block.seconds if components.trajectory is not None else 0.0
+        return Probe(seconds["base"], seconds["dense"], seconds["own"], reference)
 
     def _fits(self) -> bool:
         """Whether every process has room for the weights that dense SAM would keep and this run's own steps do not."""

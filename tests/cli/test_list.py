@@ -39,6 +39,7 @@ def test_a_table_has_the_names_lines_and_papers_of_the_json(kind: str, capsys: p
 def test_what_is_listed_is_what_a_configuration_takes(capsys: pytest.CaptureFixture[str]) -> None:
     assert names(capsys, "masks") == ["block", "depth", "element", "named", "nm", "norm", "row", "tensor"]
     assert names(capsys, "directions") == ["fresh", "friendly", "momentum", "previous", "vasso"]
+    assert names(capsys, "trajectories") == ["mesa", "saf"]
     assert names(capsys, "scores") == sorted(get_args(Score))
     assert names(capsys, "schedules") == [*sorted(get_args(RhoSchedule)), "interval", "window"]
     backends = set(get_args(Sharding.model_fields["backend"].annotation)) - {"auto"}
@@ -60,9 +61,10 @@ def test_a_word_narrows_it_down(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (
             ["maskz"],
-            "list maskz: there are masks, directions, scores, schedules, backends and models; did you mean masks?",
+            "list maskz: there are masks, directions, trajectories, scores, schedules, backends and models; did you "
+            "mean masks?",
         ),
-        (["xyz"], "list xyz: there are masks, directions, scores, schedules, backends and models"),
+        (["xyz"], "list xyz: there are masks, directions, trajectories, scores, schedules, backends and models"),
         (["masks", "hexagon"], "list masks hexagon: no name has 'hexagon' in it"),
     ],
 )

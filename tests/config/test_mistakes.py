@@ -194,6 +194,30 @@ def test_in_the_file(complaint, text, message):
             "override perturbation.mask={pattern: element, sparsity: 1.5}: "
             "perturbation.mask.sparsity: must be less than 1, given 1.5",
         ),
+        (
+            "trajectory=saf",
+            'override trajectory=saf: trajectory: must be a section with keys of its own, given "saf"; write '
+            "'trajectory={kind: saf}'",
+        ),
+        (
+            "trajectory={kind: saff}",
+            'override trajectory={kind: saff}: trajectory.kind: must be saf or mesa, given "saff"; did you mean saf?',
+        ),
+        ("trajectory.weight=1", "override trajectory.weight=1: trajectory.kind is missing; it is saf or mesa"),
+        (
+            "trajectory={kind: saf, start_epoch: 2}",
+            "override trajectory={kind: saf, start_epoch: 2}: trajectory: start_epoch 2 is before lag_epochs 3, so "
+            "that nothing is remembered of 3 epochs before; begin in epoch 3 or later",
+        ),
+        (
+            "trajectory={kind: saf, start_epoch: 1, lag_epochs: 2}",
+            "override trajectory={kind: saf, start_epoch: 1, lag_epochs: 2}: trajectory: start_epoch 1 is before "
+            "lag_epochs 2, so that nothing is remembered of 2 epochs before; begin in epoch 2 or later",
+        ),
+        (
+            "trajectory={kind: mesa}",
+            "given.yaml:17: trajectory.start_epoch 5 must be less than train.epochs 3, or no epoch has the term",
+        ),
         ("train.epochs", "override train.epochs: an override is written key=value, for example train.epochs=3"),
         ("=3", "override =3: an override is written key=value, for example train.epochs=3"),
         ("train..epochs=3", "override train..epochs=3: an override is written key=value, for example train.epochs=3"),

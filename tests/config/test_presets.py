@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from ssam_scale.config.load import dump, load
-from ssam_scale.config.presets import PRESETS
+from ssam_scale.config.presets import PRESETS, TERMS
 from ssam_scale.errors import UserError
 from ssam_scale.train.build import perturbation_options
 from tests.support.configs import SMALL
@@ -98,9 +98,11 @@ def test_a_method_that_is_misspelt_is_told_the_nearest(named: Any) -> None:
 def test_the_command_lists_them(capsys: pytest.CaptureFixture[str]) -> None:
     assert ssam_scale("methods", "--json") == 0
     rows = json.loads(capsys.readouterr().out)
-    assert [row["name"] for row in rows] == list(PRESETS)
+    assert [row["name"] for row in rows] == [*PRESETS, *TERMS]
     [msam] = [row for row in rows if row["name"] == "msam"]
     assert (msam["settings"], msam["cost"]) == ("direction.source=momentum, rho=3.0", "1")
+    [mesa] = [row for row in rows if row["name"] == "mesa"]
+    assert mesa["settings"].startswith("trajectory.kind=mesa, trajectory.weight=0.8")
     assert ssam_scale("methods", "look") == 0
     out = capsys.readouterr().out
     assert "interval=5" in out
@@ -126,3 +128,18 @@ def test_what_makes_a_method_is_not_switched_off_under_its_name(section: str, na
 def test_a_preset_that_is_no_name_is_one_line(named: Any) -> None:
     with pytest.raises(UserError, match=r"perturbation\.preset"):
         named("  preset: [a]\n  rho: 0.1\n")
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_a_method_that_is_a_loss_term_is_the_defaults_of_its_kind(name: str, named: Any, tmp_path: Path) -> None:
+    config = named("  rho: 0.1\n", f"trajectory={{kind: {name}}}", "train.epochs=9")
+    term = TERMS[name]
+    assert config.model_dump(mode="json")["trajectory"] == {**term.point, **term.start}
+    printed = tmp_path / "printed.yaml"
+    printed.write_text(dump(config))
+    assert load(printed) == config
+
+
+def test_a_loss_term_is_no_preset_of_a_perturbation(named: Any) -> None:
+    with pytest.raises(UserError, match=r"mesa is a loss term and no perturbation; write 'trajectory=\{kind: mesa\}'"):
+        named("  preset: mesa\n  rho: 0.1\n")

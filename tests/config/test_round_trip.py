@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import types
@@ -145,6 +146,11 @@ def configs(draw: st.DrawFn) -> Config:
         perturbation["preset"] = None  # which has settings of its own
         _of_the_direction(perturbation, data["sharding"])
         perturbation["savings"]["graph_ascent"] &= perturbation["direction"].get("fraction", 1.0) < 1.0
+    if term := data["trajectory"]:
+        data["train"]["epochs"] = max(data["train"]["epochs"], term.get("lag_epochs", 0) + 1)
+        term["start_epoch"] = min(max(term["start_epoch"], term.get("lag_epochs", 0)), data["train"]["epochs"] - 1)
+        if term["kind"] == "saf":
+            data["loss"] |= {"mixup": 0.0, "cutmix": 0.0}
     if data["sharding"]["backend"].startswith("zero"):
         data["optimizer"] |= {"name": "sgd", "kwargs": {}}
         data["train"]["precision"] = "bf16"
@@ -289,6 +295,15 @@ def test_every_key_of_a_direction_is_explained(small, source):
     assert [line for line in printed.splitlines() if "  #" not in line] == []
 
 
+TERMS = {"saf": "{kind: saf, start_epoch: 1, lag_epochs: 1}", "mesa": "{kind: mesa, start_epoch: 0}"}
+
+
+@pytest.mark.parametrize("term", TERMS.values(), ids=TERMS)
+def test_every_key_of_a_loss_term_is_explained(small, term):
+    printed = dump(load(small, [f"trajectory={term}"]))
+    assert [line for line in printed.splitlines() if "  #" not in line] == []
+
+
 # ---- typos
 
 
@@ -304,12 +319,13 @@ def edits(key: str) -> set[str]:
 
 def full(key: str) -> dict[str, Any]:
     """A configuration in which `key` and all that may stand beside it are given."""
-    for mask, source, extra in [
+    every = [
         *((mask, "fresh", "gate: {delta: 0.5}") for mask in MASKS.values()),
         *((MASKS["norm"], source, "") for source in SOURCES),
         (MASKS["norm"], "fresh", "descent: {fraction: 0.5}"),
-    ]:
-        text = SMALL.replace("    pattern: depth\n    cut: [0.25, 0.75]\n", f"    {mask}\n")
+    ]
+    for (mask, source, extra), term in itertools.product(every, TERMS.values()):
+        text = f"{SMALL}trajectory: {term}\n".replace("    pattern: depth\n    cut: [0.25, 0.75]\n", f"    {mask}\n")
         above = f"  {extra}\n" * bool(extra) + f"  direction: {{source: {source}}}\n"
         text = re.sub("  norm: .*\n", "", text).replace("  rho:", f"{above}  rho:")
         data = Config.model_validate(yaml.safe_load(text)).model_dump(mode="json")
@@ -404,6 +420,33 @@ def test_masks(read):
 )
 def test_methods(read, mask, method):
     assert read(SMALL, [f"perturbation.mask={mask}"]).method == method
+
+
+def test_a_loss_term_is_a_method_of_its_own_and_beside_another(read):
+    for kind, term in TERMS.items():
+        assert read(SMALL, ["perturbation=null", f"trajectory={term}"]).method == kind
+        assert read(SMALL, ["perturbation.mask=null", f"trajectory={term}"]).method == f"sam+{kind}"
+        assert read(SMALL, [f"trajectory={term}"]).method == f"ssam-depth+{kind}"
+    given = read(SMALL, ["trajectory={kind: saf}", "train.epochs=6"]).trajectory
+    assert given.model_dump() == {"kind": "saf", "weight": 0.3, "temperature": 5.0, "lag_epochs": 3, "start_epoch": 5}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["loss.mixup=0.2"], r"remembers the outputs of single images, and loss\.mixup 0\.2 mixes each .*; use mesa"),
+        (["loss.cutmix=1"], r"loss\.cutmix 1\.0 mixes each with another one in each epoch"),
+        (
+            ["perturbation={rho: 1, direction: {fraction: 0.5}, descent: {fraction: 0.5, choose: random}}"],
+            r"no pass sees all of them with perturbation\.direction\.fraction 0\.5 and perturbation\.descent\.choose",
+        ),
+    ],
+)
+def test_what_saf_cannot_remember_is_one_line_and_goes_with_mesa(read, overrides, message):
+    with pytest.raises(UserError, match=message) as caught:
+        read(SMALL, ["perturbation.mask=null", f"trajectory={TERMS['saf']}", *overrides])
+    assert "\n" not in str(caught.value)
+    read(SMALL, ["perturbation.mask=null", f"trajectory={TERMS['mesa']}", *overrides])
 
 
 def test_null_and_sections(read):

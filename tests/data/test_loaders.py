@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from ssam_scale.data import ImageLoader
+from ssam_scale.data import ImageLoader, IndexedBatch
 from ssam_scale.data.encode import Encoding
 from ssam_scale.data.write import Sample, write_samples
 from ssam_scale.errors import UserError
@@ -102,6 +102,22 @@ def test_no_image_is_seen_twice_in_an_epoch(numbered: Path) -> None:
             for label in batch
         ]
         assert len(labels) == len(set(labels)) == NUMBERED // 9 * 9
+
+
+@pytest.mark.parametrize("options", [{}, {"order": "quasi_random"}, {"subset": 20, "world_size": 2}])
+def test_batches_say_which_images_of_the_file_they_hold(numbered: Path, options: dict[str, Any]) -> None:
+    """In this file the label of an image is its number."""
+    loader = training(numbered, indices=True, **options)
+    loader.set_epoch(1)
+    batches = list(loader)
+    assert len(batches) == len(loader)
+    for batch in batches:
+        images, labels = batch  # as any other
+        assert isinstance(batch, IndexedBatch)
+        assert batch.indices.dtype == torch.int64
+        assert batch.indices.tolist() == labels.tolist()
+        assert len(images) == len(labels)
+    assert_equal([(batch.images, batch.labels) for batch in batches], read(training(numbered, **options), 1))
 
 
 def test_flips(numbered: Path) -> None:

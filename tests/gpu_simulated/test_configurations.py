@@ -94,3 +94,36 @@ def test_it_is_built_and_stepped(path: Path, backend: str, world: World, beton: 
     # DeepSpeed waits by itself: for the norms that it clips by, and for what it gathers.
     if not config.sharding.backend_on(world.size).startswith("zero"):
         assert not watch.host_waits
+
+
+@pytest.mark.parametrize("term", ["{kind: saf, lag_epochs: 1, start_epoch: 1}", "{kind: mesa, start_epoch: 1}"])
+def test_a_loss_term_lets_the_host_go_on(term: str, world: World, beton: Path, tmp_path: Path) -> None:
+    """From what a batch is held against to the step that is by it; outputs are fetched beside the step that follows."""
+    [path] = [path for path in CONFIGS if path.stem == "resnet50"]
+    overrides = [f"data.train={beton}", f"data.val={beton}", f"data.batch_size={IMAGES}", "model.num_classes=10"]
+    overrides += [f"data.resolution={SIDE}", f"data.eval_resolution={SIDE}", *SMALLER[path.stem]]
+    overrides += [f"checkpoint.directory={tmp_path}", f"trajectory={term}", "perturbation.mask=null"]
+    components = build(load(path, overrides), world, no_phases)
+    trajectory, opt = components.trajectory, components.opt
+    assert trajectory is not None
+    losses = []
+    for epoch in range(2):
+        trajectory.begin_epoch(epoch)
+        for step in range(3):
+            images = torch.randn(IMAGES, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(step)).cuda()
+            labels = torch.arange(IMAGES).cuda()
+            indices = (torch.arange(step * IMAGES, (step + 1) * IMAGES),) if "saf" in term else ()
+            with Watch() as watch:
+                batches = components.attached([(images, labels, *indices)])
+                loss = opt.step(components.loss_fn, *batches)
+            assert not watch.host_waits
+            trajectory.after_step()
+            losses.append(float(loss))
+        trajectory.end_epoch()
+    assert len(batches[0]) == 3
+    reference = batches[0][2]
+    assert reference.logits.device.type == "cuda"
+    assert bool(torch.isfinite(reference.logits).all())
+    assert float(trajectory.loss(reference.logits, reference._replace(indices=None))) == 0.0
+    other = reference.logits + torch.arange(10).cuda()
+    assert float(trajectory.loss(other, reference._replace(indices=None))) > 0.0

@@ -20,7 +20,9 @@ def config(beton: Path, **values: Any) -> Data:
     return Data(**values)
 
 
-def training(beton: Path, rank: int = 0, world_size: int = 1, seed: int = 3, **values: Any) -> ImageLoader:
+def training(
+    beton: Path, rank: int = 0, world_size: int = 1, seed: int = 3, *, indices: bool = False, **values: Any
+) -> ImageLoader:
     """A training loader of one process; `batch_size` is shared among the processes."""
     data = config(beton, **values)
     return train_loader(
@@ -31,6 +33,7 @@ def training(beton: Path, rank: int = 0, world_size: int = 1, seed: int = 3, **v
         seed=seed,
         micro_batch=data.batch_size // world_size,
         num_classes=NUMBERED,
+        indices=indices,
     )
 
 

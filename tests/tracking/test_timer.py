@@ -30,6 +30,7 @@ def run_step(timer: PhaseTimer, clock: Clock, **seconds: float) -> None:
 def test_phase_names_are_those_of_the_metrics() -> None:
     assert PHASES == (
         "data",
+        "reference",
         "ascent forward",
         "ascent backward",
         "perturb",

@@ -31,6 +31,7 @@ _MARKERS = "osD^v<>P"
 # The timer's phases in the order of a step. Not asked of the timer, which would import torch to draw a few bars.
 PHASE_COLOURS = {
     "data": "#bbbbbb",
+    "reference": "#fdb863",
     "ascent forward": "#f4a582",
     "ascent backward": "#d6604d",
     "perturb": "#762a83",
