@@ -155,11 +155,11 @@ def build(config: Config, world: World, phases: Phases, found: int | None = None
     except ValueError as error:
         raise UserError(f"sharding: {error}") from error
     scaler = torch.amp.GradScaler(world.device.type) if config.train.precision == "fp16" else None
-    steps = len(train) // split.accumulation
+    progress = Progress(train.pool, config.data.batch_size)
+    steps = progress.steps_per_epoch
     opt = _sparse_sam(config, module, base, scaler, steps, phases)
     decay, warmup = config.train.ema_decay, config.train.ema_warmup
     ema = EMA(network, decay, opt.sharding, warmup=warmup) if decay is not None else None
-    progress = Progress(steps)
     state: dict[str, Stateful] = {
         "sparse": opt.sparse,  # the first to be loaded, because it refuses what was saved with another mask
         "model": ModelState(network, opt.sharding),

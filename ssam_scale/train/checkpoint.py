@@ -197,7 +197,7 @@ def finished(path: Path, config: Config) -> Progress | None:
         state = json.loads((path / "state.json").read_text())
         described = _description(config)
         same = described == {key: state[key] for key in described}
-        progress = Progress(steps_per_epoch=0)  # which only a run that goes on has
+        progress = Progress(images=0, batch_size=1)  # which only a run that goes on has
         progress.load_state_dict(state["parts"]["progress"])
     except (OSError, ValueError, KeyError, TypeError):  # `load` says what is wrong with it
         return None

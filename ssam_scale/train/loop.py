@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import random
 import socket
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
 from ssam_scale.config.schema import Config
 from ssam_scale.console import console
 from ssam_scale.data.beton import inspect
 from ssam_scale.perturbation import StepReport
+from ssam_scale.perturbation.rng import seed_step
 from ssam_scale.sharding import BACKENDS, World
 from ssam_scale.tracking.run import Run, open_run, run_lines
 from ssam_scale.tracking.store import check_experiment, check_store
@@ -34,8 +33,8 @@ from .refresh import fewest_samples
 def train(config: Config, world: World) -> None:
     """Train as configured, from the checkpoint that `checkpoint.resume` names if it names one.
 
-    A run is a function of its configuration: order, augmentation, mixing, dropout and masks are seeded by the epoch, so
-    a resumed run goes on exactly as an uninterrupted one.
+    A run is a function of its configuration: order, augmentation and masks are seeded by the epoch, mixing and dropout
+    by the step, so a resumed run goes on exactly as an uninterrupted one.
 
     Raises:
         UserError: what the configuration asks for cannot be had.
@@ -198,7 +197,7 @@ def _train_epoch(
     config: Config, world: World, components: Components, hooks: Sequence[Hook], phases: PhaseTimer
 ) -> None:
     with closing(_batches(config, world, components)) as batches:
-        for _ in range(components.steps_per_epoch):
+        for _ in range(components.progress.steps_left):
             _train_step(config, components, batches, hooks, phases)
     components.progress.after_epoch()
     for hook in hooks:
@@ -226,13 +225,16 @@ def _train_step(
 
 
 def _batches(config: Config, world: World, components: Components) -> EpochBatches:
-    """Of the epoch that begins, everything random in which is a function of the seed, the epoch and the process."""
-    epoch = components.progress.epoch
-    torch.manual_seed(random.Random(f"{config.train.seed} {epoch} {world.rank}").getrandbits(63))
-    components.train.set_epoch(epoch)
+    """What is left of the epoch that goes on."""
+    progress = components.progress
+    components.train.set_epoch(progress.epoch, progress.seen)
     components.module.train()
-    steps = components.steps_per_epoch
-    return EpochBatches(components.train, components.mix, components.split.accumulation, steps)
+    epoch, first = progress.epoch, progress.step_of_epoch
+
+    def begin(step: int) -> None:
+        seed_step(world.device, config.train.seed, epoch, first + step, world.rank)
+
+    return EpochBatches(components.train, components.mix, components.split.accumulation, progress.steps_left, begin)
 
 
 def notes_on_data(config: Config) -> list[str]:
