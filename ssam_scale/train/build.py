@@ -55,6 +55,7 @@ from .probes import ProbeSaving
 from .progress import Progress, ProgressBar
 from .refresh import RefreshMask, refreshed_section
 from .traffic import LogTraffic
+from .unrecorded import LocalBuffers, Unrecorded
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ class Components:
         split: how the images of a step are shared out.
         precision: dtype of forward passes.
         progress: how far the run has come.
+        unrecorded: what its hooks have summed up since their last records.
         state: what a checkpoint holds, by name: whatever is named here is saved and resumed.
     """
 
@@ -88,6 +90,7 @@ class Components:
     split: MicroBatches
     precision: torch.dtype
     progress: Progress
+    unrecorded: Unrecorded
     state: dict[str, Stateful]
 
     @property
@@ -165,11 +168,13 @@ def build(config: Config, world: World, phases: Phases, found: int | None = None
         "model": ModelState(network, opt.sharding),
         "optimizer": OptimizerState(network, opt),
         "progress": progress,
+        "unrecorded": (unrecorded := Unrecorded(world)),
     }
     if scaler is not None:
         state["scaler"] = scaler
     if ema is not None:
         state["ema"] = ema
+    state["buffers"] = LocalBuffers(network, ema, world, progress)  # after those of the model were loaded
     return Components(
         module=module,
         network=network,
@@ -183,6 +188,7 @@ def build(config: Config, world: World, phases: Phases, found: int | None = None
         split=split,
         precision=precision,
         progress=progress,
+        unrecorded=unrecorded,
         state=state,
     )
 
@@ -244,13 +250,16 @@ def build_hooks(
     """
     opt, ema = components.opt, components.ema
     probes = ProbeSaving(config, world, components, run, bar) if config.perturbation is not None else None
-    hooks: list[Hook] = [LogEpochs(run) if probes is None else LogEpochs(run, lambda: probes.paused)]
+    unrecorded = components.unrecorded
+    hooks: list[Hook] = [
+        LogEpochs(run, unrecorded) if probes is None else LogEpochs(run, unrecorded, lambda: probes.paused)
+    ]
     mask = config.perturbation.mask if config.perturbation is not None else None
     refreshed = refreshed_section(config) is not None
     if refreshed:
         hooks.append(RefreshMask(config, world, components, run))
     if isinstance(mask, DepthMask) and mask.policy == "rotate":
-        hooks.append(LogDrawnDensities(opt, run))
+        hooks.append(LogDrawnDensities(opt, unrecorded, run))
     elif mask is not None and not refreshed:
         hooks.append(LogFixedDensities(opt, run))
     if probes is not None:
@@ -259,13 +268,14 @@ def build_hooks(
         hooks.append(UpdateEMA(ema))
     if world.size > 1 and not config.train.compile:  # counting breaks a graph apart
         hooks.append(LogTraffic(run))
+    evaluate = Evaluate(config, world, components, run, bar)
     hooks += [
         # From here on nothing counts as a part of the step's time.
         LogMetrics(config, world, components, phases, run, bar),
         bar,
         AverageBatchNormStatistics(components.network, ema, world),
-        Evaluate(config, world, components, run, bar),
-        SaveCheckpoint(config, world, components),
+        evaluate,
+        SaveCheckpoint(config, world, components, run.signals, evaluate, bar),
     ]
     return [*hooks, LogModel(config, run, components.progress)] if config.tracking.log_model else hooks
 

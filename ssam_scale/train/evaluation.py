@@ -94,6 +94,13 @@ class Evaluate(Hook):
 
     def __init__(self, config: Config, world: World, components: Components, run: Run, bar: ProgressBar) -> None:
         self._config, self._world, self._components, self._run, self._bar = config, world, components, run, bar
+        self._last: tuple[int, Evaluation] | None = None
+
+    def of(self, progress: Progress) -> Evaluation | None:
+        """The evaluation of the weights as they are; None if there was none."""
+        if self._last is None or progress.seen or self._last[0] != progress.epoch:
+            return None
+        return self._last[1]
 
     def after_epoch(self, progress: Progress) -> None:
         """Collective."""
@@ -103,6 +110,7 @@ class Evaluate(Hook):
         ema = self._components.ema
         with ema.swapped_in() if ema is not None else nullcontext():
             result = self._evaluate("evaluating")
+        self._last = progress.epoch, result
         raw = None if ema is None else self._evaluate("evaluating without averaging")
         self._run.log_evaluation(
             top1=result.top1,
