@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from traceback import walk_tb
@@ -38,7 +39,7 @@ from ssam_scale.tracking.run import Run
 from ssam_scale.tracking.timer import PhaseTimer
 
 from .batches import Transform
-from .checkpoint import ModelState, OptimizerState, SaveCheckpoint
+from .checkpoint import ModelState, OptimizerState, SaveCheckpoint, check_savable
 from .evaluation import Evaluate
 from .hooks import (
     AverageBatchNormStatistics,
@@ -117,6 +118,7 @@ def build(config: Config, world: World, phases: Phases, found: int | None = None
     if found is None:
         shared_out(config, world)  # what cannot be is said before anything is built
     _check_direction(config, base_optimizer(config, nn.Linear(1, 1)))  # said before minutes of building
+    _check_savable(config, world)
     torch.manual_seed(config.train.seed)
     staged_model = build_model(config)
     staged_model.activation_checkpointing = config.train.activation_checkpointing
@@ -165,8 +167,9 @@ def build(config: Config, world: World, phases: Phases, found: int | None = None
     ema = EMA(network, decay, opt.sharding, warmup=warmup) if decay is not None else None
     state: dict[str, Stateful] = {
         "sparse": opt.sparse,  # the first to be loaded, because it refuses what was saved with another mask
-        "model": ModelState(network, opt.sharding),
+        # Before the weights: an optimizer without a state is given one by a step, with a learning rate of 0.
         "optimizer": OptimizerState(network, opt),
+        "model": ModelState(network, opt.sharding),
         "progress": progress,
         "unrecorded": (unrecorded := Unrecorded(world)),
     }
@@ -413,6 +416,38 @@ def _check_direction(config: Config, base: torch.optim.Optimizer) -> None:
         build_direction(section).check(base)
     except ValueError as error:
         raise UserError(f"perturbation.direction.source {section.source}: {error}") from error
+
+
+def _check_savable(config: Config, world: World) -> None:
+    """Refuse an optimizer that no run could be resumed with.
+
+    Raises:
+        UserError: it is such a one; says which are not.
+    """
+    from timm.optim import create_optimizer_v2, list_optimizers
+
+    def problem(optimizer: torch.optim.Optimizer) -> str:
+        if type(optimizer).__module__.startswith("torch."):
+            return ""
+        try:
+            check_savable(optimizer)
+        except Exception as error:  # whatever an optimizer of somebody else raises
+            return str(error) or type(error).__name__
+        return ""
+
+    def probe() -> nn.Module:
+        return nn.Linear(4, 4).to(world.device)
+
+    if not (found := problem(base_optimizer(config, probe()))):
+        return
+    others = []
+    for name in list_optimizers():
+        with suppress(Exception):
+            other = create_optimizer_v2(probe(), opt=name, lr=1e-3)
+            check_optimizer(other)
+            if not problem(other):
+                others.append(name)
+    raise UserError(f"optimizer.name {config.optimizer.name}: {found}; these can be saved: {', '.join(others)}")
 
 
 def _refuse_dropped(config: Config) -> None:

@@ -28,7 +28,7 @@ from __future__ import annotations
 from .folder import check_fresh_directory, check_writable, checkpoints, newest, resolve, set_aside
 from .hook import SaveCheckpoint, save
 from .lock import locked
-from .parts import ModelState, OptimizerState
+from .parts import ModelState, OptimizerState, check_savable
 from .state import finished, load, micro_batch_of, network_of
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "OptimizerState",
     "SaveCheckpoint",
     "check_fresh_directory",
+    "check_savable",
     "check_writable",
     "checkpoints",
     "finished",

@@ -48,8 +48,14 @@ class OptimizerState:
         self._network, self._opt = network, opt
 
     def state_dict(self) -> dict[str, Any]:
-        """`state` and `param_groups`, by parameters' names; complete on the first process. Collective."""
-        return self._opt.sharding.full_optimizer_state_dict(self._network, self._opt.base_optimizer)
+        """`state` and `param_groups`, by parameters' names; complete on the first process. Collective.
+
+        And `own`, what the optimizer's own `state_dict` has beside these two (kron: its generator's state).
+        """
+        base = self._opt.base_optimizer
+        state = dict(self._opt.sharding.full_optimizer_state_dict(self._network, base))
+        own = _own_state(base)
+        return {**state, "own": own} if own else state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take back what `state_dict` returned, but the options of the groups. Collective.
@@ -60,10 +66,43 @@ class OptimizerState:
         # `initial_lr` is what the radius that follows the learning rate compares it with.
         keys = [*opt.defaults, "initial_lr"]
         configured = [{key: group[key] for key in keys if key in group} for group in opt.param_groups]
-        opt.sharding.load_full_optimizer_state_dict(self._network, opt.base_optimizer, state_dict)
+        own, saved = state_dict.get("own"), {key: value for key, value in state_dict.items() if key != "own"}
+        opt.sharding.load_full_optimizer_state_dict(self._network, opt.base_optimizer, saved)
+        if own:
+            opt.base_optimizer.load_state_dict({**opt.base_optimizer.state_dict(), **_tuples(own)})
         for group, options in zip(opt.param_groups, configured, strict=True):
             group.update(options)
         fit_state(opt.base_optimizer)
+
+
+def check_savable(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse an optimizer whose state no checkpoint can hold.
+
+    Args:
+        optimizer: over some parameters of its own, which it steps.
+
+    Raises:
+        TypeError: it is such a one; names what cannot be held.
+    """
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            p.grad = torch.ones_like(p)
+    optimizer.step()
+    state = optimizer.state_dict()
+    split({**state, "state": {str(index): entry for index, entry in state["state"].items()}}, {})
+
+
+def _own_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    if type(optimizer).state_dict is torch.optim.Optimizer.state_dict:
+        return {}
+    return {key: value for key, value in optimizer.state_dict().items() if key not in ("state", "param_groups")}
+
+
+def _tuples(value: Any) -> Any:
+    """With tuples for lists, which is what a generator's state is made of."""
+    if isinstance(value, dict):
+        return {key: _tuples(each) for key, each in value.items()}
+    return tuple(_tuples(each) for each in value) if isinstance(value, list) else value
 
 
 def split(value: Any, tensors: dict[str, Tensor], name: str = "") -> Any:
