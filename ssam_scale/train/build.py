@@ -38,6 +38,7 @@ from ssam_scale.sharding.place import place
 from ssam_scale.tracking.run import Run
 from ssam_scale.tracking.timer import PhaseTimer
 
+from .agreement import Agreement
 from .batches import Transform
 from .checkpoint import ModelState, OptimizerState, SaveCheckpoint, check_savable
 from .evaluation import Evaluate
@@ -271,14 +272,15 @@ def build_hooks(
         hooks.append(UpdateEMA(ema))
     if world.size > 1 and not config.train.compile:  # counting breaks a graph apart
         hooks.append(LogTraffic(run))
-    evaluate = Evaluate(config, world, components, run, bar)
+    agreement = Agreement(world)
+    evaluate = Evaluate(config, world, components, run, bar, agreement)
     hooks += [
         # From here on nothing counts as a part of the step's time.
         LogMetrics(config, world, components, phases, run, bar),
         bar,
         AverageBatchNormStatistics(components.network, ema, world),
         evaluate,
-        SaveCheckpoint(config, world, components, run.signals, evaluate, bar),
+        SaveCheckpoint(config, world, components, run.signals, evaluate, bar, agreement),
     ]
     return [*hooks, LogModel(config, run, components.progress)] if config.tracking.log_model else hooks
 

@@ -260,6 +260,8 @@ class LogDrawnDensities(Hook):
     def after_epoch(self, progress: Progress) -> None:
         """Records the means."""
         counted = self._unrecorded.counted
+        if not counted:  # a run that is resumed behind an epoch's last step has recorded it
+            return
         means = {name: total / counted for name, total in self._unrecorded.counts.items()}
         numels = self._opt.parameters.layout.numels
         self._run.log_layers(means, numels, step=progress.step, steps="mean over the epoch that ends with step")

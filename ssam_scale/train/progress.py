@@ -82,6 +82,11 @@ class Progress:
         self.epoch += 1
         self.seen = 0
 
+    def reopen_epoch(self) -> None:
+        """The epoch that was counted last has all of its steps, and not yet what follows them."""
+        self.epoch -= 1
+        self.seen = self.images
+
     def state_dict(self) -> dict[str, Any]:
         """What a run of other steps needs of it, too."""
         return {name: getattr(self, name) for name in _SAVED}

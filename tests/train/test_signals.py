@@ -12,10 +12,14 @@ import pytest
 from ssam_scale.cli.main import main
 from ssam_scale.tracking.shutdown import SAVED
 from ssam_scale.tracking.store import open_store
+from ssam_scale.train import loop
+from ssam_scale.train.build import build_hooks
 from ssam_scale.train.checkpoint import newest
+from ssam_scale.train.hooks import Hook
+from ssam_scale.train.progress import Progress
 from tests.support.processes import free_port, wait_until
 from tests.support.ranks import start_fresh_rank
-from tests.support.runs import differing, train_on_ranks, write_config
+from tests.support.runs import differing, ssam_scale, train_on_ranks, write_config
 
 pytestmark = pytest.mark.slow
 
@@ -64,3 +68,31 @@ def test_interrupted_runs_end_where_they_would_have(processes: int, data: Path, 
         assert run.data.tags["failure"].endswith(f"{number.name}, saved as {saved.name}")
     train_on_ranks(processes, config, "checkpoint.resume=auto")
     assert differing(home / "whole/epoch_0060", home / "checkpoints/epoch_0060") == []
+
+
+class SignalBeforeEvaluation(Hook):
+    """Sends SIGTERM to its own process when the first epoch's last step is done."""
+
+    def after_epoch(self, progress: Progress) -> None:
+        if progress.epoch == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_an_evaluation_is_left_and_comes_after_the_run_is_resumed(
+    data: Path, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sections = {"train": {"epochs": 1, "ema_decay": 0.9}, "perturbation": LONG["perturbation"]}
+    config = write_config(home / "run.yaml", data, **sections)
+    assert ssam_scale("train", "--config", config, f"checkpoint.directory={home}/whole") == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "build_hooks", lambda *args: [SignalBeforeEvaluation(), *build_hooks(*args)])
+        assert ssam_scale("train", "--config", config) == SAVED
+    saved = newest(home / "checkpoints")
+    assert saved is not None
+    assert saved.name == "epoch_0000_step_000004"
+    capsys.readouterr()
+    assert ssam_scale("train", "--config", config, "--resume", "auto") == 0
+    said = capsys.readouterr().out
+    assert f"resumed from {saved} after epoch 0, 48 images of the next, step 4" in said
+    assert "epoch 1/1: top-1" in said
+    assert differing(home / "whole/epoch_0001", home / "checkpoints/epoch_0001") == []

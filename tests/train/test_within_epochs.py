@@ -8,8 +8,10 @@ from typing import Any
 
 import mlflow
 import pytest
+from safetensors.torch import load_file
 
-from tests.support.runs import RESNET, differing, ssam_scale, train_on_ranks, write_config
+from ssam_scale.train.checkpoint.files import read_state
+from tests.support.runs import RESNET, VIT, differing, ssam_scale, train_on_ranks, write_config
 from tests.support.tiers import few
 
 # Masks, directions and savings that remember something from step to step.
@@ -108,3 +110,26 @@ def test_two_processes_end_bit_for_bit_where_they_would_have(backend: str, metho
     config = write_config(home / "run.yaml", data, perturbation=METHODS[method], **EVERYTHING)
     places = ["epoch_0000_step_000002", "epoch_0001_step_000009"]
     check_places(home, config, places, BATCH, f"sharding.backend={backend}", processes=2)
+
+
+@pytest.mark.slow
+def test_other_processes_and_batches_go_on_at_the_same_place(data: Path, home: Path) -> None:
+    """The images of an epoch are seen once each, in its order; what goes by the place in the run goes on there."""
+    sections = {key: EVERYTHING[key] for key in ("checkpoint", "schedule")}
+    config = write_config(
+        home / "run.yaml", data, model=VIT, perturbation=METHODS["cut"], train={"epochs": 2}, **sections
+    )
+    train(config)
+    (home / "checkpoints").rename(home / "whole")
+    start = f"checkpoint.resume={home}/whole/epoch_0000_step_000002"
+    train(config, start, f"checkpoint.directory={home}/two", processes=2)
+    # The same images in each step, whose gradients are summed in another order.
+    assert differing(home / "whole/epoch_0002", home / "two/epoch_0002", 2e-6) == []
+    # 24 of 48 images are seen: 2 steps of 10 are left, and 4 in the next epoch.
+    train(config, start, f"checkpoint.directory={home}/ten", "data.batch_size=10")
+    state = read_state(home / "ten/epoch_0002")["parts"]
+    assert state["progress"] | {"run_id": None} == {"epoch": 2, "seen": 0, "step": 2 + 2 + 4, "run_id": None}
+    assert int(load_file(home / "ten/epoch_0002/sparse.safetensors")["steps"]) == 2 * 4
+    # More than are left: the epoch ends at once, with its evaluation.
+    train(config, start, f"checkpoint.directory={home}/all", "data.batch_size=32", "train.epochs=1")
+    assert read_state(home / "all/epoch_0001")["evaluation"]["images"] == 20

@@ -18,10 +18,10 @@ from ssam_scale.errors import UserError
 from ssam_scale.perturbation import StepReport
 from ssam_scale.sharding import World
 from ssam_scale.tracking.shutdown import Terminated, Unwinding
+from ssam_scale.train.agreement import Agreement, Asked
 from ssam_scale.train.hooks import Hook
 from ssam_scale.train.progress import Progress
 
-from .agreement import Agreement
 from .files import Snapshot, not_finite, write
 from .folder import Place, drop_old, newest
 from .state import snapshot_of
@@ -49,6 +49,7 @@ class SaveCheckpoint(Hook):
         signals: whether one has asked this process to end.
         evaluate: knows the last evaluation.
         bar: tells what was saved when a signal ends the run.
+        agreement: what processes ask for.
         clock: seconds, from anywhere.
     """
 
@@ -60,14 +61,15 @@ class SaveCheckpoint(Hook):
         signals: Unwinding,
         evaluate: Evaluate,
         bar: ProgressBar,
+        agreement: Agreement,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._config, self._world, self._components = config, world, components
         self._signals, self._evaluate, self._bar, self._clock = signals, evaluate, bar, clock
-        self._agreement, self._writer = Agreement(world), BackgroundWriter()
+        self._agreement, self._writer = agreement, BackgroundWriter()
         self._saved = Place.of(components.progress)  # what a resumed run goes on from
         self._saved_step = components.progress.step
-        self._begun, self._asked = clock(), False
+        self._begun = clock()
 
     def after_step(self, progress: Progress, report: StepReport) -> None:
         """Saves if it is due. Collective.
@@ -76,13 +78,14 @@ class SaveCheckpoint(Hook):
             Terminated: a signal has come to some process, and the run is saved.
             UserError: it could not be saved, now or in the background.
         """
-        due, ending, failed = self._agreement(*self._asks())
-        every = self._config.checkpoint.every_steps
-        if failed:
+        asked, every = self._agreement(self._asks()), self._config.checkpoint.every_steps
+        if asked.fail:
             _raise_on_all(self._world, self._writer.wait())
-        elif ending:
+        elif asked.end:
             self._save_and_end(progress)
-        elif (every is not None and progress.step % every == 0) or (due and progress.step > self._saved_step + 1):
+        elif (every is not None and progress.step % every == 0) or (
+            asked.save and progress.step > self._saved_step + 1  # it was asked for before the last one
+        ):
             self._save(progress)
 
     def after_epoch(self, progress: Progress) -> None:
@@ -93,8 +96,10 @@ class SaveCheckpoint(Hook):
             UserError: it could not be saved.
         """
         last, every = progress.epoch == self._config.train.epochs, self._config.checkpoint.every_epochs
-        _, ending, _ = self._agreement.now(*self._asks())
-        if ending and not last:
+        asked = self._agreement.now(self._asks())
+        if self._evaluate.left:
+            progress.reopen_epoch()  # to be evaluated
+        if asked.end and not (last and not self._evaluate.left):
             self._save_and_end(progress)
         elif last or progress.epoch % every == 0:
             self._save(progress)
@@ -110,23 +115,21 @@ class SaveCheckpoint(Hook):
             self._agreement.close()
             _raise_on_all(self._world, failure)
 
-    def _asks(self) -> tuple[bool, bool, bool]:
-        """Whether this process asks for a checkpoint, asks to end, has failed."""
-        return self._due(), self._signals.received is not None, bool(self._writer.failure())
+    def _asks(self) -> Asked:
+        """What this process asks for."""
+        return Asked(self._due(), self._signals.received is not None, bool(self._writer.failure()))
 
     def _due(self) -> bool:
-        """Whether the time asks for a checkpoint: once for each, on the first process."""
+        """Whether the time asks for a checkpoint, which is the first process's to say."""
         minutes = self._config.checkpoint.every_minutes
-        if minutes is None or self._asked or not self._world.first:
+        if minutes is None or not self._world.first:
             return False
         # It is to be written by then; but half of the time is training's.
-        wait = max(60.0 * minutes - self._writer.seconds, 30.0 * minutes)
-        self._asked = self._clock() - self._begun >= wait
-        return self._asked
+        return self._clock() - self._begun >= max(60.0 * minutes - self._writer.seconds, 30.0 * minutes)
 
     def _save(self, progress: Progress) -> None:
         self._saved, self._saved_step = Place.of(progress), progress.step
-        self._begun, self._asked = self._clock(), False
+        self._begun = self._clock()
         _raise_on_all(self._world, self._writer.wait())  # there is no memory for two copies
         snapshot = snapshot_of(self._config, self._world, self._components, self._evaluate.of(progress))
         if snapshot is not None:
