@@ -7,7 +7,7 @@
 #
 # Options of sbatch win over the lines below. --exclusive: loading takes all the cores there are, and step times are
 # only comparable without neighbours. A job that reaches its time limit, or whose node fails, is queued again
-# under the same id and goes on from its last checkpoint (one an epoch by default) in checkpoints/slurm-<job id>;
+# under the same id and goes on from where it was, or from at most ten minutes earlier, in checkpoints/slurm-<job id>;
 # `checkpoint.directory=checkpoints/slurm-123` lets a new job go on from an old one.
 # Paths, the data's in the configuration too, are relative to the folder that sbatch was called in.
 #
@@ -54,6 +54,10 @@ device=cuda
 ((gpus)) || device=cpu
 arguments=(--config "$config" "train.device=$device" checkpoint.resume=auto
     "checkpoint.directory=checkpoints/slurm-$SLURM_JOB_ID" "$@")
+# A checkpoint that was named is where the job began, and not where it is now.
+if ((${SLURM_RESTART_COUNT:-0})); then
+    arguments+=(checkpoint.resume=auto)
+fi
 
 # A mistake shows within seconds, once, and not on every process.
 "$python" "$root/launch/train.py" "${arguments[@]}" --print-config >/dev/null
@@ -71,7 +75,7 @@ printf 'job %s (start %d) on %s: %d node(s) x %d process(es), %d GPU(s) and %d c
     "$((${SLURM_RESTART_COUNT:-0} + 1))" "$SLURM_JOB_NODELIST" "$SLURM_JOB_NUM_NODES" "$processes" "$gpus" "$cpus" \
     "$config"
 
-# Sent two minutes before the time limit. Slurm ends the processes, which marks the run as killed, and queues the job.
+# Sent two minutes before the time limit. Slurm ends the processes by SIGTERM, which saves the run, and queues the job.
 # shellcheck disable=SC2317  # called by the trap
 queue_again() {
     printf 'job %s reaches its time limit and is queued again\n' "$SLURM_JOB_ID"

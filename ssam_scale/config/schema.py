@@ -472,7 +472,23 @@ class Checkpoint(Section):
 
     directory: UserPath = Field(Path("checkpoints"), description="folder of this run's checkpoints")
     every_epochs: int = Field(1, ge=1, description="epochs between two checkpoints; the last epoch is always saved")
-    keep: int = Field(2, ge=1, description="how many checkpoints are kept")
+    every_steps: int | None = Field(
+        None, ge=1, description="steps between two checkpoints within an epoch, counted since the run began; null: none"
+    )
+    every_minutes: float | None = Field(
+        10.0,
+        gt=0.0,
+        le=10**6,
+        description="minutes of training that may be lost at the most: a checkpoint is written so often, also within "
+        "epochs; null: none by time",
+    )
+    keep: int = Field(2, ge=1, description="how many checkpoints are kept, the newest, beside those of the next two")
+    keep_best: Literal["top1", "top5", "loss"] | None = Field(
+        None, description="keep the checkpoint with the best evaluation by this, too; null: whatever it was"
+    )
+    keep_every: int | None = Field(
+        None, ge=1, description="keep those of every so many epochs, too, such as after 10, 20, 30; null: none"
+    )
     resume: str | None = Field(None, description="auto: the newest in directory if any; or the path of a checkpoint")
 
     @field_validator("resume")

@@ -164,10 +164,10 @@ class SlicedShuffle(TraversalOrder):
         """FFCV calls the order with the loader it belongs to."""
         return self
 
-    def sample_order(self, epoch: int) -> Indices:
-        """The indices this process reads in `epoch`."""
-        shuffled = np.random.default_rng((self._seed, epoch)).permutation(self._pool)
-        count = len(self._pool) // (self._world_size * self._batch)  # of full batches
+    def sample_order(self, epoch: int, seen: int = 0) -> Indices:
+        """The indices this process reads in `epoch`, of which all processes together have seen the first `seen`."""
+        shuffled = np.random.default_rng((self._seed, epoch)).permutation(self._pool)[seen:]
+        count = len(shuffled) // (self._world_size * self._batch)  # of full batches
         batches = shuffled[: count * self._world_size * self._batch].reshape(count, self._world_size, self._batch)
         return np.ascontiguousarray(batches[:, self._rank]).reshape(-1)
 
@@ -189,10 +189,10 @@ class PagedShuffle(TraversalOrder):
         self._pages = self._order.page_to_samples_array.copy()
         return self
 
-    def sample_order(self, epoch: int) -> Indices:
-        """The indices this process reads in `epoch`."""
+    def sample_order(self, epoch: int, seen: int = 0) -> Indices:
+        """The indices this process reads in `epoch`, of which it has seen the first `seen`."""
         self._order.page_to_samples_array[:] = self._pages
-        return np.asarray(self._order.sample_order(epoch))
+        return np.asarray(self._order.sample_order(epoch))[seen:]
 
 
 class _StoppedError(Exception):
@@ -274,6 +274,7 @@ class Reader:
         `indices`: whether batches say which images they hold.
         """
         self._decoder = ImageDecoder(path, view, workers)
+        self._order = order
         options: dict[str, Any] = {"order": order, "os_cache": isinstance(order, SlicedShuffle)}
         if isinstance(order, np.ndarray):
             options = {"order": OrderOption.SEQUENTIAL, "indices": order, "os_cache": True, "drop_last": False}
@@ -298,9 +299,10 @@ class Reader:
     def __len__(self) -> int:
         return len(self._loader)
 
-    def start(self, epoch: int) -> Epoch:
-        """Begin to read `epoch`."""
+    def start(self, epoch: int, seen: int = 0) -> Epoch:
+        """Begin to read `epoch`, behind the first `seen` images of its order, of which nothing is read."""
         self._decoder.epoch = epoch
-        self._loader.next_epoch = epoch
-        order = self._loader.next_traversal_order()
-        return Epoch(self._loader, order[: len(self) * self._loader.batch_size])
+        if isinstance(self._order, np.ndarray):
+            return Epoch(self._loader, self._order)
+        order = self._order.sample_order(epoch, seen)
+        return Epoch(self._loader, order[: len(order) - len(order) % self._loader.batch_size])

@@ -53,6 +53,7 @@ class ImageLoader:
         reader: Reader,
         *,
         images: int,
+        pool: int,
         batches_everywhere: int,
         device: torch.device,
         mean: tuple[float, float, float],
@@ -60,11 +61,13 @@ class ImageLoader:
     ) -> None:
         self.images = images
         """How many images this process reads in one epoch."""
+        self.pool = pool
+        """How many images the order of an epoch has, of all processes, what none of them reads at its end included."""
         self.batches_everywhere = batches_everywhere
         """The largest number of batches any process has: collective forwards have to be run that often."""
         self._reader = reader
         self._running: Epoch | None = None
-        self._epoch = 0
+        self._epoch = self._seen = 0
         self._device = device
         self.aside = Aside(device)
         """Where batches are copied to the device and normalised; more can be done with them there."""
@@ -72,12 +75,18 @@ class ImageLoader:
         self._shift = (-torch.tensor(mean) / torch.tensor(std)).view(1, 3, 1, 1).to(device)
 
     def __len__(self) -> int:
-        """Batches of this process per epoch."""
+        """Batches of this process in a whole epoch."""
         return len(self._reader)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch to iterate over next; order, crops and flips are a function of it and the seed."""
-        self._epoch = epoch
+    def set_epoch(self, epoch: int, seen: int = 0) -> None:
+        """Choose the epoch to iterate over next; order, crops and flips are a function of it and the seed.
+
+        Args:
+            epoch: from 0.
+            seen: images at the beginning of its order, of all processes, that are left out and not read. However many
+                processes and whatever batches they were seen by: the order of an epoch is the same for all of them.
+        """
+        self._epoch, self._seen = epoch, seen
 
     def __iter__(self) -> Generator[Batch, None, None]:
         """Yield the batches of the epoch.
@@ -88,7 +97,7 @@ class ImageLoader:
         self.close()
         with torch.cuda.device(self._device) if self.aside.overlaps else nullcontext():
             # Buffers are pinned for whichever device is the current one.
-            running = self._running = self._reader.start(self._epoch)
+            running = self._running = self._reader.start(self._epoch, self._seen)
         self.aside.follow()  # mean and std are there
         try:
             while (item := running.next_batch()) is not None:
@@ -174,6 +183,7 @@ def train_loader(
     return ImageLoader(
         reader,
         images=len(reader) * micro_batch,
+        pool=images,
         batches_everywhere=len(reader),
         device=device,
         mean=data.mean,
@@ -211,6 +221,7 @@ def eval_loader(
     return ImageLoader(
         reader,
         images=len(mine),
+        pool=beton.images,
         batches_everywhere=-(-most // batch),
         device=device,
         mean=data.mean,

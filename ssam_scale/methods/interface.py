@@ -58,6 +58,10 @@ def trajectory_loss(logits: Tensor, reference: Reference, temperature: float) ->
 class Average(Protocol):
     """Averaged weights of a network, wherever they live: `ssam_scale.models.ema.EMA` is one."""
 
+    @property
+    def buffers(self) -> dict[str, Tensor]:
+        """The averages of floating-point buffers by name, which this process has its own of."""
+
     def update(self, step: int | None = None) -> None:
         """Move towards the weights as they are."""
 

@@ -65,6 +65,19 @@ class EMA:
             full = state_dict[name].to(mine.device)
             mine.copy_(self._sharding.scatter(self._parameters[name], full) if name in self._parameters else full)
 
+    @property
+    def buffers(self) -> dict[str, Tensor]:
+        """The averages of floating-point buffers by name, which this process has its own of."""
+        return {name: mine for name, mine in self._by_name().items() if name in self._buffers}
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the averages in full, by name."""
+        full = self._sharding.full_shape
+        return {
+            name: tuple(full(self._parameters[name]) if name in self._parameters else mine.shape)
+            for name, mine in self._by_name().items()
+        }
+
     def _by_name(self) -> dict[str, Tensor]:
         """The local parts of the averages."""
         return dict(zip([*self._parameters, *self._buffers], self._averaged, strict=True))

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, TypeVar, cast
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -69,19 +69,19 @@ class World:
         here = torch.get_device_module(self.device).device_count()
         if not self.launched and here > 1:
             return f"1 of {here} × {name} ({self.device.type})"
-        names = self._objects(name)
+        names = self.each_says(name)
         return f"{', '.join(f'{names.count(n)} × {n}' for n in dict.fromkeys(names))} ({self.device.type})"
 
     def hosts(self) -> list[str]:
         """The machine of each process, by rank. Collective."""
-        return [str(host) for host in self._objects(socket.gethostname())]
+        return self.each_says(socket.gethostname())
 
     def first_says(self, value: T) -> T:
         """What the first process gives. Collective."""
-        return cast(T, self._objects(value)[0])
+        return self.each_says(value)[0]
 
-    def _objects(self, value: Any) -> list[Any]:
-        """Of each process."""
+    def each_says(self, value: T) -> list[T]:
+        """What each process gives, by rank. Collective."""
         values = [value] * self.size
         if self.size > 1:
             dist.all_gather_object(values, value)
@@ -92,9 +92,15 @@ class World:
         if self.size == 1:
             return [list(numbers)]
         own = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        return self.gather_tensor(own).tolist()
+
+    def gather_tensor(self, own: Tensor) -> Tensor:
+        """The tensors of all processes, of shape (n,) each, as one of shape (processes, n): an all-gather."""
+        if self.size == 1:
+            return own[None]
         every = own.new_empty(self.size * len(own))
         all_gather_single(every, own)
-        return every.view(self.size, -1).tolist()
+        return every.view(self.size, -1)
 
     def smallest(self, value: int) -> int:
         """The smallest `value` of all processes: an all-reduce."""

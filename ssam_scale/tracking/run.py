@@ -128,7 +128,10 @@ def _phase_times(prefix: str, summary: PhaseSummary) -> dict[str, float]:
 
 
 class Run:
-    """See `open_run`. `id` is MLflow's run id, `experiment` its experiment's; None on processes that do not track."""
+    """See `open_run`. `id` is MLflow's run id, `experiment` its experiment's; None on processes that do not track.
+
+    `signals` are those that ask this process to end.
+    """
 
     def __init__(
         self,
@@ -147,7 +150,7 @@ class Run:
         self._writer: Writer | None = None
         self._layers: LayerRecorder | None = None
         self._watcher: Popen[bytes] | None = None
-        self._unwinding = Unwinding(self._mark_stuck if enabled else None)
+        self.signals = Unwinding(self._mark_stuck if enabled else None)
         self._step_times = array("d")
         self._times_by_kind: dict[str, array[float]] = {}
         self._refresh_seconds = 0.0
@@ -160,7 +163,7 @@ class Run:
         self._best_top1: float | None = None
 
     def __enter__(self) -> Run:
-        self._unwinding.__enter__()
+        self.signals.__enter__()
         try:
             if self._enabled:
                 self._open()
@@ -485,7 +488,7 @@ class Run:
 
     def _close(self, error: BaseException | None) -> None:
         # Marking the run takes moments; a second signal in the meantime would leave it marked as running for ever.
-        self._unwinding.shield()
+        self.signals.shield()
         try:
             status, line = outcome(error)
             if status != "FINISHED":
@@ -506,7 +509,7 @@ class Run:
             if self._watcher is not None:
                 watchdog.stop(self._watcher)
                 self._watcher = None
-            self._unwinding.__exit__(None, None, None)
+            self.signals.__exit__(None, None, None)
 
     def _mark(self, status: str, line: str) -> bool:
         """Tell the store how the run ended; whether it knows."""

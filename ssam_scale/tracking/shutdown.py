@@ -1,6 +1,7 @@
 """How a run ends: signals unwind the process as exceptions, and all ranks agree on the reason of the one that failed.
 
-A signal that would end the process becomes the exception `Terminated`, so that every `finally` on the way out runs. The
+A signal that would end the process becomes the exception `Terminated`, so that every `finally` on the way out runs;
+while training goes on it is deferred to the end of the step, where the run is saved. The
 rank that tracks may only see the consequence of another rank's failure, a broken collective; the first to fail
 therefore leaves a note with its reason in the process group's store.
 """
@@ -12,7 +13,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -20,19 +22,32 @@ from ssam_scale.errors import UserError
 from ssam_scale.tracking.store import one_line
 
 # SIGHUP comes when the terminal of an interactive run closes; `nohup` sets it to be ignored, which is respected.
-ENDING = (signal.SIGTERM, signal.SIGHUP)
+# SIGUSR1 is what Slurm's --signal is given to come before the time limit.
+ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+
+SAVED = 75
+"""The exit code of a run that a signal has ended and that was saved: EX_TEMPFAIL of sysexits.h, "try again"."""
 
 # Long enough for a step of a large model to end and unwind; well below the 30 s that torchrun and Slurm wait before
 # they send SIGKILL.
 STUCK_AFTER_S = 8.0
 
+# How long a deferred signal may wait for the end of a step and for what is collective before a checkpoint. SIGKILL
+# follows SIGTERM after 30 s, of which the last records need some; SIGUSR1 comes as early as it was asked for.
+PATIENCE_S = 15.0
+
 
 class Terminated(SystemExit):
-    """A signal ended the process. As a SystemExit it prints no traceback and exits with 128 + the signal's number."""
+    """A signal ended the process. As a SystemExit it prints no traceback and exits with 128 + the signal's number.
 
-    def __init__(self, number: int) -> None:
-        super().__init__(128 + number)
-        self.signal_name = signal.Signals(number).name
+    Args:
+        number: of the signal.
+        saved: the checkpoint that goes on from there, in words: the exit code is SAVED then.
+    """
+
+    def __init__(self, number: int, saved: str | None = None) -> None:
+        super().__init__(128 + number if saved is None else SAVED)
+        self.signal_name, self.saved = signal.Signals(number).name, saved
 
 
 class Unwinding:
@@ -44,6 +59,9 @@ class Unwinding:
         on_stuck: called from another thread with the signal's name when the main thread has not left the `with`
             STUCK_AFTER_S after the signal. A main thread that waits in a collective for a rank that is gone never gets
             to run a handler; without this a killed run would look as if it still ran.
+
+    Attributes:
+        received: the first ending signal; None: there was none.
     """
 
     def __init__(self, on_stuck: Callable[[str], None] | None = None) -> None:
@@ -52,14 +70,17 @@ class Unwinding:
         self._left = threading.Event()
         self._pipe: tuple[int, int] | None = None
         self._previous_fd = -1
+        self._deferring = self._overdue = False
+        self._patience: threading.Timer | None = None
         self.received: int | None = None
 
     def __enter__(self) -> Unwinding:
         if threading.current_thread() is not threading.main_thread():
             return self
         for number in ENDING:
-            # None: a handler that was not installed from Python and could not be put back.
-            if signal.getsignal(number) not in (signal.SIG_IGN, None):
+            # None: a handler that was not installed from Python and could not be put back. SIGUSR1 is ignored so that
+            # it does not end a launcher, and not by the wish of somebody who closes a terminal.
+            if signal.getsignal(number) not in (signal.SIG_IGN, None) or number == signal.SIGUSR1:
                 self._previous[number] = signal.signal(number, self._handle)
         if self._on_stuck is not None:
             self._watch()
@@ -75,6 +96,26 @@ class Unwinding:
             signal.signal(number, handler)
         self._previous.clear()
 
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Within, the first ending signal is `received` and raises nothing: who looks at it ends the process.
+
+        Where nobody has for PATIENCE_S since SIGTERM or SIGHUP, it raises `Terminated` all the same.
+        """
+        self._deferring = True
+        try:
+            yield
+        finally:
+            self._deferring = False
+            self.take_your_time()
+
+    def take_your_time(self) -> None:
+        """The deferred signal is being acted on, which nothing shall cut short."""
+        patience, self._patience = self._patience, None
+        if patience is not None:
+            patience.cancel()
+        self._overdue = False
+
     def shield(self) -> None:
         """From here to the end of the `with`, neither ending signals nor Ctrl-C interrupt; for short, bounded work."""
         self._left.set()
@@ -85,9 +126,20 @@ class Unwinding:
                     signal.signal(number, signal.SIG_IGN)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.received is None:
-            self.received = number
-            raise Terminated(number)
+        first, self.received = self.received is None, self.received or number
+        if self._overdue or (first and not self._deferring):
+            self._overdue = False
+            raise Terminated(self.received)
+        if self._deferring and number != signal.SIGUSR1 and self._patience is None:
+            self._patience = threading.Timer(PATIENCE_S, self._lose_patience, (threading.get_ident(), number))
+            self._patience.daemon = True
+            self._patience.start()
+
+    def _lose_patience(self, thread: int, number: int) -> None:
+        """From another thread: let the handler run once more."""
+        if self._deferring and self._patience is not None:
+            self._overdue = True
+            signal.pthread_kill(thread, number)
 
     def _watch(self) -> None:
         read_end, write_end = os.pipe()
@@ -102,7 +154,8 @@ class Unwinding:
         try:
             while numbers := os.read(read_end, 64):
                 ending = [number for number in numbers if number in self._previous]
-                if ending and not self._left.wait(STUCK_AFTER_S) and self._on_stuck is not None:
+                patience = STUCK_AFTER_S + (PATIENCE_S if self._deferring else 0.0)
+                if ending and not self._left.wait(patience) and self._on_stuck is not None:
                     self._on_stuck(signal.Signals(ending[0]).name)
         finally:
             os.close(read_end)
@@ -113,7 +166,7 @@ def outcome(error: BaseException | None) -> tuple[str, str]:
     if error is None or (isinstance(error, SystemExit) and not error.code):
         return "FINISHED", ""
     if isinstance(error, Terminated):
-        return "KILLED", error.signal_name
+        return "KILLED", error.signal_name + ("" if error.saved is None else f", saved as {error.saved}")
     if isinstance(error, KeyboardInterrupt):
         return "KILLED", "SIGINT"
     if isinstance(error, UserError):

@@ -27,14 +27,21 @@ class EpochBatches:
         loader: of the training images, its epoch set.
         transform: of each batch, such as mixing; None: there is none.
         per_step: micro-batches of a step.
-        steps: of the epoch.
+        steps: that the epoch has left.
+        begin: called before a step's batches are transformed, with the number of the step from 0.
     """
 
     def __init__(
-        self, loader: ImageLoader, transform: Transform | None = None, per_step: int = 1, steps: int | None = None
+        self,
+        loader: ImageLoader,
+        transform: Transform | None = None,
+        per_step: int = 1,
+        steps: int | None = None,
+        begin: Callable[[int], None] | None = None,
     ) -> None:
-        self._loader, self._transform, self._per_step = loader, transform, per_step
+        self._loader, self._transform, self._per_step, self._begin = loader, transform, per_step, begin
         self._left = len(loader) // per_step if steps is None else steps
+        self._done = 0
         self._loaded = iter(loader)
         self._ahead: deque[Batch] = deque()  # as they are loaded, what is prepared among them
         self._prepared: list[MicroBatch] = []
@@ -50,6 +57,7 @@ class EpochBatches:
         for _ in prepared:
             self._ahead.popleft()
         self._left -= 1
+        self._done += 1
         return prepared
 
     def peek(self) -> list[MicroBatch]:
@@ -85,6 +93,8 @@ class EpochBatches:
 
     def _prepare(self) -> None:
         """Load what is not loaded yet of the next step, and transform it, in the order of the batches."""
+        if not self._prepared and self._begin is not None:
+            self._begin(self._done)
         while len(self._prepared) < self._per_step:
             index = len(self._prepared)
             if index == len(self._ahead):

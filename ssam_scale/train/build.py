@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from inspect import signature
@@ -42,8 +43,9 @@ from ssam_scale.sharding.place import place
 from ssam_scale.tracking.run import Run
 from ssam_scale.tracking.timer import PhaseTimer
 
+from .agreement import Agreement
 from .batches import MicroBatch, Transform
-from .checkpoint import ModelState, OptimizerState, SaveCheckpoint
+from .checkpoint import ModelState, OptimizerState, SaveCheckpoint, check_savable
 from .evaluation import Evaluate
 from .hooks import (
     AverageBatchNormStatistics,
@@ -61,6 +63,7 @@ from .probes import ProbeSaving
 from .progress import Progress, ProgressBar
 from .refresh import RefreshMask, refreshed_section
 from .traffic import LogTraffic
+from .unrecorded import LocalBuffers, Unrecorded
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,7 @@ class Components:
         split: how the images of a step are shared out.
         precision: dtype of forward passes.
         progress: how far the run has come.
+        unrecorded: what its hooks have summed up since their last records.
         state: what a checkpoint holds, by name: whatever is named here is saved and resumed.
     """
 
@@ -96,6 +100,7 @@ class Components:
     split: MicroBatches
     precision: torch.dtype
     progress: Progress
+    unrecorded: Unrecorded
     state: dict[str, Stateful]
 
     @property
@@ -126,6 +131,7 @@ def build(config: Config, world: World, phases: Phases, found: int | None = None
     if found is None:
         shared_out(config, world)  # what cannot be is said before anything is built
     _check_direction(config, base_optimizer(config, nn.Linear(1, 1)))  # said before minutes of building
+    _check_savable(config, world)
     _check_outputs(config, world)
     torch.manual_seed(config.train.seed)
     staged_model = build_model(config)
@@ -168,24 +174,28 @@ def build(config: Config, world: World, phases: Phases, found: int | None = None
     except ValueError as error:
         raise UserError(f"sharding: {error}") from error
     scaler = torch.amp.GradScaler(world.device.type) if config.train.precision == "fp16" else None
-    steps = len(train) // split.accumulation
+    progress = Progress(train.pool, config.data.batch_size)
+    steps = progress.steps_per_epoch
     opt = _sparse_sam(config, module, base, scaler, steps, phases)
     decay, warmup = config.train.ema_decay, config.train.ema_warmup
     ema = EMA(network, decay, opt.sharding, warmup=warmup) if decay is not None else None
     trajectory = _trajectory(config, world, module, network, opt.sharding, precision)
-    progress = Progress(steps)
     state: dict[str, Stateful] = {
         "sparse": opt.sparse,  # the first to be loaded, because it refuses what was saved with another mask
-        "model": ModelState(network, opt.sharding),
+        # Before the weights: an optimizer without a state is given one by a step, with a learning rate of 0.
         "optimizer": OptimizerState(network, opt),
+        "model": ModelState(network, opt.sharding),
         "progress": progress,
+        "unrecorded": (unrecorded := Unrecorded(world)),
     }
     if scaler is not None:
         state["scaler"] = scaler
     if ema is not None:
         state["ema"] = ema
+    averages = _averages(ema, trajectory)
     if trajectory is not None:
         state["trajectory"] = trajectory
+    state["buffers"] = LocalBuffers(network, averages, world, progress)  # after those of the model were loaded
     return Components(
         module=module,
         network=network,
@@ -200,6 +210,7 @@ def build(config: Config, world: World, phases: Phases, found: int | None = None
         split=split,
         precision=precision,
         progress=progress,
+        unrecorded=unrecorded,
         state=state,
     )
 
@@ -260,11 +271,12 @@ def build_hooks(
         bar: what a person sees goes there.
     """
     opt, ema = components.opt, components.ema
-    averages: list[Average] = [] if ema is None else [ema]
-    if isinstance(components.trajectory, MESA):
-        averages.append(components.trajectory.average)
+    averages = _averages(ema, components.trajectory)
     probes = ProbeSaving(config, world, components, run, bar) if config.method != "base" else None
-    hooks: list[Hook] = [LogEpochs(run) if probes is None else LogEpochs(run, lambda: probes.paused)]
+    unrecorded = components.unrecorded
+    hooks: list[Hook] = [
+        LogEpochs(run, unrecorded) if probes is None else LogEpochs(run, unrecorded, lambda: probes.paused)
+    ]
     if components.trajectory is not None:
         hooks.append(RunTrajectory(components.trajectory))
     mask = config.perturbation.mask if config.perturbation is not None else None
@@ -272,7 +284,7 @@ def build_hooks(
     if refreshed:
         hooks.append(RefreshMask(config, world, components, run))
     if isinstance(mask, DepthMask) and mask.policy == "rotate":
-        hooks.append(LogDrawnDensities(opt, run))
+        hooks.append(LogDrawnDensities(opt, unrecorded, run))
     elif mask is not None and not refreshed:
         hooks.append(LogFixedDensities(opt, run))
     if probes is not None:
@@ -281,13 +293,15 @@ def build_hooks(
         hooks.append(UpdateEMA(ema))
     if world.size > 1 and not config.train.compile:  # counting breaks a graph apart
         hooks.append(LogTraffic(run))
+    agreement = Agreement(world)
+    evaluate = Evaluate(config, world, components, run, bar, agreement)
     hooks += [
         # From here on nothing counts as a part of the step's time.
         LogMetrics(config, world, components, phases, run, bar),
         bar,
         AverageBatchNormStatistics(components.network, averages, world),
-        Evaluate(config, world, components, run, bar),
-        SaveCheckpoint(config, world, components),
+        evaluate,
+        SaveCheckpoint(config, world, components, run.signals, evaluate, bar, agreement),
     ]
     return [*hooks, LogModel(config, run, components.progress)] if config.tracking.log_model else hooks
 
@@ -361,6 +375,12 @@ def in_precision(forward: Any, images: Tensor, precision: torch.dtype) -> Tensor
     with torch.autocast(images.device.type, precision, enabled=precision != torch.float32):
         logits: Tensor = forward(images)
     return logits
+
+
+def _averages(ema: EMA | None, trajectory: Trajectory | None) -> list[Average]:
+    """All averaged weights of a run."""
+    averages: list[Average] = [] if ema is None else [ema]
+    return [*averages, trajectory.average] if isinstance(trajectory, MESA) else averages
 
 
 def _trajectory(
@@ -490,6 +510,38 @@ def _check_direction(config: Config, base: torch.optim.Optimizer) -> None:
         build_direction(section).check(base)
     except ValueError as error:
         raise UserError(f"perturbation.direction.source {section.source}: {error}") from error
+
+
+def _check_savable(config: Config, world: World) -> None:
+    """Refuse an optimizer that no run could be resumed with.
+
+    Raises:
+        UserError: it is such a one; says which are not.
+    """
+    from timm.optim import create_optimizer_v2, list_optimizers
+
+    def problem(optimizer: torch.optim.Optimizer) -> str:
+        if type(optimizer).__module__.startswith("torch."):
+            return ""
+        try:
+            check_savable(optimizer)
+        except Exception as error:  # whatever an optimizer of somebody else raises
+            return str(error) or type(error).__name__
+        return ""
+
+    def probe() -> nn.Module:
+        return nn.Linear(4, 4).to(world.device)
+
+    if not (found := problem(base_optimizer(config, probe()))):
+        return
+    others = []
+    for name in list_optimizers():
+        with suppress(Exception):
+            other = create_optimizer_v2(probe(), opt=name, lr=1e-3)
+            check_optimizer(other)
+            if not problem(other):
+                others.append(name)
+    raise UserError(f"optimizer.name {config.optimizer.name}: {found}; these can be saved: {', '.join(others)}")
 
 
 def _refuse_dropped(config: Config) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -17,6 +17,7 @@ from ssam_scale.perturbation.batchnorm import evaluation_mode
 from ssam_scale.sharding import World
 from ssam_scale.tracking.run import Run
 
+from .agreement import Agreement, Asked
 from .hooks import Hook
 from .progress import Progress, ProgressBar
 
@@ -46,6 +47,10 @@ class Evaluation:
         return f"top-1 {self.top1:.2f}%, {top5}validation loss {self.loss:.4f}"
 
 
+class EvaluationInterrupted(Exception):  # noqa: N818  no error
+    """All processes have agreed to leave an evaluation."""
+
+
 @torch.no_grad()
 def evaluate(
     module: nn.Module,
@@ -53,6 +58,7 @@ def evaluate(
     forwards: int,
     world: World,
     precision: torch.dtype,
+    interrupted: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
     """Evaluate `module` on all images of all processes.
 
@@ -65,14 +71,20 @@ def evaluate(
         forwards: number of batches of the process that has most of them.
         world: over whom to sum.
         precision: of the forward, by autocast unless float32.
+        interrupted: asked before each forward, with the same answer on every process.
+
+    Raises:
+        EvaluationInterrupted: the answer was yes.
     """
     totals = torch.zeros(4, dtype=torch.float64, device=world.device)  # top-1, top-5, loss, images
     with evaluation_mode(module):
         batch, done = None, 0
         for batch in batches:
+            _leave_if(interrupted())
             totals += _measure(module, batch, precision)
             done += 1
         for _ in range(done, forwards):
+            _leave_if(interrupted())
             if batch is None:
                 raise RuntimeError("a process has no image to evaluate; evaluate on fewer processes")
             _measure(module, batch, precision)
@@ -90,10 +102,25 @@ class Evaluate(Hook):
         components: what is evaluated.
         run: where results are recorded.
         bar: shows the way and the results.
+        agreement: what processes ask for.
+
+    Attributes:
+        left: whether the last evaluation was left, because a signal asks the run to end.
     """
 
-    def __init__(self, config: Config, world: World, components: Components, run: Run, bar: ProgressBar) -> None:
+    def __init__(
+        self, config: Config, world: World, components: Components, run: Run, bar: ProgressBar, agreement: Agreement
+    ) -> None:
         self._config, self._world, self._components, self._run, self._bar = config, world, components, run, bar
+        self._agreement = agreement
+        self.left = False
+        self._last: tuple[int, Evaluation] | None = None
+
+    def of(self, progress: Progress) -> Evaluation | None:
+        """The evaluation of the weights as they are; None if there was none."""
+        if self._last is None or progress.seen or self._last[0] != progress.epoch:
+            return None
+        return self._last[1]
 
     def after_epoch(self, progress: Progress) -> None:
         """Collective."""
@@ -101,9 +128,14 @@ class Evaluate(Hook):
         if progress.epoch != epochs and progress.epoch % self._config.train.eval_epochs:
             return
         ema = self._components.ema
-        with ema.swapped_in() if ema is not None else nullcontext():
-            result = self._evaluate("evaluating")
-        raw = None if ema is None else self._evaluate("evaluating without averaging")
+        try:
+            with ema.swapped_in() if ema is not None else nullcontext():
+                result = self._evaluate("evaluating")
+            raw = None if ema is None else self._evaluate("evaluating without averaging")
+        except EvaluationInterrupted:
+            self.left = True
+            return
+        self._last = progress.epoch, result
         self._run.log_evaluation(
             top1=result.top1,
             top5=result.top5,
@@ -120,7 +152,15 @@ class Evaluate(Hook):
         loader, components = self._components.val, self._components
         forwards = loader.batches_everywhere
         batches = self._bar.track(loader, label, forwards)
-        return evaluate(components.module, batches, forwards, self._world, components.precision)
+        return evaluate(components.module, batches, forwards, self._world, components.precision, self._interrupted)
+
+    def _interrupted(self) -> bool:
+        return self._agreement(Asked(end=self._run.signals.received is not None)).end
+
+
+def _leave_if(interrupted: bool) -> None:
+    if interrupted:
+        raise EvaluationInterrupted
 
 
 def _measure(module: nn.Module, batch: tuple[Tensor, Tensor], precision: torch.dtype) -> Tensor:

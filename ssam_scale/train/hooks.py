@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ssam_scale.config.schema import Config
 from ssam_scale.errors import UserError
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .batches import EpochBatches
     from .build import Components
     from .progress import Progress, ProgressBar
+    from .unrecorded import Unrecorded
 
 
 class Hook:
@@ -130,23 +131,32 @@ class LogEpochs(Hook):
 
     Args:
         run: where.
+        unrecorded: knows what the epoch had taken before a resumed run went on with it.
         paused: seconds so far that are none of training.
     """
 
-    def __init__(self, run: Run, paused: Callable[[], float] = lambda: 0.0) -> None:
-        self._run, self._paused = run, paused
+    def __init__(self, run: Run, unrecorded: Unrecorded, paused: Callable[[], float] = lambda: 0.0) -> None:
+        self._run, self._unrecorded, self._paused = run, unrecorded, paused
         self._began: float | None = None
 
     def before_step(self, progress: Progress, batches: EpochBatches) -> None:
         """Takes the time."""
         if self._began is None:
-            self._began = self._now()
+            self._began = self._now() - self._unrecorded.seconds
+
+    def after_step(self, progress: Progress, report: StepReport) -> None:
+        """Takes the time that is saved with a checkpoint."""
+        self._take()
 
     def after_epoch(self, progress: Progress) -> None:
         """Records it."""
-        assert self._began is not None
-        self._run.log_epoch(epoch=progress.epoch, seconds=self._now() - self._began, step=progress.step)
-        self._began = None
+        self._take()
+        self._run.log_epoch(epoch=progress.epoch, seconds=self._unrecorded.seconds, step=progress.step)
+        self._began, self._unrecorded.seconds = None, 0.0
+
+    def _take(self) -> None:
+        if self._began is not None:  # a run that is resumed behind an epoch's last step has none of its steps
+            self._unrecorded.seconds = self._now() - self._began
 
     def _now(self) -> float:
         return time.monotonic() - self._paused()
@@ -179,13 +189,13 @@ class LogMetrics(Hook):
         self._phases, self._run, self._bar = phases, run, bar
         self._ranks = Ranks(world.hosts())
         self._energy = EnergyMeter(world.device)
-        self._losses: list[Tensor] = []
-        self._densities: list[float] = []
+        self._steps = 0  # of the window, in this process's life
 
     def before_step(self, progress: Progress, batches: EpochBatches) -> None:
         """Begins to count energy with the first step of a window, so that no evaluation is in it."""
-        if not self._losses:
+        if not self._steps:
             self._energy.begin()
+        self._steps += 1
 
     def after_step(self, progress: Progress, report: StepReport) -> None:
         """Collective in the last step of a window.
@@ -195,8 +205,9 @@ class LogMetrics(Hook):
         """
         self._phases.step(report.kind)
         assert report.loss is not None  # a step by batches knows it
-        self._losses.append(report.loss)
-        self._densities.append(report.density)
+        unrecorded = self._components.unrecorded
+        unrecorded.losses.append(report.loss.detach())
+        unrecorded.densities.append(report.density)
         epoch_ends = progress.step_of_epoch == progress.steps_per_epoch
         if epoch_ends or progress.step % self._config.tracking.log_every == 0:
             self._record(progress.step, report)
@@ -207,9 +218,9 @@ class LogMetrics(Hook):
             self._run.finish_summary(straggler=self._ranks.straggler())
 
     def _record(self, step: int, report: StepReport) -> None:
-        opt, images = self._components.opt, self._config.data.batch_size
+        opt, images, unrecorded = self._components.opt, self._config.data.batch_size, self._components.unrecorded
         lr = opt.param_groups[0]["lr"]
-        own = float(torch.stack(self._losses).mean())  # the device is waited for here
+        own = float(torch.stack(unrecorded.losses).mean())  # the device is waited for here
         times, peak = self._phases.drain(), peak_bytes(self._world.device)
         measured = [
             Measured.unpacked(row)
@@ -220,10 +231,10 @@ class LogMetrics(Hook):
             raise UserError(
                 f"the loss became {loss} before step {step}; a lower optimizer.lr or perturbation.rho may help"
             )
-        self._run.log(self._ranks.metrics(measured, images=images * len(self._losses)), step)
+        self._run.log(self._ranks.metrics(measured, images=images * self._steps), step)
         if (news := self._ranks.news()) is not None:
             self._bar.say(news)
-        self._run.log_window(times, loss=loss, lr=lr, densities=self._densities, images_per_step=images, step=step)
+        self._run.log_window(times, loss=loss, lr=lr, densities=unrecorded.densities, images_per_step=images, step=step)
         if self._config.perturbation is not None:
             self._run.log({"perturbation/rho": report.radius, "perturbation/skipped": opt.skipped}, step)
             kappa = float(report.kappa)
@@ -232,8 +243,7 @@ class LogMetrics(Hook):
         if opt.scaler is not None:
             self._run.log({"train/loss_scale": opt.scaler.get_scale()}, step)
         self._bar.show(f"loss {loss:.3f}, lr {lr:.2g}, {images / times.step:.0f} images/s")
-        self._losses.clear()
-        self._densities.clear()
+        unrecorded.losses, unrecorded.densities, self._steps = [], [], 0
 
 
 class LogFixedDensities(Hook):
@@ -261,23 +271,26 @@ class LogDrawnDensities(Hook):
 
     Args:
         opt: with the mask.
+        unrecorded: sums up.
         run: where.
     """
 
-    def __init__(self, opt: SparseSAM, run: Run) -> None:
-        self._opt, self._run = opt, run
-        self._sums: dict[str, int] = {}
-        self._steps = 0
+    def __init__(self, opt: SparseSAM, unrecorded: Unrecorded, run: Run) -> None:
+        self._opt, self._unrecorded, self._run = opt, unrecorded, run
 
     def after_step(self, progress: Progress, report: StepReport) -> None:
         """Adds the step to its epoch."""
-        self._steps += 1
+        sums = self._unrecorded.counts
+        self._unrecorded.counted += 1
         for name, count in report.plan.counts.items():
-            self._sums[name] = self._sums.get(name, 0) + count
+            sums[name] = sums.get(name, 0) + count
 
     def after_epoch(self, progress: Progress) -> None:
         """Records the means."""
-        means = {name: total / self._steps for name, total in self._sums.items()}
+        counted = self._unrecorded.counted
+        if not counted:  # a run that is resumed behind an epoch's last step has recorded it
+            return
+        means = {name: total / counted for name, total in self._unrecorded.counts.items()}
         numels = self._opt.parameters.layout.numels
         self._run.log_layers(means, numels, step=progress.step, steps="mean over the epoch that ends with step")
-        self._sums, self._steps = {}, 0
+        self._unrecorded.counts, self._unrecorded.counted = {}, 0

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import random
 import socket
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
 from ssam_scale.config.schema import Config
 from ssam_scale.console import console
 from ssam_scale.data.beton import inspect
 from ssam_scale.perturbation import StepReport
+from ssam_scale.perturbation.rng import seed_step
 from ssam_scale.sharding import BACKENDS, World
 from ssam_scale.tracking.run import Run, open_run, run_lines
 from ssam_scale.tracking.store import check_experiment, check_store
@@ -24,6 +23,7 @@ from ssam_scale.tracking.timer import PhaseTimer
 from . import checkpoint
 from .batches import EpochBatches
 from .build import Components, backend_of, build, build_hooks
+from .checkpoint import SaveCheckpoint
 from .evaluation import evaluate
 from .hooks import Hook, ending
 from .memory import explaining_out_of_memory
@@ -34,15 +34,21 @@ from .refresh import fewest_samples
 def train(config: Config, world: World) -> None:
     """Train as configured, from the checkpoint that `checkpoint.resume` names if it names one.
 
-    A run is a function of its configuration: order, augmentation, mixing, dropout and masks are seeded by the epoch, so
-    a resumed run goes on exactly as an uninterrupted one.
+    A run is a function of its configuration: order, augmentation and masks are seeded by the epoch, mixing and dropout
+    by the step, so a resumed run goes on exactly as an uninterrupted one.
 
     Raises:
-        UserError: what the configuration asks for cannot be had.
+        UserError: what the configuration asks for cannot be had, or another job has the folder of checkpoints.
+        Terminated: a signal has ended the run; its exit code says whether it was saved.
     """
-    path = _check_folders(config, world)
+    with checkpoint.locked(config, world):
+        _train(config, world)
+
+
+def _train(config: Config, world: World) -> None:
+    path, notes = _check_folders(config, world)
     out = console(quiet=not world.first)
-    out.print(describe(config, world), soft_wrap=True)
+    _print_lines(out, [describe(config, world), *notes])
     if path is None:
         checkpoint.check_fresh_directory(config)
     elif (done := checkpoint.finished(path, config)) is not None:
@@ -54,6 +60,9 @@ def train(config: Config, world: World) -> None:
     predicted, unpredicted = _predicted(config, world)
     phases = PhaseTimer(world.device)
     components = _build(config, world, phases, path)
+    if path is not None and world.first:
+        for left in checkpoint.set_aside(config.checkpoint.directory, path):
+            out.print(f"{left}: set aside, because the run goes on from {path}", soft_wrap=True)
     split = components.split
     progress, total = components.progress, config.train.epochs * components.steps_per_epoch
     with (
@@ -79,7 +88,12 @@ def train(config: Config, world: World) -> None:
             run.log_data(inspect(file), context=context, side=config.data.resolution)
         run.log(predicted, progress.step)
         hooks = build_hooks(config, world, components, phases, run, bar)
-        with ending(hooks), explaining_out_of_memory(config, split), _machines_watched(config, world, run):
+        with (
+            ending(hooks),
+            explaining_out_of_memory(config, split),
+            _machines_watched(config, world, run),
+            run.signals.deferred(),  # SaveCheckpoint acts on them, between two steps
+        ):
             while progress.epoch < config.train.epochs:
                 _train_epoch(config, world, components, hooks, phases)
     if world.first:
@@ -127,7 +141,7 @@ def dry_run(config: Config, world: World) -> str:
     Raises:
         UserError: what the configuration asks for cannot be had.
     """
-    path = _check_folders(config, world)
+    path, notes = _check_folders(config, world)
     what = describe(config, world)
     if path is None:
         checkpoint.check_fresh_directory(config)
@@ -138,6 +152,7 @@ def dry_run(config: Config, world: World) -> str:
     components = _build(config, world, phases, path)
     with open_run(config, enabled=False) as run, ProgressBar(1, 0, visible=False) as bar:
         hooks = build_hooks(config, world, components, phases, run, bar)
+        hooks = [hook for hook in hooks if not isinstance(hook, SaveCheckpoint)]
         with (
             ending(hooks),
             explaining_out_of_memory(config, components.split),
@@ -151,23 +166,25 @@ def dry_run(config: Config, world: World) -> str:
         f"dry run: {what}, one step of {components.split}, loss {float(loss):.4f}; "
         f"an epoch has {components.steps_per_epoch} steps"
     )
-    return "\n".join([*notes_on_data(config), said])
+    return "\n".join([*notes, *notes_on_data(config), said])
 
 
-def _check_folders(config: Config, world: World) -> Path | None:
-    """What can be known of files and stores in the first second. Returns the checkpoint that the run goes on from.
+def _check_folders(config: Config, world: World) -> tuple[Path | None, list[str]]:
+    """What can be known of files and stores in the first second. Collective.
+
+    Returns:
+        The checkpoint that the run goes on from, and lines on those that it does not.
 
     Raises:
         UserError: something cannot be read or written.
     """
-    path = checkpoint.resolve(config)
     for file in (config.data.train, config.data.val):
         inspect(file)
     if world.first:
         checkpoint.check_writable(config)
         check_store(config.tracking.uri)
         check_experiment(config.tracking.uri, config.tracking.experiment)
-    return path
+    return checkpoint.resolve(config, world)
 
 
 def _build(config: Config, world: World, phases: PhaseTimer, path: Path | None) -> Components:
@@ -198,7 +215,7 @@ def _train_epoch(
     config: Config, world: World, components: Components, hooks: Sequence[Hook], phases: PhaseTimer
 ) -> None:
     with closing(_batches(config, world, components)) as batches:
-        for _ in range(components.steps_per_epoch):
+        for _ in range(components.progress.steps_left):
             _train_step(config, components, batches, hooks, phases)
     components.progress.after_epoch()
     for hook in hooks:
@@ -228,13 +245,16 @@ def _train_step(
 
 
 def _batches(config: Config, world: World, components: Components) -> EpochBatches:
-    """Of the epoch that begins, everything random in which is a function of the seed, the epoch and the process."""
-    epoch = components.progress.epoch
-    torch.manual_seed(random.Random(f"{config.train.seed} {epoch} {world.rank}").getrandbits(63))
-    components.train.set_epoch(epoch)
+    """What is left of the epoch that goes on."""
+    progress = components.progress
+    components.train.set_epoch(progress.epoch, progress.seen)
     components.module.train()
-    steps = components.steps_per_epoch
-    return EpochBatches(components.train, components.mix, components.split.accumulation, steps)
+    epoch, first = progress.epoch, progress.step_of_epoch
+
+    def begin(step: int) -> None:
+        seed_step(world.device, config.train.seed, epoch, first + step, world.rank)
+
+    return EpochBatches(components.train, components.mix, components.split.accumulation, progress.steps_left, begin)
 
 
 def notes_on_data(config: Config) -> list[str]:
@@ -269,4 +289,6 @@ def _announce(config: Config, world: World, components: Components, bar: Progres
     for note in notes_on_data(config):
         bar.say(note)
     if resumed is not None:
-        bar.say(f"resumed from {resumed} after epoch {components.progress.epoch}")
+        progress = components.progress
+        within = f", {progress.seen:,} images of the next, step {progress.step}" if progress.seen else ""
+        bar.say(f"resumed from {resumed} after epoch {progress.epoch}{within}")

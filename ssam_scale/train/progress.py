@@ -20,29 +20,52 @@ from .hooks import Hook
 T = TypeVar("T")
 
 _LINE_SECONDS = 30.0
+_SAVED = ("epoch", "seen", "step", "run_id")  # of `Progress`; what else it has is as the configuration says
 
 
 @dataclass
 class Progress:
-    """How far a run has come: counted by the training loop, saved with every checkpoint at the end of an epoch.
+    """How far a run has come: counted by the training loop, saved with every checkpoint.
 
-    A run's place is in epochs, which mean the same whatever a step is: a run that is resumed with another batch size or
-    number of images has other steps from then on. `place` is that place in steps of the size that they have now, and
-    what the learning rate, radius, window, refreshes and annealing go by. `step` counts on, as records do.
+    A run's place is in epochs and images, which mean the same whatever a step is: a run that is resumed with another
+    batch size or number of images has other steps from then on. `place` is that place in steps of the size that they
+    have now, and what the learning rate, radius, window, refreshes and annealing go by. `step` counts on, as records
+    do.
 
     Attributes:
-        steps_per_epoch: optimizer steps in one epoch, as they are now.
+        images: in the order of one epoch, as it is now.
+        batch_size: images of a step, as it is now.
         epoch: epochs done.
+        seen: images of the epoch that goes on which have been trained on, whatever the steps were.
         step: optimizer steps done since the run began, of whatever size they were.
-        step_of_epoch: steps done of the epoch that goes on.
         run_id: the tracked run; None on processes that do not track.
     """
 
-    steps_per_epoch: int
+    images: int
+    batch_size: int
     epoch: int = 0
+    seen: int = 0
     step: int = 0
-    step_of_epoch: int = 0
     run_id: str | None = None
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in one epoch, as they are now; the images that fill none are left out."""
+        return self.images // self.batch_size
+
+    @property
+    def steps_left(self) -> int:
+        """Steps that the epoch has left."""
+        return max(0, self.images - self.seen) // self.batch_size
+
+    @property
+    def step_of_epoch(self) -> int:
+        """Steps done of the epoch that goes on, if all were of the size that they have now.
+
+        Counted from the epoch's end, so that it ends in step `steps_per_epoch` also where steps of another size have
+        seen a number of images that is not a multiple of this size: half a step then counts as one, or as none.
+        """
+        return self.steps_per_epoch - self.steps_left
 
     @property
     def place(self) -> int:
@@ -52,16 +75,21 @@ class Progress:
     def after_step(self) -> None:
         """Counts one."""
         self.step += 1
-        self.step_of_epoch += 1
+        self.seen += self.batch_size
 
     def after_epoch(self) -> None:
         """Counts one."""
         self.epoch += 1
-        self.step_of_epoch = 0
+        self.seen = 0
+
+    def reopen_epoch(self) -> None:
+        """The epoch that was counted last has all of its steps, and not yet what follows them."""
+        self.epoch -= 1
+        self.seen = self.images
 
     def state_dict(self) -> dict[str, Any]:
         """What a run of other steps needs of it, too."""
-        return {"epoch": self.epoch, "step": self.step, "run_id": self.run_id}
+        return {name: getattr(self, name) for name in _SAVED}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take back what `state_dict` returned.
@@ -69,8 +97,8 @@ class Progress:
         Raises:
             KeyError: an attribute is missing.
         """
-        self.epoch, self.step, self.run_id = (state_dict[name] for name in ("epoch", "step", "run_id"))
-        self.step_of_epoch = 0
+        for name in _SAVED:
+            setattr(self, name, state_dict[name])
 
 
 class ProgressBar(Hook):

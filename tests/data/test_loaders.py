@@ -67,6 +67,30 @@ def test_an_epoch_repeats_bit_for_bit_and_resumes_in_the_middle_of_a_run(numbere
     assert not torch.equal(epochs[0][0][1], epochs[1][0][1])
 
 
+@pytest.mark.parametrize("order", ["random", "quasi_random"])
+def test_an_epoch_goes_on_behind_what_was_seen_of_it(numbered: Path, order: str) -> None:
+    whole, loader = read(training(numbered, order=order), 1), training(numbered, order=order)
+    loader.set_epoch(1, seen=16)
+    assert_equal([(batch.images, batch.labels) for batch in loader], whole[2:])
+    loader.set_epoch(1)
+    assert_equal([(batch.images, batch.labels) for batch in loader], whole)
+
+
+@pytest.mark.parametrize(("processes", "batch"), [(1, 4), (2, 6), (3, 12)])
+def test_other_processes_and_batches_see_what_is_left_of_an_epoch_once(
+    numbered: Path, processes: int, batch: int
+) -> None:
+    first = [int(label) for _, labels in read(training(numbered), 1)[:2] for label in labels]
+    left = []
+    for rank in range(processes):
+        loader = training(numbered, rank, processes, batch_size=batch)
+        assert loader.pool == NUMBERED
+        loader.set_epoch(1, seen=len(first))
+        left += [int(label) for _, labels in loader for label in labels]
+    seen = first + left
+    assert len(seen) == len(set(seen)) == len(first) + (NUMBERED - len(first)) // batch * batch
+
+
 def test_the_same_image_is_cropped_anew_in_each_epoch_and_by_each_seed(numbered: Path) -> None:
     loader, other = training(numbered), training(numbered, seed=4)
     one, two, three = by_label(read(loader, 0)), by_label(read(loader, 1)), by_label(read(other, 0))

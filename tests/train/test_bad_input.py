@@ -157,8 +157,8 @@ def test_checkpoints_of_other_masks(data: Path, home: Path, capsys: pytest.Captu
     assert "epoch_0001: the saved state has no accumulated scores" in line
     assert line.endswith("perturbation.mask must be the one it was saved with")
     state = home / "checkpoints/epoch_0001/state.json"
-    state.write_text(state.read_text().replace('"format": 4', '"format": 3'))
-    assert "it has format 3, this version of ssam_scale reads format 4" in mistake(capsys, *resume)
+    state.write_text(state.read_text().replace('"format": 5', '"format": 3'))
+    assert "it has format 3, this version of ssam_scale reads format 5" in mistake(capsys, *resume)
 
 
 @pytest.mark.slow
@@ -170,7 +170,7 @@ def test_a_full_disk_while_saving_leaves_the_last_checkpoint_alone(trained: Path
             sys.executable,
             "-c",
             "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
-            "from ssam_scale.train import checkpoint; write = checkpoint._write\n"
+            "from ssam_scale.train.checkpoint import hook; write = hook._written\n"
             # In a process of its own, as the limit holds for all of one, and metrics are written in the background.
             "import os\n"
             "def limited(*a):\n"
@@ -181,7 +181,7 @@ def test_a_full_disk_while_saving_leaves_the_last_checkpoint_alone(trained: Path
             "        os._exit(0)\n"
             "    os.close(says)\n"
             "    with open(said) as pipe:\n        return pipe.read()\n"
-            "checkpoint._write = limited\n"
+            "hook._written = limited\n"
             "from ssam_scale.cli.main import main; main(sys.argv[1:])",
             "train",
             "--config",

@@ -122,3 +122,21 @@ def test_the_next_steps_batches_are_made_beside_the_step_before_and_can_still_be
         assert len(drawn) == 4
         batches.prefetch()  # what an epoch's steps leave over is nobody's
         assert loader.read == 4
+
+
+def test_each_step_begins_once_and_before_anything_is_drawn_for_it() -> None:
+    events: list[str] = []
+
+    def transform(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        events.append(f"mixed {int(labels[0])}")
+        return images, labels
+
+    with epoch(Loader(4, Recorder()), transform, 2, 2, lambda step: events.append(f"step {step}")) as batches:
+        batches.ahead(3)
+        batches.peek()
+        batches.next_step()
+        assert events == ["step 0", "mixed 0", "mixed 1"]
+        batches.prefetch()
+        batches.peek()
+        batches.next_step()
+        assert events[3:] == ["step 1", "mixed 2", "mixed 3"]

@@ -23,6 +23,7 @@ from ssam_scale.perturbation.loss import LossFn
 from ssam_scale.sharding import World
 from ssam_scale.train import checkpoint, loop
 from ssam_scale.train.build import Components, build, build_hooks
+from ssam_scale.train.checkpoint import parts
 from ssam_scale.train.hooks import Hook
 from ssam_scale.train.progress import Progress
 from tests.support.runs import VIT, ssam_scale, write_config
@@ -88,20 +89,22 @@ def test_every_named_part_comes_back(home: Path, data: Path) -> None:
     take_steps(first, first.loss_fn, first.steps_per_epoch)
     first.progress.after_epoch()
     first.progress.run_id = "a run"
+    first.unrecorded.losses, first.unrecorded.densities = [torch.tensor(0.1), torch.tensor(0.3)], [0.5, 1.0]
     before = copied(states(first))
-    assert before.keys() == {"sparse", "model", "optimizer", "progress", "scaler", "ema"}
+    assert before.keys() == {"sparse", "model", "optimizer", "progress", "scaler", "ema", "unrecorded", "buffers"}
     checkpoint.save(config, World(), first)
     path = home / "checkpoints/epoch_0001"
     assert {p.name for p in path.iterdir()} == {
         "state.json",
-        *(f"{name}.safetensors" for name in ("sparse", "model", "optimizer", "ema")),
+        *(f"{name}.safetensors" for name in ("sparse", "model", "optimizer", "ema", "unrecorded")),
     }
     assert load_file(path / "model.safetensors").keys() == first.network.state_dict().keys()
 
     config, second = make(home, data, seed=2)
     take_steps(second, second.loss_fn, 1)
     unlike = states(second)
-    assert not any(same(before[name], unlike[name]) for name in before.keys() - {"scaler"})
+    alone = {"buffers"}  # one process has none that others have not
+    assert not any(same(before[name], unlike[name]) for name in before.keys() - {"scaler"} - alone)
     checkpoint.load(path, config, second)
     after = states(second)
     assert [name for name in before if not same(before[name], after[name])] == []
@@ -190,14 +193,14 @@ STATES = st.dictionaries(
 @given(STATES)
 def test_tensors_are_split_off_and_joined_again(state: dict[str, Any]) -> None:
     tensors: dict[str, Tensor] = {}
-    plain = json.loads(json.dumps(checkpoint._split(state, tensors)))
-    assert same(checkpoint._join(plain, tensors), state)
+    plain = json.loads(json.dumps(parts.split(state, tensors)))
+    assert same(parts.join(plain, tensors), state)
 
 
 def test_what_no_checkpoint_can_hold_is_named() -> None:
     with pytest.raises(TypeError, match=r"cannot hold gate\.seen, which is a set"):
-        checkpoint._split({"gate": {"seen": {1, 2}}}, {})
+        parts.split({"gate": {"seen": {1, 2}}}, {})
     with pytest.raises(TypeError, match="cannot hold gate, which is a dict"):
-        checkpoint._split({"gate": {1: 2}}, {})
+        parts.split({"gate": {1: 2}}, {})
     with pytest.raises(ValueError, match=r"two tensors of a checkpoint have the name a\.b"):
-        checkpoint._split({"a": {"b": torch.ones(1)}, "a.b": torch.ones(1)}, {})
+        parts.split({"a": {"b": torch.ones(1)}, "a.b": torch.ones(1)}, {})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import ctypes
-import json
 import os
 import resource
 import shutil
@@ -27,6 +26,7 @@ from ssam_scale.models import staged
 from ssam_scale.perturbation import StagedModel
 from ssam_scale.sharding import World, join_world
 from ssam_scale.train.build import base_optimizer, soft_loss
+from ssam_scale.train.checkpoint.files import read_state, state_text
 from ssam_scale.train.memory import explaining_out_of_memory, is_out_of_memory, largest_micro_batch
 from tests.support.checkout import ROOT
 from tests.support.configs import SMALL
@@ -244,7 +244,7 @@ def test_a_resumed_run_takes_the_micro_batch_that_it_was_begun_with(
     config = write_config(home / "run.yaml", data, train={"epochs": 1, "max_micro_batch": "auto"})
     assert ssam_scale("train", "--config", config) == 0
     state = home / "checkpoints/epoch_0001/state.json"
-    saved = json.loads(state.read_text())
+    saved = read_state(state.parent)
     assert saved["micro_batches"] == {"processes": 1, "accumulation": 1, "images": 12}
     resume = ["--config", str(config), "--resume", "auto", "train.epochs=2", "--dry-run"]
     for split, overrides, expected in (
@@ -254,7 +254,7 @@ def test_a_resumed_run_takes_the_micro_batch_that_it_was_begun_with(
         ({"processes": 1, "accumulation": 3, "images": 4}, ["train.max_micro_batch=6"], "2 micro-batches of 6 images"),
         (None, [], "1 micro-batch of 12 images"),
     ):
-        state.write_text(json.dumps({**saved, "micro_batches": split}))
+        state.write_text(state_text({**saved, "micro_batches": split}))
         capsys.readouterr()
         assert ssam_scale("train", *resume, *overrides) == 0
         assert expected in capsys.readouterr().out

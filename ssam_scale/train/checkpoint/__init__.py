@@ -1,0 +1,52 @@
+"""Checkpoints: the named parts of a run, each with `state_dict` and `load_state_dict`, in files that nothing unpickles.
+
+    <directory>/epoch_0003/                 after 3 epochs
+    <directory>/epoch_0003_step_001320/     within the epoch after that, after 1,320 steps since the run began
+        state.json              what the run is, and `parts`: the state of each part but its tensors
+        model.safetensors       weights and buffers under timm's names: timm loads this file as it is
+        optimizer.safetensors   state of the base optimizer
+        sparse.safetensors      mask, calibration, kept directions: see `SparseSAM.sparse`
+        ema.safetensors         averaged weights, if there are any
+        trajectory.safetensors  those that MESA goes by; what SAF remembers stays beside the checkpoints, in outputs/
+        unrecorded.safetensors  within an epoch: losses since the last record, by process
+        buffers.safetensors     within an epoch, of several processes: BatchNorm's statistics, by process
+
+`build.Components.state` says which parts a run has. A part's state is made of dictionaries, lists, plain values and
+tensors; each tensor goes to the part's safetensors file, and `{"$tensor": its name there}` takes its place in the JSON.
+Tensors are full, so a run goes on under another backend or number of processes. No generator's state is among them:
+what a step draws is a function of its place (`rng.seed_step`).
+
+`state.json` is format 5 (`format`): the run's `model`, `method` and `optimizer`, which a run that goes on must have
+too; its `config`; `micro_batches`, how a step was shared out; `evaluation`, if there was one of these weights;
+`files`, with `bytes` and `sha256` of each; `unbounded`, buffers that need not be finite; `parts`. Its first entry,
+`sha256`, is the digest of all bytes that follow it. A checkpoint appears under its name only when the disk has it: it
+is written beside it (`.….partial`) and renamed; one that is deleted is renamed first (`.….deleted`). One that a run has
+left behind, because it went on from an earlier one, is called `….superseded`. `.lock` says which job is at work.
+"""
+
+from __future__ import annotations
+
+from .folder import check_fresh_directory, check_writable, checkpoints, newest, resolve, set_aside
+from .hook import SaveCheckpoint, save
+from .lock import locked
+from .parts import ModelState, OptimizerState, check_savable
+from .state import finished, load, micro_batch_of, network_of
+
+__all__ = [
+    "ModelState",
+    "OptimizerState",
+    "SaveCheckpoint",
+    "check_fresh_directory",
+    "check_savable",
+    "check_writable",
+    "checkpoints",
+    "finished",
+    "load",
+    "locked",
+    "micro_batch_of",
+    "network_of",
+    "newest",
+    "resolve",
+    "save",
+    "set_aside",
+]

@@ -1,0 +1,186 @@
+"""What of a run is saved in a checkpoint, and a run that goes on from one."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ssam_scale.config.micro_batches import MicroBatches
+from ssam_scale.config.schema import Config
+from ssam_scale.errors import UserError
+from ssam_scale.models import build_model
+from ssam_scale.sharding import World
+from ssam_scale.tracking.store import plain_values
+from ssam_scale.train.progress import Progress
+
+from .files import FORMAT, Snapshot, read, read_state
+from .parts import split
+
+if TYPE_CHECKING:
+    from ssam_scale.train.build import Components
+    from ssam_scale.train.evaluation import Evaluation
+
+# What a checkpoint may lack: a loss scale finds itself again within some steps.
+_OPTIONAL = {"scaler"}
+_MISSING = {"ema": "averaged weights; set train.ema_decay to null"}
+_REFUSED = {"sparse": "; perturbation.mask must be the one it was saved with"}
+
+
+def snapshot_of(config: Config, world: World, components: Components, evaluation: Evaluation | None) -> Snapshot | None:
+    """A copy of all that is saved, on the first process; None on the others. Collective.
+
+    Args:
+        config: of the run.
+        world: the processes.
+        components: whose state it is.
+        evaluation: of the weights as they are, if there was one.
+    """
+    parts = {name: part.state_dict() for name, part in components.state.items()}
+    if not world.first:
+        return None
+    files: dict[str, dict[str, Tensor]] = {name: {} for name in parts}
+    state = {
+        **_description(config),
+        "config": plain_values(config),
+        "micro_batches": asdict(components.split),
+        "evaluation": None if evaluation is None else asdict(evaluation),
+        "parts": {name: split(part, files[name]) for name, part in parts.items()},
+    }
+    weights = {name for name, _ in components.network.named_parameters(remove_duplicate=False)}
+    unbounded = {
+        name
+        for name, tensor in files["model"].items()
+        if tensor.is_floating_point() and name not in weights and not name.endswith(("running_mean", "running_var"))
+    }
+    copies = {name: {key: _copy(t) for key, t in tensors.items()} for name, tensors in files.items()}
+    return Snapshot(copies, state, tuple(sorted(unbounded)))
+
+
+def load(path: Path, config: Config, components: Components) -> None:
+    """Take up the run that `path` was saved of. Collective; every process reads the files.
+
+    Raises:
+        UserError: the checkpoint is damaged, or of another model, method, optimizer or mask; nothing was loaded then.
+    """
+    try:
+        state, saved = read(path)
+        model = saved["model"]
+        _check(path, config, state, model, components)
+        if "ema" in saved:
+            _check_averages(path, saved["ema"], components)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"checkpoint {path} cannot be read: {error}") from error
+    if missing := sorted(components.state.keys() - saved.keys() - _OPTIONAL):
+        raise UserError(f"checkpoint {path} has no {_MISSING.get(missing[0], missing[0])}")
+    for name, part in components.state.items():
+        if name in saved:
+            try:
+                part.load_state_dict(saved[name])
+            except ValueError as error:
+                raise UserError(f"checkpoint {path}: {error}{_REFUSED.get(name, '')}") from error
+    # The saved run's may have been others: of another batch size, or another number of images or processes.
+    components.opt.rescale_steps(components.progress.place)
+
+
+def micro_batch_of(path: Path, config: Config, world: World) -> int | None:
+    """The images of a micro-batch that a checkpoint was saved with, where a run goes on as it was begun.
+
+    So a resumed run with `max_micro_batch: auto` takes the same steps, unless the processes or the batch are others.
+    """
+    try:
+        shared = MicroBatches(**read_state(path)["micro_batches"])
+        same = shared.processes == world.size and shared.batch == config.data.batch_size
+    except (ValueError, KeyError, TypeError):  # `load` says what is wrong with it
+        return None
+    return shared.images if same else None
+
+
+def finished(path: Path, config: Config) -> Progress | None:
+    """How far the run has come that a checkpoint was saved of, if that is this run and has all of its epochs."""
+    try:
+        state = read_state(path)
+        described = _description(config)
+        same = described == {key: state[key] for key in described}
+        progress = Progress(images=0, batch_size=1)  # which only a run that goes on has
+        progress.load_state_dict(state["parts"]["progress"])
+    except (ValueError, KeyError, TypeError):  # `load` says what is wrong with it
+        return None
+    return progress if same and progress.epoch >= config.train.epochs else None
+
+
+def network_of(path: Path, config: Config) -> nn.Module:
+    """What a checkpoint has trained, timm's model on the CPU: with the averaged weights, if there are any."""
+    weights = load_file(path / "model.safetensors")
+    if (averaged := path / "ema.safetensors").is_file():
+        weights |= load_file(averaged)
+    with torch.random.fork_rng(devices=[]):
+        network = build_model(config).model
+    network.load_state_dict(weights)
+    return network
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """On the CPU, contiguous, and sharing memory with nothing: the format refuses tied weights that do."""
+    if tensor.device.type != "cpu":
+        return tensor.detach().cpu().contiguous()
+    return tensor.detach().clone(memory_format=torch.contiguous_format)
+
+
+def _check(path: Path, config: Config, state: dict[str, Any], saved: dict[str, Tensor], components: Components) -> None:
+    mine = {
+        name: (tuple(components.opt.sharding.full_shape(t) if isinstance(t, nn.Parameter) else t.shape), _kind(t))
+        for name, t in components.network.state_dict(keep_vars=True).items()
+    }
+    theirs = {name: (tuple(t.shape), _kind(t)) for name, t in saved.items()}
+    if mine != theirs:
+        name = next(iter(sorted(n for n in mine.keys() | theirs.keys() if mine.get(n) != theirs.get(n))))
+        here, there = ("".join(map(str, found.get(name, ("missing",)))) for found in (mine, theirs))
+        raise UserError(
+            f"checkpoint {path}, of {state['model']}, does not fit this run's {_identity(config)}: {name} is {there} "
+            f"there and {here} here"
+        )
+    if state["method"] != config.method:
+        raise UserError(
+            f"checkpoint {path} is of a {state['method']} run, this is a {config.method} run; resume with the "
+            "perturbation and trajectory it was made with, or choose another checkpoint.directory"
+        )
+    if state["optimizer"] != config.optimizer.name:
+        raise UserError(
+            f"checkpoint {path} was made with optimizer.name {state['optimizer']}, this run has {config.optimizer.name}"
+        )
+
+
+def _check_averages(path: Path, saved: dict[str, Tensor], components: Components) -> None:
+    if components.ema is None:
+        return
+    mine, theirs = components.ema.shapes(), {name: tuple(t.shape) for name, t in saved.items()}
+    if mine != theirs:
+        name = next(iter(sorted(n for n in mine.keys() | theirs.keys() if mine.get(n) != theirs.get(n))))
+        raise UserError(
+            f"checkpoint {path}: the average of {name} is {theirs.get(name, 'missing')} there and "
+            f"{mine.get(name, 'missing')} here"
+        )
+
+
+def _kind(tensor: Tensor) -> str:
+    """What must be alike of dtypes: weights of any precision go on in any other."""
+    return "" if tensor.is_floating_point() else f" of {tensor.dtype}".replace("torch.", "")
+
+
+def _description(config: Config) -> dict[str, Any]:
+    """What must be the same for a run to go on from a checkpoint, but for what only the tensors show."""
+    return {
+        "format": FORMAT,
+        "model": _identity(config),
+        "method": config.method,
+        "optimizer": config.optimizer.name,
+    }
+
+
+def _identity(config: Config) -> str:
+    return f"{config.model.name} with {config.model.num_classes} classes"

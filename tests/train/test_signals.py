@@ -1,0 +1,98 @@
+"""A run that a signal asks to end is saved at the end of a step, on all processes, and goes on from there."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ssam_scale.cli.main import main
+from ssam_scale.tracking.shutdown import SAVED
+from ssam_scale.tracking.store import open_store
+from ssam_scale.train import loop
+from ssam_scale.train.build import build_hooks
+from ssam_scale.train.checkpoint import newest
+from ssam_scale.train.hooks import Hook
+from ssam_scale.train.progress import Progress
+from tests.support.processes import free_port, wait_until
+from tests.support.ranks import start_fresh_rank
+from tests.support.runs import differing, ssam_scale, train_on_ranks, write_config
+
+pytestmark = pytest.mark.slow
+
+# Far more steps than are taken between the first checkpoint and the signal that follows it.
+LONG: dict[str, Any] = {
+    "train": {"epochs": 60, "eval_epochs": 60, "ema_decay": 0.9},
+    "loss": {"mixup": 0.2},
+    "perturbation": {"rho": 0.05, "norm": "masked", "mask": {"pattern": "depth"}},
+    "checkpoint": {"every_steps": 3, "every_epochs": 60},
+}
+
+
+def interrupt(config: Path, processes: int, number: signal.Signals, log: Path, *overrides: str) -> str:
+    """Train until something new is saved, and send a signal to the last process alone; what all of them said."""
+    checkpoints = config.parent / "checkpoints"
+    before, port = newest(checkpoints), free_port()
+    logs = [log.with_suffix(f".{rank}") for rank in range(processes)]
+    arguments = ["train", "--config", str(config), "--resume", "auto", *overrides]
+    ranks = [start_fresh_rank(rank, processes, port, file, main, arguments) for rank, file in enumerate(logs)]
+    try:
+        wait_until(lambda: newest(checkpoints) != before or not ranks[-1].is_alive(), 120, "a checkpoint")
+        os.kill(ranks[-1].pid, number)
+        for rank in ranks:
+            rank.join(120)
+        said = "".join(file.read_text() for file in logs)
+        assert [rank.exitcode for rank in ranks] == [SAVED] * processes, said
+        return said
+    finally:
+        for rank in ranks:
+            rank.kill()
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_interrupted_runs_end_where_they_would_have(processes: int, data: Path, home: Path) -> None:
+    config = write_config(home / "run.yaml", data, **LONG)
+    train_on_ranks(processes, config, f"checkpoint.directory={home}/whole", f"tracking.uri=sqlite:///{home}/whole.db")
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+        said = interrupt(config, processes, number, home / number.name)
+        saved = newest(home / "checkpoints")
+        assert saved is not None
+        assert f"{number.name}: saved as {saved}; --resume auto goes on from it" in said
+        assert "Traceback" not in said
+        store = open_store(f"sqlite:///{home}/mlflow.db", create=False)
+        (run,) = store.search_runs([store.get_experiment_by_name("ssam_scale").experiment_id])
+        assert run.info.status == "KILLED"
+        assert run.data.tags["failure"].endswith(f"{number.name}, saved as {saved.name}")
+    train_on_ranks(processes, config, "checkpoint.resume=auto")
+    assert differing(home / "whole/epoch_0060", home / "checkpoints/epoch_0060") == []
+
+
+class SignalBeforeEvaluation(Hook):
+    """Sends SIGTERM to its own process when the first epoch's last step is done."""
+
+    def after_epoch(self, progress: Progress) -> None:
+        if progress.epoch == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_an_evaluation_is_left_and_comes_after_the_run_is_resumed(
+    data: Path, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sections = {"train": {"epochs": 1, "ema_decay": 0.9}, "perturbation": LONG["perturbation"]}
+    config = write_config(home / "run.yaml", data, **sections)
+    assert ssam_scale("train", "--config", config, f"checkpoint.directory={home}/whole") == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "build_hooks", lambda *args: [SignalBeforeEvaluation(), *build_hooks(*args)])
+        assert ssam_scale("train", "--config", config) == SAVED
+    saved = newest(home / "checkpoints")
+    assert saved is not None
+    assert saved.name == "epoch_0000_step_000004"
+    capsys.readouterr()
+    assert ssam_scale("train", "--config", config, "--resume", "auto") == 0
+    said = capsys.readouterr().out
+    assert f"resumed from {saved} after epoch 0, 48 images of the next, step 4" in said
+    assert "epoch 1/1: top-1" in said
+    assert differing(home / "whole/epoch_0001", home / "checkpoints/epoch_0001") == []
