@@ -403,7 +403,7 @@ def _trajectory(
         classes=config.model.num_classes,
         folder=outputs_folder(config.checkpoint.directory),
         elsewhere=[] if resumed in (None, "auto") else [outputs_folder(Path(resumed).parent)],
-        checkpoints=config.checkpoint.keep,
+        checkpoints=config.checkpoint.keep + 1,  # the newest may still be being written
     )
     return build_trajectory(config.trajectory, run)
 
@@ -425,7 +425,7 @@ def _check_outputs(config: Config, world: World) -> None:
     folder = outputs_folder(section.directory)
     images = config.data.subset or inspect(config.data.train).images
     epochs = min(
-        epochs_kept(term.lag_epochs, section.every_epochs, section.keep),
+        epochs_kept(term.lag_epochs, section.every_epochs, section.keep + 1),
         config.train.epochs - term.start_epoch + term.lag_epochs,
     )
     try:

@@ -108,7 +108,7 @@ def test_a_disk_that_is_too_small_is_told_in_the_first_second(
     assert ssam_scale("train", "--config", str(config), *options) == 2
     said = capsys.readouterr().err
     assert "trajectory.kind saf: " in said
-    assert "(48 images × 10,000,000 classes × 2 bytes × 1800 epochs)" in said
+    assert "(48 images × 10,000,000 classes × 2 bytes × 1801 epochs)" in said
     assert said.count("\n") == 1
 
 
