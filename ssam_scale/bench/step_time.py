@@ -185,7 +185,8 @@ def bench_steps(setting: Setting, repeats: int, compared: Sequence[Scenario]) ->
     """
     network = setting.network()
     copied = copy.deepcopy(network)
-    sizes = {first_samples(setting.batch_size, s.fraction) for s in compared if 0.0 < s.fraction < 1.0}
+    shares = {share for s in compared for share in (s.fraction, s.descent.fraction if s.descent else 1.0)}
+    sizes = {first_samples(setting.batch_size, share) for share in shares if 0.0 < share < 1.0}
     parts = Parts(setting, copied, setting.batch(), sgd(copied), sizes)
     copies: dict[str, Tensor] = {}
     each = [_Steps(scenario, setting, copy.deepcopy(network), copies) for scenario in compared]

@@ -119,6 +119,9 @@ def test_a_small_ascent_takes_its_launches_and_what_it_computes(fixed: float, ea
     assert predicted == pytest.approx(real)
     in_proportion = predicted_ascent_seconds(StepTimes.proportional(times.stages), depth(times, 0, images / 64))
     assert in_proportion == pytest.approx(real - 5 * fixed * (1.0 - images / 64))
+    # A descent by as few spares their arithmetic, and none of its launches.
+    spared = real - predicted_ascent_seconds(times, replace(depth(times, 0, images / 64), descent=images / 64))
+    assert spared == pytest.approx(5 * each * (64 - images), abs=1e-9 * real)
 
 
 @given(st.integers(1, 200), st.integers(1, 8))
