@@ -75,7 +75,8 @@ def _caption(found: Measured, machines: Machines, rows: Sequence[Mapping[str, An
         f"{found.model}, {found.precision}, measured with {sizes} images of {found.resolution} px on "
         f"{found.hardware}; {machines.scaling} scaling; {machines.node_bandwidth / 1e9:g} GB/s inside a node of "
         f"{machines.per_node}, {machines.network_bandwidth / 1e9:g} GB/s between nodes. A real step lies between ms, "
-        "with what is sent hidden as far as it can be, and unhidden ms. Memory is in GiB of one GPU"
+        "with what is sent hidden as far as it can be, and unhidden ms. Memory is in GiB of one GPU; host copy: of the "
+        "first process's machine, while a checkpoint is written"
         + (f". Passes of fewer than {fewest} images are taken to last as long as those of {fewest}" if few else "")
     )
 
@@ -98,6 +99,7 @@ _COLUMNS: Columns = {
     "perturbing": ("memory_perturbing", 2**-30, ".3f"),
     "activations": ("memory_activations", 2**-30, ".3f"),
     "all": ("memory_total", 2**-30, ".3f"),
+    "host copy": ("memory_copy", 2**-30, ".3f"),
 }
 _DRY_COLUMNS: Columns = {
     "GPUs": ("gpus", 1, "d"),

@@ -24,7 +24,7 @@ from ssam_scale.costs.compute import StageTimes, StepTimes
 from ssam_scale.costs.estimate import Activations, footprint, step_cost
 from ssam_scale.costs.profile import Batch, Measured, load_times, measure_activations, measure_times, this_machine
 from ssam_scale.costs.simulate import GivenPlan, Simulated, fake_world, simulate
-from ssam_scale.costs.workload import Ascent, ascent_of, weights_of
+from ssam_scale.costs.workload import FLOAT, Ascent, ascent_of, weights_of
 from ssam_scale.errors import UserError
 from ssam_scale.masks import Plan, ScoreBased
 from ssam_scale.models import build_model, check_compiler
@@ -113,6 +113,8 @@ def cost_rows(config: Config, found: Measured, machines: Machines) -> list[dict[
     dense = configured_sam(dense_config, network, base_optimizer(config, network.model))
     plans: dict[str, list[Ascent]] = {"base": [], "sam": [ascent_of(dense.resolve(), weights, len(network.stages))]}
     state = state_bytes_per_weight(config)
+    # Of a checkpoint, which is written from it: the weights, their averages, and the base optimizer's state, in full.
+    copied = total * (FLOAT * (1 if config.train.ema_decay is None else 2) + state)
     rows = []
     for gpus in machines.gpus:
         placement = placement_of(config, machines.cluster(gpus))
@@ -155,6 +157,7 @@ def cost_rows(config: Config, found: Measured, machines: Machines) -> list[dict[
                     "memory_model": memory.model,
                     "memory_perturbing": memory.perturbing,
                     "memory_total": memory.total,
+                    "memory_copy": copied,
                     "scaling": machines.scaling,
                     "hardware": found.hardware,
                     "precision": found.precision,

@@ -67,6 +67,8 @@ def test_times_measured_once_serve_every_question(
         assert (base["density"], sam["density"]) == (0.0, 1.0)
         # AdamW keeps two numbers a weight.
         assert base["memory_optimizer"] == 2 * base["memory_weights"]
+        # A checkpoint has all of both, however they are shared out.
+        assert base["memory_copy"] == 3 * by[1, "base"]["memory_weights"]
     assert by[64, "ssam-depth"]["bytes"] < by[64, "sam"]["bytes"] == 2 * by[64, "base"]["bytes"]
 
 

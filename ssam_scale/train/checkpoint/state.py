@@ -52,11 +52,8 @@ def snapshot_of(config: Config, world: World, components: Components, evaluation
         "parts": {name: split(part, files[name]) for name, part in parts.items()},
     }
     weights = {name for name, _ in components.network.named_parameters(remove_duplicate=False)}
-    unbounded = {
-        name
-        for name, tensor in files["model"].items()
-        if tensor.is_floating_point() and name not in weights and not name.endswith(("running_mean", "running_var"))
-    }
+    buffers = (files["model"].keys() | files.get("ema", {}).keys()) - weights
+    unbounded = {name for name in buffers if not name.endswith(("running_mean", "running_var"))}
     copies = {name: {key: _copy(t) for key, t in tensors.items()} for name, tensors in files.items()}
     return Snapshot(copies, state, tuple(sorted(unbounded)))
 
