@@ -53,6 +53,7 @@ class OptimizerState:
         And `own`, what the optimizer's own `state_dict` has beside these two (kron: its generator's state).
         """
         base = self._opt.base_optimizer
+        self._opt.sharding.reshard()  # after an evaluation FSDP2's root shows gathered weights as its parameters
         state = dict(self._opt.sharding.full_optimizer_state_dict(self._network, base))
         own = _own_state(base)
         return {**state, "own": own} if own else state
