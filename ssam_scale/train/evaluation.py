@@ -103,9 +103,6 @@ class Evaluate(Hook):
         run: where results are recorded.
         bar: shows the way and the results.
         agreement: what processes ask for.
-
-    Attributes:
-        left: whether the last evaluation was left, because a signal asks the run to end.
     """
 
     def __init__(
@@ -113,7 +110,6 @@ class Evaluate(Hook):
     ) -> None:
         self._config, self._world, self._components, self._run, self._bar = config, world, components, run, bar
         self._agreement = agreement
-        self.left = False
         self._last: tuple[int, Evaluation] | None = None
 
     def of(self, progress: Progress) -> Evaluation | None:
@@ -122,8 +118,9 @@ class Evaluate(Hook):
             return None
         return self._last[1]
 
-    def after_epoch(self, progress: Progress) -> None:
+    def between_epochs(self, progress: Progress) -> None:
         """Collective."""
+        progress.unevaluated = False
         epochs = self._config.train.epochs
         if progress.epoch != epochs and progress.epoch % self._config.train.eval_epochs:
             return
@@ -133,7 +130,7 @@ class Evaluate(Hook):
                 result = self._evaluate("evaluating")
             raw = None if ema is None else self._evaluate("evaluating without averaging")
         except EvaluationInterrupted:
-            self.left = True
+            progress.unevaluated = True
             return
         self._last = progress.epoch, result
         self._run.log_evaluation(

@@ -51,6 +51,12 @@ class Hook:
     def after_epoch(self, progress: Progress) -> None:
         """After the last step of an epoch, which `progress.epoch` counts already."""
 
+    def between_epochs(self, progress: Progress) -> None:
+        """After all that ends an epoch; what changes nothing of training, as an evaluation.
+
+        Where a signal ends the run in the midst of it (`progress.unevaluated`), it is called again on resuming.
+        """
+
     def on_end(self, error: BaseException | None) -> None:
         """Once, when training ends; `error` is what ended it early."""
 

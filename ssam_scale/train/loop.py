@@ -94,6 +94,8 @@ def _train(config: Config, world: World) -> None:
             _machines_watched(config, world, run),
             run.signals.deferred(),  # SaveCheckpoint acts on them, between two steps
         ):
+            if progress.unevaluated:
+                _between_epochs(components, hooks)
             while progress.epoch < config.train.epochs:
                 _train_epoch(config, world, components, hooks, phases)
     if world.first:
@@ -220,6 +222,12 @@ def _train_epoch(
     components.progress.after_epoch()
     for hook in hooks:
         hook.after_epoch(components.progress)
+    _between_epochs(components, hooks)
+
+
+def _between_epochs(components: Components, hooks: Sequence[Hook]) -> None:
+    for hook in hooks:
+        hook.between_epochs(components.progress)
 
 
 def _train_step(

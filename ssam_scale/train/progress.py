@@ -20,7 +20,7 @@ from .hooks import Hook
 T = TypeVar("T")
 
 _LINE_SECONDS = 30.0
-_SAVED = ("epoch", "seen", "step", "run_id")  # of `Progress`; what else it has is as the configuration says
+_SAVED = ("epoch", "seen", "step", "unevaluated", "run_id")  # what else `Progress` has is as configured
 
 
 @dataclass
@@ -38,6 +38,7 @@ class Progress:
         epoch: epochs done.
         seen: images of the epoch that goes on which have been trained on, whatever the steps were.
         step: optimizer steps done since the run began, of whatever size they were.
+        unevaluated: whether what comes between epochs is not done after the last one: a signal has ended the run there.
         run_id: the tracked run; None on processes that do not track.
     """
 
@@ -46,6 +47,7 @@ class Progress:
     epoch: int = 0
     seen: int = 0
     step: int = 0
+    unevaluated: bool = False
     run_id: str | None = None
 
     @property
@@ -81,11 +83,6 @@ class Progress:
         """Counts one."""
         self.epoch += 1
         self.seen = 0
-
-    def reopen_epoch(self) -> None:
-        """The epoch that was counted last has all of its steps, and not yet what follows them."""
-        self.epoch -= 1
-        self.seen = self.images
 
     def state_dict(self) -> dict[str, Any]:
         """What a run of other steps needs of it, too."""

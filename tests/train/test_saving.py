@@ -83,7 +83,7 @@ def test_steps_and_epochs_are_counted_since_the_run_began(built: tuple[Config, C
                 progress.after_step()
                 hook.after_step(progress, None)  # type: ignore[arg-type]
             progress.after_epoch()
-            hook.after_epoch(progress)
+            hook.between_epochs(progress)
         hook.on_end(None)
     assert saved(tmp_path) == ["epoch_0000_step_000003", "epoch_0001_step_000006", "epoch_0002"]
 

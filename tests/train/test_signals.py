@@ -15,6 +15,7 @@ from ssam_scale.tracking.store import open_store
 from ssam_scale.train import loop
 from ssam_scale.train.build import build_hooks
 from ssam_scale.train.checkpoint import newest
+from ssam_scale.train.checkpoint.files import read_state
 from ssam_scale.train.hooks import Hook
 from ssam_scale.train.progress import Progress
 from tests.support.processes import free_port, wait_until
@@ -89,10 +90,11 @@ def test_an_evaluation_is_left_and_comes_after_the_run_is_resumed(
         assert ssam_scale("train", "--config", config) == SAVED
     saved = newest(home / "checkpoints")
     assert saved is not None
-    assert saved.name == "epoch_0000_step_000004"
+    assert saved.name == "epoch_0001"
+    assert read_state(saved)["evaluation"] is None
     capsys.readouterr()
     assert ssam_scale("train", "--config", config, "--resume", "auto") == 0
     said = capsys.readouterr().out
-    assert f"resumed from {saved} after epoch 0, 48 images of the next, step 4" in said
+    assert f"resumed from {saved} after epoch 1" in said
     assert "epoch 1/1: top-1" in said
     assert differing(home / "whole/epoch_0001", home / "checkpoints/epoch_0001") == []

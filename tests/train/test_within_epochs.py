@@ -128,7 +128,7 @@ def test_other_processes_and_batches_go_on_at_the_same_place(data: Path, home: P
     # 24 of 48 images are seen: 2 steps of 10 are left, and 4 in the next epoch.
     train(config, start, f"checkpoint.directory={home}/ten", "data.batch_size=10")
     state = read_state(home / "ten/epoch_0002")["parts"]
-    assert state["progress"] | {"run_id": None} == {"epoch": 2, "seen": 0, "step": 2 + 2 + 4, "run_id": None}
+    assert {key: state["progress"][key] for key in ("epoch", "seen", "step")} == {"epoch": 2, "seen": 0, "step": 8}
     assert int(load_file(home / "ten/epoch_0002/sparse.safetensors")["steps"]) == 2 * 4
     # More than are left: the epoch ends at once, with its evaluation.
     train(config, start, f"checkpoint.directory={home}/all", "data.batch_size=32", "train.epochs=1")

@@ -88,7 +88,7 @@ class SaveCheckpoint(Hook):
         ):
             self._save(progress)
 
-    def after_epoch(self, progress: Progress) -> None:
+    def between_epochs(self, progress: Progress) -> None:
         """Saves if it is due. Collective.
 
         Raises:
@@ -97,9 +97,7 @@ class SaveCheckpoint(Hook):
         """
         last, every = progress.epoch == self._config.train.epochs, self._config.checkpoint.every_epochs
         asked = self._agreement.now(self._asks())
-        if self._evaluate.left:
-            progress.reopen_epoch()  # to be evaluated
-        if asked.end and not (last and not self._evaluate.left):
+        if asked.end and (progress.unevaluated or not last):
             self._save_and_end(progress)
         elif last or progress.epoch % every == 0:
             self._save(progress)

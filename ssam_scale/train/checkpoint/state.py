@@ -107,7 +107,8 @@ def finished(path: Path, config: Config) -> Progress | None:
         progress.load_state_dict(state["parts"]["progress"])
     except (ValueError, KeyError, TypeError):  # `load` says what is wrong with it
         return None
-    return progress if same and progress.epoch >= config.train.epochs else None
+    complete = progress.epoch >= config.train.epochs and not progress.unevaluated
+    return progress if same and complete else None
 
 
 def network_of(path: Path, config: Config) -> nn.Module:
