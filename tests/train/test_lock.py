@@ -32,6 +32,7 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
+@pytest.mark.slow
 def test_a_second_job_is_told_who_holds_the_folder(tmp_path: Path) -> None:
     folder = tmp_path / "a/b"
     process = start_fresh_rank(0, 1, free_port(), tmp_path / "log", hold, folder, tmp_path / "end")
@@ -50,6 +51,7 @@ def test_a_second_job_is_told_who_holds_the_folder(tmp_path: Path) -> None:
     assert names(folder) == ["held"]
 
 
+@pytest.mark.slow
 def test_the_lock_of_a_process_that_was_killed_is_taken_over(tmp_path: Path) -> None:
     process = start_fresh_rank(0, 1, free_port(), tmp_path / "log", hold, tmp_path, tmp_path / "end")
     wait_until((tmp_path / "held").exists, 60, "the other job")

@@ -82,6 +82,7 @@ def test_what_is_saved_is_all_that_the_next_steps_go_by(name: str) -> None:
             assert getattr(opt.base_optimizer, own).getstate() == getattr(again.base_optimizer, own).getstate()
 
 
+@pytest.mark.slow
 def test_an_optimizer_that_cannot_be_saved_is_refused_before_anything_is_built(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -108,6 +109,7 @@ def test_an_optimizer_that_cannot_be_saved_is_refused_before_anything_is_built(
     assert not {"lbfgs", "adahessian", "adafactorbv"} & savable
 
 
+@pytest.mark.slow
 def test_timms_that_cannot_be_saved_are_refused(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = write_config(tmp_path / "run.yaml", data, optimizer={"name": "adafactorbv", "lr": 0.01})
     assert command("train", "--config", config) == 2
