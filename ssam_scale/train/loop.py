@@ -57,6 +57,7 @@ def _train(config: Config, world: World) -> None:
         if world.first and done.run_id is not None:
             _print_lines(out, run_lines(config.tracking.uri, done.run_id))
         return
+    checkpoint.note_start(config, world, path)
     predicted, unpredicted = _predicted(config, world)
     phases = PhaseTimer(world.device)
     components = _build(config, world, phases, path)

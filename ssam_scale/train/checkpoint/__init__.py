@@ -21,7 +21,8 @@ too; its `config`; `micro_batches`, how a step was shared out; `evaluation`, if 
 `files`, with `bytes` and `sha256` of each; `unbounded`, buffers that need not be finite; `parts`. Its first entry,
 `sha256`, is the digest of all bytes that follow it. A checkpoint appears under its name only when the disk has it: it
 is written beside it (`.….partial`) and renamed; one that is deleted is renamed first (`.….deleted`). One that a run has
-left behind, because it went on from an earlier one, is called `….superseded`. `.lock` says which job is at work.
+left behind, because it went on from an earlier one, is called `….superseded`. `.lock` says which job is at work, and
+`.starts.json` where the last starts of a job began.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from .folder import check_fresh_directory, check_writable, checkpoints, newest, 
 from .hook import SaveCheckpoint, save
 from .lock import locked
 from .parts import ModelState, OptimizerState, check_savable
+from .starts import note_start
 from .state import finished, load, micro_batch_of, network_of
 
 __all__ = [
@@ -46,6 +48,7 @@ __all__ = [
     "micro_batch_of",
     "network_of",
     "newest",
+    "note_start",
     "resolve",
     "save",
     "set_aside",
