@@ -123,7 +123,7 @@ def test_the_descent_costs_its_share_and_the_choice_a_forward() -> None:
         {"descent": DescentSamples(0.5, "highest_loss"), "direction": Fresh(0.25), "mask": Depth(0.5)},
         {"descent": DescentSamples(0.5), "mask": Depth(0.5)},
     ],
-    ids=str,
+    ids=["esam", "k-sam", "part behind a cut", "esam behind a cut"],
 )
 def test_running_statistics_are_those_of_a_forward_of_all_samples_at_w(options: dict[str, Any]) -> None:
     model, plain, batch = small_network("resnet"), small_network("resnet"), batches(1, SIZE)[0]
