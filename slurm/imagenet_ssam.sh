@@ -6,8 +6,9 @@
 #     sbatch --gpus-per-node=0 slurm/imagenet_ssam.sh                      without GPUs, also where a node has some
 #
 # Options of sbatch win over the lines below. --exclusive: loading takes all the cores there are, and step times are
-# only comparable without neighbours. A job that reaches its time limit, or whose node fails, is queued again
-# under the same id and goes on from where it was, or from at most ten minutes earlier, in checkpoints/slurm-<job id>;
+# only comparable without neighbours. A job that reaches its time limit is saved at the end of a step and queued again under
+# the same id, as one is whose node fails, and goes on from where it was, or from at most ten minutes earlier, in
+# checkpoints/slurm-<job id>; one that saves nothing new in two starts ends with the reason.
 # `checkpoint.directory=checkpoints/slurm-123` lets a new job go on from an old one.
 # Paths, the data's in the configuration too, are relative to the folder that sbatch was called in.
 #
@@ -75,17 +76,28 @@ printf 'job %s (start %d) on %s: %d node(s) x %d process(es), %d GPU(s) and %d c
     "$((${SLURM_RESTART_COUNT:-0} + 1))" "$SLURM_JOB_NODELIST" "$SLURM_JOB_NUM_NODES" "$processes" "$gpus" "$cpus" \
     "$config"
 
-# Sent two minutes before the time limit. Slurm ends the processes by SIGTERM, which saves the run, and queues the job.
-# shellcheck disable=SC2317  # called by the trap
 queue_again() {
-    printf 'job %s reaches its time limit and is queued again\n' "$SLURM_JOB_ID"
     scontrol requeue "$SLURM_JOB_ID" || printf 'it cannot be queued again: submit it once more by hand\n'
 }
-trap queue_again USR1
 
-# srun in the background, because bash handles signals only between commands and during `wait`.
+# Sent two minutes before the time limit: the processes save and end, however long a step takes, where after SIGTERM
+# torchrun would kill them in 30 s. After 90 s the job is queued again in any case: at the limit it would be over.
+limit=0
+# shellcheck disable=SC2317  # called by the trap
+save() {
+    ((limit)) && return
+    limit=1
+    printf 'job %s reaches its time limit: it is saved, and queued again\n' "$SLURM_JOB_ID"
+    scancel --signal=USR1 "$SLURM_JOB_ID" || true
+    { sleep 90 && queue_again; } &
+}
+trap save USR1
+
+# srun in the background, because bash handles signals only between commands and during `wait`. torchrun, which USR1
+# would end, hears nothing of it.
+# shellcheck disable=SC2016  # expanded by the inner bash
 srun --ntasks-per-node=1 --cpus-per-task="$cpus" --kill-on-bad-exit=1 \
-    "$python" -m torch.distributed.run \
+    bash -c 'trap "" USR1; exec "$@"' torchrun "$python" -m torch.distributed.run \
     --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node "$processes" \
     --rdzv-backend c10d --rdzv-endpoint "$address:$port" --rdzv-id "$SLURM_JOB_ID" \
     "$root/launch/train.py" "${arguments[@]}" &
@@ -96,4 +108,8 @@ while true; do
     # A signal interrupts `wait` with a code above 128 while srun goes on.
     kill -0 "$step" 2>/dev/null || break
 done
+if ((limit && code)); then
+    queue_again
+    sleep 60 # Slurm ends it
+fi
 exit "$code"

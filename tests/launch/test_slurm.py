@@ -104,16 +104,40 @@ def test_a_failure_of_the_training_is_the_jobs(cluster, images, job):
 
 
 def test_the_time_limit_is_survived(cluster, images, job):
-    """The signal that Slurm sends before the time limit queues the job again, and it goes on where it was."""
-    number = cluster.submit(*TWO_NODES, SCRIPT, CONFIG, *overrides(images, "train.epochs=6"), cwd=job)
+    """At the signal that Slurm sends before the time limit it is saved and queued again, and goes on where it was."""
+    late = ["train.epochs=6", "checkpoint.every_epochs=100"]  # so that nothing else has saved it
+    number = cluster.submit(*TWO_NODES, SCRIPT, CONFIG, *overrides(images, *late), cwd=job)
     log = job / f"slurm-{number}.out"
     wait_until(lambda: log.exists() and "epoch 2/6" in log.read_text(), 180, "two epochs")
     cluster.command("scancel", "--batch", "--signal=USR1", number)
-    wait_until(lambda: cluster.job(number)["JobState"] == "PENDING", 60, "queued again")
+    wait_until(lambda: cluster.job(number)["JobState"] == "PENDING", 120, "queued again")
     cluster.command("scontrol", "update", f"JobId={number}", "StartTime=now")  # rather than in two minutes
     ended = cluster.wait(number, timeout=300)
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), log.read_text()
-    again = log.read_text().partition(f"job {number} (start 2)")[2]
+    first, _, again = log.read_text().partition(f"job {number} (start 2)")
+    assert f"job {number} reaches its time limit: it is saved, and queued again" in first
+    assert "SIGUSR1: saved as" in first
     assert "epoch 1/6" not in again
+    assert "epoch 2/6" not in again
     assert "epoch 6/6" in again
     assert [run.info.status for run in tracked(job)] == ["FINISHED"]
+
+
+def test_a_job_that_comes_no_further_ends_with_the_reason(cluster, images, job):
+    """It was queued again for ever, where its time limit came before anything was saved."""
+    number = cluster.submit(*TWO_NODES, SCRIPT, CONFIG, *overrides(images, "train.epochs=600"), cwd=job)
+    starts = job / "checkpoints" / f"slurm-{number}" / ".starts.json"
+
+    def begun() -> int:
+        return starts.read_text().count("the beginning") if starts.exists() else 0
+
+    for start in (1, 2):
+        wait_until(lambda start=start: begun() == start, 180, f"start {start}")
+        cluster.command("scontrol", "requeue", number)
+        wait_until(lambda: cluster.job(number)["JobState"] == "PENDING", 120, "queued again")
+        cluster.command("scontrol", "update", f"JobId={number}", "StartTime=now")
+    ended = cluster.wait(number, timeout=300)
+    log = (job / f"slurm-{number}.out").read_text()
+    assert ended["JobState"] == "FAILED", log
+    assert ended["Restarts"] == "2"
+    assert "is at the beginning at its start number 3, as it was at the two before: they have saved nothing" in log
