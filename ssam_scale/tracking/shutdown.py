@@ -70,7 +70,7 @@ class Unwinding:
         self._left = threading.Event()
         self._pipe: tuple[int, int] | None = None
         self._previous_fd = -1
-        self._deferring = self._overdue = False
+        self._deferring = self._overdue = self._acted_on = False
         self._patience: threading.Timer | None = None
         self.received: int | None = None
 
@@ -102,7 +102,7 @@ class Unwinding:
 
         Where nobody has for PATIENCE_S since SIGTERM or SIGHUP, it raises `Terminated` all the same.
         """
-        self._deferring = True
+        self._deferring, self._acted_on = True, False
         try:
             yield
         finally:
@@ -110,7 +110,8 @@ class Unwinding:
             self.take_your_time()
 
     def take_your_time(self) -> None:
-        """The deferred signal is being acted on, which nothing shall cut short."""
+        """The deferred signal is being acted on, which neither time nor a further signal shall cut short."""
+        self._acted_on = True
         patience, self._patience = self._patience, None
         if patience is not None:
             patience.cancel()
@@ -130,7 +131,7 @@ class Unwinding:
         if self._overdue or (first and not self._deferring):
             self._overdue = False
             raise Terminated(self.received)
-        if self._deferring and number != signal.SIGUSR1 and self._patience is None:
+        if self._deferring and not self._acted_on and number != signal.SIGUSR1 and self._patience is None:
             self._patience = threading.Timer(PATIENCE_S, self._lose_patience, (threading.get_ident(), number))
             self._patience.daemon = True
             self._patience.start()

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ssam_scale.cli.main import main
-from ssam_scale.tracking.shutdown import SAVED
+from ssam_scale.tracking import shutdown
+from ssam_scale.tracking.shutdown import SAVED, Terminated, Unwinding
 from ssam_scale.tracking.store import open_store
 from ssam_scale.train import loop
 from ssam_scale.train.build import build_hooks
@@ -98,3 +100,27 @@ def test_an_evaluation_is_left_and_comes_after_the_run_is_resumed(
     assert f"resumed from {saved} after epoch 1" in said
     assert "epoch 1/1: top-1" in said
     assert differing(home / "whole/epoch_0001", home / "checkpoints/epoch_0001") == []
+
+
+def test_a_step_that_does_not_end_is_left_and_a_checkpoint_that_is_written_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(shutdown, "PATIENCE_S", 0.05)
+    with Unwinding() as signals, signals.deferred():
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.received == signal.SIGTERM
+        signals.take_your_time()
+        os.kill(os.getpid(), signal.SIGTERM)  # by Slurm, and by the launcher that it has told, too
+        time.sleep(0.2)
+    with Unwinding() as signals, signals.deferred():
+        os.kill(os.getpid(), signal.SIGUSR1)
+        time.sleep(0.2)  # it came early enough
+        with pytest.raises(Terminated) as ended:
+            terminated_at_last()
+    assert ended.value.code == 128 + signal.SIGUSR1
+
+
+def terminated_at_last() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+    while True:
+        time.sleep(0.01)
