@@ -26,8 +26,11 @@ KINDS = (
     "vit moving cut, 2 micro-batches, bfloat16",
     "vit moving cut, Friendly",
 )
-# Which samples an ascent sees is decided before anything is sharded.
+# Which samples a pass sees is decided before anything is sharded.
 CHOSEN = (
+    "vit dense, 0.5 of the batch highest_loss, descent 0.5 highest_loss",
+    "vit fixed cut, adamw, adaptive, descent 0.25 highest_loss",
+    "resnet moving cut, 0.5 of the batch random, descent 0.75 random",
     "vit element, 2 micro-batches, 0.5 of the batch random",
     "vit moving cut, 0.25 of the batch highest_loss",
     "resnet moving cut, 0.5 of the batch",

@@ -49,7 +49,7 @@ _CASES = [
     Case("vit", "fixed cut", descent=DescentSamples(0.25, "highest_loss"), adaptive=True, optimizer="adamw"),
     Case("resnet", "moving cut", descent=DescentSamples(0.75, "random"), direction=Fresh(0.5, "random")),
     Case("vit", "element", loss_budget=0.05, rho=(RHO, RHO / 2), schedule=CosineRadius(STEPS)),
-    Case("vit", "moving cut", loss_budget=0.01, direction=Fresh(0.5), scaled=True, accumulation=2),
+    Case("vit", "moving cut", loss_budget=0.01, direction=Fresh(0.5), accumulation=2),
     Case("vit", "element", direction=Momentum()),
     Case("vit", "moving cut", direction=Momentum(), optimizer="adamw"),
     Case("resnet", "dense", direction=Momentum(), norm="dense", rho=(RHO, RHO / 2)),
