@@ -17,6 +17,11 @@ _KINDS = {
 }
 
 
+def existing(folder: Path) -> Path:
+    """The folder, or the nearest above it that is there: on whose disk it is going to lie."""
+    return next((path for path in (folder, *folder.absolute().parents) if path.is_dir()), Path("/"))
+
+
 def why_not_replaceable(path: Path) -> str | None:
     """Why a file may not be put in the place of what is there, in a few words; None: it may.
 

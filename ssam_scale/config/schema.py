@@ -286,6 +286,11 @@ class Perturbation(Section):
     )
     mask: Mask | None = Field(None, description="which weights are perturbed; null: all of them (dense SAM)")
 
+    @property
+    def ascent_fraction(self) -> float:
+        """Share of each micro-batch that an ascent sees; 1 where there is none."""
+        return getattr(self.direction, "fraction", 1.0)
+
     @field_validator("window")
     @classmethod
     def _not_empty(cls, value: tuple[float, float]) -> tuple[float, float]:
@@ -585,7 +590,7 @@ class Config(Section):
         if not isinstance(term, SAFTrajectory):
             return self
         descent = self.perturbation.descent if self.perturbation is not None else None
-        fraction = getattr(self.perturbation.direction, "fraction", 1.0) if self.perturbation is not None else 1.0
+        fraction = self.perturbation.ascent_fraction if self.perturbation is not None else 1.0
         if descent is not None and descent.choose == "random" and fraction < 1.0:
             raise ValueError(
                 "trajectory.kind saf remembers what a step puts out for every image, and no pass sees all of them with "
@@ -668,7 +673,7 @@ class Config(Section):
             raise ValueError(f"{key} is for sharding.backend single or ddp, and it is {backend}")
         if self.train.compile:
             raise ValueError(f"{key} is for a network that is not compiled, and train.compile is true; use one of them")
-        if getattr(self.perturbation.direction, "fraction", 1.0) == 1.0:
+        if self.perturbation.ascent_fraction == 1.0:
             raise ValueError(
                 f"{key} is for an ascent on part of the batch; lower perturbation.direction.fraction, or leave it off"
             )

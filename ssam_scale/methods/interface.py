@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ssam_scale.checks import check_number
 from ssam_scale.config.trajectory_sections import Trajectory as TrajectorySection
 from ssam_scale.registry import Registry
 from ssam_scale.sharding import World
@@ -53,6 +54,16 @@ def trajectory_loss(logits: Tensor, reference: Reference, temperature: float) ->
     if reference.known is not None:
         divergence = divergence * reference.known
     return temperature**2 * divergence.mean()
+
+
+def check_term(weight: float, temperature: float) -> None:
+    """Refuse a weight λ or a temperature τ that is none.
+
+    Raises:
+        TypeError, ValueError: one is of another kind, or not above 0.
+    """
+    check_number("weight", weight, "a number above 0", lambda value: value > 0.0)
+    check_number("temperature", temperature, "a number above 0", lambda value: value > 0.0)
 
 
 class Average(Protocol):

@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ssam_scale.errors import UserError
+from ssam_scale.folders import existing
 from ssam_scale.sharding import World
 
 LOGIT = np.dtype("<f2")
@@ -258,8 +259,7 @@ def check_room(folder: Path, images: int, classes: int, epochs: int) -> None:
     Raises:
         UserError: it has not; says how much is needed.
     """
-    existing = _existing(folder)
-    needed, free = images * bytes_per_image(classes, epochs), shutil.disk_usage(existing).free
+    needed, free = images * bytes_per_image(classes, epochs), shutil.disk_usage(existing(folder)).free
     there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())  # of the run that goes on
     if needed > free + there:
         raise UserError(
@@ -279,7 +279,7 @@ def check_shared(folder: Path, world: World) -> None:
     mark = None
     if world.first:
         with suppress(OSError):  # the folder of checkpoints has been looked at before
-            mark = tempfile.mkdtemp(dir=_existing(folder), prefix=".ssam_scale_")
+            mark = tempfile.mkdtemp(dir=existing(folder), prefix=".ssam_scale_")
     path = world.first_says(mark)
     seen = world.smallest(int(path is not None and Path(path).is_dir()))
     if mark is not None:
@@ -289,10 +289,6 @@ def check_shared(folder: Path, world: World) -> None:
             f"{folder} is not seen by all processes, which read each other's outputs there: use a folder on a file "
             "system that all machines share"
         )
-
-
-def _existing(folder: Path) -> Path:
-    return next((path for path in (folder, *folder.absolute().parents) if path.is_dir()), Path("/"))
 
 
 def _gigabytes(size: int) -> str:

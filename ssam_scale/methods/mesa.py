@@ -12,7 +12,7 @@ from ssam_scale.checks import check_number
 from ssam_scale.config.trajectory_sections import MESATrajectory
 from ssam_scale.perturbation.batchnorm import evaluation_mode
 
-from .interface import TRAJECTORIES, Average, Reference, TrainingRun, trajectory_loss
+from .interface import TRAJECTORIES, Average, Reference, TrainingRun, check_term, trajectory_loss
 
 
 class MESA:
@@ -62,8 +62,7 @@ class MESA:
         start_epoch: int = 5,
         forward: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        check_number("weight", weight, "a number above 0", lambda value: value > 0.0)
-        check_number("temperature", temperature, "a number above 0", lambda value: value > 0.0)
+        check_term(weight, temperature)
         check_number("start_epoch", start_epoch, "at least 0", lambda epoch: epoch >= 0, whole=True)
         self.average = average
         self._module, self._forward = module, forward if forward is not None else module

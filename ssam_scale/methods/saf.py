@@ -15,7 +15,7 @@ from ssam_scale.checks import check_number
 from ssam_scale.config.trajectory_sections import SAFTrajectory
 from ssam_scale.sharding import World
 
-from .interface import TRAJECTORIES, Reference, TrainingRun, trajectory_loss
+from .interface import TRAJECTORIES, Reference, TrainingRun, check_term, trajectory_loss
 from .memory import OutputMemory
 
 _LARGEST = float(np.finfo(np.float16).max)
@@ -77,8 +77,7 @@ class SAF:
         checkpoints: int = 1,
     ) -> None:
         check_number("classes", classes, "at least 2", lambda count: count >= 2, whole=True)
-        check_number("weight", weight, "a number above 0", lambda value: value > 0.0)
-        check_number("temperature", temperature, "a number above 0", lambda value: value > 0.0)
+        check_term(weight, temperature)
         check_number("lag_epochs", lag_epochs, "at least 1", lambda epochs: epochs >= 1, whole=True)
         check_number("checkpoints", checkpoints, "at least 1", lambda count: count >= 1, whole=True)
         enough = f"at least lag_epochs, {lag_epochs}, before which nothing is remembered,"

@@ -214,6 +214,7 @@ class Passes:
         else:
             scores = self._losses_at_w[index]
             if chosen.choose == "sharpest":
+                self._random[index].restore()
                 with self._phases("descent forward"):
                     scores = self._losses(index, batch) - scores
             rows = samples.highest(scores, chosen.fraction)
@@ -234,7 +235,6 @@ class Passes:
     @torch.no_grad()
     def _losses(self, index: int, batch: Any) -> Tensor:
         """The loss of every sample of a micro-batch at the weights as they are, by a forward without a graph."""
-        self._random[index].restore()
         module, outputs = self._sharding.ascent_module, []
 
         def forward(*args: Any, **kwargs: Any) -> Any:

@@ -49,7 +49,7 @@ from .parameters import Fingerprint, TrainedParameters, check_radius, trained_pa
 from .passes import Passes
 from .perturb import Perturbation
 from .phases import Phases, no_phases
-from .resolved_step import Norm, ResolvedStep, StepOptions, resolve_step
+from .resolved_step import Norm, ResolvedStep, StepOptions, fraction_of, resolve_step
 from .rng import FirstForward, RandomState
 from .savings import Savings
 from .schedules import ConstantRadius, RadiusSchedule, check_schedule, ever_reuses, reuse_at
@@ -711,7 +711,7 @@ class SparseSAM(OptimizerWrapper):
 
     def _check_scope_by_hand(self, form: str) -> None:
         """Refuse passes of the caller's, whose gradients are reduced, where the ascent is by a part of the batch."""
-        scope, fraction = scope_of(self.options.direction), getattr(self.options.direction, "fraction", 1.0)
+        scope, fraction = scope_of(self.options.direction), fraction_of(self.options.direction)
         if self.options.descent is not None:
             raise RuntimeError(
                 f"{form} runs the caller's passes, which see what the caller gives them, and descent is "

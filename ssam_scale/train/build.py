@@ -637,7 +637,7 @@ def _try_micro_batch(config: Config, model: nn.Module, split: MicroBatches) -> N
     section = config.perturbation
     fraction, key = 1.0, ""
     if section is not None:
-        fraction, key = getattr(section.direction, "fraction", 1.0), "direction.fraction"
+        fraction, key = section.ascent_fraction, "direction.fraction"
         if section.descent is not None:
             fraction, key = min((fraction, key), (section.descent.fraction, "descent.fraction"))
     if first_samples(split.images, fraction) > 1 or not batchnorms(model):

@@ -397,7 +397,7 @@ def _sizes(images: int, config: Config) -> set[int]:
     fractions, too. Not where each size is compiled for itself, which takes minutes.
     """
     section = config.perturbation
-    fractions = {getattr(section.direction, "fraction", 1.0) if section is not None else 1.0}
+    fractions = {section.ascent_fraction if section is not None else 1.0}
     if section is not None and section.descent is not None:
         fractions.add(section.descent.fraction)
     sizes = {max(_FEWEST, first_samples(images, fraction)) for fraction in fractions}

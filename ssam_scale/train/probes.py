@@ -97,10 +97,12 @@ class ProbeSaving(Hook):
                 with timed(device) as block:
                     rehearse(kind, components.loss_fn, *micro_batches)
                 seconds[kind] = block.seconds
-        self._together()
-        with timed(device) as block:
-            components.attached(loaded)
-        reference = block.seconds if components.trajectory is not None else 0.0
+        reference = 0.0
+        if components.trajectory is not None:
+            self._together()
+            with timed(device) as block:
+                components.attached(loaded)
+            reference = block.seconds
         return Probe(seconds["base"], seconds["dense"], seconds["own"], reference)
 
     def _fits(self) -> bool:

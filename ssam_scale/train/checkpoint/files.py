@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ssam_scale.data.beton import checksum
 from ssam_scale.sharding import World
 
 from .parts import join, tensor_names
@@ -73,7 +74,7 @@ def write(snapshot: Snapshot, final: Path) -> None:
             if tensors:
                 file = partial / f"{name}.safetensors"
                 save_file(dict(tensors), file)
-                described[file.name] = {"bytes": file.stat().st_size, "sha256": digest_of(file)}
+                described[file.name] = {"bytes": file.stat().st_size, "sha256": checksum(file)}
         state = {**snapshot.state, "files": described, "unbounded": list(snapshot.unbounded)}
         (partial / STATE).write_text(state_text(state))
         mode = (partial / STATE).stat().st_mode
@@ -165,22 +166,13 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise ValueError(str(error)) from error
 
 
-def digest_of(file: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    digest, block = hashlib.sha256(), memoryview(bytearray(2**20))
-    with file.open("rb", buffering=0) as handle:
-        while size := handle.readinto(block):
-            digest.update(block[:size])
-    return digest.hexdigest()
-
-
 def _problem_of(file: Path, state: Mapping[str, Any]) -> str | None:
     """Of one file of tensors."""
     said = state["files"][file.name]
     try:
         if (size := file.stat().st_size) != said["bytes"]:
             return f"{file.name} has {size:,} bytes instead of {said['bytes']:,}"
-        if digest_of(file) != said["sha256"]:
+        if checksum(file) != said["sha256"]:
             return f"{file.name} is damaged: its SHA-256 is not what was written"
         with safe_open(file, "pt") as tensors:
             wanted, found = set(tensor_names(state["parts"].get(file.stem))), set(tensors.keys())

@@ -7,7 +7,6 @@ import signal
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 import torch
@@ -15,6 +14,7 @@ from safetensors import SafetensorError
 
 from ssam_scale.config.schema import Config
 from ssam_scale.errors import UserError
+from ssam_scale.folders import existing
 from ssam_scale.perturbation import StepReport
 from ssam_scale.sharding import World
 from ssam_scale.tracking.shutdown import Terminated, Unwinding
@@ -169,8 +169,7 @@ def _written(config: Config, place: Place, snapshot: Snapshot) -> str:
     try:
         write(snapshot, final)
     except (OSError, SafetensorError) as error:
-        existing = next((p for p in (directory, *directory.absolute().parents) if p.exists()), Path("/"))
-        free = shutil.disk_usage(existing).free
+        free = shutil.disk_usage(existing(directory)).free
         return (
             f"checkpoint.directory: {final} was not written: {error} "
             f"(needs {snapshot.bytes / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are free)"
