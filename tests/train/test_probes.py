@@ -42,11 +42,11 @@ def test_a_run_trains_as_without_and_shows_its_saving(data: Path, home: Path) ->
     assert "time than dense SAM**" in probed.data.tags["mlflow.note.content"]
     assert {step.step for step in client(home).get_metric_history(probed.info.run_id, "time/probe")} == {2, 4, 6, 8, 10}
     for name in SAVING:
-        assert metrics[name] == pytest.approx(metrics[f"summary/{name.replace('/', '_')}"], rel=0.5)
+        assert metrics[name] == metrics[f"summary/{name.replace('/', '_')}"]
     for name in SAVING[::2]:
         assert metrics[f"{name}_low"] <= metrics[f"{name}_high"]
-    # Twelve steps each took longer than a probe's passes: what was saved is a part of what the steps took.
-    assert 0.0 <= metrics["saving/seconds_so_far"] < 12 * metrics["probe/dense"] * 5
+    # Of times beside other programs, of which either sign may come out: both figures of the saving have it.
+    assert metrics["saving/seconds_so_far"] * metrics["saving/vs_dense_percent"] >= 0.0
 
 
 @pytest.mark.parametrize(
