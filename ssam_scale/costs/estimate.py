@@ -56,6 +56,7 @@ class Footprint:
     weights: float
     gradients: float
     optimizer: float
+    averages: float
     gathered: float
     mask: float
     perturbation: float
@@ -64,8 +65,8 @@ class Footprint:
 
     @property
     def model(self) -> float:
-        """The weights, gradients and optimizer state, gathered copies included: what training takes without SAM."""
-        return self.weights + self.gradients + self.optimizer + self.gathered
+        """The weights, gradients, optimizer state, averaged weights and gathered copies: what takes no ascent."""
+        return self.weights + self.gradients + self.optimizer + self.averages + self.gathered
 
     @property
     def perturbing(self) -> float:
@@ -86,6 +87,7 @@ def footprint(
     activations: Activations,
     images: float,
     accumulation: int = 1,
+    averages: int = 0,
 ) -> Footprint:
     """The memory of one GPU.
 
@@ -97,12 +99,14 @@ def footprint(
         activations: of a forward.
         images: of a micro-batch of one process.
         accumulation: micro-batches of a step.
+        averages: how many averages of the weights are kept, each sharded as the weights are (EMA's, MESA's).
     """
     held = costs_of(weights, placement, accumulation).memory(ascents)
     return Footprint(
         weights=held.weights,
         gradients=held.gradients,
         optimizer=state_bytes_per_weight * held.stepped / FLOAT,
+        averages=averages * held.stepped,
         gathered=held.gathered,
         mask=held.mask,
         perturbation=held.backup,

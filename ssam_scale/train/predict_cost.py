@@ -113,8 +113,7 @@ def cost_rows(config: Config, found: Measured, machines: Machines) -> list[dict[
     dense = configured_sam(dense_config, network, base_optimizer(config, network.model))
     plans: dict[str, list[Ascent]] = {"base": [], "sam": [ascent_of(dense.resolve(), weights, len(network.stages))]}
     state = state_bytes_per_weight(config)
-    # Of a checkpoint, which is written from it: the weights, their averages, and the base optimizer's state, in full.
-    copied = total * (FLOAT * (1 if config.train.ema_decay is None else 2) + state)
+    emas = int(config.train.ema_decay is not None)
     rows = []
     for gpus in machines.gpus:
         placement = placement_of(config, machines.cluster(gpus))
@@ -139,7 +138,8 @@ def cost_rows(config: Config, found: Measured, machines: Machines) -> list[dict[
                 more = reference_seconds(config, times)
                 cost = replace(cost, seconds=cost.seconds + more, seconds_unhidden=cost.seconds_unhidden + more)
             seen = [times.images_in(a.shape.fraction) for a in ascents if a.shape.ascends]
-            memory = footprint(weights, ascents, placement, state, found.activations, one, accumulation)
+            averages = emas + (name == config.method and isinstance(config.trajectory, MESATrajectory))
+            memory = footprint(weights, ascents, placement, state, found.activations, one, accumulation, averages)
             base = base or cost
             rows.append(
                 {
@@ -157,7 +157,8 @@ def cost_rows(config: Config, found: Measured, machines: Machines) -> list[dict[
                     "memory_model": memory.model,
                     "memory_perturbing": memory.perturbing,
                     "memory_total": memory.total,
-                    "memory_copy": copied,
+                    # Of a checkpoint, which is written from it: weights, averages and base optimizer's state in full.
+                    "memory_copy": total * (FLOAT * (1 + averages) + state),
                     "scaling": machines.scaling,
                     "hardware": found.hardware,
                     "precision": found.precision,

@@ -157,6 +157,27 @@ def test_what_is_kept_between_ascents_takes_memory_and_a_little_time(
     assert gap["bytes"] == plain["bytes"]
 
 
+@pytest.mark.parametrize(("backend", "processes"), [("ddp", 1), ("fsdp2", 8), ("zero2", 8)])
+def test_averages_lie_where_the_weights_are_stepped(
+    folder: Path, times: Path, capsys: pytest.CaptureFixture[str], backend: str, processes: int
+) -> None:
+    def of(*overrides: str) -> list[Row]:
+        given = ["--times", str(times), "--gpus", "8", f"sharding.backend={backend}"]
+        return run(folder, capsys, *given, *overrides)
+
+    plain, averaged, mesa = of(), of("train.ema_decay=0.9"), of("trajectory={kind: mesa, start_epoch: 1}")
+    weights = plain[0]["memory_copy"] / 3
+    assert {row["memory_averages"] for row in plain} == {0.0}
+    for row in averaged:
+        # AdamW's two numbers lie there too; FSDP2 and ZeRO pad their shards.
+        assert row["memory_averages"] == row["memory_optimizer"] / 2
+        assert weights / processes <= row["memory_averages"] < 1.5 * weights / processes
+        assert row["memory_copy"] == 4 * weights
+    # Only the configured plan has MESA's.
+    assert [row["memory_averages"] for row in mesa] == [0.0, 0.0, averaged[0]["memory_averages"]]
+    assert mesa[-1]["memory_total"] == plain[-1]["memory_total"] + averaged[0]["memory_averages"]
+
+
 FSDP2 = ["sharding.backend=fsdp2"]
 TENSOR, BLOCK, CUT = (f"perturbation.mask={{pattern: {pattern}}}" for pattern in ("tensor", "block", "depth"))
 
