@@ -256,7 +256,9 @@ class _Interrupted:
             (75,): "saved, exit code 75",
             (2,): "ended with the reason, exit code 2",
         }.get(tuple(sorted(set(run.codes))), "went on from the last checkpoint")
-        problem = self._problem_of_start(run)
+        if fault.parts and "Traceback" in run.said:
+            outcome += ", the other rank failed with a traceback"
+        problem = self._problem_of_start(run, may_fail=fault.parts)
         if fault.code is not None and set(run.codes) != {fault.code}:
             problem = f"exit codes {codes}"
         elif fault.code is None and {0, MISUSE} & set(run.codes):
@@ -265,9 +267,9 @@ class _Interrupted:
             problem = f"nobody says {fault.says!r}: {_last_line(run.said)}"
         return self._event(fault.name, outcome, problem)
 
-    def _problem_of_start(self, run: Running) -> str:
+    def _problem_of_start(self, run: Running, may_fail: bool = False) -> str:
         """What must hold of every start, however it ended."""
-        if "Traceback" in run.said:
+        if "Traceback" in run.said and not may_fail:
             return f"a traceback: {_last_line(run.said[run.said.index('Traceback') :])}"
         if self._damaged and self._damaged not in run.said and "epochs of" in run.said:
             return f"nobody says {self._damaged!r}"
