@@ -129,7 +129,7 @@ def happen(backends: Sequence[str], events: int, seed: int, epochs: int, home: P
         only: a regular expression; only faults with such names happen.
     """
     write_data(home / "data")
-    result = Result()
+    result, deck = Result(), _Deck(random.Random(seed), only)
     for number, backend in enumerate(backends):
         mine = events // len(backends) + (number < events % len(backends))
         _happen_to(
@@ -139,14 +139,14 @@ def happen(backends: Sequence[str], events: int, seed: int, epochs: int, home: P
             epochs,
             home / backend.replace(" ", "_"),
             home / "data",
-            only,
+            deck,
             result,
         )
     return result
 
 
 def _happen_to(
-    backend: str, events: int, draw: random.Random, epochs: int, home: Path, data: Path, only: str, result: Result
+    backend: str, events: int, draw: random.Random, epochs: int, home: Path, data: Path, deck: _Deck, result: Result
 ) -> None:
     home.mkdir()
     config = write_config(
@@ -168,7 +168,7 @@ def _happen_to(
     left, number = events, 0
     while left > 0:
         number += 1
-        chain = _Interrupted(backend, training(f"run_{number}"), whole, draw, only)
+        chain = _Interrupted(backend, training(f"run_{number}"), whole, draw, deck)
         for event in chain.events(left):
             result.events.append(event)
             left -= 1
@@ -176,6 +176,38 @@ def _happen_to(
         result.chains.append(chain.chain)
         _say(f"{backend}: {chain.chain}")
         shutil.rmtree(chain.training.home)
+
+
+class _Deck:
+    """Kinds of faults in random order, each once before any comes again.
+
+    Args:
+        draw: the order.
+        only: a regular expression; the others never come.
+    """
+
+    def __init__(self, draw: random.Random, only: str) -> None:
+        self._draw = draw
+        self._kinds = [
+            kind for kind in (*LIVE, *AT_REST) if re.search(only, kind if isinstance(kind, str) else kind.name)
+        ]
+        self._live: list[Fault] = []
+        self._at_rest: list[str] = []
+
+    def live(self, processes: int) -> Fault:
+        """The next one that happens to a training on so many processes."""
+        while not (found := [fault for fault in self._live if processes > 1 or not fault.shared]):
+            kinds = [kind for kind in self._kinds if isinstance(kind, Fault)]
+            self._live += self._draw.sample(kinds, len(kinds))
+        self._live.remove(found[0])
+        return found[0]
+
+    def at_rest(self) -> str | None:
+        """The next one that happens to a checkpoint; None: none does."""
+        if not self._at_rest:
+            kinds = [kind for kind in self._kinds if isinstance(kind, str)]
+            self._at_rest = self._draw.sample(kinds, len(kinds))
+        return self._at_rest.pop() if self._at_rest else None
 
 
 class _Interrupted:
@@ -186,31 +218,28 @@ class _Interrupted:
         training: in a folder of its own.
         whole: the same, which was left alone.
         draw: what is drawn.
-        only: which faults happen.
+        deck: which faults happen.
     """
 
-    def __init__(self, backend: str, training: Training, whole: Training, draw: random.Random, only: str) -> None:
-        self.training, self._whole, self._draw = training, whole, draw
+    def __init__(self, backend: str, training: Training, whole: Training, draw: random.Random, deck: _Deck) -> None:
+        self.training, self._whole, self._draw, self._deck = training, whole, draw, deck
         self.chain = Chain(backend)
-        self._live = [
-            each for each in LIVE if (training.processes > 1 or not each.shared) and re.search(only, each.name)
-        ]
-        self._at_rest = {name: damage for name, damage in AT_REST.items() if re.search(only, name)}
         self._starts, self._damaged, self._loses_records = 0, "", False
 
     def events(self, most: int) -> Iterator[Event]:
         """Faults, at most so many, until it is complete; then `chain` says whether it is as it should be."""
         count, sound = 0, True
         while sound and count < most and not self.training.is_complete():
-            event = self._strike(self._draw.choice(self._live))
+            event = self._strike(self._deck.live(self.training.processes))
             if event is None:
                 break
             sound = not event.problem
             count += 1
             yield event
-            for _ in range(self._draw.randrange(3) if sound and self._at_rest else 0):
-                if count < most and len(checkpoints(self.training.checkpoints)) > 1 and not self._damaged:
-                    event = self._damage(stays=self._draw.random() < 0.4)
+            for _ in range(self._draw.randrange(4) if sound else 0):
+                several = len(checkpoints(self.training.checkpoints)) > 1
+                if count < most and several and not self._damaged and (name := self._deck.at_rest()) is not None:
+                    event = self._damage(name, stays=self._draw.random() < 0.4)
                     count += 1
                     yield event
         if sound and not self.training.is_complete():
@@ -280,13 +309,12 @@ class _Interrupted:
                 return f"{path.name} looks whole: {problem}"
         return ""
 
-    def _damage(self, stays: bool) -> Event:
+    def _damage(self, name: str, stays: bool) -> Event:
         """Damage the newest checkpoint, and put it back unless the next start is to find it so."""
-        name = self._draw.choice(list(self._at_rest))
         *_, older, path = checkpoints(self.training.checkpoints)
         aside = self.training.home / "aside"
         shutil.copytree(path, aside)
-        self._at_rest[name](path, self._draw)
+        AT_REST[name](path, self._draw)
         config = load(self.training.config, [*self.training.arguments[3:], "checkpoint.resume=auto"])
         used, lines = resolve(config, World())
         problem = "" if used == older and len(lines) == 1 else f"{used} is used, and said: {lines}"
