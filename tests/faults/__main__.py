@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -42,11 +43,15 @@ def main() -> None:
     ranks.preload_for_whole_runs()
     from ssam_scale.bench.record import provenance, result_path, write
 
-    from .chaos import BACKENDS, happen
+    from .chaos import BACKENDS, ONE_PROCESS, happen
+    from .kinds import LIVE
 
     backends = arguments.backend or list(BACKENDS)
     if unknown := [each for each in backends if each not in BACKENDS]:
         parser.error(f"--backend {unknown[0]}: one of {', '.join(BACKENDS)}")
+    alone = ONE_PROCESS in backends
+    if not any(re.search(arguments.only, each.name) and not (alone and each.shared) for each in LIVE):
+        parser.error(f"--only {arguments.only}: nothing of that ends a training{' of one process' * alone}")
     made = provenance(["python", "-m", "tests.faults", *sys.argv[1:]])
     home = Path(os.environ[_INSIDE])
     result = happen(backends, arguments.events, arguments.seed, arguments.epochs, home, arguments.only)

@@ -236,7 +236,7 @@ class _Interrupted:
             sound = not event.problem
             count += 1
             yield event
-            for _ in range(self._draw.randrange(4) if sound else 0):
+            for _ in range(self._draw.randrange(8) if sound else 0):
                 several = len(checkpoints(self.training.checkpoints)) > 1
                 if count < most and several and not self._damaged and (name := self._deck.at_rest()) is not None:
                     event = self._damage(name, stays=self._draw.random() < 0.4)

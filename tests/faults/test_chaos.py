@@ -49,8 +49,16 @@ def test_two_hundred_faults_on_all_backends_change_nothing(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_an_unknown_backend_is_named() -> None:
-    done = run([sys.executable, "-m", "tests.faults", "--backend", "zero9"], cwd=ROOT, timeout=300)
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--backend", "zero9"], "--backend zero9: one of one process, ddp, fsdp2, zero1, zero2, zero3"),
+        (["--only", "launcher$", "--backend", "one process"], "nothing of that ends a training of one process"),
+    ],
+    ids=["backend", "only"],
+)
+def test_what_cannot_happen_is_named(options: list[str], said: str) -> None:
+    done = run([sys.executable, "-m", "tests.faults", *options], cwd=ROOT, timeout=300)
     assert done.returncode == 2
-    assert "--backend zero9: one of one process, ddp, fsdp2, zero1, zero2, zero3" in done.stdout
+    assert said in done.stdout
     assert "Traceback" not in done.stdout
