@@ -57,7 +57,7 @@ def main() -> None:
     result = happen(backends, arguments.events, arguments.seed, arguments.epochs, home, arguments.only)
     lines = [
         f"{len(result.events)} faults in {len(result.chains)} trainings of {arguments.epochs} epochs of 6 steps, a "
-        "checkpoint every second step; each goes on with `--resume auto`. Two processes but for the first backend.",
+        "checkpoint every second step; each goes on with `--resume auto`; on two processes but where it says one.",
         "",
         *result.table(),
     ]
