@@ -509,7 +509,7 @@ class Run:
             if self._watcher is not None:
                 watchdog.stop(self._watcher)
                 self._watcher = None
-            self.signals.__exit__(None, None, None)
+            self.signals.__exit__(None if error is None else type(error), error, None)
 
     def _mark(self, status: str, line: str) -> bool:
         """Tell the store how the run ended; whether it knows."""

@@ -93,7 +93,9 @@ class Unwinding:
             os.close(self._pipe[1])  # the thread reads the end of the pipe and returns
             self._pipe = None
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            # A launcher sends one more to all ranks when the first of them has ended: the exit code would be another.
+            saved = isinstance(error, Terminated) and error.saved is not None
+            signal.signal(number, signal.SIG_IGN if saved else handler)
         self._previous.clear()
 
     @contextmanager

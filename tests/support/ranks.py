@@ -12,10 +12,12 @@ import contextlib
 import gc
 import inspect
 import io
+import json
 import multiprocessing
 import os
 import pickle
 import random
+import signal
 import sys
 import tempfile
 import time
@@ -169,11 +171,64 @@ def run_fresh_ranks(size: int, function: Callable[..., Any], *args: Any, timeout
         return said
 
 
+def start_launcher(size: int, folder: Path, function: Callable[..., Any], *args: Any) -> Any:
+    """A process that does what torchrun does: starts ranks, passes SIGTERM on, and ends all when one has failed.
+
+    Args:
+        size: how many ranks; 1: a process that was started without a launcher, as a person does it.
+        folder: gets `pids` (JSON, of the ranks), `codes` (JSON, of those that have ended) and `<rank>.log`.
+        function: what each rank calls.
+        args: with these.
+
+    Returns:
+        The `multiprocessing.Process` of the launcher.
+    """
+    process = _context().Process(target=_launch, args=(size, free_port(), folder, function, args), daemon=True)
+    process.start()
+    return process
+
+
+def _launch(size: int, port: int, folder: Path, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    ranks: dict[int, int] = {}
+
+    def pass_on(number: int, frame: Any = None) -> None:
+        for pid in ranks:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    signal.signal(signal.SIGTERM, pass_on)
+    for rank in range(size):
+        if not (pid := os.fork()):
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            if size > 1:
+                _tell_place(rank, size, port)
+            return _alone_with(folder / f"{rank}.log", function, args)
+        ranks[pid] = rank
+    _put(folder / "pids", list(ranks))
+    codes: dict[int, int] = {}
+    while ranks:
+        pid, status = os.wait()
+        codes[ranks.pop(pid)] = code = os.waitstatus_to_exitcode(status)
+        _put(folder / "codes", codes)
+        if code:
+            pass_on(signal.SIGTERM)
+
+
+def _put(file: Path, value: Any) -> None:
+    """Write a file so that who reads it finds all of it."""
+    file.with_suffix(".new").write_text(json.dumps(value))
+    file.with_suffix(".new").rename(file)
+
+
 def _logged(rank: int, size: int, port: int, log: Path, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    _tell_place(rank, size, port)
+    _alone_with(log, function, args)
+
+
+def _alone_with(log: Path, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     with log.open("wb") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
-    _tell_place(rank, size, port)
     torch.set_num_threads(1)
     gc.freeze()
     function(*args)

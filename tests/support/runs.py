@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from ssam_scale.cli.main import main
 from ssam_scale.data import write_beton
+from ssam_scale.tracking.shutdown import ENDING
 from tests.support.checkout import ROOT
 from tests.support.images import make_image_folder
 from tests.support.processes import free_port, run
@@ -70,8 +72,13 @@ def write_config(path: Path, data: Path, **sections: Any) -> Path:
 
 def ssam_scale(*arguments: str | Path) -> int:
     """Run the command line in this process; its exit code."""
-    with pytest.raises(SystemExit) as exit_:
-        main([str(argument) for argument in arguments])
+    handlers = {number: signal.getsignal(number) for number in ENDING}
+    try:
+        with pytest.raises(SystemExit) as exit_:
+            main([str(argument) for argument in arguments])
+    finally:
+        for number, handler in handlers.items():  # a run that was saved at a signal ignores them to its process's end
+            signal.signal(number, handler)
     return int(exit_.value.code or 0)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -62,6 +63,26 @@ def test_the_lock_of_a_process_that_was_killed_is_taken_over(tmp_path: Path) -> 
     lock.acquire()
     assert json.loads((tmp_path / NAME).read_text())["pid"] == os.getpid()
     lock.release()
+
+
+def test_the_lock_of_a_process_that_nobody_has_asked_for_its_exit_code_is_taken_over(tmp_path: Path) -> None:
+    """As in a container whose first process is no init: what was killed there stays a zombie."""
+    with subprocess.Popen(["sleep", "600"]) as process:
+        try:
+            there = {**vars(Holder.here("sam resnet50")), "pid": process.pid, "started": started(process.pid)}
+            (tmp_path / NAME).write_text(json.dumps(there))
+            with pytest.raises(UserError, match=f"in use by process {process.pid}"):
+                FolderLock(tmp_path, "base vit").acquire()
+        finally:
+            process.kill()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and stays
+        lock = FolderLock(tmp_path, "base vit")
+        lock.acquire()
+        lock.release()
+
+
+def started(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
 
 
 def elsewhere(folder: Path, **changes: object) -> Path:

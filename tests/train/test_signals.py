@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 
 from ssam_scale.cli.main import main
+from ssam_scale.config.load import load
 from ssam_scale.tracking import shutdown
-from ssam_scale.tracking.shutdown import SAVED, Terminated, Unwinding
+from ssam_scale.tracking.run import open_run
+from ssam_scale.tracking.shutdown import ENDING, SAVED, Terminated, Unwinding
 from ssam_scale.tracking.store import open_store
 from ssam_scale.train import loop
 from ssam_scale.train.build import build_hooks
@@ -118,6 +120,21 @@ def test_a_step_that_does_not_end_is_left_and_a_checkpoint_that_is_written_is_no
         with pytest.raises(Terminated) as ended:
             terminated_at_last()
     assert ended.value.code == 128 + signal.SIGUSR1
+
+
+def test_once_a_run_is_saved_no_further_signal_changes_its_exit_code(data: Path, home: Path) -> None:
+    """torchrun sends SIGTERM to the ranks that are left when the first one has ended."""
+    config = load(write_config(home / "run.yaml", data), [])
+    handlers = {number: signal.getsignal(number) for number in ENDING}
+    try:
+        with pytest.raises(Terminated) as ended, open_run(config, enabled=False):
+            raise Terminated(signal.SIGTERM, saved="epoch_0001")
+        for number in ENDING:
+            os.kill(os.getpid(), number)  # while processes part
+        assert ended.value.code == SAVED
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def terminated_at_last() -> None:

@@ -237,9 +237,14 @@ def _time(path: Path) -> int | None:
 
 
 def _started(pid: int) -> str | None:
-    """When the kernel started a process, in ticks; None: there is none, or this is no Linux."""
+    """When the kernel started a process, in ticks; None: there is none, it has ended, or this is no Linux.
+
+    One that was killed stays in the table until its parent asks for its exit code, which the first process of many a
+    container never does.
+    """
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return None if fields[0] in "ZX" else fields[19]
     except (OSError, IndexError):
         return None
 
