@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from statistics import fmean
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
@@ -37,7 +37,18 @@ class Hook:
     Every process calls the same hooks in the same order, so that a hook may be collective. What it needs beside the
     arguments (configuration, world, optimizer, tracked run) it is constructed with; what it must remember from one run
     to the next is a part of the checkpoint (`build.Components.state`). An exception in a hook ends the run.
+
+    Attributes:
+        doing: what a process is in while the hook is called, in the line that names it when others wait for it.
     """
+
+    doing: ClassVar[str] = "a hook"
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """What says nothing else is in itself, by its name."""
+        super().__init_subclass__(**kwargs)
+        if "doing" not in vars(cls):
+            cls.doing = cls.__name__
 
     def before_step(self, progress: Progress, batches: EpochBatches) -> None:
         """Before the batches of a step are loaded: `progress.step` steps are done, `batches` can be looked ahead.
@@ -181,6 +192,8 @@ class LogMetrics(Hook):
         run: where metrics are recorded.
         bar: shows the latest.
     """
+
+    doing = "recording metrics"
 
     def __init__(
         self,

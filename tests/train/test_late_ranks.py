@@ -1,0 +1,181 @@
+"""A process that does not come, or is gone, is named by those that wait for it: real processes, really stopped."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from ssam_scale.cli.main import main
+from ssam_scale.data import ImageLoader
+from ssam_scale.train import loop
+from ssam_scale.train.build import build_hooks
+from ssam_scale.train.evaluation import Evaluate
+from ssam_scale.train.hooks import Hook
+from tests.support.processes import free_port, wait_until
+from tests.support.ranks import start_fresh_rank
+from tests.support.runs import VIT, write_config
+from tests.support.tiers import few
+
+pytestmark = pytest.mark.slow
+
+PATIENCE_S = 240  # on a loaded machine; nothing here tests speed
+# Longer than what one process does by itself in these runs (imports, building) on a loaded machine.
+TIMEOUT_S = 25
+ENDLESS: dict[str, Any] = {
+    "model": VIT,
+    "train": {"epochs": 100_000, "eval_epochs": 100_000},
+    "checkpoint": {"every_epochs": 100_000, "every_minutes": None},
+}
+BACKENDS = ["ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3"]
+CLOCK = r"\d\d:\d\d:\d\d"
+
+
+class Ranks:
+    """Processes that train, each with a log."""
+
+    def __init__(self, config: Path, size: int, function: Callable[..., Any], *args: Any, port: int = 0) -> None:
+        port, self.logs = port or free_port(), [config.parent / f"{rank}.log" for rank in range(size)]
+        command = ["train", "--config", str(config)]
+        self.processes = [
+            start_fresh_rank(rank, size, port, log, function, command, *args) for rank, log in enumerate(self.logs)
+        ]
+
+    def __enter__(self) -> Ranks:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+    def said(self) -> str:
+        return "\n".join(f"--- {log.name}\n{log.read_text()}" for log in self.logs if log.exists())
+
+    def wait_until_training(self) -> None:
+        training = lambda: "step " in self.logs[0].read_text() if self.logs[0].exists() else False  # noqa: E731
+        wait_until(training, PATIENCE_S, "training")
+
+    def ended(self, *ranks: int) -> list[str]:
+        """The errors of processes that must end by themselves, with exit code 1 and one line."""
+        lines = []
+        for rank in ranks:
+            self.processes[rank].join(PATIENCE_S)
+            said = self.logs[rank].read_text()
+            assert self.processes[rank].exitcode == 1, self.said()
+            assert "Traceback" not in said, said
+            (line,) = [line for line in said.splitlines() if "error:" in line]
+            lines.append(line)
+        return lines
+
+
+def configured(home: Path, data: Path, backend: str, **sections: Any) -> Path:
+    sharding = {"backend": backend, "timeout_seconds": TIMEOUT_S}
+    return write_config(home / "run.yaml", data, **{**ENDLESS, "sharding": sharding, **sections})
+
+
+@pytest.mark.parametrize("backend", few(BACKENDS, "ddp", "zero3"))
+def test_a_stopped_process_is_named(backend: str, data: Path, home: Path) -> None:
+    with Ranks(configured(home, data, backend), 3, main) as ranks:
+        ranks.wait_until_training()
+        os.kill(ranks.processes[2].pid, signal.SIGSTOP)
+        first, second = ranks.ended(0, 1)
+        assert first.partition("error: ")[2].partition(" (the last")[0] == (
+            second.partition("error: ")[2].partition(" (the last")[0]
+        )
+        stopped = rf"rank 2 \(node {os.uname().nodename}\) has not come to .*: it is in .* since {CLOCK}, and has given no"
+        assert re.search(stopped, first), ranks.said()
+        assert (home / "checkpoints/flight_recorder/rank_0").stat().st_size
+
+
+def test_a_store_that_does_not_answer_is_named_by_its_host(data: Path, home: Path) -> None:
+    """Of the processes that deepspeed starts, the first holds the store."""
+    with Ranks(configured(home, data, "ddp"), 2, main) as ranks:
+        ranks.wait_until_training()
+        os.kill(ranks.processes[0].pid, signal.SIGSTOP)
+        (line,) = ranks.ended(1)
+        place = rf"rank 0 \(node {os.uname().nodename}\), which holds the store of the processes at 127.0.0.1:\d+,"
+        assert re.search(rf"{place} does not answer: it is stopped or gone.*; it was in .* since {CLOCK}", line), line
+
+
+KILLED = {signal.SIGKILL: "memory", signal.SIGBUS: "mapped file", signal.SIGSEGV: "compiled code"}
+
+
+@pytest.mark.parametrize("number", few(KILLED, signal.SIGBUS), ids=lambda number: number.name)
+def test_a_killed_process_is_named_with_its_signal(number: signal.Signals, data: Path, home: Path) -> None:
+    with Ranks(configured(home, data, "ddp"), 3, main) as ranks:
+        ranks.wait_until_training()
+        os.kill(ranks.processes[2].pid, number)
+        wait_until(lambda: ranks.processes[2].sentinel and not alive(ranks.processes[2].pid), PATIENCE_S, "its end")
+        for line in ranks.ended(0, 1):
+            # Who asks first how a child has ended, its parent or who sits beside it, is chance: so rarely that.
+            assert re.search(rf"rank 2 \(node .*\) was killed by {number.name} \(.*{KILLED[number]}.*\), in ", line), line
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs on, without asking how it ended, which only one can be told."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+
+
+def stuck_in_data_loading(arguments: list[str]) -> None:
+    """Train, and let the second process wait for ever for the third batch."""
+    plain = ImageLoader.__iter__
+
+    def stuck(self: ImageLoader) -> Iterator[Any]:
+        for number, batch in enumerate(plain(self)):
+            if number == 2 and os.environ["RANK"] == "1":
+                time.sleep(10 * PATIENCE_S)
+            yield batch
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ImageLoader, "__iter__", stuck)
+        main(arguments)
+
+
+@pytest.mark.parametrize("backend", few(BACKENDS, "fsdp2"))
+def test_a_process_that_waits_for_its_data_is_named(backend: str, data: Path, home: Path) -> None:
+    with Ranks(configured(home, data, backend), 2, stuck_in_data_loading) as ranks:
+        (line,) = ranks.ended(0)
+        late = rf"rank 1 \(node .*\) has not come to step 3: it is in data loading since {CLOCK}( |$)"
+        assert re.search(late, line), line
+
+
+class SleepsBetweenEpochs(Hook):
+    """Lets the second process sleep after the first epoch, and tells the first all groups' time limits."""
+
+    def between_epochs(self, progress: Any) -> None:
+        for group in dist.distributed_c10d._world.pg_map:
+            limit = group._get_backend(torch.device("cpu")).options._timeout
+            assert limit.total_seconds() == TIMEOUT_S, group.group_desc
+        if os.environ["RANK"] == "1":
+            time.sleep(10 * PATIENCE_S)
+
+
+def sleeping(arguments: list[str]) -> None:
+    """Train with that hook before the evaluation."""
+
+    def hooks(*args: Any) -> list[Hook]:
+        every = build_hooks(*args)
+        place = next(i for i, hook in enumerate(every) if isinstance(hook, Evaluate))
+        return [*every[:place], SleepsBetweenEpochs(), *every[place:]]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "build_hooks", hooks)
+        main(arguments)
+
+
+@pytest.mark.parametrize("backend", few(BACKENDS, "zero3"))
+def test_all_groups_have_the_time_limit_in_the_evaluation_too(backend: str, data: Path, home: Path) -> None:
+    train = {**ENDLESS["train"], "eval_epochs": 1}
+    with Ranks(configured(home, data, backend, train=train), 2, sleeping) as ranks:
+        (line,) = ranks.ended(0)
+        late = rf"rank 1 \(node .*\) has not come to evaluation at step 4: it is in SleepsBetweenEpochs since {CLOCK}"
+        assert re.search(late, line), line
