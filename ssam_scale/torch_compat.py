@@ -75,7 +75,7 @@ def keep_flight_records(prefix: Path) -> None:
 
 
 def flight_record() -> bytes | None:
-    """The last collectives of this process, as `torch.distributed.flight_recorder.fr_trace` reads them; None: unknown."""
+    """The last collectives of this process, for `torch.distributed.flight_recorder.fr_trace`; None: not recorded."""
     names = ("_dump_nccl_trace", "_dump_fr_trace")
     found = (getattr(torch._C._distributed_c10d, name, None) for name in names)
     dump = next((function for function in found if function is not None), None)

@@ -233,7 +233,7 @@ class Whereabouts:
         store = _connected(self._store)
         before = self._read(store)
         deadline = time.monotonic() + _SILENT_AFTER_S
-        while time.monotonic() < deadline and not store.check([_VERDICT]):
+        while time.monotonic() < deadline and not store.check([_VERDICT]) and not self._read_gone(store):
             time.sleep(0.1)
         after, gone = self._read(store), self._read_gone(store)
         said = store.compare_set(_VERDICT, "", verdict_of(before, after, gone, self._size))

@@ -206,7 +206,8 @@ class LogMetrics(Hook):
     ) -> None:
         self._config, self._world, self._components = config, world, components
         self._phases, self._run, self._bar = phases, run, bar
-        self._ranks = Ranks(world.hosts())
+        gathers = config.sharding.backend in ("fsdp2", "zero3")
+        self._ranks = Ranks(world.hosts(), gathers=gathers)
         self._energy = EnergyMeter(world.device)
         self._steps = 0  # of the window, in this process's life
 
@@ -250,7 +251,7 @@ class LogMetrics(Hook):
             raise UserError(
                 f"the loss became {loss} before step {step}; a lower optimizer.lr or perturbation.rho may help"
             )
-        self._run.log(self._ranks.metrics(measured, images=images * self._steps), step)
+        self._run.log(self._ranks.metrics(measured, images=images * self._steps, steps=self._steps), step)
         if (news := self._ranks.news()) is not None:
             self._bar.say(news)
         self._run.log_window(times, loss=loss, lr=lr, densities=unrecorded.densities, images_per_step=images, step=step)

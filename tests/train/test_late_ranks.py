@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -88,10 +89,13 @@ def test_a_stopped_process_is_named(backend: str, data: Path, home: Path) -> Non
         ranks.wait_until_training()
         os.kill(ranks.processes[2].pid, signal.SIGSTOP)
         first, second = ranks.ended(0, 1)
-        assert first.partition("error: ")[2].partition(" (the last")[0] == (
-            second.partition("error: ")[2].partition(" (the last")[0]
+        assert (
+            first.partition("error: ")[2].partition(" (the last")[0]
+            == (second.partition("error: ")[2].partition(" (the last")[0])
         )
-        stopped = rf"rank 2 \(node {os.uname().nodename}\) has not come to .*: it is in .* since {CLOCK}, and has given no"
+        stopped = (
+            rf"rank 2 \(node {os.uname().nodename}\) has not come to .*: it is in .* since {CLOCK}, and has given no"
+        )
         assert re.search(stopped, first), ranks.said()
         assert (home / "checkpoints/flight_recorder/rank_0").stat().st_size
 
@@ -117,7 +121,9 @@ def test_a_killed_process_is_named_with_its_signal(number: signal.Signals, data:
         wait_until(lambda: ranks.processes[2].sentinel and not alive(ranks.processes[2].pid), PATIENCE_S, "its end")
         for line in ranks.ended(0, 1):
             # Who asks first how a child has ended, its parent or who sits beside it, is chance: so rarely that.
-            assert re.search(rf"rank 2 \(node .*\) was killed by {number.name} \(.*{KILLED[number]}.*\), in ", line), line
+            assert re.search(rf"rank 2 \(node .*\) was killed by {number.name} \(.*{KILLED[number]}.*\), in ", line), (
+                line
+            )
 
 
 def alive(pid: int) -> bool:
@@ -179,3 +185,45 @@ def test_all_groups_have_the_time_limit_in_the_evaluation_too(backend: str, data
         (line,) = ranks.ended(0)
         late = rf"rank 1 \(node .*\) has not come to evaluation at step 4: it is in SleepsBetweenEpochs since {CLOCK}"
         assert re.search(late, line), line
+
+
+def slow_in_data_loading(arguments: list[str]) -> None:
+    """Train, and let the second process sleep for each batch."""
+    plain = ImageLoader.__iter__
+
+    def slow(self: ImageLoader) -> Iterator[Any]:
+        for batch in plain(self):
+            time.sleep(0.3 if os.environ["RANK"] == "1" else 0.0)
+            yield batch
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ImageLoader, "__iter__", slow)
+        main(arguments)
+
+
+@pytest.mark.parametrize("backend", few(BACKENDS, "fsdp2"))
+def test_a_straggler_is_warned_of_once(backend: str, data: Path, home: Path) -> None:
+    train = {"epochs": 27, "eval_epochs": 27}
+    config = configured(home, data, backend, train=train, tracking={"log_every": 4})
+    with Ranks(config, 2, slow_in_data_loading) as ranks:
+        for process in ranks.processes:
+            process.join(PATIENCE_S)
+            assert process.exitcode == 0, ranks.said()
+        assert ranks.said().count(f"rank 1 (node {os.uname().nodename}) is slow: in 100 steps") == 1
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_file_that_becomes_shorter_is_named(processes: int, data: Path, home: Path) -> None:
+    """SIGBUS otherwise: it is mapped."""
+    for name in ("train", "val"):
+        shutil.copy(data / f"{name}.beton", home)
+        shutil.copy(data / f"{name}.beton.json", home)
+    with Ranks(configured(home, home, "auto"), processes, main) as ranks:
+        ranks.wait_until_training()
+        os.truncate(home / "train.beton", 4096)
+        for process in ranks.processes:
+            process.join(PATIENCE_S)
+        said = ranks.said()
+        assert f"{home}/train.beton: has become shorter while it was read, 4,096 bytes of" in said
+        assert "Traceback" not in said
+        assert {process.exitcode for process in ranks.processes} <= {1, 2}, said
