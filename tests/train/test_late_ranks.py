@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,7 +22,8 @@ from ssam_scale.train import loop
 from ssam_scale.train.build import build_hooks
 from ssam_scale.train.evaluation import Evaluate
 from ssam_scale.train.hooks import Hook
-from tests.support.processes import free_port, wait_until
+from tests.support.checkout import ROOT
+from tests.support.processes import daemon, free_port, wait_until
 from tests.support.ranks import start_fresh_rank
 from tests.support.runs import VIT, write_config
 from tests.support.tiers import few
@@ -115,20 +117,21 @@ KILLED = {signal.SIGKILL: "memory", signal.SIGBUS: "mapped file", signal.SIGSEGV
 
 @pytest.mark.parametrize("number", few(KILLED, signal.SIGBUS), ids=lambda number: number.name)
 def test_a_killed_process_is_named_with_its_signal(number: signal.Signals, data: Path, home: Path) -> None:
-    with Ranks(configured(home, data, "ddp"), 3, main) as ranks:
-        ranks.wait_until_training()
-        os.kill(ranks.processes[2].pid, number)
-        wait_until(lambda: ranks.processes[2].sentinel and not alive(ranks.processes[2].pid), PATIENCE_S, "its end")
-        for line in ranks.ended(0, 1):
-            # Who asks first how a child has ended, its parent or who sits beside it, is chance: so rarely that.
-            assert re.search(rf"rank 2 \(node .*\) was killed by {number.name} \(.*{KILLED[number]}.*\), in ", line), (
-                line
-            )
-
-
-def alive(pid: int) -> bool:
-    """Whether a process runs on, without asking how it ended, which only one can be told."""
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    """Under torchrun, which asks how a rank has ended ten times a second; who sits beside it, looks at once."""
+    config, log = configured(home, data, "ddp"), home / "log"
+    torchrun = [Path(sys.executable).parent / "torchrun", "--standalone", "--nproc_per_node", "3"]
+    command = [*torchrun, ROOT / "launch/train.py", "--config", config]
+    with daemon(command, log, {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}) as process:
+        wait_until(lambda: "step " in log.read_text(), PATIENCE_S, "training")
+        pids = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+        (third,) = [pid for pid in pids if b"\0RANK=2\0" in Path(f"/proc/{pid}/environ").read_bytes()]
+        os.kill(third, number)
+        process.wait(PATIENCE_S)
+    said = log.read_text()
+    gone = rf"rank 2 \(node {os.uname().nodename}\) was killed by {number.name} \(.*{KILLED[number]}.*\), in "
+    for rank in range(2):
+        assert re.search(rf"ssam-scale: process {rank}: error: {gone}", said), said
+    assert said.index("ssam-scale: process") < said.index("FAILED"), said  # before torchrun's own report
 
 
 def stuck_in_data_loading(arguments: list[str]) -> None:
