@@ -205,7 +205,7 @@ class Whereabouts:
         with self._said:
             self._own, self._ended = replace(self._own, ended=why or "done"), True
         os.eventfd_write(self._wake, 1)
-        self._thread.join(2.0 * BEAT_S)
+        self._thread.join(3.0 * BEAT_S)
         self._thread = None
 
     def verdict(self) -> str:
@@ -265,7 +265,7 @@ class Whereabouts:
                     said, last = self._own, self._ended
                 store.set(f"{_KEY}/{self._rank}", json.dumps(asdict(said)))
                 if last:
-                    store.check([_VERDICT])  # an answer: what was sent before has arrived
+                    self._go(store)
                     return
                 self._look_after_neighbours(store, poller)
                 self._remember(store)
@@ -276,6 +276,13 @@ class Whereabouts:
                     else:
                         poller.unregister(fd)
                         self._report(store, fd)
+
+    def _go(self, store: Any) -> None:
+        """Count as gone; the first, with which the store may end, waits a little for the others."""
+        gone, deadline = store.add(f"{_KEY}/left", 1), time.monotonic() + 2.0 * BEAT_S
+        while self._rank == 0 and gone < self._size and time.monotonic() < deadline:
+            time.sleep(0.05)
+            gone = store.add(f"{_KEY}/left", 0)
 
     def _notice(self) -> None:
         """Say who is late, once for each phase that takes too long."""
