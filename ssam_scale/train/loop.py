@@ -92,9 +92,10 @@ def _train(config: Config, world: World) -> None:
         with (
             ending(hooks),
             explaining_out_of_memory(config, split),
-            world.naming_the_lost(),  # in here, because the tracked run is marked by it
             _machines_watched(config, world, run),
             run.signals.deferred(),  # SaveCheckpoint acts on them, between two steps
+            # Inside of the tracked run, which is marked by it, and where a launcher's signal does not cut it short.
+            world.naming_the_lost(),
         ):
             if progress.unevaluated:
                 _between_epochs(world, components, hooks)
