@@ -119,7 +119,10 @@ def verdict_of(
     behind = min(after[rank].place for rank in late)
     silent = [rank for rank in late if rank in before and before[rank].beat == after[rank].beat]
     if all(after[rank].place == furthest.place for rank in after) and not there and not silent:
-        return f"all processes wait for each other, in {furthest.doing()} of step {furthest.step}"
+        return (
+            f"all processes wait for each other, in {_doing(furthest)}: they came too far apart, or to collectives that "
+            "do not belong together"
+        )
     blamed = silent or [rank for rank in late if after[rank].place == behind]
     return "; ".join(_late(rank, after[rank], furthest, silent=rank in silent) for rank in sorted(blamed))
 

@@ -78,7 +78,8 @@ def test_one_that_never_spoke_is_named() -> None:
 
 def test_collectives_that_do_not_belong_together_are_nobodys_fault() -> None:
     alike = replace(WAITING, waits=True)
-    assert verdict(alike, alike) == "all processes wait for each other, in the ascent's backward of step 29"
+    line = "all processes wait for each other, in the ascent's backward of step 29: they came too far apart, or"
+    assert verdict(alike, alike).startswith(line)
 
 
 @pytest.mark.parametrize(

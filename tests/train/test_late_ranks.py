@@ -118,7 +118,7 @@ KILLED = {signal.SIGKILL: "memory", signal.SIGBUS: "mapped file", signal.SIGSEGV
 @pytest.mark.parametrize("number", few(KILLED, signal.SIGBUS), ids=lambda number: number.name)
 def test_a_killed_process_is_named_with_its_signal(number: signal.Signals, data: Path, home: Path) -> None:
     """Under torchrun, which asks how a rank has ended ten times a second; who sits beside it, looks at once."""
-    config, log = configured(home, data, "ddp"), home / "log"
+    config, log = configured(home, data, "ddp", sharding={}), home / "log"
     torchrun = [Path(sys.executable).parent / "torchrun", "--standalone", "--nproc_per_node", "3"]
     command = [*torchrun, ROOT / "launch/train.py", "--config", config]
     with daemon(command, log, {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}) as process:
@@ -207,7 +207,8 @@ def slow_in_data_loading(arguments: list[str]) -> None:
 @pytest.mark.parametrize("backend", few(BACKENDS, "fsdp2"))
 def test_a_straggler_is_warned_of_once(backend: str, data: Path, home: Path) -> None:
     train = {"epochs": 27, "eval_epochs": 27}
-    config = configured(home, data, backend, train=train, tracking={"log_every": 4})
+    sharding = {"backend": backend}
+    config = configured(home, data, backend, sharding=sharding, train=train, tracking={"log_every": 4})
     with Ranks(config, 2, slow_in_data_loading) as ranks:
         for process in ranks.processes:
             process.join(PATIENCE_S)
@@ -221,7 +222,7 @@ def test_a_file_that_becomes_shorter_is_named(processes: int, data: Path, home: 
     for name in ("train", "val"):
         shutil.copy(data / f"{name}.beton", home)
         shutil.copy(data / f"{name}.beton.json", home)
-    with Ranks(configured(home, home, "auto"), processes, main) as ranks:
+    with Ranks(configured(home, home, "auto", sharding={}), processes, main) as ranks:
         ranks.wait_until_training()
         os.truncate(home / "train.beton", 4096)
         for process in ranks.processes:
