@@ -120,8 +120,8 @@ def verdict_of(
     silent = [rank for rank in late if rank in before and before[rank].beat == after[rank].beat]
     if all(after[rank].place == furthest.place for rank in after) and not there and not silent:
         return (
-            f"all processes wait for each other, in {_doing(furthest)}: they came too far apart, or to collectives that "
-            "do not belong together"
+            f"all processes wait for each other, in {_doing(furthest)}: they came too far apart, or to collectives "
+            "that do not belong together"
         )
     blamed = silent or [rank for rank in late if after[rank].place == behind]
     return "; ".join(_late(rank, after[rank], furthest, silent=rank in silent) for rank in sorted(blamed))
@@ -239,6 +239,7 @@ class Whereabouts:
         while time.monotonic() < deadline and not store.check([_VERDICT]) and not self._read_gone(store):
             time.sleep(0.1)
         after, gone = self._read(store), self._read_gone(store)
+        after[self._rank] = self._own  # which on a busy machine may not have been published yet
         said = store.compare_set(_VERDICT, "", verdict_of(before, after, gone, self._size))
         return bytes(said).decode()
 
