@@ -10,3 +10,10 @@ class UserError(Exception):
 
 class UnsupportedVersionError(UserError, ImportError):
     """A library that is there is of a version that this package does not work with."""
+
+
+class RankLostError(Exception):
+    """Another process of the job is gone or does not come: the message is one line that names it.
+
+    The command line prints it without a traceback and exits with code 1.
+    """

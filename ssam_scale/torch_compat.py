@@ -7,8 +7,13 @@ by whatever it lacks first. A torch newer than any that is named here is used as
 from __future__ import annotations
 
 import inspect
+import os
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,6 +45,41 @@ def check_torch(version: str) -> None:
 check_torch(torch.__version__)
 
 # Beyond this line nothing asks for a version: a name is there or it is not.
+
+
+@contextmanager
+def new_groups_wait(timeout: timedelta) -> Iterator[None]:
+    """Within the `with`, process groups that say nothing of it have this time limit, also those of other packages.
+
+    `new_group` and `init_device_mesh` take a constant of torch's, and not what the default group was given.
+    """
+    module, names = dist.distributed_c10d, ("default_pg_timeout", "default_pg_nccl_timeout")
+    kept = {name: getattr(module, name) for name in names}
+    try:
+        for name in names:
+            setattr(module, name, timeout)
+        yield
+    finally:
+        for name, value in kept.items():
+            setattr(module, name, value)
+
+
+def keep_flight_records(prefix: Path) -> None:
+    """Have PyTorch remember the last collectives, before a process group is made; what the environment says stays.
+
+    Args:
+        prefix: of the files that NCCL's watchdog leaves when a collective has waited too long; a rank follows.
+    """
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+    os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(prefix))
+
+
+def flight_record() -> bytes | None:
+    """The last collectives of this process, for `torch.distributed.flight_recorder.fr_trace`; None: not recorded."""
+    names = ("_dump_nccl_trace", "_dump_fr_trace")
+    found = (getattr(torch._C._distributed_c10d, name, None) for name in names)
+    dump = next((function for function in found if function is not None), None)
+    return bytes(dump()) if dump is not None and int(os.environ.get("TORCH_FR_BUFFER_SIZE", "0")) > 0 else None
 
 
 def foreach_clone(tensors: list[torch.Tensor]) -> list[torch.Tensor]:

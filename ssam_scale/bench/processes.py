@@ -19,6 +19,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from ssam_scale.cores import usable_cores
+from ssam_scale.ended import signal_words
 from ssam_scale.errors import UserError
 from ssam_scale.sharding import leave_process_group
 from ssam_scale.sharding.device import choose_device, use_device
@@ -103,9 +104,11 @@ def on_ranks(size: int, function: Callable[..., Any], *args: Any, imported: Sequ
         except mp.ProcessExitedException as error:
             if (said := Path(folder, _MISTAKE)).exists():
                 raise UserError(said.read_text()) from None
-            if error.signal_name != signal.SIGKILL.name:
+            if error.signal_name is None:
                 raise
+            number = signal.Signals[error.signal_name]
+            memory = "; does this machine have the memory for so many?" if number == signal.SIGKILL else ""
             raise UserError(
-                f"process {error.error_index} of {size} was killed; does this machine have the memory for so many?"
+                f"process {error.error_index} of {size} was killed by {signal_words(number)}{memory}"
             ) from None
         return json.loads(Path(folder, "result.json").read_text())

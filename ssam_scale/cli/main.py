@@ -25,7 +25,7 @@ from ssam_scale.cli.methods import methods_command
 from ssam_scale.cli.send import send_command
 from ssam_scale.cli.train import train_command
 from ssam_scale.cli.versions import version_lines
-from ssam_scale.errors import UserError
+from ssam_scale.errors import RankLostError, UserError
 
 app = typer.Typer(
     name="ssam-scale",
@@ -85,6 +85,10 @@ def main(argv: list[str] | None = None) -> None:
         prefix = "" if os.environ.get("RANK", "0") == "0" else f"process {os.environ['RANK']}: "
         print(f"ssam-scale: {prefix}error: {error}", file=sys.stderr)
         sys.exit(2)
+    except RankLostError as error:
+        _tell_launcher(error)
+        print(f"ssam-scale: process {os.environ.get('RANK', '0')}: error: {error}", file=sys.stderr)
+        sys.exit(1)
     except (MemoryError, RecursionError, UnicodeError) as error:
         # No traceback says more of what was given than where it was looked at.
         print(f"ssam-scale: error: {_in_a_line(error)}", file=sys.stderr)
@@ -160,7 +164,7 @@ def _end_for_a_closed_pipe() -> NoReturn:
     sys.exit(128 + signal.SIGPIPE)
 
 
-def _tell_launcher(error: UserError) -> None:
+def _tell_launcher(error: UserError | RankLostError) -> None:
     """Under torchrun, put the line where its report of the failure looks for it."""
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         # In torch's form, which shows the place of the traceback only; its own handler puts a traceback there.

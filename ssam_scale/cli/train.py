@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated
 
@@ -61,7 +62,11 @@ def train_command(
     from ssam_scale.launcher import ended_with_launcher
     from ssam_scale.sharding import join_world
 
-    with ended_with_launcher(), join_world(device=resolved.train.device) as world:
+    timeout, records = timedelta(seconds=resolved.sharding.timeout_seconds), resolved.checkpoint.directory
+    with (
+        ended_with_launcher(),
+        join_world(timeout, resolved.train.device, None if dry_run else records / "flight_recorder") as world,
+    ):
         if dry_run:
             done = train.dry_run(resolved, world)
             if world.first:

@@ -387,6 +387,13 @@ class Sharding(Section):
         ge=1,
         description="copies of the weights that fsdp2 keeps: 1 shards over all processes, n over n groups (HSDP)",
     )
+    timeout_seconds: float = Field(
+        600.0,
+        ge=1.0,
+        le=7 * 86400.0,
+        description="how long a process waits for the others, in training, evaluation and saving, before the run ends "
+        "with a line that names who has not come; more than the longest that one of them may take by itself",
+    )
     deepspeed: dict[str, Any] = Field(
         default_factory=dict,
         description="sections of DeepSpeed's configuration, for the backends zero0 to zero3; with backend auto, its "

@@ -36,6 +36,7 @@ from ssam_scale.data.ffcv_import import (
     TraversalOrder,
     lib,
 )
+from ssam_scale.data.truncated import MappedFile
 from ssam_scale.errors import UserError
 
 augment.bind(lib)
@@ -61,7 +62,7 @@ class ImageDecoder(Operation):
     def __init__(self, path: Path, view: View, workers: int) -> None:
         super().__init__()
         self.epoch = 0
-        self._path = path
+        self._file = MappedFile(path)
         self._view = view
         self._workers = workers
         self._pool = ThreadPoolExecutor(workers, "decode") if workers > 1 else None
@@ -98,10 +99,12 @@ class ImageDecoder(Operation):
             # More pieces than threads, because images differ in how long they take.
             step = max(1, -(-len(indices) // (4 * self._workers)))
             list(self._pool.map(decode, [slice(start, start + step) for start in range(0, len(indices), step)]))
+        self._file.check()
         if bad.any():
+            path = self._file.path
             raise UserError(
-                f"{self._path}: image {indices[bad][0]} is damaged; copy or write the file again "
-                f"(`ssam-scale data check {self._path}`)"
+                f"{path}: image {indices[bad][0]} is damaged; copy or write the file again "
+                f"(`ssam-scale data check {path}`)"
             )
         return out[: len(indices)]
 

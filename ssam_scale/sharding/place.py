@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from ssam_scale.torch_compat import new_groups_wait
+
 from .device import to_device
 from .interface import Sharding
 from .registry import BACKENDS, MakeOptimizer, Options
@@ -91,4 +93,5 @@ def place(
     else:
         # Convolutions of a channels_last batch run in channels_last all the same, and convert their weights as they go.
         module.to(world.device).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-    return chosen.place(module, make_optimizer, world, options)
+    with new_groups_wait(world.timeout):
+        return chosen.place(module, make_optimizer, world, options)

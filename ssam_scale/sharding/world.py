@@ -5,20 +5,22 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ssam_scale.errors import UserError
-from ssam_scale.torch_compat import all_gather_single
+from ssam_scale.errors import RankLostError, UserError
+from ssam_scale.torch_compat import all_gather_single, keep_flight_records
 
 from .device import DeviceChoice, choose_device, use_device
 from .process_group import leave_process_group
+from .whereabouts import Whereabouts, naming_the_lost
 
 T = TypeVar("T")
 
@@ -34,11 +36,17 @@ class World:
         rank: of this process in the default process group.
         size: number of processes.
         device: where this process computes.
+        timeout: how long a collective waits for another process, in every process group.
+        whereabouts: what this process tells the others of where it is.
+        records: the folder for PyTorch's flight recorder, which is looked at after a failure; None: it is not kept.
     """
 
     rank: int = 0
     size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    timeout: timedelta = TIMEOUT
+    whereabouts: Whereabouts = field(default_factory=Whereabouts, compare=False, repr=False)
+    records: Path | None = None
 
     @property
     def first(self) -> bool:
@@ -101,6 +109,10 @@ class World:
         every = own.new_empty(self.size * len(own))
         all_gather_single(every, own)
         return every.view(self.size, -1)
+
+    def naming_the_lost(self) -> AbstractContextManager[None]:
+        """Within, a collective that fails because of another process raises a `RankLostError` that names it."""
+        return naming_the_lost(self.whereabouts, self.size, self.records)
 
     def smallest(self, value: int) -> int:
         """The smallest `value` of all processes: an all-reduce."""
@@ -180,7 +192,9 @@ def _no_meeting(rank: int, error: Exception) -> str:
 
 
 @contextmanager
-def join_world(timeout: timedelta = TIMEOUT, device: DeviceChoice = "auto") -> Iterator[World]:
+def join_world(
+    timeout: timedelta = TIMEOUT, device: DeviceChoice = "auto", records: Path | None = None
+) -> Iterator[World]:
     """Join the processes that torchrun or deepspeed started; alone without their environment variables.
 
     Uses NCCL on CUDA and gloo on the CPU.
@@ -188,8 +202,10 @@ def join_world(timeout: timedelta = TIMEOUT, device: DeviceChoice = "auto") -> I
     Args:
         timeout: a collective that waits longer for another process raises.
         device: as `choose_device` takes it.
+        records: as of `World`.
 
     Raises:
+        RankLostError: another process is gone, or has not come to a collective in time.
         UserError: processes were started without telling them of each other, or there is not the device that they need
             (see `choose_device`).
     """
@@ -198,11 +214,12 @@ def join_world(timeout: timedelta = TIMEOUT, device: DeviceChoice = "auto") -> I
     rank = int(os.environ.get("RANK", "0"))
     own = choose_device(device)
     use_device(own)
-    world = World(rank, size, own)
     if "RANK" not in os.environ:
-        yield world
+        yield World(rank, size, own, timeout)
         return
     _check_meeting()
+    if records is not None:
+        keep_flight_records(records / "rank_")
     try:
         if own.type == "cuda":
             dist.init_process_group("nccl", timeout=timeout, device_id=own)
@@ -210,11 +227,20 @@ def join_world(timeout: timedelta = TIMEOUT, device: DeviceChoice = "auto") -> I
             dist.init_process_group("gloo", timeout=timeout)
     except dist.DistNetworkError as error:
         raise UserError(_no_meeting(rank, error)) from error
-    failed = True
+    store = dist.distributed_c10d._get_default_store() if size > 1 else None
+    # NCCL ends the process by itself, without an exception, when a collective has waited too long.
+    whereabouts = Whereabouts(rank, size, store, 0.9 * timeout.total_seconds() if own.type == "cuda" else None)
+    world = World(rank, size, own, timeout, whereabouts, records)
+    failed, why = True, ""
     try:
-        yield world
+        with world.naming_the_lost():
+            yield world
         failed = False
+    except BaseException as error:
+        why = str(error) if isinstance(error, (UserError, RankLostError)) else f"{type(error).__name__}: {error}"
+        raise
     finally:
+        whereabouts.leave(" ".join(why.split())[:500])
         # Destroying an NCCL group waits for the collectives under way. After an exception the other processes may never
         # come to them, and NCCL's watchdog would end this process before it could say what went wrong.
         if not (failed and own.type == "cuda"):

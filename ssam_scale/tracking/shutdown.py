@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
-from ssam_scale.errors import UserError
+from ssam_scale.errors import RankLostError, UserError
 from ssam_scale.tracking.store import one_line
 
 # SIGHUP comes when the terminal of an interactive run closes; `nohup` sets it to be ignored, which is respected.
@@ -172,7 +172,7 @@ def outcome(error: BaseException | None) -> tuple[str, str]:
         return "KILLED", error.signal_name + ("" if error.saved is None else f", saved as {error.saved}")
     if isinstance(error, KeyboardInterrupt):
         return "KILLED", "SIGINT"
-    if isinstance(error, UserError):
+    if isinstance(error, (UserError, RankLostError)):
         return "FAILED", one_line(error)
     return "FAILED", f"{type(error).__name__}: {one_line(error)}"
 

@@ -9,7 +9,7 @@ for one of four micro-batches: below 1% of steps longer than 1 ms and 4 ms.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
@@ -99,9 +99,17 @@ class PhaseTimer:
     Args:
         device: where the work runs; a CUDA device is timed by events, everything else by the host's clock.
         clock: what to measure by, instead of the device's.
+        entered: told the name of each phase as it begins.
     """
 
-    def __init__(self, device: torch.device | str = "cpu", *, clock: Clock | None = None) -> None:
+    def __init__(
+        self,
+        device: torch.device | str = "cpu",
+        *,
+        clock: Clock | None = None,
+        entered: Callable[[Phase], object] | None = None,
+    ) -> None:
+        self._entered = entered
         self._clock = clock or clock_of(device)
         self._mark = self._clock.mark
         self._spans: dict[str, _Span] = {name: _Span(self, name) for name in PHASES}
@@ -125,6 +133,8 @@ class PhaseTimer:
         if self._open is not None:
             raise ValueError(f"phase {name!r} begins inside phase {self._open!r}; phases do not nest")
         self._open = name
+        if self._entered is not None:
+            self._entered(name)
         self._opened = self._mark()
 
     def _leave(self) -> None:

@@ -1,4 +1,4 @@
-"""Marks a run KILLED when its process vanished without a word: SIGKILL, out of memory.
+"""Marks a run KILLED when its process ended without a word, with the signal that ended it.
 
 A process of its own that waits for its parent to end: `python watchdog.py RUN_ID PROCESS PARENT_PID FOLDER`, with the
 tracking URI on standard input, because it may hold a password and everybody on the machine can read arguments. The
@@ -10,6 +10,7 @@ reader that judges it: MLflow's own pages do not, and would go on showing the ru
 from __future__ import annotations
 
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -50,15 +51,17 @@ def stop(watcher: subprocess.Popen[bytes]) -> None:
 
 
 def _main(uri: str, run_id: str, process: str, parent: int, unsent: Path) -> None:
+    # This file's folder comes first on the path of a script; its module names must not shadow anybody's.
+    sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]
+    sys.path.append(str(Path(__file__).resolve().parents[2]))
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     # An orphan is given another parent at once. Asking for the parent, unlike waiting for a pipe to close, is not
     # fooled by loader processes that inherited the other end.
+    ended = _waited_for(parent)
     while os.getppid() == parent:
         time.sleep(_POLL_S)
     os.environ.update(MLFLOW_DISABLE_TELEMETRY="true", DO_NOT_TRACK="true")
-    # This file's folder comes first on the path of a script; its module names must not shadow anybody's.
-    sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]
     from mlflow import MlflowClient
 
     vanished, pause = int(time.time() * 1000), _POLL_S
@@ -68,7 +71,7 @@ def _main(uri: str, run_id: str, process: str, parent: int, unsent: Path) -> Non
             run = client.get_run(run_id)
             # The run may have been resumed by another process in the meantime; then it is no longer ours to mark.
             if run.info.status == "RUNNING" and run.data.tags.get("process") == process:
-                failure = "process vanished (SIGKILL, e.g. out of memory)"
+                failure = f"the process {ended}"
                 if _waits(unsent):
                     failure += f"; what had not arrived by then: ssam-scale send {unsent}"
                 client.set_tag(run_id, "failure", failure)
@@ -80,6 +83,26 @@ def _main(uri: str, run_id: str, process: str, parent: int, unsent: Path) -> Non
             # A server that was killed with the process, by the same lack of memory, comes back.
             time.sleep(pause)
             pause = min(2 * pause, 60.0)
+
+
+def _waited_for(parent: int) -> str:
+    """Wait until a parent ends; how it has, in words."""
+    from ssam_scale.ended import status_of_dead, status_words
+
+    try:
+        pidfd = os.pidfd_open(parent)
+        poller = select.poll()
+        poller.register(pidfd, select.POLLIN)
+        while os.getppid() == parent and not poller.poll(1000.0 * _POLL_S):
+            pass
+        status = status_of_dead(parent)  # before its own parent has asked, which is a matter of chance
+    except (OSError, AttributeError):  # gone already; no Linux
+        status = None
+    return (
+        "vanished (SIGKILL, as where the memory was exhausted, or another signal)"
+        if status is None
+        else status_words(status)
+    )
 
 
 def _waits(unsent: Path) -> bool:

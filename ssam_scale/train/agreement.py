@@ -9,7 +9,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ssam_scale.sharding import World
-from ssam_scale.sharding.world import TIMEOUT
 
 
 class Asked(NamedTuple):
@@ -40,7 +39,7 @@ class Agreement:
     """
 
     def __init__(self, world: World) -> None:
-        self._group = dist.new_group(backend="gloo", timeout=TIMEOUT) if world.size > 1 else None
+        self._group = dist.new_group(backend="gloo", timeout=world.timeout) if world.size > 1 else None
         self._sent: tuple[dist.Work, Tensor] | None = None
 
     def __call__(self, own: Asked) -> Asked:

@@ -105,6 +105,8 @@ class Evaluate(Hook):
         agreement: what processes ask for.
     """
 
+    doing = "evaluation"
+
     def __init__(
         self, config: Config, world: World, components: Components, run: Run, bar: ProgressBar, agreement: Agreement
     ) -> None:
@@ -152,6 +154,7 @@ class Evaluate(Hook):
         return evaluate(components.module, batches, forwards, self._world, components.precision, self._interrupted)
 
     def _interrupted(self) -> bool:
+        self._world.whereabouts.at(self.doing)  # before each batch: an evaluation may take longer than a wait
         return self._agreement(Asked(end=self._run.signals.received is not None)).end
 
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from statistics import fmean
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
@@ -37,7 +37,18 @@ class Hook:
     Every process calls the same hooks in the same order, so that a hook may be collective. What it needs beside the
     arguments (configuration, world, optimizer, tracked run) it is constructed with; what it must remember from one run
     to the next is a part of the checkpoint (`build.Components.state`). An exception in a hook ends the run.
+
+    Attributes:
+        doing: what a process is in while the hook is called, in the line that names it when others wait for it.
     """
+
+    doing: ClassVar[str] = "a hook"
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """What says nothing else is in itself, by its name."""
+        super().__init_subclass__(**kwargs)
+        if "doing" not in vars(cls):
+            cls.doing = cls.__name__
 
     def before_step(self, progress: Progress, batches: EpochBatches) -> None:
         """Before the batches of a step are loaded: `progress.step` steps are done, `batches` can be looked ahead.
@@ -182,6 +193,8 @@ class LogMetrics(Hook):
         bar: shows the latest.
     """
 
+    doing = "recording metrics"
+
     def __init__(
         self,
         config: Config,
@@ -193,7 +206,8 @@ class LogMetrics(Hook):
     ) -> None:
         self._config, self._world, self._components = config, world, components
         self._phases, self._run, self._bar = phases, run, bar
-        self._ranks = Ranks(world.hosts())
+        gathers = config.sharding.backend in ("fsdp2", "zero3")
+        self._ranks = Ranks(world.hosts(), gathers=gathers)
         self._energy = EnergyMeter(world.device)
         self._steps = 0  # of the window, in this process's life
 
@@ -237,7 +251,7 @@ class LogMetrics(Hook):
             raise UserError(
                 f"the loss became {loss} before step {step}; a lower optimizer.lr or perturbation.rho may help"
             )
-        self._run.log(self._ranks.metrics(measured, images=images * self._steps), step)
+        self._run.log(self._ranks.metrics(measured, images=images * self._steps, steps=self._steps), step)
         if (news := self._ranks.news()) is not None:
             self._bar.say(news)
         self._run.log_window(times, loss=loss, lr=lr, densities=unrecorded.densities, images_per_step=images, step=step)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 
@@ -59,7 +59,7 @@ def _train(config: Config, world: World) -> None:
         return
     checkpoint.note_start(config, world, path)
     predicted, unpredicted = _predicted(config, world)
-    phases = PhaseTimer(world.device)
+    phases = PhaseTimer(world.device, entered=world.whereabouts.at)
     components = _build(config, world, phases, path)
     if path is not None and world.first:
         for left in checkpoint.set_aside(config.checkpoint.directory, path):
@@ -94,9 +94,11 @@ def _train(config: Config, world: World) -> None:
             explaining_out_of_memory(config, split),
             _machines_watched(config, world, run),
             run.signals.deferred(),  # SaveCheckpoint acts on them, between two steps
+            # Inside of the tracked run, which is marked by it, and where a launcher's signal does not cut it short.
+            world.naming_the_lost(),
         ):
             if progress.unevaluated:
-                _between_epochs(components, hooks)
+                _between_epochs(world, components, hooks)
             while progress.epoch < config.train.epochs:
                 _train_epoch(config, world, components, hooks, phases)
     if world.first:
@@ -151,7 +153,7 @@ def dry_run(config: Config, world: World) -> str:
     elif (done := checkpoint.finished(path, config)) is not None:
         return f"dry run: {path} is of epoch {done.epoch}, the last: nothing is left to train"
     _predicted(config, world)
-    phases = PhaseTimer(world.device)
+    phases = PhaseTimer(world.device, entered=world.whereabouts.at)
     components = _build(config, world, phases, path)
     with open_run(config, enabled=False) as run, ProgressBar(1, 0, visible=False) as bar:
         hooks = build_hooks(config, world, components, phases, run, bar)
@@ -161,7 +163,7 @@ def dry_run(config: Config, world: World) -> str:
             explaining_out_of_memory(config, components.split),
             closing(_batches(config, world, components)) as batches,
         ):
-            loss = _train_step(config, components, batches, hooks, phases).loss
+            loss = _train_step(config, world, components, batches, hooks, phases).loss
     assert loss is not None
     with explaining_out_of_memory(config, components.split), closing(iter(components.val)) as batches:
         evaluate(components.module, [next(batches)], 1, world, components.precision)
@@ -194,8 +196,10 @@ def _build(config: Config, world: World, phases: PhaseTimer, path: Path | None) 
     """The components of a run, as the checkpoint that it goes on from has them, if there is one."""
     with explaining_out_of_memory(config):
         found = checkpoint.micro_batch_of(path, config, world) if path is not None else None
+        world.whereabouts.at("building")
         components = build(config, world, phases, found)
         if path is not None:
+            world.whereabouts.at("loading a checkpoint")
             checkpoint.load(path, config, components)
     return components
 
@@ -219,24 +223,37 @@ def _train_epoch(
 ) -> None:
     with closing(_batches(config, world, components)) as batches:
         for _ in range(components.progress.steps_left):
-            _train_step(config, components, batches, hooks, phases)
+            _train_step(config, world, components, batches, hooks, phases)
     components.progress.after_epoch()
-    for hook in hooks:
+    for hook in _noted(world, hooks):
         hook.after_epoch(components.progress)
-    _between_epochs(components, hooks)
+    _between_epochs(world, components, hooks)
 
 
-def _between_epochs(components: Components, hooks: Sequence[Hook]) -> None:
-    for hook in hooks:
+def _between_epochs(world: World, components: Components, hooks: Sequence[Hook]) -> None:
+    for hook in _noted(world, hooks):
         hook.between_epochs(components.progress)
 
 
+def _noted(world: World, hooks: Sequence[Hook]) -> Iterator[Hook]:
+    """The hooks, each of which this process is in while it is called."""
+    for hook in hooks:
+        world.whereabouts.at(hook.doing)
+        yield hook
+
+
 def _train_step(
-    config: Config, components: Components, batches: EpochBatches, hooks: Sequence[Hook], phases: PhaseTimer
+    config: Config,
+    world: World,
+    components: Components,
+    batches: EpochBatches,
+    hooks: Sequence[Hook],
+    phases: PhaseTimer,
 ) -> StepReport:
     opt, progress = components.opt, components.progress
+    world.whereabouts.begin_step(progress.step + 1)
     components.scheduler.step_update(progress.place)
-    for hook in hooks:
+    for hook in _noted(world, hooks):
         hook.before_step(progress, batches)
     with phases("data"):
         micro_batches = batches.next_step()
@@ -248,7 +265,7 @@ def _train_step(
     report = opt.report
     assert report is not None
     progress.after_step()
-    for hook in hooks:
+    for hook in _noted(world, hooks):
         hook.after_step(progress, report)
     return report
 

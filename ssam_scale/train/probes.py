@@ -50,6 +50,8 @@ class ProbeSaving(Hook):
         paused: seconds of all probes so far.
     """
 
+    doing = "a probe of the saving"
+
     def __init__(self, config: Config, world: World, components: Components, run: Run, bar: ProgressBar) -> None:
         self._config, self._world, self._components, self._run, self._bar = config, world, components, run, bar
         self.paused = 0.0

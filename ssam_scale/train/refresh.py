@@ -72,6 +72,8 @@ class RefreshMask(Hook):
         run: where refreshes are recorded.
     """
 
+    doing = "the refresh of the mask"
+
     def __init__(self, config: Config, world: World, components: Components, run: Run) -> None:
         section = refreshed_section(config)
         assert section is not None

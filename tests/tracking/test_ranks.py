@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ssam_scale.sharding import World
-from ssam_scale.tracking.ranks import Measured, Ranks, waiting
+from ssam_scale.tracking.ranks import Measured, Ranks, straggler_of, waiting
 from ssam_scale.tracking.timer import PHASES, PhaseSummary
 from tests.support.ranks import run_ranks
 
@@ -34,14 +34,38 @@ def test_the_slowest_is_named_with_what_the_others_wait() -> None:
     assert not [name for name in found if "backward" in name or "memory" in name or "energy" in name]
 
 
-def test_it_is_told_once_and_only_if_it_lasts() -> None:
+def test_a_straggler_is_told_once_and_only_if_it_lasts() -> None:
     ranks = Ranks(["a", "b"])
     told = []
-    for forward in (0.5, 0.2, 0.5, 0.5, 0.5, 0.5, 0.5):
-        ranks.metrics([measured(0.2), measured(forward)], images=1)
+    for forward in (0.5, 0.2, 0.5, 0.5, 0.5, 0.5):
+        ranks.metrics([measured(0.2), measured(forward)], images=1, steps=40)
         told.append(ranks.news())
-    assert told == [*(5 * [None])[:4], "rank 1 (b): the others wait for it for 30% of each step", None, None]
+    line = "rank 1 (node b) is slow: in 120 steps its own work (data loading, forward passes) took more than 1.5 times"
+    assert told == [None, None, None, None, f"{line} the others'", None]
     assert ranks.straggler() == "rank 1 (b): the others wait for it for 30% of each step"
+
+
+def test_where_forwards_wait_for_others_a_straggler_is_known_by_its_data() -> None:
+    for gathers, told in ((True, True), (False, False)):
+        ranks = Ranks(["a", "b"], gathers=gathers)
+        ranks.metrics([measured(0.7, data=0.1), measured(0.4, data=0.4)], images=1, steps=100)
+        assert (ranks.news() is not None) == told
+
+
+@pytest.mark.parametrize(
+    ("own", "straggler"),
+    [
+        ([1.0, 1.0, 1.6], 2),
+        ([1.0, 1.0, 1.5], None),
+        ([1.6, 1.0], 0),
+        ([2.0, 2.0, 1.0, 1.0], 0),
+        ([0.01, 0.01, 0.02], None),
+        ([1.0], None),
+    ],
+    ids=["above", "at the limit", "two", "half of them", "too little of a step", "alone"],
+)
+def test_a_straggler_takes_more_than_one_and_a_half_medians(own: list[float], straggler: int | None) -> None:
+    assert straggler_of(own, 4.0) == straggler
 
 
 @pytest.mark.parametrize("forward", [[0.21, 0.2], [0.5, 0.2] * 3, []], ids=["hardly", "in turn", "no window"])

@@ -53,6 +53,8 @@ class SaveCheckpoint(Hook):
         clock: seconds, from anywhere.
     """
 
+    doing = "saving"
+
     def __init__(
         self,
         config: Config,
