@@ -121,8 +121,8 @@ unpack_fashion_mnist() {
     local download="apt-get download dataset-fashion-mnist" within=$PWD/data/downloads
     say "Fetching Fashion-MNIST (Debian's package dataset-fashion-mnist, 31 MB)"
     mkdir -p "$within"
-    (cd "$within" && { $download || { ((EUID == 0)) && apt-get -q update && $download; }; }) >"$within/log" 2>&1 &&
-        dpkg-deb --extract "$within"/dataset-fashion-mnist_*.deb data/dataset-fashion-mnist ||
+    { (cd "$within" && { $download || { ((EUID == 0)) && apt-get -q update && $download; }; }) >"$within/log" 2>&1 &&
+        dpkg-deb --extract "$within"/dataset-fashion-mnist_*.deb data/dataset-fashion-mnist; } ||
         die "Fashion-MNIST could not be fetched ($(tail -n 1 "$within/log")); install dataset-fashion-mnist, or train on \
 your own images: --data DIR"
     rm -r "$within"

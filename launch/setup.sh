@@ -265,6 +265,8 @@ PYTHON
 }
 
 has_nvidia_gpu() { nvidia-smi -L 2>/dev/null | grep -q GPU || compgen -G '/dev/nvidia[0-9]*' >/dev/null; }
+# An image is built where no GPU is seen; NVIDIA's name their CUDA by this variable, as many module files do.
+is_for_gpus() { [[ -n ${CUDA_VERSION:-} ]] || has_nvidia_gpu; }
 
 # The release of torchvision that goes with a torch: 0.(N + 15) with 2.N. No other one can be told.
 vision_of() {
@@ -297,7 +299,7 @@ install_python_packages() {
     if [[ -z $version ]] || too_old "$version"; then
         say "Installing torch and torchvision"
         vision=torchvision==$(vision_of "$usual").0
-        has_nvidia_gpu || install_cpu_torch "torch==$usual" "$vision" || true
+        is_for_gpus || install_cpu_torch "torch==$usual" "$vision" || true
         pip_install "torch" "torch==$usual" "$vision"
         read -r version build file <<<"$(torch_of "$venv/bin/python")" || true
         [[ -n $version ]] || die "the torch that was installed cannot be imported: $venv/bin/python -c 'import torch'"

@@ -30,19 +30,22 @@ class MicroBatches:
 
 
 def accumulation_on(config: Config, processes: int, found: int | None = None, *, batch: int | None = None) -> int:
-    """Micro-batches of a step: what `train.accumulation` says, or the fewest equal ones within `max_micro_batch`.
+    """Micro-batches of a step: what `train.accumulation` says, or the fewest equal ones of a size that is allowed.
+
+    Allowed is `max_micro_batch` where it is a number, and else what was found.
 
     Args:
         config: of the run.
         processes: that share the batch.
-        found: what `max_micro_batch: auto` has come to; None: nothing yet, and a process takes its part whole.
+        found: what `max_micro_batch: auto` has come to, or the micro-batch that a run had before it lost
+            processes; None: there is neither, and a process takes its part whole.
         batch: images of a step; None: the configured `data.batch_size`.
 
     Raises:
         UserError: the batch does not divide over the processes.
     """
     train = config.train
-    largest = found if train.max_micro_batch == "auto" else train.max_micro_batch
+    largest = train.max_micro_batch if isinstance(train.max_micro_batch, int) else found
     if train.accumulation is not None or largest is None:
         return train.accumulation or 1
     batch = batch or config.data.batch_size

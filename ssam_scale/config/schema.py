@@ -441,7 +441,8 @@ class Train(Section):
     max_micro_batch: Annotated[int, Field(ge=1)] | Literal["auto"] | None = Field(
         None,
         description="most images of one micro-batch on one process, which chooses the accumulation for any number of "
-        "processes; auto: what the device's memory holds, found before training; null: no limit",
+        "processes; auto: what the device's memory holds, found before training; null: no limit, "
+        "and a run that goes on with fewer processes keeps the size it had",
     )
     activation_checkpointing: bool = Field(
         False,

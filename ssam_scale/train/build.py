@@ -120,7 +120,8 @@ def build(config: Config, world: World, phases: Phases, found: int | None = None
         config: of the run.
         world: the processes.
         phases: times the steps.
-        found: what `max_micro_batch: auto` came to before; None: it is looked for.
+        found: images of a micro-batch that a checkpoint says (`micro_batch_of`); None: `max_micro_batch: auto` is
+            looked for, and without a limit a process takes its part whole.
 
     Raises:
         UserError: what the configuration asks for cannot be had.
@@ -238,7 +239,7 @@ def shared_out(config: Config, world: World, found: int | None = None) -> MicroB
     Args:
         config: of the run.
         world: the processes.
-        found: what `max_micro_batch: auto` has come to.
+        found: see `accumulation_on`.
 
     Raises:
         UserError: they cannot be, or DeepSpeed's configuration says otherwise.

@@ -46,6 +46,14 @@ def test_what_is_not_limited(shared_out: Any) -> None:
     assert shared_out(128, 4, "train.max_micro_batch=auto", found=10) == MicroBatches(4, 4, 8)
 
 
+def test_a_run_that_goes_on_with_fewer_processes_takes_more_of_its_micro_batches(shared_out: Any) -> None:
+    assert shared_out(128, 2, found=32) == MicroBatches(2, 2, 32)
+    assert shared_out(128, 1, found=32) == MicroBatches(1, 4, 32)
+    assert shared_out(96, 2, found=32) == MicroBatches(2, 2, 24)
+    assert shared_out(128, 1, "train.accumulation=2", found=32) == MicroBatches(1, 2, 64)
+    assert shared_out(128, 1, "train.max_micro_batch=64", found=32) == MicroBatches(1, 2, 64)
+
+
 def test_what_cannot_be(shared_out: Any) -> None:
     for batch, processes, override, message in (
         (128, 3, "train.seed=0", "does not divide over 3 processes; use a multiple of 3, such as 126 or 129"),

@@ -253,6 +253,16 @@ def test_where_there_is_no_torch_the_usual_one_is_installed(checkout: Checkout, 
     assert "timm>=" in wanted
 
 
+@without_gpu
+def test_an_image_with_cuda_gets_a_torch_for_gpus_though_none_is_seen(
+    checkout: Checkout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (checkout.folder / "cpu-builds").touch()
+    monkeypatch.setenv("CUDA_VERSION", "13.0.2")
+    assert checkout.set_up().returncode == 0
+    assert checkout.installed == ["torch==2.13.0 torchvision==0.28.0"]
+
+
 @pytest.mark.parametrize(
     ("torch", "vision"),
     [("2.10.0+cu128", "0.25"), ("2.11.0", "0.26"), ("2.14.1", "0.29"), ("2.10.0a0+b4e4ee8.nv25.12", "0.25")],
@@ -312,11 +322,3 @@ def test_one_that_is_too_old_in_the_environment_is_replaced(checkout: Checkout) 
     assert done.returncode == 0, done.stderr
     assert checkout.installed[-1] == "torch==2.13.0 torchvision==0.28.0"
     assert checkout.constraints[0] == "torch==2.13.0"
-
-
-@pytest.mark.parametrize("script", sorted([*ROOT.glob("launch/*.sh"), *ROOT.glob("slurm/*.sh"), ROOT / ".ci" / "run"]))
-def test_scripts_are_whole(script):
-    subprocess.run(["bash", "-n", script], check=True)
-    if shutil.which("shellcheck"):
-        done = subprocess.run(["shellcheck", script], capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,13 +11,16 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
+from ssam_scale.train.checkpoint import newest
 from tests.support import slurm
 from tests.support.checkout import ROOT
 from tests.support.processes import run, wait_until
+from tests.support.runs import differing
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(slurm.missing() is not None, reason=str(slurm.missing()))]
 
 SCRIPT = ROOT / "slurm" / "imagenet_ssam.sh"
+SWEEP = ROOT / "slurm" / "sweep.sh"
 CONFIG = ROOT / "configs" / "quickstart.yaml"
 TWO_NODES = ["--nodes=2", "--gpus-per-node=0"]
 
@@ -67,11 +71,14 @@ def tracked(folder: Path) -> list[Run]:
 
 
 def test_two_nodes(cluster, images, job):
-    number = cluster.submit(*TWO_NODES, SCRIPT, CONFIG, *overrides(images), cwd=job)
+    """The second has fewer cores, which is its own number of threads."""
+    number = cluster.submit(*TWO_NODES, SCRIPT, CONFIG, *overrides(images), cwd=job, env={"OMP_NUM_THREADS": ""})
     ended = cluster.wait(number, timeout=300)
     log = (job / f"slurm-{number}.out").read_text()
     assert (ended["JobState"], ended["ExitCode"]) == ("COMPLETED", "0:0"), log
-    assert "2 node(s) x 1 process(es), 0 GPU(s)" in log
+    assert "2 node(s) x 1 process(es) by torchrun, 0 GPU(s)" in log
+    for node, cores in zip(("n1", "n2"), slurm.CORES, strict=True):
+        assert f"node {node}: {cores} cores, {cores} threads a process" in log
     (only,) = tracked(job)
     assert only.info.status == "FINISHED"
     assert only.data.tags["world_size"] == "2"
@@ -103,23 +110,85 @@ def test_a_failure_of_the_training_is_the_jobs(cluster, images, job):
     assert "none.beton" in (job / f"slurm-{number}.out").read_text()
 
 
-def test_the_time_limit_is_survived(cluster, images, job):
-    """At the signal that Slurm sends before the time limit it is saved and queued again, and goes on where it was."""
-    late = ["train.epochs=6", "checkpoint.every_epochs=100"]  # so that nothing else has saved it
-    number = cluster.submit(*TWO_NODES, SCRIPT, CONFIG, *overrides(images, *late), cwd=job)
+EPOCHS = 16
+"""So many that a signal that follows the second comes before the last."""
+
+LATE = [f"train.epochs={EPOCHS}", "checkpoint.every_epochs=100"]  # nothing else saves
+SAME = {"OMP_NUM_THREADS": "1"}  # sums are in the same order
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(cluster: slurm.Cluster, images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The last checkpoint of a job that nothing has happened to."""
+    job = tmp_path_factory.mktemp("uninterrupted")
+    number = cluster.submit(*TWO_NODES, SCRIPT, CONFIG, *overrides(images, *LATE), cwd=job, env=SAME)
+    assert cluster.wait(number, timeout=400)["JobState"] == "COMPLETED", (job / f"slurm-{number}.out").read_text()
+    return last_checkpoint(job, number)
+
+
+def last_checkpoint(job: Path, number: str) -> Path:
+    return job / "checkpoints" / f"slurm-{number}" / f"epoch_{EPOCHS:04d}"
+
+
+def run_now(cluster: slurm.Cluster, number: str) -> None:
+    """A job that was queued again, rather than in two minutes."""
+    wait_until(lambda: cluster.job(number)["JobState"] == "PENDING", 120, f"job {number} is queued again")
+    cluster.command("scontrol", "update", f"JobId={number}", "StartTime=now")
+
+
+def test_preemption_is_survived(cluster, images, job, uninterrupted):
+    """Slurm (22.05) sends SIGTERM to the processes and not to the script, and ends the job as TIMEOUT if it goes on."""
+    number = cluster.submit(*TWO_NODES, SCRIPT, CONFIG, *overrides(images, *LATE), cwd=job, env=SAME)
     log = job / f"slurm-{number}.out"
-    wait_until(lambda: log.exists() and "epoch 2/6" in log.read_text(), 180, "two epochs")
+    wait_until(lambda: log.exists() and "epoch 2/" in log.read_text(), 180, "two epochs")
+    urgent = cluster.submit(
+        "--partition=urgent", "--nodes=2", "--exclusive", "--output=urgent.out", "--wrap", "hostname", cwd=job
+    )
+    run_now(cluster, number)
+    ended = cluster.wait(number, timeout=400)
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), log.read_text()
+    assert cluster.job(urgent)["JobState"] == "COMPLETED"
+    first, _, again = log.read_text().partition(f"job {number} (start 2)")
+    assert f"job {number} is preempted: it is saved where a step ended in time, and queued again" in first
+    assert "SIGTERM: saved as" in first
+    assert "epoch 2/" not in again
+    assert differing(uninterrupted, last_checkpoint(job, number)) == []
+
+
+def test_a_node_that_is_lost_is_survived(cluster, images, job, uninterrupted):
+    """Nothing is saved by whom it meets: the job goes on from what was saved before, once the node has come back.
+
+    As it does by itself here (ReturnToService=2), where only the controller took it for lost.
+    """
+    number = cluster.submit(
+        *TWO_NODES, SCRIPT, CONFIG, *overrides(images, *LATE, "checkpoint.every_steps=6"), cwd=job, env=SAME
+    )
+    log = job / f"slurm-{number}.out"
+    checkpoints = job / "checkpoints" / f"slurm-{number}"
+    wait_until(lambda: newest(checkpoints) is not None, 180, "a checkpoint")
+    cluster.command("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=lost")
+    run_now(cluster, number)
+    ended = cluster.wait(number, timeout=400)
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), log.read_text()
+    _, _, again = log.read_text().partition(f"job {number} (start 2)")
+    assert "resumed from" in again
+    assert differing(uninterrupted, last_checkpoint(job, number)) == []
+
+
+def test_the_time_limit_is_survived(cluster, images, job, uninterrupted):
+    """At the signal that Slurm sends before the time limit it is saved and queued again, and goes on where it was."""
+    number = cluster.submit(*TWO_NODES, SCRIPT, CONFIG, *overrides(images, *LATE), cwd=job, env=SAME)
+    log = job / f"slurm-{number}.out"
+    wait_until(lambda: log.exists() and "epoch 2/" in log.read_text(), 180, "two epochs")
     cluster.command("scancel", "--batch", "--signal=USR1", number)
-    wait_until(lambda: cluster.job(number)["JobState"] == "PENDING", 120, "queued again")
-    cluster.command("scontrol", "update", f"JobId={number}", "StartTime=now")  # rather than in two minutes
+    run_now(cluster, number)
     ended = cluster.wait(number, timeout=300)
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), log.read_text()
     first, _, again = log.read_text().partition(f"job {number} (start 2)")
     assert f"job {number} reaches its time limit: it is saved, and queued again" in first
     assert "SIGUSR1: saved as" in first
-    assert "epoch 1/6" not in again
-    assert "epoch 2/6" not in again
-    assert "epoch 6/6" in again
+    assert "epoch 2/" not in again
+    assert differing(uninterrupted, last_checkpoint(job, number)) == []
     assert [run.info.status for run in tracked(job)] == ["FINISHED"]
 
 
@@ -134,10 +203,113 @@ def test_a_job_that_comes_no_further_ends_with_the_reason(cluster, images, job):
     for start in (1, 2):
         wait_until(lambda start=start: begun() == start, 180, f"start {start}")
         cluster.command("scontrol", "requeue", number)
-        wait_until(lambda: cluster.job(number)["JobState"] == "PENDING", 120, "queued again")
-        cluster.command("scontrol", "update", f"JobId={number}", "StartTime=now")
+        run_now(cluster, number)
     ended = cluster.wait(number, timeout=300)
     log = (job / f"slurm-{number}.out").read_text()
     assert ended["JobState"] == "FAILED", log
     assert ended["Restarts"] == "2"
     assert "is at the beginning at its start number 3, as it was at the two before: they have saved nothing" in log
+
+
+def test_deepspeed_as_the_launcher(cluster, images, job):
+    number = cluster.submit(*TWO_NODES, SCRIPT, CONFIG, *overrides(images), cwd=job, env={"LAUNCHER": "deepspeed"})
+    ended = cluster.wait(number, timeout=300)
+    log = (job / f"slurm-{number}.out").read_text()
+    assert ended["JobState"] == "COMPLETED", log
+    assert "2 node(s) x 1 process(es) by deepspeed" in log
+    assert "on 2 processes of 2 nodes" in log
+    assert (job / f"slurm-{number}.hosts").read_text() == "n1 slots=1\nn2 slots=1\n"
+
+
+# What stands for a container's runtime notes what it was told, and runs the command on the host.
+APPTAINER = """#!/bin/bash
+printf '%s\\n' "$@" >>"$NOTES"
+while [[ $1 != *.sif ]]; do shift; done
+shift
+exec "$@"
+"""
+PYXIS = """#!/bin/bash
+kept=()
+for word; do
+    case $word in
+    --container-*) printf '%s\\n' "$word" >>"$NOTES" ;;
+    *) kept+=("$word") ;;
+    esac
+done
+exec @SRUN@ "${kept[@]}"
+"""
+
+
+@pytest.fixture
+def runtimes(tmp_path: Path) -> dict[str, str]:
+    """The environment of a cluster that has both runtimes."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    srun = shutil.which("srun") or pytest.fail("no srun")
+    for name, text in (("apptainer", APPTAINER), ("srun", PYXIS.replace("@SRUN@", srun))):
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    path = os.pathsep.join([str(folder), os.environ["PATH"]])
+    return {"PATH": path, "NOTES": str(tmp_path / "notes"), "PYTHON": str(ROOT / ".venv/bin/python")}
+
+
+@pytest.mark.parametrize("image", ["an image.sif", "ssam_scale:latest"])
+def test_in_a_container(cluster, images, job, tmp_path, runtimes, image):
+    (job / "an image.sif").touch()
+    environment = {**runtimes, "CONTAINER_IMAGE": image, "CONTAINER_MOUNTS": "/data,/scratch:/tmp/scratch"}
+    number = cluster.submit(*TWO_NODES, SCRIPT, CONFIG, *overrides(images), cwd=job, env=environment)
+    ended = cluster.wait(number, timeout=300)
+    log = (job / f"slurm-{number}.out").read_text()
+    assert ended["JobState"] == "COMPLETED", log
+    assert "on 2 processes of 2 nodes" in log
+    mounts = f"{ROOT}:{ROOT},{job}:{job},/data:/data,/scratch:/tmp/scratch"
+    notes = (tmp_path / "notes").read_text().splitlines()
+    if image.endswith(".sif"):
+        assert notes[:6] == ["exec", "--bind", mounts, "--pwd", str(job), image]
+        assert notes.count("exec") == 3  # the check, and one on each node
+    else:
+        each = [f"--container-image={image}", f"--container-mounts={mounts}", f"--container-workdir={job}"]
+        assert notes == each * 2
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"CONTAINER_RUNTIME": "apptainer"}, "CONTAINER_RUNTIME=apptainer without a CONTAINER_IMAGE"),
+        (
+            {"CONTAINER_IMAGE": "a", "CONTAINER_RUNTIME": "podman"},
+            "CONTAINER_RUNTIME=podman: there are apptainer and pyxis",
+        ),
+        ({"CONTAINER_IMAGE": "none.sif"}, "CONTAINER_IMAGE=none.sif: no such file"),
+        ({"LAUNCHER": "mpirun"}, "LAUNCHER=mpirun: there are torchrun and deepspeed"),
+        ({"SSAM_SWEEP": "list"}, "SSAM_SWEEP=list: only for a task of an array"),
+    ],
+    ids=["no image", "unknown runtime", "no file", "launcher", "sweep"],
+)
+def test_what_cannot_be_started_is_one_line(cluster, job, runtimes, environment, message):
+    number = cluster.submit(*TWO_NODES, SCRIPT, cwd=job, env=runtimes | environment)
+    assert cluster.wait(number, timeout=60)["ExitCode"] == "2:0"
+    (line,) = (job / f"slurm-{number}.out").read_text().splitlines()
+    assert line.startswith(f"imagenet_ssam: {message}")
+
+
+def test_a_sweep(cluster, images, job):
+    """An array: a folder each, one group; a task that is queued again takes no other with it."""
+    words = ["first", "--nodes=1", "--gpus-per-node=0", "--methods", "base,sam", "--seeds", "3", CONFIG]
+    done = run(["bash", SWEEP, *words, *overrides(images)], cwd=job, env=cluster.env, timeout=120)
+    assert done.returncode == 0, done.stdout
+    *table, last = done.stdout.splitlines()
+    assert [line.split() for line in table] == [
+        ["task", "method", "seed", "folder"],
+        ["0", "base", "3", "checkpoints/first/base-seed-3"],
+        ["1", "sam", "3", "checkpoints/first/sam-seed-3"],
+    ]
+    array = last.split()[-1]
+    for task in (0, 1):
+        ended = cluster.wait(f"{array}_{task}", timeout=300)
+        assert ended["JobState"] == "COMPLETED", (job / f"sweeps/first/slurm-{array}_{task}.out").read_text()
+    assert {run.data.tags["group"] for run in tracked(job)} == {"first"}
+    assert {run.data.tags["method"] for run in tracked(job)} == {"base", "sam"}
+    for method in ("base", "sam"):
+        assert newest(job / f"checkpoints/first/{method}-seed-3") is not None
+    assert (job / "sweeps/first/tasks.txt").read_text().splitlines() == table

@@ -19,6 +19,12 @@ from pathlib import Path
 
 from .processes import daemon, free_ports, run, wait_until
 
+CORES = ((os.cpu_count() or 2), max(1, (os.cpu_count() or 2) - 1))
+"""Of the nodes n1 and n2."""
+
+GRACE_S = 120
+"""Between the SIGTERM of a job that is preempted (by one in the partition `urgent`) and its end."""
+
 _CONFIG = """\
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -42,9 +48,13 @@ ReturnToService=2
 MailProg=/bin/true
 KillWait=5
 SlurmdTimeout=300
-NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={first_port} CPUs={cpus}
-NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={second_port} CPUs={cpus}
-PartitionName=main Nodes=n1,n2 Default=YES State=UP
+SlurmdParameters=config_overrides
+NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={first_port} CPUs={cores[0]}
+NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={second_port} CPUs={cores[1]}
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=main Nodes=n1,n2 Default=YES State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime={grace}
+PartitionName=urgent Nodes=n1,n2 State=UP PriorityTier=2 PreemptMode=OFF
 """
 
 
@@ -147,7 +157,8 @@ def _configure(folder: Path) -> None:
         controller_port=controller,
         first_port=first,
         second_port=second,
-        cpus=os.cpu_count(),
+        cores=CORES,
+        grace=GRACE_S,
     )
     (folder / "slurm.conf").write_text(config)
     version = subprocess.run(["slurmd", "-V"], capture_output=True, text=True, env={"PATH": _path()}, check=True).stdout
@@ -158,7 +169,7 @@ def _configure(folder: Path) -> None:
 
 
 def _idle(cluster: Cluster) -> int:
-    done = run(["sinfo", "-h", "-N", "-o", "%T"], cwd=Path("/"), env=cluster.env, timeout=60)
+    done = run(["sinfo", "-h", "-N", "-p", "main", "-o", "%T"], cwd=Path("/"), env=cluster.env, timeout=60)
     return done.stdout.split().count("idle") if done.returncode == 0 else 0
 
 

@@ -85,13 +85,17 @@ def load(path: Path, config: Config, components: Components) -> None:
 
 
 def micro_batch_of(path: Path, config: Config, world: World) -> int | None:
-    """The images of a micro-batch that a checkpoint was saved with, where a run goes on as it was begun.
+    """The images of a micro-batch that a checkpoint was saved with, where a run of the same batch goes on with them.
 
-    So a resumed run with `max_micro_batch: auto` takes the same steps, unless the processes or the batch are others.
+    So a resumed run with `max_micro_batch: auto` takes the same steps, unless the processes are others. One without a
+    limit that has lost processes takes more micro-batches of the size that is known to fit, and not larger ones.
     """
     try:
         shared = MicroBatches(**read_state(path)["micro_batches"])
-        same = shared.processes == world.size and shared.batch == config.data.batch_size
+        fitting = shared.processes == world.size
+        if config.train.max_micro_batch is None:
+            fitting = shared.processes >= world.size
+        same = fitting and shared.batch == config.data.batch_size
     except (ValueError, KeyError, TypeError):  # `load` says what is wrong with it
         return None
     return shared.images if same else None
