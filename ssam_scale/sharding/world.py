@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -179,6 +179,19 @@ def _no_meeting(rank: int, error: Exception) -> str:
     return f"rank {rank} did not reach the others at {place} (MASTER_ADDR, MASTER_PORT): {reason}"
 
 
+_HOST = "ssam_scale/host/{}"  # of a rank, in the launcher's store: known also of one that comes to nothing more
+
+
+def host_of(rank: int) -> str:
+    """The machine of a process that has joined, of which nothing else need have come."""
+    store, key = _default_store(), _HOST.format(rank)
+    return str(store.get(key).decode()) if store.check([key]) else "an unknown host"
+
+
+def _default_store() -> Any:
+    return dist.distributed_c10d._get_default_store()
+
+
 @contextmanager
 def join_world(timeout: timedelta = TIMEOUT, device: DeviceChoice = "auto") -> Iterator[World]:
     """Join the processes that torchrun or deepspeed started; alone without their environment variables.
@@ -210,6 +223,7 @@ def join_world(timeout: timedelta = TIMEOUT, device: DeviceChoice = "auto") -> I
             dist.init_process_group("gloo", timeout=timeout)
     except dist.DistNetworkError as error:
         raise UserError(_no_meeting(rank, error)) from error
+    _default_store().set(_HOST.format(rank), socket.gethostname())
     failed = True
     try:
         yield world

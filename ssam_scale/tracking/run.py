@@ -31,7 +31,7 @@ from ssam_scale.tracking.moved import follow_moved
 from ssam_scale.tracking.redaction import all_without_secrets, without_secrets
 from ssam_scale.tracking.saving import Probe, Saving
 from ssam_scale.tracking.shutdown import Unwinding, leave_note, outcome, read_note
-from ssam_scale.tracking.spool import Writer, waiting_text
+from ssam_scale.tracking.spool import Writer, unsent_folder, waiting_text
 from ssam_scale.tracking.store import (
     ANSWER_WITHIN_S,
     environment,
@@ -420,7 +420,7 @@ class Run:
             info = self._client.create_run(self.experiment, tags=tags, run_name=name).info
             self.id, self._began = info.run_id, info.start_time / 1000.0
         self._try("what it repeats", lambda: repetitions.adopt(*self._family(), f"{config.method} {config.model.name}"))
-        unsent = config.checkpoint.directory / f"unsent_{self.id}"
+        unsent = unsent_folder(config.checkpoint.directory, str(self.id))
         self._watcher = watchdog.start(uri, str(self.id), tags["process"], unsent)
         self._log_config({} if resumed is None else dict(resumed.data.params))
         table = waiting_text(unsent, TABLE)  # newer than what the store has

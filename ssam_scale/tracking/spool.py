@@ -51,6 +51,11 @@ Record = dict[str, Any]
 """`{"metrics": {key: value}, "step", "time": ms}`, `{"tags": {key: value}}` or `{"end": status, "failure", "time"}`."""
 
 
+def unsent_folder(checkpoints: Path, run_id: str) -> Path:
+    """Where a run's records wait: beside its checkpoints."""
+    return checkpoints / f"unsent_{run_id}"
+
+
 class Writer:
     """Takes what a run records, returns at once, and sends it in order in the background, many metrics in one request.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 
@@ -11,12 +11,11 @@ from rich.console import Console
 
 from ssam_scale.config.schema import Config
 from ssam_scale.console import console
-from ssam_scale.data.beton import inspect
+from ssam_scale.data.beton import Beton
 from ssam_scale.perturbation import StepReport
 from ssam_scale.perturbation.rng import seed_step
 from ssam_scale.sharding import BACKENDS, World
 from ssam_scale.tracking.run import Run, open_run, run_lines
-from ssam_scale.tracking.store import check_experiment, check_store
 from ssam_scale.tracking.system import watched_for
 from ssam_scale.tracking.timer import PhaseTimer
 
@@ -27,6 +26,7 @@ from .checkpoint import SaveCheckpoint
 from .evaluation import evaluate
 from .hooks import Hook, ending
 from .memory import explaining_out_of_memory
+from .preflight import Preflight, preflight
 from .progress import ProgressBar
 from .refresh import fewest_samples
 
@@ -41,12 +41,15 @@ def train(config: Config, world: World) -> None:
         UserError: what the configuration asks for cannot be had, or another job has the folder of checkpoints.
         Terminated: a signal has ended the run; its exit code says whether it was saved.
     """
+    found = preflight(config, world)
+    notes = found.notes()
     with checkpoint.locked(config, world):
-        _train(config, world)
+        _train(config, world, found, notes)
 
 
-def _train(config: Config, world: World) -> None:
-    path, notes = _check_folders(config, world)
+def _train(config: Config, world: World, found: Preflight, notes: Sequence[str]) -> None:
+    path, passed_over = checkpoint.resolve(config, world)
+    notes = [*notes, *passed_over]
     out = console(quiet=not world.first)
     _print_lines(out, [describe(config, world), *notes])
     if path is None:
@@ -84,9 +87,9 @@ def _train(config: Config, world: World) -> None:
         ProgressBar(total, progress.place, world.first) as bar,
     ):
         progress.run_id = run.id
-        _announce(config, world, components, bar, path)
-        for context, file in (("training", config.data.train), ("validation", config.data.val)):
-            run.log_data(inspect(file), context=context, side=config.data.resolution)
+        _announce(config, world, components, bar, path, found)
+        for context, key in (("training", "data.train"), ("validation", "data.val")):
+            run.log_data(found.data[key], context=context, side=config.data.resolution)
         run.log(predicted, progress.step)
         hooks = build_hooks(config, world, components, phases, run, bar)
         with (
@@ -144,7 +147,9 @@ def dry_run(config: Config, world: World) -> str:
     Raises:
         UserError: what the configuration asks for cannot be had.
     """
-    path, notes = _check_folders(config, world)
+    found = preflight(config, world)
+    notes = found.notes()
+    path, passed_over = checkpoint.resolve(config, world)
     what = describe(config, world)
     if path is None:
         checkpoint.check_fresh_directory(config)
@@ -169,25 +174,7 @@ def dry_run(config: Config, world: World) -> str:
         f"dry run: {what}, one step of {components.split}, loss {float(loss):.4f}; "
         f"an epoch has {components.steps_per_epoch} steps"
     )
-    return "\n".join([*notes, *notes_on_data(config), said])
-
-
-def _check_folders(config: Config, world: World) -> tuple[Path | None, list[str]]:
-    """What can be known of files and stores in the first second. Collective.
-
-    Returns:
-        The checkpoint that the run goes on from, and lines on those that it does not.
-
-    Raises:
-        UserError: something cannot be read or written.
-    """
-    for file in (config.data.train, config.data.val):
-        inspect(file)
-    if world.first:
-        checkpoint.check_writable(config)
-        check_store(config.tracking.uri)
-        check_experiment(config.tracking.uri, config.tracking.experiment)
-    return checkpoint.resolve(config, world)
+    return "\n".join([*notes, *passed_over, *notes_on_data(config, found.data), said])
 
 
 def _build(config: Config, world: World, phases: PhaseTimer, path: Path | None) -> Components:
@@ -266,10 +253,15 @@ def _batches(config: Config, world: World, components: Components) -> EpochBatch
     return EpochBatches(components.train, components.mix, components.split.accumulation, progress.steps_left, begin)
 
 
-def notes_on_data(config: Config) -> list[str]:
-    """Lines on what a run can do with its files, and is seldom meant to."""
+def notes_on_data(config: Config, data: Mapping[str, Beton]) -> list[str]:
+    """Lines on what a run can do with its files, and is seldom meant to.
+
+    Args:
+        config: of the run.
+        data: the files `data.train` and `data.val`.
+    """
     notes = []
-    train, val = inspect(config.data.train), inspect(config.data.val)
+    train, val = data["data.train"], data["data.val"]
     classes = train.classes
     if classes < config.model.num_classes:
         notes.append(
@@ -284,7 +276,14 @@ def notes_on_data(config: Config) -> list[str]:
     return notes
 
 
-def _announce(config: Config, world: World, components: Components, bar: ProgressBar, resumed: Path | None) -> None:
+def _announce(
+    config: Config,
+    world: World,
+    components: Components,
+    bar: ProgressBar,
+    resumed: Path | None,
+    found: Preflight,
+) -> None:
     bar.say(
         f"{config.train.epochs} epochs of {components.steps_per_epoch} steps of {config.data.batch_size} images, "
         f"{components.split}{', found to fit' if config.train.max_micro_batch == 'auto' else ''}"
@@ -295,7 +294,7 @@ def _announce(config: Config, world: World, components: Components, bar: Progres
             f"perturbation.mask.samples: a refresh near the end of an epoch scores what is left of it, {fewest} "
             "images at the least (metric mask/samples)"
         )
-    for note in notes_on_data(config):
+    for note in notes_on_data(config, found.data):
         bar.say(note)
     if resumed is not None:
         progress = components.progress

@@ -27,7 +27,7 @@ left behind, because it went on from an earlier one, is called `….superseded`.
 
 from __future__ import annotations
 
-from .folder import check_fresh_directory, check_writable, checkpoints, newest, resolve, set_aside
+from .folder import check_fresh_directory, checkpoints, newest, resolve, set_aside
 from .hook import SaveCheckpoint, save
 from .lock import locked
 from .parts import ModelState, OptimizerState, check_savable
@@ -40,7 +40,6 @@ __all__ = [
     "SaveCheckpoint",
     "check_fresh_directory",
     "check_savable",
-    "check_writable",
     "checkpoints",
     "finished",
     "load",
