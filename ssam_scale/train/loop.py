@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import socket
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
@@ -12,6 +13,7 @@ from rich.console import Console
 from ssam_scale.config.schema import Config
 from ssam_scale.console import console
 from ssam_scale.data.beton import Beton
+from ssam_scale.errors import NotFiniteError
 from ssam_scale.perturbation import StepReport
 from ssam_scale.perturbation.rng import seed_step
 from ssam_scale.sharding import BACKENDS, World
@@ -44,26 +46,45 @@ def train(config: Config, world: World) -> None:
     found = preflight(config, world)
     notes = found.notes()
     with checkpoint.locked(config, world):
-        _train(config, world, found, notes)
+        goes_back = _train(config, world, found, notes)
+        while goes_back:
+            gc.collect()  # what was trained with is built anew
+            goes_back = _train(_going_on(config), world, found, [], started=False)
 
 
-def _train(config: Config, world: World, found: Preflight, notes: Sequence[str]) -> None:
+def _train(config: Config, world: World, found: Preflight, notes: Sequence[str], *, started: bool = True) -> bool:
+    """Train to the end, or to where it has to go back to the newest checkpoint.
+
+    Args:
+        config: of the run.
+        world: the processes.
+        found: before anything was built.
+        notes: lines to print first.
+        started: whether a job has started with this; else it has gone back.
+
+    Returns:
+        Whether it goes back.
+    """
     path, passed_over = checkpoint.resolve(config, world)
     notes = [*notes, *passed_over]
     out = console(quiet=not world.first)
     _print_lines(out, [describe(config, world), *notes])
     if path is None:
         checkpoint.check_fresh_directory(config)
+        checkpoint.forget_rollbacks(config.checkpoint.directory)
     elif (done := checkpoint.finished(path, config)) is not None:
         # The tracked run stays as it ended, with its duration.
         out.print(f"{path} is of epoch {done.epoch}, the last: nothing is left to train", soft_wrap=True)
         if world.first and done.run_id is not None:
             _print_lines(out, run_lines(config.tracking.uri, done.run_id))
-        return
-    checkpoint.note_start(config, world, path)
+        return False
+    if started:
+        checkpoint.note_start(config, world, path)
     predicted, unpredicted = _predicted(config, world)
     phases = PhaseTimer(world.device)
     components = _build(config, world, phases, path)
+    if (reshuffled := checkpoint.Rollbacks.of(config.checkpoint.directory, world).reshuffled) and path is not None:
+        components.train.reshuffle(reshuffled)
     if path is not None and world.first:
         for left in checkpoint.set_aside(config.checkpoint.directory, path):
             out.print(f"{left}: set aside, because the run goes on from {path}", soft_wrap=True)
@@ -92,20 +113,57 @@ def _train(config: Config, world: World, found: Preflight, notes: Sequence[str])
             run.log_data(found.data[key], context=context, side=config.data.resolution)
         run.log(predicted, progress.step)
         hooks = build_hooks(config, world, components, phases, run, bar)
-        with (
-            ending(hooks),
-            explaining_out_of_memory(config, split),
-            _machines_watched(config, world, run),
-            run.signals.deferred(),  # SaveCheckpoint acts on them, between two steps
-        ):
-            if progress.unevaluated:
-                _between_epochs(components, hooks)
-            while progress.epoch < config.train.epochs:
-                _train_epoch(config, world, components, hooks, phases)
+        try:
+            with (
+                ending(hooks),
+                explaining_out_of_memory(config, split),
+                _machines_watched(config, world, run),
+                run.signals.deferred(),  # SaveCheckpoint acts on them, between two steps
+            ):
+                if progress.unevaluated:
+                    _between_epochs(components, hooks)
+                while progress.epoch < config.train.epochs:
+                    _train_epoch(config, world, components, hooks, phases)
+        except NotFiniteError as error:
+            count, line = _note_rollback(config, world, error)
+            run.log({"train/rollbacks": float(count)}, progress.step)
+            bar.say(line)
+            return True
     if world.first:
         _print_lines(
             out, [f"last checkpoint: {checkpoint.newest(config.checkpoint.directory)}", *run.interface_lines()]
         )
+    return False
+
+
+def _note_rollback(config: Config, world: World, error: NotFiniteError) -> tuple[int, str]:
+    """Note where a run goes back to, whose order is another from there on. Collective.
+
+    Returns:
+        How often it has gone back, and a line that says so.
+
+    Raises:
+        NotFiniteError: it does not: by its configuration, or it has too often, or there is no checkpoint.
+    """
+    section, directory = config.train, config.checkpoint.directory
+    if section.on_nonfinite != "rollback":
+        raise error
+    rollbacks = checkpoint.Rollbacks.of(directory, world)
+    if len(rollbacks.places) >= section.max_rollbacks:
+        raise NotFiniteError(f"{error}; going back {len(rollbacks.places)} times has not (train.max_rollbacks)")
+    path, _ = checkpoint.resolve(_going_on(config), world)
+    if path is None:
+        raise NotFiniteError(f"{error}; there is no checkpoint to go back to yet")
+    rollbacks = rollbacks.and_to(*checkpoint.place_in_data(path))
+    if world.first:
+        rollbacks.write(directory)
+    count = len(rollbacks.places)
+    return count, f"{error}; going back to {path} ({count} of {section.max_rollbacks}), and on in another order"
+
+
+def _going_on(config: Config) -> Config:
+    """The run that goes on from its newest checkpoint."""
+    return config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"resume": "auto"})})
 
 
 def _predicted(config: Config, world: World) -> tuple[dict[str, float], dict[str, str]]:

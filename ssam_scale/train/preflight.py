@@ -27,6 +27,7 @@ from .written import written_folders
 
 # Of clocks of two machines. Records and logs are put in order by them; what depends on more takes the file system's.
 APART_S = 5.0
+_MODEL = "model"
 _AT_ONCE = 2  # checkpoints: the one that is kept until the newer one is written
 
 
@@ -43,12 +44,12 @@ class Preflight:
     data: Mapping[str, Beton]
 
     def notes(self) -> list[str]:
-        """Lines on what a run goes on with, and is seldom meant to.
+        """Lines on what a run goes on with, and is seldom meant to. What is wrong with the model building says itself.
 
         Raises:
             UserError: something fails; says the first.
         """
-        if failed := [finding for finding in self.findings if finding.verdict == "fail"]:
+        if failed := [f for f in self.findings if f.verdict == "fail" and f.what != _MODEL]:
             raise UserError(failed[0].line)
         return [finding.line for finding in self.findings if finding.verdict == "warn"]
 
@@ -246,7 +247,7 @@ def _room(config: Config) -> Finding:
     try:
         return room(shutil.disk_usage(existing(directory)).free, expected_bytes(config), directory)
     except UserError as error:
-        return Finding("fail", "model", str(error))
+        return Finding("fail", _MODEL, str(error))
 
 
 def _fails(findings: Sequence[Finding]) -> bool:
