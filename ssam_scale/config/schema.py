@@ -455,8 +455,8 @@ class Train(Section):
     on_nonfinite: Literal["stop", "skip", "rollback"] = Field(
         "stop",
         description="where a loss is not finite: stop: end the run; skip: leave out each step whose loss or gradient "
-        "is not, which waits for the device once a step; rollback: go back to the newest checkpoint, and on with the rest "
-        "of its epoch in another order",
+        "is not, which waits for the device once a step; rollback: go back to the newest checkpoint, and on with the "
+        "rest of its epoch in another order",
     )
     max_skips: int = Field(10, ge=1, description="steps in a row that skip leaves out before it ends the run")
     max_rollbacks: int = Field(

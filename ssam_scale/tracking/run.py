@@ -61,9 +61,14 @@ WARMUP_STEPS = 10
 _PARAMS_AT_ONCE, _TAG_CHARACTERS = 100, 8000
 _STEP_SIZE = "steps_per_epoch"  # the tag by which steps of another size are known
 
-# How long the last metrics may take. Launchers kill for good 30 s after they ask politely.
+# How long the last metrics may take of a store that takes them; one that does not answer is given up after some seconds
+# (`Writer.close`), and what has not arrived waits on the disk. Launchers kill for good 30 s after they ask politely.
 _FLUSH_S = {"FINISHED": 60.0, "FAILED": 20.0, "KILLED": 5.0}
-_FINISH_S = {"FINISHED": 60.0, "FAILED": 6.0, "KILLED": 3.0}  # and the last table and picture
+_FINISH_S = {
+    "FINISHED": 60.0,
+    "FAILED": 6.0,
+    "KILLED": 3.0,
+}  # and the last table and picture, which no store is asked for
 
 
 def open_run(
@@ -503,7 +508,7 @@ class Run:
             if self._writer is not None:
                 self._writer.leave(status, line, marked=marked)
                 self._writer = None
-            if self.id is not None and status == "FINISHED":
+            if self.id is not None and status == "FINISHED" and marked:
                 self._try("the mean over seeds", lambda: repetitions.sum_up(*self._family()))
         finally:
             if self._watcher is not None:
