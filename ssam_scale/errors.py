@@ -8,6 +8,10 @@ class UserError(Exception):
     """
 
 
+class NotFiniteError(UserError):
+    """A loss, or a weight that was to be saved, is not finite, on all processes alike."""
+
+
 class UnsupportedVersionError(UserError, ImportError):
     """A library that is there is of a version that this package does not work with."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 _KINDS = {
@@ -15,6 +16,8 @@ _KINDS = {
     stat.S_IFSOCK: "a socket",
     stat.S_IFDIR: "a folder",
 }
+
+_PROBE_BYTES = 4096  # as much as a file system gives out at once
 
 
 def existing(folder: Path) -> Path:
@@ -38,7 +41,8 @@ def why_not_replaceable(path: Path) -> str | None:
 def why_not_writable(folder: Path) -> str | None:
     """Why a folder, which need not be there yet, cannot be written to, in a few words; None: it can.
 
-    Asks by making a folder and removing it: by the bits of a file root may do anything, and yet not on every disk.
+    Asks by writing a file there, renaming it and removing it, as checkpoints are: by the bits of a folder root may do
+    anything, and yet not on every disk; a full one makes files and takes no bytes; some file systems do not rename.
     """
     try:
         there = next((p for p in (folder, *folder.absolute().parents) if p.exists() or p.is_symlink()), folder)
@@ -50,8 +54,17 @@ def why_not_writable(folder: Path) -> str | None:
         return f"{there} is not a folder"
     if not os.access(there, os.W_OK | os.X_OK):
         return f"{there} may not be written to by this user, or is on a disk that is read only"
+    probe: Path | None = None
     try:
-        Path(tempfile.mkdtemp(dir=there, prefix=".ssam_scale_")).rmdir()
+        handle, name = tempfile.mkstemp(dir=there, prefix=".ssam_scale_")
+        probe = Path(name)
+        with os.fdopen(handle, "wb") as file:
+            file.write(bytes(_PROBE_BYTES))
+        probe = probe.rename(f"{name}.renamed")
     except OSError as error:
         return f"nothing can be made in {there} ({error.strerror or error})"
+    finally:
+        if probe is not None:
+            with suppress(OSError):
+                probe.unlink()
     return None

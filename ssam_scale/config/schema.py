@@ -460,6 +460,16 @@ class Train(Section):
         description="let that decay rise from 0 (timm's use_warmup), so that a short run's average is not of the "
         "weights it began with",
     )
+    on_nonfinite: Literal["stop", "skip", "rollback"] = Field(
+        "stop",
+        description="where a loss is not finite: stop: end the run; skip: leave out each step whose loss or gradient "
+        "is not, which waits for the device once a step; rollback: go back to the newest checkpoint, and on with the "
+        "rest of its epoch in another order",
+    )
+    max_skips: int = Field(10, ge=1, description="steps in a row that skip leaves out before it ends the run")
+    max_rollbacks: int = Field(
+        3, ge=1, description="how often a run goes back before it ends, however often it is resumed"
+    )
     seed: int = Field(0, ge=0, le=2**64 - 1, description="seed of weights, order, augmentation and masks")
     eval_epochs: int = Field(1, ge=1, description="epochs between two evaluations; the last epoch is always evaluated")
 
@@ -582,6 +592,15 @@ class Config(Section):
             raise ValueError(
                 f"schedule.warmup_epochs {self.schedule.warmup_epochs} must be less than "
                 f"train.epochs {self.train.epochs}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _another_order(self) -> Config:
+        if self.train.on_nonfinite == "rollback" and self.data.order == "quasi_random":
+            raise ValueError(
+                "train.on_nonfinite rollback goes on in another order, and data.order quasi_random has one an epoch; "
+                "use order random, or skip"
             )
         return self
 

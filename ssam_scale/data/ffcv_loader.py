@@ -9,7 +9,7 @@ takes two loaders at once only in some of its variants and accepts no more worke
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -162,6 +162,9 @@ class SlicedShuffle(TraversalOrder):
         # FFCV's base class wants the loader, which does not exist before its order; nothing in there is needed.
         self._pool, self._seed = pool, seed
         self._rank, self._world_size, self._batch = rank, world_size, batch
+        self.reshuffled: Mapping[int, Sequence[tuple[int, int]]] = {}
+        """By epoch, from which image of the order on it was shuffled once more, and a number for how, one after the
+        other."""
 
     def __call__(self, loader: Loader) -> SlicedShuffle:
         """FFCV calls the order with the loader it belongs to."""
@@ -169,7 +172,10 @@ class SlicedShuffle(TraversalOrder):
 
     def sample_order(self, epoch: int, seen: int = 0) -> Indices:
         """The indices this process reads in `epoch`, of which all processes together have seen the first `seen`."""
-        shuffled = np.random.default_rng((self._seed, epoch)).permutation(self._pool)[seen:]
+        shuffled = np.random.default_rng((self._seed, epoch)).permutation(self._pool)
+        for first, number in self.reshuffled.get(epoch, ()):
+            shuffled[first:] = np.random.default_rng((self._seed, epoch, number)).permutation(shuffled[first:])
+        shuffled = shuffled[seen:]
         count = len(shuffled) // (self._world_size * self._batch)  # of full batches
         batches = shuffled[: count * self._world_size * self._batch].reshape(count, self._world_size, self._batch)
         return np.ascontiguousarray(batches[:, self._rank]).reshape(-1)
@@ -301,6 +307,11 @@ class Reader:
 
     def __len__(self) -> int:
         return len(self._loader)
+
+    def reshuffle(self, reshuffled: Mapping[int, Sequence[tuple[int, int]]]) -> None:
+        """See `SlicedShuffle.reshuffled`."""
+        assert isinstance(self._order, SlicedShuffle)
+        self._order.reshuffled = reshuffled
 
     def start(self, epoch: int, seen: int = 0) -> Epoch:
         """Begin to read `epoch`, behind the first `seen` images of its order, of which nothing is read."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -87,6 +87,15 @@ class ImageLoader:
                 processes and whatever batches they were seen by: the order of an epoch is the same for all of them.
         """
         self._epoch, self._seen = epoch, seen
+
+    def reshuffle(self, reshuffled: Mapping[int, Sequence[tuple[int, int]]]) -> None:
+        """Order the rest of epochs anew, behind images that have been seen; only of `order: random`.
+
+        Args:
+            reshuffled: by epoch, behind how many images of its order, and a number that no other time has; one after
+                the other, if several times.
+        """
+        self._reader.reshuffle(reshuffled)
 
     def __iter__(self) -> Generator[Batch, None, None]:
         """Yield the batches of the epoch.

@@ -117,6 +117,9 @@ class Trajectory(Protocol):
     def after_step(self) -> None:
         """The step with the batches that were attached last has been made."""
 
+    def leave_out_step(self) -> None:
+        """The same, and it was left out: the weights are what they were."""
+
     def end_epoch(self) -> None:
         """The epoch's last step has been made."""
 

@@ -91,6 +91,9 @@ class MESA:
         """Moves the average."""
         self.average.update()
 
+    def leave_out_step(self) -> None:
+        """See `Trajectory`."""
+
     def end_epoch(self) -> None:
         """See `Trajectory`."""
 

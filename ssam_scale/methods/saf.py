@@ -151,6 +151,10 @@ class SAF:
         self._fetched = [_Fetched(self._expected[key], logits) for key, logits in self._outputs.items()]
         self._expected, self._outputs = {}, {}
 
+    def leave_out_step(self) -> None:
+        """See `Trajectory`: nothing is remembered of its images in this epoch."""
+        self._expected, self._outputs = {}, {}
+
     def end_epoch(self) -> None:
         """Writes what is left. Collective.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from statistics import NormalDist, fmean
 from typing import Any
@@ -78,6 +78,15 @@ class GateState:
         self._variance = delta * self._variance + (1.0 - delta) * (squared - self._mean) ** 2
         self.opened = squared >= self._mean + self.gate.threshold(step) * math.sqrt(self._variance)
         return self.opened
+
+    def snapshot(self) -> Callable[[], None]:
+        """What puts mean and variance back to what they are now."""
+        before = self._mean, self._variance
+
+        def restore() -> None:
+            self._mean, self._variance = before
+
+        return restore
 
     def state_dict(self) -> dict[str, Tensor]:
         """`gate`: mean, not a number before the first step, and variance of ‖g‖², float64 of shape (2,)."""

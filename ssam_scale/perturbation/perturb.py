@@ -172,6 +172,7 @@ class Perturbation:
         skipped: how many were, int64 of shape ().
         shares: of ‖g‖² by parameter, float32; −1 before the first calibration.
         calibrated: the step of the last calibration, −1 when one is due.
+        defers: whether a direction learns from a gradient when `learn` is called, and not at once.
     """
 
     def __init__(
@@ -192,6 +193,8 @@ class Perturbation:
         if before is not None:
             self.source.take_over(before.source)
         self._forgets = False
+        self._unlearnt: Tensor | None = None
+        self.defers = False
         self.backup = Backup()
         self._sharding, self._mask, self._optimizer, self._phases = sharding, mask, optimizer, phases
         self._parameters = parameters.by_name
@@ -266,6 +269,21 @@ class Perturbation:
             self._forgets = False
             self.skips, self.skipped, self.kappa, self.shares, self.calibrated = before
 
+    def learn(self, *, whether: bool) -> None:
+        """Where it was deferred, let the direction learn from the last gradient, or forget it."""
+        if self._unlearnt is not None:
+            self.source.learn(self._unlearnt if whether else None)
+            self._unlearnt = None
+
+    def snapshot(self) -> Callable[[], None]:
+        """What puts all attributes back to what they are now."""
+        before = self.skips, self.skipped.clone(), self.kappa, self.shares.clone(), self.calibrated
+
+        def restore() -> None:
+            self.skips, self.skipped, self.kappa, self.shares, self.calibrated = before
+
+        return restore
+
     def uncalibrate(self) -> None:
         """Calibrate in the next step: the mask is another one."""
         self.calibrated = -1
@@ -334,7 +352,9 @@ class Perturbation:
         exists = norm < math.inf  # not so of not-a-number; `isfinite` takes four launches
         self.skips = ~exists
         self.skipped += self.skips
-        if own:
+        if own and self.defers and not self._forgets:
+            self._unlearnt = exists
+        elif own:
             source.learn(None if self._forgets else exists)
         if resolved.budget is not None:
             # To first order the loss rises by ρ ‖m ⊙ g‖; the norm is that of the scaled losses' gradient.

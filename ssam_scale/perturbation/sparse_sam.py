@@ -123,6 +123,10 @@ class SparseSAM(OptimizerWrapper):
             a closure scales its loss itself. `step` unscales, steps and updates it: a `scaler.update()` after it has
             nothing to go by, and fails. By hand a scaler is used as with any optimizer (`scaler.step(opt)`,
             `scaler.update()`), and not given here. A DeepSpeed engine has its own.
+        skip_nonfinite: leave a step out, on all processes alike, whose loss or descent gradient is not finite (with a
+            scaler, whose loss is not: overflows of scaled gradients are the scaler's). Weights, the base optimizer's
+            state, buffers and all that is remembered between steps are then what they were, bit for bit. Each step
+            waits for the device once for it, and copies the buffers before. Of steps with batches or a closure.
         phases: measures the parts of the step.
 
     Raises:
@@ -150,12 +154,14 @@ class SparseSAM(OptimizerWrapper):
         savings: Savings | None = None,
         max_grad_norm: float | None = None,
         scaler: torch.amp.GradScaler | None = None,
+        skip_nonfinite: bool = False,
         phases: Phases = no_phases,
         **others: NoReturn,
     ) -> None:
         check_no_others(others, base_optimizer)
         check_radius("rho", rho)
         check_switch("adaptive", adaptive)
+        check_switch("skip_nonfinite", skip_nonfinite)
         if mask is not None:
             check_mask(mask)
         if schedule is not None:
@@ -183,6 +189,7 @@ class SparseSAM(OptimizerWrapper):
         super().__init__(base_optimizer, rho=rho)
         self.mask: Mask = mask if mask is not None else Dense()
         self.max_grad_norm, self.scaler, self._alpha = max_grad_norm, scaler, gap
+        self._skips_nonfinite, self._finite = skip_nonfinite, True
         self.steps = 0
         self.report: StepReport | None = None
         self._statistics, self._stale = Statistics(self.sharding.network), StaleGradients()
@@ -226,6 +233,7 @@ class SparseSAM(OptimizerWrapper):
             self._loss_scale,
             getattr(self, "_perturbation", None),
         )
+        self._perturbation.defers = self._skips_nonfinite
         self._looksam = LookSAM(self.sharding, self._parameters.by_name) if ever_reuses(self._schedule) else None
         self._gap = SurrogateGap(self.sharding, self._parameters.by_name, self._alpha) if self._alpha else None
         self._graphs = AscentGraphs(self.sharding.ascent_module)
@@ -408,6 +416,7 @@ class SparseSAM(OptimizerWrapper):
         if closure is not None:
             torch.clear_autocast_cache()  # a forward without gradients may have left copies that none flow through
         scaler = None if closure is None else self.scaler
+        restore = self._snapshot() if closure is not None and self._skips_nonfinite else None
         if closure is None:
             resolved = self._end_by_hand()
         else:
@@ -423,22 +432,16 @@ class SparseSAM(OptimizerWrapper):
                     loss = self._run_closure(resolved, closure)
         if resolved.ascends and self._gate is not None and not self._gate.opened:
             resolved = ResolvedStep.without_ascent(self.steps)
-        with self._phases("optimizer"):
-            self._mask.accumulate(scaler)
-            if self._looksam is not None and resolved.kind == "reused":
-                self._looksam.add(resolved.alpha)
-            if self._perturbation.source.looks_back and self._descended(closure):
-                following = self.steps + (closure is not None)
-                layout = self._parameters.eligible(self.param_groups)
-                self._perturbation.source.after_descent(self.mask.plan(layout, following))
-            self.sharding.step(self.base_optimizer, self.max_grad_norm, scaler)
-            # An autocast around the loop remembers low-precision copies of the weights as they were before the step.
-            torch.clear_autocast_cache()
+        left_out = restore is not None and not self._stays_finite(loss)
+        if left_out:
+            assert restore is not None
+            restore()
+            self.zero_grad()
             self._first_forward.forget()
-            self.unscaled = False
-            if closure is not None:
-                self.zero_grad()
-                self.steps += 1
+            self.steps += 1
+        else:
+            with self._phases("optimizer"):
+                self._step_base(resolved, closure, scaler)
         self.report = StepReport(
             loss.detach() if isinstance(loss, Tensor) else None,
             resolved.kind,
@@ -447,8 +450,66 @@ class SparseSAM(OptimizerWrapper):
             self.kappa,
             self._perturbation.skips if resolved.perturbs else self._perturbation.never,
             self._share(resolved.plan),
+            left_out,
         )
         return loss
+
+    def _step_base(self, resolved: ResolvedStep, closure: Any, scaler: torch.amp.GradScaler | None) -> None:
+        """The base optimizer's step by the descent's gradients, and what looks back on them."""
+        self._mask.accumulate(scaler)
+        if self._looksam is not None and resolved.kind == "reused":
+            self._looksam.add(resolved.alpha)
+        if self._perturbation.source.looks_back and self._descended(closure):
+            following = self.steps + (closure is not None)
+            layout = self._parameters.eligible(self.param_groups)
+            self._perturbation.source.after_descent(self.mask.plan(layout, following))
+        self.sharding.step(self.base_optimizer, self.max_grad_norm, scaler)
+        # An autocast around the loop remembers low-precision copies of the weights as they were before the step.
+        torch.clear_autocast_cache()
+        self._first_forward.forget()
+        self.unscaled = False
+        if closure is not None:
+            self.zero_grad()
+            self.steps += 1
+
+    def _snapshot(self) -> Callable[[], None]:
+        """What puts buffers, and all that a step's passes change of what is remembered, back to what they are now."""
+        self._finite = True
+        parts = [self._buffers_as_they_are(), self._perturbation.snapshot()]
+        if self._gate is not None:
+            parts.append(self._gate.snapshot())
+
+        def restore() -> None:
+            for part in parts:
+                part()
+
+        return restore
+
+    def _buffers_as_they_are(self) -> Callable[[], None]:
+        """What puts the network's buffers back to what they are now."""
+        modules = self.sharding.network.modules()
+        buffers = [(m, name, b) for m in modules for name, b in m._buffers.items() if b is not None]
+        before = [buffer.clone() for _, _, buffer in buffers]
+
+        def restore() -> None:
+            with torch.no_grad():
+                for (module, name, buffer), value in zip(buffers, before, strict=True):
+                    buffer.copy_(value)
+                    module._buffers[name] = buffer
+
+        return restore
+
+    def _stays_finite(self, loss: Any = None) -> bool:
+        """Whether the step goes by a finite loss and gradient, on all processes. Collective; waits for the device."""
+        if self._finite:
+            odd = torch.zeros((), device=self._parameters.device)
+            if isinstance(loss, Tensor):
+                odd = odd + (~loss.detach().isfinite()).to(odd)
+            if self.scaler is None or not self.scaler.is_enabled():
+                odd = odd + (~self._perturbation.gradient_squares().isfinite()).to(odd)
+            self._finite = not float(self.sharding.data_parallel_group.all_reduce(odd))
+        self._perturbation.learn(whether=self._finite)
+        return self._finite
 
     def _descended(self, closure: Any) -> bool:
         """Whether the step is by a gradient of training, and something known to be perturbed in the next one.
@@ -605,6 +666,8 @@ class SparseSAM(OptimizerWrapper):
 
     def _look_back(self, resolved: ResolvedStep, epsilon: list[Tensor]) -> None:
         """What is done with the gradients at w and at w + ε together; overwrites ε."""
+        if self._skips_nonfinite and (self._looksam is not None or self._gap is not None) and not self._stays_finite():
+            return
         if self._looksam is not None:
             again = [e.clone() for e in epsilon] if self._gap is not None else epsilon
             self._looksam.update(resolved, again)
@@ -882,17 +945,12 @@ class SparseSAM(OptimizerWrapper):
         self._check_placed()
         self._follow()
         random = RandomState.now(self._parameters.device)
-        modules = self.sharding.network.modules()
-        buffers = [(m, name, b) for m in modules for name, b in m._buffers.items() if b is not None]
-        before = [buffer.clone() for _, _, buffer in buffers]
+        restore = self._buffers_as_they_are()
         try:
             with self._busy(), self._perturbation.forgetting(), torch.no_grad():
                 yield self._rehearse
         finally:
-            with torch.no_grad():
-                for (module, name, buffer), value in zip(buffers, before, strict=True):
-                    buffer.copy_(value)
-                    module._buffers[name] = buffer
+            restore()
             self.zero_grad()
             torch.clear_autocast_cache()
             random.restore()

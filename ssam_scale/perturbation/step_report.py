@@ -37,6 +37,7 @@ class StepReport:
         kappa: ‖m ⊙ g‖ / ‖g‖ of the last step that knew both, float32 of shape (); not a number before.
         skipped: whether the perturbation was left out because the ascent gradient was not finite, bool of shape ().
         density: share of the trained weights that was perturbed.
+        left_out: whether the whole step was, on all processes alike, because its loss or gradient was not finite.
     """
 
     loss: Tensor | None
@@ -46,3 +47,4 @@ class StepReport:
     kappa: Tensor
     skipped: Tensor
     density: float
+    left_out: bool = False

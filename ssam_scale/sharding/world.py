@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -191,6 +191,19 @@ def _no_meeting(rank: int, error: Exception) -> str:
     return f"rank {rank} did not reach the others at {place} (MASTER_ADDR, MASTER_PORT): {reason}"
 
 
+_HOST = "ssam_scale/host/{}"  # of a rank, in the launcher's store: known also of one that comes to nothing more
+
+
+def host_of(rank: int) -> str:
+    """The machine of a process that has joined, of which nothing else need have come."""
+    store, key = _default_store(), _HOST.format(rank)
+    return str(store.get(key).decode()) if store.check([key]) else "an unknown host"
+
+
+def _default_store() -> Any:
+    return dist.distributed_c10d._get_default_store()
+
+
 @contextmanager
 def join_world(
     timeout: timedelta = TIMEOUT, device: DeviceChoice = "auto", records: Path | None = None
@@ -227,7 +240,8 @@ def join_world(
             dist.init_process_group("gloo", timeout=timeout)
     except dist.DistNetworkError as error:
         raise UserError(_no_meeting(rank, error)) from error
-    store = dist.distributed_c10d._get_default_store() if size > 1 else None
+    _default_store().set(_HOST.format(rank), socket.gethostname())
+    store = _default_store() if size > 1 else None
     # NCCL ends the process by itself, without an exception, when a collective has waited too long.
     whereabouts = Whereabouts(rank, size, store, 0.9 * timeout.total_seconds() if own.type == "cuda" else None)
     world = World(rank, size, own, timeout, whereabouts, records)

@@ -31,7 +31,7 @@ from ssam_scale.tracking.moved import follow_moved
 from ssam_scale.tracking.redaction import all_without_secrets, without_secrets
 from ssam_scale.tracking.saving import Probe, Saving
 from ssam_scale.tracking.shutdown import Unwinding, leave_note, outcome, read_note
-from ssam_scale.tracking.spool import Writer, waiting_text
+from ssam_scale.tracking.spool import Writer, unsent_folder, waiting_text
 from ssam_scale.tracking.store import (
     ANSWER_WITHIN_S,
     environment,
@@ -61,9 +61,14 @@ WARMUP_STEPS = 10
 _PARAMS_AT_ONCE, _TAG_CHARACTERS = 100, 8000
 _STEP_SIZE = "steps_per_epoch"  # the tag by which steps of another size are known
 
-# How long the last metrics may take. Launchers kill for good 30 s after they ask politely.
+# How long the last metrics may take of a store that takes them; one that does not answer is given up after some seconds
+# (`Writer.close`), and what has not arrived waits on the disk. Launchers kill for good 30 s after they ask politely.
 _FLUSH_S = {"FINISHED": 60.0, "FAILED": 20.0, "KILLED": 5.0}
-_FINISH_S = {"FINISHED": 60.0, "FAILED": 6.0, "KILLED": 3.0}  # and the last table and picture
+_FINISH_S = {
+    "FINISHED": 60.0,
+    "FAILED": 6.0,
+    "KILLED": 3.0,
+}  # and the last table and picture, which no store is asked for
 
 
 def open_run(
@@ -420,7 +425,7 @@ class Run:
             info = self._client.create_run(self.experiment, tags=tags, run_name=name).info
             self.id, self._began = info.run_id, info.start_time / 1000.0
         self._try("what it repeats", lambda: repetitions.adopt(*self._family(), f"{config.method} {config.model.name}"))
-        unsent = config.checkpoint.directory / f"unsent_{self.id}"
+        unsent = unsent_folder(config.checkpoint.directory, str(self.id))
         self._watcher = watchdog.start(uri, str(self.id), tags["process"], unsent)
         self._log_config({} if resumed is None else dict(resumed.data.params))
         table = waiting_text(unsent, TABLE)  # newer than what the store has
@@ -503,7 +508,7 @@ class Run:
             if self._writer is not None:
                 self._writer.leave(status, line, marked=marked)
                 self._writer = None
-            if self.id is not None and status == "FINISHED":
+            if self.id is not None and status == "FINISHED" and marked:
                 self._try("the mean over seeds", lambda: repetitions.sum_up(*self._family()))
         finally:
             if self._watcher is not None:

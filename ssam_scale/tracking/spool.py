@@ -33,7 +33,7 @@ from typing import Any
 
 from ssam_scale.errors import UserError
 from ssam_scale.tracking.redaction import without_secrets
-from ssam_scale.tracking.store import absolute, is_permanent, one_line, open_store, shortened
+from ssam_scale.tracking.store import ANSWER_WITHIN_S, absolute, is_permanent, one_line, open_store, shortened
 from ssam_scale.tracking.system import PREFIX
 
 _log = logging.getLogger(__name__)
@@ -49,6 +49,11 @@ _RECORDS, _ARTIFACTS = "records.jsonl", "artifacts"
 
 Record = dict[str, Any]
 """`{"metrics": {key: value}, "step", "time": ms}`, `{"tags": {key: value}}` or `{"end": status, "failure", "time"}`."""
+
+
+def unsent_folder(checkpoints: Path, run_id: str) -> Path:
+    """Where a run's records wait: beside its checkpoints."""
+    return checkpoints / f"unsent_{run_id}"
 
 
 class Writer:
@@ -82,6 +87,7 @@ class Writer:
         self._queue: queue.SimpleQueue[Record | None] = queue.SimpleQueue()
         self._changed = threading.Condition()
         self._closing, self._deadline = False, math.inf
+        self._answered = -math.inf
         # The disk has a thread of its own: sending takes half a minute when nobody answers, and the process may be
         # killed meanwhile.
         self._keeper = threading.Thread(target=self._keep, name="tracking disk", daemon=True)
@@ -116,14 +122,17 @@ class Writer:
             self._changed.notify()
 
     def close(self, timeout: float) -> None:
-        """Send what is left for at most `timeout` seconds."""
+        """Send what is left for at most `timeout` seconds, and no longer than a store does not answer for some."""
         self._deadline = time.monotonic() + timeout
         self._queue.put(None)
         self._keeper.join(timeout)
         with self._changed:
             self._closing = True
             self._changed.notify()
-        self._sender.join(max(0.0, self._deadline - time.monotonic()))
+        self._answered = time.monotonic()
+        while self._sender.is_alive() and time.monotonic() < min(self._deadline, self._answered + ANSWER_WITHIN_S):
+            self._sender.join(0.05)
+        self._deadline = min(self._deadline, time.monotonic())
 
     def leave(self, status: str, failure: str, *, marked: bool) -> None:
         """After `close`: drop what waits if nothing does, or say where it is and what sends it.
@@ -184,7 +193,7 @@ class Writer:
                 return
             try:
                 self._delivery.some()
-                pause = 0.0
+                pause, self._answered = 0.0, time.monotonic()
                 if told and not self._delivery.is_due():
                     _log.warning("tracking store answers again, and has all that waited")
                     told = False
@@ -508,7 +517,8 @@ class _Spool:
 
     def _open(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        fd = os.open(self.folder / _RECORDS, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        # What it records of a run may hold more than its names show; it is nobody else's.
+        fd = os.open(self.folder / _RECORDS, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
         try:
             try:
                 fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which loader processes would inherit

@@ -20,7 +20,6 @@ from urllib.parse import quote, unquote, urlsplit
 
 from ssam_scale.config.schema import Config
 from ssam_scale.errors import UserError
-from ssam_scale.folders import why_not_writable
 from ssam_scale.tracking import view
 from ssam_scale.tracking.commands import HOSTED, is_folder, mlflow_command, server_line
 from ssam_scale.tracking.moved import BESIDE, follow_moved
@@ -126,11 +125,27 @@ def refusals(uri: str) -> Iterator[None]:
         raise
     except Exception as error:  # MLflow lets its drivers' errors through, of every kind
         # In the words of a driver, which a traceback would show, there may be the password.
-        raise UserError(_refused(uri, str(error))) from (None if without_secrets(uri) != uri else error)
+        raise UserError(refused(uri, str(error))) from (None if without_secrets(uri) != uri else error)
+
+
+def store_folders(uri: str, experiment: str) -> list[Path]:
+    """Folders of this machine that a store is written to: of a database in a file and of its artifacts, or of files."""
+    with suppress(UserError):
+        _check_address(uri)
+        return _folders_of(uri, experiment)
+    return []
+
+
+def _folders_of(uri: str, experiment: str) -> list[Path]:
+    database = sqlite_path(uri)
+    if database is not None:
+        artifacts = _artifact_location(uri, experiment)
+        return [database.parent, *([Path(artifacts)] if artifacts is not None else [])]
+    return [_folder(uri)] if is_folder(uri) else []
 
 
 def check_store(uri: str) -> None:
-    """Look at a store before there is something to record, and make nothing there.
+    """Look at a store before there is something to record, and make nothing there; its folders apart.
 
     Raises:
         UserError: it cannot be recorded in.
@@ -149,15 +164,13 @@ def check_store(uri: str) -> None:
         )
     if path is None or str(path) == ":memory:":
         _probe(uri, create=True)
-        if is_folder(uri) and (problem := why_not_writable(_folder(uri))) is not None:
-            raise UserError(_refused(uri, problem))
         if parts.scheme in ("http", "https"):
             _connect(uri, (parts.hostname or "localhost", parts.port or {"http": 80, "https": 443}[parts.scheme]))
         return
     if path.is_file():
         _probe(uri, create=False)
-    elif (problem := why_not_writable(path.parent)) is not None or path.exists():
-        raise UserError(_refused(uri, problem or f"{path} is a folder"))
+    elif path.is_dir():
+        raise UserError(refused(uri, f"{path} is a folder"))
 
 
 # By the words of /proc/self/mountinfo. Of those that are no disk of their own machine.
@@ -383,7 +396,7 @@ def _connect(uri: str, address: tuple[str, int]) -> None:
     try:
         socket.create_connection(address, timeout=ANSWER_WITHIN_S).close()
     except OSError as error:
-        raise UserError(_refused(uri, f"{address[0]} port {address[1]}: {error}")) from error
+        raise UserError(refused(uri, f"{address[0]} port {address[1]}: {error}")) from error
 
 
 def _probe_sqlite(uri: str, *, create: bool) -> None:
@@ -407,10 +420,11 @@ def _probe_sqlite(uri: str, *, create: bool) -> None:
     except (OSError, sqlite3.Error) as error:
         if isinstance(error, sqlite3.OperationalError) and "locked" in str(error):
             return  # another run is writing; MLflow waits for it
-        raise UserError(_refused(uri, f"{path}: {error}")) from error
+        raise UserError(refused(uri, f"{path}: {error}")) from error
 
 
-def _refused(uri: str, reason: str) -> str:
+def refused(uri: str, reason: str) -> str:
+    """The line that says why a store cannot be used, and what works."""
     shown, scheme = without_secrets(uri), urlsplit(uri).scheme
     if "out-of-date database schema" in reason:
         return f"tracking.uri {shown} was written by another MLflow version; run `mlflow db upgrade {shown}` on a copy"

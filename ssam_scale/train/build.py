@@ -346,7 +346,13 @@ def _sparse_sam(
     mask = options["mask"]
     try:
         return SparseSAM(
-            module, base, **options, max_grad_norm=config.optimizer.clip_grad_norm, scaler=scaler, phases=phases
+            module,
+            base,
+            **options,
+            max_grad_norm=config.optimizer.clip_grad_norm,
+            scaler=scaler,
+            skip_nonfinite=config.train.on_nonfinite == "skip",
+            phases=phases,
         )
     except ValueError as error:
         # The mask looks at the weights in the constructor; all else that can be wrong there is with the backend.

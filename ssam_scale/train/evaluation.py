@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,6 +24,9 @@ from .progress import Progress, ProgressBar
 
 if TYPE_CHECKING:
     from .build import Components
+
+RESULT = "result.json"
+"""In the folder of checkpoints: the last evaluation of a run that is complete."""
 
 
 @dataclass(frozen=True)
@@ -143,8 +147,22 @@ class Evaluate(Hook):
             epoch=progress.epoch,
             step=progress.step,
         )
+        if progress.epoch == epochs and self._world.first:
+            self._write_result(progress, result)
         beside = "" if raw is None else f"; without averaging the weights: {raw}"
         self._bar.say(f"epoch {progress.epoch}/{epochs}: {result} on {result.images} images{beside}")
+
+    def _write_result(self, progress: Progress, result: Evaluation) -> None:
+        """The last evaluation beside the checkpoints, whole or not there: it stays where no store is."""
+        file = self._config.checkpoint.directory / RESULT
+        said = {**asdict(result), "epochs": progress.epoch, "steps": progress.step, "run_id": progress.run_id}
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            partial = file.with_name(f".{RESULT}.partial")
+            partial.write_text(json.dumps({"method": self._config.method, "model": self._config.model.name, **said}))
+            partial.replace(file)
+        except OSError as error:  # the checkpoint has it as well
+            self._bar.say(f"{file} was not written: {error.strerror or error}")
 
     def _evaluate(self, label: str) -> Evaluation:
         """Of the weights as they are."""

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ssam_scale.config.schema import Config
-from ssam_scale.errors import UserError
+from ssam_scale.errors import NotFiniteError
 from ssam_scale.methods import Average, Trajectory
 from ssam_scale.models import average_statistics
 from ssam_scale.models.ema import EMA
@@ -92,8 +92,9 @@ class UpdateEMA(Hook):
         self._ema = ema
 
     def after_step(self, progress: Progress, report: StepReport) -> None:
-        """Counts as a part of the step's time: `LogMetrics` comes later."""
-        self._ema.update(progress.step)
+        """Counts as a part of the step's time: `LogMetrics` comes later. Not after a step that was left out."""
+        if not report.left_out:
+            self._ema.update(progress.step)
 
 
 class RunTrajectory(Hook):
@@ -115,7 +116,10 @@ class RunTrajectory(Hook):
 
     def after_step(self, progress: Progress, report: StepReport) -> None:
         """Counts as a part of the step's time: `LogMetrics` comes later."""
-        self._trajectory.after_step()
+        if report.left_out:
+            self._trajectory.leave_out_step()
+        else:
+            self._trajectory.after_step()
 
     def after_epoch(self, progress: Progress) -> None:
         """Collective."""
@@ -221,16 +225,31 @@ class LogMetrics(Hook):
         """Collective in the last step of a window.
 
         Raises:
-            UserError: the mean loss of a window is not finite.
+            NotFiniteError: the mean loss of a window is not finite, or too many steps in a row were left out.
         """
         self._phases.step(report.kind)
         assert report.loss is not None  # a step by batches knows it
         unrecorded = self._components.unrecorded
-        unrecorded.losses.append(report.loss.detach())
-        unrecorded.densities.append(report.density)
+        if report.left_out:
+            self._count_left_out(progress.step)
+        else:
+            unrecorded.left_out_in_a_row = 0
+            unrecorded.losses.append(report.loss.detach())
+            unrecorded.densities.append(report.density)
         epoch_ends = progress.step_of_epoch == progress.steps_per_epoch
         if epoch_ends or progress.step % self._config.tracking.log_every == 0:
             self._record(progress.step, report)
+
+    def _count_left_out(self, step: int) -> None:
+        unrecorded, limit = self._components.unrecorded, self._config.train.max_skips
+        unrecorded.left_out += 1
+        unrecorded.left_out_in_a_row += 1
+        self._bar.say(f"step {step} is left out: its loss or gradient is not finite")
+        if unrecorded.left_out_in_a_row >= limit:
+            raise NotFiniteError(
+                f"{limit} steps in a row up to step {step} were left out, as their losses or gradients are not finite "
+                "(train.max_skips); a lower optimizer.lr or perturbation.rho may help"
+            )
 
     def on_end(self, error: BaseException | None) -> None:
         """Sums up the run once it is complete."""
@@ -240,15 +259,21 @@ class LogMetrics(Hook):
     def _record(self, step: int, report: StepReport) -> None:
         opt, images, unrecorded = self._components.opt, self._config.data.batch_size, self._components.unrecorded
         lr = opt.param_groups[0]["lr"]
-        own = float(torch.stack(unrecorded.losses).mean())  # the device is waited for here
+        if self._config.train.on_nonfinite == "skip":
+            self._run.log({"train/steps_left_out": unrecorded.left_out}, step)
+        # The device is waited for here. Without a step that was made there is no loss.
+        own = float(torch.stack(unrecorded.losses).mean()) if unrecorded.losses else math.nan
         times, peak = self._phases.drain(), peak_bytes(self._world.device)
         measured = [
             Measured.unpacked(row)
             for row in self._world.gather(Measured.of(times, own, peak, self._energy.joules()).packed())
         ]
         loss = fmean(m.loss for m in measured)
+        if not unrecorded.losses:  # on all processes
+            self._steps = 0
+            return
         if not math.isfinite(loss):
-            raise UserError(
+            raise NotFiniteError(
                 f"the loss became {loss} before step {step}; a lower optimizer.lr or perturbation.rho may help"
             )
         self._run.log(self._ranks.metrics(measured, images=images * self._steps, steps=self._steps), step)

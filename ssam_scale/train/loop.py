@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 
@@ -11,12 +12,12 @@ from rich.console import Console
 
 from ssam_scale.config.schema import Config
 from ssam_scale.console import console
-from ssam_scale.data.beton import inspect
+from ssam_scale.data.beton import Beton
+from ssam_scale.errors import NotFiniteError
 from ssam_scale.perturbation import StepReport
 from ssam_scale.perturbation.rng import seed_step
 from ssam_scale.sharding import BACKENDS, World
 from ssam_scale.tracking.run import Run, open_run, run_lines
-from ssam_scale.tracking.store import check_experiment, check_store
 from ssam_scale.tracking.system import watched_for
 from ssam_scale.tracking.timer import PhaseTimer
 
@@ -27,6 +28,7 @@ from .checkpoint import SaveCheckpoint
 from .evaluation import evaluate
 from .hooks import Hook, ending
 from .memory import explaining_out_of_memory
+from .preflight import Preflight, preflight
 from .progress import ProgressBar
 from .refresh import fewest_samples
 
@@ -41,26 +43,48 @@ def train(config: Config, world: World) -> None:
         UserError: what the configuration asks for cannot be had, or another job has the folder of checkpoints.
         Terminated: a signal has ended the run; its exit code says whether it was saved.
     """
+    found = preflight(config, world)
+    notes = found.notes()
     with checkpoint.locked(config, world):
-        _train(config, world)
+        goes_back = _train(config, world, found, notes)
+        while goes_back:
+            gc.collect()  # what was trained with is built anew
+            goes_back = _train(_going_on(config), world, found, [], started=False)
 
 
-def _train(config: Config, world: World) -> None:
-    path, notes = _check_folders(config, world)
+def _train(config: Config, world: World, found: Preflight, notes: Sequence[str], *, started: bool = True) -> bool:
+    """Train to the end, or to where it has to go back to the newest checkpoint.
+
+    Args:
+        config: of the run.
+        world: the processes.
+        found: before anything was built.
+        notes: lines to print first.
+        started: whether a job has started with this; else it has gone back.
+
+    Returns:
+        Whether it goes back.
+    """
+    path, passed_over = checkpoint.resolve(config, world)
+    notes = [*notes, *passed_over]
     out = console(quiet=not world.first)
     _print_lines(out, [describe(config, world), *notes])
     if path is None:
         checkpoint.check_fresh_directory(config)
+        checkpoint.forget_rollbacks(config.checkpoint.directory)
     elif (done := checkpoint.finished(path, config)) is not None:
         # The tracked run stays as it ended, with its duration.
         out.print(f"{path} is of epoch {done.epoch}, the last: nothing is left to train", soft_wrap=True)
         if world.first and done.run_id is not None:
             _print_lines(out, run_lines(config.tracking.uri, done.run_id))
-        return
-    checkpoint.note_start(config, world, path)
+        return False
+    if started:
+        checkpoint.note_start(config, world, path)
     predicted, unpredicted = _predicted(config, world)
     phases = PhaseTimer(world.device, entered=world.whereabouts.at)
     components = _build(config, world, phases, path)
+    if (reshuffled := checkpoint.Rollbacks.of(config.checkpoint.directory, world).reshuffled) and path is not None:
+        components.train.reshuffle(reshuffled)
     if path is not None and world.first:
         for left in checkpoint.set_aside(config.checkpoint.directory, path):
             out.print(f"{left}: set aside, because the run goes on from {path}", soft_wrap=True)
@@ -84,27 +108,64 @@ def _train(config: Config, world: World) -> None:
         ProgressBar(total, progress.place, world.first) as bar,
     ):
         progress.run_id = run.id
-        _announce(config, world, components, bar, path)
-        for context, file in (("training", config.data.train), ("validation", config.data.val)):
-            run.log_data(inspect(file), context=context, side=config.data.resolution)
+        _announce(config, world, components, bar, path, found)
+        for context, key in (("training", "data.train"), ("validation", "data.val")):
+            run.log_data(found.data[key], context=context, side=config.data.resolution)
         run.log(predicted, progress.step)
         hooks = build_hooks(config, world, components, phases, run, bar)
-        with (
-            ending(hooks),
-            explaining_out_of_memory(config, split),
-            _machines_watched(config, world, run),
-            run.signals.deferred(),  # SaveCheckpoint acts on them, between two steps
-            # Inside of the tracked run, which is marked by it, and where a launcher's signal does not cut it short.
-            world.naming_the_lost(),
-        ):
-            if progress.unevaluated:
-                _between_epochs(world, components, hooks)
-            while progress.epoch < config.train.epochs:
-                _train_epoch(config, world, components, hooks, phases)
+        try:
+            with (
+                ending(hooks),
+                explaining_out_of_memory(config, split),
+                _machines_watched(config, world, run),
+                run.signals.deferred(),  # SaveCheckpoint acts on them, between two steps
+                # Inside of the tracked run, which is marked by it, and where a launcher's signal does not cut it short.
+                world.naming_the_lost(),
+            ):
+                if progress.unevaluated:
+                    _between_epochs(world, components, hooks)
+                while progress.epoch < config.train.epochs:
+                    _train_epoch(config, world, components, hooks, phases)
+        except NotFiniteError as error:
+            count, line = _note_rollback(config, world, error)
+            run.log({"train/rollbacks": float(count)}, progress.step)
+            bar.say(line)
+            return True
     if world.first:
         _print_lines(
             out, [f"last checkpoint: {checkpoint.newest(config.checkpoint.directory)}", *run.interface_lines()]
         )
+    return False
+
+
+def _note_rollback(config: Config, world: World, error: NotFiniteError) -> tuple[int, str]:
+    """Note where a run goes back to, whose order is another from there on. Collective.
+
+    Returns:
+        How often it has gone back, and a line that says so.
+
+    Raises:
+        NotFiniteError: it does not: by its configuration, or it has too often, or there is no checkpoint.
+    """
+    section, directory = config.train, config.checkpoint.directory
+    if section.on_nonfinite != "rollback":
+        raise error
+    rollbacks = checkpoint.Rollbacks.of(directory, world)
+    if len(rollbacks.places) >= section.max_rollbacks:
+        raise NotFiniteError(f"{error}; going back {len(rollbacks.places)} times has not (train.max_rollbacks)")
+    path, _ = checkpoint.resolve(_going_on(config), world)
+    if path is None:
+        raise NotFiniteError(f"{error}; there is no checkpoint to go back to yet")
+    rollbacks = rollbacks.and_to(*checkpoint.place_in_data(path))
+    if world.first:
+        rollbacks.write(directory)
+    count = len(rollbacks.places)
+    return count, f"{error}; going back to {path} ({count} of {section.max_rollbacks}), and on in another order"
+
+
+def _going_on(config: Config) -> Config:
+    """The run that goes on from its newest checkpoint."""
+    return config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"resume": "auto"})})
 
 
 def _predicted(config: Config, world: World) -> tuple[dict[str, float], dict[str, str]]:
@@ -146,7 +207,9 @@ def dry_run(config: Config, world: World) -> str:
     Raises:
         UserError: what the configuration asks for cannot be had.
     """
-    path, notes = _check_folders(config, world)
+    found = preflight(config, world)
+    notes = found.notes()
+    path, passed_over = checkpoint.resolve(config, world)
     what = describe(config, world)
     if path is None:
         checkpoint.check_fresh_directory(config)
@@ -171,25 +234,7 @@ def dry_run(config: Config, world: World) -> str:
         f"dry run: {what}, one step of {components.split}, loss {float(loss):.4f}; "
         f"an epoch has {components.steps_per_epoch} steps"
     )
-    return "\n".join([*notes, *notes_on_data(config), said])
-
-
-def _check_folders(config: Config, world: World) -> tuple[Path | None, list[str]]:
-    """What can be known of files and stores in the first second. Collective.
-
-    Returns:
-        The checkpoint that the run goes on from, and lines on those that it does not.
-
-    Raises:
-        UserError: something cannot be read or written.
-    """
-    for file in (config.data.train, config.data.val):
-        inspect(file)
-    if world.first:
-        checkpoint.check_writable(config)
-        check_store(config.tracking.uri)
-        check_experiment(config.tracking.uri, config.tracking.experiment)
-    return checkpoint.resolve(config, world)
+    return "\n".join([*notes, *passed_over, *notes_on_data(config, found.data), said])
 
 
 def _build(config: Config, world: World, phases: PhaseTimer, path: Path | None) -> Components:
@@ -283,10 +328,15 @@ def _batches(config: Config, world: World, components: Components) -> EpochBatch
     return EpochBatches(components.train, components.mix, components.split.accumulation, progress.steps_left, begin)
 
 
-def notes_on_data(config: Config) -> list[str]:
-    """Lines on what a run can do with its files, and is seldom meant to."""
+def notes_on_data(config: Config, data: Mapping[str, Beton]) -> list[str]:
+    """Lines on what a run can do with its files, and is seldom meant to.
+
+    Args:
+        config: of the run.
+        data: the files `data.train` and `data.val`.
+    """
     notes = []
-    train, val = inspect(config.data.train), inspect(config.data.val)
+    train, val = data["data.train"], data["data.val"]
     classes = train.classes
     if classes < config.model.num_classes:
         notes.append(
@@ -301,7 +351,14 @@ def notes_on_data(config: Config) -> list[str]:
     return notes
 
 
-def _announce(config: Config, world: World, components: Components, bar: ProgressBar, resumed: Path | None) -> None:
+def _announce(
+    config: Config,
+    world: World,
+    components: Components,
+    bar: ProgressBar,
+    resumed: Path | None,
+    found: Preflight,
+) -> None:
     bar.say(
         f"{config.train.epochs} epochs of {components.steps_per_epoch} steps of {config.data.batch_size} images, "
         f"{components.split}{', found to fit' if config.train.max_micro_batch == 'auto' else ''}"
@@ -312,7 +369,7 @@ def _announce(config: Config, world: World, components: Components, bar: Progres
             f"perturbation.mask.samples: a refresh near the end of an epoch scores what is left of it, {fewest} "
             "images at the least (metric mask/samples)"
         )
-    for note in notes_on_data(config):
+    for note in notes_on_data(config, found.data):
         bar.say(note)
     if resumed is not None:
         progress = components.progress

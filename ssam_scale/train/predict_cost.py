@@ -24,7 +24,7 @@ from ssam_scale.costs.compute import StageTimes, StepTimes
 from ssam_scale.costs.estimate import Activations, footprint, step_cost
 from ssam_scale.costs.profile import Batch, Measured, load_times, measure_activations, measure_times, this_machine
 from ssam_scale.costs.simulate import GivenPlan, Simulated, fake_world, simulate
-from ssam_scale.costs.workload import FLOAT, Ascent, ascent_of, weights_of
+from ssam_scale.costs.workload import Ascent, ascent_of, weights_of
 from ssam_scale.errors import UserError
 from ssam_scale.masks import Plan, ScoreBased
 from ssam_scale.models import build_model, check_compiler
@@ -35,6 +35,7 @@ from ssam_scale.sharding.device import PRECISIONS, choose_device, to_device, use
 from ssam_scale.sharding.place import place
 
 from .build import base_optimizer, check_precision, perturbation_options, soft_loss
+from .checkpoint_size import averages_of, checkpoint_bytes, state_bytes_per_weight
 
 # Of a moving cut, so many draws stand for all.
 _DRAWS = 64
@@ -113,7 +114,8 @@ def cost_rows(config: Config, found: Measured, machines: Machines) -> list[dict[
     dense = configured_sam(dense_config, network, base_optimizer(config, network.model))
     plans: dict[str, list[Ascent]] = {"base": [], "sam": [ascent_of(dense.resolve(), weights, len(network.stages))]}
     state = state_bytes_per_weight(config)
-    emas = int(config.train.ema_decay is not None)
+    averages = {name: averages_of(config.model_copy(update={"trajectory": None})) for name in plans}
+    averages[config.method] = averages_of(config)
     rows = []
     for gpus in machines.gpus:
         placement = placement_of(config, machines.cluster(gpus))
@@ -138,8 +140,8 @@ def cost_rows(config: Config, found: Measured, machines: Machines) -> list[dict[
                 more = reference_seconds(config, times)
                 cost = replace(cost, seconds=cost.seconds + more, seconds_unhidden=cost.seconds_unhidden + more)
             seen = [times.images_in(a.shape.fraction) for a in ascents if a.shape.ascends]
-            averages = emas + (name == config.method and isinstance(config.trajectory, MESATrajectory))
-            memory = footprint(weights, ascents, placement, state, found.activations, one, accumulation, averages)
+            kept = averages[name]
+            memory = footprint(weights, ascents, placement, state, found.activations, one, accumulation, kept)
             base = base or cost
             rows.append(
                 {
@@ -157,8 +159,7 @@ def cost_rows(config: Config, found: Measured, machines: Machines) -> list[dict[
                     "memory_model": memory.model,
                     "memory_perturbing": memory.perturbing,
                     "memory_total": memory.total,
-                    # Of a checkpoint, which is written from it: weights, averages and base optimizer's state in full.
-                    "memory_copy": total * (FLOAT * (1 + averages) + state),
+                    "memory_copy": checkpoint_bytes(total, kept, state),
                     "scaling": machines.scaling,
                     "hardware": found.hardware,
                     "precision": found.precision,
@@ -323,16 +324,6 @@ def _zero_settings(config: Config) -> ZeroSettings:
                     where = f"sharding.deepspeed.zero_optimization.{name}"
                     raise UserError(f"{where} is {section[name]!r}; a number is needed") from error
     return ZeroSettings(**found)
-
-
-def state_bytes_per_weight(config: Config) -> float:
-    """What the configured base optimizer keeps after a step, on a small layer."""
-    layer = nn.Linear(64, 64)
-    optimizer = base_optimizer(config, layer)
-    layer(torch.ones(2, 64)).sum().backward()
-    optimizer.step()
-    states = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor) and t.ndim]
-    return sum(t.nbytes for t in states) / sum(p.numel() for p in layer.parameters())
 
 
 # Of the pass that is measured.

@@ -26,6 +26,8 @@ class Unrecorded:
         counts: perturbed weights of each parameter, summed over the steps since the last record of them.
         counted: how many steps these are.
         seconds: that the epoch has taken so far.
+        left_out: steps of the run so far that were left out, because something was not finite.
+        left_out_in_a_row: of them, those up to now without any other between.
     """
 
     def __init__(self, world: World) -> None:
@@ -35,6 +37,7 @@ class Unrecorded:
         self.counts: dict[str, int] = {}
         self.counted = 0
         self.seconds = 0.0
+        self.left_out = self.left_out_in_a_row = 0
 
     def state_dict(self) -> dict[str, Any]:
         """The attributes, `losses` of all processes as a tensor of shape (processes, steps) if any. Collective."""
@@ -51,10 +54,10 @@ class Unrecorded:
             self.losses = list(own.to(self._world.device))
         self.densities, self.counts = list(state_dict["densities"]), dict(state_dict["counts"])
         for name in _PLAIN:
-            setattr(self, name, state_dict[name])
+            setattr(self, name, state_dict.get(name, 0))  # what older checkpoints have not is none
 
 
-_PLAIN = ("counted", "seconds")
+_PLAIN = ("counted", "seconds", "left_out", "left_out_in_a_row")
 
 
 class LocalBuffers:

@@ -24,7 +24,7 @@ from ssam_scale.config.schema import Config
 from ssam_scale.errors import UserError
 from ssam_scale.tracking.commands import mlflow_command
 from ssam_scale.tracking.run import WARMUP_STEPS, Run, flatten, open_run
-from ssam_scale.tracking.store import _refused, check_experiment, check_store, experiment_id, network_disk, open_store
+from ssam_scale.tracking.store import check_experiment, check_store, experiment_id, network_disk, open_store, refused
 from ssam_scale.tracking.timer import PhaseSummary
 
 MakeConfig = Callable[..., Config]
@@ -280,11 +280,11 @@ def test_a_command_for_any_store(uri: str, expected: str) -> None:
 
 def test_a_locked_database_is_not_advised_to_be_used() -> None:
     # In the words that MLflow passes on, after half a minute of trying.
-    told = _refused("sqlite:///mlflow.db", "(sqlite3.OperationalError) database is locked\n[SQL: SELECT]")
+    told = refused("sqlite:///mlflow.db", "(sqlite3.OperationalError) database is locked\n[SQL: SELECT]")
     assert "`fuser -v mlflow.db` names it" in told
     assert "tracking.uri=sqlite:///OTHER.db" in told
     assert told.count("mlflow.db") == 2
-    assert "sqlite:///mlflow.db" not in _refused("sqlite:///mlflow.db", "attempt to write a readonly database")[30:]
+    assert "sqlite:///mlflow.db" not in refused("sqlite:///mlflow.db", "attempt to write a readonly database")[30:]
 
 
 MOUNTS = """

@@ -22,33 +22,36 @@ too; its `config`; `micro_batches`, how a step was shared out; `evaluation`, if 
 `sha256`, is the digest of all bytes that follow it. A checkpoint appears under its name only when the disk has it: it
 is written beside it (`.….partial`) and renamed; one that is deleted is renamed first (`.….deleted`). One that a run has
 left behind, because it went on from an earlier one, is called `….superseded`. `.lock` says which job is at work, and
-`.starts.json` where the last starts of a job began.
+`.starts.json` where the last starts of a job began, `.rollbacks.json` where the run has gone back to.
 """
 
 from __future__ import annotations
 
-from .folder import check_fresh_directory, check_writable, checkpoints, newest, resolve, set_aside
+from .folder import check_fresh_directory, checkpoints, newest, resolve, set_aside
 from .hook import SaveCheckpoint, save
 from .lock import locked
 from .parts import ModelState, OptimizerState, check_savable
+from .rollbacks import Rollbacks, forget_rollbacks
 from .starts import note_start
-from .state import finished, load, micro_batch_of, network_of
+from .state import finished, load, micro_batch_of, network_of, place_in_data
 
 __all__ = [
     "ModelState",
     "OptimizerState",
+    "Rollbacks",
     "SaveCheckpoint",
     "check_fresh_directory",
     "check_savable",
-    "check_writable",
     "checkpoints",
     "finished",
+    "forget_rollbacks",
     "load",
     "locked",
     "micro_batch_of",
     "network_of",
     "newest",
     "note_start",
+    "place_in_data",
     "resolve",
     "save",
     "set_aside",

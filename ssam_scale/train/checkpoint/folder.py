@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 from ssam_scale.config.schema import Checkpoint, Config
 from ssam_scale.errors import UserError
-from ssam_scale.folders import why_not_writable
 from ssam_scale.sharding import World
 from ssam_scale.train.progress import Progress
 
@@ -103,16 +102,6 @@ def check_fresh_directory(config: Config) -> None:
             f"checkpoint.directory {directory} has {other.name} of an earlier run: go on from it with --resume auto, "
             "or choose another folder"
         )
-
-
-def check_writable(config: Config) -> None:
-    """The folder of checkpoints can be written to, or made.
-
-    Raises:
-        UserError: it cannot.
-    """
-    if (problem := why_not_writable(config.checkpoint.directory)) is not None:
-        raise UserError(f"checkpoint.directory {config.checkpoint.directory}: {problem}; choose another folder")
 
 
 def set_aside(directory: Path, resumed: Path) -> list[Path]:

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 
 from ssam_scale.config.schema import Config
-from ssam_scale.errors import UserError
+from ssam_scale.errors import NotFiniteError, UserError
 from ssam_scale.folders import existing
 from ssam_scale.perturbation import StepReport
 from ssam_scale.sharding import World
@@ -164,7 +164,7 @@ def _written(config: Config, place: Place, snapshot: Snapshot) -> str:
     final = directory / str(place)
     if (name := not_finite(snapshot)) is not None:
         before = newest(directory)
-        return (
+        return _NotFinite(
             f"{name} is not finite after {place}, which is not saved; {f'{before} is sound, ' if before else ''}"
             "a lower optimizer.lr or perturbation.rho may help"
         )
@@ -180,11 +180,21 @@ def _written(config: Config, place: Place, snapshot: Snapshot) -> str:
     return ""
 
 
+class _NotFinite(str):
+    """The message of a failure that is not the disk's: a weight is not finite."""
+
+    __slots__ = ()
+
+
 def _raise_on_all(world: World, failure: str) -> None:
     """Collective.
 
     Raises:
-        UserError: some process has the message of a failure.
+        NotFiniteError: some process has found a weight that is not finite.
+        UserError: some process has the message of another failure.
     """
-    if int(world.sum(torch.tensor(int(bool(failure)), device=world.device))):
-        raise UserError(failure or "the first process could not write the checkpoint; its message says why")
+    not_finite = isinstance(failure, _NotFinite)
+    kind = int(world.sum(torch.tensor(2 if not_finite else int(bool(failure)), device=world.device)))
+    if kind:  # only the first process writes
+        error = NotFiniteError if kind == 2 else UserError
+        raise error(failure or "the first process could not write the checkpoint; its message says why")

@@ -26,7 +26,6 @@ from ssam_scale.errors import UserError
 from ssam_scale.sharding import World
 
 from .files import sweep
-from .folder import check_writable
 
 NAME = ".lock"
 BEAT_S = 10.0
@@ -86,11 +85,12 @@ def locked(config: Config, world: World) -> Iterator[None]:
     try:
         if world.first:
             try:
-                check_writable(config)
                 lock.acquire()
                 sweep(config.checkpoint.directory)
-            except (UserError, OSError) as error:
+            except UserError as error:
                 problem = str(error)
+            except OSError as error:
+                problem = f"checkpoint.directory {config.checkpoint.directory}: {error.strerror or error}"
         if problem := world.first_says(problem):
             raise UserError(problem)
         yield

@@ -115,6 +115,12 @@ def finished(path: Path, config: Config) -> Progress | None:
     return progress if same and complete else None
 
 
+def place_in_data(path: Path) -> tuple[int, int]:
+    """Epochs done and images seen of the next one, of a checkpoint that `problem_with` has no objection to."""
+    progress = read_state(path)["parts"]["progress"]
+    return int(progress["epoch"]), int(progress["seen"])
+
+
 def network_of(path: Path, config: Config) -> nn.Module:
     """What a checkpoint has trained, timm's model on the CPU: with the averaged weights, if there are any."""
     weights = load_file(path / "model.safetensors")

@@ -1,0 +1,125 @@
+"""What a run does where a loss is not finite: it ends, leaves the step out, or goes back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ssam_scale.config.load import load
+from ssam_scale.errors import UserError
+from ssam_scale.masks import Depth
+from ssam_scale.perturbation import Friendly, Previous, SparseSAM
+from ssam_scale.sharding import World
+from ssam_scale.sharding.place import place
+from tests.support.networks import batches, part, small_network
+from tests.support.ranks import alone, run_ranks
+from tests.support.runs import ssam_scale, write_config
+
+BATCH = 8
+
+
+def odd_step(world: World, backend: str, options: dict[str, Any]) -> tuple[list[str], list[bool]]:
+    """Names of what a step changes that is not finite on the last process alone; and which steps were left out."""
+    model = small_network("resnet")
+    distributed, base = place(
+        model,
+        [stage.block for stage in model.stages],
+        backend,
+        world,
+        lambda: torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9),
+        batch_size=BATCH // world.size,
+        max_grad_norm=None,
+    )
+    opt = SparseSAM(distributed, base, rho=0.1, skip_nonfinite=True, **options)
+    odd = False
+
+    def loss_fn(forward: Any, batch: Any) -> torch.Tensor:
+        loss = F.cross_entropy(forward(batch[0]), batch[1])
+        return loss * float("nan") if odd and world.rank == world.size - 1 else loss
+
+    def state() -> dict[str, torch.Tensor]:
+        named, sharding = opt.parameters.by_name, opt.sharding
+        shards = sharding.shards(list(named.values()))
+        found = {n: sharding.gather(p, s.weight).clone() for (n, p), s in zip(named.items(), shards, strict=True)}
+        kept = sharding.full_optimizer_state_dict(model.model, opt.base_optimizer).get("state", {})
+        found |= {f"{n}|{e}": v.clone() for n, own in kept.items() for e, v in own.items() if torch.is_tensor(v)}
+        found |= {f"buffer {n}": b.clone() for n, b in model.named_buffers()}
+        for name, value in opt.sparse.state_dict().items():
+            each = value if isinstance(value, dict) else {"": value}
+            found |= {
+                f"sparse {name} {n}": v.clone() for n, v in each.items() if torch.is_tensor(v) and name != "steps"
+            }
+        return found
+
+    changed: list[str] = []
+    left_out = []
+    for step, batch in enumerate(batches(4, BATCH)):
+        odd = step == 2
+        before = state()
+        opt.step(loss_fn, part(batch, world.rank, world.size))
+        assert opt.report is not None
+        left_out.append(opt.report.left_out)
+        after = state()
+        if odd:
+            changed = [n for n in before if not torch.equal(before[n].nan_to_num(7.0), after[n].nan_to_num(7.0))]
+    assert all(bool(v.isfinite().all()) for n, v in state().items() if not n.startswith("sparse"))
+    return changed, left_out
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "dense": {},
+    "cut": {"mask": Depth((0.5, 0.5))},
+    "friendly": {"direction": Friendly()},
+    "previous": {"direction": Previous()},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_a_step_that_is_left_out_changes_nothing_on_one_process(options: dict[str, Any]) -> None:
+    assert alone(odd_step, "single", options) == ([], [False, False, True, False])
+
+
+@pytest.mark.parametrize("backend", ["ddp", "fsdp2", "zero1", "zero3"])
+def test_a_step_is_left_out_on_all_processes_alike(backend: str) -> None:
+    for options in OPTIONS.values():
+        assert run_ranks(2, odd_step, backend, options) == [([], [False, False, True, False])] * 2
+
+
+def test_averaged_weights_and_counts(data: Path, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A learning rate that overflows at once: all later steps are left out, until there are too many in a row."""
+    config = write_config(home / "run.yaml", data, train={"on_nonfinite": "skip", "max_skips": 3, "ema_decay": 0.9})
+    assert ssam_scale("train", "--config", config, "optimizer.lr=1e30") == 2
+    said = capsys.readouterr()
+    assert "3 steps in a row up to step" in said.err
+    assert said.out.count("is left out: its loss or gradient is not finite") == 3
+
+
+@pytest.mark.slow
+def test_a_run_goes_back_as_often_as_it_may_however_often_it_is_resumed(
+    data: Path, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_config(home / "run.yaml", data, train={"epochs": 3, "on_nonfinite": "rollback", "max_rollbacks": 2})
+    assert ssam_scale("train", "--config", config, "optimizer.lr=1e30") == 2
+    assert "there is no checkpoint to go back to yet" in capsys.readouterr().err
+    assert ssam_scale("train", "--config", config, "train.epochs=1") == 0
+    capsys.readouterr()
+    assert ssam_scale("train", "--config", config, "--resume", "auto", "optimizer.lr=1e30") == 2
+    said = capsys.readouterr()
+    assert said.out.count("epoch_0001 (1 of 2), and on in another order") == 1
+    assert said.out.count("epoch_0001 (2 of 2), and on in another order") == 1
+    assert "going back 2 times has not (train.max_rollbacks)" in said.err
+    assert json.loads((home / "checkpoints/.rollbacks.json").read_text()) == [[1, 0], [1, 0]]
+    assert ssam_scale("train", "--config", config, "--resume", "auto", "optimizer.lr=1e30") == 2
+    assert "going back 2 times has not" in capsys.readouterr().err
+    assert ssam_scale("train", "--config", config, "--resume", "auto") == 0
+
+
+def test_an_order_of_pages_has_no_other(data: Path, home: Path) -> None:
+    config = write_config(home / "run.yaml", data, data={"order": "quasi_random"})
+    with pytest.raises(UserError, match="quasi_random has one an epoch"):
+        load(config, ["train.on_nonfinite=rollback"])
