@@ -117,7 +117,10 @@ KILLED = {signal.SIGKILL: "memory", signal.SIGBUS: "mapped file", signal.SIGSEGV
 
 @pytest.mark.parametrize("number", few(KILLED, signal.SIGBUS), ids=lambda number: number.name)
 def test_a_killed_process_is_named_with_its_signal(number: signal.Signals, data: Path, home: Path) -> None:
-    """Under torchrun, which asks how a rank has ended ten times a second; who sits beside it, looks at once."""
+    """Under torchrun, which asks how a rank has ended ten times a second; who sits beside it, looks at once.
+
+    At least one of those that are left says it: torchrun's SIGTERM may end another one before.
+    """
     config, log = configured(home, data, "ddp", sharding={}), home / "log"
     torchrun = [Path(sys.executable).parent / "torchrun", "--standalone", "--nproc_per_node", "3"]
     command = [*torchrun, ROOT / "launch/train.py", "--config", config]
@@ -129,8 +132,7 @@ def test_a_killed_process_is_named_with_its_signal(number: signal.Signals, data:
         process.wait(PATIENCE_S)
     said = log.read_text()
     gone = rf"rank 2 \(node {os.uname().nodename}\) was killed by {number.name} \(.*{KILLED[number]}.*\), in "
-    for rank in range(2):
-        assert re.search(rf"ssam-scale: process {rank}: error: {gone}", said), said
+    assert re.search(rf"ssam-scale: process [01]: error: {gone}", said), said
     assert said.index("ssam-scale: process") < said.index("ChildFailedError"), said  # before torchrun's own report
 
 
