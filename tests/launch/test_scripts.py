@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -99,11 +100,11 @@ def test_the_server_of_the_composition_answers_the_trainer(tmp_path: Path) -> No
     words = " ".join([*server["entrypoint"], *server["command"]])
     words = words.replace("/mlflow/", f"{tmp_path}/").replace("--host=0.0.0.0", "--host=127.0.0.1")
     command = words.replace("--port=5000", f"--port={port}").split()
-    with daemon([ROOT / ".venv" / "bin" / command[0], *command[1:]], tmp_path / "log", server["environment"]):
+    with daemon([Path(sys.executable).parent / command[0], *command[1:]], tmp_path / "log", server["environment"]):
 
         def status(host: str) -> str:
             words = shlex.split(
-                f"curl -s -o /dev/null -w %{{http_code}} -H 'Host: {host}' http://127.0.0.1:{port}/version"
+                f"curl -s -o /dev/null -w %{{http_code}} -H 'Host: {host}' http://127.0.0.1:{port}/"
             )
             return run(words, cwd=tmp_path).stdout
 
