@@ -14,6 +14,7 @@ import shutil
 import socket
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -92,9 +93,19 @@ class Cluster:
         return dict(re.findall(r"(\w+)=(\S*)", self.command("scontrol", "show", "job", job)))
 
     def wait(self, job: str, timeout: float) -> dict[str, str]:
-        """The job after it has ended, in whatever way."""
-        going_on = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING")
-        wait_until(lambda: self.job(job)["JobState"] not in going_on, timeout, f"job {job} ends\n{self.logs()}")
+        """The job after it has ended, in whatever way.
+
+        One that is being queued again shows how it failed for a moment: it has ended when that is still so later.
+        """
+        going_on = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED", "SIGNALING")
+
+        def ended() -> bool:
+            if self.job(job)["JobState"] in going_on:
+                return False
+            time.sleep(3.0)
+            return self.job(job)["JobState"] not in going_on
+
+        wait_until(ended, timeout, f"job {job} ends\n{self.logs()}")
         return self.job(job)
 
     def logs(self) -> str:
