@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import tempfile
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -317,6 +318,18 @@ class Run:
             self._writer.artifact(path, folder)
         except OSError as error:  # a full disk must not end a training
             _log.warning("artifact %s was not stored: %s", path, one_line(error))
+
+    def log_text(self, text: str, name: str) -> None:
+        """Store a text as the artifact `name`, a path; what fails is a warning, a full temporary folder too."""
+
+        def store() -> None:
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder) / Path(name).name
+                path.write_text(text, encoding="utf-8")
+                self.log_artifact(path, str(Path(name).parent))
+
+        if self._writer is not None:
+            self._try(f"artifact {name}", store)
 
     def log_data(self, beton: Beton, *, context: str, side: int) -> None:
         """Record which file the run reads, as a data set of MLflow: see `data.dataset_input`."""

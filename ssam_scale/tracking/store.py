@@ -261,13 +261,13 @@ def experiment_id(client: Any, uri: str, name: str) -> str:
 
 def text_artifact(client: Any, run_id: str, path: str) -> str | None:
     """The text of a run's artifact; None if there is none, or the artifacts cannot be read now."""
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            if not any(found.path == path for found in client.list_artifacts(run_id, str(Path(path).parent))):
-                return None
-            return Path(client.download_artifacts(run_id, path, folder)).read_text()
-        except Exception:  # MLflow lets its stores' errors through, of every kind
+    try:
+        if not any(found.path == path for found in client.list_artifacts(run_id, str(Path(path).parent))):
             return None
+        with tempfile.TemporaryDirectory() as folder:
+            return Path(client.download_artifacts(run_id, path, folder)).read_text()
+    except Exception:  # MLflow lets its stores' errors through, of every kind
+        return None
 
 
 # Without its kind the interface opens an experiment on an empty page about traces of language models.

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import csv
-import tempfile
+import io
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -140,14 +139,12 @@ def _log_cuts(mask: DepthByCost, opt: SparseSAM, run: Run, step: int) -> None:
     assert mask.masses is not None
     assert mask.seconds is not None
     probabilities = mask.probabilities(opt.parameters.layout.depth, opt.steps)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / f"step_{step:08d}.csv"
-        with path.open("w", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(["block", "fisher_mass", "ascent_seconds", "probability"])
-            rows = zip(mask.masses, mask.seconds, probabilities, strict=True)
-            writer.writerows([block, *(f"{value:.6g}" for value in row)] for block, row in enumerate(rows))
-        run.log_artifact(path, "mask/cuts")
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(["block", "fisher_mass", "ascent_seconds", "probability"])
+    rows = zip(mask.masses, mask.seconds, probabilities, strict=True)
+    writer.writerows([block, *(f"{value:.6g}" for value in row)] for block, row in enumerate(rows))
+    run.log_text(table.getvalue(), f"mask/cuts/step_{step:08d}.csv")
 
 
 def _data_label_loss(forward: Any, batch: Batch) -> Tensor:

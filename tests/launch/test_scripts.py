@@ -103,9 +103,7 @@ def test_the_server_of_the_composition_answers_the_trainer(tmp_path: Path) -> No
     with daemon([Path(sys.executable).parent / command[0], *command[1:]], tmp_path / "log", server["environment"]):
 
         def status(host: str) -> str:
-            words = shlex.split(
-                f"curl -s -o /dev/null -w %{{http_code}} -H 'Host: {host}' http://127.0.0.1:{port}/"
-            )
+            words = shlex.split(f"curl -s -o /dev/null -w %{{http_code}} -H 'Host: {host}' http://127.0.0.1:{port}/")
             return run(words, cwd=tmp_path).stdout
 
         wait_until(lambda: status("localhost:5000") == "200", 300, "the server answers")

@@ -5,11 +5,16 @@ from __future__ import annotations
 import csv
 import math
 import shutil
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from ssam_scale.train import loop
+from ssam_scale.train.build import build_hooks
+from ssam_scale.train.hooks import Hook
 from tests.support.runs import differing, ssam_scale, write_config
 from tests.support.tracked import STEPS, artifact, client, history, saved, table
 from tests.support.tracked import train as train_with
@@ -40,6 +45,22 @@ def test_a_run_that_draws_by_cost_records_why_and_resumes_as_if_never_stopped(ho
     shutil.move(checkpoints / "epoch_0002", home / "uninterrupted")
     assert ssam_scale("train", "--config", home / "run.yaml", "--resume", "auto") == 0
     assert differing(home / "uninterrupted", checkpoints / "epoch_0002") == []
+
+
+def test_without_a_temporary_folder_the_table_of_cuts_is_missing_and_the_run_is_the_same(
+    home: Path, data: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What is only looked at ends no training: tables and pictures."""
+
+    def built(*arguments: Any) -> list[Hook]:
+        monkeypatch.setattr(tempfile, "tempdir", str(home / "nowhere"))  # once the run is being recorded
+        return build_hooks(*arguments)
+
+    monkeypatch.setattr(loop, "build_hooks", built)
+    run = train_with(home, data, COST)
+    assert run.data.metrics["mask/samples"] == 8
+    for what in ("mask/cuts/step_00000000.csv", "mask/cuts/step_00000006.csv", "density.png"):
+        assert any(what in message and "nowhere" in message for message in caplog.messages), what
 
 
 def test_another_draw_does_not_take_up_the_checkpoint_of_one_by_cost(
