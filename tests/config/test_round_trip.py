@@ -153,6 +153,9 @@ def configs(draw: st.DrawFn) -> Config:
         term["start_epoch"] = min(max(term["start_epoch"], term.get("lag_epochs", 0)), data["train"]["epochs"] - 1)
         if term["kind"] == "saf":
             data["loss"] |= {"mixup": 0.0, "cutmix": 0.0}
+            descent = (data["perturbation"] or {}).get("descent")
+            if descent and descent["choose"] == "random":  # no pass would see all images
+                data["perturbation"]["descent"] = None
     if data["sharding"]["backend"].startswith("zero"):
         data["optimizer"] |= {"name": "sgd", "kwargs": {}}
         data["train"]["precision"] = "bf16"
