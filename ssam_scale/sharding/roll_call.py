@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from ssam_scale.errors import UserError
 
-from .world import TIMEOUT, World, host_of
+from .world import World, default_store, host_of
 
 # After so long, whoever waits is told for whom; after so long, a collective of some bytes has no excuse. The first one
 # over NCCL sets up its connections, which on hundreds of GPUs takes a good part of it.
@@ -39,7 +39,7 @@ def roll_call(world: World) -> str:
     """
     began, roll = time.monotonic(), _Roll(world)
     roll.note("there")
-    roll.wait_for_all("there", TIMEOUT)
+    roll.wait_for_all("there", world.timeout)
     seconds = {}
     for name, begin in collectives(world).items():
         first = time.monotonic()
@@ -71,7 +71,7 @@ def collectives(world: World) -> dict[str, Callable[[], dist.Work]]:
         "all-to-all": lambda: dist.all_to_all_single(numbers(size), numbers(size), async_op=True),
     }
     if device.type != "cpu":
-        hosts = dist.new_group(backend="gloo", timeout=TIMEOUT)
+        hosts = dist.new_group(backend="gloo", timeout=world.timeout)
         found["all-reduce of the hosts"] = lambda: dist.all_reduce(torch.ones(1), group=hosts, async_op=True)
     return found
 
@@ -81,7 +81,7 @@ class _Roll:
 
     def __init__(self, world: World) -> None:
         self._world = world
-        self._store: Any = dist.distributed_c10d._get_default_store()
+        self._store = default_store()
         # A process may train several times.
         self._turn = int(self._store.add(f"{_KEY}/turn/{world.rank}", 1))
 

@@ -196,11 +196,12 @@ _HOST = "ssam_scale/host/{}"  # of a rank, in the launcher's store: known also o
 
 def host_of(rank: int) -> str:
     """The machine of a process that has joined, of which nothing else need have come."""
-    store, key = _default_store(), _HOST.format(rank)
+    store, key = default_store(), _HOST.format(rank)
     return str(store.get(key).decode()) if store.check([key]) else "an unknown host"
 
 
-def _default_store() -> Any:
+def default_store() -> Any:
+    """The store of the default process group, in which processes leave each other notes."""
     return dist.distributed_c10d._get_default_store()
 
 
@@ -240,8 +241,8 @@ def join_world(
             dist.init_process_group("gloo", timeout=timeout)
     except dist.DistNetworkError as error:
         raise UserError(_no_meeting(rank, error)) from error
-    _default_store().set(_HOST.format(rank), socket.gethostname())
-    store = _default_store() if size > 1 else None
+    default_store().set(_HOST.format(rank), socket.gethostname())
+    store = default_store() if size > 1 else None
     # NCCL ends the process by itself, without an exception, when a collective has waited too long.
     whereabouts = Whereabouts(rank, size, store, 0.9 * timeout.total_seconds() if own.type == "cuda" else None)
     world = World(rank, size, own, timeout, whereabouts, records)
