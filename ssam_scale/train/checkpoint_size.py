@@ -6,17 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from ssam_scale.config.schema import Config
-from ssam_scale.config.trajectory_sections import MESATrajectory
 from ssam_scale.models import build_model
 
 from .build import base_optimizer
-
-_FLOAT = 4  # bytes: weights are saved as they are trained, in fp32
-
-
-def averages_of(config: Config) -> int:
-    """How many averages of the weights a run keeps: EMA's, MESA's."""
-    return (config.train.ema_decay is not None) + isinstance(config.trajectory, MESATrajectory)
+from .memory import FLOAT, averages_of
 
 
 def checkpoint_bytes(weights: int, averages: int, state: float) -> float:
@@ -27,7 +20,7 @@ def checkpoint_bytes(weights: int, averages: int, state: float) -> float:
         averages: of each of them that are kept.
         state: bytes of the base optimizer's state for each of them.
     """
-    return weights * (_FLOAT * (1 + averages) + state)
+    return weights * (FLOAT * (1 + averages) + state)
 
 
 def expected_bytes(config: Config) -> int:

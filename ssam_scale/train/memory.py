@@ -30,6 +30,12 @@ from ssam_scale.sharding.device import to_device
 
 FLOAT = 4  # bytes
 
+
+def averages_of(config: Config) -> int:
+    """How many averages of the weights a run keeps: EMA's, MESA's."""
+    return (config.train.ema_decay is not None) + isinstance(config.trajectory, MESATrajectory)
+
+
 # What a GPU must have left: gaps between allocations, buffers of the communication library, what kernels work with.
 _SPARE = 0.1
 
@@ -178,8 +184,8 @@ class _Trial:
 
     def _copies(self) -> float:
         """Of all weights in float32, that a run holds beside what a step of dense SAM holds."""
-        section, trajectory = self._config.perturbation, self._config.trajectory
-        averages = sum((self._config.train.ema_decay is not None, isinstance(trajectory, MESATrajectory)))
+        section = self._config.perturbation
+        averages = averages_of(self._config)
         mask = section is not None and section.mask is not None
         reuse = section is not None and section.reuse > 0.0
         remembers = self._opt.options.direction.remembers  # before the first step nothing is

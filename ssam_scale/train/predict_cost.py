@@ -35,7 +35,8 @@ from ssam_scale.sharding.device import PRECISIONS, choose_device, to_device, use
 from ssam_scale.sharding.place import place
 
 from .build import base_optimizer, check_precision, perturbation_options, soft_loss
-from .checkpoint_size import averages_of, checkpoint_bytes, state_bytes_per_weight
+from .checkpoint_size import checkpoint_bytes, state_bytes_per_weight
+from .memory import averages_of
 
 # Of a moving cut, so many draws stand for all.
 _DRAWS = 64

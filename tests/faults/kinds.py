@@ -90,19 +90,23 @@ def _usr1_to_all(run: Running, draw: random.Random) -> None:
     run.wait_for_end()
 
 
-def _stop_and_kill(run: Running, draw: random.Random) -> None:
-    rank = draw.choice(run.ranks)
+def _stopped_for_a_while(run: Running, draw: random.Random) -> int:
+    """A rank, which is still stopped."""
+    rank: int = draw.choice(run.ranks)
     send(rank, signal.SIGSTOP)
     time.sleep(draw.uniform(0.2, 2.0))
+    return rank
+
+
+def _stop_and_kill(run: Running, draw: random.Random) -> None:
+    rank = _stopped_for_a_while(run, draw)
     send(rank, signal.SIGKILL)
     run.wait_for_end()
 
 
 def _stop_and_terminate(run: Running, draw: random.Random) -> None:
     """A rank that was stopped for a while is not one that is lost."""
-    rank = draw.choice(run.ranks)
-    send(rank, signal.SIGSTOP)
-    time.sleep(draw.uniform(0.2, 2.0))
+    rank = _stopped_for_a_while(run, draw)
     send(rank, signal.SIGCONT)
     _terminate_all(run, draw)
 
