@@ -148,7 +148,7 @@ def test_old_checkpoints_are_dropped_and_the_weights_load_into_timm(data: Path, 
 
     config = write_config(tmp_path / "run.yaml", data, train={"epochs": 3}, checkpoint={"keep": 2})
     train("--config", str(config), f"checkpoint.directory={tmp_path}/kept")
-    assert sorted(p.name for p in (tmp_path / "kept").iterdir()) == ["epoch_0002", "epoch_0003"]
+    assert sorted(p.name for p in (tmp_path / "kept").iterdir()) == ["epoch_0002", "epoch_0003", "result.json"]
     model = timm.create_model("resnet18", num_classes=4, **RESNET["kwargs"])
     model.load_state_dict(load_file(tmp_path / "kept/epoch_0003/model.safetensors"))
 
