@@ -27,6 +27,7 @@ left behind, because it went on from an earlier one, is called `….superseded`.
 
 from __future__ import annotations
 
+from .files import consolidate
 from .folder import check_fresh_directory, checkpoints, newest, resolve, set_aside
 from .hook import SaveCheckpoint, save
 from .lock import locked
@@ -43,6 +44,7 @@ __all__ = [
     "check_fresh_directory",
     "check_savable",
     "checkpoints",
+    "consolidate",
     "finished",
     "forget_rollbacks",
     "load",
