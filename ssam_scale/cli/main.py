@@ -19,6 +19,7 @@ import typer
 
 from ssam_scale.cli import bench, data
 from ssam_scale.cli.compare import OptionsAlone, compare_command
+from ssam_scale.cli.consolidate import consolidate_command
 from ssam_scale.cli.cost import cost_command
 from ssam_scale.cli.doctor import doctor_command
 from ssam_scale.cli.list import list_command
@@ -57,6 +58,7 @@ app.add_typer(data.app, name="data")
 app.command("cost")(cost_command)
 app.command("compare", cls=OptionsAlone)(compare_command)
 app.command("send")(send_command)
+app.command("consolidate")(consolidate_command)
 app.command("doctor")(doctor_command)
 app.command("list")(list_command)
 app.command("methods")(methods_command)

@@ -505,6 +505,12 @@ class Checkpoint(Section):
         description="minutes of training that may be lost at the most: a checkpoint is written so often, also within "
         "epochs; null: none by time",
     )
+    format: Literal["auto", "whole", "sharded"] = Field(
+        "auto",
+        description="whole: full tensors, gathered and written by the first process; sharded: each process writes what "
+        "it holds of them; auto: whole unless a copy would take more than half of the memory that is free on the first "
+        "process's host",
+    )
     keep: int = Field(2, ge=1, description="how many checkpoints are kept, the newest, beside those of the next two")
     keep_best: Literal["top1", "top5", "loss"] | None = Field(
         None, description="keep the checkpoint with the best evaluation by this, too; null: whatever it was"

@@ -16,6 +16,7 @@ from ssam_scale.checks import check_number
 from ssam_scale.config.trajectory_sections import Trajectory as TrajectorySection
 from ssam_scale.registry import Registry
 from ssam_scale.sharding import World
+from ssam_scale.sharding.chunks import Chunk
 
 
 class Reference(NamedTuple):
@@ -81,6 +82,9 @@ class Average(Protocol):
 
     def state_dict(self) -> dict[str, Tensor]:
         """The averages by name. Collective."""
+
+    def sharded_state_dict(self) -> dict[str, Tensor | Chunk]:
+        """What `state_dict` returns, before it is gathered."""
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
         """Take back what `state_dict` returned."""

@@ -101,6 +101,10 @@ class MESA:
         """The average, in full tensors by name. Collective."""
         return {"average": self.average.state_dict()}
 
+    def sharded_state_dict(self) -> dict[str, Any]:
+        """What `state_dict` returns, before it is gathered. Not collective."""
+        return {"average": self.average.sharded_state_dict()}
+
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take back what `state_dict` returned, under any backend and number of processes."""
         self.average.load_state_dict(state_dict["average"])

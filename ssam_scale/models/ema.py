@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ssam_scale.sharding import ShardedWeights
+from ssam_scale.sharding.chunks import Chunk, SavedTensor, gathered, own_part, whole
 
 
 class EMA:
@@ -53,17 +54,21 @@ class EMA:
 
     def state_dict(self) -> dict[str, Tensor]:
         """The averages by name, in full tensors. Collective."""
+        return dict(gathered(self.sharded_state_dict()))
+
+    def sharded_state_dict(self) -> dict[str, Tensor | Chunk]:
+        """What `state_dict` returns, before it is gathered. Not collective."""
         return {
-            name: self._sharding.gather(self._parameters[name], mine) if name in self._parameters else mine
+            name: self._sharding.chunk(self._parameters[name], mine) if name in self._parameters else mine
             for name, mine in self._by_name().items()
         }
 
     @torch.no_grad()
-    def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, Tensor | SavedTensor]) -> None:
         """Take back what `state_dict` returned, under any backend and number of processes."""
         for name, mine in self._by_name().items():
-            full = state_dict[name].to(mine.device)
-            mine.copy_(self._sharding.scatter(self._parameters[name], full) if name in self._parameters else full)
+            p, saved = self._parameters.get(name), state_dict[name]
+            mine.copy_(whole(saved) if p is None else own_part(self._sharding, p, saved))
 
     @property
     def buffers(self) -> dict[str, Tensor]:

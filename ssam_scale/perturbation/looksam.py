@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ssam_scale.masks import Plan, inner_product, masked_add_, masked_select
 from ssam_scale.sharding import Sharding
+from ssam_scale.sharding.chunks import Chunk
 
 from .arithmetic import at_least_fp32, squares, zero_unless_
 from .directions import Kept
@@ -93,8 +94,8 @@ class LookSAM:
         scale = torch.where(ratio.isfinite(), ratio, torch.zeros_like(ratio))
         masked_add_(gradients, parts, orthogonal, alpha=scale)
 
-    def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """`reused`: g_v by parameter, full; not a number where the last ascent perturbed nothing. Collective."""
+    def state_dict(self) -> dict[str, dict[str, Tensor | Chunk]]:
+        """`reused`: g_v by parameter; not a number where the last ascent perturbed nothing."""
         return {"reused": self._orthogonal.state_dict()}
 
     def load_state_dict(self, state_dict: Mapping[str, Mapping[str, Tensor]]) -> None:

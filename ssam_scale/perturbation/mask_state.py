@@ -24,6 +24,7 @@ from ssam_scale.masks import (
     unpack,
 )
 from ssam_scale.sharding import Sharding
+from ssam_scale.sharding.chunks import gathered, whole
 
 from .loss import LossFn
 from .scores import AccumulatedFisher, ScoreRequest, compute_scores
@@ -290,6 +291,10 @@ class SparseState:
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors that mean the same on any number of processes, under the same keys at any time. Collective."""
+        return dict(gathered(self.sharded_state_dict()))
+
+    def sharded_state_dict(self) -> dict[str, Any]:
+        """What `state_dict` returns, before what is sharded of it is gathered. Collective."""
         state: dict[str, Any] = {"steps": torch.tensor(self._optimizer.steps)}
         for part in self._parts():
             state |= part.state_dict()
@@ -301,6 +306,7 @@ class SparseState:
         Raises:
             ValueError: the state is of another mask or of other parameters.
         """
+        state = whole(state_dict)
         for part in self._parts():
-            part.load_state_dict(state_dict)
-        self._optimizer.steps = int(state_dict["steps"])
+            part.load_state_dict(state)
+        self._optimizer.steps = int(state["steps"])

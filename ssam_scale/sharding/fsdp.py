@@ -25,7 +25,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo
-from torch.distributed.tensor import DTensor, Placement, Replicate
+from torch.distributed.tensor import DTensor, Placement, Replicate, distribute_tensor
 from torch.distributed.tensor import Shard as ShardPlacement
 
 from ssam_scale.torch_compat import (
@@ -35,6 +35,7 @@ from ssam_scale.torch_compat import (
     separate_reduce_scatter_group,
 )
 
+from .chunks import Chunk, whole
 from .gradient_hooks import OnGradient, divert_gradients
 from .interface import AscentReduction, Shard, WrittenWeights
 from .low_precision import cast_parameters
@@ -146,6 +147,7 @@ class FSDP2(TorchTraining):
         self._mesh: DeviceMesh = meshes.pop()
         self._placements = _PLACEMENTS[self._mesh.ndim]
         self.shard_group = ProcessGroup(self._mesh.get_group(self._mesh.ndim - 1))
+        self._replica = self._mesh.get_local_rank(0) if self._mesh.ndim > 1 else 0
         self.data_parallel_group = ProcessGroup(_group_of_all(self._mesh))
         self.packs_gradients = self.shard_group.size > 1
         _OrderOfForwards(module, self._state._comm_ctx, fsdp_param_groups(self._state))
@@ -155,8 +157,7 @@ class FSDP2(TorchTraining):
         """The local rows of each parameter."""
         result = []
         for p in parameters:
-            start = min(self.shard_group.rank * self._padded_numel(p), p.numel())
-            result.append(Shard(_local(p), start, p.numel()))
+            result.append(Shard(_local(p), self._start(p.shape), p.numel()))
         return result
 
     def masters(self, parameters: Sequence[nn.Parameter]) -> list[Tensor] | None:
@@ -193,15 +194,19 @@ class FSDP2(TorchTraining):
         packed = []
         for group in self._param_groups():
             trained = [one.sharded_param for one in group.fsdp_params if one.sharded_param.requires_grad]
-            gradients = [asked.of(p, p.numel(), self._padded_numel(p)) for p in trained]
+            gradients = [asked.of(p, p.numel(), self._padded_numel(p.shape)) for p in trained]
             if (packing := self.packings(id(group), gradients)) is not None:
                 packed.append((group, packing))
         return packed
 
-    def _padded_numel(self, parameter: nn.Parameter) -> int:
+    def _padded_numel(self, shape: torch.Size) -> int:
         """Elements of the largest shard. FSDP2 splits like torch.chunk: equal parts, the last ones short or empty."""
-        rows, row_size = parameter.shape[0] if parameter.ndim else 1, math.prod(parameter.shape[1:])
+        rows, row_size = shape[0] if shape else 1, math.prod(shape[1:])
         return -(-rows // self.shard_group.size) * row_size
+
+    def _start(self, shape: torch.Size) -> int:
+        """The place of the first local element in a full tensor."""
+        return min(self.shard_group.rank * self._padded_numel(shape), shape.numel())
 
     @contextmanager
     def micro_batch(self, *, last: bool) -> Iterator[None]:
@@ -264,15 +269,41 @@ class FSDP2(TorchTraining):
 
     def gather(self, parameter: nn.Parameter, local: Tensor) -> Tensor:
         """An all-gather over the shard group."""
-        sharded = DTensor.from_local(
-            local,
-            self._mesh,
-            self._placements,
-            run_check=False,
-            shape=parameter.shape,
-            stride=torch.empty(parameter.shape, device="meta").stride(),
-        )
-        return sharded.full_tensor()
+        return self._sharded(local, parameter.shape).full_tensor()
+
+    def _sharded(self, local: Tensor, shape: torch.Size) -> DTensor:
+        stride = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(local, self._mesh, self._placements, run_check=False, shape=shape, stride=stride)
+
+    def chunk(self, parameter: nn.Parameter, local: Tensor) -> Tensor | Chunk:
+        """The local rows; of several replicas one saves them."""
+        return self._chunk(parameter.shape, local, partial(self.gather, parameter, local))
+
+    def _chunk(self, shape: torch.Size, local: Tensor, gather: Callable[[], Tensor]) -> Tensor | Chunk:
+        if self.shard_group.size == 1:
+            return local
+        return Chunk(local, self._start(shape), shape, not self._replica, gather)
+
+    def _named(self, value: Any) -> Any:
+        """A chunk of what is split like the weights; what an optimizer has split otherwise, in full."""
+        if not isinstance(value, DTensor):
+            return value
+        if value.placements != self._placements:
+            return value.full_tensor()
+        return self._chunk(value.shape, _local(value), value.full_tensor)
+
+    def _like(self, mine: Any, saved: Any) -> Any:
+        """The local rows, of which alone anything is read."""
+        if not isinstance(mine, DTensor):
+            return whole(saved)
+        if mine.placements != self._placements or mine.shape != saved.shape:
+            return distribute_tensor(whole(saved), self._mesh, mine.placements, src_data_rank=None)
+        own, start = _local(mine), self._start(mine.shape)
+        if isinstance(saved, Tensor):
+            rows = saved.reshape(-1)[start : start + own.numel()]
+        else:
+            rows = saved.run(start, own.numel())
+        return self._sharded(rows.view(own.shape).to(own.device), mine.shape)
 
     def scatter(self, parameter: nn.Parameter, full: Tensor) -> Tensor:
         """The local rows."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from .chunks import Chunk, SavedTensor
 from .gradient_hooks import OnGradient
 from .process_group import ProcessGroup
 
@@ -136,6 +137,9 @@ class ShardedWeights(Protocol):
     def scatter(self, parameter: nn.Parameter, full: Tensor) -> Tensor:
         """This rank's shard of `full`, which every rank holds. Not collective."""
 
+    def chunk(self, parameter: nn.Parameter, local: Tensor) -> Tensor | Chunk:
+        """What `gather` would gather, before it is; `local` itself where every rank holds everything."""
+
     def resident(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
         """What changes on this rank when the shards of `parameters` are written to and published.
 
@@ -257,20 +261,20 @@ class ShardedState(Protocol):
         As it lies there, and not to be written to.
         """
 
-    def full_model_state_dict(self, network: nn.Module) -> dict[str, Any]:
-        """Weights and buffers by name, the same under every backend: full tensors in CPU memory. Collective.
+    def named_model_state(self, network: nn.Module) -> dict[str, Tensor | Chunk]:
+        """Weights and buffers by name: the same names and full shapes under every backend. Collective.
 
-        Only the first rank is sure to get them, and they may be the live weights: write or copy them before a step.
+        They may be the live weights: write or copy them before a step. `chunks.gathered` makes full tensors of them.
 
         Args:
             network: the part of the model that names the parameters.
         """
 
-    def load_full_model_state_dict(self, network: nn.Module, state: dict[str, Any]) -> None:
-        """Take back what `full_model_state_dict` returned, under any backend and number of ranks. Collective."""
+    def load_named_model_state(self, network: nn.Module, state: Mapping[str, Tensor | SavedTensor]) -> None:
+        """Take back what `named_model_state` returned, in full, under any backend and number of ranks. Collective."""
 
-    def full_optimizer_state_dict(self, network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """The optimizer's state, in the way of `full_model_state_dict`. Collective.
+    def named_optimizer_state(self, network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """The optimizer's state, in the way of `named_model_state`. Collective.
 
         Args:
             network: the part of the model that names the parameters.
@@ -280,10 +284,10 @@ class ShardedState(Protocol):
             `state` (by parameter, then by entry) and `param_groups` (with names in the place of parameters).
         """
 
-    def load_full_optimizer_state_dict(
+    def load_named_optimizer_state(
         self, network: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
     ) -> None:
-        """Take back what `full_optimizer_state_dict` returned, under any backend and number of ranks. Collective."""
+        """Take back what `named_optimizer_state` returned, in full, as `load_named_model_state` does. Collective."""
 
 
 class Sharding(ShardedWeights, ShardedPasses, ShardedState, Protocol):

@@ -7,7 +7,7 @@ hold and perturb all weights.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -16,7 +16,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed._composable.contract import _get_registry
 from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
@@ -24,13 +23,12 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor
 
+from .chunks import Chunk, SavedTensor, whole
 from .gradient_hooks import OnGradient, dense, divert_gradients
 from .interface import AscentReduction, Shard, WrittenWeights
 from .process_group import ProcessGroup
 from .registry import BACKENDS, Backend, MakeOptimizer, Options
 from .world import World
-
-_FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 class TorchState:
@@ -51,23 +49,45 @@ class TorchState:
         found = [optimizer.state.get(p, {}).get(entry) for p in parameters]
         return [value.to_local() if isinstance(value, DTensor) else value for value in found]
 
-    def full_model_state_dict(self, network: nn.Module) -> dict[str, Any]:
-        """By torch.distributed.checkpoint, which gives tensors of sharded weights to the first rank alone."""
-        return dict(get_model_state_dict(network, options=_FULL))
-
-    def load_full_model_state_dict(self, network: nn.Module, state: dict[str, Any]) -> None:
+    def named_model_state(self, network: nn.Module) -> dict[str, Tensor | Chunk]:
         """By torch.distributed.checkpoint."""
-        set_model_state_dict(network, state, options=_FULL)
+        return {name: self._named(value) for name, value in get_model_state_dict(network).items()}
 
-    def full_optimizer_state_dict(self, network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """By torch.distributed.checkpoint, which gives tensors of sharded weights to the first rank alone."""
-        return dict(get_optimizer_state_dict(network, optimizer, options=_FULL))
+    def load_named_model_state(self, network: nn.Module, state: Mapping[str, Tensor | SavedTensor]) -> None:
+        """By torch.distributed.checkpoint."""
+        mine = get_model_state_dict(network)
+        set_model_state_dict(network, {name: self._like(mine.get(name), value) for name, value in state.items()})
 
-    def load_full_optimizer_state_dict(
+    def named_optimizer_state(self, network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """By torch.distributed.checkpoint."""
+        state = get_optimizer_state_dict(network, optimizer)
+        entries = {name: {key: self._named(value) for key, value in of.items()} for name, of in _by_name(state)}
+        return {**state, "state": entries}
+
+    def load_named_optimizer_state(
         self, network: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
     ) -> None:
         """By torch.distributed.checkpoint."""
-        set_optimizer_state_dict(network, optimizer, state, options=_FULL)
+        mine = dict(_by_name(get_optimizer_state_dict(network, optimizer)))
+        entries = {
+            name: {key: self._like(mine.get(name, {}).get(key), value) for key, value in of.items()}
+            for name, of in _by_name(state)
+        }
+        named: Any = {**state, "state": entries}
+        set_optimizer_state_dict(network, optimizer, named)
+
+    def _named(self, value: Any) -> Any:
+        """What a checkpoint keeps of what torch.distributed.checkpoint returns."""
+        return value
+
+    def _like(self, mine: Any, saved: Any) -> Any:
+        """What torch.distributed.checkpoint takes of what was saved, in the place of `mine`."""
+        return whole(saved)
+
+
+def _by_name(state: Mapping[str, Any]) -> Iterable[tuple[str, Mapping[str, Any]]]:
+    """The entries of an optimizer's state, by parameter."""
+    return dict(state["state"]).items()
 
 
 class TorchTraining(TorchState):
@@ -150,6 +170,10 @@ class ReplicatedWeights:
     def scatter(self, parameter: nn.Parameter, full: Tensor) -> Tensor:
         """`full`: the shard is everything."""
         return full
+
+    def chunk(self, parameter: nn.Parameter, local: Tensor) -> Tensor | Chunk:
+        """`local`: the shard is everything."""
+        return local
 
     def resident(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
         """The parameters themselves."""

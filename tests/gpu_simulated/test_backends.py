@@ -10,6 +10,7 @@ import torch
 from ssam_scale import Depth, SparseSAM
 from ssam_scale.masks import Dense, Mask, Scored
 from ssam_scale.sharding import World
+from ssam_scale.sharding.chunks import gathered
 from ssam_scale.sharding.place import place
 from tests.support.networks import batches, loss_fn, small_network
 from tests.support.pretended_gpu.watch import Watch
@@ -50,7 +51,7 @@ def train(opt: SparseSAM, device: torch.device, steps: int = 3) -> dict[str, tor
         if opt.refresh_is_due:
             opt.refresh(loss_fn, batch, samples=4)
         opt.step(loss_fn, batch)
-    weights: dict[str, torch.Tensor] = opt.sharding.full_model_state_dict(opt.sharding.network.model)
+    weights: dict[str, torch.Tensor] = gathered(opt.sharding.named_model_state(opt.sharding.network.model))
     return weights
 
 

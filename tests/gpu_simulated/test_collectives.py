@@ -17,6 +17,7 @@ from ssam_scale import Depth, SparseSAM
 from ssam_scale.masks import Dense, Mask, Named
 from ssam_scale.perturbation import Savings
 from ssam_scale.sharding import World
+from ssam_scale.sharding.chunks import gathered
 from ssam_scale.sharding.place import place
 from tests.support.networks import batches, loss_fn, small_network
 from tests.support.pretended_gpu.watch import Watch
@@ -173,9 +174,9 @@ def test_gathers_wait_for_weights_that_were_loaded(world: World) -> None:
     [batch] = [on(world.device, batch) for batch in batches(1, 8)]
     opt.step(loss_fn, batch)
     network = opt.sharding.network.model
-    weights = opt.sharding.full_model_state_dict(network)
+    weights = gathered(opt.sharding.named_model_state(network))
     with Watch(races=True) as watch:
-        opt.sharding.load_full_model_state_dict(network, weights)
+        opt.sharding.load_named_model_state(network, weights)
         opt.step(loss_fn, batch)
     assert watch.races == []
 

@@ -23,6 +23,7 @@ from ssam_scale.masks import Mask
 from ssam_scale.models import staged
 from ssam_scale.perturbation.reference import length_of
 from ssam_scale.sharding import World, join_world
+from ssam_scale.sharding.chunks import gathered
 from ssam_scale.sharding.place import place
 from tests.support.cases import CASES
 from tests.support.compiled import FORMS, Compiled, counting_graphs
@@ -161,7 +162,7 @@ def check_low_precision(
     for batch in data:
         masks.append(on_cpu(whole_mask(opt)))
         opt.step(loss, batch)
-    ended = opt.sharding.full_model_state_dict(opt.sharding.network.model)  # float32 masters if there are
+    ended = gathered(opt.sharding.named_model_state(opt.sharding.network.model))  # float32 masters if there are
     oracle, _ = reference(MOVING_CUT, masks)
     start = dict(MOVING_CUT.make_model().model.named_parameters())
     way = {name: (w - start[name]).detach() for name, w in oracle.named_parameters()}

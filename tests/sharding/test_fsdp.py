@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ssam_scale import Depth, Scored, SparseSAM
 from ssam_scale.perturbation.reference import length_of, reference_step
 from ssam_scale.sharding import World
+from ssam_scale.sharding.chunks import gathered
 from ssam_scale.sharding.place import place, sharding_of
 from tests.support.masks import whole_mask
 from tests.support.networks import batches, freeze_batchnorm, loss_fn, part, small_network
@@ -81,7 +82,7 @@ def five_steps(world: World, case: Case, opt: SparseSAM, *, slices: bool = True)
     for batch in batches(STEPS, BATCH):
         masks.append(whole_mask(opt))
         losses.append(world.sum(opt.step(case.loss_fn, part(batch, index, of))) / world.size)
-    state = opt.sharding.full_optimizer_state_dict(opt.sharding.network.model, opt.base_optimizer)
+    state = gathered(opt.sharding.named_optimizer_state(opt.sharding.network.model, opt.base_optimizer))
     entries = {f"{n}|{entry}": v for n, own in state.get("state", {}).items() for entry, v in own.items()}
     return {
         "weights": whole(opt),

@@ -24,6 +24,7 @@ from ssam_scale.masks import Dense, Mask
 from ssam_scale.perturbation import Stage, StagedModel
 from ssam_scale.perturbation.reference import length_of
 from ssam_scale.sharding import World
+from ssam_scale.sharding.chunks import gathered
 from ssam_scale.sharding.place import place, sharding_of
 from tests.support.masks import whole_mask
 from tests.support.networks import CLASSES, batches, freeze_batchnorm, part, small_network
@@ -105,7 +106,9 @@ def weights(engine: Any) -> list[Tensor]:
 def full_state(opt: SparseSAM) -> tuple[dict[str, Any], dict[str, Any]]:
     """Of the model and of the base optimizer."""
     sharding, network = opt.sharding, opt.sharding.network
-    return sharding.full_model_state_dict(network), sharding.full_optimizer_state_dict(network, opt.base_optimizer)
+    return gathered(sharding.named_model_state(network)), gathered(
+        sharding.named_optimizer_state(network, opt.base_optimizer)
+    )
 
 
 def loss_fn(forward: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -301,8 +304,8 @@ def _odd(world: World) -> list[dict[str, Any]]:
                 masks.append(whole_mask(opt))
                 own = part(batch, world.rank, world.size)
                 opt.step(case.loss_fn, *(part(own, i, case.accumulation) for i in range(case.accumulation)))
-            whole = opt.sharding.full_model_state_dict(model.model)
-            state = opt.sharding.full_optimizer_state_dict(model.model, opt.base_optimizer)
+            whole = gathered(opt.sharding.named_model_state(model.model))
+            state = gathered(opt.sharding.named_optimizer_state(model.model, opt.base_optimizer))
             kept = {"weights": whole, "state": state["state"]} if world.first else {}
             results.append({"kind": str(kind), "masks": masks, "read": weights(engine), **kept})
     return results
@@ -510,7 +513,7 @@ def _low_precision(world: World, kind: Kind) -> list[str]:
             masks.append(whole_mask(opt))
             opt.step(loss_fn, *(part(batch, i, accumulation) for i in range(accumulation)))
         expected = low_precision_reference(kind, masks, accumulation)
-        stepped = opt.sharding.full_model_state_dict(engine.module.model)
+        stepped = gathered(opt.sharding.named_model_state(engine.module.model))
         ended = [stepped[name] for name, _ in engine.module.model.named_parameters()]
         start = [p.detach().to(kind.precision) for p in small_network("vit").parameters()]
         error = distance(ended, expected) / distance(expected, start)
@@ -542,7 +545,9 @@ def _from_masters(world: World, kind: Kind) -> list[str]:
             opt.refresh(loss_fn, data[0])
         opt.step(loss_fn, data[0])  # the masters are no bf16 numbers any more
         sharding, named, kept = opt.sharding, opt.parameters.by_name, whole_mask(opt)
-        masters = {name: full.clone() for name, full in sharding.full_model_state_dict(engine.module.model).items()}
+        masters = {
+            name: full.clone() for name, full in gathered(sharding.named_model_state(engine.module.model)).items()
+        }
         engine.set_gradient_accumulation_boundary(True)
         engine.backward(loss_fn(engine, data[1]), scale_wrt_gas=False)
         gradients = sharding.gradients([named[name] for name in kept])
@@ -645,8 +650,8 @@ def _resumed(world: World, kind: Kind) -> list[str]:
     if not same(expected, ended(opt)):
         wrong.append("DeepSpeed's checkpoint")
     _, opt = started()
-    opt.sharding.load_full_model_state_dict(opt.sharding.network, whole[0][0])
-    opt.sharding.load_full_optimizer_state_dict(opt.sharding.network, opt.base_optimizer, whole[0][1])
+    opt.sharding.load_named_model_state(opt.sharding.network, whole[0][0])
+    opt.sharding.load_named_optimizer_state(opt.sharding.network, opt.base_optimizer, whole[0][1])
     opt.sparse.load_state_dict(sparse)
     if not same(expected, ended(opt)):
         wrong.append("whole state")

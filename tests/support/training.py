@@ -24,6 +24,7 @@ from ssam_scale.perturbation import (
 )
 from ssam_scale.perturbation.reference import length_of, masked_by, reference_gradient, reference_step
 from ssam_scale.sharding import World
+from ssam_scale.sharding.chunks import gathered
 from ssam_scale.sharding.place import place
 from tests.support.directions import Vectors, descended, seen_by_ascent
 from tests.support.masks import whole_mask
@@ -216,7 +217,7 @@ def train(
         named, sharding = opt.parameters.by_name, opt.sharding
         shards = sharding.shards(list(named.values()))
         weights = {n: sharding.gather(p, s.weight) for (n, p), s in zip(named.items(), shards, strict=True)}
-        state = sharding.full_optimizer_state_dict(model.model, opt.base_optimizer)
+        state = gathered(sharding.named_optimizer_state(model.model, opt.base_optimizer))
         entries = {f"{n}|{entry}": v for n, own in state.get("state", {}).items() for entry, v in own.items()}
         results.append(
             {

@@ -15,6 +15,7 @@ from ssam_scale.errors import UserError
 from ssam_scale.masks import Depth
 from ssam_scale.perturbation import Friendly, Previous, SparseSAM
 from ssam_scale.sharding import World
+from ssam_scale.sharding.chunks import gathered
 from ssam_scale.sharding.place import place
 from tests.support.networks import batches, part, small_network
 from tests.support.ranks import alone, run_ranks
@@ -47,7 +48,7 @@ def odd_step(world: World, backend: str, options: dict[str, Any]) -> tuple[list[
         named, sharding = opt.parameters.by_name, opt.sharding
         shards = sharding.shards(list(named.values()))
         found = {n: sharding.gather(p, s.weight).clone() for (n, p), s in zip(named.items(), shards, strict=True)}
-        kept = sharding.full_optimizer_state_dict(model.model, opt.base_optimizer).get("state", {})
+        kept = gathered(sharding.named_optimizer_state(model.model, opt.base_optimizer)).get("state", {})
         found |= {f"{n}|{e}": v.clone() for n, own in kept.items() for e, v in own.items() if torch.is_tensor(v)}
         found |= {f"buffer {n}": b.clone() for n, b in model.named_buffers()}
         for name, value in opt.sparse.state_dict().items():

@@ -15,6 +15,7 @@ from ssam_scale.config.direction_sections import FriendlyDirection
 from ssam_scale.masks import Plan
 from ssam_scale.perturbation.arithmetic import zero_unless_
 from ssam_scale.sharding import Sharding
+from ssam_scale.sharding.chunks import Chunk
 
 from .interface import DIRECTIONS, Ascending, Forgetful, Gradients, unscaled
 from .kept import Kept
@@ -91,8 +92,8 @@ class FriendlyGradient(Forgetful):
         """With what it has kept."""
         self._mean.take_over(before._mean)
 
-    def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """`friendly_mean`: m by parameter, full; not a number where there is none. Collective."""
+    def state_dict(self) -> dict[str, dict[str, Tensor | Chunk]]:
+        """`friendly_mean`: m by parameter; not a number where there is none."""
         return {"friendly_mean": self._mean.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ssam_scale.masks import BitMask, Plan, Subset, masked_scatter_, masked_select, pack
 from ssam_scale.sharding import ShardedWeights
+from ssam_scale.sharding.chunks import Chunk
 
 
 class Kept:
@@ -91,9 +92,9 @@ class Kept:
         return local
 
     @torch.no_grad()
-    def state_dict(self) -> dict[str, Tensor]:
-        """By parameter, full; not a number where nothing is kept. Collective."""
-        return {name: self._sharding.gather(p, self._spread(name)) for name, p in self._parameters.items()}
+    def state_dict(self) -> dict[str, Tensor | Chunk]:
+        """By parameter; not a number where nothing is kept."""
+        return {name: self._sharding.chunk(p, self._spread(name)) for name, p in self._parameters.items()}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:

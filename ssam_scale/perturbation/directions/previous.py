@@ -13,6 +13,7 @@ from ssam_scale.config.direction_sections import PreviousDirection
 from ssam_scale.masks import Plan, masked_select
 from ssam_scale.perturbation.arithmetic import at_least_fp32, squares, zero_unless_
 from ssam_scale.sharding import Sharding
+from ssam_scale.sharding.chunks import Chunk
 
 from .interface import DIRECTIONS, Forgetful, Gradients
 from .kept import Kept
@@ -75,8 +76,8 @@ class PreviousGradient(Forgetful):
         """With what it has kept."""
         self._gradient.take_over(before._gradient)
 
-    def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """`previous_gradient`: by parameter, full; not a number where nothing is kept. Collective."""
+    def state_dict(self) -> dict[str, dict[str, Tensor | Chunk]]:
+        """`previous_gradient`: by parameter; not a number where nothing is kept."""
         return {"previous_gradient": self._gradient.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ssam_scale.sharding import ShardedWeights
+from ssam_scale.sharding.chunks import Chunk
 
 from .registry import ScoreRequest, register_score
 
@@ -85,10 +86,10 @@ class AccumulatedFisher:
             size += score.numel()
         yield some
 
-    def state_dict(self) -> dict[str, list[Tensor]]:
-        """`scores`: copies of them, shaped like the full parameters, the same under every backend. Collective."""
+    def state_dict(self) -> dict[str, list[Tensor | Chunk]]:
+        """`scores`: copies of them, by parameter."""
         pairs = zip(self._parameters, self.scores, strict=True)
-        return {"scores": [self._sharding.gather(p, score).clone() for p, score in pairs]}
+        return {"scores": [self._sharding.chunk(p, score.clone()) for p, score in pairs]}
 
     def load_state_dict(self, state_dict: Mapping[str, Sequence[Tensor]]) -> None:
         """Take back what `state_dict` returned, under any backend and number of processes.

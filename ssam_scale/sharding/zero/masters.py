@@ -6,14 +6,16 @@ precise ones, and the optimizer's state, which DeepSpeed keeps by master.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ssam_scale.sharding.chunks import Chunk, SavedTensor, own_part, whole
 from ssam_scale.sharding.interface import Shard, ShardedWeights
 from ssam_scale.sharding.process_group import ProcessGroup
 
@@ -88,37 +90,35 @@ class MasterState:
             result.append(None if value is None else master.shard(value))
         return result
 
-    def full_model_state_dict(self: HasMasters, network: nn.Module) -> dict[str, Any]:
-        """Gathers one tensor after the other; of trained weights, their masters."""
+    def named_model_state(self: HasMasters, network: nn.Module) -> dict[str, Tensor | Chunk]:
+        """Of trained weights, their masters."""
         masters = _masters(self)
-        weights = {}
+        weights: dict[str, Tensor | Chunk] = {}
         for name, t in network.state_dict(keep_vars=True).items():
             if (master := masters.get(id(t))) is not None:
-                weights[name] = self.gather(t, master.shard(master.tensor.detach())).cpu().clone()
+                weights[name] = self.chunk(t, master.shard(master.tensor.detach()))
             elif isinstance(t, nn.Parameter):
-                weights[name] = self.gather(t, self.shards([t])[0].weight).cpu().clone()
+                weights[name] = self.chunk(t, self.shards([t])[0].weight)
             else:
-                weights[name] = t.cpu().clone()
+                weights[name] = t
         return weights
 
     @torch.no_grad()
-    def load_full_model_state_dict(self: HasMasters, network: nn.Module, state: dict[str, Any]) -> None:
+    def load_named_model_state(self: HasMasters, network: nn.Module, state: Mapping[str, Tensor | SavedTensor]) -> None:
         """Writes both the masters and the weights of the forward."""
         masters = _masters(self)
         for name, t in network.state_dict(keep_vars=True).items():
             if isinstance(t, nn.Parameter):
-                local = self.scatter(t, state[name])
+                local = own_part(self, t, state[name])
                 self.shards([t])[0].weight.copy_(local)
                 if (master := masters.get(id(t))) is not None:
                     master.shard(master.tensor).copy_(local)
             else:
-                t.copy_(state[name])
+                t.copy_(whole(state[name]))
         self.publish()
 
-    def full_optimizer_state_dict(
-        self: HasMasters, network: nn.Module, optimizer: torch.optim.Optimizer
-    ) -> dict[str, Any]:
-        """Gathers one tensor after the other."""
+    def named_optimizer_state(self: HasMasters, network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """By master, the run of each parameter's shard."""
         masters = _masters(self)
         state: dict[str, dict[str, Any]] = {}
         groups = [{**group, "params": []} for group in optimizer.param_groups]
@@ -128,7 +128,7 @@ class MasterState:
             groups[master.group]["params"].append(name)
             state[name] = {
                 # What is shaped like the master belongs to single weights, anything else to all of them (a step count).
-                entry: self.gather(p, master.shard(value)).cpu().clone()
+                entry: self.chunk(p, master.shard(value))
                 if isinstance(value, Tensor) and value.shape == master.tensor.shape
                 else value
                 for entry, value in optimizer.state.get(master.tensor, {}).items()
@@ -136,7 +136,7 @@ class MasterState:
         return {"state": state, "param_groups": groups}
 
     @torch.no_grad()
-    def load_full_optimizer_state_dict(
+    def load_named_optimizer_state(
         self: HasMasters, network: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
     ) -> None:
         """Writes the state of the masters."""
@@ -147,11 +147,11 @@ class MasterState:
                 continue
             mine = optimizer.state[master.tensor]
             for entry, value in state["state"].get(name, {}).items():
-                if isinstance(value, Tensor) and value.shape == self.full_shape(p):
+                if getattr(value, "shape", None) == self.full_shape(p):
                     mine.setdefault(entry, torch.zeros_like(master.tensor, dtype=value.dtype, requires_grad=False))
-                    master.shard(mine[entry]).copy_(self.scatter(p, value))
+                    master.shard(mine[entry]).copy_(own_part(self, p, value))
                 else:
-                    mine[entry] = value
+                    mine[entry] = whole(value)
             saved = group_of[name].items()
             optimizer.param_groups[master.group].update({key: value for key, value in saved if key != "params"})
 
@@ -167,6 +167,8 @@ class _HasShards(Protocol):
     def shards(self, parameters: Sequence[nn.Parameter]) -> list[Shard]: ...
 
     def full_shape(self, parameter: nn.Parameter) -> torch.Size: ...
+
+    def gather(self, parameter: nn.Parameter, local: Tensor) -> Tensor: ...
 
 
 class FlatShards:
@@ -184,6 +186,13 @@ class FlatShards:
         full = torch.zeros(shard.numel, dtype=dtype, device=local.device)
         full[shard.start : shard.start + local.numel()] = local.to(dtype)
         return self.shard_group.all_reduce(full).to(local.dtype).reshape(self.full_shape(parameter))
+
+    def chunk(self: _HasShards, parameter: nn.Parameter, local: Tensor) -> Tensor | Chunk:
+        """This rank's run."""
+        [shard], shape = self.shards([parameter]), self.full_shape(parameter)
+        if self.shard_group.size == 1:
+            return local.reshape(shape)
+        return Chunk(local, shard.start, shape, True, partial(self.gather, parameter, local))
 
     def scatter(self: _HasShards, parameter: nn.Parameter, full: Tensor) -> Tensor:
         """This rank's run."""

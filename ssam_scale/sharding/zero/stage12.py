@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ssam_scale.sharding.chunks import Chunk
 from ssam_scale.sharding.interface import Shard, WrittenWeights
 from ssam_scale.sharding.packed_all_gather import PackedAllGather, Run, WrittenParameter
 from ssam_scale.torch_compat import all_gather_single
@@ -126,6 +127,10 @@ class _FlatBuffers(FlatShards, MasterState):
         if id(parameter) not in self._group_of:
             return local.reshape(parameter.shape)
         return super().gather(parameter, local)
+
+    def chunk(self, parameter: nn.Parameter, local: Tensor) -> Tensor | Chunk:
+        """This rank's run; all of a frozen parameter."""
+        return super().chunk(parameter, local) if id(parameter) in self._group_of else local.reshape(parameter.shape)
 
     def master(self, parameter: nn.Parameter) -> Master:
         """The run in the master of this rank's partition."""

@@ -13,20 +13,25 @@
 
 `build.Components.state` says which parts a run has. A part's state is made of dictionaries, lists, plain values and
 tensors; each tensor goes to the part's safetensors file, and `{"$tensor": its name there}` takes its place in the JSON.
-Tensors are full, so a run goes on under another backend or number of processes. No generator's state is among them:
-what a step draws is a function of its place (`rng.seed_step`).
+Tensors are full; or the checkpoint is sharded (`layout.py`): process 3 has written `model.rank_00003.safetensors`, flat
+runs of sharded tensors, and the first process the others, too. A run goes on from either under another backend or
+number of processes, and reads no more than it needs of a tensor (`saved.py`). No generator's state is among them: what
+a step draws is a function of its place (`rng.seed_step`).
 
 `state.json` is format 5 (`format`): the run's `model`, `method` and `optimizer`, which a run that goes on must have
 too; its `config`; `micro_batches`, how a step was shared out; `evaluation`, if there was one of these weights;
-`files`, with `bytes` and `sha256` of each; `unbounded`, buffers that need not be finite; `parts`. Its first entry,
-`sha256`, is the digest of all bytes that follow it. A checkpoint appears under its name only when the disk has it: it
-is written beside it (`.….partial`) and renamed; one that is deleted is renamed first (`.….deleted`). One that a run has
-left behind, because it went on from an earlier one, is called `….superseded`. `.lock` says which job is at work, and
-`.starts.json` where the last starts of a job began, `.rollbacks.json` where the run has gone back to.
+`files`, with `bytes` and `sha256` of each; `unbounded`, buffers that need not be finite; `parts`. Of a sharded one,
+with each file `runs`: by tensor, where its run begins in the full one and how long it is, or null for a full one; and
+`shapes`, by part and tensor, of the full ones. The first entry, `sha256`, is the digest of all bytes that follow it. A
+checkpoint appears under its name only when the disk has it: it is written beside it (`.….partial`) and renamed; one
+that is deleted is renamed first (`.….deleted`). One that a run has left behind, because it went on from an earlier
+one, is called `….superseded`. `.lock` says which job is at work, `.starts.json` where the last starts of a job began,
+and `.rollbacks.json` where the run has gone back to.
 """
 
 from __future__ import annotations
 
+from .files import consolidate
 from .folder import check_fresh_directory, checkpoints, newest, resolve, set_aside
 from .hook import SaveCheckpoint, save
 from .lock import locked
@@ -43,6 +48,7 @@ __all__ = [
     "check_fresh_directory",
     "check_savable",
     "checkpoints",
+    "consolidate",
     "finished",
     "forget_rollbacks",
     "load",

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
+import secrets
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,13 +15,15 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ssam_scale.data.beton import checksum
 from ssam_scale.sharding import World
+from ssam_scale.sharding.chunks import whole
 
 from .parts import join, tensor_names
+from .saved import open_tensors, part_of
 
 FORMAT = 5
 STATE = "state.json"
@@ -31,31 +35,98 @@ _WEIGHTS = ("model", "ema")
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A checkpoint in memory, which training goes on without changing.
+    """A checkpoint in memory, or what this process holds of it, which training goes on without changing.
 
     Attributes:
         files: by name of the file without its suffix, tensors on the CPU by their names.
         state: what `state.json` says, but for digests.
         unbounded: names of buffers of the model that may hold infinities.
+        runs: where the checkpoint is sharded, of each file: by tensor, the place of its first element in the full
+            tensor and their number; None: it is a full tensor.
     """
 
     files: Mapping[str, Mapping[str, Tensor]]
     state: Mapping[str, Any]
     unbounded: tuple[str, ...] = ()
+    runs: Mapping[str, Mapping[str, tuple[int, int] | None]] | None = None
 
     @property
     def bytes(self) -> int:
-        """Of all tensors."""
+        """Of these tensors."""
         return sum(t.numel() * t.element_size() for tensors in self.files.values() for t in tensors.values())
 
 
 def not_finite(snapshot: Snapshot) -> str | None:
     """A weight of the model or of its average that is infinite or not a number, by its name."""
-    for name in _WEIGHTS:
-        for key, tensor in snapshot.files.get(name, {}).items():
+    for name, tensors in snapshot.files.items():
+        for key, tensor in tensors.items() if part_of(name) in _WEIGHTS else ():
             if not _is_finite(tensor) and key not in snapshot.unbounded:
                 return key
     return None
+
+
+def begin(final: Path) -> None:
+    """Make the folder, beside a checkpoint's place, that its files are written to.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    discard(final)
+    _partial(final).mkdir(parents=True)
+
+
+def discard(final: Path) -> None:
+    """Delete what was written since `begin`."""
+    shutil.rmtree(_partial(final), ignore_errors=True)
+
+
+def write_tensors(snapshot: Snapshot, final: Path) -> dict[str, Any]:
+    """Write the files of tensors, and wait until the disk has them; after `begin`, of whichever process.
+
+    Returns:
+        What `state.json` says of each.
+
+    Raises:
+        OSError: a file could not be written.
+        SafetensorError: the same.
+    """
+    partial, described = _partial(final), {}
+    partial.mkdir(exist_ok=True)  # on another machine its name may come late
+    (mode_of := partial / f".{secrets.token_hex(8)}").touch()
+    mode = mode_of.stat().st_mode
+    mode_of.unlink()
+    for name, tensors in snapshot.files.items():
+        if tensors:
+            file = partial / f"{name}.safetensors"
+            save_file(dict(tensors), file)
+            file.chmod(mode)  # safetensors files are private otherwise, also where the umask is not
+            _sync(file)
+            described[file.name] = {"bytes": file.stat().st_size, "sha256": checksum(file)}
+            if snapshot.runs is not None:
+                described[file.name]["runs"] = snapshot.runs[name]
+    return described
+
+
+def finish(snapshot: Snapshot, described: Mapping[str, Any], final: Path) -> None:
+    """Write `state.json` beside the other files, wait until the disk has all, and give the folder its name.
+
+    Args:
+        snapshot: of the first process.
+        described: what `write_tensors` returned, on all processes together.
+        final: the checkpoint's place.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    partial = _partial(final)
+    state = {**snapshot.state, "files": dict(described), "unbounded": list(snapshot.unbounded)}
+    (partial / STATE).write_text(state_text(state))
+    _sync(partial / STATE)
+    _sync(partial)
+    if final.exists():
+        remove(final)
+    partial.rename(final)
+    _sync(final.parent)
 
 
 def write(snapshot: Snapshot, final: Path) -> None:
@@ -65,29 +136,11 @@ def write(snapshot: Snapshot, final: Path) -> None:
         OSError: it could not be written; nothing half-written remains.
         SafetensorError: the same.
     """
-    partial = final.with_name(f".{final.name}.partial")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        described = {}
-        for name, tensors in snapshot.files.items():
-            if tensors:
-                file = partial / f"{name}.safetensors"
-                save_file(dict(tensors), file)
-                described[file.name] = {"bytes": file.stat().st_size, "sha256": checksum(file)}
-        state = {**snapshot.state, "files": described, "unbounded": list(snapshot.unbounded)}
-        (partial / STATE).write_text(state_text(state))
-        mode = (partial / STATE).stat().st_mode
-        for file in partial.iterdir():
-            file.chmod(mode)  # safetensors files are private otherwise, also where the umask is not
-            _sync(file)
-        _sync(partial)
-        if final.exists():
-            remove(final)
-        partial.rename(final)
-        _sync(final.parent)
+        begin(final)
+        finish(snapshot, write_tensors(snapshot, final), final)
     except (OSError, SafetensorError):
-        shutil.rmtree(partial, ignore_errors=True)
+        discard(final)
         raise
 
 
@@ -155,15 +208,43 @@ def problem_with(path: Path, world: World) -> str | None:
 def read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """What a checkpoint says of itself, and the state of each part; of one that `problem_with` has no objection to.
 
+    Returns:
+        Of the parts, a `SavedTensor` for each tensor, of which nothing has been read.
+
     Raises:
         ValueError: it cannot be read.
     """
     state = read_state(path)
     try:
-        files = {Path(name).stem: load_file(path / name) for name in state["files"]}
-        return state, {name: join(part, files.get(name, {})) for name, part in state["parts"].items()}
+        tensors = open_tensors(path, state)
+        return state, {name: join(part, tensors.get(name, {})) for name, part in state["parts"].items()}
     except (OSError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise ValueError(str(error)) from error
+
+
+def consolidate(path: Path, output: Path) -> Path:
+    """Write a checkpoint that processes have saved in shards as one of full tensors.
+
+    Args:
+        path: the checkpoint, sharded or not; stays as it is.
+        output: a folder; the checkpoint gets the same name in it.
+
+    Returns:
+        The new checkpoint.
+
+    Raises:
+        ValueError: `path` is no checkpoint, or damaged; or there is something in the new one's place.
+        OSError: it could not be written.
+    """
+    if (problem := problem_with(path, World())) is not None:
+        raise ValueError(f"checkpoint {path} cannot be read: {problem}")
+    if os.path.lexists(final := output / path.resolve().name):
+        raise ValueError(f"{final} exists; name another folder")
+    state = read_state(path)
+    tensors = whole(open_tensors(path, state))
+    unbounded = state.pop("unbounded")
+    write(Snapshot(tensors, {key: value for key, value in state.items() if key != "shapes"}, tuple(unbounded)), final)
+    return final
 
 
 def _problem_of(file: Path, state: Mapping[str, Any]) -> str | None:
@@ -175,10 +256,15 @@ def _problem_of(file: Path, state: Mapping[str, Any]) -> str | None:
         if checksum(file) != said["sha256"]:
             return f"{file.name} is damaged: its SHA-256 is not what was written"
         with safe_open(file, "pt") as tensors:
-            wanted, found = set(tensor_names(state["parts"].get(file.stem))), set(tensors.keys())
+            part = part_of(file.name)
+            wanted = set(said["runs"] if "runs" in said else tensor_names(state["parts"].get(part)))
+            found = set(tensors.keys())
             if wanted != found:
                 return f"{file.name}: {sorted(wanted ^ found)[0]} is {'missing' if wanted - found else 'too much'}"
-            if file.stem in _WEIGHTS:
+            for key, run in said.get("runs", {}).items():
+                if run is not None and tensors.get_slice(key).get_shape() != [run[1]]:
+                    return f"{file.name}: {key} does not have the {run[1]} elements that {STATE} says"
+            if part in _WEIGHTS:
                 for key in sorted(found.difference(state["unbounded"])):
                     if not _is_finite(tensors.get_tensor(key)):
                         return f"{file.name}: {key} is not finite"
@@ -188,11 +274,34 @@ def _problem_of(file: Path, state: Mapping[str, Any]) -> str | None:
 
 
 def _problem_of_parts(state: Mapping[str, Any]) -> str | None:
-    """Every part with tensors has a file."""
+    """Every tensor of a part is in its file; or in several, whose runs of it make it up."""
+    runs: dict[tuple[str, str], list[tuple[int, int] | None]] = {}
+    for file, said in state["files"].items():
+        for key, run in said.get("runs", {}).items():
+            runs.setdefault((part_of(file), key), []).append(run)
+    shapes = state.get("shapes", {})
     for name, part in state["parts"].items():
-        if f"{name}.safetensors" not in state["files"] and next(tensor_names(part), None) is not None:
-            return f"{name}.safetensors is not listed in {STATE}"
+        if f"{name}.safetensors" in state["files"]:
+            continue
+        for key in tensor_names(part):
+            if not (found := runs.get((name, key))):
+                return f"{name}.safetensors is not listed in {STATE}" if not runs else f"{name}: {key} is in no file"
+            if key not in shapes.get(name, {}):
+                if found != [None]:
+                    return f"{name}: {key} is in {len(found)} files"
+                continue
+            place = 0
+            for start, count in sorted(run for run in found if run is not None):
+                if start != place:
+                    return f"{name}: {key} is in pieces that do not fit at element {min(start, place):,}"
+                place += count
+            if place != math.prod(shapes[name][key]):
+                return f"{name}: {key} has {place:,} elements instead of {math.prod(shapes[name][key]):,}"
     return None
+
+
+def _partial(final: Path) -> Path:
+    return final.with_name(f".{final.name}.partial")
 
 
 def _is_finite(tensor: Tensor) -> bool:

@@ -7,7 +7,8 @@ import signal
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, NoReturn
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from safetensors import SafetensorError
@@ -22,9 +23,10 @@ from ssam_scale.train.agreement import Agreement, Asked
 from ssam_scale.train.hooks import Hook
 from ssam_scale.train.progress import Progress
 
-from .files import Snapshot, not_finite, write
+from .files import Snapshot, begin, discard, finish, not_finite, write, write_tensors
 from .folder import Place, drop_old, newest
 from .state import snapshot_of
+from .together import Together, Written
 from .writer import BackgroundWriter
 
 if TYPE_CHECKING:
@@ -131,9 +133,9 @@ class SaveCheckpoint(Hook):
         self._saved, self._saved_step = Place.of(progress), progress.step
         self._begun = self._clock()
         _raise_on_all(self._world, self._writer.wait())  # there is no memory for two copies
-        snapshot = snapshot_of(self._config, self._world, self._components, self._evaluate.of(progress))
-        if snapshot is not None:
-            self._writer.start(partial(_written, self._config, self._saved, snapshot))
+        write = _copied(self._config, self._world, self._components, self._evaluate.of(progress))
+        if write is not None:
+            self._writer.start(write)
 
     def _save_and_end(self, progress: Progress) -> NoReturn:
         self._signals.take_your_time()
@@ -153,30 +155,80 @@ def save(config: Config, world: World, components: Components, evaluation: Evalu
     Raises:
         UserError: the folder cannot be written; what was there is untouched and nothing half-written remains.
     """
+    write = _copied(config, world, components, evaluation)
+    _raise_on_all(world, "" if write is None else write())
+
+
+def _copied(
+    config: Config, world: World, components: Components, evaluation: Evaluation | None
+) -> Callable[[], str] | None:
+    """Copy what this process saves; what writes it, and returns the message of a failure, or none. Collective."""
     snapshot = snapshot_of(config, world, components, evaluation)
-    failure = "" if snapshot is None else _written(config, Place.of(components.progress), snapshot)
-    _raise_on_all(world, failure)
+    place = Place.of(components.progress)
+    if snapshot is None:
+        return None
+    if snapshot.runs is None:
+        return partial(_written, config, place, snapshot)
+    # The folder is there before any process writes to it.
+    failure = _tried(config, place, snapshot, begin) if world.first else ""
+    together = Together(world, world.first_says(Together.attempt()))
+    return partial(_written_together, config, world, place, snapshot, together, failure)
 
 
 def _written(config: Config, place: Place, snapshot: Snapshot) -> str:
     """Write a checkpoint and delete what is not to be kept; the message of a failure, empty if there was none."""
-    directory = config.checkpoint.directory
-    final = directory / str(place)
-    if (name := not_finite(snapshot)) is not None:
-        before = newest(directory)
-        return _NotFinite(
-            f"{name} is not finite after {place}, which is not saved; {f'{before} is sound, ' if before else ''}"
-            "a lower optimizer.lr or perturbation.rho may help"
-        )
+    if failure := _objection(config, place, snapshot):
+        return failure
+    if not (failure := _tried(config, place, snapshot, partial(write, snapshot))):
+        drop_old(config.checkpoint)
+    return failure
+
+
+def _written_together(
+    config: Config, world: World, place: Place, snapshot: Snapshot, together: Together, failure: str
+) -> str:
+    """Write this process's part of a checkpoint; on the first process complete it. Otherwise as `_written`."""
+    described: dict[str, Any] = {}
+
+    def write_own(final: Path) -> None:
+        described.update(write_tensors(snapshot, final))
+
+    failure = failure or _objection(config, place, snapshot) or _tried(config, place, snapshot, write_own)
+    together.tell(Written(described, failure, isinstance(failure, _NotFinite)))
+    if not world.first:
+        return failure
+    every = together.hear()
+    if failed := next((written for written in every if written.failure), None):
+        discard(config.checkpoint.directory / str(place))
+        return _NotFinite(failed.failure) if failed.not_finite else failed.failure
+    files = {name: said for written in every for name, said in written.files.items()}
+    if not (failure := _tried(config, place, snapshot, partial(finish, snapshot, files))):
+        drop_old(config.checkpoint)
+    return failure
+
+
+def _objection(config: Config, place: Place, snapshot: Snapshot) -> str:
+    """Why a snapshot is not to be saved; empty if it is."""
+    if (name := not_finite(snapshot)) is None:
+        return ""
+    before = newest(config.checkpoint.directory)
+    return _NotFinite(
+        f"{name} is not finite after {place}, which is not saved; {f'{before} is sound, ' if before else ''}"
+        "a lower optimizer.lr or perturbation.rho may help"
+    )
+
+
+def _tried(config: Config, place: Place, snapshot: Snapshot, write: Callable[[Path], object]) -> str:
+    """Write to a checkpoint's place; why that failed, empty if it did not."""
+    final = config.checkpoint.directory / str(place)
     try:
-        write(snapshot, final)
+        write(final)
     except (OSError, SafetensorError) as error:
-        free = shutil.disk_usage(existing(directory)).free
+        free = shutil.disk_usage(existing(final.parent)).free
         return (
             f"checkpoint.directory: {final} was not written: {error} "
             f"(needs {snapshot.bytes / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are free)"
         )
-    drop_old(config.checkpoint)
     return ""
 
 
@@ -193,8 +245,8 @@ def _raise_on_all(world: World, failure: str) -> None:
         NotFiniteError: some process has found a weight that is not finite.
         UserError: some process has the message of another failure.
     """
-    not_finite = isinstance(failure, _NotFinite)
-    kind = int(world.sum(torch.tensor(2 if not_finite else int(bool(failure)), device=world.device)))
-    if kind:  # only the first process writes
-        error = NotFiniteError if kind == 2 else UserError
-        raise error(failure or "the first process could not write the checkpoint; its message says why")
+    own = torch.tensor([bool(failure), isinstance(failure, _NotFinite)], dtype=torch.int32, device=world.device)
+    failed, not_finite = world.sum(own).tolist()
+    if failed:
+        error = NotFiniteError if not_finite else UserError
+        raise error(failure or "another process could not write the checkpoint; its message says why")

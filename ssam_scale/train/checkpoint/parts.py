@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -11,12 +11,24 @@ from torch import Tensor, nn
 from ssam_scale.perturbation import SparseSAM
 from ssam_scale.perturbation.fused import fit_state
 from ssam_scale.sharding import Sharding
+from ssam_scale.sharding.chunks import Chunk, gathered, whole
 
 _TENSOR = "$tensor"
 
 
+@runtime_checkable
+class ShardedStateful(Protocol):
+    """A part of a checkpoint with a state that is sharded over the processes: `Stateful`, and the state in chunks."""
+
+    def sharded_state_dict(self) -> dict[str, Any]:
+        """What `state_dict` returns in full. Collective."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take back what `state_dict` or `sharded_state_dict` returned, in full. Collective."""
+
+
 class ModelState:
-    """Weights and buffers as a part of a checkpoint, in full tensors.
+    """Weights and buffers as a part of a checkpoint.
 
     Args:
         network: the part of the model that names the parameters.
@@ -27,17 +39,21 @@ class ModelState:
         self._network, self._sharding = network, sharding
 
     def state_dict(self) -> dict[str, Any]:
-        """By name; complete on the first process. Collective."""
-        return dict(self._sharding.full_model_state_dict(self._network))
+        """By name, in full tensors. Collective."""
+        return dict(gathered(self.sharded_state_dict()))
+
+    def sharded_state_dict(self) -> dict[str, Any]:
+        """By name."""
+        return dict(self._sharding.named_model_state(self._network))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take back what `state_dict` returned. Collective."""
-        self._sharding.load_full_model_state_dict(self._network, state_dict)
+        self._sharding.load_named_model_state(self._network, state_dict)
         torch.clear_autocast_cache()  # an autocast around this may remember low-precision copies of those before
 
 
 class OptimizerState:
-    """The base optimizer's state as a part of a checkpoint, by parameter and in full tensors.
+    """The base optimizer's state as a part of a checkpoint, by parameter.
 
     Args:
         network: the part of the model that names the parameters.
@@ -48,13 +64,17 @@ class OptimizerState:
         self._network, self._opt = network, opt
 
     def state_dict(self) -> dict[str, Any]:
-        """`state` and `param_groups`, by parameters' names; complete on the first process. Collective.
+        """What `sharded_state_dict` returns, in full tensors. Collective."""
+        return dict(gathered(self.sharded_state_dict()))
+
+    def sharded_state_dict(self) -> dict[str, Any]:
+        """`state` and `param_groups`, by parameters' names. Collective.
 
         And `own`, what the optimizer's own `state_dict` has beside these two (kron: its generator's state).
         """
         base = self._opt.base_optimizer
         self._opt.sharding.reshard()  # after an evaluation FSDP2's root shows gathered weights as its parameters
-        state = dict(self._opt.sharding.full_optimizer_state_dict(self._network, base))
+        state = self._opt.sharding.named_optimizer_state(self._network, base)
         own = _own_state(base)
         return {**state, "own": own} if own else state
 
@@ -67,8 +87,9 @@ class OptimizerState:
         # `initial_lr` is what the radius that follows the learning rate compares it with.
         keys = [*opt.defaults, "initial_lr"]
         configured = [{key: group[key] for key in keys if key in group} for group in opt.param_groups]
-        own, saved = state_dict.get("own"), {key: value for key, value in state_dict.items() if key != "own"}
-        opt.sharding.load_full_optimizer_state_dict(self._network, opt.base_optimizer, saved)
+        own, saved = whole(state_dict.get("own")), {key: value for key, value in state_dict.items() if key != "own"}
+        saved["param_groups"] = whole(saved["param_groups"])  # an option may be a tensor
+        opt.sharding.load_named_optimizer_state(self._network, opt.base_optimizer, saved)
         if own:
             opt.base_optimizer.load_state_dict({**opt.base_optimizer.state_dict(), **_tuples(own)})
         for group, options in zip(opt.param_groups, configured, strict=True):
@@ -106,14 +127,14 @@ def _tuples(value: Any) -> Any:
     return tuple(_tuples(each) for each in value) if isinstance(value, list) else value
 
 
-def split(value: Any, tensors: dict[str, Tensor], name: str = "") -> Any:
+def split(value: Any, tensors: dict[str, Tensor | Chunk], name: str = "") -> Any:
     """`value` as JSON, its tensors put into `tensors` under the keys that lead to them, joined by dots.
 
     Raises:
         TypeError: there is something in it that is neither a tensor nor JSON.
         ValueError: two tensors have one name.
     """
-    if isinstance(value, Tensor):
+    if isinstance(value, (Tensor, Chunk)):
         if name in tensors:
             raise ValueError(f"two tensors of a checkpoint have the name {name}")
         tensors[name] = value
@@ -128,7 +149,7 @@ def split(value: Any, tensors: dict[str, Tensor], name: str = "") -> Any:
     raise TypeError(f"a checkpoint cannot hold {name or 'a state'}, which is a {type(value).__name__}")
 
 
-def join(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+def join(value: Any, tensors: Mapping[str, Any]) -> Any:
     """What `split` was given, tuples as lists.
 
     Raises:

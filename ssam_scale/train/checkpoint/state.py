@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ssam_scale.config.micro_batches import MicroBatches
@@ -15,11 +14,13 @@ from ssam_scale.config.schema import Config
 from ssam_scale.errors import UserError
 from ssam_scale.models import build_model
 from ssam_scale.sharding import World
+from ssam_scale.sharding.chunks import Chunk, SavedTensor, whole
 from ssam_scale.tracking.store import plain_values
 from ssam_scale.train.progress import Progress
 
 from .files import FORMAT, Snapshot, read, read_state
-from .parts import split
+from .layout import saved_sharded
+from .parts import ShardedStateful, split
 
 if TYPE_CHECKING:
     from ssam_scale.train.build import Components
@@ -32,7 +33,9 @@ _REFUSED = {"sparse": "; perturbation.mask must be the one it was saved with"}
 
 
 def snapshot_of(config: Config, world: World, components: Components, evaluation: Evaluation | None) -> Snapshot | None:
-    """A copy of all that is saved, on the first process; None on the others. Collective.
+    """A copy of what this process saves; None where that is nothing. Collective.
+
+    That is everything on the first process, or of a sharded checkpoint each one's own chunks.
 
     Args:
         config: of the run.
@@ -40,26 +43,55 @@ def snapshot_of(config: Config, world: World, components: Components, evaluation
         components: whose state it is.
         evaluation: of the weights as they are, if there was one.
     """
-    parts = {name: part.state_dict() for name, part in components.state.items()}
-    if not world.first:
-        return None
-    files: dict[str, dict[str, Tensor]] = {name: {} for name in parts}
+    leaves: dict[str, dict[str, Tensor | Chunk]] = {name: {} for name in components.state}
     state = {
         **_description(config),
         "config": plain_values(config),
         "micro_batches": asdict(components.split),
         "evaluation": None if evaluation is None else asdict(evaluation),
-        "parts": {name: split(part, files[name]) for name, part in parts.items()},
+        "parts": {
+            name: split(
+                part.sharded_state_dict() if isinstance(part, ShardedStateful) else part.state_dict(), leaves[name]
+            )
+            for name, part in components.state.items()
+        },
     }
     weights = {name for name, _ in components.network.named_parameters(remove_duplicate=False)}
-    buffers = (files["model"].keys() | files.get("ema", {}).keys()) - weights
-    unbounded = {name for name in buffers if not name.endswith(("running_mean", "running_var"))}
-    copies = {name: {key: _copy(t) for key, t in tensors.items()} for name, tensors in files.items()}
-    return Snapshot(copies, state, tuple(sorted(unbounded)))
+    buffers = (leaves["model"].keys() | leaves.get("ema", {}).keys()) - weights
+    unbounded = tuple(sorted(name for name in buffers if not name.endswith(("running_mean", "running_var"))))
+    if saved_sharded(config.checkpoint.format, leaves, world):
+        return _own_chunks(world, leaves, state, unbounded)
+    files: dict[str, dict[str, Tensor]] = {name: {} for name in leaves}
+    for name, of_part in leaves.items():
+        for key, leaf in of_part.items():
+            full = leaf.gather() if isinstance(leaf, Chunk) else leaf  # collective, also where it is thrown away
+            if world.first:
+                files[name][key] = _copy(full)
+    return Snapshot(files, state, unbounded) if world.first else None
+
+
+def _own_chunks(
+    world: World, leaves: dict[str, dict[str, Tensor | Chunk]], state: dict[str, Any], unbounded: tuple[str, ...]
+) -> Snapshot:
+    files: dict[str, dict[str, Tensor]] = {}
+    runs: dict[str, dict[str, tuple[int, int] | None]] = {}
+    shapes: dict[str, dict[str, list[int]]] = {}
+    for part, of_part in leaves.items():
+        name = f"{part}.rank_{world.rank:05d}"
+        files[name], runs[name], shapes[part] = {}, {}, {}
+        for key, leaf in of_part.items():
+            if isinstance(leaf, Chunk):
+                shapes[part][key] = list(leaf.shape)
+                if leaf.primary:
+                    files[name][key] = _copy(leaf.local.reshape(-1))
+                    runs[name][key] = leaf.start, leaf.local.numel()
+            elif world.first:
+                files[name][key], runs[name][key] = _copy(leaf), None
+    return Snapshot(files, {**state, "shapes": shapes}, unbounded, runs)
 
 
 def load(path: Path, config: Config, components: Components) -> None:
-    """Take up the run that `path` was saved of. Collective; every process reads the files.
+    """Take up the run that `path` was saved of. Collective; every process reads what it needs of the files.
 
     Raises:
         UserError: the checkpoint is damaged, or of another model, method, optimizer or mask; nothing was loaded then.
@@ -77,7 +109,8 @@ def load(path: Path, config: Config, components: Components) -> None:
     for name, part in components.state.items():
         if name in saved:
             try:
-                part.load_state_dict(saved[name])
+                sharded = isinstance(part, ShardedStateful)
+                part.load_state_dict(saved[name] if sharded else whole(saved[name]))
             except ValueError as error:
                 raise UserError(f"checkpoint {path}: {error}{_REFUSED.get(name, '')}") from error
     # The saved run's may have been others: of another batch size, or another number of images or processes.
@@ -123,9 +156,8 @@ def place_in_data(path: Path) -> tuple[int, int]:
 
 def network_of(path: Path, config: Config) -> nn.Module:
     """What a checkpoint has trained, timm's model on the CPU: with the averaged weights, if there are any."""
-    weights = load_file(path / "model.safetensors")
-    if (averaged := path / "ema.safetensors").is_file():
-        weights |= load_file(averaged)
+    _, saved = read(path)
+    weights = whole({**saved["model"], **saved.get("ema", {})})
     with torch.random.fork_rng(devices=[]):
         network = build_model(config).model
     network.load_state_dict(weights)
@@ -139,7 +171,9 @@ def _copy(tensor: Tensor) -> Tensor:
     return tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
-def _check(path: Path, config: Config, state: dict[str, Any], saved: dict[str, Tensor], components: Components) -> None:
+def _check(
+    path: Path, config: Config, state: dict[str, Any], saved: dict[str, SavedTensor], components: Components
+) -> None:
     mine = {
         name: (tuple(components.opt.sharding.full_shape(t) if isinstance(t, nn.Parameter) else t.shape), _kind(t))
         for name, t in components.network.state_dict(keep_vars=True).items()
@@ -163,7 +197,7 @@ def _check(path: Path, config: Config, state: dict[str, Any], saved: dict[str, T
         )
 
 
-def _check_averages(path: Path, saved: dict[str, Tensor], components: Components) -> None:
+def _check_averages(path: Path, saved: dict[str, SavedTensor], components: Components) -> None:
     if components.ema is None:
         return
     mine, theirs = components.ema.shapes(), {name: tuple(t.shape) for name, t in saved.items()}
@@ -175,9 +209,9 @@ def _check_averages(path: Path, saved: dict[str, Tensor], components: Components
         )
 
 
-def _kind(tensor: Tensor) -> str:
+def _kind(tensor: Tensor | SavedTensor) -> str:
     """What must be alike of dtypes: weights of any precision go on in any other."""
-    return "" if tensor.is_floating_point() else f" of {tensor.dtype}".replace("torch.", "")
+    return "" if tensor.dtype.is_floating_point else f" of {tensor.dtype}".replace("torch.", "")
 
 
 def _description(config: Config) -> dict[str, Any]:
