@@ -22,7 +22,8 @@ from .kinds import AT_REST, LIVE, MISUSE, Fault
 from .training import HangError, Running, Training
 
 ONE_PROCESS = "one process"
-BACKENDS = (ONE_PROCESS, "ddp", "fsdp2", "zero1", "zero2", "zero3")
+SHARDED = ", sharded checkpoints"
+BACKENDS = (ONE_PROCESS, "ddp", "fsdp2", f"fsdp2{SHARDED}", "zero1", "zero2", "zero3", f"zero3{SHARDED}")
 
 BATCH, STEPS = 8, 6  # of 48 images
 SECTIONS: dict[str, Any] = {
@@ -137,7 +138,7 @@ def happen(backends: Sequence[str], events: int, seed: int, epochs: int, home: P
             mine,
             random.Random(f"{seed} {backend}"),
             epochs,
-            home / backend.replace(" ", "_"),
+            home / re.sub(r"\W+", "_", backend),
             home / "data",
             deck,
             result,
@@ -153,7 +154,9 @@ def _happen_to(
         home / "run.yaml", data, **SECTIONS, train={"epochs": epochs, "eval_epochs": epochs, "ema_decay": 0.9}
     )
     alone = backend == ONE_PROCESS
-    overrides = f"data.batch_size={BATCH}", *([] if alone else [f"sharding.backend={backend}"])
+    where = [] if alone else [f"sharding.backend={backend.removesuffix(SHARDED)}"]
+    layout = "sharded" if backend.endswith(SHARDED) else "whole"
+    overrides = f"data.batch_size={BATCH}", f"checkpoint.format={layout}", *where
     open_store(f"sqlite:///{home}/empty.db", create=True)  # which takes seconds
 
     def training(name: str) -> Training:
@@ -285,9 +288,7 @@ class _Interrupted:
             (75,): "saved, exit code 75",
             (2,): "ended with the reason, exit code 2",
         }.get(tuple(sorted(set(run.codes))), "went on from the last checkpoint")
-        if fault.parts and "Traceback" in run.said:
-            outcome += ", the other rank failed with a traceback"
-        problem = self._problem_of_start(run, may_fail=fault.parts)
+        problem = self._problem_of_start(run)
         if fault.code is not None and set(run.codes) != {fault.code}:
             problem = f"exit codes {codes}"
         elif fault.code is None and {0, MISUSE} & set(run.codes):
@@ -296,9 +297,9 @@ class _Interrupted:
             problem = f"nobody says {fault.says!r}: {_last_line(run.said)}"
         return self._event(fault.name, outcome, problem)
 
-    def _problem_of_start(self, run: Running, may_fail: bool = False) -> str:
+    def _problem_of_start(self, run: Running) -> str:
         """What must hold of every start, however it ended."""
-        if "Traceback" in run.said and not may_fail:
+        if "Traceback" in run.said:
             return f"a traceback: {_last_line(run.said[run.said.index('Traceback') :])}"
         if self._damaged and self._damaged not in run.said and "epochs of" in run.said:
             return f"nobody says {self._damaged!r}"
@@ -334,11 +335,11 @@ class _Interrupted:
     def _compare(self) -> None:
         """The final checkpoint, and what was recorded."""
         expected = read_state(self._whole.checkpoints / self._whole.last)["files"]
-        self.chain.uninterrupted = expected["model.safetensors"]["sha256"]
+        self.chain.uninterrupted = _digest(expected)
         if not self.training.is_complete():
             return
         found = read_state(self.training.checkpoints / self.training.last)["files"]
-        self.chain.interrupted = found["model.safetensors"]["sha256"]
+        self.chain.interrupted = _digest(found)
         if found != expected:
             names = [name for name in expected if found.get(name) != expected[name]]
             self.chain.problem = self.chain.problem or f"{', '.join(names)} is another"
@@ -352,6 +353,11 @@ class _Interrupted:
         ):
             if points:
                 self.chain.problem = self.chain.problem or f"{what}: {', '.join(map(str, list(points)[:3]))}"
+
+
+def _digest(files: dict[str, Any]) -> str:
+    """SHA-256 of the weights; of those in several files the first one's."""
+    return str(next(files[name]["sha256"] for name in sorted(files) if name.startswith("model.")))
 
 
 def recorded(training: Training) -> list[tuple[str, int, float]]:

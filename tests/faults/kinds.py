@@ -30,7 +30,6 @@ class Fault:
         code: that all ranks end with; None: whatever it is, but 0.
         says: what one of them says.
         shared: whether it takes several processes.
-        parts: whether it leaves ranks alone that wait for one which is gone.
         early: whether it comes before anything is saved.
         loses_records: whether metrics may be lost, because neither the store nor the disk takes them.
     """
@@ -40,7 +39,6 @@ class Fault:
     code: int | None = None
     says: str = ""
     shared: bool = False
-    parts: bool = False
     early: bool = False
     loses_records: bool = False
 
@@ -134,7 +132,7 @@ def _store_away(run: Running, draw: random.Random) -> None:
 
 
 LIVE = (
-    Fault("SIGKILL of one rank", _kill_one, shared=True, parts=True),
+    Fault("SIGKILL of one rank", _kill_one, shared=True),
     Fault("SIGKILL of all processes", _kill_all),
     Fault("SIGKILL of all before the first step", _kill_early, early=True),
     Fault("SIGKILL of all while a checkpoint is written or deleted", _kill_while_writing),
@@ -142,7 +140,7 @@ LIVE = (
     Fault("SIGTERM to one rank", _terminate_one, code=SAVED, says="SIGTERM: saved as"),
     Fault("SIGTERM to the launcher, which passes it on", _terminate_all, code=SAVED, says="SIGTERM: saved as"),
     Fault("SIGUSR1 to all ranks", _usr1_to_all, code=SAVED, says="SIGUSR1: saved as"),
-    Fault("SIGSTOP of one rank, then SIGKILL", _stop_and_kill, parts=True),
+    Fault("SIGSTOP of one rank, then SIGKILL", _stop_and_kill),
     Fault("SIGSTOP of one rank, SIGCONT, then SIGTERM", _stop_and_terminate, code=SAVED, says="SIGTERM: saved as"),
     Fault("full disk", _full_disk, code=MISUSE, says="was not written: ", loses_records=True),
     Fault("tracking store away, then SIGTERM", _store_away, code=SAVED, says="ssam-scale send"),
@@ -179,7 +177,7 @@ def _hole(folder: Path, draw: random.Random) -> None:
 def _exchange(folder: Path, draw: random.Random) -> None:
     """A file of the checkpoint before, which is whole in itself."""
     *_, older, _ = checkpoints(folder.parent)
-    file = folder / "model.safetensors"
+    file = draw.choice(sorted(folder.glob("model.*")))
     file.write_bytes((older / file.name).read_bytes())
 
 
