@@ -303,7 +303,8 @@ class _Interrupted:
             return f"a traceback: {_last_line(run.said[run.said.index('Traceback') :])}"
         if self._damaged and self._damaged not in run.said and "epochs of" in run.said:
             return f"nobody says {self._damaged!r}"
-        if "epochs of" in run.said:
+        # One that is killed before its first step may have set it aside already.
+        if "epochs of" in run.said or (self._damaged and not Path(self._damaged.split()[1]).exists()):
             self._damaged = ""
         for path in checkpoints(self.training.checkpoints):
             if not self._damaged and (problem := problem_with(path, World())) is not None:
