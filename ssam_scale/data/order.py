@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 Indices = NDArray[np.int64]
 
-LANES = 64
-"""Parts of an epoch that are read side by side in the order by pages; processes share them out."""
+LANES, GROUP = 64, 4
+"""Parts of an epoch that are read side by side in the order by pages, and how many of them a process has, at the least:
+neighbours in a batch, which mixup mixes, are of other pages."""
 
 
 class Order(Protocol):
@@ -71,7 +72,8 @@ class PageOrder:
     The pages are shuffled, and cut into `LANES` parts of as many images. Of each lane the images of `window` pages
     after one another are shuffled, and the k-th image of the epoch is of lane k mod `LANES`: so a batch is drawn from
     `LANES · window` pages, others in each epoch, and a process, which takes the lanes that are its share of each
-    batch, reads no others. Nothing of the order depends on the number of processes or on the batch size.
+    batch, reads no others; of more than `LANES / GROUP` processes neighbours have pages in common. Nothing of the
+    order depends on the number of processes or on the batch size.
 
     Args:
         pool: the images that are read.
@@ -96,10 +98,10 @@ class PageOrder:
         return order
 
     def shared(self, images: Indices, first: int) -> Indices:
-        """By lane."""
+        """By group of lanes."""
         count, together = images.shape
-        lanes = (first + np.arange(count * together).reshape(images.shape)) % LANES
-        return np.take_along_axis(images, np.argsort(lanes, axis=1, kind="stable"), axis=1)
+        groups = (first + np.arange(count * together).reshape(images.shape)) % LANES // GROUP
+        return np.take_along_axis(images, np.argsort(groups, axis=1, kind="stable"), axis=1)
 
     def _drawn(self, images: Indices, draw: np.random.Generator, first_lane: int = 0) -> Indices:
         if not len(images):
