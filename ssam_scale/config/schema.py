@@ -99,8 +99,17 @@ class Data(Section):
     crop_scale: tuple[float, float] = Field((0.08, 1.0), description="area of the random crop, share of the image")
     crop_ratio: tuple[float, float] = Field((0.75, 4.0 / 3.0), description="aspect ratio of the random crop")
     flip: Share = Field(0.5, description="probability of a horizontal flip")
-    order: Literal["random", "quasi_random"] = Field(
-        "random", description="quasi_random reads nearly sequentially (slow disks, little memory); one process only"
+    order: Literal["random", "pages"] = Field(
+        "random",
+        description="random: a shuffle of all images, for files that fit in memory; pages: each process reads pages of "
+        "its own, whole and one after another, and images are shuffled within windows of them",
+    )
+    memory: float = Field(
+        8.0,
+        gt=0.0,
+        le=10**6,
+        description="GiB of data.train that order pages keeps in memory, of all machines together: the larger, the "
+        "more pages each batch is drawn from",
     )
     workers: int | None = Field(
         None, ge=1, le=1024, description="loader threads per process; null: the cores it may use"
@@ -592,21 +601,10 @@ class Config(Section):
                 f"data.batch_size {self.data.batch_size} is not a multiple of "
                 f"train.accumulation {self.train.accumulation}"
             )
-        if self.data.subset is not None and self.data.order == "quasi_random":
-            raise ValueError("data.subset needs data.order: random; quasi_random reads whole pages of the file")
         if self.schedule.warmup_epochs >= self.train.epochs and self.schedule.warmup_epochs > 0:
             raise ValueError(
                 f"schedule.warmup_epochs {self.schedule.warmup_epochs} must be less than "
                 f"train.epochs {self.train.epochs}"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _another_order(self) -> Config:
-        if self.train.on_nonfinite == "rollback" and self.data.order == "quasi_random":
-            raise ValueError(
-                "train.on_nonfinite rollback goes on in another order, and data.order quasi_random has one an epoch; "
-                "use order random, or skip"
             )
         return self
 

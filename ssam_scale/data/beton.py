@@ -72,6 +72,10 @@ class Beton:
     """[images] label of each image."""
     pixels: NDArray[np.int64]
     """[images] height times width of each image."""
+    pages: NDArray[np.int64]
+    """[images] the page that each image lies in, counted from the file's beginning."""
+    page_size: int
+    """Bytes of a page."""
     jpegs: int
     sidecar: Sidecar | None
 
@@ -230,7 +234,8 @@ def _inspect(path: Path) -> Beton:
             f"{path}: {images:,} images in {size:,} bytes, but {Sidecar.path(path).name} describes {sidecar.images:,} "
             f"images in {sidecar.file_bytes:,} bytes; copy both again, or write the file again"
         )
-    return Beton(path, size, meta["f1"].astype(np.int64), pixels, int((~raw).sum()), sidecar)
+    pages = (image["data_ptr"] // np.uint64(page)).astype(np.int64)
+    return Beton(path, size, meta["f1"].astype(np.int64), pixels, pages, page, int((~raw).sum()), sidecar)
 
 
 def checksum(path: Path, advance: Callable[[int], None] = lambda _: None) -> str:

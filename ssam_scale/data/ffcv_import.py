@@ -34,7 +34,6 @@ try:
     from ffcv.pipeline.pipeline_spec import PipelineSpec
     from ffcv.pipeline.state import State
     from ffcv.transforms import ToTensor
-    from ffcv.traversal_order import QuasiRandom
     from ffcv.traversal_order.base import TraversalOrder
     from ffcv.types import ALLOC_TABLE_TYPE, FieldDescType, HeaderType, get_metadata_type
 except ImportError as error:
@@ -77,7 +76,6 @@ __all__ = [
     "Operation",
     "OrderOption",
     "PipelineSpec",
-    "QuasiRandom",
     "RGBImageField",
     "State",
     "ToTensor",

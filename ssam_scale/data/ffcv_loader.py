@@ -9,6 +9,7 @@ takes two loaders at once only in some of its variants and accepts no more worke
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -30,18 +31,17 @@ from ssam_scale.data.ffcv_import import (
     Operation,
     OrderOption,
     PipelineSpec,
-    QuasiRandom,
     State,
     ToTensor,
     TraversalOrder,
     lib,
 )
+from ssam_scale.data.order import Indices, Order, PageOrder, share
+from ssam_scale.data.read_ahead import ReadAhead, most_at_once, spans
 from ssam_scale.data.truncated import MappedFile
 from ssam_scale.errors import UserError
 
 augment.bind(lib)
-
-Indices = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -62,10 +62,21 @@ class ImageDecoder(Operation):
     def __init__(self, path: Path, view: View, workers: int) -> None:
         super().__init__()
         self.epoch = 0
+        self.read_ahead: ReadAhead | None = None
+        self._place = 0  # of the next image, in what this process reads of the epoch
         self._file = MappedFile(path)
         self._view = view
         self._workers = workers
         self._pool = ThreadPoolExecutor(workers, "decode") if workers > 1 else None
+
+    def begin(self, epoch: int, read_ahead: ReadAhead | None) -> None:
+        """What is decoded next is of this epoch, whose pages are perhaps read ahead.
+
+        Raises:
+            UserError: the file is not the one that it was.
+        """
+        self._file.check_unchanged()
+        self.epoch, self.read_ahead, self._place = epoch, read_ahead, 0
 
     def declare_state_and_memory(self, previous_state: State) -> tuple[State, AllocationQuery]:
         """What FFCV asks: the shape of the output and the memory for it."""
@@ -80,7 +91,7 @@ class ImageDecoder(Operation):
         fields = metadata[indices]
         pointers = fields["data_ptr"]
         sizes = storage[2][np.searchsorted(storage[1], pointers)].astype(np.int64)
-        data, starts = _located(storage, pointers)
+        data, starts = np.asarray(storage[0]), pointers.astype(np.int64)  # the whole file, mapped
         indices = np.asarray(indices, np.int64)
         jpegs = fields["mode"] == JPEG
         heights, widths = fields["height"].astype(np.int64), fields["width"].astype(np.int64)
@@ -106,18 +117,10 @@ class ImageDecoder(Operation):
                 f"{path}: image {indices[bad][0]} is damaged; copy or write the file again "
                 f"(`ssam-scale data check {path}`)"
             )
+        self._place += len(indices)
+        if self.read_ahead is not None:
+            self.read_ahead.advance(self._place)
         return out[: len(indices)]
-
-
-def _located(storage: Any, pointers: NDArray[np.uint64]) -> tuple[NDArray[np.uint8], Indices]:
-    """The memory that images lie in, as [bytes], and where in it, for pointers into the file."""
-    if len(storage) == 3:  # the whole file, mapped
-        return np.asarray(storage[0]), pointers.astype(np.int64)
-    memory, _, _, page_to_slot = storage  # the pages that are in memory now
-    page_size = memory.shape[1]
-    pages = (pointers // np.uint64(page_size)).astype(np.int64)
-    offsets = (pointers % np.uint64(page_size)).astype(np.int64)
-    return memory.reshape(-1), page_to_slot[pages].astype(np.int64) * page_size + offsets
 
 
 class LabelDecoder(Operation):
@@ -151,57 +154,27 @@ class IndexDecoder(LabelDecoder):
         return decode
 
 
-class SlicedShuffle(TraversalOrder):
-    """A shuffle of the images per epoch, of which each process takes its slice of each batch.
+class SharedOrder(TraversalOrder):
+    """An `Order` of which one process reads its share.
 
-    The k-th batches of all processes together are the k-th batch of one process with as large a batch, so that a run
-    does not depend on how many processes share it.
+    Args:
+        order: of all processes.
+        rank: of this process.
+        processes: how many.
+        batch: images in a batch of this process.
     """
 
-    def __init__(self, pool: Indices, seed: int, rank: int, world_size: int, batch: int) -> None:
+    def __init__(self, order: Order, rank: int, processes: int, batch: int) -> None:
         # FFCV's base class wants the loader, which does not exist before its order; nothing in there is needed.
-        self._pool, self._seed = pool, seed
-        self._rank, self._world_size, self._batch = rank, world_size, batch
-        self.reshuffled: Mapping[int, Sequence[tuple[int, int]]] = {}
-        """By epoch, from which image of the order on it was shuffled once more, and a number for how, one after the
-        other."""
+        self.order, self._rank, self._processes, self._batch = order, rank, processes, batch
 
-    def __call__(self, loader: Loader) -> SlicedShuffle:
+    def __call__(self, loader: Loader) -> SharedOrder:
         """FFCV calls the order with the loader it belongs to."""
         return self
 
     def sample_order(self, epoch: int, seen: int = 0) -> Indices:
         """The indices this process reads in `epoch`, of which all processes together have seen the first `seen`."""
-        shuffled = np.random.default_rng((self._seed, epoch)).permutation(self._pool)
-        for first, number in self.reshuffled.get(epoch, ()):
-            shuffled[first:] = np.random.default_rng((self._seed, epoch, number)).permutation(shuffled[first:])
-        shuffled = shuffled[seen:]
-        count = len(shuffled) // (self._world_size * self._batch)  # of full batches
-        batches = shuffled[: count * self._world_size * self._batch].reshape(count, self._world_size, self._batch)
-        return np.ascontiguousarray(batches[:, self._rank]).reshape(-1)
-
-
-class PagedShuffle(TraversalOrder):
-    """FFCV's quasi-random order, as a function of the epoch.
-
-    FFCV shuffles each page's images in place, on top of what the epochs before left there, so that an epoch after a
-    resumption differs from the same epoch of an uninterrupted run. Here each epoch starts from the file's order.
-    """
-
-    def __init__(self) -> None:
-        # As in SlicedShuffle, what FFCV's base class sets up is not needed.
-        pass
-
-    def __call__(self, loader: Loader) -> PagedShuffle:
-        """FFCV calls the order with the loader it belongs to, whose tables it needs."""
-        self._order = QuasiRandom(loader)
-        self._pages = self._order.page_to_samples_array.copy()
-        return self
-
-    def sample_order(self, epoch: int, seen: int = 0) -> Indices:
-        """The indices this process reads in `epoch`, of which it has seen the first `seen`."""
-        self._order.page_to_samples_array[:] = self._pages
-        return np.asarray(self._order.sample_order(epoch))[seen:]
+        return share(self.order, epoch, seen, self._rank, self._processes, self._batch)
 
 
 class _StoppedError(Exception):
@@ -229,6 +202,7 @@ class Epoch(EpochIterator):
     """One pass over the data in a thread of FFCV's, with a definite end: `stop` must be called, and waits for it."""
 
     failure: BaseException | None = None
+    read_ahead: ReadAhead | None = None
 
     def start(self) -> None:
         """Called by FFCV at the end of the constructor."""
@@ -260,33 +234,46 @@ class Epoch(EpochIterator):
         """End the thread and free what it holds."""
         self.terminate_event.set()
         self.join()
+        if self.read_ahead is not None:
+            self.read_ahead.stop()
+            self.read_ahead = None
         self.close()
         self.closed = True
 
 
 class Reader:
-    """FFCV's loader for one .beton file, as `ImageLoader` needs it."""
+    """FFCV's loader for one .beton file, as `ImageLoader` needs it.
+
+    Args:
+        path: of the file.
+        view: what is cut out of an image.
+        order: of epochs; or the indices to read, in their order.
+        batch: images in a batch.
+        workers: threads that decode.
+        indices: whether batches say which images they hold.
+        memory: bytes of the file that an order by pages keeps in memory, on all machines together.
+
+    Raises:
+        UserError: the file cannot be mapped into memory.
+    """
 
     def __init__(
         self,
         path: Path,
         view: View,
-        order: SlicedShuffle | PagedShuffle | Indices,
+        order: SharedOrder | Indices,
         batch: int,
         workers: int,
-        seed: int = 0,
         *,
         indices: bool = False,
+        memory: int = 0,
     ) -> None:
-        """`order`: a shuffle (PagedShuffle reads page by page into memory), or the indices to read, in their order.
-
-        `indices`: whether batches say which images they hold.
-        """
+        self._path, self._memory = path, memory
         self._decoder = ImageDecoder(path, view, workers)
         self._order = order
-        options: dict[str, Any] = {"order": order, "os_cache": isinstance(order, SlicedShuffle)}
+        options: dict[str, Any] = {"order": order}
         if isinstance(order, np.ndarray):
-            options = {"order": OrderOption.SEQUENTIAL, "indices": order, "os_cache": True, "drop_last": False}
+            options = {"order": OrderOption.SEQUENTIAL, "indices": order, "drop_last": False}
         # What FFCV would compile is replaced by `augment.decode`; its switch is global, so it is put back at once.
         Compiler.set_enabled(False)
         try:
@@ -294,7 +281,7 @@ class Reader:
                 str(path),
                 batch,
                 num_workers=1,
-                seed=seed,
+                os_cache=True,
                 pipelines={
                     "image": PipelineSpec("image", self._decoder, [ToTensor()]),
                     "label": PipelineSpec("label", LabelDecoder(), [ToTensor()]),
@@ -304,19 +291,39 @@ class Reader:
             )
         finally:
             Compiler.set_enabled(True)
+        try:
+            self._mapped = self._loader.memory_manager.context.mmap = np.memmap(path, np.uint8, "r")
+        except OSError as error:
+            raise UserError(
+                f"{path}: cannot be mapped into memory ({error.strerror}); copy it to a file system that has mmap"
+            ) from error
 
     def __len__(self) -> int:
         return len(self._loader)
 
     def reshuffle(self, reshuffled: Mapping[int, Sequence[tuple[int, int]]]) -> None:
-        """See `SlicedShuffle.reshuffled`."""
-        assert isinstance(self._order, SlicedShuffle)
-        self._order.reshuffled = reshuffled
+        """See `Order.reshuffled`."""
+        assert isinstance(self._order, SharedOrder)
+        self._order.order.reshuffled = reshuffled
 
     def start(self, epoch: int, seen: int = 0) -> Epoch:
         """Begin to read `epoch`, behind the first `seen` images of its order, of which nothing is read."""
-        self._decoder.epoch = epoch
         if isinstance(self._order, np.ndarray):
+            self._decoder.begin(epoch, None)
             return Epoch(self._loader, self._order)
         order = self._order.sample_order(epoch, seen)
-        return Epoch(self._loader, order[: len(order) - len(order) % self._loader.batch_size])
+        read_ahead = self._read_ahead(order)
+        self._decoder.begin(epoch, read_ahead)
+        running = Epoch(self._loader, order)
+        running.read_ahead = read_ahead
+        return running
+
+    def _read_ahead(self, order: Indices) -> ReadAhead | None:
+        assert isinstance(self._order, SharedOrder)
+        by_page = self._order.order
+        if not isinstance(by_page, PageOrder):
+            return None
+        pages = spans(by_page.pages, order)
+        most = None if self._mapped.size <= self._memory else 2 * most_at_once(pages)
+        mapping: mmap.mmap = self._mapped._mmap  # type: ignore[attr-defined]
+        return ReadAhead(self._path, mapping, int(self._loader.reader.page_size), pages, most)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+import psutil
 import torch
 from numpy.typing import NDArray
 
@@ -16,6 +17,7 @@ from ssam_scale.config.schema import Data
 from ssam_scale.cores import usable_cores
 from ssam_scale.data.aside import Aside
 from ssam_scale.data.beton import Beton, Sidecar, inspect
+from ssam_scale.data.order import LANES, Order, PageOrder, RandomOrder
 from ssam_scale.errors import UserError
 
 if TYPE_CHECKING:
@@ -89,7 +91,7 @@ class ImageLoader:
         self._epoch, self._seen = epoch, seen
 
     def reshuffle(self, reshuffled: Mapping[int, Sequence[tuple[int, int]]]) -> None:
-        """Order the rest of epochs anew, behind images that have been seen; only of `order: random`.
+        """Order the rest of epochs anew, behind images that have been seen.
 
         Args:
             reshuffled: by epoch, behind how many images of its order, and a number that no other time has; one after
@@ -161,12 +163,12 @@ def train_loader(
     """Training images: random crops and flips, `micro_batch` of them per process and batch, the remainder dropped.
 
     No image is seen twice in an epoch. The k-th batches of all processes together hold the images, cropped and flipped
-    alike, that one process with `micro_batch * world_size` would see in its k-th batch (with `order: random`). With
-    `indices` a batch says which images it holds (`IndexedBatch`).
+    alike, that one process with `micro_batch * world_size` would see in its k-th batch. With `indices` a batch says
+    which images it holds (`IndexedBatch`).
 
     Raises:
-        UserError: the file is missing, damaged or no .beton; too few images; a label outside the model's classes;
-            `order: quasi_random` on several processes.
+        UserError: the file is missing, damaged or no .beton; too few images; a label outside the model's classes; more
+            `data.memory` than there is.
     """
     beton = _checked(data.train, data.val, num_classes, "data.train")
     together = micro_batch * world_size
@@ -178,17 +180,15 @@ def train_loader(
             f"{data.train}: {images:,} images are fewer than one batch of {max(data.batch_size, together):,}; "
             "lower data.batch_size or use more images"
         )
-    if data.order == "quasi_random" and world_size > 1:
-        raise UserError(
-            f"data.order: quasi_random reads on one process only, and this run has {world_size}; use order: random"
-        )
-    from ssam_scale.data.ffcv_loader import PagedShuffle, Reader, SlicedShuffle, View
+    from ssam_scale.data.ffcv_loader import Reader, SharedOrder, View
 
     view = View(data.resolution, True, seed, (*data.crop_scale, *data.crop_ratio), data.flip)
-    quasi = data.order == "quasi_random"
-    pool = _pool(beton.images, images)
-    shuffle = PagedShuffle() if quasi else SlicedShuffle(pool, seed, rank, world_size, micro_batch)
-    reader = Reader(data.train, view, shuffle, micro_batch, _workers(data, world_size), seed, indices=indices)
+    memory = int(data.memory * 2**30)
+    _check_memory(data, beton, world_size)
+    order = _order(data, beton, _pool(beton.images, images), seed, memory)
+    shared = SharedOrder(order, rank, world_size, micro_batch)
+    workers = _workers(data, world_size)
+    reader = Reader(data.train, view, shared, micro_batch, workers, indices=indices, memory=memory)
     return ImageLoader(
         reader,
         images=len(reader) * micro_batch,
@@ -238,6 +238,23 @@ def eval_loader(
     )
 
 
+def _check_memory(data: Data, beton: Beton, world_size: int) -> None:
+    here = psutil.virtual_memory().total / 2**30
+    own = min(data.memory, beton.bytes / 2**30) * min(1.0, _local_processes() / world_size)
+    if data.order == "pages" and own > here:
+        raise UserError(
+            f"data.memory {data.memory:g}: the processes of this machine would keep {own:.1f} GiB of {data.train} in "
+            f"memory, and it has {here:.1f}; give a number below {data.memory * here / own:.0f}"
+        )
+
+
+def _order(data: Data, beton: Beton, pool: NDArray[np.int64], seed: int, memory: int) -> Order:
+    if data.order == "random":
+        return RandomOrder(pool, seed)
+    # Of each lane the pages of one window are in use while those of the next are read.
+    return PageOrder(pool, seed, beton.pages, max(1, memory // (2 * LANES * beton.page_size)))
+
+
 def _pool(images: int, wanted: int) -> NDArray[np.int64]:
     """Which images to train on."""
     return np.arange(images) if wanted == images else draws(images, wanted)[0]
@@ -278,5 +295,9 @@ def _checked(path: Path, other: Path, num_classes: int, key: str) -> Beton:
 def _workers(data: Data, world_size: int) -> int:
     if data.workers is not None:
         return data.workers
-    local = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1"  # torchrun; deepspeed
-    return max(1, usable_cores() // min(max(1, int(local)), world_size))
+    return max(1, usable_cores() // min(_local_processes(), world_size))
+
+
+def _local_processes() -> int:
+    """Of this run, on this machine, as torchrun or deepspeed says."""
+    return max(1, int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1"))

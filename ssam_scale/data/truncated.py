@@ -1,4 +1,4 @@
-"""Files that become shorter while they are read through a mapping: what is missing reads as zeros, and is an error.
+"""Files that change while they are read through a mapping: what is missing then reads as zeros, and is an error.
 
 A read behind the end of a mapped file is SIGBUS, which ends the process without a word. Here the page that is missing
 is replaced by one of zeros, so that the reader goes on to where it can ask for the file's size and raise.
@@ -36,7 +36,7 @@ _Handler = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p
 
 
 class MappedFile:
-    """A file that is mapped, whose size is known to be what it was.
+    """A file that is mapped, and known to be what it was.
 
     Args:
         path: of the file.
@@ -47,9 +47,29 @@ class MappedFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._bytes = path.stat().st_size
+        found = path.stat()
+        self._bytes, self._written = found.st_size, found.st_mtime_ns
         if sys.platform == "linux" and ctypes.sizeof(ctypes.c_void_p) == 8:
             _Guard.installed().files.add(os.path.realpath(path))
+
+    def check_unchanged(self) -> None:
+        """Call it before an epoch, whose images are where the tables of the first one say.
+
+        Raises:
+            UserError: the file was written to, or another one has its name.
+        """
+        now = self._now()
+        if (now.st_size, now.st_mtime_ns) != (self._bytes, self._written):
+            raise UserError(
+                f"{self.path}: has changed since the run began to read it ({now.st_size:,} bytes, {self._bytes:,} "
+                "before); a run needs the same images to its end: write others under another name"
+            )
+
+    def _now(self) -> os.stat_result:
+        try:
+            return self.path.stat()
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be read any more ({error.strerror})") from error
 
     def check(self) -> None:
         """Call it when something was read, before that is used.
@@ -57,10 +77,7 @@ class MappedFile:
         Raises:
             UserError: the file has become shorter, or is gone from its disk.
         """
-        try:
-            now = self.path.stat().st_size
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot be read any more ({error.strerror})") from error
+        now = self._now().st_size
         if now < self._bytes:
             raise UserError(
                 f"{self.path}: has become shorter while it was read, {now:,} bytes of {self._bytes:,}; copy or write "

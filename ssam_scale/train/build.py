@@ -22,6 +22,7 @@ from ssam_scale.config.micro_batches import MicroBatches, micro_batches
 from ssam_scale.config.schema import Config, Perturbation
 from ssam_scale.config.trajectory_sections import SAFTrajectory
 from ssam_scale.data import ImageLoader, eval_loader, inspect, train_loader
+from ssam_scale.data.mixing import Mixing
 from ssam_scale.errors import UserError
 from ssam_scale.masks import RunInfo, build_mask
 from ssam_scale.methods import MESA, Average, TrainingRun, Trajectory, build_trajectory
@@ -44,7 +45,7 @@ from ssam_scale.tracking.run import Run
 from ssam_scale.tracking.timer import PhaseTimer
 
 from .agreement import Agreement
-from .batches import MicroBatch, Transform
+from .batches import MicroBatch
 from .checkpoint import ModelState, OptimizerState, SaveCheckpoint, check_savable
 from .evaluation import Evaluate
 from .hooks import (
@@ -96,7 +97,7 @@ class Components:
     loss_fn: LossFn
     train: ImageLoader
     val: ImageLoader
-    mix: Transform | None
+    mix: Mixing | None
     split: MicroBatches
     precision: torch.dtype
     progress: Progress
@@ -599,19 +600,9 @@ def _scheduler(config: Config, base: torch.optim.Optimizer, steps_per_epoch: int
     return scheduler
 
 
-def _mix(config: Config) -> Transform | None:
-    """What is drawn for it is drawn on the host, so that nothing has to be read back from the device."""
-    from torchvision.transforms import v2
-
-    classes = config.model.num_classes
-    choices = []
-    if config.loss.mixup:
-        choices.append(v2.MixUp(alpha=config.loss.mixup, num_classes=classes))
-    if config.loss.cutmix:
-        choices.append(v2.CutMix(alpha=config.loss.cutmix, num_classes=classes))
-    if not choices:
-        return None
-    return v2.RandomChoice(choices)
+def _mix(config: Config) -> Mixing | None:
+    mixup, cutmix = config.loss.mixup, config.loss.cutmix
+    return Mixing(mixup, cutmix, config.model.num_classes, config.train.seed) if mixup or cutmix else None
 
 
 @torch.no_grad()

@@ -324,6 +324,8 @@ def _batches(config: Config, world: World, components: Components) -> EpochBatch
 
     def begin(step: int) -> None:
         seed_step(world.device, config.train.seed, epoch, first + step, world.rank)
+        if components.mix is not None:
+            components.mix.begin(epoch, first + step)
 
     return EpochBatches(components.train, components.mix, components.split.accumulation, progress.steps_left, begin)
 

@@ -117,10 +117,6 @@ def configs(draw: st.DrawFn) -> Config:
         data["data"][name] = sorted(min(abs(x) + least, most) for x in data["data"][name])
     for name in ("mean", "std"):
         data["data"][name] = [min(abs(x) + 1e-6, 1.0) for x in data["data"][name]]
-    if data["data"]["subset"] is not None:
-        data["data"]["order"] = "random"
-    if data["data"]["order"] == "quasi_random" and data["train"]["on_nonfinite"] == "rollback":
-        data["train"]["on_nonfinite"] = "skip"
     mask = (data["perturbation"] or {}).get("mask")
     if mask and "cut" in mask:
         _cut(mask)

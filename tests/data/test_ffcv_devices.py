@@ -19,7 +19,8 @@ import torch
 from ffcv.loader import epoch_iterator
 
 from ssam_scale.data import ffcv_import
-from ssam_scale.data.ffcv_loader import Reader, SlicedShuffle, View
+from ssam_scale.data.ffcv_loader import Reader, SharedOrder, View
+from ssam_scale.data.order import RandomOrder
 
 
 class PretendedGPUs:
@@ -97,7 +98,7 @@ def test_its_thread_stays_off_all_devices_and_buffers_are_pinned_for_the_process
     gpus = PretendedGPUs()
     gpus.put_in(monkeypatch)
     gpus.initialised = device is not None  # by whoever computes there
-    reader = Reader(numbered, View(24, True), SlicedShuffle(np.arange(48), 0, 0, 1, 4), 4, 2)
+    reader = Reader(numbered, View(24, True), SharedOrder(RandomOrder(np.arange(48), 0), 0, 1, 4), 4, 2)
     with gpus.on(device or 0):
         epoch = reader.start(0)
         batches = 0

@@ -67,7 +67,7 @@ def test_an_epoch_repeats_bit_for_bit_and_resumes_in_the_middle_of_a_run(numbere
     assert not torch.equal(epochs[0][0][1], epochs[1][0][1])
 
 
-@pytest.mark.parametrize("order", ["random", "quasi_random"])
+@pytest.mark.parametrize("order", ["random", "pages"])
 def test_an_epoch_goes_on_behind_what_was_seen_of_it(numbered: Path, order: str) -> None:
     whole, loader = read(training(numbered, order=order), 1), training(numbered, order=order)
     loader.set_epoch(1, seen=16)
@@ -105,10 +105,11 @@ def test_the_number_of_workers_changes_nothing(numbered: Path, workers: int) -> 
     assert_equal(read(training(numbered, workers=workers), 1), read(training(numbered, workers=1), 1))
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_processes_share_the_batches_of_one(numbered: Path, world_size: int) -> None:
-    alone = read(training(numbered), 1)
-    ranks = [read(training(numbered, rank, world_size), 1) for rank in range(world_size)]
+@pytest.mark.parametrize("order", ["random", "pages"])
+@pytest.mark.parametrize("world_size", [2, 4, 8])
+def test_processes_share_the_batches_of_one(numbered: Path, world_size: int, order: str) -> None:
+    alone = read(training(numbered, order=order), 1)
+    ranks = [read(training(numbered, rank, world_size, order=order), 1) for rank in range(world_size)]
     assert {len(rank) for rank in ranks} == {len(alone)}
     together = [
         (torch.cat([rank[k][0] for rank in ranks]), torch.cat([rank[k][1] for rank in ranks]))
@@ -128,7 +129,7 @@ def test_no_image_is_seen_twice_in_an_epoch(numbered: Path) -> None:
         assert len(labels) == len(set(labels)) == NUMBERED // 9 * 9
 
 
-@pytest.mark.parametrize("options", [{}, {"order": "quasi_random"}, {"subset": 20, "world_size": 2}])
+@pytest.mark.parametrize("options", [{}, {"order": "pages"}, {"subset": 20, "world_size": 2}])
 def test_batches_say_which_images_of_the_file_they_hold(numbered: Path, options: dict[str, Any]) -> None:
     """In this file the label of an image is its number."""
     loader = training(numbered, indices=True, **options)
@@ -152,12 +153,11 @@ def test_flips(numbered: Path) -> None:
     assert 0.25 * len(half) < flipped < 0.75 * len(half)
 
 
-@pytest.mark.slow
-def test_the_quasi_random_order_reads_everything_and_repeats(numbered: Path) -> None:
-    loader = training(numbered, order="quasi_random")
+def test_the_order_by_pages_reads_everything_and_repeats(numbered: Path) -> None:
+    loader = training(numbered, order="pages")
     one, two = read(loader, 0), read(loader, 1)
     assert len(one) == NUMBERED // 8
-    assert_equal(read(training(numbered, order="quasi_random"), 1), two)
+    assert_equal(read(training(numbered, order="pages"), 1), two)
     assert [labels.tolist() for _, labels in one] != [labels.tolist() for _, labels in two]
     # Which image is cropped how does not depend on the order it is read in.
     shuffled = by_label(read(training(numbered), 1))
@@ -211,7 +211,7 @@ def test_batches_are_the_callers_to_keep(numbered: Path) -> None:
 
 
 def test_leaving_an_epoch_early_leaves_no_thread_behind(numbered: Path) -> None:
-    for order in ("random", "quasi_random"):
+    for order in ("random", "pages"):
         loader = training(numbered, order=order, batch_size=2)
         for _ in loader:
             break
@@ -286,11 +286,6 @@ def test_cores_are_shared_among_the_processes_of_a_machine(numbered: Path, monke
 def test_too_few_images(numbered: Path) -> None:
     with pytest.raises(UserError, match=r"53 images are fewer than one batch of 54.*lower data\.batch_size"):
         training(numbered, batch_size=54)
-
-
-def test_quasi_random_order_on_several_processes(numbered: Path) -> None:
-    with pytest.raises(UserError, match=r"data\.order: quasi_random reads on one process only.*random"):
-        training(numbered, 0, 2, order="quasi_random")
 
 
 def test_a_label_outside_the_models_classes(numbered: Path) -> None:

@@ -10,8 +10,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ssam_scale.config.load import load
-from ssam_scale.errors import UserError
 from ssam_scale.masks import Depth
 from ssam_scale.perturbation import Friendly, Previous, SparseSAM
 from ssam_scale.sharding import World
@@ -119,9 +117,3 @@ def test_a_run_goes_back_as_often_as_it_may_however_often_it_is_resumed(
     assert ssam_scale("train", "--config", config, "--resume", "auto", *DIVERGES) == 2
     assert "going back 2 times has not" in capsys.readouterr().err
     assert ssam_scale("train", "--config", config, "--resume", "auto") == 0
-
-
-def test_an_order_of_pages_has_no_other(data: Path, home: Path) -> None:
-    config = write_config(home / "run.yaml", data)
-    with pytest.raises(UserError, match="quasi_random has one an epoch"):
-        load(config, ["data.order=quasi_random", "train.on_nonfinite=rollback"])

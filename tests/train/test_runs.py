@@ -199,6 +199,7 @@ def test_one_process_ddp_and_fsdp2_train_the_same_weights(method: str, data: Pat
         model=VIT,
         perturbation=METHODS[method],
         train={"epochs": 2, "ema_decay": 0.5, "accumulation": 1},
+        loss={"mixup": 0.2, "cutmix": 1.0, "label_smoothing": 0.1},
         optimizer={"name": "sgd", "clip_grad_norm": 1.0},
     )
     train("--config", str(config), f"checkpoint.directory={tmp_path}/single")

@@ -1,0 +1,133 @@
+"""Pages of a file read into the system's page cache before they are used, and given back when they are done with.
+
+The images themselves are decoded from a mapping of the file. What is read here is read in one piece of a page (8 MiB as
+FFCV's files are written), in the order in which it is needed, so that a file that is not in memory yet comes as fast
+as its disk, or its server, gives it.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Span:
+    """A page, and where in a sequence of images it is used.
+
+    Attributes:
+        page: its number in the file.
+        first: the place of the first image of it.
+        last: the place of the last one.
+    """
+
+    page: int
+    first: int
+    last: int
+
+
+def spans(pages: NDArray[np.int64], order: NDArray[np.int64]) -> list[Span]:
+    """The pages that a sequence of images uses, the earliest first.
+
+    Args:
+        pages: of each image of the file.
+        order: the images, as they are used.
+    """
+    used = pages[order]
+    every, first = np.unique(used, return_index=True)
+    last = len(used) - 1 - np.unique(used[::-1], return_index=True)[1]
+    by_first = np.argsort(first, kind="stable")
+    return [Span(int(every[i]), int(first[i]), int(last[i])) for i in by_first]
+
+
+def most_at_once(pages: Sequence[Span]) -> int:
+    """How many pages are in use at the same time, at the most."""
+    ends = np.sort([span.last for span in pages])
+    return max((index + 1 - int(np.searchsorted(ends, span.first)) for index, span in enumerate(pages)), default=0)
+
+
+class ReadAhead:
+    """Reads the pages of one epoch ahead of their use, in a thread; `advance` says how far it is.
+
+    At any time the pages that are in use and those read ahead are no more than `most`; where all of the file is to be
+    kept (`most` is None), none is given back.
+
+    Args:
+        path: of the file.
+        mapping: what the images are decoded from: pages of it that are done with are given back.
+        page_size: in bytes.
+        pages: of the epoch, the earliest first.
+        most: pages in memory.
+    """
+
+    def __init__(self, path: Path, mapping: mmap.mmap, page_size: int, pages: Sequence[Span], most: int | None) -> None:
+        self._mapping, self._size, self._pages, self._most = mapping, page_size, pages, most
+        self._by_end = sorted(pages, key=lambda span: span.last)
+        self._file = os.open(path, os.O_RDONLY)
+        self._bytes = os.fstat(self._file).st_size
+        os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_RANDOM)  # the kernel reads no more than is asked for
+        self._read = self._done = self._place = 0
+        self._moved, self._stopped = threading.Condition(), False
+        self._thread = threading.Thread(target=self._run, name="read ahead", daemon=True)
+        self._thread.start()
+
+    def advance(self, place: int) -> None:
+        """The images before `place` are done with."""
+        with self._moved:
+            self._place = max(self._place, place)
+            self._moved.notify()
+
+    def stop(self) -> None:
+        """End the thread."""
+        with self._moved:
+            self._stopped = True
+            self._moved.notify()
+        self._thread.join()
+        os.close(self._file)
+
+    def _run(self) -> None:
+        buffer = memoryview(bytearray(self._size))
+        try:
+            while (span := self._next()) is not None:
+                start = span.page * self._size
+                while start < min(self._bytes, (span.page + 1) * self._size) and not self._stopped:
+                    end = min(self._bytes, (span.page + 1) * self._size)
+                    got = os.preadv(self._file, [buffer[: end - start]], start)
+                    if not got:
+                        return
+                    start += got
+        except OSError:
+            return  # who decodes from it will say so
+
+    def _next(self) -> Span | None:
+        """The page to be read next, once there is room for it; None at the end."""
+        with self._moved:
+            while not self._stopped and self._read < len(self._pages):
+                self._give_back()
+                # One that is needed now is read in any case.
+                needed = self._pages[self._read].first <= self._place
+                if self._most is None or needed or self._read - self._done < self._most:
+                    self._read += 1
+                    return self._pages[self._read - 1]
+                self._moved.wait()
+            while not self._stopped and self._done < len(self._by_end):
+                self._give_back()
+                if self._done < len(self._by_end):
+                    self._moved.wait()
+        return None
+
+    def _give_back(self) -> None:
+        while self._done < len(self._by_end) and self._by_end[self._done].last < self._place:
+            start = self._by_end[self._done].page * self._size
+            self._done += 1
+            length = min(self._size, self._bytes - start)
+            if self._most is not None and length > 0:
+                self._mapping.madvise(mmap.MADV_DONTNEED, start, length)  # what is mapped stays in memory otherwise
+                os.posix_fadvise(self._file, start, length, os.POSIX_FADV_DONTNEED)
