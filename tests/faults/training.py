@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -31,7 +32,7 @@ class Training:
         processes: 1: without a launcher.
         config: the YAML file.
         overrides: beside it.
-        home: the folder of its checkpoints, database and logs.
+        home: the folder of its checkpoints and database.
         last: the name of the checkpoint that it ends with.
     """
 
@@ -70,8 +71,10 @@ class Running:
     """
 
     def __init__(self, training: Training, number: int) -> None:
-        self.training, self._folder = training, training.home / f"start_{number:03d}"
-        self._folder.mkdir(parents=True)
+        self.training = training
+        # Not at home, where a fault may fill the disk: what ranks say and end with is known all the same.
+        self._own = tempfile.TemporaryDirectory(prefix=f"start-{number:03d}-")
+        self._folder = Path(self._own.name)
         self._before = names(training.checkpoints)
 
     def __enter__(self) -> Running:
@@ -86,6 +89,7 @@ class Running:
             send(rank, signal.SIGKILL)
         self._launcher.kill()
         self._launcher.join()
+        self._own.cleanup()
 
     @property
     def launcher(self) -> int:
