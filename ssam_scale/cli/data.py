@@ -99,18 +99,33 @@ def fashion_mnist_command(
 
 
 @app.command("check")
-def check_command(file: Annotated[Path, typer.Argument(callback=expanded, help="The .beton file to check.")]) -> None:
-    """Check a .beton file down to its last byte."""
-    from ssam_scale.data.beton import inspect, verify
+def check_command(
+    file: Annotated[Path, typer.Argument(callback=expanded, help="The .beton file to check.")],
+    add: Annotated[
+        bool,
+        typer.Option(
+            "--add-checksums", help="Of a file that FFCV wrote: note each image's hash, so that damage is noticed."
+        ),
+    ] = False,
+    workers: Workers = None,
+) -> None:
+    """Check every image of a .beton file, and the file down to its last byte; names those that are damaged."""
+    from ssam_scale.data.beton import inspect
+    from ssam_scale.data.check import add_checksums, verify
     from ssam_scale.data.write import progress_of_bytes
 
-    with progress_of_bytes(f"Reading {file.name}", inspect(file).bytes) as advance:
-        beton = verify(file, advance)
+    with progress_of_bytes(f"Reading {file.name}", int(inspect(file).sizes.sum())) as advance:
+        beton = (add_checksums if add else verify)(file, advance, workers)
+    named = [] if beton.sidecar is None else beton.sidecar.classes
+    classes = f"{len(named):,} classes" if named else "classes unnamed"
     if beton.sidecar is None:
-        classes = "classes unnamed"
-        verdict = "tables consistent; no .json beside it to compare the content with"
+        verdict = (
+            "tables consistent, and every image can be decoded; nothing beside it says what it was written as "
+            "(--add-checksums notes what it is now)"
+        )
+    elif add:
+        verdict = f"the hashes of its images are in {file.name}.json from now on"
     else:
-        classes = f"{len(beton.sidecar.classes):,} classes"
         verdict = "whole: every byte as it was written"
     stored = f"{beton.jpegs:,} as JPEG, {beton.images - beton.jpegs:,} raw"
     _print(f"{file}: {beton.images:,} images ({stored}), {classes}, {beton.bytes / 1e6:,.1f} MB; {verdict}")

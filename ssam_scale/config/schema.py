@@ -104,6 +104,11 @@ class Data(Section):
         description="random: a shuffle of all images, for files that fit in memory; pages: each process reads pages of "
         "its own, whole and one after another, and images are shuffled within windows of them",
     )
+    on_damaged: Literal["stop", "skip"] = Field(
+        "stop",
+        description="where a training image is not what was written: stop; skip: the next image of the file takes its "
+        "place, and a line lists them after the epoch",
+    )
     memory: float = Field(
         8.0,
         gt=0.0,
@@ -627,6 +632,11 @@ class Config(Section):
                 "trajectory.kind saf remembers what a step puts out for every image, and no pass sees all of them with "
                 f"perturbation.direction.fraction {fraction} and perturbation.descent.choose random; use mesa, or "
                 "choose highest_loss"
+            )
+        if self.data.on_damaged == "skip":
+            raise ValueError(
+                "trajectory.kind saf remembers the outputs of each image once an epoch, and data.on_damaged skip shows "
+                "another one in the place of a damaged one; use mesa, or stop"
             )
         for key in ("mixup", "cutmix"):
             if getattr(self.loss, key):

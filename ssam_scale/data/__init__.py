@@ -4,7 +4,8 @@ Importing this package imports neither FFCV nor numba; the first loader or write
 """
 
 from ssam_scale import torch_compat  # noqa: F401 - refuses a torch that is too old, before anything looks for more
-from ssam_scale.data.beton import Beton, inspect, verify
+from ssam_scale.data.beton import Beton, inspect
+from ssam_scale.data.check import verify
 from ssam_scale.data.fashion_mnist import prepare_fashion_mnist
 from ssam_scale.data.loaders import Batch, ImageLoader, IndexedBatch, eval_loader, train_loader
 from ssam_scale.data.write import WriteReport, write_beton

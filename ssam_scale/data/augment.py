@@ -18,6 +18,7 @@ import llvmlite.binding  # type: ignore[import-untyped]
 import numpy as np
 from numba import types
 
+from ssam_scale.data.xxh64 import xxh64
 from ssam_scale.native import compiled
 
 # Constants of the SplitMix64 generator.
@@ -36,13 +37,14 @@ _int = types.int64
 _pointer = types.uintp
 _SYMBOLS = {
     "tjInitDecompress": _pointer(),
+    "tjDecompressHeader3": types.int32(_pointer, _pointer, types.uint64, _pointer, _pointer, _pointer, _pointer),
     "tjDecompress2": types.int32(
         _pointer, _pointer, types.uint64, _pointer, types.int32, types.int32, types.int32, types.int32, types.int32
     ),
     "tjDestroy": types.int32(_pointer),
     "resize": types.void(_int, _pointer, _int, _int, _int, _int, _int, _int, _pointer, _int, _int),
 }
-_new_decoder, _decode_jpeg, _free_decoder, _resize = (
+_new_decoder, _read_header, _decode_jpeg, _free_decoder, _resize = (
     types.ExternalFunction(f"ssam_scale_{name}", signature) for name, signature in _SYMBOLS.items()
 )
 
@@ -123,6 +125,7 @@ def decode(
     crop: tuple[float, float, float, float],
     flip: float,
     share: float,
+    sums: Any,
     out: Any,
     bad: Any,
 ) -> None:
@@ -142,8 +145,10 @@ def decode(
         crop: scale_low, scale_high, ratio_low, ratio_high of `random_crop`.
         flip: probability of a horizontal flip.
         share: of `centre_crop`.
+        sums: uint64 [N], what `xxh64` makes of the bytes of each; or [0].
         out: uint8 [N, height, width, 3], written to.
-        bad: bool [N], set for images that libjpeg complains of.
+        bad: bool [N], set for images that are not what was written, have another size than the table says, or that
+            libjpeg complains of.
     """
     # One buffer for all images: FFCV's decoders keep one of the largest image's size for every image of five batches.
     largest = 1
@@ -153,11 +158,24 @@ def decode(
     buffer = np.empty(largest, np.uint8)
     side_y, side_x = out.shape[1], out.shape[2]
     decoder = _new_decoder()
+    header = np.empty(4, np.int32)  # width, height, subsampling, colours
     for k in range(len(indices)):
         height, width = heights[k], widths[k]
         stored = data[starts[k] : starts[k] + sizes[k]]
         pixels = np.uintp(stored.ctypes.data)
+        if len(sums) and xxh64(stored) != sums[k]:
+            bad[k] = True
+            continue
         if jpegs[k]:
+            place = np.uintp(header.ctypes.data)
+            code = _read_header(
+                decoder, pixels, np.uint64(sizes[k]), place, place + np.uintp(4), place + np.uintp(8),
+                place + np.uintp(12),
+            )  # fmt: skip
+            # Of another size than the table's, it would be scaled to that, or leave what the image before it was.
+            if code != 0 or header[0] != width or header[1] != height:
+                bad[k] = True
+                continue
             pixels = np.uintp(buffer.ctypes.data)
             # No flags: the exact transform, pixel for pixel what Pillow gives. FFCV's `imdecode` asks for the fast
             # one, which is off by up to 8 steps and, in today's turbojpeg, no faster.

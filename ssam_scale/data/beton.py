@@ -6,9 +6,10 @@ checked here for consistency of header, tables and size, and against `<file>.jso
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,6 +25,9 @@ PAGE_SIZE = 1 << 23
 JPEG, RAW = 0, 1
 """FFCV's codes of how an image is stored."""
 
+LARGEST_SIDE = 65535
+"""Pixels: of a JPEG, and of FFCV's table."""
+
 _RGB_FIELD, _INT_FIELD = 2, 1
 _CHUNK = 1 << 24
 
@@ -38,6 +42,8 @@ class Sidecar:
     sha256: str
     recipe: dict[str, Any]
     """How the file was made: enough to tell whether making it again would give the same."""
+    xxh64: str = ""
+    """The hash of each image's bytes in the order of the file: uint64, little-endian, in base64; empty: not known."""
 
     @staticmethod
     def path(beton: Path) -> Path:
@@ -64,20 +70,48 @@ class Sidecar:
 
 @dataclass(frozen=True)
 class Beton:
-    """A .beton file whose tables have been read and found consistent."""
+    """A .beton file whose tables have been read and found consistent.
+
+    Attributes:
+        path: of the file.
+        bytes: of the file.
+        page_size: bytes of a page.
+        labels: int64 [images], the label of each image.
+        heights: int64 [images], pixels.
+        widths: int64 [images], pixels.
+        is_jpeg: bool [images], stored as JPEG or as raw pixels.
+        starts: int64 [images], where the bytes of each begin in the file.
+        sizes: int64 [images], how many these are.
+        sums: uint64 [images], `xxh64` of them, which decoding compares; or [0]: they are not known.
+        sidecar: what lies beside the file, if anything does.
+    """
 
     path: Path
     bytes: int
-    labels: NDArray[np.int64]
-    """[images] label of each image."""
-    pixels: NDArray[np.int64]
-    """[images] height times width of each image."""
-    pages: NDArray[np.int64]
-    """[images] the page that each image lies in, counted from the file's beginning."""
     page_size: int
-    """Bytes of a page."""
-    jpegs: int
+    labels: NDArray[np.int64]
+    heights: NDArray[np.int64]
+    widths: NDArray[np.int64]
+    is_jpeg: NDArray[np.bool_]
+    starts: NDArray[np.int64]
+    sizes: NDArray[np.int64]
+    sums: NDArray[np.uint64]
     sidecar: Sidecar | None
+
+    @property
+    def pixels(self) -> NDArray[np.int64]:
+        """[images] height times width of each image."""
+        return self.heights * self.widths
+
+    @property
+    def pages(self) -> NDArray[np.int64]:
+        """[images] the page that each image lies in, counted from the file's beginning."""
+        return self.starts // self.page_size
+
+    @property
+    def jpegs(self) -> int:
+        """How many images are stored as JPEG."""
+        return int(self.is_jpeg.sum())
 
     @property
     def images(self) -> int:
@@ -86,8 +120,9 @@ class Beton:
 
     @property
     def classes(self) -> int:
-        """How many classes it was written with; without a sidecar, one more than its highest label."""
-        return len(self.sidecar.classes) if self.sidecar is not None else int(self.labels.max(initial=-1)) + 1
+        """How many classes it was written with; where nobody has named them, one more than its highest label."""
+        named = [] if self.sidecar is None else self.sidecar.classes
+        return len(named) or int(self.labels.max(initial=-1)) + 1
 
     @property
     def fingerprint(self) -> str:
@@ -118,12 +153,17 @@ class Pages:
 
     def __init__(self, file: BinaryIO, capacity: int) -> None:
         header, field, meta, table = layout()
+        from ssam_scale.data.xxh64 import xxh64  # imports numba
+
+        self._hash = xxh64
         self._file = file
         self._header = np.zeros((), header)
         self._fields = np.zeros(2, field)
         self._meta = np.zeros(capacity, meta)
         self._table = np.zeros(capacity, table)
         self._count = 0
+        self.sums: list[int] = []
+        """`xxh64` of each image's bytes."""
         self._page = bytearray()
         tables = self._header.nbytes + self._fields.nbytes + self._meta.nbytes
         self.start = self._page_start = -(-tables // PAGE_SIZE) * PAGE_SIZE
@@ -142,6 +182,7 @@ class Pages:
         self._page += data
         self._meta[self._count] = ((mode, width, height, pointer), label)
         self._table[self._count] = (self._count, pointer, len(data))
+        self.sums.append(int(self._hash(np.frombuffer(data, np.uint8))))
         self._count += 1
 
     def finish(self) -> None:
@@ -171,7 +212,8 @@ class Pages:
 def inspect(path: Path) -> Beton:
     """Read the tables of a .beton file and check that they fit each other, the file's size and the sidecar.
 
-    Reads a few dozen bytes per image, so it is cheap enough for every start. Damage inside images is found by `verify`.
+    Reads a few dozen bytes per image, so it is cheap enough for every start. Damage inside images is found by decoding
+    them, and by `check.verify`.
 
     Raises:
         UserError: no such file, not a .beton file, cut short, of other fields, or not the file the sidecar describes.
@@ -218,6 +260,8 @@ def _inspect(path: Path) -> Beton:
     pointers = np.zeros(images, np.uint64)
     length[ids], pointers[ids] = table["size"], table["ptr"]
     raw = image["mode"] == RAW
+    by_place = np.argsort(pointers)
+    ends = (pointers + length.astype(np.uint64))[by_place]
     if (
         (pointers != image["data_ptr"]).any()
         or (pointers < fields_end).any()
@@ -226,6 +270,7 @@ def _inspect(path: Path) -> Beton:
         or (length <= 0).any()
         or (raw & (length != 3 * pixels)).any()
         or (image["mode"] > RAW).any()
+        or (ends[:-1] > pointers[by_place][1:]).any()  # two in one place
     ):
         raise UserError(f"{path}: its tables contradict each other, so it is damaged; copy or write it again")
     sidecar = Sidecar.load(path)
@@ -234,8 +279,39 @@ def _inspect(path: Path) -> Beton:
             f"{path}: {images:,} images in {size:,} bytes, but {Sidecar.path(path).name} describes {sidecar.images:,} "
             f"images in {sidecar.file_bytes:,} bytes; copy both again, or write the file again"
         )
-    pages = (image["data_ptr"] // np.uint64(page)).astype(np.int64)
-    return Beton(path, size, meta["f1"].astype(np.int64), pixels, pages, page, int((~raw).sum()), sidecar)
+    sums = np.zeros(0, np.uint64) if sidecar is None else decoded_sums(sidecar.xxh64)
+    if len(sums) not in (0, images):
+        raise UserError(f"{Sidecar.path(path)}: has {len(sums):,} hashes of {images:,} images; write {path.name} again")
+    return Beton(
+        path,
+        size,
+        page,
+        labels=meta["f1"].astype(np.int64),
+        heights=image["height"].astype(np.int64),
+        widths=image["width"].astype(np.int64),
+        is_jpeg=~raw,
+        starts=pointers.astype(np.int64),
+        sizes=length,
+        sums=sums,
+        sidecar=sidecar,
+    )
+
+
+def encoded_sums(sums: NDArray[np.uint64] | Sequence[int]) -> str:
+    """Hashes as `Sidecar.xxh64` has them."""
+    return base64.b64encode(np.asarray(sums, "<u8").tobytes()).decode()
+
+
+def decoded_sums(text: str) -> NDArray[np.uint64]:
+    """What `encoded_sums` was given; of nothing, or of what it has not made, nothing.
+
+    Raises:
+        UserError: it is neither.
+    """
+    try:
+        return np.frombuffer(base64.b64decode(text, validate=True), "<u8").astype(np.uint64)
+    except ValueError as error:
+        raise UserError(f"the hashes of images beside a .beton file cannot be read ({error})") from error
 
 
 def checksum(path: Path, advance: Callable[[int], None] = lambda _: None) -> str:
@@ -246,15 +322,3 @@ def checksum(path: Path, advance: Callable[[int], None] = lambda _: None) -> str
             digest.update(piece)
             advance(len(piece))
     return digest.hexdigest()
-
-
-def verify(path: Path, advance: Callable[[int], None] = lambda _: None) -> Beton:
-    """`inspect`, and every byte compared with the sidecar's checksum where there is a sidecar.
-
-    Raises:
-        UserError: as `inspect`, and if a byte has changed since the file was written.
-    """
-    beton = inspect(path)
-    if beton.sidecar is not None and checksum(path, advance) != beton.sidecar.sha256:
-        raise UserError(f"{path}: its content has changed since it was written (checksum); copy or write it again")
-    return beton

@@ -13,11 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from ssam_scale.data.beton import JPEG, PAGE_SIZE, RAW
+from ssam_scale.data.beton import JPEG, LARGEST_SIDE, PAGE_SIZE, RAW
 
 Pixels = NDArray[np.uint8]
 
-_LARGEST_SIDE = 65535
+_RGB, _CMYK = 0, 11  # turbojpeg's codes
 # Pillow takes them for numbers up to 255: floats up to 1 become black, and 16 bits white.
 _UNKNOWN_RANGE = {"F", "I", "I;16", "I;16B", "I;16L", "I;16N"}
 
@@ -61,7 +61,7 @@ def encode(source: Path | Pixels, index: int, encoding: Encoding) -> Encoded:
     original, pixels, turned = _load(source) if isinstance(source, Path) else (None, source, False)
     shrunk = _shrink(pixels, encoding.max_resolution)
     height, width = shrunk.shape[:2]
-    if max(height, width) > _LARGEST_SIDE:
+    if max(height, width) > LARGEST_SIDE:
         raise BadImageError(f"{width}x{height} pixels are too many; write with --max-resolution")
     as_jpeg = np.random.default_rng((encoding.seed, index)).random() < encoding.jpeg_proportion
     if not as_jpeg and shrunk.nbytes <= PAGE_SIZE:
@@ -87,6 +87,11 @@ def _load(path: Path) -> tuple[bytes | None, Pixels, bool]:
                     f"pixels of mode {image.mode}, whose range is not known; convert it to 8 bits a channel first"
                 )
             if image.format != "JPEG" or image.mode not in ("RGB", "L"):
+                if image.format in ("JPEG", "MPO"):  # which Pillow decodes without a word about damage
+                    progressive = "progressive" in image.info
+                    complaint = _decode_jpeg(data, height, width, of_four=image.mode == "CMYK")[1]
+                    if complaint and not _is_harmless(complaint, progressive):
+                        raise BadImageError(complaint)
                 pixels = np.asarray(image.convert("RGB"))
                 return None, pixels, _is_turned(image)  # in this order: of a TIFF Pillow turns the pixels itself
             turned = _is_turned(image)
@@ -99,10 +104,19 @@ def _load(path: Path) -> tuple[bytes | None, Pixels, bool]:
         # The path stands before the reason already.
         raise BadImageError((isinstance(error, OSError) and error.strerror) or str(error)) from error
     pixels, complaint = _decode_jpeg(data, height, width)
-    # Stray bytes are harmless; every other complaint means that pixels are missing or wrong.
-    if complaint and "extraneous" not in complaint:
+    if complaint and not _is_harmless(complaint, progressive=not plain):
         raise BadImageError(complaint)
     return (data if plain and not complaint else None), pixels, turned
+
+
+def _is_harmless(complaint: str, progressive: bool) -> bool:
+    """Whether no pixel is wrong: of stray bytes between the segments of the header.
+
+    Where they stand before the end of the image, or between the scans of a progressive one, the stream of codes before
+    them has ended early, and what it should have said is missing.
+    """
+    found = re.search(r"extraneous bytes before marker 0x([0-9a-f]{2})", complaint)
+    return found is not None and found[1] != "d9" and not progressive
 
 
 def _is_turned(image: Image.Image) -> bool:
@@ -118,18 +132,25 @@ def _no_image(data: bytes) -> str:
     return "not an image that Pillow knows"
 
 
-def _decode_jpeg(data: bytes, height: int, width: int) -> tuple[Pixels, str]:
-    """Decode as the loader does later; the string is libjpeg's first complaint, if any, which Pillow would hide."""
+def _decode_jpeg(data: bytes, height: int, width: int, *, of_four: bool = False) -> tuple[Pixels, str]:
+    """Decode as the loader does later; the string is libjpeg's first complaint, if any, which Pillow would hide.
+
+    Args:
+        data: the file's bytes.
+        height: pixels.
+        width: pixels.
+        of_four: to four channels, of CMYK; of three, of RGB.
+    """
     from ssam_scale.data.ffcv_import import lib  # takes seconds, so not before it is needed
 
     lib.tjInitDecompress.restype = ctypes.c_void_p
     lib.tjGetErrorStr.restype = ctypes.c_char_p
-    pixels = np.empty((height, width, 3), np.uint8)
+    pixels = np.empty((height, width, 4 if of_four else 3), np.uint8)
     decoder = ctypes.c_void_p(lib.tjInitDecompress())
     try:
         target = ctypes.c_void_p(pixels.ctypes.data)
         size = ctypes.c_ulong(len(data))
-        if lib.tjDecompress2(decoder, data, size, target, width, 0, height, 0, 0) == 0:
+        if lib.tjDecompress2(decoder, data, size, target, width, 0, height, _CMYK if of_four else _RGB, 0) == 0:
             return pixels, ""
         return pixels, (lib.tjGetErrorStr() or b"damaged JPEG").decode("utf-8", "replace")  # the text is per thread
     finally:

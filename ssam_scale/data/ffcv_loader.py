@@ -19,10 +19,12 @@ from threading import Event
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from ssam_scale.data import augment
-from ssam_scale.data.beton import JPEG
+from ssam_scale.data.beton import JPEG, Beton
+from ssam_scale.data.damaged import Damaged, OnDamaged
 from ssam_scale.data.ffcv_import import (
     AllocationQuery,
     Compiler,
@@ -57,17 +59,24 @@ class View:
 
 
 class ImageDecoder(Operation):
-    """Fills uint8 batches [N, resolution, resolution, 3] for the current `epoch`, an attribute to be set."""
+    """Fills uint8 batches [N, resolution, resolution, 3] of an epoch.
 
-    def __init__(self, path: Path, view: View, workers: int) -> None:
+    Args:
+        path: of the file.
+        view: what is cut out of an image.
+        workers: threads that decode.
+        sums: uint64 [images], `xxh64` of each; or [0].
+        damaged: what becomes of images that are.
+    """
+
+    def __init__(self, path: Path, view: View, workers: int, sums: NDArray[np.uint64], damaged: Damaged) -> None:
         super().__init__()
-        self.epoch = 0
-        self.read_ahead: ReadAhead | None = None
-        self._place = 0  # of the next image, in what this process reads of the epoch
         self._file = MappedFile(path)
-        self._view = view
-        self._workers = workers
+        self._view, self._workers, self._sums, self._damaged = view, workers, sums, damaged
         self._pool = ThreadPoolExecutor(workers, "decode") if workers > 1 else None
+        self._epoch = 0
+        self._read_ahead: ReadAhead | None = None
+        self._place = 0  # of the next image, in what this process reads of the epoch
 
     def begin(self, epoch: int, read_ahead: ReadAhead | None) -> None:
         """What is decoded next is of this epoch, whose pages are perhaps read ahead.
@@ -76,7 +85,7 @@ class ImageDecoder(Operation):
             UserError: the file is not the one that it was.
         """
         self._file.check_unchanged()
-        self.epoch, self.read_ahead, self._place = epoch, read_ahead, 0
+        self._epoch, self._read_ahead, self._place = epoch, read_ahead, 0
 
     def declare_state_and_memory(self, previous_state: State) -> tuple[State, AllocationQuery]:
         """What FFCV asks: the shape of the output and the memory for it."""
@@ -88,39 +97,59 @@ class ImageDecoder(Operation):
         return self._decode
 
     def _decode(self, indices: Indices, out: NDArray[np.uint8], metadata: Any, storage: Any) -> NDArray[np.uint8]:
+        seen = self._damaged.replaced(np.asarray(indices, np.int64))
+        bad = self._decode_into(seen, out, metadata, storage)
+        self._file.check()
+        for place in np.flatnonzero(bad).tolist():
+            own = out[place : place + 1]
+
+            def is_sound(other: int, own: NDArray[np.uint8] = own) -> bool:
+                return not self._decode_into(np.array([other]), own, metadata, storage).any()
+
+            self._damaged.replace(int(indices[place]), is_sound)
+        self._place += len(indices)
+        if self._read_ahead is not None:
+            self._read_ahead.advance(self._place)
+        return out[: len(indices)]
+
+    def _decode_into(self, indices: Indices, out: NDArray[np.uint8], metadata: Any, storage: Any) -> NDArray[np.bool_]:
+        """Whether each is damaged."""
         fields = metadata[indices]
         pointers = fields["data_ptr"]
         sizes = storage[2][np.searchsorted(storage[1], pointers)].astype(np.int64)
         data, starts = np.asarray(storage[0]), pointers.astype(np.int64)  # the whole file, mapped
-        indices = np.asarray(indices, np.int64)
         jpegs = fields["mode"] == JPEG
         heights, widths = fields["height"].astype(np.int64), fields["width"].astype(np.int64)
+        sums = self._sums[indices] if len(self._sums) else self._sums
         bad = np.zeros(len(indices), np.bool_)
         view = self._view
 
         def decode(part: slice) -> None:
             augment.decode(
                 data, starts[part], sizes[part], jpegs[part], heights[part], widths[part], indices[part],
-                view.training, view.seed, self.epoch, view.crop, view.flip, view.share, out[part], bad[part],
+                view.training, view.seed, self._epoch, view.crop, view.flip, view.share, sums[part], out[part],
+                bad[part],
             )  # fmt: skip
 
-        if self._pool is None:
+        if self._pool is None or len(indices) == 1:
             decode(slice(0, len(indices)))
         else:
             # More pieces than threads, because images differ in how long they take.
             step = max(1, -(-len(indices) // (4 * self._workers)))
             list(self._pool.map(decode, [slice(start, start + step) for start in range(0, len(indices), step)]))
-        self._file.check()
-        if bad.any():
-            path = self._file.path
-            raise UserError(
-                f"{path}: image {indices[bad][0]} is damaged; copy or write the file again "
-                f"(`ssam-scale data check {path}`)"
-            )
-        self._place += len(indices)
-        if self.read_ahead is not None:
-            self.read_ahead.advance(self._place)
-        return out[: len(indices)]
+        return bad
+
+
+def undecodable(beton: Beton, data: NDArray[np.uint8], images: Indices) -> NDArray[np.bool_]:
+    """Of which of these images libjpeg complains, or that have another size than the file's table says."""
+    bad = np.zeros(len(images), np.bool_)
+    augment.decode(
+        data, beton.starts[images], beton.sizes[images], beton.is_jpeg[images], beton.heights[images],
+        beton.widths[images], images,
+        False, 0, 0, (1.0, 1.0, 1.0, 1.0), 0.0, 1.0, np.zeros(0, np.uint64), np.empty((len(images), 8, 8, 3), np.uint8),
+        bad,
+    )  # fmt: skip
+    return bad
 
 
 class LabelDecoder(Operation):
@@ -203,6 +232,7 @@ class Epoch(EpochIterator):
 
     failure: BaseException | None = None
     read_ahead: ReadAhead | None = None
+    _taken = 0  # batches
 
     def start(self) -> None:
         """Called by FFCV at the end of the constructor."""
@@ -218,8 +248,14 @@ class Epoch(EpochIterator):
         except BaseException as error:
             self.failure = error
 
-    def next_batch(self) -> tuple[Any, ...] | None:
-        """The next batch, in FFCV's buffers until the next call; None at the end. Raises what the thread raised."""
+    def next_batch(self, damaged: Damaged, labels: NDArray[np.int64]) -> tuple[Any, ...] | None:
+        """The next batch, in FFCV's buffers until the next call; None at the end. Raises what the thread raised.
+
+        Args:
+            damaged: images in whose place others were decoded, which FFCV does not know; it may have looked the label
+                up before.
+            labels: int64 [images], of all images of the file.
+        """
         while True:
             alive = self.is_alive()
             try:
@@ -228,7 +264,16 @@ class Epoch(EpochIterator):
                 if not alive:
                     raise self.failure or RuntimeError("the loader's thread has died") from None
                 continue
-            return None if item is None else item[1]
+            if item is None:
+                return None
+            batch: tuple[Any, ...] = item[1]
+            if damaged.instead:
+                size = self.loader.batch_size
+                seen = damaged.replaced(self.order[self._taken * size : (self._taken + 1) * size])
+                for out, values in zip(batch[1:], (labels[seen], seen), strict=False):
+                    out[:, 0] = torch.from_numpy(values)
+            self._taken += 1
+            return batch
 
     def stop(self) -> None:
         """End the thread and free what it holds."""
@@ -245,13 +290,18 @@ class Reader:
     """FFCV's loader for one .beton file, as `ImageLoader` needs it.
 
     Args:
-        path: of the file.
+        beton: the file.
         view: what is cut out of an image.
         order: of epochs; or the indices to read, in their order.
         batch: images in a batch.
         workers: threads that decode.
         indices: whether batches say which images they hold.
         memory: bytes of the file that an order by pages keeps in memory, on all machines together.
+        on_damaged: what becomes of images that are not what was written.
+
+    Attributes:
+        path: of the file.
+        damaged: the images that were met and are, and what became of them.
 
     Raises:
         UserError: the file cannot be mapped into memory.
@@ -259,7 +309,7 @@ class Reader:
 
     def __init__(
         self,
-        path: Path,
+        beton: Beton,
         view: View,
         order: SharedOrder | Indices,
         batch: int,
@@ -267,9 +317,12 @@ class Reader:
         *,
         indices: bool = False,
         memory: int = 0,
+        on_damaged: OnDamaged = "stop",
     ) -> None:
-        self._path, self._memory = path, memory
-        self._decoder = ImageDecoder(path, view, workers)
+        self.path = path = beton.path
+        self._labels, self._memory = beton.labels, memory
+        self.damaged = Damaged(path, beton.images, on_damaged)
+        self._decoder = ImageDecoder(path, view, workers, beton.sums, self.damaged)
         self._order = order
         options: dict[str, Any] = {"order": order}
         if isinstance(order, np.ndarray):
@@ -318,6 +371,10 @@ class Reader:
         running.read_ahead = read_ahead
         return running
 
+    def next_batch(self, running: Epoch) -> tuple[Any, ...] | None:
+        """The next batch of an epoch that `start` began: see `Epoch.next_batch`."""
+        return running.next_batch(self.damaged, self._labels)
+
     def _read_ahead(self, order: Indices) -> ReadAhead | None:
         assert isinstance(self._order, SharedOrder)
         by_page = self._order.order
@@ -326,4 +383,4 @@ class Reader:
         pages = spans(by_page.pages, order)
         most = None if self._mapped.size <= self._memory else 2 * most_at_once(pages)
         mapping: mmap.mmap = self._mapped._mmap  # type: ignore[attr-defined]
-        return ReadAhead(self._path, mapping, int(self._loader.reader.page_size), pages, most)
+        return ReadAhead(self.path, mapping, int(self._loader.reader.page_size), pages, most)

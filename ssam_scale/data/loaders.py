@@ -76,6 +76,16 @@ class ImageLoader:
         self._scale = (1.0 / (255.0 * torch.tensor(std))).view(1, 3, 1, 1).to(device)
         self._shift = (-torch.tensor(mean) / torch.tensor(std)).view(1, 3, 1, 1).to(device)
 
+    @property
+    def path(self) -> Path:
+        """The file that is read."""
+        return self._reader.path
+
+    @property
+    def damaged(self) -> dict[int, int]:
+        """Damaged images that this process has met, and the image of the file that it has seen in the place of each."""
+        return dict(self._reader.damaged.instead)
+
     def __len__(self) -> int:
         """Batches of this process in a whole epoch."""
         return len(self._reader)
@@ -111,7 +121,7 @@ class ImageLoader:
             running = self._running = self._reader.start(self._epoch, self._seen)
         self.aside.follow()  # mean and std are there
         try:
-            while (item := running.next_batch()) is not None:
+            while (item := self._reader.next_batch(running)) is not None:
                 batch = self._on_device(*item)
                 self.aside.hand_over(batch)
                 yield batch
@@ -188,7 +198,9 @@ def train_loader(
     order = _order(data, beton, _pool(beton.images, images), seed, memory)
     shared = SharedOrder(order, rank, world_size, micro_batch)
     workers = _workers(data, world_size)
-    reader = Reader(data.train, view, shared, micro_batch, workers, indices=indices, memory=memory)
+    reader = Reader(
+        beton, view, shared, micro_batch, workers, indices=indices, memory=memory, on_damaged=data.on_damaged
+    )
     return ImageLoader(
         reader,
         images=len(reader) * micro_batch,
@@ -226,7 +238,7 @@ def eval_loader(
     from ssam_scale.data.ffcv_loader import Reader, View
 
     view = View(data.eval_resolution, False, share=data.eval_crop_ratio)
-    reader = Reader(data.val, view, mine, batch, _workers(data, world_size))
+    reader = Reader(beton, view, mine, batch, _workers(data, world_size))
     return ImageLoader(
         reader,
         images=len(mine),

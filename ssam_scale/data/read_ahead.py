@@ -85,11 +85,12 @@ class ReadAhead:
             self._moved.notify()
 
     def stop(self) -> None:
-        """End the thread."""
+        """End the thread; pages that it has read are given back, used or not."""
         with self._moved:
             self._stopped = True
             self._moved.notify()
         self._thread.join()
+        self._give_back(all_of_them=True)
         os.close(self._file)
 
     def _run(self) -> None:
@@ -123,8 +124,8 @@ class ReadAhead:
                     self._moved.wait()
         return None
 
-    def _give_back(self) -> None:
-        while self._done < len(self._by_end) and self._by_end[self._done].last < self._place:
+    def _give_back(self, all_of_them: bool = False) -> None:
+        while self._done < len(self._by_end) and (all_of_them or self._by_end[self._done].last < self._place):
             start = self._by_end[self._done].page * self._size
             self._done += 1
             length = min(self._size, self._bytes - start)

@@ -24,7 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressC
 
 from ssam_scale.console import console
 from ssam_scale.cores import usable_cores
-from ssam_scale.data.beton import Pages, Sidecar, checksum, inspect
+from ssam_scale.data.beton import Pages, Sidecar, checksum, encoded_sums, inspect
 from ssam_scale.data.encode import BadImageError, Encoded, Encoding, Pixels, encode
 from ssam_scale.errors import UserError
 from ssam_scale.folders import why_not_replaceable
@@ -316,7 +316,7 @@ def write_samples(
     counts = [0] * len(classes)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with warnings.catch_warnings(), _progress(progress) as bar, _replacing(out) as (file, temporary):
+        with warnings.catch_warnings(), _progress(progress) as bar, replacing(out) as (file, temporary):
             warnings.filterwarnings("ignore", module="PIL")  # of large images, and of transparency, which is left out
             task = bar.add_task(f"Writing {out.name}", total=len(samples))
             pages = Pages(file, len(samples))
@@ -344,8 +344,9 @@ def write_samples(
             size = temporary.stat().st_size
             task = bar.add_task(f"Checksum of {out.name}", total=size)
             digest = checksum(temporary, lambda count: bar.advance(task, count))
-            sidecar = Sidecar(len(samples) - len(skipped), classes, size, digest, recipe(encoding, source))
-            with _replacing(Sidecar.path(out)) as (note, _):
+            sums = encoded_sums(pages.sums)
+            sidecar = Sidecar(len(samples) - len(skipped), classes, size, digest, recipe(encoding, source), sums)
+            with replacing(Sidecar.path(out)) as (note, _):
                 note.write(sidecar.dump())
     except OSError as error:
         raise _cannot_write(error, out, need) from error
@@ -394,7 +395,7 @@ def _encoded(samples: Sequence[Sample], encoding: Encoding, workers: int) -> Ite
 
 
 @contextmanager
-def _replacing(out: Path) -> Iterator[tuple[BinaryIO, Path]]:
+def replacing(out: Path) -> Iterator[tuple[BinaryIO, Path]]:
     """A temporary file in the same folder that takes the place of `out` at the end, or vanishes on any failure."""
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:

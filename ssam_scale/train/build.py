@@ -51,6 +51,7 @@ from .evaluation import Evaluate
 from .hooks import (
     AverageBatchNormStatistics,
     Hook,
+    ListDamaged,
     LogDrawnDensities,
     LogEpochs,
     LogFixedDensities,
@@ -293,6 +294,8 @@ def build_hooks(
         hooks.append(probes)  # after the mask is what the next step's is
     if ema is not None:
         hooks.append(UpdateEMA(ema))
+    if config.data.on_damaged == "skip":
+        hooks.append(ListDamaged(components.train, world, run, bar))
     if world.size > 1 and not config.train.compile:  # counting breaks a graph apart
         hooks.append(LogTraffic(run))
     agreement = Agreement(world)

@@ -25,10 +25,15 @@ from ssam_scale.tracking.run import Run
 from ssam_scale.tracking.timer import PhaseTimer
 
 if TYPE_CHECKING:
+    from ssam_scale.data import ImageLoader
+
     from .batches import EpochBatches
     from .build import Components
     from .progress import Progress, ProgressBar
     from .unrecorded import Unrecorded
+
+
+_FEW = 20  # images are named in a line
 
 
 class Hook:
@@ -95,6 +100,34 @@ class UpdateEMA(Hook):
         """Counts as a part of the step's time: `LogMetrics` comes later. Not after a step that was left out."""
         if not report.left_out:
             self._ema.update(progress.step)
+
+
+class ListDamaged(Hook):
+    """Says after an epoch which images were found damaged in it, and records how many there are (`data/damaged`).
+
+    Args:
+        loader: of the training images; they are replaced by others (`data.on_damaged: skip`).
+        world: the processes, each of which has met its own.
+        run: what is recorded goes there.
+        bar: what a person sees goes there.
+    """
+
+    def __init__(self, loader: ImageLoader, world: World, run: Run, bar: ProgressBar) -> None:
+        self._loader, self._world, self._run, self._bar = loader, world, run, bar
+        self._told: set[int] = set()
+
+    def after_epoch(self, progress: Progress) -> None:
+        """Collective."""
+        every = {image for mine in self._world.each_says(sorted(self._loader.damaged)) for image in mine}
+        if new := sorted(every - self._told):
+            few = ", ".join(f"{image:,}" for image in new[:_FEW]) + (" and more" if len(new) > _FEW else "")
+            images = "image" if len(new) == 1 else "images"
+            self._bar.say(
+                f"{len(new):,} damaged {images} of {self._loader.path}, in the place of which the next ones were seen: "
+                f"{few}"
+            )
+            self._run.log({"data/damaged": float(len(every))}, progress.step)
+        self._told = every
 
 
 class RunTrajectory(Hook):

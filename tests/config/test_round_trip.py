@@ -149,6 +149,7 @@ def configs(draw: st.DrawFn) -> Config:
         term["start_epoch"] = min(max(term["start_epoch"], term.get("lag_epochs", 0)), data["train"]["epochs"] - 1)
         if term["kind"] == "saf":
             data["loss"] |= {"mixup": 0.0, "cutmix": 0.0}
+            data["data"]["on_damaged"] = "stop"
             descent = (data["perturbation"] or {}).get("descent")
             if descent and descent["choose"] == "random":  # no pass would see all images
                 data["perturbation"]["descent"] = None
@@ -437,6 +438,7 @@ def test_a_loss_term_is_a_method_of_its_own_and_beside_another(read):
     [
         (["loss.mixup=0.2"], r"remembers the outputs of single images, and loss\.mixup 0\.2 mixes each .*; use mesa"),
         (["loss.cutmix=1"], r"loss\.cutmix 1\.0 mixes each with another one in each epoch"),
+        (["data.on_damaged=skip"], r"data\.on_damaged skip shows another one in the place of a damaged one; use mesa"),
         (
             ["perturbation={rho: 1, direction: {fraction: 0.5}, descent: {fraction: 0.5, choose: random}}"],
             r"no pass sees all of them with perturbation\.direction\.fraction 0\.5 and perturbation\.descent\.choose",

@@ -18,7 +18,7 @@ import pytest
 import torch
 from ffcv.loader import epoch_iterator
 
-from ssam_scale.data import ffcv_import
+from ssam_scale.data import ffcv_import, inspect
 from ssam_scale.data.ffcv_loader import Reader, SharedOrder, View
 from ssam_scale.data.order import RandomOrder
 
@@ -98,11 +98,11 @@ def test_its_thread_stays_off_all_devices_and_buffers_are_pinned_for_the_process
     gpus = PretendedGPUs()
     gpus.put_in(monkeypatch)
     gpus.initialised = device is not None  # by whoever computes there
-    reader = Reader(numbered, View(24, True), SharedOrder(RandomOrder(np.arange(48), 0), 0, 1, 4), 4, 2)
+    reader = Reader(inspect(numbered), View(24, True), SharedOrder(RandomOrder(np.arange(48), 0), 0, 1, 4), 4, 2)
     with gpus.on(device or 0):
         epoch = reader.start(0)
         batches = 0
-        while (item := epoch.next_batch()) is not None:
+        while (item := reader.next_batch(epoch)) is not None:
             batches += 1
             assert item[0].shape == (4, 24, 24, 3)
         epoch.stop()
