@@ -175,10 +175,11 @@ def _hole(folder: Path, draw: random.Random) -> None:
 
 
 def _exchange(folder: Path, draw: random.Random) -> None:
-    """A file of the checkpoint before, which is whole in itself."""
+    """A file of the checkpoint before, which is whole in itself; and another one, where no step lies between them."""
     *_, older, _ = checkpoints(folder.parent)
-    file = draw.choice(sorted(folder.glob("model.*")))
-    file.write_bytes((older / file.name).read_bytes())
+    pairs = [(file, (older / file.name).read_bytes()) for file in sorted(folder.glob("model.*"))]
+    file, content = draw.choice([(file, content) for file, content in pairs if content != file.read_bytes()])
+    file.write_bytes(content)
 
 
 AT_REST: dict[str, Callable[[Path, random.Random], None]] = {
