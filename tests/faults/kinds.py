@@ -175,11 +175,14 @@ def _hole(folder: Path, draw: random.Random) -> None:
 
 
 def _exchange(folder: Path, draw: random.Random) -> None:
-    """A file of the checkpoint before, which is whole in itself; and another one, where no step lies between them."""
-    *_, older, _ = checkpoints(folder.parent)
-    pairs = [(file, (older / file.name).read_bytes()) for file in sorted(folder.glob("model.*"))]
-    file, content = draw.choice([(file, content) for file, content in pairs if content != file.read_bytes()])
-    file.write_bytes(content)
+    """A file of an earlier checkpoint, which is whole in itself, and another: no step may lie between the last two."""
+    for earlier in reversed(checkpoints(folder.parent)[:-1]):
+        pairs = [(file, (earlier / file.name).read_bytes()) for file in sorted(folder.glob("model.*"))]
+        if others := [(file, content) for file, content in pairs if content != file.read_bytes()]:
+            file, content = draw.choice(others)
+            file.write_bytes(content)
+            return
+    raise ValueError(f"all checkpoints in {folder.parent} have the same weights")
 
 
 AT_REST: dict[str, Callable[[Path, random.Random], None]] = {
