@@ -95,7 +95,13 @@ class Data(Section):
     )
     resolution: int = Field(224, ge=8, le=8192, description="side of the training crop, pixels")
     eval_resolution: int = Field(224, ge=8, le=8192, description="side of the evaluation centre crop, pixels")
-    eval_crop_ratio: float = Field(0.875, gt=0.0, le=1.0, description="centre crop's share of the image's short side")
+    eval_crop_ratio: float = Field(
+        0.875,
+        gt=0.0,
+        le=1.0,
+        description="centre crop's share of the image's short side: where torchvision resizes it to eval_resolution / "
+        "eval_crop_ratio and cuts out the middle",
+    )
     crop_scale: tuple[float, float] = Field((0.08, 1.0), description="area of the random crop, share of the image")
     crop_ratio: tuple[float, float] = Field((0.75, 4.0 / 3.0), description="aspect ratio of the random crop")
     flip: Share = Field(0.5, description="probability of a horizontal flip")

@@ -104,10 +104,22 @@ def random_crop(
 
 
 @compiled
-def centre_crop(height: int, width: int, share: float) -> tuple[int, int, int, int]:
-    """Top, left, height and width of the central square whose side is `share` of the image's shorter side."""
-    side = max(1, int(share * min(height, width)))
-    return (height - side) // 2, (width - side) // 2, side, side
+def centre_crop(height: int, width: int, share: float, side: int) -> tuple[int, int, int, int]:
+    """Top, left, height and width of the pixels that torchvision's Resize and CenterCrop make an image of `side` of.
+
+    Its shorter side is resized to side / share, as timm does, and the square in the middle is cut out. Both round to
+    whole pixels of the smaller image, so that the square is not quite in the middle of the larger one; here the edges
+    are those of the larger image that lie next to it.
+    """
+    shorter, longer = min(height, width), max(height, width)
+    resized = math.floor(side / share)
+    beside = int(resized * longer / shorter)
+    new_height, new_width = (resized, beside) if height <= width else (beside, resized)
+    top, left = round((new_height - side) / 2.0), round((new_width - side) / 2.0)
+    first_row, first_column = round(top * height / new_height), round(left * width / new_width)
+    rows = max(1, round((top + side) * height / new_height) - first_row)
+    columns = max(1, round((left + side) * width / new_width) - first_column)
+    return min(first_row, height - rows), min(first_column, width - columns), rows, columns
 
 
 @compiled
@@ -188,7 +200,7 @@ def decode(
         if training:
             top, left, rows, columns = random_crop(key, height, width, crop[0], crop[1], crop[2], crop[3])
         else:
-            top, left, rows, columns = centre_crop(height, width, share)
+            top, left, rows, columns = centre_crop(height, width, share, side_y)
         target = np.uintp(out[k].ctypes.data)
         _resize(0, pixels, height, width, top, top + rows, left, left + columns, target, side_y, side_x)
         if training and uniform(key, _FLIP) < flip:

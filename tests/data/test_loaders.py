@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from ssam_scale.data import ImageLoader, IndexedBatch
 from ssam_scale.data.encode import Encoding
 from ssam_scale.data.write import Sample, write_samples
 from ssam_scale.errors import UserError
+from ssam_scale.models.torchvision_ops import ensure_torchvision
 from tests.support.images import make_image
 from tests.support.loaders import NUMBERED, config, evaluation, training
 
@@ -190,6 +192,23 @@ def test_evaluation_does_not_depend_on_epoch_workers_or_processes(numbered: Path
     ranks = [by_label(read(evaluation(numbered, rank, 3, workers=2))) for rank in range(3)]
     expected = by_label(alone)
     assert all(torch.equal(image, expected[label]) for rank in ranks for label, image in rank.items())
+
+
+def test_the_evaluation_crop_is_torchvisions(tmp_path: Path) -> None:
+    """Where nothing has to be resized, pixel by pixel; else but for the interpolation, which is by area here."""
+    ensure_torchvision()
+    from torchvision.transforms import CenterCrop, Compose, Resize
+
+    draw = np.random.default_rng(0)
+    small = [Image.fromarray(make_image(draw, *sides)) for sides in ((60, 80), (91, 57))]
+    images = [image.resize((4 * image.width, 4 * image.height)) for image in small]
+    for image in images:
+        out = tmp_path / f"{image.width}.beton"
+        sample = Sample("x", np.asarray(image), 0)
+        write_samples([sample], ["x"], out, Encoding(None, 90, 0.0, 0), source={}, progress=False)
+        [(found, _)] = read(evaluation(out, num_classes=2, eval_resolution=112, mean=(0, 0, 0), std=(1, 1, 1)))
+        expected = np.asarray(Compose([Resize(128), CenterCrop(112)])(image)).astype(float)
+        assert np.abs(found[0].permute(1, 2, 0).numpy() * 255 - expected).mean() < 1.5
 
 
 def test_the_evaluation_crop_is_the_central_share_of_the_short_side(tmp_path: Path) -> None:
