@@ -44,13 +44,30 @@ _SYMBOLS = {
     "tjDestroy": types.int32(_pointer),
     "resize": types.void(_int, _pointer, _int, _int, _int, _int, _int, _int, _pointer, _int, _int),
 }
+_CROP_SYMBOLS = {
+    "ssam_scale_crop_new": _pointer(),
+    "ssam_scale_crop_free": types.void(_pointer),
+    "ssam_scale_crop_decode": types.int32(_pointer, _pointer, types.uint64, *6 * (types.int32,), _pointer, _pointer),
+}
+_DAMAGED, _NOT_DONE_HERE = 1, 2  # what `crop.c` says
+_new_cropper, _free_cropper, _decode_crop = (
+    types.ExternalFunction(name, signature) for name, signature in _CROP_SYMBOLS.items()
+)
 _new_decoder, _read_header, _decode_jpeg, _free_decoder, _resize = (
     types.ExternalFunction(f"ssam_scale_{name}", signature) for name, signature in _SYMBOLS.items()
 )
 
 
-def bind(library: ctypes.CDLL) -> None:
-    """Tell the compiled code where FFCV's library, and turbojpeg behind it, lie; needed once before `decode`."""
+def bind(library: ctypes.CDLL, crops: ctypes.CDLL | None) -> None:
+    """Tell the compiled code where libraries lie; needed once before `decode`.
+
+    Args:
+        library: FFCV's, and turbojpeg behind it.
+        crops: of `crop.c`; without it `decode` must not be asked for crops.
+    """
+    for name in _CROP_SYMBOLS:  # a name has to be known, also where nobody calls it
+        found = getattr(crops, name) if crops is not None else library.tjDestroy
+        llvmlite.binding.add_symbol(name, ctypes.cast(found, ctypes.c_void_p).value)
     for name in _SYMBOLS:
         address = ctypes.cast(getattr(library, name), ctypes.c_void_p).value
         llvmlite.binding.add_symbol(f"ssam_scale_{name}", address)
@@ -137,6 +154,7 @@ def decode(
     crop: tuple[float, float, float, float],
     flip: float,
     share: float,
+    crops: bool,
     sums: Any,
     out: Any,
     bad: Any,
@@ -157,6 +175,7 @@ def decode(
         crop: scale_low, scale_high, ratio_low, ratio_high of `random_crop`.
         flip: probability of a horizontal flip.
         share: of `centre_crop`.
+        crops: of JPEGs decode no more than the crop, where that is possible: the same pixels.
         sums: uint64 [N], what `xxh64` makes of the bytes of each; or [0].
         out: uint8 [N, height, width, 3], written to.
         bad: bool [N], set for images that are not what was written, have another size than the table says, or that
@@ -170,37 +189,49 @@ def decode(
     buffer = np.empty(largest, np.uint8)
     side_y, side_x = out.shape[1], out.shape[2]
     decoder = _new_decoder()
-    header = np.empty(4, np.int32)  # width, height, subsampling, colours
+    cropper = _new_cropper() if crops else np.uintp(0)
+    noted = np.empty(4, np.int32)  # of a header: width, height, subsampling, colours; of a crop: where it begins, width
+    note = np.uintp(noted.ctypes.data)
     for k in range(len(indices)):
         height, width = heights[k], widths[k]
         stored = data[starts[k] : starts[k] + sizes[k]]
-        pixels = np.uintp(stored.ctypes.data)
         if len(sums) and xxh64(stored) != sums[k]:
             bad[k] = True
             continue
-        if jpegs[k]:
-            place = np.uintp(header.ctypes.data)
-            code = _read_header(
-                decoder, pixels, np.uint64(sizes[k]), place, place + np.uintp(4), place + np.uintp(8),
-                place + np.uintp(12),
-            )  # fmt: skip
-            # Of another size than the table's, it would be scaled to that, or leave what the image before it was.
-            if code != 0 or header[0] != width or header[1] != height:
-                bad[k] = True
-                continue
-            pixels = np.uintp(buffer.ctypes.data)
-            # No flags: the exact transform, pixel for pixel what Pillow gives. FFCV's `imdecode` asks for the fast
-            # one, which is off by up to 8 steps and, in today's turbojpeg, no faster.
-            code = _decode_jpeg(
-                decoder, np.uintp(stored.ctypes.data), np.uint64(sizes[k]), pixels, np.int32(width), np.int32(0),
-                np.int32(height), np.int32(_PIXELS_RGB), np.int32(0),
-            )  # fmt: skip
-            bad[k] = code != 0
         key = sample_key(seed, epoch, indices[k])
         if training:
             top, left, rows, columns = random_crop(key, height, width, crop[0], crop[1], crop[2], crop[3])
         else:
             top, left, rows, columns = centre_crop(height, width, share, side_y)
+        pixels = np.uintp(stored.ctypes.data)
+        if jpegs[k]:
+            source, pixels = pixels, np.uintp(buffer.ctypes.data)
+            code = np.int32(_NOT_DONE_HERE)
+            if crops:
+                code = _decode_crop(
+                    cropper, source, np.uint64(sizes[k]), np.int32(height), np.int32(width), np.int32(top),
+                    np.int32(left), np.int32(rows), np.int32(columns), pixels, note,
+                )  # fmt: skip
+            if code == 0:
+                height, width, top, left = rows, int(noted[1]), 0, int(noted[0])
+            elif code == _NOT_DONE_HERE:
+                code = _read_header(
+                    decoder, source, np.uint64(sizes[k]), note, note + np.uintp(4), note + np.uintp(8),
+                    note + np.uintp(12),
+                )  # fmt: skip
+                # Of another size than the table's, it would be scaled to that, or leave what the image before it was.
+                if code == 0 and noted[0] == width and noted[1] == height:
+                    # No flags: the exact transform, pixel for pixel what Pillow gives. FFCV's `imdecode` asks for the
+                    # fast one, which is off by up to 8 steps and, in today's turbojpeg, no faster.
+                    code = _decode_jpeg(
+                        decoder, source, np.uint64(sizes[k]), pixels, np.int32(width), np.int32(0),
+                        np.int32(height), np.int32(_PIXELS_RGB), np.int32(0),
+                    )  # fmt: skip
+                else:
+                    code = np.int32(_DAMAGED)
+            if code != 0:
+                bad[k] = True
+                continue
         target = np.uintp(out[k].ctypes.data)
         _resize(0, pixels, height, width, top, top + rows, left, left + columns, target, side_y, side_x)
         if training and uniform(key, _FLIP) < flip:
@@ -211,3 +242,5 @@ def decode(
                         out[k, y, side_x - 1 - x, channel] = out[k, y, x, channel]
                         out[k, y, x, channel] = other
     _free_decoder(decoder)
+    if crops:
+        _free_cropper(cropper)

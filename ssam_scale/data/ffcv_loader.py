@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ssam_scale.data import augment
+from ssam_scale.data import augment, crop
 from ssam_scale.data.beton import JPEG, Beton
 from ssam_scale.data.damaged import Damaged, OnDamaged
 from ssam_scale.data.ffcv_import import (
@@ -43,7 +43,8 @@ from ssam_scale.data.read_ahead import ReadAhead, most_at_once, spans
 from ssam_scale.data.truncated import MappedFile
 from ssam_scale.errors import UserError
 
-augment.bind(lib)
+_crops = crop.library()
+augment.bind(lib, _crops)
 
 
 @dataclass(frozen=True)
@@ -127,8 +128,8 @@ class ImageDecoder(Operation):
         def decode(part: slice) -> None:
             augment.decode(
                 data, starts[part], sizes[part], jpegs[part], heights[part], widths[part], indices[part],
-                view.training, view.seed, self._epoch, view.crop, view.flip, view.share, sums[part], out[part],
-                bad[part],
+                view.training, view.seed, self._epoch, view.crop, view.flip, view.share, _crops is not None,
+                sums[part], out[part], bad[part],
             )  # fmt: skip
 
         if self._pool is None or len(indices) == 1:
@@ -142,11 +143,10 @@ class ImageDecoder(Operation):
 
 def undecodable(beton: Beton, data: NDArray[np.uint8], images: Indices) -> NDArray[np.bool_]:
     """Of which of these images libjpeg complains, or that have another size than the file's table says."""
-    bad = np.zeros(len(images), np.bool_)
+    bad, small = np.zeros(len(images), np.bool_), np.empty((len(images), 8, 8, 3), np.uint8)
     augment.decode(
         data, beton.starts[images], beton.sizes[images], beton.is_jpeg[images], beton.heights[images],
-        beton.widths[images], images,
-        False, 0, 0, (1.0, 1.0, 1.0, 1.0), 0.0, 1.0, np.zeros(0, np.uint64), np.empty((len(images), 8, 8, 3), np.uint8),
+        beton.widths[images], images, False, 0, 0, (1.0, 1.0, 1.0, 1.0), 0.0, 1.0, False, np.zeros(0, np.uint64), small,
         bad,
     )  # fmt: skip
     return bad
