@@ -37,9 +37,9 @@ Groups: TypeAlias = list[list[Tensor]]
 """Tensors by parameter group."""
 
 # The largest difference to whole tensors, as a share of the way that a tensor has gone. Another order of summation
-# makes 1e-5 (LARS), a cube root that comes out differently in its last place 1e-6 (MADGRAD). What is computed from a part
-# of a tensor is another way altogether, because the gradients here range from 0.1 to 10; and Muon, which orthogonalises
-# in bfloat16 and rounds otherwise on shards, comes to weights that are off by 2%, and of a network's by 10%.
+# makes 1e-5 (LARS), a cube root that comes out differently in its last place 1e-6 (MADGRAD). What is computed from a
+# part of a tensor is another way altogether, because the gradients here range from 0.1 to 10; and Muon, which
+# orthogonalises in bfloat16 and rounds otherwise on shards, is off by 2%, and with a ViT's gradients by 10%.
 _TOLERANCE = 1e-3
 _LR = 0.01  # in the place of one that may be 0 at first
 # Only where a process that fails cannot let go of those that wait for it: a trial takes less than a second.

@@ -135,7 +135,7 @@ def build(config: Config, world: World, phases: Phases, found: int | None = None
     if found is None:
         shared_out(config, world)  # what cannot be is said before anything is built
     _check_direction(config, base_optimizer(config, nn.Linear(1, 1)))  # said before minutes of building
-    check_handed(config, backend_of(config, world), world)
+    check_handed(config, world)
     _check_savable(config, world)
     _check_outputs(config, world)
     torch.manual_seed(config.train.seed)
@@ -525,18 +525,18 @@ def _check_direction(config: Config, base: torch.optim.Optimizer) -> None:
         raise UserError(f"perturbation.direction.source {section.source}: {error}") from error
 
 
-def check_handed(config: Config, backend: str, world: World) -> None:
+def check_handed(config: Config, world: World) -> None:
     """Refuse an optimizer that would step what the backend hands it to another place than whole tensors. Collective.
 
     Args:
-        config: of the run.
-        backend: name of the one that the run will be on.
-        world: the processes. Of FSDP2, one alone knows of nothing to refuse.
+        config: of the run. The backend that it names is meant, also where one process alone is to try it.
+        world: the processes. One alone has no shards, and finds nothing to refuse on FSDP2.
 
     Raises:
         UserError: it is such a one.
     """
-    hands = BACKENDS[backend].value.hands
+    backend = config.sharding.backend
+    hands = "tensors" if backend == "auto" else BACKENDS[backend].value.hands
     if hands == "tensors":
         return
     # A parameter of every number of dimensions, which the factory puts into the groups that a network's would be in.

@@ -308,7 +308,7 @@ def placement_of(config: Config, cluster: Cluster) -> Placement:
             number.
     """
     backend = config.sharding.backend_on(cluster.gpus)
-    check_handed(config, backend, World())
+    check_handed(config, World())
     try:
         return Placement(backend, config.sharding.replicas, cluster, _zero_settings(config))
     except ValueError as error:

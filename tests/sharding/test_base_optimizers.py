@@ -21,14 +21,17 @@ from tests.support.ranks import alone, run_ranks
 
 STEPS, BATCH = 4, 8
 # A gradient at w + ε is orthogonal to w + ε, where weights are scale-invariant, and to w as far as ε is small.
-RHO = {"lion": 0.1, "sgdp": 0.005, "adamp": 0.005}
-# Another order of summation in fp32; of AdamP what its division by the root of the second moment makes of that.
+RHO = {"lion": 0.1, "sgdp": 0.005, "adamp": 0.005, "sgdp nesterov": 0.005, "adamp nesterov": 0.005}
+# Another order of summation in fp32; of AdamP what its division by the root of the second moment makes of that. Its eps
+# is also added to lengths of weights in timm, which is nothing.
 TOLERANCE = 1e-6
 OPTIONS: dict[str, dict[str, Any]] = {
     "lion": {"lr": 1e-3, "betas": (0.9, 0.99), "weight_decay": 0.1},
-    "sgdp": {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01},
-    "adamp": {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-3, "weight_decay": 0.1},
+    "sgdp": {"lr": 0.01, "momentum": 0.9, "weight_decay": 0.01, "nesterov": False},
+    "adamp": {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-6, "weight_decay": 0.1, "nesterov": False},
 }
+# What timm's factory makes of their names.
+OPTIONS |= {f"{name} nesterov": {**OPTIONS[name], "nesterov": True} for name in ("sgdp", "adamp")}
 
 
 class Slow(torch.optim.Optimizer):
@@ -61,8 +64,8 @@ class Lion(Slow):
 class Projecting(Slow):
     """2006.08217, equations 11 and 12: without the update's part along the weights, where these are scale-invariant.
 
-    Which is told by the gradient, first of each output channel's weights and then of all: |cos(w, g)| < 0.1 / √n. Weight
-    decay is a tenth there, as in the authors' code (`wd_ratio`).
+    Which is told by the gradient, first of each output channel's weights and then of all: |cos(w, g)| < 0.1 / √n.
+    Weight decay is a tenth there, as in the authors' code (`wd_ratio`).
     """
 
     def projection(self, w: Tensor, g: Tensor, p: Tensor) -> tuple[Tensor, float]:
@@ -83,8 +86,8 @@ class SGDP(Projecting):
     """Algorithm 2. Decay is decoupled, and as much as SGD's comes to by its momentum (the authors' code)."""
 
     def stepped(self, w: Tensor, g: Tensor, state: dict[str, Any], o: dict[str, Any]) -> Tensor:
-        state["p"] = o["momentum"] * state.get("p", torch.zeros_like(w)) + g
-        q, ratio = self.projection(w, g, state["p"])
+        state["p"] = p = o["momentum"] * state.get("p", torch.zeros_like(w)) + g
+        q, ratio = self.projection(w, g, g + o["momentum"] * p if o["nesterov"] else p)
         return w * (1 - o["lr"] * o["weight_decay"] * ratio / (1 - o["momentum"])) - o["lr"] * q
 
 
@@ -96,7 +99,8 @@ class AdamP(Projecting):
         state["t"] = t = state.get("t", 0) + 1
         state["m"] = beta1 * state.get("m", torch.zeros_like(w)) + (1 - beta1) * g
         state["v"] = beta2 * state.get("v", torch.zeros_like(w)) + (1 - beta2) * g * g
-        p = (state["m"] / (1 - beta1**t)) / ((state["v"] / (1 - beta2**t)).sqrt() + o["eps"])
+        m = beta1 * state["m"] + (1 - beta1) * g if o["nesterov"] else state["m"]
+        p = (m / (1 - beta1**t)) / ((state["v"] / (1 - beta2**t)).sqrt() + o["eps"])
         q, ratio = self.projection(w, g, p)
         return w * (1 - o["lr"] * o["weight_decay"] * ratio) - o["lr"] * q
 
@@ -129,7 +133,7 @@ def train(world: World, backend: str, name: str, sparse: bool) -> tuple[dict[str
     from timm.optim import get_optimizer_class
 
     net = network()
-    kind = get_optimizer_class(name)
+    kind = get_optimizer_class(name.partition(" ")[0], bind_defaults=False)
     model, base = place(
         net,
         [net[0], net[3]],
@@ -155,9 +159,9 @@ def check(name: str, sparse: bool, ranks: list[tuple[dict[str, Tensor], list[dic
     weights, masks = ranks[0]
     for mask in masks:
         share = float(torch.cat([m.flatten() for m in mask.values()]).float().mean())
-        assert share == (pytest.approx(0.5, abs=1e-3) if sparse else 1.0)
+        assert share == (pytest.approx(0.5, abs=0.01) if sparse else 1.0)
     net = network()
-    optimizer = SLOW[name](net.parameters(), **OPTIONS[name])
+    optimizer = SLOW[name.partition(" ")[0]](net.parameters(), **OPTIONS[name])
     with torch.enable_grad():
         for batch, mask in zip(batches(STEPS, BATCH), masks, strict=True):
             rho = dict.fromkeys(dict(net.named_parameters()), RHO[name])
@@ -171,7 +175,7 @@ def check(name: str, sparse: bool, ranks: list[tuple[dict[str, Tensor], list[dic
 
 
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "element"])
-@pytest.mark.parametrize("name", SLOW)
+@pytest.mark.parametrize("name", OPTIONS)
 def test_one_process_equals_the_paper(name: str, sparse: bool) -> None:
     check(name, sparse, [alone(train, "single", name, sparse)])
 
@@ -181,7 +185,7 @@ def test_one_process_equals_the_paper(name: str, sparse: bool) -> None:
 @pytest.mark.parametrize(
     ("backend", "name"),
     [
-        *((backend, name) for backend in ("ddp", "zero0") for name in SLOW),
+        *((backend, name) for backend in ("ddp", "zero0") for name in OPTIONS),
         *((backend, "lion") for backend in ("fsdp2", "zero1", "zero2", "zero3")),
     ],
 )

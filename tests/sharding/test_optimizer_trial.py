@@ -75,7 +75,9 @@ class ByLocalNorm(Elementwise):
     def direction(self, p: Tensor, g: Tensor) -> Tensor:
         if isinstance(g, DTensor):
             local = g.to_local()
-            return DTensor.from_local(local / local.norm(), g.device_mesh, g.placements, shape=g.shape, stride=g.stride())
+            return DTensor.from_local(
+                local / local.norm(), g.device_mesh, g.placements, shape=g.shape, stride=g.stride()
+            )
         return g / g.norm()
 
 
@@ -144,7 +146,7 @@ def test_what_treats_every_weight_alike_is_taken(name: str, options: dict[str, A
 )
 @pytest.mark.filterwarnings("ignore:It is highly recommended")
 def test_what_looks_at_whole_tensors_is_refused(name: str, options: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="does not step flat pieces of tensors.*off by [0-9]+% of the way; use SGD, "):
+    with pytest.raises(ValueError, match=r"does not step flat pieces of tensors.*off by [0-9]+% of the way; use SGD, "):
         on_pieces(timms(name, **options))
 
 
@@ -170,7 +172,7 @@ def test_users_and_composed_optimizers_are_tried_as_well() -> None:
 def test_a_group_is_tried_with_tensors_of_its_own_dimensions() -> None:
     net = network()
     muon = torch.optim.Muon([net[1].weight])
-    with pytest.raises(ValueError, match="Muon.*Muon only supports 2D|Muon.*2D"):
+    with pytest.raises(ValueError, match=r"^Muon, as it is set up, .*: [A-Z]"):
         on_pieces(muon)
 
 
@@ -305,8 +307,8 @@ def every() -> list[str]:
     return list(list_optimizers())
 
 
-# A sign, or a division by the root of a second moment, makes much of the last digit of a gradient that vanishes. What is
-# computed from parts of tensors is further off.
+# A sign, or a division by the root of a second moment, makes much of the last digit of a gradient that vanishes. What
+# is computed from parts of tensors is further off.
 TOLERANCE = 0.01
 
 
