@@ -25,15 +25,6 @@ from .spelling import nearest
 if TYPE_CHECKING:
     from .schema import Config
 
-# timm's optimizers whose step for one weight depends on that weight alone. Beside those that look at whole tensors
-# (LAMB, LARS, AdamP, Muon, Adafactor), the cautious variants do not: they scale by a mean over the tensor.
-WEIGHT_BY_WEIGHT = {
-    "sgd", "nesterov", "momentum", "sgdw", "nesterovw", "fusedsgd", "adam", "adamw", "adamwlegacy", "fusedadam",
-    "fusedadamw", "adamax", "nadam", "nadamlegacy", "nadamw", "radam", "radamw", "radabelief", "adabelief", "adadelta",
-    "adan", "adanw", "adopt", "adoptw", "laprop", "lion", "madgrad", "madgradw", "rmsprop", "rmsproptf", "rmsproptfw",
-}  # fmt: skip
-
-
 REDUCE_BUCKET = 500_000_000
 """Elements of the buffer that stages 1 to 3 reduce gradients in, unless `reduce_bucket_size` says otherwise."""
 

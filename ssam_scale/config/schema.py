@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 from pydantic import AfterValidator, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from .deepspeed import WEIGHT_BY_WEIGHT, problems
+from .deepspeed import problems
 from .direction_sections import (
     DescentSection,
     Direction,
@@ -650,18 +650,6 @@ class Config(Section):
                     f"trajectory.kind saf remembers the outputs of single images, and loss.{key} "
                     f"{getattr(self.loss, key)} mixes each with another one in each epoch; use mesa, or 0"
                 )
-        return self
-
-    @model_validator(mode="after")
-    def _weight_by_weight(self) -> Config:
-        backend, name = self.sharding.backend, self.optimizer.name.lower()
-        cautious = bool(self.optimizer.kwargs.get("caution"))
-        if backend in ("zero1", "zero2", "zero3") and (name not in WEIGHT_BY_WEIGHT or cautious):
-            raise ValueError(
-                f"optimizer.name {name}{' with caution' if cautious else ''} may look at whole tensors, and "
-                f"sharding.backend {backend} hands it flat pieces; use sgd, adamw, lion or another that treats every "
-                "weight alike, or the backends ddp, fsdp2 or zero0"
-            )
         return self
 
     @model_validator(mode="after")

@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 
 from ssam_scale.checks import check_number, check_switch, described
 from ssam_scale.masks import Dense, Mask, Plan, Refreshed, ScoreBased
+from ssam_scale.sharding.optimizer_trial import check_steps
 from ssam_scale.sharding.place import sharding_of
 from ssam_scale.sharding.unsupported import check_alone, owner_of
 
@@ -132,7 +133,8 @@ class SparseSAM(OptimizerWrapper):
     Raises:
         TypeError: an argument is of another kind.
         ValueError: an argument is out of its range, the optimizer has parameters that are not the model's, the mask
-            needs a model in stages, or the model's sharding is not supported.
+            needs a model in stages, the model's sharding is not supported, or the optimizer would step what it hands it
+            to another place than whole tensors.
     """
 
     def __init__(
@@ -182,11 +184,13 @@ class SparseSAM(OptimizerWrapper):
         self.sharding, self._owner = sharding_of(self._model), owner_of(self._model)
         check_stages(self.sharding.network, mask if mask is not None else Dense())
         check_scope(scope_of(climbs), self.sharding)
-        base_optimizer, _ = self.sharding.unwrap_optimizer(base_optimizer, max_grad_norm)
+        base_optimizer, groups = self.sharding.unwrap_optimizer(base_optimizer, max_grad_norm)
         if scaler is not None and not self.sharding.supports_grad_scaler:
             raise ValueError("a DeepSpeed engine scales losses itself: leave scaler at None")
         climbs.check(base_optimizer)
         super().__init__(base_optimizer, rho=rho)
+        dimensions = [{len(self.sharding.full_shape(p)) for p in group} for group in groups]
+        check_steps(base_optimizer, self.sharding.hands, self.sharding.data_parallel_group, dimensions)
         self.mask: Mask = mask if mask is not None else Dense()
         self.max_grad_norm, self.scaler, self._alpha = max_grad_norm, scaler, gap
         self._skips_nonfinite, self._finite = skip_nonfinite, True

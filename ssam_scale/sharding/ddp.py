@@ -178,7 +178,6 @@ BACKENDS.register(
         owns=lambda module: isinstance(module, DistributedDataParallel),
         sharding=DDP,
         place=_place,
-        shards_weights=False,
         any_memory_format=True,
         held_beside=lambda weights, deepspeed: 4 * weights,  # the buckets that gradients are reduced in
     )

@@ -39,6 +39,7 @@ from .chunks import Chunk, whole
 from .gradient_hooks import OnGradient, divert_gradients
 from .interface import AscentReduction, Shard, WrittenWeights
 from .low_precision import cast_parameters
+from .optimizer_trial import Handed
 from .packed_reduce_scatter import Asked, Packing, Packings
 from .process_group import ProcessGroup
 from .registry import BACKENDS, Backend, MakeOptimizer, Options
@@ -113,6 +114,7 @@ class FSDP2(TorchTraining):
     """
 
     weights_replicated = accumulates_in_grad = False
+    hands: Handed = "shards"
 
     def __init__(self, module: nn.Module) -> None:
         self.network = self.ascent_module = self.descent_module = module
@@ -529,6 +531,7 @@ BACKENDS.register(
         owns=lambda module: any(isinstance(m, FSDPModule) for m in module.modules()),
         sharding=FSDP2,
         place=_place,
+        hands="shards",
         has_replicas=True,
     )
 )

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .chunks import Chunk, SavedTensor
 from .gradient_hooks import OnGradient
+from .optimizer_trial import Handed
 from .process_group import ProcessGroup
 
 
@@ -172,6 +173,7 @@ class ShardedPasses(Protocol):
         packs_gradients: whether `ascent` reduces nothing but the elements that it is asked for.
         reduces_whole: whether `ascent` leaves whole gradients on every rank though the optimizer steps shards (ZeRO 1
             and 2 in float32): each rank can perturb all weights by itself, and has nothing to publish.
+        hands: what the optimizer is given to step.
     """
 
     network: nn.Module
@@ -183,6 +185,7 @@ class ShardedPasses(Protocol):
     accumulates_in_grad: bool
     packs_gradients: bool
     reduces_whole: bool
+    hands: Handed
 
     def unwrap_optimizer(
         self, optimizer: torch.optim.Optimizer, max_grad_norm: float | None

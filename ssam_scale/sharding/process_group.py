@@ -21,12 +21,14 @@ class ProcessGroup:
     Attributes:
         size: number of ranks.
         rank: of this process in the group.
+        ranks: in the default process group; of this process alone, none.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         self._group = group
         self.size = 1 if group is None else dist.get_world_size(group)
         self.rank = 0 if group is None else dist.get_rank(group)
+        self.ranks = [] if group is None else dist.get_process_group_ranks(group)
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """`tensor` summed over the ranks, in place."""

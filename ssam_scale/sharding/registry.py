@@ -16,6 +16,7 @@ from torch import nn
 from ssam_scale.registry import Registry
 
 from .interface import Sharding
+from .optimizer_trial import Handed
 from .world import World
 
 MakeOptimizer: TypeAlias = Callable[[], torch.optim.Optimizer]
@@ -55,7 +56,7 @@ class Backend:
         place: puts a module, which is on its device, on the backend and builds its optimizer, in the order that the
             backend needs. Returns what to train and the optimizer.
         launchers: what starts the processes; None: there is one process.
-        shards_weights: whether each rank perturbs and steps only a shard of the weights, and not all of them.
+        hands: what the base optimizer is given to step.
         has_replicas: whether it takes `Options.replicas` above 1.
         any_memory_format: whether weights may be in channels_last; FSDP2 and DeepSpeed flatten them row by row.
         held_beside: given the number of weights and sections of DeepSpeed's configuration, bytes that a process holds
@@ -67,10 +68,15 @@ class Backend:
     sharding: Callable[[Any], Sharding]
     place: Callable[[nn.Module, MakeOptimizer, World, Options], tuple[nn.Module, torch.optim.Optimizer]]
     launchers: str | None = "torchrun"
-    shards_weights: bool = True
+    hands: Handed = "tensors"
     has_replicas: bool = False
     any_memory_format: bool = False
     held_beside: Callable[[int, Mapping[str, Any]], int] = lambda weights, deepspeed: 0
+
+    @property
+    def shards_weights(self) -> bool:
+        """Whether each rank perturbs and steps only a shard of the weights, and not all of them."""
+        return self.hands != "tensors"
 
 
 BACKENDS: Registry[Backend] = Registry("ssam_scale.sharding")

@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor
 from .chunks import Chunk, SavedTensor, whole
 from .gradient_hooks import OnGradient, dense, divert_gradients
 from .interface import AscentReduction, Shard, WrittenWeights
+from .optimizer_trial import Handed
 from .process_group import ProcessGroup
 from .registry import BACKENDS, Backend, MakeOptimizer, Options
 from .world import World
@@ -96,6 +97,7 @@ class TorchTraining(TorchState):
     supports_grad_scaler = leaves_grad = accumulates_in_grad = True
     packs_gradients = False
     reduces_whole = False  # or the shard is the whole
+    hands: Handed = "tensors"
 
     def unwrap_optimizer(
         self, optimizer: torch.optim.Optimizer, max_grad_norm: float | None
@@ -227,7 +229,6 @@ BACKENDS.register("single", "one process that holds everything", "PyTorch")(
         sharding=Single,
         place=_place,
         launchers=None,
-        shards_weights=False,
         any_memory_format=True,
     )
 )

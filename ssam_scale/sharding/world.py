@@ -19,7 +19,7 @@ from ssam_scale.errors import RankLostError, UserError
 from ssam_scale.torch_compat import all_gather_single, keep_flight_records
 
 from .device import DeviceChoice, choose_device, use_device
-from .process_group import leave_process_group
+from .process_group import ProcessGroup, leave_process_group
 from .whereabouts import Whereabouts, naming_the_lost
 
 T = TypeVar("T")
@@ -62,6 +62,11 @@ class World:
     def launched(self) -> bool:
         """Whether a launcher started this process, and perhaps others: it has joined a process group."""
         return dist.is_available() and dist.is_initialized()
+
+    @property
+    def group(self) -> ProcessGroup:
+        """All processes."""
+        return ProcessGroup(dist.group.WORLD if self.launched else None)
 
     @property
     def nodes(self) -> int:

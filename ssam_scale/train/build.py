@@ -38,8 +38,9 @@ from ssam_scale.perturbation.fused import fused_options
 from ssam_scale.perturbation.loss import LossFn
 from ssam_scale.perturbation.reference import first_samples
 from ssam_scale.perturbation.schedules import build_schedule
-from ssam_scale.sharding import ShardedWeights, World
+from ssam_scale.sharding import BACKENDS, ShardedWeights, World
 from ssam_scale.sharding.device import PRECISIONS, has_bf16
+from ssam_scale.sharding.optimizer_trial import check_steps
 from ssam_scale.sharding.place import place
 from ssam_scale.tracking.run import Run
 from ssam_scale.tracking.timer import PhaseTimer
@@ -134,6 +135,7 @@ def build(config: Config, world: World, phases: Phases, found: int | None = None
     if found is None:
         shared_out(config, world)  # what cannot be is said before anything is built
     _check_direction(config, base_optimizer(config, nn.Linear(1, 1)))  # said before minutes of building
+    check_handed(config, world)
     _check_savable(config, world)
     _check_outputs(config, world)
     torch.manual_seed(config.train.seed)
@@ -521,6 +523,30 @@ def _check_direction(config: Config, base: torch.optim.Optimizer) -> None:
         build_direction(section).check(base)
     except ValueError as error:
         raise UserError(f"perturbation.direction.source {section.source}: {error}") from error
+
+
+def check_handed(config: Config, world: World) -> None:
+    """Refuse an optimizer that would step what the backend hands it to another place than whole tensors. Collective.
+
+    Args:
+        config: of the run. The backend that it names is meant, also where one process alone is to try it.
+        world: the processes. One alone has no shards, and finds nothing to refuse on FSDP2.
+
+    Raises:
+        UserError: it is such a one.
+    """
+    backend = config.sharding.backend
+    hands = "tensors" if backend == "auto" else BACKENDS[backend].value.hands
+    if hands == "tensors":
+        return
+    # A parameter of every number of dimensions, which the factory puts into the groups that a network's would be in.
+    kinds = nn.ModuleList([nn.Conv2d(2, 2, 2), nn.Linear(2, 2), nn.ParameterList([torch.zeros(1, 2, 2)])])
+    optimizer = base_optimizer(config, kinds.to(world.device))
+    dimensions = [{p.ndim for p in group["params"]} for group in optimizer.param_groups]
+    try:
+        check_steps(optimizer, hands, world.group, dimensions)
+    except ValueError as error:
+        raise UserError(f"optimizer.name {config.optimizer.name} on sharding.backend {backend}: {error}") from error
 
 
 def _check_savable(config: Config, world: World) -> None:

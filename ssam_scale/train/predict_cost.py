@@ -31,10 +31,11 @@ from ssam_scale.models import build_model, check_compiler
 from ssam_scale.perturbation import Gate, Norm, SparseSAM, StagedModel, StepShares, step_shares
 from ssam_scale.perturbation.reference import first_samples
 from ssam_scale.perturbation.schedules import build_schedule
+from ssam_scale.sharding import World
 from ssam_scale.sharding.device import PRECISIONS, choose_device, to_device, use_device
 from ssam_scale.sharding.place import place
 
-from .build import base_optimizer, check_precision, perturbation_options, soft_loss
+from .build import base_optimizer, check_handed, check_precision, perturbation_options, soft_loss
 from .checkpoint_size import checkpoint_bytes, state_bytes_per_weight
 from .memory import averages_of
 
@@ -303,9 +304,11 @@ def placement_of(config: Config, cluster: Cluster) -> Placement:
     """How the configuration shards the weights over a cluster.
 
     Raises:
-        UserError: its backend does not go with so many GPUs, or a setting of DeepSpeed's is no number.
+        UserError: its backend does not go with so many GPUs or with the optimizer, or a setting of DeepSpeed's is no
+            number.
     """
     backend = config.sharding.backend_on(cluster.gpus)
+    check_handed(config, World())
     try:
         return Placement(backend, config.sharding.replicas, cluster, _zero_settings(config))
     except ValueError as error:

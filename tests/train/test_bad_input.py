@@ -53,7 +53,9 @@ CASES = {
     "data.batch_size 12 is 1 micro-batch of 12 images on each process; set train.max_micro_batch=4",
     "train.accumulation=1\ntrain.max_micro_batch=4": "train.accumulation 1 makes micro-batches of 12 images on 1 "
     "processes, above train.max_micro_batch 4",
-    "sharding.backend=zero3\noptimizer.name=lamb": "optimizer.name lamb may look at whole tensors",
+    "sharding.backend=zero3\noptimizer.name=lamb": "optimizer.name lamb on sharding.backend zero3: Lamb, as it is set "
+    "up, does not step flat pieces of tensors, .* use SGD, AdamW, Lion",
+    "sharding.backend=zero1\noptimizer.name=nadamw\noptimizer.kwargs={caution: true}": "NAdamW, as it is set up, does ",
     "checkpoint.resume=nowhere": "checkpoint.resume: nowhere is not a checkpoint",
     "train.epoch=3": "train.epoch.*epochs",
     "perturbation={rho: 0.1, norm: dense, mask: {pattern: depth}}": "norm: dense needs the gradient of the prefix",

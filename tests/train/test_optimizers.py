@@ -1,4 +1,4 @@
-"""All of timm's optimizers: what a checkpoint holds of one is all that its next steps go by."""
+"""All of timm's optimizers: what a checkpoint holds of one is all that its next steps go by; what is refused."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ssam_scale.models  # noqa: F401  timm can be imported then
+from ssam_scale.cli.main import main
 from ssam_scale.perturbation import SparseSAM
 from ssam_scale.perturbation.arguments import check_optimizer
 from ssam_scale.train import build
 from ssam_scale.train.checkpoint import OptimizerState, check_savable
 from ssam_scale.train.checkpoint.parts import join, split
+from tests.support.processes import free_port
+from tests.support.ranks import start_fresh_rank
 from tests.support.runs import ssam_scale as command
 from tests.support.runs import write_config
 
@@ -115,3 +118,22 @@ def test_timms_that_cannot_be_saved_are_refused(data: Path, tmp_path: Path, caps
     assert command("train", "--config", config) == 2
     said = capsys.readouterr().err
     assert "adafactorbv: a checkpoint cannot hold param_groups.0.momentum_dtype, which is a dtype; these can" in said
+
+
+@pytest.mark.slow
+def test_one_that_cannot_step_shards_is_refused_by_all_processes_before_the_model(data: Path, home: Path) -> None:
+    config = write_config(home / "run.yaml", data, optimizer={"name": "sgdp", "lr": 0.01})
+    overrides = ["sharding.backend=fsdp2", "model.name=no_such_model"]
+    logs, port = [home / f"{rank}.log" for rank in range(2)], free_port()
+    arguments = ["train", "--config", str(config), *overrides]
+    processes = [start_fresh_rank(rank, 2, port, log, main, arguments) for rank, log in enumerate(logs)]
+    for process, log in zip(processes, logs, strict=True):
+        process.join(300)
+        process.kill()  # which has no effect on one that has ended
+        said = log.read_text()
+        assert process.exitcode == 2, said
+        (line,) = [line for line in said.splitlines() if "error:" in line]
+        assert "optimizer.name sgdp on sharding.backend fsdp2: SGDP, as it is set up, does not step shards" in line
+        assert line.endswith("; use SGD, AdamW, Lion or another that treats every weight alike, or DDP")
+        assert "Traceback" not in said
+    assert {path.name for path in home.iterdir()} == {"run.yaml", "mlflow.db", "0.log", "1.log"}

@@ -15,8 +15,8 @@ DeepSpeed has no public calls for most of this. What is used of its internals is
 the reason, and looked for when a backend is constructed: another DeepSpeed fails there and not in the middle of
 training.
 
-Stages 1 to 3 hand flat tensors to the optimizer. One that treats every weight alike (SGD, AdamW, Lion) steps as
-anywhere else; one that looks at whole tensors (LAMB, LARS, AdamP, Muon) computes something else.
+Stages 1 to 3 hand flat pieces of tensors to the optimizer. One that treats every weight alike (SGD, AdamW, Lion) steps
+as anywhere else; one that looks at whole tensors (LAMB, LARS, AdamP, Muon) is refused (`sharding/optimizer_trial.py`).
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ for _stage, _summary in _SHARDED.items():
             sharding=zero_sharding,
             place=partial(_place, stage=_stage),
             launchers="deepspeed or torchrun",
-            shards_weights=_stage > 0,
+            hands="pieces" if _stage > 0 else "tensors",
             held_beside=partial(_held_beside, stage=_stage),
         )
     )

@@ -17,6 +17,7 @@ from ssam_scale.sharding.bucketed_all_reduce import AscentAllReduce
 from ssam_scale.sharding.gradient_hooks import OnGradient, aligned_storage, observe_gradients
 from ssam_scale.sharding.interface import AscentReduction
 from ssam_scale.sharding.low_precision import cast_parameters
+from ssam_scale.sharding.optimizer_trial import Handed
 from ssam_scale.sharding.process_group import ProcessGroup
 from ssam_scale.sharding.registry import Options
 
@@ -165,6 +166,7 @@ class DeepSpeedTraining:
     supports_grad_scaler = leaves_grad = accumulates_in_grad = False
     packs_gradients = False
     reduces_whole = False
+    hands: Handed = "tensors"
     weights_replicated: bool
     survives_interruption = True
 
@@ -287,6 +289,7 @@ class ZeROTraining(DeepSpeedTraining):
     """
 
     survives_interruption = False
+    hands: Handed = "pieces"
 
     def __init__(self, engine: Any, internals: Mapping[str, str]) -> None:
         super().__init__(engine)
