@@ -433,6 +433,11 @@ def _check_address(uri: str) -> None:
         _ = urlsplit(uri).port
     except ValueError as error:
         raise UserError(f"tracking.uri {uri.rpartition('@')[2]}: {error}; use {_WORKS}") from None
+    if ":***@" in uri:  # as `--print-config` shows it
+        raise UserError(
+            f"tracking.uri {uri}: *** stands for a password that was left out; write it there, or give user and "
+            "password by MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+        )
     if re.fullmatch(r"[\w.-]+:\d+/?", uri):
         raise UserError(f"tracking.uri {uri} has no scheme; of a server, write http://{uri}")
 

@@ -30,12 +30,13 @@ class Gateway:
         address: that clients are given.
         fault: may be set at any time.
         after: so many requests are still passed on before `fault` begins.
+        until: and all until one whose path has this; empty: none.
         failed: how many a fault has befallen.
         passed: method and path of the requests that have come to the server.
     """
 
     def __init__(self, server: str | None = None, fault: Fault | None = None) -> None:
-        self.fault, self.after, self.failed = fault, 0, 0
+        self.fault, self.after, self.until, self.failed = fault, 0, "", 0
         self.passed: list[str] = []
         self._server, self._lock, self._closing = server, threading.Lock(), threading.Event()
         gateway = self
@@ -75,7 +76,10 @@ class Gateway:
     def _answer(self, handler: BaseHTTPRequestHandler) -> None:
         body = handler.rfile.read(int(handler.headers.get("Content-Length") or 0))
         with self._lock:
-            fault, self.after = (self.fault, 0) if not self.after else (None, self.after - 1)
+            if self.until in handler.path:
+                self.until = ""
+            waits = bool(self.after or self.until)
+            fault, self.after = None if waits else self.fault, max(self.after - 1, 0)
             self.failed += fault is not None
         while fault == "late" and self.fault is not None and not self._closing.wait(0.05):
             pass

@@ -6,7 +6,6 @@ test looks at a clock: a store that is not given up would hold a run for longer 
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import threading
@@ -26,6 +25,7 @@ from ssam_scale.tracking.store import ANSWER_WITHIN_S, open_store
 from tests.support.gateway import Fault, Gateway
 from tests.support.mlflow_server import MLflowServer
 from tests.support.processes import wait_until
+from tests.support.senders import end_senders, senders
 
 pytestmark = pytest.mark.slow
 
@@ -179,7 +179,7 @@ def test_a_run_goes_on_while_another_process_sends_what_it_had_left(
                 first.log({"m0": float(step), "m19": 1.0}, step)
         waits = unsent(tmp_path, str(first.id))
         assert waits.exists()
-        end_senders(waits)
+        end_sender(waits)
         gateway.fault, gateway.after = "late", 4  # the request after those that ask for the run
         failed = gateway.failed
         sender = subprocess.Popen(
@@ -219,7 +219,7 @@ def test_an_end_that_comes_late_does_not_end_the_run_that_goes_on(
             gateway.fault = "reset"
             first.log({"m0": 1.0}, 1)
         waits = unsent(tmp_path, str(first.id))
-        end_senders(waits)
+        end_sender(waits)
         elsewhere = tmp_path / "elsewhere" / waits.name
         elsewhere.parent.mkdir()
         waits.rename(elsewhere)
@@ -242,22 +242,8 @@ def test_a_run_does_not_begin_without_its_store(fault: Fault, config: MakeConfig
         assert not (tmp_path / "checkpoints").exists()
 
 
-def senders(waits: Path) -> list[int]:
-    """Processes that send what waits in a folder."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            words = entry.read_bytes().split(b"\0")
-        except OSError:  # it has ended meanwhile
-            continue
-        if b"send" in words and bytes(waits) in words:
-            found.append(int(entry.parent.name))
-    return found
-
-
-def end_senders(waits: Path) -> None:
+def end_sender(waits: Path) -> None:
     """End the process that a run has left to send what waits."""
     wait_until(lambda: bool(senders(waits)), PATIENCE_S, "a process that sends")
-    for pid in senders(waits):
-        os.kill(pid, 9)
+    end_senders(waits)
     wait_until(lambda: not senders(waits), PATIENCE_S, "its end")

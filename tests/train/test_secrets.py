@@ -118,7 +118,7 @@ def test_no_secret_is_written_said_or_shown(server: MLflowServer, data: Path, tm
         do("train", "train", "--config", config)
         do("again", "train", "--config", config, "--resume", "auto")
         do("failure", "train", "--config", config, "--resume", "auto", "train.epochs=2", "data.std=[1e-42,1e-42,1e-42]")
-        gateway.after, gateway.fault = 40, "reset"
+        gateway.until, gateway.fault = "logged-models", "reset"  # which is asked for when training is over
         do("away", "train", "--config", config, "--resume", "auto", "train.epochs=3")
         left = list((tmp_path / "checkpoints").glob("unsent_*"))
         do("sends not", "send", *left, MLFLOW_TRACKING_URI=with_password(gateway.address))
@@ -135,8 +135,9 @@ def test_no_secret_is_written_said_or_shown(server: MLflowServer, data: Path, tm
         )
         for name in ("doctor", "train"):
             do(f"{name} without a store", name, "--config", unreachable)
-        images = {"train": "https://me:hush-data@127.0.0.1/train.beton?X-Amz-Signature=hush-signature"}
-        elsewhere = write_config(tmp_path / "data.yaml", data, data=images)
+        elsewhere = tmp_path / "data.yaml"
+        images = "https://me:hush-data@127.0.0.1/train.beton?X-Amz-Signature=hush-signature"
+        elsewhere.write_text(config.read_text().replace(str(data / "train.beton"), images))
         for name in ("doctor", "train"):
             do(f"{name} without data", name, "--config", elsewhere)
     assert {name: code for name, code in codes.items() if code} == {
@@ -144,9 +145,9 @@ def test_no_secret_is_written_said_or_shown(server: MLflowServer, data: Path, tm
         "sends not": 2,
         "doctor without a store": 1,
         "train without a store": 2,
-        "doctor without data": 1,
+        "doctor without data": 2,
         "train without data": 2,
-    }, said
+    }, "\n".join(f"{name}: {text[-800:]}" for name, text in said.items())
     assert "did not reach the tracking store" in said["away"]
     assert "me:***@" in said["print"]
     assert [name for name, text in said.items() if WORD in text] == []
