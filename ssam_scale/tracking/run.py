@@ -68,6 +68,9 @@ _STEP_SIZE = "steps_per_epoch"  # the tag by which steps of another size are kno
 # politely.
 _FINISH_S = {"FINISHED": 60.0, "FAILED": 6.0, "KILLED": 3.0}
 
+# What is left for the end of a run whose store has not answered in the seconds before.
+_SILENT_S = 2.0
+
 # Of what is recorded once and nothing depends on, how long a store may take.
 _ASIDE_S = 30.0
 
@@ -165,6 +168,7 @@ class Run:
         self._params: dict[str, str] = {}
         self._tags: dict[str, str] = {}
         self._began = 0.0
+        self._close_within = CLOSE_WITHIN_S
         self._top1: float | None = None
         self._best_top1: float | None = None
 
@@ -351,7 +355,15 @@ class Run:
         from ssam_scale.tracking.network import log_network
 
         where = self._client, self.experiment, self.id
-        self._try("the model", lambda: log_network(*where, network(), side=side, classes=classes, step=step))
+
+        def store() -> None:
+            try:
+                log_network(*where, network(), side=side, classes=classes, step=step)
+            except TimeoutError:
+                self._close_within = _SILENT_S  # it has been waited for
+                raise
+
+        self._try("the model", store)
 
     def watch_machine(self, node: str | None = None) -> AbstractContextManager[object]:
         """Within the `with`, what this machine does is recorded as `system/…`.
@@ -525,10 +537,10 @@ class Run:
             if self._layers is not None:
                 self._layers.close(_FINISH_S[status])
                 self._layers = None
-            give_up = time.monotonic() + CLOSE_WITHIN_S
+            give_up = time.monotonic() + self._close_within
             marked = False
             if self._writer is not None:
-                marked = self._writer.close(status, line)
+                marked = self._writer.close(status, line, self._close_within)
                 self._writer = None
                 unsent = unsent_folder(self._config.checkpoint.directory, str(self.id))
                 if unsent.exists():

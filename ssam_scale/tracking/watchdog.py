@@ -113,11 +113,15 @@ def _marked(uri: str, unsent: Path, run_id: str, process: str, ended: str, when:
 
     try:
         client = open_store(uri, create=False)
-        # The run may have been resumed by another process in the meantime; then it is no longer ours.
-        if client.get_run(run_id).data.tags.get("process") != process:
+
+        def is_ours() -> bool:
+            # The run may have been resumed by another process in the meantime.
+            return bool(client.get_run(run_id).data.tags.get("process") == process)
+
+        if not is_ours():
             return True
         done = not unsent.exists() or _sent(uri, unsent)
-        if client.get_run(run_id).info.status == "RUNNING":
+        if is_ours() and client.get_run(run_id).info.status == "RUNNING":
             failure = f"the process {ended}"
             if unsent.exists():
                 failure += f"; what had not arrived by then: ssam-scale send {unsent}"

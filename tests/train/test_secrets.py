@@ -19,7 +19,7 @@ import pytest
 
 from tests.support.gateway import Gateway
 from tests.support.mlflow_server import MLflowServer
-from tests.support.processes import run, wait_until
+from tests.support.processes import daemon, run, wait_until
 from tests.support.runs import write_config
 
 pytestmark = pytest.mark.slow
@@ -100,8 +100,23 @@ def with_secrets(*folders: Path, given: frozenset[str]) -> list[Path]:
 GIVEN = frozenset({"run.yaml", "unreachable.yaml", "data.yaml"})
 
 
+def test_the_sweep_finds_what_it_looks_for(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "binary").write_bytes(b"\0hush-password\0")
+    (tmp_path / "other").write_bytes(b"\0")
+    assert with_secrets(tmp_path, given=frozenset()) == [tmp_path / "folder" / "binary"]
+    with (
+        Watch() as watch,
+        daemon([sys.executable, "-c", "import time; time.sleep(600)", "hush-token"], tmp_path / "log"),
+    ):
+        wait_until(lambda: bool(watch.shown), PATIENCE_S, "its arguments")
+
+
 def test_no_secret_is_written_said_or_shown(server: MLflowServer, data: Path, tmp_path: Path) -> None:
-    """A run that ends well, one that fails, one whose store goes away, resumed and sent; and all that looks at them."""
+    """A run that ends well, one that fails, one whose store goes away, resumed and sent; and all that looks at them.
+
+    It takes a minute and more, as each of a dozen commands is a process that imports everything.
+    """
     said: dict[str, str] = {}
     codes: dict[str, int] = {}
 
