@@ -23,7 +23,9 @@ MIRROR, SUITE = "http://deb.debian.org/debian", "bookworm"
 _ENTER = """
 root=$1 user=$2 folder=$3 binds=$4
 mount -t proc proc "$root/proc"
-for path in $binds; do mount --bind -o ro "$path" "$root$path"; done
+mkdir -p "$root/dev/shm"
+mount -t tmpfs -o mode=1777 tmpfs "$root/dev/shm"
+for path in $binds; do mount --bind -o ro "$path" "$root/host$path"; done
 shift 4
 exec chroot --userspec="$user:$user" "$root" /bin/sh -c 'cd "$1" && shift && exec "$@"' sh "$folder" "$@"
 """
@@ -132,9 +134,9 @@ class CleanRoot:
                 shutil.copy(path, file)
 
     def _bound(self) -> Iterable[Path]:
-        """What of this machine is seen in it: the names of hosts, and what pip's configuration names."""
-        for path in (Path("/etc/resolv.conf"), *_pip_paths()):
-            there = self.folder / str(path).lstrip("/")
+        """What of this machine is seen in it, below `/host`."""
+        for path in _pip_paths():
+            there = self.folder / "host" / str(path).lstrip("/")
             if path.is_dir():
                 there.mkdir(parents=True, exist_ok=True)
             else:
@@ -165,12 +167,16 @@ def _pip_settings() -> dict[str, str]:
 
 
 def _pip_environment() -> dict[str, str]:
-    """The same as variables. Where pip downloads from is this machine's own business."""
-    return {f"PIP_{key.upper().replace('-', '_')}": value for key, value in _pip_settings().items()}
+    """The same as variables, for a process that sees this machine's files below `/host`.
+
+    Where pip downloads from is this machine's own business.
+    """
+    named = {f"PIP_{key.upper().replace('-', '_')}": value for key, value in _pip_settings().items()}
+    return {key: re.sub(r"(^|\s|file://)(?=/)", r"\1/host", value) for key, value in named.items()}
 
 
 def _pip_paths() -> list[Path]:
-    """Files and folders of this machine that pip's configuration names."""
-    words = [word for value in _pip_settings().values() for word in value.split()]
-    paths = (Path(word.removeprefix("file://")) for word in words if word.removeprefix("file://").startswith("/"))
-    return sorted({path if path.name != "simple" else path.parent for path in paths if path.exists()})
+    """Files and folders of this machine that pip's configuration names; of an index, also what its pages name."""
+    words = [word.removeprefix("file://") for value in _pip_settings().values() for word in value.split()]
+    paths = [Path(word) for word in words if word.startswith("/") and Path(word).exists()]
+    return sorted({path.parent if path.name == "simple" else path for path in paths})
