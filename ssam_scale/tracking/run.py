@@ -8,7 +8,7 @@ import tempfile
 import time
 from array import array
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from statistics import median
 from subprocess import Popen
@@ -494,9 +494,9 @@ class Run:
         self._began = run.info.start_time / 1000.0
         self._best_top1 = run.data.metrics.get("summary/best_top1", run.data.metrics.get("val/top1"))
         self._saving.before = run.data.metrics.get("saving/seconds_so_far", 0.0)
-        self._client.update_run(self.id, status="RUNNING")
         for key, value in (tags | {"resumed": str(int(run.data.tags.get("resumed", "0")) + 1)}).items():
             self._client.set_tag(self.id, key, value)
+        self._client.update_run(self.id, status="RUNNING")  # by which process is said, should it fail from here on
         if "failure" in run.data.tags:
             self._client.delete_tag(self.id, "failure")
         return run
@@ -544,7 +544,8 @@ class Run:
                 self._writer = None
                 unsent = unsent_folder(self._config.checkpoint.directory, str(self.id))
                 if unsent.exists():
-                    watchdog.send_later(self._config.tracking.uri, unsent)
+                    with suppress(OSError):  # no more processes
+                        watchdog.send_later(self._config.tracking.uri, unsent)
             elif self.id is not None:
                 self._mark(status, line)
             if status == "FINISHED" and marked:

@@ -162,8 +162,8 @@ class Writer:
         while self._sender.is_alive() and time.monotonic() < min(self._deadline, self._answered + ANSWER_WITHIN_S):
             self._sender.join(0.05)
         self._deadline = min(self._deadline, time.monotonic())
-        self._spool.flush()
         marked = not any("end" in record for _, record in self._spool.all())
+        self._spool.flush()
         waiting = self._spool.describe()
         if self._spool.lost:
             _log.warning("%d records were lost: neither the tracking store nor the disk took them", self._spool.lost)
@@ -401,7 +401,6 @@ class _Spool:
         folder: for both; made when the first record or file comes.
         run_id: whose they are.
         uri: of the store that they are for.
-
         patience: seconds to wait for another process that has the file.
 
     Attributes:

@@ -29,6 +29,12 @@ MakeConfig = Callable[..., Config]
 PATIENCE_S = 120
 
 
+@pytest.fixture(autouse=True)
+def _patient_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs wait for a store that answers, on a slow machine, too; how they do not is in test_closing."""
+    monkeypatch.setattr("ssam_scale.tracking.run.CLOSE_WITHIN_S", float(PATIENCE_S))
+
+
 @pytest.fixture(scope="module")
 def server(_empty_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[MLflowServer]:
     """Over a database, with artifacts that pass through it."""
@@ -164,7 +170,9 @@ def test_a_server_is_killed_and_comes_back(
     assert client.get_run(ends.id).info.status == "KILLED"
     # So has its watcher.
     wait_until(lambda: client.get_run(killed_id).info.status == "KILLED", PATIENCE_S, "the mark")
-    assert client.get_run(killed_id).data.tags["failure"].startswith("the process was killed by SIGKILL")
+    failure = client.get_run(killed_id).data.tags["failure"]
+    assert "SIGKILL" in failure
+    assert "ssam-scale send" not in failure  # there is nothing left to send
     assert [point.step for point in client.get_metric_history(killed_id, "train/loss")] == list(range(10, 2000, 10))
     with open_run(resolved, enabled=True, resume_run_id=killed_id) as again:
         for step in range(1000, 3000, 10):
@@ -285,6 +293,7 @@ from ssam_scale.config.schema import Config
 from ssam_scale.tracking import run as tracking
 import mlflow, mlflow.store.tracking.sqlalchemy_store, mlflow.tracking.client
 
+tracking.CLOSE_WITHIN_S = 600.0  # sixteen at once take longer than a run that ends may wait
 config = Config.model_validate_json(Path(sys.argv[1]).read_text())
 children = []
 for number in range(16):
