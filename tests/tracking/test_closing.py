@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from ssam_scale.config.schema import Config
 from ssam_scale.errors import UserError
@@ -232,18 +231,6 @@ def test_an_end_that_comes_late_does_not_end_the_run_that_goes_on(
             assert client.get_run(first.id).info.status == "RUNNING"
             client.delete_tag(first.id, "process")
         assert client.get_run(first.id).info.status == "FINISHED"
-
-
-def test_a_network_that_cannot_be_sent_is_a_line(
-    server: MLflowServer, config: MakeConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    with Gateway(server.address) as gateway:
-        with open_run(config(uri=gateway.address), enabled=True) as run:
-            gateway.fault = "drip"
-            network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 4))
-            run.log_network(lambda: network, side=8, classes=4, step=1)
-        assert f"the model of run {run.id} could not be stored: timed out" in caplog.text
-        assert unsent(tmp_path, str(run.id)).exists()
 
 
 @pytest.mark.parametrize("fault", ["silent", "error", "reset", "drip"])
