@@ -129,6 +129,7 @@ list_missing() {
     lacks git any_command git
     lacks slurm-wlm any_command slurmctld /usr/sbin/slurmctld
     lacks munge any_command munged /usr/sbin/munged
+    lacks debootstrap any_command debootstrap /usr/sbin/debootstrap
     lacks postgresql compgen -G '/usr/lib/postgresql/*/bin/pg_ctl'
     local chromium=chromium driver=chromium-driver
     [[ $distribution == *ubuntu* ]] && chromium=chromium-browser driver=chromium-chromedriver

@@ -16,7 +16,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from tests.support import gpus, patches, ranks, workers
+from tests.support import gpus, patches, ranks, senders, workers
 
 # No test depends on a wall-clock time (an example may be the one that compiles), and every run is the same run. Other
 # examples are looked for with --hypothesis-profile=explore.
@@ -71,9 +71,12 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
-def pytest_sessionfinish() -> None:
-    """End the ranks that served all tests."""
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """End the ranks that served all tests, and what runs have left to send to stores that are gone."""
     ranks.end_pools()
+    factory: pytest.TempPathFactory | None = getattr(session.config, "_tmp_path_factory", None)
+    if factory is not None:
+        senders.end_senders(factory.getbasetemp())
 
 
 @pytest.hookimpl(optionalhook=True)

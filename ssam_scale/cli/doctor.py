@@ -32,6 +32,7 @@ def doctor_command(
     from ssam_scale.config.load import load
     from ssam_scale.launcher import ended_with_launcher
     from ssam_scale.sharding import join_world
+    from ssam_scale.tracking.redaction import without_secrets
 
     resolved = None if config is None else load(config, overrides or [])
     device = "auto" if resolved is None else resolved.train.device
@@ -39,6 +40,6 @@ def doctor_command(
         findings = train.examine(resolved, world)
         out = console(quiet=not world.first)
         for finding in findings:
-            out.print(str(finding), soft_wrap=True)
+            out.print(without_secrets(str(finding)), soft_wrap=True)
     if any(finding.verdict == "fail" for finding in findings):
         raise typer.Exit(1)

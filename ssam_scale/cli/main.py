@@ -28,6 +28,7 @@ from ssam_scale.cli.send import send_command
 from ssam_scale.cli.train import train_command
 from ssam_scale.cli.versions import version_lines
 from ssam_scale.errors import RankLostError, UserError
+from ssam_scale.tracking.redaction import without_secrets
 
 app = typer.Typer(
     name="ssam-scale",
@@ -84,14 +85,16 @@ def main(argv: list[str] | None = None) -> None:
             _end_for_a_closed_pipe()
         raise
     except UserError as error:
-        _tell_launcher(error)
+        line = without_secrets(str(error))  # whatever of a configuration it quotes
+        _tell_launcher(line)
         # Most mistakes are seen by every process of a job alike, but a damaged file may be seen by one of them only.
         prefix = "" if os.environ.get("RANK", "0") == "0" else f"process {os.environ['RANK']}: "
-        print(f"ssam-scale: {prefix}error: {error}", file=sys.stderr)
+        print(f"ssam-scale: {prefix}error: {line}", file=sys.stderr)
         sys.exit(2)
     except RankLostError as error:
-        _tell_launcher(error)
-        print(f"ssam-scale: process {os.environ.get('RANK', '0')}: error: {error}", file=sys.stderr)
+        line = without_secrets(str(error))
+        _tell_launcher(line)
+        print(f"ssam-scale: process {os.environ.get('RANK', '0')}: error: {line}", file=sys.stderr)
         sys.exit(1)
     except (MemoryError, RecursionError, UnicodeError) as error:
         # No traceback says more of what was given than where it was looked at.
@@ -168,10 +171,10 @@ def _end_for_a_closed_pipe() -> NoReturn:
     sys.exit(128 + signal.SIGPIPE)
 
 
-def _tell_launcher(error: UserError | RankLostError) -> None:
+def _tell_launcher(line: str) -> None:
     """Under torchrun, put the line where its report of the failure looks for it."""
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         # In torch's form, which shows the place of the traceback only; its own handler puts a traceback there.
-        extra = {"py_callstack": f"ssam-scale: error: {error}", "timestamp": str(int(time.time()))}
+        extra = {"py_callstack": f"ssam-scale: error: {line}", "timestamp": str(int(time.time()))}
         with suppress(OSError):
-            Path(file).write_text(json.dumps({"message": {"message": str(error), "extraInfo": extra}}))
+            Path(file).write_text(json.dumps({"message": {"message": line, "extraInfo": extra}}))

@@ -56,7 +56,9 @@ def train_command(
             "sharding.backend=zero2, or --deepspeed_config FILE with a stage"
         )
     if print_config:
-        print(dump(resolved), end="")
+        from ssam_scale.tracking.redaction import all_without_secrets
+
+        print(dump(resolved, all_without_secrets), end="")
         return
     from ssam_scale import train
     from ssam_scale.launcher import ended_with_launcher

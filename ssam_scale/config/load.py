@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,9 +119,14 @@ def _expand_preset(values: dict[str, Any], origins: dict[KeyPath, str]) -> None:
         raise UserError(f"{', '.join(where)}: {error}") from error
 
 
-def dump(config: Config) -> str:
-    """YAML that `load` turns into the same configuration, every key with its meaning as a comment."""
-    return write(config.model_dump(mode="json"), comments(config))
+def dump(config: Config, shown: Callable[[Any], Any] = lambda values: values) -> str:
+    """YAML that `load` turns into the same configuration, every key with its meaning as a comment.
+
+    Args:
+        config: that is written.
+        shown: what is written in the place of the plain values, such as without passwords.
+    """
+    return write(shown(config.model_dump(mode="json")), comments(config))
 
 
 def _read(path: Path) -> str:

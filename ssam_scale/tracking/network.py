@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import tempfile
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,14 @@ import numpy as np
 import torch
 from torch import nn
 
+from ssam_scale.tracking.store import ANSWER_WITHIN_S, within
+
 NAME = "model"
 """Of the model within its run: `mlflow.pytorch.load_model("runs:/<run id>/model")`."""
+
+
+# Bytes a second, below which a store is given up; and how long it may take to hear of a failure.
+_SLOWEST, _FAILED_WITHIN_S = 5e6, 2.0
 
 
 def log_network(
@@ -32,6 +40,7 @@ def log_network(
         step: steps that it was trained for.
 
     Raises:
+        TimeoutError: the store does not answer within seconds, or takes less than 5 MB of the model a second.
         Exception: of every kind, if `torch.export` does not take the network or the store does not take the model.
     """
     flavour = _flavour()
@@ -44,7 +53,10 @@ def log_network(
         Schema([TensorSpec(single, (-1, 3, side, side), "images")]),
         Schema([TensorSpec(single, (-1, classes), "logits")]),
     )
-    logged = client.create_logged_model(experiment_id, NAME, source_run_id=run_id, model_type="image-classifier")
+    logged = within(
+        ANSWER_WITHIN_S,
+        lambda: client.create_logged_model(experiment_id, NAME, source_run_id=run_id, model_type="image-classifier"),
+    )
     try:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / NAME
@@ -57,12 +69,21 @@ def log_network(
                 serialization_format="pt2",
                 pip_requirements=[f"torch=={torch.__version__}"],  # found out by importing everything otherwise
             )
-            client.log_model_artifacts(logged.model_id, str(path))
+            size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+            upload = partial(client.log_model_artifacts, logged.model_id, str(path))
+            within(ANSWER_WITHIN_S + size / _SLOWEST, upload)
+    except TimeoutError:
+        raise  # by a store that would not be told of it either
     except BaseException:
-        client.finalize_logged_model(logged.model_id, "FAILED")
+        with suppress(TimeoutError):
+            within(_FAILED_WITHIN_S, lambda: client.finalize_logged_model(logged.model_id, "FAILED"))
         raise
-    client.finalize_logged_model(logged.model_id, "READY")
-    client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step)])
+
+    def publish() -> None:
+        client.finalize_logged_model(logged.model_id, "READY")
+        client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step)])
+
+    within(ANSWER_WITHIN_S, publish)
     return str(logged.model_id)
 
 

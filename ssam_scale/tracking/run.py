@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import math
 import tempfile
+import time
 from array import array
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from statistics import median
 from subprocess import Popen
@@ -32,7 +33,7 @@ from ssam_scale.tracking.moved import follow_moved
 from ssam_scale.tracking.redaction import all_without_secrets, without_secrets
 from ssam_scale.tracking.saving import Probe, Saving
 from ssam_scale.tracking.shutdown import Unwinding, leave_note, outcome, read_note
-from ssam_scale.tracking.spool import Writer, unsent_folder, waiting_text
+from ssam_scale.tracking.spool import CLOSE_WITHIN_S, Writer, unsent_folder, waiting_text
 from ssam_scale.tracking.store import (
     ANSWER_WITHIN_S,
     environment,
@@ -46,6 +47,7 @@ from ssam_scale.tracking.store import (
     shortened,
     sqlite_path,
     text_artifact,
+    within,
 )
 from ssam_scale.tracking.system import SystemMonitor
 from ssam_scale.tracking.timer import PhaseSummary
@@ -62,14 +64,15 @@ WARMUP_STEPS = 10
 _PARAMS_AT_ONCE, _TAG_CHARACTERS = 100, 8000
 _STEP_SIZE = "steps_per_epoch"  # the tag by which steps of another size are known
 
-# How long the last metrics may take of a store that takes them; one that does not answer is given up after some seconds
-# (`Writer.close`), and what has not arrived waits on the disk. Launchers kill for good 30 s after they ask politely.
-_FLUSH_S = {"FINISHED": 60.0, "FAILED": 20.0, "KILLED": 5.0}
-_FINISH_S = {
-    "FINISHED": 60.0,
-    "FAILED": 6.0,
-    "KILLED": 3.0,
-}  # and the last table and picture, which no store is asked for
+# How long the last table and picture may take, for which no store is asked. Launchers kill for good 30 s after they ask
+# politely.
+_FINISH_S = {"FINISHED": 60.0, "FAILED": 6.0, "KILLED": 3.0}
+
+# What is left for the end of a run whose store has not answered in the seconds before.
+_SILENT_S = 2.0
+
+# Of what is recorded once and nothing depends on, how long a store may take.
+_ASIDE_S = 30.0
 
 
 def open_run(
@@ -165,6 +168,7 @@ class Run:
         self._params: dict[str, str] = {}
         self._tags: dict[str, str] = {}
         self._began = 0.0
+        self._close_within = CLOSE_WITHIN_S
         self._top1: float | None = None
         self._best_top1: float | None = None
 
@@ -334,7 +338,8 @@ class Run:
     def log_data(self, beton: Beton, *, context: str, side: int) -> None:
         """Record which file the run reads, as a data set of MLflow: see `data.dataset_input`."""
         if self.id is not None:
-            self._try("the data set", lambda: self._client.log_inputs(self.id, [dataset_input(beton, context, side)]))
+            inputs = [dataset_input(beton, context, side)]
+            self._try("the data set", lambda: self._client.log_inputs(self.id, inputs), _ASIDE_S)
 
     def log_network(self, network: Callable[[], nn.Module], *, side: int, classes: int, step: int) -> None:
         """Store what was trained as a model of MLflow: see `network.log_network`. Takes some seconds.
@@ -350,7 +355,15 @@ class Run:
         from ssam_scale.tracking.network import log_network
 
         where = self._client, self.experiment, self.id
-        self._try("the model", lambda: log_network(*where, network(), side=side, classes=classes, step=step))
+
+        def store() -> None:
+            try:
+                log_network(*where, network(), side=side, classes=classes, step=step)
+            except TimeoutError:
+                self._close_within = _SILENT_S  # it has been waited for
+                raise
+
+        self._try("the model", store)
 
     def watch_machine(self, node: str | None = None) -> AbstractContextManager[object]:
         """Within the `with`, what this machine does is recorded as `system/…`.
@@ -399,10 +412,13 @@ class Run:
                     self._writer.tag(key, value)
         return summary
 
-    def _try(self, what: str, store: Callable[[], object]) -> None:
-        """Store something that no training depends on: what fails is a warning."""
+    def _try(self, what: str, store: Callable[[], object], seconds: float | None = None) -> None:
+        """Store something that no training depends on: what fails, or takes longer, is a warning."""
         try:
-            store()
+            if seconds is None:
+                store()
+            else:
+                within(seconds, store)
         except Exception as error:  # MLflow lets its stores' errors through, of every kind
             _log.warning("%s of run %s could not be stored: %s", what, self.id, one_line(error))
 
@@ -437,7 +453,8 @@ class Run:
             self.experiment = experiment_id(self._client, uri, config.tracking.experiment)
             info = self._client.create_run(self.experiment, tags=tags, run_name=name).info
             self.id, self._began = info.run_id, info.start_time / 1000.0
-        self._try("what it repeats", lambda: repetitions.adopt(*self._family(), f"{config.method} {config.model.name}"))
+        name = f"{config.method} {config.model.name}"
+        self._try("what it repeats", lambda: repetitions.adopt(*self._family(), name), _ASIDE_S)
         unsent = unsent_folder(config.checkpoint.directory, str(self.id))
         self._watcher = watchdog.start(uri, str(self.id), tags["process"], unsent)
         self._log_config({} if resumed is None else dict(resumed.data.params))
@@ -445,7 +462,8 @@ class Run:
         if table is None and resumed is not None:
             table = text_artifact(self._client, str(self.id), TABLE)
         self._layers = LayerRecorder(self.log_artifact, table)
-        self._writer = Writer(self._client, str(self.id), uri, unsent, resumed)
+        if self._writer is None:
+            self._writer = Writer(self._client, str(self.id), uri, unsent)
         if self._writer.furthest:
             self._writer.tag("metrics_from_step", str(self._writer.furthest + 1))
 
@@ -466,15 +484,19 @@ class Run:
             return None
         if run.data.tags.get(_STEP_SIZE, tags.get(_STEP_SIZE)) != tags.get(_STEP_SIZE):
             return None  # its curves are of other steps, and the abandoned ones of them cannot be deleted
-        uri = self._config.tracking.uri
+        uri, run_id = self._config.tracking.uri, str(self._resume_run_id)
         follow_moved(self._client.get_experiment(run.info.experiment_id), uri, sqlite_path(uri))
-        self.id, self.experiment = str(self._resume_run_id), str(run.info.experiment_id)
+        unsent = unsent_folder(self._config.checkpoint.directory, run_id)
+        # From here on nobody else sends what waits.
+        self._writer = Writer(self._client, run_id, uri, unsent, goes_on=True)
+        run = self._writer.resumed
+        self.id, self.experiment = run_id, str(run.info.experiment_id)
         self._began = run.info.start_time / 1000.0
         self._best_top1 = run.data.metrics.get("summary/best_top1", run.data.metrics.get("val/top1"))
         self._saving.before = run.data.metrics.get("saving/seconds_so_far", 0.0)
-        self._client.update_run(self.id, status="RUNNING")
         for key, value in (tags | {"resumed": str(int(run.data.tags.get("resumed", "0")) + 1)}).items():
             self._client.set_tag(self.id, key, value)
+        self._client.update_run(self.id, status="RUNNING")  # by which process is said, should it fail from here on
         if "failure" in run.data.tags:
             self._client.delete_tag(self.id, "failure")
         return run
@@ -515,30 +537,37 @@ class Run:
             if self._layers is not None:
                 self._layers.close(_FINISH_S[status])
                 self._layers = None
+            give_up = time.monotonic() + self._close_within
+            marked = False
             if self._writer is not None:
-                self._writer.close(_FLUSH_S[status])
-            marked = self.id is None or self._mark(status, line)
-            if self._writer is not None:
-                self._writer.leave(status, line, marked=marked)
+                marked = self._writer.close(status, line, self._close_within)
                 self._writer = None
-            if self.id is not None and status == "FINISHED" and marked:
-                self._try("the mean over seeds", lambda: repetitions.sum_up(*self._family()))
+                unsent = unsent_folder(self._config.checkpoint.directory, str(self.id))
+                if unsent.exists():
+                    with suppress(OSError):  # no more processes
+                        watchdog.send_later(self._config.tracking.uri, unsent)
+            elif self.id is not None:
+                self._mark(status, line)
+            if status == "FINISHED" and marked:
+                rest = give_up - time.monotonic()
+                self._try("the mean over seeds", lambda: repetitions.sum_up(*self._family()), rest)
         finally:
             if self._watcher is not None:
                 watchdog.stop(self._watcher)
                 self._watcher = None
             self.signals.__exit__(None if error is None else type(error), error, None)
 
-    def _mark(self, status: str, line: str) -> bool:
-        """Tell the store how the run ended; whether it knows."""
-        try:
+    def _mark(self, status: str, line: str) -> None:
+        """Tell the store how the run ended, other than by the records, which have not begun or are stuck."""
+
+        def mark() -> None:
             # A launcher that asked politely does not wait long.
             with environment(MLFLOW_HTTP_REQUEST_MAX_RETRIES="0", MLFLOW_HTTP_REQUEST_TIMEOUT=str(ANSWER_WITHIN_S)):
                 if line:
                     self._client.set_tag(self.id, "failure", line)
                 self._client.set_terminated(self.id, status)
+
+        try:
+            within(CLOSE_WITHIN_S, mark)
         except Exception as error:  # the training is over; its result does not depend on the tracking store
-            if self._writer is None:  # which keeps it, and says so
-                _log.warning("run %s could not be marked %s: %s", self.id, status, one_line(error))
-            return False
-        return True
+            _log.warning("run %s could not be marked %s: %s", self.id, status, one_line(error))

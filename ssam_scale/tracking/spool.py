@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from ssam_scale.errors import UserError
+from ssam_scale.tracking.environment import process
 from ssam_scale.tracking.redaction import without_secrets
 from ssam_scale.tracking.store import ANSWER_WITHIN_S, absolute, is_permanent, one_line, open_store, shortened
 from ssam_scale.tracking.system import PREFIX
@@ -42,13 +43,21 @@ _log = logging.getLogger(__name__)
 _METRICS_AT_ONCE, _TAGS_AT_ONCE, _TAG_CHARACTERS = 1000, 100, 8000
 _LONGEST_PAUSE_S = 30.0
 
+CLOSE_WITHIN_S = 10.0
+"""In which a run that ends is done with its store, whatever that does: SIGKILL follows SIGTERM after 30 s, of which
+saving may take half."""
+
+# Longer than another process may be about one request.
+_SENT_WITHIN_S = 60.0
+
 # Where the disk takes nothing: some 20 MB.
 _RECORDS_IN_MEMORY = 10_000
 
 _RECORDS, _ARTIFACTS = "records.jsonl", "artifacts"
 
 Record = dict[str, Any]
-"""`{"metrics": {key: value}, "step", "time": ms}`, `{"tags": {key: value}}` or `{"end": status, "failure", "time"}`."""
+"""`{"metrics": {key: value}, "step", "time": ms}`, `{"tags": {key: value}}` or, of how a process ended the run,
+`{"end": status, "failure", "time", "process"}`."""
 
 
 def unsent_folder(checkpoints: Path, run_id: str) -> Path:
@@ -66,18 +75,27 @@ class Writer:
         run_id: of the run.
         uri: of its store.
         folder: where records wait; what an earlier process of the run left there is sent first.
-        resumed: the run as the store has it, if it is one that goes on. No metric is then recorded again at steps at
-            which it is already, because MLflow cannot delete points: the first ones stay. Those at step 0, which stand
-            for a whole run, are.
+        goes_on: the store has the run already. No metric is then recorded again at steps at which it is already,
+            because MLflow cannot delete points: the first ones stay. Those at step 0, which stand for a whole run, are.
+
+    Attributes:
+        resumed: the run that goes on, as the store has it once nobody else sends what waits; None: it is new.
+
+    Raises:
+        UserError: another process does not end sending what an earlier one has left.
     """
 
-    def __init__(self, client: Any, run_id: str, uri: str, folder: Path, resumed: Any = None) -> None:
-        self._spool = _Spool(folder, run_id, uri)
+    def __init__(self, client: Any, run_id: str, uri: str, folder: Path, *, goes_on: bool = False) -> None:
+        self._spool = _Spool(folder, run_id, uri, _SENT_WITHIN_S if goes_on else 0.0)
+        if goes_on and self._spool.held:
+            raise UserError(f"{folder}: {self._spool.problem}; wait until it has ended, or end it")
         self._delivery = _Delivery(client, run_id, self._spool)
         self._furthest: dict[str, int] = {}
         self._not_finite: dict[str, str] = {}
-        if resumed is not None:
+        self.resumed: Any = None
+        if goes_on:
             self._spool.forget_end()
+            self.resumed = resumed = client.get_run(run_id)
             if "not_finite" in resumed.data.tags:
                 self._not_finite[""] = resumed.data.tags["not_finite"]
             self._furthest = {key: step for key, (step, _) in _latest(resumed).items()}
@@ -121,11 +139,22 @@ class Writer:
         with self._changed:
             self._changed.notify()
 
-    def close(self, timeout: float) -> None:
-        """Send what is left for at most `timeout` seconds, and no longer than a store does not answer for some."""
-        self._deadline = time.monotonic() + timeout
+    def close(self, status: str, failure: str, within: float = CLOSE_WITHIN_S) -> bool:
+        """Send what is left and then how the run ended; what cannot be sent is left on disk, with a line that says so.
+
+        Args:
+            status: that the run ended with.
+            failure: why.
+            within: seconds after which a store is given up. One that does not answer is sooner.
+
+        Returns:
+            Whether the store knows how the run ended.
+        """
+        self._deadline = time.monotonic() + within
+        end = {"end": status, "failure": failure, "time": int(time.time() * 1000), "process": process()}
+        self._queue.put(end)
         self._queue.put(None)
-        self._keeper.join(timeout)
+        self._keeper.join(CLOSE_WITHIN_S)  # the disk is not the store
         with self._changed:
             self._closing = True
             self._changed.notify()
@@ -133,18 +162,7 @@ class Writer:
         while self._sender.is_alive() and time.monotonic() < min(self._deadline, self._answered + ANSWER_WITHIN_S):
             self._sender.join(0.05)
         self._deadline = min(self._deadline, time.monotonic())
-
-    def leave(self, status: str, failure: str, *, marked: bool) -> None:
-        """After `close`: drop what waits if nothing does, or say where it is and what sends it.
-
-        Args:
-            status: that the run ended with.
-            failure: why.
-            marked: whether the store knows that.
-        """
-        if not marked:
-            end = {"end": status, "failure": failure, "time": int(time.time() * 1000)}
-            self._spool.append([end])
+        marked = not any("end" in record for _, record in self._spool.all())
         self._spool.flush()
         waiting = self._spool.describe()
         if self._spool.lost:
@@ -158,6 +176,7 @@ class Writer:
                 command,
             )
         self._spool.close()
+        return marked
 
     def _keep(self) -> None:
         while True:
@@ -207,6 +226,10 @@ class Writer:
                     time.sleep(0.2)  # the pause ends at once when closing; do not spin
 
 
+class AwayError(UserError):
+    """A store does not take now what it may take later."""
+
+
 def send(folder: Path, uri: str | None = None) -> str:
     """Send what waits in a folder that `Writer` left, and delete it. Returns what was sent, in a line.
 
@@ -215,7 +238,8 @@ def send(folder: Path, uri: str | None = None) -> str:
         uri: of the store; None: the one that the run was recorded in.
 
     Raises:
-        UserError: there is nothing, it is in use, or the store does not take it; what is not sent stays.
+        AwayError: the store does not answer; what is not sent stays.
+        UserError: there is nothing, it is in use, or the store refuses some of it, which stays.
     """
     try:
         header = json.loads((folder / _RECORDS).read_bytes().partition(b"\n")[0])
@@ -225,7 +249,10 @@ def send(folder: Path, uri: str | None = None) -> str:
     uri = uri or (os.environ.get("MLFLOW_TRACKING_URI", known) if "***" in known else known)
     if "***" in uri:
         raise UserError(f"{folder} is for {uri}, of which no password is kept: give it by --uri or MLFLOW_TRACKING_URI")
-    client = open_store(uri, create=False)
+    try:
+        client = open_store(uri, create=False)
+    except UserError as error:
+        raise AwayError(f"{folder}: {error}") from error
     spool = _Spool(folder, run_id, uri)
     if spool.problem:
         raise UserError(f"{folder}: {spool.problem}")
@@ -234,7 +261,7 @@ def send(folder: Path, uri: str | None = None) -> str:
         while delivery.is_due():
             delivery.some()
     except Exception as error:
-        raise UserError(f"{folder}: {without_secrets(uri)} does not take it: {one_line(error)}") from error
+        raise AwayError(f"{folder}: {without_secrets(uri)} does not take it: {one_line(error)}") from error
     finally:
         left = spool.describe()
         spool.close()
@@ -290,9 +317,8 @@ class _Delivery:
             self._post(head)
             self._doubt = False
             self._spool.drop(len(head))
-        else:
-            for path in self._spool.artifacts(self._refused):
-                self._upload(path)
+        elif files := self._spool.artifacts(self._refused):
+            self._upload(files[0])
 
     def _run(self) -> Any:
         run = self._client.get_run(self._run_id)
@@ -312,10 +338,15 @@ class _Delivery:
         if entities:
             self._log_batch(entities)
         for _, record in head:
-            if "end" in record and self._run().info.status == "RUNNING":
-                if record["failure"]:
-                    self._client.set_tag(self._run_id, "failure", record["failure"])
-                self._client.set_terminated(self._run_id, record["end"], record["time"])
+            if "end" in record:
+                self._mark(record)
+
+    def _mark(self, end: Record) -> None:
+        """Tell the store how a process has ended the run, unless another one is going on with it."""
+        if self._run().data.tags.get("process", end.get("process")) == end.get("process"):
+            if end["failure"]:
+                self._client.set_tag(self._run_id, "failure", end["failure"])
+            self._client.set_terminated(self._run_id, end["end"], end["time"])
 
     def _log_batch(self, entities: list[Any]) -> None:
         from mlflow.entities import Metric
@@ -357,6 +388,10 @@ def _latest(run: Any) -> dict[str, tuple[int, int]]:
     return {metric.key: (metric.step, metric.timestamp) for metric in run.data.to_proto().metrics}
 
 
+class _HeldError(OSError):
+    """Another process has the file."""
+
+
 class _Spool:
     """Records in a file, to which is appended at one end and from which is taken at the other; and files.
 
@@ -366,15 +401,17 @@ class _Spool:
         folder: for both; made when the first record or file comes.
         run_id: whose they are.
         uri: of the store that they are for.
+        patience: seconds to wait for another process that has the file.
 
     Attributes:
         lost: records that were neither kept nor sent.
         problem: why the file cannot be used; empty if it can.
+        held: whether that is because another process has it.
     """
 
-    def __init__(self, folder: Path, run_id: str, uri: str) -> None:
+    def __init__(self, folder: Path, run_id: str, uri: str, patience: float = 0.0) -> None:
         self.folder, self.run_id = folder, run_id
-        self.lost, self.problem = 0, ""
+        self.lost, self.problem, self.held = 0, "", False
         header = {"run_id": run_id, "uri": without_secrets(absolute(uri))}
         self._header = json.dumps(header).encode() + b"\n"
         self._lock = threading.RLock()
@@ -384,10 +421,20 @@ class _Spool:
         self._taken = 0  # added to places, so that they rise also when the file begins anew
         self._files: set[Path] = set()
         if (folder / _RECORDS).exists():
-            try:
-                self._open()
-            except OSError as error:
-                self._tell(error)
+            give_up = time.monotonic() + patience
+            while True:
+                try:
+                    self._open()
+                    break
+                except _HeldError as error:
+                    if time.monotonic() < give_up:
+                        time.sleep(0.05)
+                        continue
+                    self.held, self.problem = True, str(error)
+                    break
+                except OSError as error:
+                    self._tell(error)
+                    break
 
     def append(self, records: list[Record]) -> None:
         """Keep records: on disk, if it takes them and nothing older is in memory."""
@@ -516,16 +563,8 @@ class _Spool:
             self._fd = None
 
     def _open(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        # What it records of a run may hold more than its names show; it is nobody else's.
-        fd = os.open(self.folder / _RECORDS, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+        fd = self._locked()
         try:
-            try:
-                fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which loader processes would inherit
-            except (BlockingIOError, PermissionError):
-                raise OSError(f"run {self.run_id} is still being recorded there by another process") from None
-            except OSError:
-                pass  # some network disks have no locks
             content = os.pread(fd, os.fstat(fd).st_size, 0)
             size = content.rfind(b"\n") + 1  # a line that was being written when the process was killed is none
             os.ftruncate(fd, size)
@@ -538,6 +577,27 @@ class _Spool:
         self._fd, self._size = fd, size
         self._files = {path for path in (self.folder / _ARTIFACTS).rglob("*") if path.is_file()}
         self._begin = self._read = content.find(b"\n") + 1 or size
+
+    def _locked(self) -> int:
+        """The file, open, which no other process has."""
+        path = self.folder / _RECORDS
+        while True:
+            # What it records of a run may hold more than its names show; it is nobody else's.
+            self.folder.mkdir(parents=True, exist_ok=True)
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+            try:
+                fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which loader processes would inherit
+            except (BlockingIOError, PermissionError):
+                os.close(fd)
+                raise _HeldError(f"run {self.run_id} is being recorded or sent from there by another process") from None
+            except OSError:
+                return fd  # some network disks have no locks
+            try:
+                if os.path.samestat(path.stat(), os.fstat(fd)):
+                    return fd
+            except FileNotFoundError:
+                pass
+            os.close(fd)  # whoever had it before has sent all and deleted it
 
     def _write(self, data: bytes) -> None:
         if self._fd is None:

@@ -11,11 +11,12 @@ import shlex
 import socket
 import sqlite3
 import tempfile
+import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote, unquote, urlsplit
 
 from ssam_scale.config.schema import Config
@@ -26,6 +27,8 @@ from ssam_scale.tracking.moved import BESIDE, follow_moved
 from ssam_scale.tracking.redaction import all_without_secrets, without_secrets
 
 _log = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
 
 # The limit of MLflow's stores.
 _CHARACTERS = 6000
@@ -62,9 +65,53 @@ _DATABASES = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 ANSWER_WITHIN_S = 5
 _ALONE_WITHIN_S = 120
 
+# A request's own timeout is for each piece of the answer, which may come byte by byte for ever.
+_REQUEST_WITHIN_S, _FILES_WITHIN_S = 30.0, 600.0
+_OF_FILES = {"log_artifact", "log_artifacts", "log_model_artifacts", "download_artifacts"}
+
+
+def within(seconds: float, ask: Callable[[], _T]) -> _T:
+    """The result of asking a store, which is given up after so many seconds, whatever it does.
+
+    Raises:
+        TimeoutError: there was none by then. The thread that asks is left to itself, and holds up no process that ends.
+        Exception: whatever `ask` raises.
+    """
+    results: list[_T] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(ask())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, name="asking the tracking store", daemon=True)
+    thread.start()
+    thread.join(max(seconds, 0.0))
+    if errors:
+        raise errors[0]
+    if not results:
+        raise TimeoutError("timed out")
+    return results[0]
+
+
+class _Bounded:
+    """An `MlflowClient` of which no method takes longer than _REQUEST_WITHIN_S, or _FILES_WITHIN_S with files."""
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._client, name)
+        if not callable(found):
+            return found
+        seconds = _FILES_WITHIN_S if name in _OF_FILES else _REQUEST_WITHIN_S
+        return lambda *args, **kwargs: within(seconds, lambda: found(*args, **kwargs))
+
 
 def open_store(uri: str, *, create: bool) -> Any:
-    """An `mlflow.MlflowClient` on a store that has answered.
+    """An `mlflow.MlflowClient` on a store that has answered; one on a server never waits for minutes.
 
     Args:
         uri: MLflow tracking URI.
@@ -84,8 +131,11 @@ def open_store(uri: str, *, create: bool) -> Any:
         # MLflow's own retries would keep a wrong address waiting for minutes.
         with environment(MLFLOW_HTTP_REQUEST_MAX_RETRIES="0", MLFLOW_HTTP_REQUEST_TIMEOUT=str(ANSWER_WITHIN_S)):
             client = MlflowClient(tracking_uri=uri)
-            client.search_experiments(max_results=1)
-    return client
+            if sqlite_path(uri) is not None or is_folder(uri):  # where no network is waited for
+                client.search_experiments(max_results=1)
+                return client
+            within(2.0 * ANSWER_WITHIN_S, lambda: client.search_experiments(max_results=1))
+    return _Bounded(client)
 
 
 @contextmanager
@@ -158,7 +208,7 @@ def check_store(uri: str) -> None:
             "tracking.uri %s is on a network disk (%s), on which SQLite's locks do not hold: runs at the same time may "
             "damage it. Let a server write to a disk of its own machine: `%s`, tracking.uri=http://127.0.0.1:5000; or "
             "docker/compose.yaml",
-            uri,
+            without_secrets(uri),
             disk,
             server_line("sqlite:////LOCAL/mlflow.db"),
         )
@@ -383,6 +433,11 @@ def _check_address(uri: str) -> None:
         _ = urlsplit(uri).port
     except ValueError as error:
         raise UserError(f"tracking.uri {uri.rpartition('@')[2]}: {error}; use {_WORKS}") from None
+    if ":***@" in uri:  # as `--print-config` shows it
+        raise UserError(
+            f"tracking.uri {uri}: *** stands for a password that was left out; write it there, or give user and "
+            "password by MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+        )
     if re.fullmatch(r"[\w.-]+:\d+/?", uri):
         raise UserError(f"tracking.uri {uri} has no scheme; of a server, write http://{uri}")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
@@ -156,12 +156,17 @@ class Evaluate(Hook):
         """The last evaluation beside the checkpoints, whole or not there: it stays where no store is."""
         file = self._config.checkpoint.directory / RESULT
         said = {**asdict(result), "epochs": progress.epoch, "steps": progress.step, "run_id": progress.run_id}
+        said = {"method": self._config.method, "model": self._config.model.name, **said}
+        # JSON has no word for what is no number.
+        said = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in said.items()}
+        partial = file.with_name(f".{RESULT}.partial")
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            partial = file.with_name(f".{RESULT}.partial")
-            partial.write_text(json.dumps({"method": self._config.method, "model": self._config.model.name, **said}))
+            partial.write_text(json.dumps(said, allow_nan=False))
             partial.replace(file)
         except OSError as error:  # the checkpoint has it as well
+            with suppress(OSError):
+                partial.unlink()
             self._bar.say(f"{file} was not written: {error.strerror or error}")
 
     def _evaluate(self, label: str) -> Evaluation:

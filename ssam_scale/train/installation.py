@@ -16,7 +16,7 @@ import torch
 
 from ssam_scale.cores import usable_cores
 from ssam_scale.finding import Finding, checked
-from ssam_scale.folders import existing
+from ssam_scale.folders import existing, why_not_writable
 from ssam_scale.sharding.device import DeviceChoice, choose_device
 
 from .written import extensions_folder, temporary_folder
@@ -89,6 +89,8 @@ def shared_memory(folder: Path) -> Finding:
     """
     if not folder.is_dir():
         return Finding("warn", "shared memory", f"there is no {folder}", "mount a tmpfs there")
+    if (problem := why_not_writable(folder)) is not None:
+        return Finding("warn", "shared memory", f"{folder}: {problem}", "mount a tmpfs there, with mode=1777")
     size = shutil.disk_usage(folder).total
     if size < _SHARED_MEMORY:
         return Finding(

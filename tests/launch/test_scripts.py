@@ -8,13 +8,13 @@ import shlex
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import yaml
 
 from tests.support.checkout import ROOT
+from tests.support.clean_root import steps
 from tests.support.processes import daemon, free_port, run, wait_until
 
 SCRIPTS = sorted([*ROOT.glob("launch/*.sh"), *ROOT.glob("slurm/*.sh"), ROOT / ".ci" / "run"])
@@ -39,19 +39,6 @@ def test_scripts_are_whole(script: Path) -> None:
 def test_the_dockerfile_is_what_its_linter_wants() -> None:
     done = run([tool("hadolint"), DOCKERFILE], cwd=ROOT)
     assert (done.returncode, done.stdout) == (0, "")
-
-
-@dataclass(frozen=True)
-class Step:
-    """An instruction of a Dockerfile, and what it is given."""
-
-    name: str
-    value: str
-
-
-def steps(text: str) -> list[Step]:
-    joined = re.sub(r"\\\n\s*", "", "\n".join(line for line in text.splitlines() if not line.startswith("#")))
-    return [Step(*line.split(None, 1)) for line in joined.splitlines() if line.strip()]
 
 
 def test_a_change_of_the_code_does_not_repeat_the_installation() -> None:

@@ -17,7 +17,6 @@ import pytest
 
 from ssam_scale.config.schema import Config
 from ssam_scale.tracking.run import Run, open_run
-from ssam_scale.tracking.spool import send
 from ssam_scale.tracking.store import open_store
 from tests.support.mlflow_server import MLflowServer
 from tests.support.processes import free_port, wait_until
@@ -28,6 +27,12 @@ MakeConfig = Callable[..., Config]
 
 # Importing MLflow takes seconds, more on a loaded machine; nothing here tests speed.
 PATIENCE_S = 120
+
+
+@pytest.fixture(autouse=True)
+def _patient_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs wait for a store that answers, on a slow machine, too; how they do not is in test_closing."""
+    monkeypatch.setattr("ssam_scale.tracking.run.CLOSE_WITHIN_S", float(PATIENCE_S))
 
 
 @pytest.fixture(scope="module")
@@ -158,13 +163,17 @@ def test_a_server_is_killed_and_comes_back(
     assert steps_of(server.address, lives) == list(range(1, 501))
     command = caplog.text.split("or by: ")[1].splitlines()[0]
     assert command == f"ssam-scale send {unsent(ends, tmp_path)}"
-    send(unsent(ends, tmp_path))
+    # Nobody types it: the process that was left behind has waited for the server.
+    wait_until(lambda: not unsent(ends, tmp_path).exists(), PATIENCE_S, "all of it sent")
     assert steps_of(server.address, ends) == list(range(1, 501))
     client = open_store(server.address, create=False)
     assert client.get_run(ends.id).info.status == "KILLED"
-    # Its watcher has waited for the server, too.
+    # So has its watcher.
     wait_until(lambda: client.get_run(killed_id).info.status == "KILLED", PATIENCE_S, "the mark")
-    assert "what had not arrived by then: ssam-scale send" in client.get_run(killed_id).data.tags["failure"]
+    failure = client.get_run(killed_id).data.tags["failure"]
+    assert "SIGKILL" in failure
+    assert "ssam-scale send" not in failure  # there is nothing left to send
+    assert [point.step for point in client.get_metric_history(killed_id, "train/loss")] == list(range(10, 2000, 10))
     with open_run(resolved, enabled=True, resume_run_id=killed_id) as again:
         for step in range(1000, 3000, 10):
             again.log({"train/loss": 2.0}, step)
@@ -284,6 +293,7 @@ from ssam_scale.config.schema import Config
 from ssam_scale.tracking import run as tracking
 import mlflow, mlflow.store.tracking.sqlalchemy_store, mlflow.tracking.client
 
+tracking.CLOSE_WITHIN_S = 600.0  # sixteen at once take longer than a run that ends may wait
 config = Config.model_validate_json(Path(sys.argv[1]).read_text())
 children = []
 for number in range(16):

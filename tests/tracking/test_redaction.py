@@ -12,9 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ssam_scale.errors import UserError
 from ssam_scale.tracking import watchdog
 from ssam_scale.tracking.environment import environment_tags
 from ssam_scale.tracking.redaction import all_without_secrets, without_secrets
+from ssam_scale.tracking.store import check_store
 
 CASES = {
     "http://me:secret@host:5000/x": "http://me:***@host:5000/x",
@@ -83,6 +85,11 @@ def test_keys_of_a_configuration_say_what_is_secret() -> None:
 def test_the_command_is_tagged_without(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["ssam-scale", "train", "tracking.uri=http://me:secret@host:5000"])
     assert environment_tags()["command"] == "ssam-scale train tracking.uri=http://me:***@host:5000"
+
+
+def test_a_configuration_that_was_printed_lacks_its_password() -> None:
+    with pytest.raises(UserError, match="stands for a password that was left out; write it there"):
+        check_store("http://me:***@127.0.0.1:5000")
 
 
 def test_the_watcher_has_none_among_its_arguments() -> None:

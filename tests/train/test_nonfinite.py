@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +13,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from ssam_scale.cli.main import main
+from ssam_scale.config.schema import Config
 from ssam_scale.masks import Depth
 from ssam_scale.perturbation import Friendly, Previous, SparseSAM
 from ssam_scale.sharding import World
 from ssam_scale.sharding.chunks import gathered
 from ssam_scale.sharding.place import place
+from ssam_scale.train import build
 from tests.support.networks import batches, part, small_network
-from tests.support.ranks import alone, run_ranks
-from tests.support.runs import ssam_scale, write_config
+from tests.support.ranks import alone, run_fresh_ranks, run_ranks
+from tests.support.runs import VIT, differing, ssam_scale, train_on_ranks, write_config
+from tests.support.tiers import few
 
 BATCH = 8
+STEPS_PER_EPOCH = 4  # of `write_config`: 48 images in batches of 12
+SHARED = ["ddp", "fsdp2", "zero1", "zero2", "zero3"]
 DIVERGES = ("data.std=[1e-42,1e-42,1e-42]",)  # images that overflow, whose loss is not finite from the first step on
 
 
@@ -84,7 +93,7 @@ def test_a_step_that_is_left_out_changes_nothing_on_one_process(options: dict[st
     assert alone(odd_step, "single", options) == ([], [False, False, True, False])
 
 
-@pytest.mark.parametrize("backend", ["ddp", "fsdp2", "zero1", "zero3"])
+@pytest.mark.parametrize("backend", SHARED)
 def test_a_step_is_left_out_on_all_processes_alike(backend: str) -> None:
     for options in OPTIONS.values():
         assert run_ranks(2, odd_step, backend, options) == [([], [False, False, True, False])] * 2
@@ -117,3 +126,54 @@ def test_a_run_goes_back_as_often_as_it_may_however_often_it_is_resumed(
     assert ssam_scale("train", "--config", config, "--resume", "auto", *DIVERGES) == 2
     assert "going back 2 times has not" in capsys.readouterr().err
     assert ssam_scale("train", "--config", config, "--resume", "auto") == 0
+
+
+def diverging_once(arguments: list[str]) -> None:
+    """`ssam-scale` on a rank; the loss of its first step in the second epoch is no number, on the last rank alone."""
+    made, calls = build.soft_loss, itertools.count(1)
+
+    def soft_loss(config: Config, *others: Any) -> Any:
+        loss_fn = made(config, *others)
+
+        def diverging(forward: Any, batch: Any) -> torch.Tensor:
+            loss = loss_fn(forward, batch)
+            odd = next(calls) == 2 * STEPS_PER_EPOCH + 1 and os.environ["RANK"] == "1"  # two passes a step
+            return loss * float("nan") if odd else loss
+
+        return diverging
+
+    pytest.MonkeyPatch().setattr(build, "soft_loss", soft_loss)  # the process ends with this
+    main(arguments)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", few(SHARED, "ddp", "zero3"))
+def test_a_run_that_went_back_is_one_resumed_from_there_in_the_other_order(
+    backend: str, data: Path, home: Path
+) -> None:
+    """Bit for bit, on two processes; the oracle has a copy of the checkpoint, and knows of the rollback alone.
+
+    Three whole runs, each by processes of its own.
+    """
+    config = write_config(
+        home / "run.yaml",
+        data,
+        model=VIT,
+        perturbation={"rho": 0.05},
+        sharding={"backend": backend},
+        train={"on_nonfinite": "rollback", "epochs": 2},
+    )
+    database = (home / "mlflow.db").read_bytes()
+    said = run_fresh_ranks(2, diverging_once, ["train", "--config", str(config)])
+    assert said.count("epoch_0001 (1 of 3), and on in another order") == 1
+    rollbacks = home / "checkpoints" / ".rollbacks.json"
+    assert json.loads(rollbacks.read_text()) == [[1, 0]]
+    for name in ("oracle", "undisturbed"):
+        (home / f"{name}.db").write_bytes(database)
+        shutil.copytree(home / "checkpoints" / "epoch_0001", home / name / "epoch_0001")
+        if name == "oracle":
+            shutil.copy(rollbacks, home / name)
+        places = f"checkpoint.directory={home}/{name}", f"tracking.uri=sqlite:///{home}/{name}.db"
+        train_on_ranks(2, config, *places, "checkpoint.resume=auto")
+    assert differing(home / "oracle" / "epoch_0002", home / "checkpoints" / "epoch_0002") == []
+    assert differing(home / "undisturbed" / "epoch_0002", home / "checkpoints" / "epoch_0002") != []

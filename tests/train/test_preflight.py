@@ -101,6 +101,7 @@ def test_a_machine_with_too_little() -> None:
     assert memory(2**30, 2**36).verdict == "warn"
     assert memory(None, 2**36).verdict == "ok"
     assert shared_memory(Path("/nowhere")).verdict == "warn"
+    assert "mode=1777" in str(shared_memory(Path("/proc")))  # there, and nobody may write to it
     assert open_files(1024, 2**20).fix == "ulimit -n 4096"
     assert "hard limit" in open_files(1024, 1024).fix
     assert clock(0.0, 10.0**9).verdict == "warn"
