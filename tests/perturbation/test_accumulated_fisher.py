@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ssam_scale.perturbation.scores import AccumulatedFisher
 from ssam_scale.sharding import World
+from ssam_scale.sharding.chunks import gathered
 from ssam_scale.sharding.place import place, sharding_of
 from tests.support.networks import batches, freeze_batchnorm, loss_fn, part, small_network
 from tests.support.ranks import alone, run_ranks
@@ -44,7 +45,7 @@ def accumulate(world: World, backends: list[str]) -> list[Any]:
                 if not spread or world.rank == world.size - 1:
                     gradients[last].view(-1)[0] = math.nan
             fisher.update(gradients, torch.tensor(0.125) if step else 0.125)
-        state = fisher.state_dict()
+        state = gathered(fisher.state_dict())
         other = AccumulatedFisher(sharding, parameters)
         other.load_state_dict(state)
         again = all(torch.equal(a, b) for a, b in zip(fisher.scores, other.scores, strict=True))

@@ -31,6 +31,7 @@ from ssam_scale.perturbation import Direction
 from ssam_scale.perturbation.directions import DIRECTIONS, Kept
 from ssam_scale.perturbation.directions.momentum import momentum_entry
 from ssam_scale.sharding import World
+from ssam_scale.sharding.chunks import gathered
 from ssam_scale.sharding.place import place
 from ssam_scale.sharding.unsharded import Single
 from tests.support.networks import batches, loss_fn, part, small_network
@@ -199,7 +200,7 @@ def test_a_rehearsal_leaves_what_is_remembered(direction: Direction) -> None:
                     for what in rehearsed:
                         rehearse(what, loss_fn, batch)
             opt.step(loss_fn, batch)
-        state = opt._perturbation.source.state_dict()
+        state = gathered(opt._perturbation.source.state_dict())
         runs.append((weights(model), [t for group in state.values() for t in group.values()]))
     assert same(runs[0][0], runs[1][0])
     for one, other in zip(runs[0][1], runs[1][1], strict=True):
@@ -448,7 +449,7 @@ def test_kept_numbers_are_those_of_a_dictionary_by_weight(steps: list[tuple[bool
 
 
 def _remembered_by(opt: SparseSAM) -> dict[str, Tensor]:
-    [kept] = opt._perturbation.source.state_dict().values()
+    [kept] = gathered(opt._perturbation.source.state_dict()).values()
     return kept
 
 
