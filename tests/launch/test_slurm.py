@@ -42,10 +42,12 @@ def images(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def job(tmp_path) -> Path:
+def job(cluster: slurm.Cluster, tmp_path: Path) -> Iterator[Path]:
+    """A folder to submit jobs from, none of which outlives the test."""
     folder = tmp_path / "a job"
     folder.mkdir()
-    return folder
+    yield folder
+    slurm.cancel_all(cluster)
 
 
 def overrides(images: Path, *more: str) -> list[str]:

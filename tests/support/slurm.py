@@ -74,10 +74,12 @@ class Cluster:
 
     def command(self, *words: str | Path, cwd: Path = Path("/"), env: Mapping[str, str] | None = None) -> str:
         """The output of a Slurm command that must succeed."""
-        for _ in range(3):  # munged gives a client two seconds to speak, which a loaded machine may not
+        # munged gives a client two seconds to speak, and the controller some to answer, which a loaded machine may not.
+        for attempt in range(6):
             done = run(words, cwd=cwd, env=self.env | dict(env or {}), timeout=60)
-            if done.returncode == 0 or "munge" not in done.stdout.lower():
+            if done.returncode == 0 or not re.search("munge|timed out|contact slurm controller", done.stdout, re.I):
                 break
+            time.sleep(attempt)
         assert done.returncode == 0, f"{words}: {done.stdout}\n{self.logs()}"
         return done.stdout
 
@@ -127,7 +129,7 @@ def two_nodes() -> Iterator[Cluster]:
             stack.enter_context(daemon(["slurmctld", "-D"], folder / "slurmctld.log", env))
             for node in ("n1", "n2"):
                 stack.enter_context(daemon(["slurmd", "-D", "-N", node], folder / f"slurmd-{node}.log", env))
-            stack.callback(_cancel_all, cluster)
+            stack.callback(cancel_all, cluster)
             wait_until(lambda: _idle(cluster) == 2, 60, f"two idle nodes\n{cluster.logs()}")
             yield cluster
     finally:
@@ -184,7 +186,8 @@ def _idle(cluster: Cluster) -> int:
     return done.stdout.split().count("idle") if done.returncode == 0 else 0
 
 
-def _cancel_all(cluster: Cluster) -> None:
+def cancel_all(cluster: Cluster) -> None:
+    """End all jobs of a cluster: what a test that has failed leaves running keeps the nodes from the next one."""
     run(["scancel", "--user", getpass.getuser()], cwd=Path("/"), env=cluster.env, timeout=60)
     with contextlib.suppress(AssertionError):
         wait_until(lambda: not cluster.command("squeue", "-h").strip(), 30, "all jobs end")
