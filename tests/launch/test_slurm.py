@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -135,14 +137,18 @@ def last_checkpoint(job: Path, number: str) -> Path:
 def run_now(cluster: slurm.Cluster, number: str, log: Path, start: int = 2) -> None:
     """A job that was queued again, rather than in two minutes; back when that start of it has begun.
 
-    Before, its state means little: while Slurm still ends the start before, it may read PENDING, and then FAILED.
+    Before, its state means little: while Slurm still ends the start before, it may read PENDING, and then FAILED. And in
+    the second in which that has ended, slurmd takes the next start for it, and refuses it ("Job credential revoked").
     """
+    told = -math.inf
 
     def begun() -> bool:
+        nonlocal told
         if f"job {number} (start {start})" in log.read_text():
             return True
-        if cluster.job(number)["JobState"] == "PENDING":
-            cluster.command("scontrol", "update", f"JobId={number}", "StartTime=now")
+        if time.monotonic() > told + 20.0 and cluster.job(number)["JobState"] == "PENDING":
+            cluster.command("scontrol", "update", f"JobId={number}", "StartTime=now+4")
+            told = time.monotonic()
         return False
 
     wait_until(begun, 180, f"start {start} of job {number}")
