@@ -137,7 +137,7 @@ def last_checkpoint(job: Path, number: str) -> Path:
 def run_now(cluster: slurm.Cluster, number: str, log: Path, start: int = 2) -> None:
     """A job that was queued again, rather than in two minutes; back when that start of it has begun.
 
-    Before, its state means little: while Slurm still ends the start before, it may read PENDING, and then FAILED. And in
+    Before, its state means little: while Slurm still ends the start before, it may read PENDING, and then FAILED. In
     the second in which that has ended, slurmd takes the next start for it, and refuses it ("Job credential revoked").
     """
     told = -math.inf
