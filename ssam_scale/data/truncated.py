@@ -56,8 +56,9 @@ class MappedFile:
         """Call it before an epoch, whose images are where the tables of the first one say.
 
         Raises:
-            UserError: the file was written to, or another one has its name.
+            UserError: the file was written to, has become shorter, or another one has its name.
         """
+        self.check()
         now = self._now()
         if (now.st_size, now.st_mtime_ns) != (self._bytes, self._written):
             raise UserError(
