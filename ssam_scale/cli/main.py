@@ -28,7 +28,6 @@ from ssam_scale.cli.send import send_command
 from ssam_scale.cli.train import train_command
 from ssam_scale.cli.versions import version_lines
 from ssam_scale.errors import RankLostError, UserError
-from ssam_scale.tracking.redaction import without_secrets
 
 app = typer.Typer(
     name="ssam-scale",
@@ -85,14 +84,14 @@ def main(argv: list[str] | None = None) -> None:
             _end_for_a_closed_pipe()
         raise
     except UserError as error:
-        line = without_secrets(str(error))  # whatever of a configuration it quotes
+        line = _shown(error)
         _tell_launcher(line)
         # Most mistakes are seen by every process of a job alike, but a damaged file may be seen by one of them only.
         prefix = "" if os.environ.get("RANK", "0") == "0" else f"process {os.environ['RANK']}: "
         print(f"ssam-scale: {prefix}error: {line}", file=sys.stderr)
         sys.exit(2)
     except RankLostError as error:
-        line = without_secrets(str(error))
+        line = _shown(error)
         _tell_launcher(line)
         print(f"ssam-scale: process {os.environ.get('RANK', '0')}: error: {line}", file=sys.stderr)
         sys.exit(1)
@@ -169,6 +168,13 @@ def _end_for_a_closed_pipe() -> NoReturn:
     with suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(128 + signal.SIGPIPE)
+
+
+def _shown(error: Exception) -> str:
+    """Its message without passwords, whatever of a configuration it quotes."""
+    from ssam_scale.tracking.redaction import without_secrets
+
+    return without_secrets(str(error))
 
 
 def _tell_launcher(line: str) -> None:
