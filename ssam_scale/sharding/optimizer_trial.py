@@ -29,6 +29,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Shard as ShardPlacement
 
 from .process_group import ProcessGroup
+from .world import default_store
 
 Handed: TypeAlias = Literal["tensors", "shards", "pieces"]
 """What a base optimizer is given to step: whole tensors, DTensors (FSDP2), or flat pieces (ZeRO 1 to 3)."""
@@ -209,7 +210,7 @@ class _Notes:
     """
 
     def __init__(self, name: str, group: ProcessGroup) -> None:
-        self._store = dist.distributed_c10d._get_default_store()
+        self._store = default_store()
         self._keys = [f"ssam_scale/optimizer_trial/{name}/{rank}" for rank in range(group.size)]
         self._own = self._keys[group.rank]
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ssam_scale.tracking.shutdown import SAVED
 from ssam_scale.train.checkpoint import checkpoints
+from tests.support.damage import flipped
 
 from .training import Running, send, wait_for
 
@@ -149,10 +150,8 @@ LIVE = (
 
 def _flip(folder: Path, draw: random.Random) -> None:
     file = draw.choice(sorted(folder.iterdir()))
-    raw = bytearray(file.read_bytes())
-    bit = draw.randrange(8 * len(raw))
-    raw[bit // 8] ^= 1 << bit % 8
-    file.write_bytes(raw)
+    raw = file.read_bytes()
+    file.write_bytes(flipped(raw, draw.randrange(8 * len(raw))))
 
 
 def _truncate(folder: Path, draw: random.Random) -> None:

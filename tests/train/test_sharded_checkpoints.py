@@ -29,6 +29,7 @@ from ssam_scale.train.checkpoint.files import problem_with, read_state, state_te
 from ssam_scale.train.checkpoint.layout import saved_sharded
 from ssam_scale.train.checkpoint.parts import split
 from ssam_scale.train.checkpoint.saved import FileTensor, Piece
+from tests.support.damage import flipped
 from tests.support.ranks import run_ranks
 from tests.support.runs import VIT, differing, ssam_scale, tensors_of, train_on_ranks, write_config
 from tests.support.tiers import few
@@ -198,9 +199,7 @@ def test_every_file_is_verified(saved: Path, tmp_path: Path) -> None:
     for file in files:
         raw = file.read_bytes()
         for bit in (0, 8 * len(raw) - 1, draw.randrange(8 * len(raw))):
-            changed = bytearray(raw)
-            changed[bit // 8] ^= 1 << bit % 8
-            file.write_bytes(bytes(changed))
+            file.write_bytes(flipped(raw, bit))
             assert str(problem_with(path, World())).startswith(file.name)
         for damaged in (raw[:-1], raw + b"\0", b""):
             file.write_bytes(damaged)

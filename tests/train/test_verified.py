@@ -20,6 +20,7 @@ from ssam_scale.train import checkpoint
 from ssam_scale.train.build import Components, build
 from ssam_scale.train.checkpoint.files import Snapshot, problem_with, read_state, state_text, write
 from ssam_scale.train.checkpoint.folder import best, drop_old
+from tests.support.damage import flipped
 from tests.support.processes import free_port, wait_until
 from tests.support.ranks import start_fresh_rank
 from tests.support.runs import VIT, write_config
@@ -63,12 +64,6 @@ def run(saved: tuple[Config, Components], tmp_path: Path) -> tuple[Config, Compo
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
-
-
-def flipped(raw: bytes, bit: int) -> bytes:
-    changed = bytearray(raw)
-    changed[bit // 8] ^= 1 << bit % 8
-    return bytes(changed)
 
 
 def test_every_flipped_bit_is_noticed_and_the_checkpoint_before_is_used(run: tuple[Config, Components]) -> None:
