@@ -13,7 +13,6 @@ import mmap
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
 from queue import Empty, Full, Queue
 from threading import Event
 from typing import Any
@@ -23,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from ssam_scale.data import augment, crop
-from ssam_scale.data.beton import JPEG, Beton
+from ssam_scale.data.beton import Beton
 from ssam_scale.data.damaged import Damaged, OnDamaged
 from ssam_scale.data.ffcv_import import (
     AllocationQuery,
@@ -63,17 +62,16 @@ class ImageDecoder(Operation):
     """Fills uint8 batches [N, resolution, resolution, 3] of an epoch.
 
     Args:
-        path: of the file.
+        beton: the file.
         view: what is cut out of an image.
         workers: threads that decode.
-        sums: uint64 [images], `xxh64` of each; or [0].
         damaged: what becomes of images that are.
     """
 
-    def __init__(self, path: Path, view: View, workers: int, sums: NDArray[np.uint64], damaged: Damaged) -> None:
+    def __init__(self, beton: Beton, view: View, workers: int, damaged: Damaged) -> None:
         super().__init__()
-        self._file = MappedFile(path)
-        self._view, self._workers, self._sums, self._damaged = view, workers, sums, damaged
+        self._file = MappedFile(beton.path)
+        self._beton, self._view, self._workers, self._damaged = beton, view, workers, damaged
         self._pool = ThreadPoolExecutor(workers, "decode") if workers > 1 else None
         self._epoch = 0
         self._read_ahead: ReadAhead | None = None
@@ -98,14 +96,15 @@ class ImageDecoder(Operation):
         return self._decode
 
     def _decode(self, indices: Indices, out: NDArray[np.uint8], metadata: Any, storage: Any) -> NDArray[np.uint8]:
+        data = np.asarray(storage[0])  # the whole file, mapped
         seen = self._damaged.replaced(np.asarray(indices, np.int64))
-        bad = self._decode_into(seen, out, metadata, storage)
+        bad = self._decode_into(seen, out, data)
         self._file.check()
         for place in np.flatnonzero(bad).tolist():
             own = out[place : place + 1]
 
             def is_sound(other: int, own: NDArray[np.uint8] = own) -> bool:
-                return not self._decode_into(np.array([other]), own, metadata, storage).any()
+                return not self._decode_into(np.array([other]), own, data).any()
 
             self._damaged.replace(int(indices[place]), is_sound)
         self._place += len(indices)
@@ -113,43 +112,48 @@ class ImageDecoder(Operation):
             self._read_ahead.advance(self._place)
         return out[: len(indices)]
 
-    def _decode_into(self, indices: Indices, out: NDArray[np.uint8], metadata: Any, storage: Any) -> NDArray[np.bool_]:
+    def _decode_into(self, images: Indices, out: NDArray[np.uint8], data: NDArray[np.uint8]) -> NDArray[np.bool_]:
         """Whether each is damaged."""
-        fields = metadata[indices]
-        pointers = fields["data_ptr"]
-        sizes = storage[2][np.searchsorted(storage[1], pointers)].astype(np.int64)
-        data, starts = np.asarray(storage[0]), pointers.astype(np.int64)  # the whole file, mapped
-        jpegs = fields["mode"] == JPEG
-        heights, widths = fields["height"].astype(np.int64), fields["width"].astype(np.int64)
-        sums = self._sums[indices] if len(self._sums) else self._sums
-        bad = np.zeros(len(indices), np.bool_)
-        view = self._view
+        bad = np.zeros(len(images), np.bool_)
 
         def decode(part: slice) -> None:
-            augment.decode(
-                data, starts[part], sizes[part], jpegs[part], heights[part], widths[part], indices[part],
-                view.training, view.seed, self._epoch, view.crop, view.flip, view.share, _crops is not None,
-                sums[part], out[part], bad[part],
-            )  # fmt: skip
+            _decode(
+                self._beton, data, images[part], self._view, self._epoch, out[part], bad[part], crops=_crops is not None
+            )
 
-        if self._pool is None or len(indices) == 1:
-            decode(slice(0, len(indices)))
+        if self._pool is None or len(images) == 1:
+            decode(slice(0, len(images)))
         else:
             # More pieces than threads, because images differ in how long they take.
-            step = max(1, -(-len(indices) // (4 * self._workers)))
-            list(self._pool.map(decode, [slice(start, start + step) for start in range(0, len(indices), step)]))
+            step = max(1, -(-len(images) // (4 * self._workers)))
+            list(self._pool.map(decode, [slice(start, start + step) for start in range(0, len(images), step)]))
         return bad
 
 
 def undecodable(beton: Beton, data: NDArray[np.uint8], images: Indices) -> NDArray[np.bool_]:
     """Of which of these images libjpeg complains, or that have another size than the file's table says."""
     bad, small = np.zeros(len(images), np.bool_), np.empty((len(images), 8, 8, 3), np.uint8)
+    _decode(beton, data, images, View(8, False), 0, small, bad, crops=False)
+    return bad
+
+
+def _decode(
+    beton: Beton,
+    data: NDArray[np.uint8],
+    images: Indices,
+    view: View,
+    epoch: int,
+    out: NDArray[np.uint8],
+    bad: NDArray[np.bool_],
+    *,
+    crops: bool,
+) -> None:
+    """`augment.decode` of images of a file."""
     augment.decode(
         data, beton.starts[images], beton.sizes[images], beton.is_jpeg[images], beton.heights[images],
-        beton.widths[images], images, False, 0, 0, (1.0, 1.0, 1.0, 1.0), 0.0, 1.0, False, np.zeros(0, np.uint64), small,
-        bad,
+        beton.widths[images], images, view.training, view.seed, epoch, view.crop, view.flip, view.share, crops,
+        beton.sums[images] if len(beton.sums) else beton.sums, out, bad,
     )  # fmt: skip
-    return bad
 
 
 class LabelDecoder(Operation):
@@ -322,7 +326,7 @@ class Reader:
         self.path = path = beton.path
         self._labels, self._memory = beton.labels, memory
         self.damaged = Damaged(path, beton.images, on_damaged)
-        self._decoder = ImageDecoder(path, view, workers, beton.sums, self.damaged)
+        self._decoder = ImageDecoder(beton, view, workers, self.damaged)
         self._order = order
         options: dict[str, Any] = {"order": order}
         if isinstance(order, np.ndarray):
