@@ -35,6 +35,12 @@ def _patient_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ssam_scale.tracking.run.CLOSE_WITHIN_S", float(PATIENCE_S))
 
 
+@pytest.fixture
+def _slow_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store that is back when the run ends may take long for a request without being given up."""
+    monkeypatch.setattr("ssam_scale.tracking.spool.ANSWER_WITHIN_S", PATIENCE_S)
+
+
 @pytest.fixture(scope="module")
 def server(_empty_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[MLflowServer]:
     """Over a database, with artifacts that pass through it."""
@@ -66,6 +72,7 @@ def told(caplog: pytest.LogCaptureFixture) -> list[str]:
 OUTAGE = ["tracking store does not", "tracking store answers again,"]
 
 
+@pytest.mark.usefixtures("_slow_store")
 def test_a_server_that_is_stopped_holds_nothing_up(
     server: MLflowServer,
     config: MakeConfig,
@@ -203,6 +210,7 @@ def fill(disk: Path) -> Path:
             return path
 
 
+@pytest.mark.usefixtures("_slow_store")
 def test_a_disk_that_is_full_and_has_room_again(
     config: MakeConfig, uri: str, small_disk: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -263,6 +271,7 @@ def postgres(child_environment: dict[str, str]) -> Iterator[tuple[str, Callable[
             act("stop")
 
 
+@pytest.mark.usefixtures("_slow_store")
 def test_postgres_is_killed_and_comes_back(
     postgres: tuple[str, Callable[[str], None]], config: MakeConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -290,10 +299,10 @@ SIXTEEN = """
 import os, sys
 from pathlib import Path
 from ssam_scale.config.schema import Config
-from ssam_scale.tracking import run as tracking
+from ssam_scale.tracking import run as tracking, spool
 import mlflow, mlflow.store.tracking.sqlalchemy_store, mlflow.tracking.client
 
-tracking.CLOSE_WITHIN_S = 600.0  # sixteen at once take longer than a run that ends may wait
+tracking.CLOSE_WITHIN_S = spool.ANSWER_WITHIN_S = 600.0  # sixteen at once take longer than a run that ends may wait
 config = Config.model_validate_json(Path(sys.argv[1]).read_text())
 children = []
 for number in range(16):
