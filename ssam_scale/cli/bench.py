@@ -78,6 +78,40 @@ def storage_command(
     _report(result, rows, rows[0]["device"], record, as_json)
 
 
+@app.command("loader")
+def loader_command(
+    folder: Annotated[Path, typer.Argument(callback=expanded, help="Photographs: one folder of them per class.")],
+    proportions: Annotated[
+        list[float] | None,
+        typer.Option(
+            "--jpeg-proportion", help="Share of a .beton file's images that are JPEG; several times. [1 and 0.5]"
+        ),
+    ] = None,
+    workers: Annotated[list[int] | None, typer.Option(help="Threads, or processes; several times. [1]")] = None,
+    resolution: Annotated[int, typer.Option(help="Side of the crops, pixels.")] = 224,
+    batch_size: Annotated[int, typer.Option(help="Images of a batch.")] = 64,
+    rounds: Annotated[int, typer.Option(help="Epochs of every reader in turns, of which the median counts.")] = 5,
+    record: RecordIn = None,
+    as_json: AsJson = False,
+) -> None:
+    """Read photographs as training does: ours, FFCV's own decoder, and torchvision's ImageFolder, in turns."""
+    from ssam_scale.bench.loader import bench_loader
+
+    check_record(record)
+    shares, counts = proportions or [1.0, 0.5], workers or [1]
+    at_least(1, workers=min(counts), batch_size=batch_size, rounds=rounds)
+    at_least(8, resolution=resolution)
+    if wrong := [share for share in shares if not 0.0 <= share <= 1.0]:
+        raise UserError(f"--jpeg-proportion {wrong[0]:g}: a share is from 0 to 1")
+    rows = bench_loader(folder, shares, counts, resolution, batch_size, rounds)
+    first = rows[0]
+    caption = (
+        f"{first['hardware']}; {first['photographs']:,} photographs, crops of {resolution} × {resolution}, batches of "
+        f"{batch_size}; medians of {rounds}"
+    )
+    _report(_Result("loader", "Reading photographs", _LOADER, "what"), rows, caption, record, as_json)
+
+
 @app.command("steps")
 def steps_command(
     models: Models = None,
@@ -360,6 +394,12 @@ _MASKS: Columns = {
     "of topk": ("topk_extra_bytes_per_weight", 1.0, ".1f"),
     "bytes to collectives": ("collective_bytes", 1.0, ",.0f"),
     "by topk": ("topk_collective_bytes", 1.0, ",.0f"),
+}
+_LOADER: Columns = {
+    "images/s": ("images_per_second", 1.0, ",.0f"),
+    "processor ms an image": ("processor_milliseconds", 1.0, ".3f"),
+    "FFCV's / it": ("over_ffcv", 1.0, ".2f"),
+    "ImageFolder's / it": ("over_image_folder", 1.0, ".2f"),
 }
 _STORAGE: Columns = {
     "weights": ("weights", 1, ",d"),
