@@ -1,9 +1,18 @@
-"""Loops over single elements, compiled by numba for the CPU."""
+"""Loops over single elements, compiled for the CPU: by numba, and by a C compiler where that is not enough."""
 
 from __future__ import annotations
 
+import ctypes
+import hashlib
+import os
+import platform
+import shlex
+import subprocess
+import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numba
@@ -57,3 +66,47 @@ def compiled(function: _Function) -> _Function:
     except RuntimeError:  # no folder to keep machine code in: neither beside this file nor in the user's cache
         result = numba.njit(nogil=True, error_model="numpy")(function)
     return result
+
+
+def _whatever(library: ctypes.CDLL) -> None:
+    pass
+
+
+def c_library(
+    source: Path, options: Sequence[str] = (), check: Callable[[ctypes.CDLL], None] = _whatever
+) -> ctypes.CDLL | None:
+    """A C file as a shared library; None: it cannot be compiled here.
+
+    It is compiled when it is first needed, in half a second, and kept in the user's cache.
+
+    Args:
+        source: the file.
+        options: of the compiler.
+        check: raises OSError for a library that does not work here.
+    """
+    given = ["-O3", "-shared", "-fPIC", *options]
+    compiler = shlex.split(os.environ.get("CC", "cc"))
+    parts = [source.read_bytes(), *map(os.fsencode, (platform.machine(), *compiler, *given))]
+    name = f"{source.stem}-{hashlib.sha256(bytes(1).join(parts)).hexdigest()[:16]}.so"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ssam_scale"
+
+    def loaded(path: Path) -> ctypes.CDLL:
+        found = ctypes.CDLL(str(path))
+        check(found)
+        return found
+
+    with suppress(OSError):
+        if (kept := cache / name).exists():
+            return loaded(kept)
+        cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache if os.access(cache, os.W_OK) else None) as folder:
+        made = Path(folder) / name
+        command = [*compiler, str(source), "-o", str(made), *given]
+        try:
+            subprocess.run(command, check=True, capture_output=True, stdin=subprocess.DEVNULL, timeout=120)
+            found = loaded(made)  # stays loaded without its file
+        except (OSError, subprocess.SubprocessError):
+            return None
+        with suppress(OSError):  # another process may have been faster; any of them is as good
+            made.replace(cache / name)
+        return found

@@ -87,27 +87,35 @@ def loader_command(
             "--jpeg-proportion", help="Share of a .beton file's images that are JPEG; several times. [1 and 0.5]"
         ),
     ] = None,
+    max_resolution: Annotated[
+        int | None, typer.Option(help="Longer side in .beton files, pixels. [photographs have their own size]")
+    ] = None,
     workers: Annotated[list[int] | None, typer.Option(help="Threads, or processes; several times. [1]")] = None,
+    processes: Annotated[list[int] | None, typer.Option(help="That share the images; several times. [1]")] = None,
     resolution: Annotated[int, typer.Option(help="Side of the crops, pixels.")] = 224,
     batch_size: Annotated[int, typer.Option(help="Images of a batch.")] = 64,
     rounds: Annotated[int, typer.Option(help="Epochs of every reader in turns, of which the median counts.")] = 5,
+    cold: Annotated[bool, typer.Option("--cold", help="From the disk, and not from the system's memory.")] = False,
     record: RecordIn = None,
     as_json: AsJson = False,
 ) -> None:
-    """Read photographs as training does: ours, FFCV's own decoder, and torchvision's ImageFolder, in turns."""
-    from ssam_scale.bench.loader import bench_loader
+    """Read photographs as training does: ours, FFCV's decoder, ImageFolder, and WebDataset and DALI if installed."""
+    from ssam_scale.bench.loader import Workload, bench_loader
 
     check_record(record)
-    shares, counts = proportions or [1.0, 0.5], workers or [1]
-    at_least(1, workers=min(counts), batch_size=batch_size, rounds=rounds)
+    shares, counts, sizes = proportions or [1.0, 0.5], workers or [1], processes or [1]
+    at_least(1, workers=min(counts), processes=min(sizes), batch_size=batch_size, rounds=rounds)
     at_least(8, resolution=resolution)
+    if max_resolution is not None:
+        at_least(8, max_resolution=max_resolution)
     if wrong := [share for share in shares if not 0.0 <= share <= 1.0]:
         raise UserError(f"--jpeg-proportion {wrong[0]:g}: a share is from 0 to 1")
-    rows = bench_loader(folder, shares, counts, resolution, batch_size, rounds)
+    rows = bench_loader(Workload(folder, shares, max_resolution, counts, sizes, resolution, batch_size, rounds, cold))
     first = rows[0]
+    size = f"a longer side of {max_resolution} pixels in .beton files" if max_resolution else "their own size"
     caption = (
-        f"{first['hardware']}; {first['photographs']:,} photographs, crops of {resolution} × {resolution}, batches of "
-        f"{batch_size}; medians of {rounds}"
+        f"{first['hardware']}; {first['photographs']:,} photographs of {size}, {'cold' if cold else 'warm'}, crops of "
+        f"{resolution} × {resolution}, batches of {batch_size}; medians of {rounds}"
     )
     _report(_Result("loader", "Reading photographs", _LOADER, "what"), rows, caption, record, as_json)
 
@@ -396,10 +404,16 @@ _MASKS: Columns = {
     "by topk": ("topk_collective_bytes", 1.0, ",.0f"),
 }
 _LOADER: Columns = {
+    "processes": ("processes", 1, ""),
+    "workers": ("workers", 1, ""),
     "images/s": ("images_per_second", 1.0, ",.0f"),
-    "processor ms an image": ("processor_milliseconds", 1.0, ".3f"),
+    "processor ms an image": ("processor_seconds", 1e3, ".3f"),
     "FFCV's / it": ("over_ffcv", 1.0, ".2f"),
     "ImageFolder's / it": ("over_image_folder", 1.0, ".2f"),
+    "first batch of an epoch ms": ("first_batch_seconds", 1e3, ".0f"),
+    "a batch ms": ("batch_seconds", 1e3, ".0f"),
+    "start s": ("start_seconds", 1.0, ".1f"),
+    "memory MB": ("memory", 1e-6, ",.0f"),
 }
 _STORAGE: Columns = {
     "weights": ("weights", 1, ",d"),

@@ -78,6 +78,9 @@ class Model(Section):
         )
 
 
+Interpolation: TypeAlias = Literal["bilinear", "bicubic", "area"]
+
+
 class Data(Section):
     """Images and how they are read. Files are written by `ssam-scale data`."""
 
@@ -105,6 +108,11 @@ class Data(Section):
     crop_scale: tuple[float, float] = Field((0.08, 1.0), description="area of the random crop, share of the image")
     crop_ratio: tuple[float, float] = Field((0.75, 4.0 / 3.0), description="aspect ratio of the random crop")
     flip: Share = Field(0.5, description="probability of a horizontal flip")
+    interpolation: Interpolation = Field(
+        "bilinear",
+        description="how crops are resized: bilinear or bicubic, by filters that widen as an image shrinks, as "
+        "torchvision's and Pillow's do; area: as FFCV's loader does",
+    )
     order: Literal["random", "pages"] = Field(
         "random",
         description="random: a shuffle of all images, for files that fit in memory; pages: each process reads pages of "

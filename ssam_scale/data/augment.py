@@ -18,6 +18,7 @@ import llvmlite.binding  # type: ignore[import-untyped]
 import numpy as np
 from numba import types
 
+from ssam_scale.data import resize
 from ssam_scale.data.xxh64 import xxh64
 from ssam_scale.native import compiled
 
@@ -42,7 +43,6 @@ _SYMBOLS = {
         _pointer, _pointer, types.uint64, _pointer, types.int32, types.int32, types.int32, types.int32, types.int32
     ),
     "tjDestroy": types.int32(_pointer),
-    "resize": types.void(_int, _pointer, _int, _int, _int, _int, _int, _int, _pointer, _int, _int),
 }
 _CROP_SYMBOLS = {
     "ssam_scale_crop_new": _pointer(),
@@ -53,20 +53,29 @@ _DAMAGED, _NOT_DONE_HERE = 1, 2  # what `crop.c` says
 _new_cropper, _free_cropper, _decode_crop = (
     types.ExternalFunction(name, signature) for name, signature in _CROP_SYMBOLS.items()
 )
-_new_decoder, _read_header, _decode_jpeg, _free_decoder, _resize = (
+_new_decoder, _read_header, _decode_jpeg, _free_decoder = (
     types.ExternalFunction(f"ssam_scale_{name}", signature) for name, signature in _SYMBOLS.items()
 )
+_resize = types.ExternalFunction(
+    resize.SYMBOL,
+    types.void(
+        _pointer, _int, _int, _int, _int, _pointer, _int, _pointer, _pointer, _int, _pointer, _int, _pointer, _pointer
+    ),
+)
+_table, _resize_slowly = resize.table, resize.slowly
 
 
-def bind(library: ctypes.CDLL, crops: ctypes.CDLL | None) -> None:
+def bind(library: ctypes.CDLL, crops: ctypes.CDLL | None, resizer: ctypes.CDLL | None) -> None:
     """Tell the compiled code where libraries lie; needed once before `decode`.
 
     Args:
         library: FFCV's, and turbojpeg behind it.
         crops: of `crop.c`; without it `decode` must not be asked for crops.
+        resizer: of `resize.c`; likewise.
     """
-    for name in _CROP_SYMBOLS:  # a name has to be known, also where nobody calls it
-        found = getattr(crops, name) if crops is not None else library.tjDestroy
+    for name in (*_CROP_SYMBOLS, resize.SYMBOL):  # a name has to be known, also where nobody calls it
+        from_c = resizer if name == resize.SYMBOL else crops
+        found = getattr(from_c, name) if from_c is not None else library.tjDestroy
         llvmlite.binding.add_symbol(name, ctypes.cast(found, ctypes.c_void_p).value)
     for name in _SYMBOLS:
         address = ctypes.cast(getattr(library, name), ctypes.c_void_p).value
@@ -122,21 +131,15 @@ def random_crop(
 
 @compiled
 def centre_crop(height: int, width: int, share: float, side: int) -> tuple[int, int, int, int]:
-    """Top, left, height and width of the pixels that torchvision's Resize and CenterCrop make an image of `side` of.
+    """Height and width that torchvision's Resize gives an image, and top and left of CenterCrop's square in that.
 
-    Its shorter side is resized to side / share, as timm does, and the square in the middle is cut out. Both round to
-    whole pixels of the smaller image, so that the square is not quite in the middle of the larger one; here the edges
-    are those of the larger image that lie next to it.
+    The shorter side is resized to side / share, as timm does.
     """
     shorter, longer = min(height, width), max(height, width)
     resized = math.floor(side / share)
     beside = int(resized * longer / shorter)
     new_height, new_width = (resized, beside) if height <= width else (beside, resized)
-    top, left = round((new_height - side) / 2.0), round((new_width - side) / 2.0)
-    first_row, first_column = round(top * height / new_height), round(left * width / new_width)
-    rows = max(1, round((top + side) * height / new_height) - first_row)
-    columns = max(1, round((left + side) * width / new_width) - first_column)
-    return min(first_row, height - rows), min(first_column, width - columns), rows, columns
+    return new_height, new_width, round((new_height - side) / 2.0), round((new_width - side) / 2.0)
 
 
 @compiled
@@ -154,7 +157,9 @@ def decode(
     crop: tuple[float, float, float, float],
     flip: float,
     share: float,
+    interpolation: int,
     crops: bool,
+    resizes: bool,
     sums: Any,
     out: Any,
     bad: Any,
@@ -175,7 +180,9 @@ def decode(
         crop: scale_low, scale_high, ratio_low, ratio_high of `random_crop`.
         flip: probability of a horizontal flip.
         share: of `centre_crop`.
+        interpolation: a code of `resize.INTERPOLATIONS`.
         crops: of JPEGs decode no more than the crop, where that is possible: the same pixels.
+        resizes: by `resize.c`: the same pixels, too.
         sums: uint64 [N], what `xxh64` makes of the bytes of each; or [0].
         out: uint8 [N, height, width, 3], written to.
         bad: bool [N], set for images that are not what was written, have another size than the table says, or that
@@ -188,6 +195,7 @@ def decode(
             largest = max(largest, 3 * heights[k] * widths[k])
     buffer = np.empty(largest, np.uint8)
     side_y, side_x = out.shape[1], out.shape[2]
+    scratch = np.empty(1, np.float32)
     decoder = _new_decoder()
     cropper = _new_cropper() if crops else np.uintp(0)
     noted = np.empty(4, np.int32)  # of a header: width, height, subsampling, colours; of a crop: where it begins, width
@@ -201,8 +209,20 @@ def decode(
         key = sample_key(seed, epoch, indices[k])
         if training:
             top, left, rows, columns = random_crop(key, height, width, crop[0], crop[1], crop[2], crop[3])
+            enlarges = rows < side_y or columns < side_x
+            tops, row_weights = _table(interpolation, rows, side_y, 0, side_y, enlarges)
+            lefts, column_weights = _table(interpolation, columns, side_x, 0, side_x, enlarges)
         else:
-            top, left, rows, columns = centre_crop(height, width, share, side_y)
+            new_height, new_width, first_row, first_column = centre_crop(height, width, share, side_y)
+            enlarges = height < new_height or width < new_width
+            tops, row_weights = _table(interpolation, height, new_height, first_row, side_y, enlarges)
+            lefts, column_weights = _table(interpolation, width, new_width, first_column, side_x, enlarges)
+            top, left = tops[0], lefts[0]
+            rows, columns = tops[-1] - top + row_weights.shape[1], lefts[-1] - left + column_weights.shape[1]
+            for index in range(side_y):
+                tops[index] -= top
+            for index in range(side_x):
+                lefts[index] -= left
         pixels = np.uintp(stored.ctypes.data)
         if jpegs[k]:
             source, pixels = pixels, np.uintp(buffer.ctypes.data)
@@ -232,15 +252,21 @@ def decode(
             if code != 0:
                 bad[k] = True
                 continue
-        target = np.uintp(out[k].ctypes.data)
-        _resize(0, pixels, height, width, top, top + rows, left, left + columns, target, side_y, side_x)
-        if training and uniform(key, _FLIP) < flip:
-            for y in range(side_y):
-                for x in range(side_x // 2):
-                    for channel in range(3):
-                        other = out[k, y, side_x - 1 - x, channel]
-                        out[k, y, side_x - 1 - x, channel] = out[k, y, x, channel]
-                        out[k, y, x, channel] = other
+        mirrored = training and uniform(key, _FLIP) < flip
+        begin = 3 * (top * width + left)
+        if resizes:
+            if len(scratch) < 3 * columns + 1 + 5 * side_x:
+                scratch = np.empty(3 * columns + 1 + 5 * side_x, np.float32)
+            _resize(
+                pixels + np.uintp(begin), 3 * width, columns, side_y, side_x, np.uintp(tops.ctypes.data),
+                row_weights.shape[1], np.uintp(row_weights.ctypes.data), np.uintp(lefts.ctypes.data),
+                column_weights.shape[1], np.uintp(column_weights.ctypes.data), np.int64(mirrored),
+                np.uintp(scratch.ctypes.data), np.uintp(out[k].ctypes.data),
+            )  # fmt: skip
+        else:
+            image = (buffer if jpegs[k] else stored)[: 3 * height * width].reshape((height, width, 3))
+            box = image[top : top + rows, left : left + columns]
+            _resize_slowly(box, side_y, side_x, tops, row_weights, lefts, column_weights, mirrored, out[k])
     _free_decoder(decoder)
     if crops:
         _free_cropper(cropper)

@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ssam_scale.data import augment, crop
+from ssam_scale.config.schema import Interpolation
+from ssam_scale.data import augment, crop, resize
 from ssam_scale.data.beton import Beton
 from ssam_scale.data.damaged import Damaged, OnDamaged
 from ssam_scale.data.ffcv_import import (
@@ -42,8 +43,8 @@ from ssam_scale.data.read_ahead import ReadAhead, most_at_once, spans
 from ssam_scale.data.truncated import MappedFile
 from ssam_scale.errors import UserError
 
-_crops = crop.library()
-augment.bind(lib, _crops)
+_crops, _resizer = crop.library(), resize.library()
+augment.bind(lib, _crops, _resizer)
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class View:
     crop: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0)
     flip: float = 0.0
     share: float = 1.0
+    interpolation: Interpolation = "bilinear"
 
 
 class ImageDecoder(Operation):
@@ -151,7 +153,8 @@ def _decode(
     """`augment.decode` of images of a file."""
     augment.decode(
         data, beton.starts[images], beton.sizes[images], beton.is_jpeg[images], beton.heights[images],
-        beton.widths[images], images, view.training, view.seed, epoch, view.crop, view.flip, view.share, crops,
+        beton.widths[images], images, view.training, view.seed, epoch, view.crop, view.flip, view.share,
+        resize.INTERPOLATIONS.index(view.interpolation), crops, _resizer is not None,
         beton.sums[images] if len(beton.sums) else beton.sums, out, bad,
     )  # fmt: skip
 

@@ -115,19 +115,34 @@ class ImageLoader:
         Raises:
             UserError: an image in the file is damaged.
         """
-        self.close()
-        with torch.cuda.device(self._device) if self.aside.overlaps else nullcontext():
-            # Buffers are pinned for whichever device is the current one.
-            running = self._running = self._reader.start(self._epoch, self._seen)
+        decoded = self.decoded()
         self.aside.follow()  # mean and std are there
         try:
-            while (item := self._reader.next_batch(running)) is not None:
+            for item in decoded:
                 batch = self._on_device(*item)
                 self.aside.hand_over(batch)
                 yield batch
                 self.aside.wait_for_copies()  # FFCV refills these buffers once the next batch is asked for
         finally:
             self.aside.wait_for_copies()
+            decoded.close()
+
+    def decoded(self) -> Generator[tuple[torch.Tensor, ...], None, None]:
+        """Yield the batches of the epoch as they are decoded, in buffers of the host that the next ones fill.
+
+        Each is uint8 [N, H, W, 3], int64 labels [N, 1] and, where the loader was made for them, int64 indices [N, 1].
+
+        Raises:
+            UserError: an image in the file is damaged.
+        """
+        self.close()
+        with torch.cuda.device(self._device) if self.aside.overlaps else nullcontext():
+            # Buffers are pinned for whichever device is the current one.
+            running = self._running = self._reader.start(self._epoch, self._seen)
+        try:
+            while (item := self._reader.next_batch(running)) is not None:
+                yield item
+        finally:
             running.stop()
             if self._running is running:
                 self._running = None
@@ -192,7 +207,8 @@ def train_loader(
         )
     from ssam_scale.data.ffcv_loader import Reader, SharedOrder, View
 
-    view = View(data.resolution, True, seed, (*data.crop_scale, *data.crop_ratio), data.flip)
+    crop = (*data.crop_scale, *data.crop_ratio)
+    view = View(data.resolution, True, seed, crop, data.flip, interpolation=data.interpolation)
     memory = int(data.memory * 2**30)
     _check_memory(data, beton, world_size)
     order = _order(data, beton, _pool(beton.images, images), seed, memory)
@@ -237,7 +253,7 @@ def eval_loader(
     most = -(-beton.images // world_size)
     from ssam_scale.data.ffcv_loader import Reader, View
 
-    view = View(data.eval_resolution, False, share=data.eval_crop_ratio)
+    view = View(data.eval_resolution, False, share=data.eval_crop_ratio, interpolation=data.interpolation)
     reader = Reader(beton, view, mine, batch, _workers(data, world_size))
     return ImageLoader(
         reader,

@@ -145,20 +145,28 @@ def _packages() -> Iterator[Finding]:
             yield Finding("fail", name, f"cannot be imported ({reason})", "" if "setup.sh" in reason else _SETUP)
         else:
             yield Finding("ok", name, _version(name))
-    yield _crops()
+    yield from _compiled()
 
 
-def _crops() -> Finding:
-    from ssam_scale.data import crop
+def _compiled() -> Iterator[Finding]:
+    from ssam_scale.data import crop, resize
 
-    if crop.library() is not None:
-        return Finding("ok", "JPEG crops", "are decoded alone")
-    return Finding(
-        "warn",
-        "JPEG crops",
-        "JPEGs are decoded as a whole, in 1.2 times the time: crop.c cannot be compiled",
-        "apt-get install gcc libjpeg-dev, or set CC",
-    )
+    for what, library, good, bad, packages in (
+        (
+            "JPEG crops",
+            crop,
+            "are decoded alone",
+            "JPEGs are decoded as a whole, in 1.2 times the time",
+            "gcc libjpeg-dev",
+        ),
+        ("resizing", resize, "is compiled", "images take some milliseconds more each", "gcc"),
+    ):
+        if library.library() is not None:
+            yield Finding("ok", what, good)
+        else:
+            file = library.__name__.rpartition(".")[2]
+            why = f"{bad}: {file}.c cannot be compiled"
+            yield Finding("warn", what, why, f"apt-get install {packages}, or set CC")
 
 
 def _version(name: str) -> str:

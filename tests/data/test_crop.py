@@ -14,7 +14,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from ssam_scale.data import augment, crop, inspect
+from ssam_scale.data import augment, crop, inspect, resize
 from ssam_scale.data.encode import Encoding, _decode_jpeg
 from ssam_scale.data.ffcv_import import lib
 from ssam_scale.data.write import Sample, write_samples
@@ -131,21 +131,24 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_batches_are_the_same_with_crops_and_without(photographs: Path, training: bool) -> None:
-    augment.bind(lib, crop.library())
+def test_batches_are_the_same_with_what_is_compiled_from_c_and_without(photographs: Path, training: bool) -> None:
+    augment.bind(lib, crop.library(), resize.library())
     beton, data = inspect(photographs), np.fromfile(photographs, np.uint8)
     images = np.arange(beton.images)
 
-    def decoded(crops: bool, epoch: int) -> NDArray[np.uint8]:
+    def decoded(epoch: int, interpolation: int, compiled: bool) -> NDArray[np.uint8]:
         out, bad = np.zeros((len(images), 48, 48, 3), np.uint8), np.zeros(len(images), np.bool_)
         arguments: list[Any] = [data, beton.starts, beton.sizes, beton.is_jpeg, beton.heights, beton.widths, images]
-        augment.decode(*arguments, training, 7, epoch, (0.08, 1.0, 0.75, 1.33), 0.5, 0.875, crops, beton.sums, out, bad)
+        arguments += [training, 7, epoch, (0.08, 1.0, 0.75, 1.33), 0.5, 0.875, interpolation, compiled, compiled]
+        augment.decode(*arguments, beton.sums, out, bad)
         assert not bad.any()
         return out
 
     for epoch in range(4):
-        assert np.array_equal(decoded(True, epoch), decoded(False, epoch))
-    assert not np.array_equal(decoded(True, 0), decoded(True, 1)) or not training
+        for code in range(len(resize.INTERPOLATIONS)):
+            assert np.array_equal(decoded(epoch, code, True), decoded(epoch, code, False))
+    assert not np.array_equal(decoded(0, 0, True), decoded(1, 0, True)) or not training
+    assert not np.array_equal(decoded(0, 0, True), decoded(0, 1, True))
 
 
 def test_without_a_compiler_there_is_no_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

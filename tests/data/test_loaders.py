@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import threading
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from PIL import Image
 
 from ssam_scale.data import ImageLoader, IndexedBatch
+from ssam_scale.data.augment import random_crop, sample_key, uniform
 from ssam_scale.data.encode import Encoding
 from ssam_scale.data.write import Sample, write_samples
 from ssam_scale.errors import UserError
@@ -194,21 +196,56 @@ def test_evaluation_does_not_depend_on_epoch_workers_or_processes(numbered: Path
     assert all(torch.equal(image, expected[label]) for rank in ranks for label, image in rank.items())
 
 
-def test_the_evaluation_crop_is_torchvisions(tmp_path: Path) -> None:
-    """Where nothing has to be resized, pixel by pixel; else but for the interpolation, which is by area here."""
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_the_evaluation_crop_is_torchvisions(tmp_path: Path, interpolation: str) -> None:
+    """Pixel by pixel, but for the step that Pillow rounds by between its passes; odd sizes, smaller and larger ones."""
     ensure_torchvision()
-    from torchvision.transforms import CenterCrop, Compose, Resize
+    from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 
     draw = np.random.default_rng(0)
-    small = [Image.fromarray(make_image(draw, *sides)) for sides in ((60, 80), (91, 57))]
-    images = [image.resize((4 * image.width, 4 * image.height)) for image in small]
+    rough = [Image.fromarray(make_image(draw, *sides)) for sides in ((60, 80), (91, 57), (33, 34), (15, 20))]
+    images = [image.resize((3 * image.width + 1, 3 * image.height), Image.Resampling.BICUBIC) for image in rough]
     for image in images:
         out = tmp_path / f"{image.width}.beton"
         sample = Sample("x", np.asarray(image), 0)
         write_samples([sample], ["x"], out, Encoding(None, 90, 0.0, 0), source={}, progress=False)
-        [(found, _)] = read(evaluation(out, num_classes=2, eval_resolution=112, mean=(0, 0, 0), std=(1, 1, 1)))
-        expected = np.asarray(Compose([Resize(128), CenterCrop(112)])(image)).astype(float)
-        assert np.abs(found[0].permute(1, 2, 0).numpy() * 255 - expected).mean() < 1.5
+        for side, share in ((112, 0.875), (64, 0.9), (61, 1.0)):
+            options: dict[str, Any] = {
+                "eval_resolution": side,
+                "eval_crop_ratio": share,
+                "interpolation": interpolation,
+            }
+            [(found, _)] = read(evaluation(out, num_classes=2, mean=(0, 0, 0), std=(1, 1, 1), **options))
+            resize = Resize(math.floor(side / share), InterpolationMode(interpolation))
+            expected = np.asarray(Compose([resize, CenterCrop(side)])(image)).astype(float)
+            difference = np.abs((found[0].permute(1, 2, 0).numpy() * 255).round() - expected)
+            assert difference.max() <= (1 if interpolation == "bilinear" else 4)
+            assert difference.mean() < 0.3
+
+
+def test_the_training_crop_is_torchvisions(tmp_path: Path) -> None:
+    """The same box, cut out and resized."""
+    ensure_torchvision()
+    from torchvision.transforms.functional import hflip, resized_crop
+
+    image = Image.fromarray(make_image(np.random.default_rng(0), 90, 70)).resize((280, 360), Image.Resampling.BICUBIC)
+    out = tmp_path / "x.beton"
+    write_samples(
+        [Sample("x", np.asarray(image), 0)], ["x"], out, Encoding(None, 90, 0.0, 0), source={}, progress=False
+    )
+    plain: dict[str, Any] = {"mean": (0, 0, 0), "std": (1, 1, 1), "batch_size": 1, "resolution": 96, "flip": 0.5}
+    loader = training(out, seed=0, **plain)
+    sides = set()
+    for epoch in range(20):
+        [(found, _)] = read(loader, epoch)
+        key = np.uint64(sample_key(0, epoch, 0))
+        box = random_crop(key, 360, 280, 0.08, 1.0, 0.75, 4 / 3)
+        mirrored = uniform(key, 0) < 0.5
+        expected = resized_crop(image, *box, [96, 96])
+        expected = np.asarray(hflip(expected) if mirrored else expected).astype(float)
+        assert np.abs((found[0].permute(1, 2, 0).numpy() * 255).round() - expected).max() <= 1
+        sides.add(mirrored)
+    assert len(sides) == 2
 
 
 def test_the_evaluation_crop_is_the_central_share_of_the_short_side(tmp_path: Path) -> None:
