@@ -157,7 +157,9 @@ def main() -> None:
         f"images of {arguments.side} px; medians."
     )
     text = ["# How long a checkpoint delays training", "", caption, "", *table]
-    write(result_path(arguments.output, "checkpoint-delay"), text, rows, made)
+    threads = torch.get_num_threads()
+    what = f"checkpoint-delay-{threads}-thread{'s'[: threads > 1]}"
+    write(result_path(arguments.output, what), text, rows, made)
 
 
 if __name__ == "__main__":
