@@ -1,9 +1,9 @@
 """Writing a checkpoint beside training, from a copy.
 
-Of a ViT-B/16 and AdamW's state (991 MiB) training waits 0.3 to 0.4 s for the copy. Writing and digesting takes some 2 s of
-a core beside it: where one is free a step is 1.1 times as long meanwhile, and where all compute those seconds are
-training's (two cores of an AMD EPYC; `benchmarks/checkpoint_delay.py`). A lower priority of the thread only spreads them:
-with a tenth of a core's share a checkpoint took six times as long, and training lost as much.
+Of a ViT-B/16 and AdamW's state (991 MiB) training waits 0.3 to 0.4 s for the copy. Writing and digesting takes some 2 s
+of a core beside it: where one is free a step is 1.1 times as long meanwhile, and where all compute those seconds are
+training's (two cores of an AMD EPYC; `benchmarks/checkpoint_delay.py`). A lower priority of the thread only spreads
+them: with a tenth of a core's share a checkpoint took six times as long, and training lost as much.
 """
 
 from __future__ import annotations
