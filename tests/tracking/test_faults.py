@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import nn
 
 from ssam_scale.config.schema import Config
+from ssam_scale.models.torchvision_ops import ensure_torchvision
 from ssam_scale.tracking.run import Run, open_run
 from ssam_scale.tracking.store import open_store
 from tests.support.mlflow_server import MLflowServer
@@ -104,6 +106,38 @@ def test_a_server_that_is_stopped_holds_nothing_up(
     assert [each.path for each in client.list_artifacts(run.id, "tables")] == ["tables/table.csv"]
     assert not unsent(run, tmp_path).exists()
     assert told(caplog) == OUTAGE
+
+
+@pytest.mark.parametrize("silent_at", ["create_logged_model", "log_model_artifacts", "finalize_logged_model"])
+def test_a_model_is_given_up_where_its_store_falls_silent(
+    server: MLflowServer,
+    config: MakeConfig,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    silent_at: str,
+) -> None:
+    """At each of the requests that storing it takes; the run ends all the same."""
+    from mlflow import MlflowClient
+
+    ensure_torchvision()
+    asked = getattr(MlflowClient, silent_at)
+
+    def ask_nobody(client: MlflowClient, *args: Any, **kwargs: Any) -> Any:
+        server.pause()
+        return asked(client, *args, **kwargs)
+
+    def network() -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 4))
+
+    with open_run(config(uri=server.address), enabled=True) as run:
+        with monkeypatch.context() as silent:
+            silent.setattr(MlflowClient, silent_at, ask_nobody)
+            run.log_network(network, side=8, classes=4, step=1)
+        server.go_on()
+    assert f"the model of run {run.id} could not be stored: timed out" in caplog.text
+    client = open_store(server.address, create=False)
+    # It has been waited for, so that the end of the run may come from the process that sends what is left.
+    wait_until(lambda: client.get_run(run.id).info.status == "FINISHED", PATIENCE_S, "the end of the run")
 
 
 CHILD = """
