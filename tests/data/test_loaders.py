@@ -51,7 +51,7 @@ def test_shapes_and_types(numbered: Path) -> None:
         assert images.dtype == torch.float32
         assert labels.shape == (8,)
         assert labels.dtype == torch.int64
-        assert images.is_contiguous()
+        assert images.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_normalisation(numbered: Path) -> None:
