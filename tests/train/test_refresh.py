@@ -79,7 +79,7 @@ def test_normalization_layers(home: Path, data: Path) -> None:
         n for n in densities if "bn" in n or "ple.1" in n
     }
     kinds = {key.partition(".")[0] for key in saved(home)}
-    assert kinds == {"steps", "kept_as", "skipped", "calibrated", "shares", "chosen_at"}
+    assert kinds == {"steps", "kept_as", "skipped", "kappa", "calibrated", "shares", "chosen_at"}
 
 
 def test_named_parameters(home: Path, data: Path) -> None:
