@@ -290,15 +290,14 @@ class Perturbation:
         self._index_cache.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        """`skipped`, int64 of shape (), and `kappa`, float32 of shape (); and the calibration.
+        """`skipped`, int64 of shape (), and `kappa`, float32 of shape () (−1: not known); and the calibration.
 
         That is `calibrated`, the step of the last one (−1: due), and `shares`, float32 of shape (), by parameter. And
         what the direction remembers: see its source. Collective if it does.
         """
         shares = dict(zip(self._parameters, self.shares.clone().unbind(), strict=True))
-        known = {"skipped": self.skipped.clone(), "kappa": self.kappa.clone()}
-        known |= {"calibrated": torch.tensor(self.calibrated), "shares": shares}
-        return {**known, **self.source.state_dict()}
+        known = {"skipped": self.skipped.clone(), "kappa": torch.nan_to_num(self.kappa, nan=-1.0)}
+        return {**known, "calibrated": torch.tensor(self.calibrated), "shares": shares, **self.source.state_dict()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take back what `state_dict` returned.
@@ -311,7 +310,8 @@ class Perturbation:
             raise ValueError(f"the saved state is of other parameters than this optimizer's: {odd[0]}")
         self.skipped.copy_(state_dict["skipped"])
         if "kappa" in state_dict:  # what was saved before it was says nothing of it
-            self.kappa = state_dict["kappa"].to(self._device, torch.float32, copy=True)
+            kappa = state_dict["kappa"].to(self._device, torch.float32)
+            self.kappa = torch.where(kappa < 0.0, math.nan, kappa)
         if shares:
             self.shares.copy_(torch.stack([shares[name] for name in self._parameters]))
         self.calibrated = int(state_dict["calibrated"])

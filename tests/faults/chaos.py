@@ -300,7 +300,9 @@ class _Interrupted:
     def _problem_of_start(self, run: Running) -> str:
         """What must hold of every start, however it ended."""
         if "Traceback" in run.said:
-            return f"a traceback: {_last_line(run.said[run.said.index('Traceback') :])}"
+            said = run.said[run.said.index("Traceback") :]
+            _say(said)
+            return f"a traceback: {_last_line(said)}"
         if self._damaged and self._damaged not in run.said and "epochs of" in run.said:
             return f"nobody says {self._damaged!r}"
         # One that is killed before its first step may have set it aside already.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -164,11 +165,13 @@ def test_on_as_many_ranks_training_goes_on_bit_for_bit(two: Any) -> None:
 def test_on_other_numbers_of_ranks_it_goes_on_with_the_same_masks_weights_and_momentum(
     two: Any, folder: Path, size: int
 ) -> None:
-    uninterrupted = two[0][0]
-    results = [alone(resume, folder)] if size == 1 else run_ranks(size, resume, folder)
-    for resumed in results:
+    uninterrupted = copy.deepcopy(two[0][0])
+    for resumed in [alone(resume, folder)] if size == 1 else run_ranks(size, resume, folder):
         for name in CASES:
             assert not differing(resumed[name]["saved"], uninterrupted[name]["saved"])
+            for measured in (resumed, uninterrupted):
+                # One process has the gradient of all weights at hand, and measures it in steps in which shards do not.
+                measured[name]["end"]["numbers"].pop("kappa", None)
             assert not differing(resumed[name]["end"], uninterrupted[name]["end"], TOLERANCE)
 
 
