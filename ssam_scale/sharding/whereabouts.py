@@ -360,10 +360,16 @@ _LOST = re.compile(
 
 
 def is_lost(error: BaseException) -> bool:
-    """Whether an exception says that another process did not take part in a collective."""
-    if isinstance(error, dist.DistError):
-        return True
-    return isinstance(error, RuntimeError) and bool(_LOST.search(str(error)))
+    """Whether an exception says that another process did not take part in a collective.
+
+    Or came of one that says so: what a library then leaves unfinished, as ZeRO's gathering, may be an error of its own.
+    """
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, dist.DistError) or (isinstance(seen, RuntimeError) and _LOST.search(str(seen))):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
 
 
 @contextmanager

@@ -366,7 +366,9 @@ def _digest(files: dict[str, Any]) -> str:
 def recorded(training: Training) -> list[tuple[str, int, float]]:
     """What the run of a training has recorded of losses and accuracies: name, step, value."""
     client = open_store(f"sqlite:///{training.database}", create=False)
-    (run,) = client.search_runs([client.get_experiment_by_name("ssam_scale").experiment_id])
+    # A start that was killed before its first checkpoint is another run.
+    experiment = client.get_experiment_by_name("ssam_scale").experiment_id
+    run, *_ = client.search_runs([experiment], order_by=["attributes.start_time DESC"])
     names = ("train/loss", "train/lr", "val/loss", "val/top1")
     return [(name, m.step, m.value) for name in names for m in client.get_metric_history(run.info.run_id, name)]
 

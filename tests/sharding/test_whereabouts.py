@@ -13,7 +13,7 @@ from dataclasses import replace
 import pytest
 
 from ssam_scale.ended import status_of_dead, status_words
-from ssam_scale.sharding.whereabouts import Sighting, verdict_of
+from ssam_scale.sharding.whereabouts import Sighting, is_lost, verdict_of
 
 SINCE = time.time()
 CLOCK = time.strftime("%H:%M:%S", time.localtime(SINCE))
@@ -100,3 +100,16 @@ def test_how_a_process_ended_is_known_before_its_parent_asks(number: signal.Sign
     assert status is not None
     assert status_words(status).startswith(words)
     assert "memory" not in status_words(status) or number == signal.SIGKILL
+
+
+def test_what_a_library_leaves_unfinished_is_the_loss_that_it_came_of() -> None:
+    """As ZeRO's third stage does, which was gathering when the other process died."""
+    unfinished = RuntimeError("{'id': 0, 'status': 'INFLIGHT'} expected to be released")
+    assert not is_lost(unfinished)
+    with pytest.raises(RuntimeError) as raised:
+        try:
+            raise RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:2048")
+        finally:
+            raise unfinished
+    assert is_lost(raised.value)
+    assert not is_lost(ValueError("Connection closed by peer"))
