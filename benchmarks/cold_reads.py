@@ -28,7 +28,8 @@ from ssam_scale.data import inspect, train_loader
 from ssam_scale.data.beton import PAGE_SIZE
 from ssam_scale.data.encode import Encoding
 from ssam_scale.data.order import distinct
-from ssam_scale.data.write import Sample, write_samples
+from ssam_scale.data.sources import Sample
+from ssam_scale.data.write import write_samples
 
 IMAGES, CLASSES, SIDE, BATCH = 10_000, 1_000, 280, 256
 MEMORY = (0.125, 0.5, 1.0, 2.0)  # GiB; below the file's size pages are given back

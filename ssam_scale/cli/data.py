@@ -31,7 +31,12 @@ class Order(str, Enum):
 @app.command("write")
 def write_command(
     source: Annotated[
-        Path, typer.Argument(callback=expanded, help="Folder in ImageNet's layout: one folder of images per class.")
+        Path,
+        typer.Argument(
+            callback=expanded,
+            help="One folder of images per class, as ImageNet's; or ImageNet's own tar; or WebDataset's shards "
+            "('train-{000..146}.tar'), or parquet files as Hugging Face has them (a folder, or 'train-*.parquet').",
+        ),
     ],
     out: Annotated[Path, typer.Argument(callback=expanded, help="The .beton file to write.")],
     classes_of: Annotated[
@@ -43,36 +48,78 @@ def write_command(
             "be missing.",
         ),
     ] = None,
+    labels: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DEVKIT|TEXT",
+            callback=expanded,
+            help="Of ImageNet's val tar: ILSVRC2012_devkit_t12.tar.gz, or a text with one class (n01440764) per line.",
+        ),
+    ] = None,
+    preset: Annotated[
+        str,
+        typer.Option(
+            help="default (own size, half raw), small (own size, JPEG), ffcv-rn50 (500 px, half raw), ffcv-rn18 "
+            "(400 px, 90% raw): for the three options that follow."
+        ),
+    ] = "default",
     max_resolution: Annotated[int | None, typer.Option(min=1, help="Shrink images whose longer side has more.")] = None,
-    quality: Annotated[int, typer.Option(min=1, max=100, help="JPEG quality of what has to be compressed.")] = 90,
+    quality: Annotated[
+        int | None, typer.Option(min=1, max=100, help="JPEG quality of what has to be compressed. [90]")
+    ] = None,
     jpeg_proportion: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Share kept as JPEG; raw pixels read faster and take more disk.")
-    ] = 0.5,
+        float | None,
+        typer.Option(
+            min=0.0, max=1.0, help="Share kept as JPEG; raw pixels read faster and take more disk. [of the preset]"
+        ),
+    ] = None,
     workers: Workers = None,
     limit: Annotated[int | None, typer.Option(min=1, help="At most this many images, from all classes.")] = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave damaged images out and list them.")] = False,
     seed: Annotated[int, typer.Option(help="Decides which images are stored raw.")] = 0,
+    exif: Annotated[bool, typer.Option("--exif", help="Turn images as their EXIF orientation says.")] = False,
+    shard: Annotated[
+        str | None,
+        typer.Option(metavar="K/N", help="Write only the K-th of N parts, 1/N to N/N, which `data join` makes one of."),
+    ] = None,
     class_order: Annotated[
         Order, typer.Option(help="Of class folders: text, as torchvision's; natural, as timm's: 2 before 10.")
     ] = Order.text,
 ) -> None:
-    """Write a folder of images as a .beton file."""
+    """Write labelled images as a .beton file. What was interrupted goes on where it was."""
     from ssam_scale.data import write_beton
+    from ssam_scale.data.presets import preset as preset_of
+    from ssam_scale.data.shard import Shard
 
+    given = preset_of(preset)
     report = write_beton(
         source,
         out,
         classes_of=classes_of,
-        max_resolution=max_resolution,
-        quality=quality,
-        jpeg_proportion=jpeg_proportion,
+        labels=labels,
+        max_resolution=given.max_resolution if max_resolution is None else max_resolution,
+        quality=given.quality if quality is None else quality,
+        jpeg_proportion=given.jpeg_proportion if jpeg_proportion is None else jpeg_proportion,
         workers=workers,
         limit=limit,
         skip_bad=skip_bad,
         seed=seed,
+        upright=exif,
         class_order=class_order.value,
+        shard=None if shard is None else Shard.parse(shard),
     )
     _print_report(report)
+
+
+@app.command("join")
+def join_command(
+    out: Annotated[Path, typer.Argument(callback=expanded, help="The .beton file to write.")],
+    shards: Annotated[list[Path], typer.Argument(callback=expanded, help="All files of `data write --shard`.")],
+) -> None:
+    """Make one .beton file of all shards, byte for byte what one writer would have written."""
+    from ssam_scale.data.join import join
+
+    _print_report(join(out, shards))
 
 
 @app.command("fashion-mnist")
@@ -142,8 +189,10 @@ def _print_report(report: WriteReport) -> None:
     if report.turned:
         _print(
             f"{report.turned:,} images say by EXIF that they are shown turned; their pixels are stored as they lie, "
-            "which is how torchvision's and timm's ImageFolder read them"
+            "which is how torchvision's and timm's ImageFolder read them (--exif turns them)"
         )
+    for kind, count in report.kinds.items():
+        _print(f"{count:>13,}  {kind}")
     left_out = f", {len(report.skipped):,} damaged images left out" if report.skipped else ""
     size = f"{report.bytes / 1e6:,.1f} MB"
     _print(f"Wrote {report.path}: {report.images:,} images, {len(report.classes):,} classes, {size}{left_out}")

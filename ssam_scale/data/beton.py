@@ -174,15 +174,36 @@ class Pages:
         """Bytes of the file so far."""
         return self._page_start + len(self._page)
 
-    def append(self, mode: int, height: int, width: int, data: bytes, label: int) -> None:
-        """Add one image, stored as JPEG or RAW; `data` must not be longer than PAGE_SIZE."""
-        if len(self._page) + len(data) > PAGE_SIZE:
+    def append(self, mode: int, height: int, width: int, data: bytes, label: int) -> bool:
+        """Add one image, stored as JPEG or RAW; `data` must not be longer than PAGE_SIZE.
+
+        Returns:
+            Whether the images before it have been written, which fill a page, and more of them do not fit.
+        """
+        is_full = len(self._page) + len(data) > PAGE_SIZE
+        if is_full:
             self._flush()
-        pointer = self._page_start + len(self._page)
+        digest = int(self._hash(np.frombuffer(data, np.uint8)))
+        self._enter(mode, height, width, self._page_start + len(self._page), len(data), label, digest)
         self._page += data
-        self._meta[self._count] = ((mode, width, height, pointer), label)
-        self._table[self._count] = (self._count, pointer, len(data))
-        self.sums.append(int(self._hash(np.frombuffer(data, np.uint8))))
+        return is_full
+
+    def resume(self, page: Sequence[tuple[int, int, int, int, int, int]]) -> None:
+        """Go on behind a page that is in the file already, before anything is appended.
+
+        Args:
+            page: mode, height, width, bytes, label and hash of each image in it.
+        """
+        place = self._page_start
+        for mode, height, width, size, label, digest in page:
+            self._enter(mode, height, width, place, size, label, digest)
+            place += size
+        self._page_start += PAGE_SIZE
+
+    def _enter(self, mode: int, height: int, width: int, place: int, size: int, label: int, digest: int) -> None:
+        self._meta[self._count] = ((mode, width, height, place), label)
+        self._table[self._count] = (self._count, place, size)
+        self.sums.append(digest)
         self._count += 1
 
     def finish(self) -> None:

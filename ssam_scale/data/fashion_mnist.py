@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ssam_scale.data.encode import Encoding
-from ssam_scale.data.write import Sample, up_to_date, write_samples
+from ssam_scale.data.sources import Sample
+from ssam_scale.data.write import up_to_date, write_samples
 from ssam_scale.errors import UserError
 
 FOLDER = Path("/usr/share/datasets/fashion-mnist")

@@ -10,7 +10,8 @@ from typing import Any
 from ssam_scale.data.encode import Encoding
 from ssam_scale.data.fashion_mnist import CLASSES, ENCODING, FOLDER, read_part
 from ssam_scale.data.loaders import draws
-from ssam_scale.data.write import Sample, scan_folder, up_to_date, write_samples
+from ssam_scale.data.sources import Sample, scan_folder
+from ssam_scale.data.write import up_to_date, write_samples
 from ssam_scale.errors import UserError
 
 # Small images, read many times: as raw pixels there is nothing to decode.

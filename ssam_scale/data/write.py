@@ -1,52 +1,56 @@
-"""Writing .beton files: atomically, the same bytes for the same input, every image checked.
+"""Writing .beton files: whole or not at all, the same bytes for the same input, every image checked.
 
 FFCV's own writer hangs when a worker dies, overwrites its target from the first byte on and fills it in whatever order
 its processes finish. Decoding and compressing leave Python's lock, so threads serve as well here, and one place that
-appends in order is enough for the disk.
+appends in order is enough for the disk. Several machines write shards, which `join` makes one file of.
 """
 
 from __future__ import annotations
 
 import errno
 import os
-import re
 import shutil
 import warnings
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, TypeAlias
+from typing import Any, BinaryIO
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+import cv2
+import numpy as np
+import PIL
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
 
+from ssam_scale import __version__
 from ssam_scale.console import console
 from ssam_scale.cores import usable_cores
-from ssam_scale.data.beton import Pages, Sidecar, checksum, encoded_sums, inspect
-from ssam_scale.data.encode import BadImageError, Encoded, Encoding, Pixels, encode
+from ssam_scale.data.beton import PAGE_SIZE, Pages, Sidecar, checksum, encoded_sums, inspect
+from ssam_scale.data.encode import BadImageError, Encoded, Encoding, encode, stored_bytes
+from ssam_scale.data.part import Part, Written, growing, part_of, sync_folder
+from ssam_scale.data.shard import Shard, ShardNote
+from ssam_scale.data.sources import ClassOrder, Sample, listing, open_source, printable
 from ssam_scale.errors import UserError
 from ssam_scale.folders import why_not_replaceable
 
-SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp"))
-"""What counts as an image in a class folder, in lower case; other files are passed over."""
-# Not those of torchvision's ImageFolder either.
-_OTHER_IMAGES = frozenset(
-    (".avif", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".jxl", ".npy", ".pfm", ".svg", ".tga")
-)
-
 _CHUNK = 16
 _LOOK_AT_DISK = 4096
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One labelled image to be written."""
-
-    name: str
-    source: Path | Pixels
-    label: int
+_PREDICT_BY = 64  # images
+_TELL = 10_000  # images, where there is no terminal for a bar
+_PREDICT_ABOVE = 512  # images, below which the writing itself soon says what does not fit
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,10 @@ class WriteReport:
     """Images whose EXIF orientation was not applied."""
     emptied: list[str]
     """Classes of which every image was left out."""
+    kinds: dict[str, int]
+    """How many images were of each kind of file, most frequent first."""
+    resumed: int = 0
+    """Images that an earlier writer, which was interrupted, had written or left out."""
 
 
 def write_beton(
@@ -77,6 +85,7 @@ def write_beton(
     out: Path,
     *,
     classes_of: Path | None = None,
+    labels: Path | None = None,
     max_resolution: int | None = None,
     quality: int = 90,
     jpeg_proportion: float = 0.5,
@@ -84,18 +93,24 @@ def write_beton(
     limit: int | None = None,
     skip_bad: bool = False,
     seed: int = 0,
+    upright: bool = False,
     class_order: ClassOrder = "text",
+    shard: Shard | None = None,
     progress: bool = True,
 ) -> WriteReport:
-    """Write a folder in ImageNet's layout (one folder of images per class) as `out`, with `out`.json beside it.
+    """Write labelled images as `out`, with `out`.json beside it; see `ssam_scale.data.sources` for where they may lie.
 
-    Labels number the class folders in the order of their names; images lie in the file by class, then by name.
+    Of a folder and of ImageNet's tars, labels number the classes in the order of their names, and images lie in the
+    file by class, then by name, so that both give the same file; of shards and tables images keep their order.
+
+    A writer that is interrupted, or killed, leaves `out`.part; called again in the same way, it goes on from there.
 
     Args:
-        source: folder of class folders.
+        source: folder of class folders, tar, shards or parquet files.
         out: the file to write, replaced only once the new one is complete.
         classes_of: number the classes as another folder or .beton file does, such as the training images': this one
             may lack some of them, and must have no others.
+        labels: of ImageNet's validation images, which their tar does not have: its devkit, or a text.
         max_resolution: shrink images whose longer side has more pixels.
         quality: JPEG quality of images that have to be compressed; unchanged JPEG files keep their own bytes.
         jpeg_proportion: share stored as JPEG, the rest as raw pixels, which read faster and take more disk.
@@ -103,185 +118,35 @@ def write_beton(
         limit: write at most this many images, evenly from all classes.
         skip_bad: leave damaged images out and list them, instead of stopping at the first.
         seed: decides which images are stored raw.
-        class_order: of the names: as text, or naturally, 2 before 10.
-        progress: show a bar with the remaining time on standard error.
+        upright: turn and mirror images as their EXIF orientation says.
+        class_order: of the names of class folders: as text, or naturally, 2 before 10.
+        shard: write only this part of the images, which `join` takes.
+        progress: show a bar with images/s and the remaining time on standard error.
 
     Raises:
         UserError: no such folder, no class folders, a class without images (but see `classes_of`) or of another name,
             a damaged image, a full disk.
     """
-    _check_out(out)
-    classes, samples = scan_folder(source, limit, classes_of, class_order)
-    if progress and classes_of is None and (note := order_note(classes, class_order)):
-        console(stderr=True).print(f"{source}: {note}", soft_wrap=True)
-    if progress and (note := passed_over([source / name for name in classes])):
-        console(stderr=True).print(f"{source}: {note}", soft_wrap=True)
+    check_out(out)
+    found = open_source(source, limit=limit, classes_of=classes_of, class_order=class_order, labels=labels)
+    if progress:
+        for note in found.notes:
+            console(stderr=True).print(f"{printable(source)}: {note}", soft_wrap=True)
     return write_samples(
-        samples,
-        classes,
+        found.samples,
+        found.classes,
         out,
-        Encoding(max_resolution, quality, jpeg_proportion, seed),
-        source={"folder": source.name, "limit": limit},
+        Encoding(max_resolution, quality, jpeg_proportion, seed, upright),
+        source=found.recipe,
         workers=workers,
         skip_bad=skip_bad,
+        shard=shard,
+        root=source,
         progress=progress,
     )
 
 
-ClassOrder: TypeAlias = Literal["text", "natural"]
-"""How class folders are sorted: as text, as torchvision's ImageFolder does; or as timm's, numbers by their value."""
-
-
-def natural_key(name: str) -> tuple[list[str | int], str]:
-    """What timm's ImageFolder sorts class folders by: numbers by their value, letters whatever their case."""
-    parts = re.split(r"(\d+)", name.lower())
-    return [int(part) if place % 2 else part for place, part in enumerate(parts)], name
-
-
-def order_note(classes: Sequence[str], order: ClassOrder) -> str | None:
-    """A line, where torchvision and timm would number classes otherwise: labels are not those of the other's models."""
-    text, natural = sorted(classes), sorted(classes, key=natural_key)
-    if text == natural:
-        return None
-    place = next(i for i, (one, other) in enumerate(zip(text, natural, strict=True)) if one != other)
-    return (
-        f"label {place} is class {classes[place]}, in {order} order; it is {text[place]} in text order, torchvision's, "
-        f"and {natural[place]} in natural order, timm's (--class-order)"
-    )
-
-
-def scan_folder(
-    source: Path, limit: int | None = None, classes_of: Path | None = None, class_order: ClassOrder = "text"
-) -> tuple[list[str], list[Sample]]:
-    """The class names and the labelled image files of a folder in ImageNet's layout, sorted by class and name.
-
-    Raises:
-        UserError: `source` is missing or no folder, has no class folders, or one of them has no images; with
-            `classes_of` (see `write_beton`): has a class that is not among those.
-    """
-    folders = _class_folders(source, class_order)
-    if classes_of is not None:
-        folders = _numbered_as(class_names(classes_of, class_order), folders, source, classes_of)
-    try:
-        files = [_images(folder) if folder.is_dir() else [] for folder in folders]
-    except OSError as error:
-        raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from error
-    for folder, found in zip(folders, files, strict=True):
-        if not found and classes_of is None:
-            deeper = any(entry.is_dir() for entry in folder.iterdir())
-            hint = (
-                f"; it has folders of its own: did you mean {folder}?"
-                if deeper
-                else "; fill or remove it, or name what has all classes: --classes-of TRAIN.beton"
-            )
-            raise UserError(f"{folder}: a class folder without images ({', '.join(sorted(SUFFIXES))}){hint}")
-    if not any(files):
-        raise UserError(f"{source}: no images ({', '.join(sorted(SUFFIXES))}) in any of its class folders")
-    if limit is not None:
-        # The first of every class, then the second of every class, …: small extracts still hold all classes.
-        rounds = sorted((place, label) for label, found in enumerate(files) for place in range(len(found)))[:limit]
-        counts = [0] * len(files)
-        for _, label in rounds:
-            counts[label] += 1
-        files = [found[:count] for found, count in zip(files, counts, strict=True)]
-    samples = [Sample(str(path), path, label) for label, found in enumerate(files) for path in found]
-    return [folder.name for folder in folders], samples
-
-
-def passed_over(folders: Sequence[Path]) -> str | None:
-    """A line, where images are not taken: beside class folders, in folders inside of them, or of other formats."""
-    deeper: list[Path] = []
-    others: dict[str, int] = {}
-    for folder in folders:
-        if not folder.is_dir():
-            continue
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                suffix = os.path.splitext(entry.name)[1].lower()  # noqa: PTH122
-                if entry.name.startswith("."):
-                    continue
-                if os.path.isdir(entry.path):  # noqa: PTH112 - a link in a circle is none; DirEntry's raises
-                    deeper.append(Path(entry.path))
-                elif suffix in _OTHER_IMAGES:
-                    others[suffix] = others.get(suffix, 0) + 1
-    beside: list[str] = []
-    for parent in {folder.parent for folder in folders}:
-        names = [entry.name for entry in os.scandir(parent) if entry.is_file()]
-        beside += [name for name in names if name[0] != "." and os.path.splitext(name)[1].lower() in SUFFIXES]  # noqa: PTH122
-    notes = []
-    if beside:
-        images = "image" if len(beside) == 1 else "images"
-        notes.append(f"{len(beside):,} {images} beside the class folders ({min(beside)})")
-    if deeper:
-        notes.append(f"{len(deeper):,} {'folder' if len(deeper) == 1 else 'folders'} in class folders ({min(deeper)})")
-    if others:
-        counts = ", ".join(f"{count:,} {suffix}" for suffix, count in sorted(others.items()))
-        notes.append(f"files of formats that are not read ({counts})")
-    return f"passed over {' and '.join(notes)}" if notes else None
-
-
-def class_names(of: Path, class_order: ClassOrder = "text") -> list[str]:
-    """The classes of a folder in ImageNet's layout, in this order, or of a .beton file, in that of their numbers.
-
-    Raises:
-        UserError: it is neither, or a file without the .json that names its classes.
-    """
-    if of.is_dir():
-        return [folder.name for folder in _class_folders(of, class_order)]
-    sidecar = Sidecar.load(of)
-    if sidecar is None:
-        what = f"no {Sidecar.path(of).name} beside it, which would name its classes" if of.exists() else "no such file"
-        raise UserError(f"--classes-of {of}: {what}; give the folder or the .beton file of the training images")
-    return sidecar.classes
-
-
-def _class_folders(source: Path, class_order: ClassOrder) -> list[Path]:
-    """The folders of a data set's classes, sorted by name."""
-    if not source.is_dir():
-        what = "is a file" if source.exists() else "no such folder"
-        raise UserError(f"{source}: {what}; give a folder with one folder of images per class")
-    try:
-        entries = [entry for entry in source.iterdir() if not entry.name.startswith(".")]
-        if gone := sorted(entry for entry in entries if entry.is_symlink() and not entry.exists()):
-            raise UserError(f"{gone[0]}: a link to nothing, in the place of a class folder; mend or remove it")
-        folders = sorted(entry for entry in entries if entry.is_dir())
-        if class_order == "natural":
-            folders.sort(key=lambda folder: natural_key(folder.name))
-        if not folders:
-            loose = "only files" if any(source.iterdir()) else "nothing"
-            raise UserError(
-                f"{source}: {loose} in there; needs one folder of images per class, as ImageNet's train/ has"
-            )
-    except OSError as error:
-        raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from error
-    for folder in folders:
-        try:
-            folder.name.encode()
-        except UnicodeEncodeError:
-            raise UserError(
-                f"{source}: the class folder {folder.name!r} has a name that is not UTF-8; rename it"
-            ) from None
-    return folders
-
-
-def _numbered_as(names: list[str], folders: list[Path], source: Path, classes_of: Path) -> list[Path]:
-    """The folders of other classes' names, some of which may not be there."""
-    if others := [folder.name for folder in folders if folder.name not in set(names)]:
-        few = ", ".join(others[:3]) + (f" and {len(others) - 3:,} more" if len(others) > 3 else "")
-        are, them = ("is", "it") if len(others) == 1 else ("are", "them")
-        raise UserError(
-            f"{source}: {few} {are} not among the {len(names):,} classes of {classes_of}; rename or remove {them}"
-        )
-    return [source / name for name in names]
-
-
-def _images(folder: Path) -> list[Path]:
-    with os.scandir(folder) as entries:
-        names = [entry.name for entry in entries if os.path.splitext(entry.name)[1].lower() in SUFFIXES]  # noqa: PTH122
-    return [folder / name for name in sorted(names) if not name.startswith(".")]
-
-
-def _check_out(out: Path) -> None:
+def check_out(out: Path) -> None:
     """A file can be put there, and its sidecar beside it.
 
     Raises:
@@ -301,58 +166,192 @@ def write_samples(
     source: dict[str, Any],
     workers: int | None = None,
     skip_bad: bool = False,
+    shard: Shard | None = None,
+    root: Path | None = None,
     progress: bool = True,
 ) -> WriteReport:
-    """Write labelled images, from files or from memory, as `out` and `out`.json; `source` goes into the sidecar.
+    """Write labelled images, from files or from memory, as `out` and `out`.json.
+
+    Args:
+        samples: the images, all of them where a shard is written, too.
+        classes: names of the labels.
+        out: the file.
+        encoding: how images are stored.
+        source: what they are, for the sidecar.
+        workers: threads; None for the cores this process may use.
+        skip_bad: leave damaged images out and list them.
+        shard: write only this part of the images.
+        root: what the samples' names are below.
+        progress: show a bar.
 
     Raises:
         UserError: nothing to write, a damaged image, or the folder of `out` cannot be written or is full.
     """
     if not samples:
         raise UserError(f"{out}: there are no images to write")
-    _check_out(out)
-    skipped: list[Skipped] = []
-    written = need = turned = 0
-    counts = [0] * len(classes)
+    check_out(out)
+    span = range(len(samples)) if shard is None else shard.span(len(samples))
+    made = recipe(encoding, source)
+    images = listing(samples, root)
+    identity = {
+        "recipe": made,
+        "classes": classes,
+        "images": images,
+        "span": [span.start, span.stop],
+        "versions": [__version__, cv2.__version__, PIL.__version__],  # which compress and decode
+    }
+    workers = workers or usable_cores()
+    tally = _Tally([samples[index] for index in span])
+    need = 0
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with warnings.catch_warnings(), _progress(progress) as bar, replacing(out) as (file, temporary):
+        with warnings.catch_warnings(), progress_bar(progress) as bar, growing(out, identity) as part:
             warnings.filterwarnings("ignore", module="PIL")  # of large images, and of transparency, which is left out
-            task = bar.add_task(f"Writing {out.name}", total=len(samples))
-            pages = Pages(file, len(samples))
-            for number, result in enumerate(_encoded(samples, encoding, workers or usable_cores())):
-                label = samples[number].label
+            pages = Pages(part.file, len(span))
+            begin = part.resume(pages, [sample.label for sample in tally.samples], with_left_out=skip_bad)
+            tally.add(part.seen)
+            say = bar.console.print if progress else lambda *_, **__: None
+            if begin:
+                say(f"{part.path}: goes on after {begin:,} of {len(span):,} images", soft_wrap=True)
+            elif len(span) > _PREDICT_ABOVE:
+                need = predicted_bytes(tally.samples, encoding, workers)
+                say(f"{out}: {len(span):,} images, about {need / 1e9:,.1f} GB", soft_wrap=True)
+                check_room(out, need)
+            task = bar.add_task(f"Writing {out.name}", total=len(span), completed=begin, unit="images")
+            telling = max(_TELL, len(span) // 20)
+            pending: list[Written] = []
+            for number, result in enumerate(_encoded(samples, span[begin:], encoding, workers), begin):
+                sample = tally.samples[number]
                 if isinstance(result, Encoded):
-                    pages.append(result.mode, result.height, result.width, result.data, label)
-                    counts[label] += 1
-                    turned += result.turned
+                    if pages.append(result.mode, result.height, result.width, result.data, sample.label):
+                        part.note(pending, number)
+                        pending = []
+                    image = Written(
+                        number,
+                        result.mode,
+                        result.height,
+                        result.width,
+                        len(result.data),
+                        pages.sums[-1],
+                        result.kind,
+                        result.turned,
+                    )
                 elif skip_bad:
-                    skipped.append(Skipped(samples[number].name, str(result)))
+                    image = Written(number, reason=str(result))
                 else:
-                    raise UserError(f"{samples[number].name}: {result}; mend or remove it, or pass --skip-bad")
+                    what = f"{printable(sample.name)}: {result}; mend or remove it, or pass --skip-bad"
+                    raise UserError(what + _kept(part))
+                pending.append(image)
+                tally.add([image])
                 written = number + 1
-                need = pages.start + (pages.end - pages.start) * len(samples) // written
+                need = pages.start + (pages.end - pages.start) * len(span) // written
                 bar.update(task, completed=written)
                 # Rather now than in an hour, but only where the estimate leaves no doubt.
-                if written % _LOOK_AT_DISK == 0 and need - pages.end > 1.25 * shutil.disk_usage(out.parent).free:
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            if len(skipped) == len(samples):
-                raise UserError(f"{out}: none of the {len(samples):,} images can be read, e.g. {skipped[0].path}")
+                if written % _LOOK_AT_DISK == 0:
+                    check_room(out, (need - pages.end) * 4 // 5)
+                if written % telling == 0 and not bar.console.is_terminal:
+                    say(f"{out.name}: {written:,} of {len(span):,} images{_pace(bar.tasks[task])}", soft_wrap=True)
+            if len(tally.left_out) == len(span):
+                first = tally.left_out[0][0]
+                raise UserError(f"{out}: none of the {len(span):,} images can be read, e.g. {first}")
             pages.finish()
-            file.flush()
-            os.fsync(file.fileno())
-            size = temporary.stat().st_size
-            task = bar.add_task(f"Checksum of {out.name}", total=size)
-            digest = checksum(temporary, lambda count: bar.advance(task, count))
-            sums = encoded_sums(pages.sums)
-            sidecar = Sidecar(len(samples) - len(skipped), classes, size, digest, recipe(encoding, source), sums)
-            with replacing(Sidecar.path(out)) as (note, _):
-                note.write(sidecar.dump())
+            part.file.flush()
+            if shard is not None:
+                note = ShardNote(shard, len(samples), images, tally.left_out, tally.kinds, tally.turned)
+                made = {**made, "shard": asdict(note)}
+            size = finish(out, part.path, pages, classes, made, bar)
     except OSError as error:
-        raise _cannot_write(error, out, need) from error
-    given = {sample.label for sample in samples}
-    emptied = [name for label, name in enumerate(classes) if label in given and not counts[label]]
-    return WriteReport(out, len(samples) - len(skipped), classes, size, skipped, turned, emptied)
+        raise cannot_write(error, out, need) from error
+    except KeyboardInterrupt:
+        if progress and part_of(out).exists():
+            kept = f"{part_of(out)} keeps what is written, from which the same command goes on"
+            console(stderr=True).print(kept, soft_wrap=True)
+        raise
+    return WriteReport(
+        out,
+        len(span) - len(tally.left_out),
+        classes,
+        size,
+        [Skipped(name, reason) for name, reason, _ in tally.left_out],
+        tally.turned,
+        tally.emptied(classes),
+        by_frequency(tally.kinds),
+        begin,
+    )
+
+
+class _Tally:
+    """What has become of images so far."""
+
+    def __init__(self, samples: Sequence[Sample]) -> None:
+        self.samples = samples
+        self.left_out: list[tuple[str, str, int]] = []
+        """Name, reason and label."""
+        self.kinds: dict[str, int] = {}
+        self.turned = 0
+        self._left = Counter(sample.label for sample in samples)
+        self._given = set(self._left)
+
+    def add(self, images: Sequence[Written]) -> None:
+        for image in images:
+            sample = self.samples[image.number]
+            if image.reason:
+                self.left_out.append((printable(sample.name), image.reason, sample.label))
+                self._left[sample.label] -= 1
+                continue
+            self.turned += image.turned
+            self.kinds[image.kind] = self.kinds.get(image.kind, 0) + 1
+
+    def emptied(self, classes: Sequence[str]) -> list[str]:
+        return [name for label, name in enumerate(classes) if label in self._given and not self._left[label]]
+
+
+def by_frequency(kinds: dict[str, int]) -> dict[str, int]:
+    """Counts by kind, the most frequent first."""
+    return dict(sorted(kinds.items(), key=lambda kind: (-kind[1], kind[0])))
+
+
+def finish(out: Path, temporary: Path, pages: Pages, classes: list[str], made: dict[str, Any], bar: Progress) -> int:
+    """Write the sidecar of a file that is complete but not in its place yet; returns its bytes."""
+    size = temporary.stat().st_size
+    task = bar.add_task(f"Checksum of {out.name}", total=size)
+    digest = checksum(temporary, lambda count: bar.advance(task, count))
+    sidecar = Sidecar(len(pages.sums), classes, size, digest, made, encoded_sums(pages.sums))
+    with replacing(Sidecar.path(out)) as (note, _):
+        note.write(sidecar.dump())
+    return size
+
+
+def predicted_bytes(samples: Sequence[Sample], encoding: Encoding, workers: int) -> int:
+    """How large a file of many images is going to be, by a few dozen of them that are as far apart as possible.
+
+    Each of these is measured as JPEG and as raw pixels: which of the two it becomes says nothing of the others.
+    """
+    step = max(1, len(samples) // _PREDICT_BY)
+
+    def measure(sample: Sample) -> float | None:
+        try:
+            return stored_bytes(sample.source, encoding)
+        except BadImageError:
+            return None
+
+    with ThreadPoolExecutor(workers, "predict") as pool:
+        sizes = [size for size in pool.map(measure, samples[step // 2 :: step]) if size is not None]
+    if not sizes:
+        return 0
+    mean = float(np.mean(sizes))
+    # A page ends where the next image does not fit: half of one is lost.
+    return int(len(samples) * (mean * PAGE_SIZE / (PAGE_SIZE - mean / 2) + 100))
+
+
+def check_room(out: Path, need: int) -> None:
+    """The disk has so many bytes left for `out`.
+
+    Raises:
+        OSError: it has less: ENOSPC.
+    """
+    if need > shutil.disk_usage(out.parent).free:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def recipe(encoding: Encoding, source: dict[str, Any]) -> dict[str, Any]:
@@ -369,14 +368,16 @@ def up_to_date(target: Path, encoding: Encoding, source: dict[str, Any]) -> bool
     return sidecar is not None and sidecar.recipe == recipe(encoding, source)
 
 
-def _encoded(samples: Sequence[Sample], encoding: Encoding, workers: int) -> Iterator[Encoded | BadImageError]:
+def _encoded(
+    samples: Sequence[Sample], numbers: Sequence[int], encoding: Encoding, workers: int
+) -> Iterator[Encoded | BadImageError]:
     """Encode in threads, a bounded number of images ahead, and yield in order."""
 
-    def encode_chunk(start: int) -> list[Encoded | BadImageError]:
+    def encode_chunk(chunk: Sequence[int]) -> list[Encoded | BadImageError]:
         results: list[Encoded | BadImageError] = []
-        for index in range(start, min(start + _CHUNK, len(samples))):
+        for number in chunk:
             try:
-                results.append(encode(samples[index].source, index, encoding))
+                results.append(encode(samples[number].source, number, encoding))
             except BadImageError as error:
                 results.append(error)
         return results
@@ -384,8 +385,8 @@ def _encoded(samples: Sequence[Sample], encoding: Encoding, workers: int) -> Ite
     pending: deque[Future[list[Encoded | BadImageError]]] = deque()
     pool = ThreadPoolExecutor(workers, "encode")
     try:
-        for start in range(0, len(samples), _CHUNK):
-            pending.append(pool.submit(encode_chunk, start))
+        for start in range(0, len(numbers), _CHUNK):
+            pending.append(pool.submit(encode_chunk, numbers[start : start + _CHUNK]))
             if len(pending) > 2 * workers:
                 yield from pending.popleft().result()
         while pending:
@@ -404,17 +405,18 @@ def replacing(out: Path) -> Iterator[tuple[BinaryIO, Path]]:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(out)
-        with suppress(OSError):  # some network file systems cannot sync a folder; the file itself is safe
-            folder = os.open(out.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+        sync_folder(out.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _cannot_write(error: OSError, out: Path, need: int) -> UserError:
+def _kept(part: Part) -> str:
+    """What of a file stays where its writer ends early, for the end of a line."""
+    return f"; {part.path} keeps what is written, from which the same command goes on" if part.worth_keeping else ""
+
+
+def cannot_write(error: OSError, out: Path, need: int) -> UserError:
+    """The line for whoever wanted a file of `need` bytes."""
     reason = f"{out.parent}: cannot write {out.name} ({error.strerror or error})"
     if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return UserError(f"{reason}; give a folder that can be written")
@@ -425,12 +427,30 @@ def _cannot_write(error: OSError, out: Path, need: int) -> UserError:
     )
 
 
-def _progress(shown: bool) -> Progress:
+class _Rate(ProgressColumn):
+    """Images a second, where a task counts images."""
+
+    def render(self, task: Task) -> Text:
+        unit, speed = task.fields.get("unit"), task.finished_speed or task.speed
+        return Text("" if unit is None or not speed else f"{speed:,.0f} {unit}/s")
+
+
+def _pace(task: Task) -> str:
+    """Images a second and the time left, for the end of a line."""
+    if not task.speed:
+        return ""
+    left = "" if task.time_remaining is None else f", {timedelta(seconds=task.time_remaining)} left"
+    return f", {task.speed:,.0f} images/s{left}"
+
+
+def progress_bar(shown: bool) -> Progress:
+    """A bar on standard error with the time left, and images/s of tasks whose unit these are."""
     return Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         TaskProgressColumn(),
         MofNCompleteColumn(),
+        _Rate(),
         TimeRemainingColumn(),
         console=console(stderr=True),
         disable=not shown,
@@ -443,6 +463,6 @@ Advance = Callable[[int], None]
 @contextmanager
 def progress_of_bytes(description: str, total: int, shown: bool = True) -> Iterator[Advance]:
     """A bar with the remaining time for a stretch measured in bytes."""
-    with _progress(shown) as bar:
+    with progress_bar(shown) as bar:
         task = bar.add_task(description, total=total)
         yield lambda count: bar.advance(task, count)

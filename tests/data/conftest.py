@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from ssam_scale.data.encode import Encoding
-from ssam_scale.data.write import Sample, write_samples
+from ssam_scale.data.sources import Sample
+from ssam_scale.data.write import write_samples
 from tests.support.images import make_image
 from tests.support.loaders import NUMBERED
 

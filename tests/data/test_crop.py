@@ -17,7 +17,8 @@ from PIL import Image
 from ssam_scale.data import augment, crop, inspect, resize
 from ssam_scale.data.encode import Encoding, _decode_jpeg
 from ssam_scale.data.ffcv_import import lib
-from ssam_scale.data.write import Sample, write_samples
+from ssam_scale.data.sources import Sample
+from ssam_scale.data.write import write_samples
 
 DECODED, DAMAGED, NOT_DONE_HERE = 0, 1, 2
 IMAGES = 400

@@ -19,7 +19,8 @@ from ssam_scale.data.beton import JPEG, Sidecar, layout
 from ssam_scale.data.check import add_checksums, damaged_images
 from ssam_scale.data.damaged import Damaged
 from ssam_scale.data.encode import Encoding
-from ssam_scale.data.write import Sample, write_samples
+from ssam_scale.data.sources import Sample
+from ssam_scale.data.write import write_samples
 from ssam_scale.data.xxh64 import hash_pieces, xxh64
 from ssam_scale.errors import UserError
 from tests.support.images import make_image

@@ -16,7 +16,8 @@ from PIL import Image
 from ssam_scale.data import ImageLoader, IndexedBatch
 from ssam_scale.data.augment import random_crop, sample_key, uniform
 from ssam_scale.data.encode import Encoding
-from ssam_scale.data.write import Sample, write_samples
+from ssam_scale.data.sources import Sample
+from ssam_scale.data.write import write_samples
 from ssam_scale.errors import UserError
 from ssam_scale.models.torchvision_ops import ensure_torchvision
 from tests.support.images import make_image

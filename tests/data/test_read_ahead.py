@@ -21,7 +21,8 @@ from ssam_scale.data.encode import Encoding
 from ssam_scale.data.loaders import _check_memory
 from ssam_scale.data.order import LANES, PageOrder, share
 from ssam_scale.data.read_ahead import ReadAhead, Span, most_at_once, spans
-from ssam_scale.data.write import Sample, write_samples
+from ssam_scale.data.sources import Sample
+from ssam_scale.data.write import write_samples
 from ssam_scale.errors import UserError
 from tests.support.loaders import config, training
 from tests.support.processes import wait_until

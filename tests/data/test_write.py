@@ -22,7 +22,7 @@ from ssam_scale.cli.main import main
 from ssam_scale.config.schema import Data
 from ssam_scale.data import eval_loader, train_loader, verify, write_beton
 from ssam_scale.data.beton import Sidecar
-from ssam_scale.data.write import natural_key, order_note
+from ssam_scale.data.sources.folder import natural_key, order_note
 from ssam_scale.errors import UserError
 from ssam_scale.models.torchvision_ops import ensure_torchvision
 from tests.support.images import make_image, make_image_folder
@@ -313,7 +313,7 @@ def test_what_is_left_out_is_said(source: Path, out: Path, capsys: pytest.Captur
         main(["data", "write", str(source), str(out), "--skip-bad"])
     said = capsys.readouterr()
     assert "passed over 1 image beside the class folders (loose.PNG) and 1 folder in class folders (" in said.err
-    assert f"{source}/n00000000/more) and files of formats that are not read (1 .avif)" in said.err
+    assert f"{source}/n00000000/more) and files whose suffix is not that of an image that is read (1 .avif)" in said.err
     assert "of 1 classes no image is left: n00000002" in said.out
     assert "2 images say by EXIF that they are shown turned; their pixels are stored as they lie" in said.out
 

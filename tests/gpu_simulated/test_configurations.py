@@ -11,7 +11,8 @@ import torch
 
 from ssam_scale.config.load import load
 from ssam_scale.data.encode import Encoding
-from ssam_scale.data.write import Sample, write_samples
+from ssam_scale.data.sources import Sample
+from ssam_scale.data.write import write_samples
 from ssam_scale.masks import masked
 from ssam_scale.perturbation import Rehearsed
 from ssam_scale.perturbation.phases import no_phases

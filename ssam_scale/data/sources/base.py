@@ -1,0 +1,123 @@
+"""What a writer knows of where images come from: names of classes, and labelled images in an order that stays."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ssam_scale.errors import UserError
+
+Pixels = NDArray[np.uint8]
+
+
+class Stored(Protocol):
+    """An image file that lies in another one, or is a file of its own (a `Path`)."""
+
+    @property
+    def name(self) -> str:
+        """Its own, with a suffix if it has one."""
+
+    def read_bytes(self) -> bytes:
+        """The content; from many threads. Raises OSError."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One labelled image to be written."""
+
+    name: str
+    source: Path | Stored | Pixels
+    label: int
+
+
+@dataclass(frozen=True)
+class Source:
+    """Labelled images, in an order that depends on nothing but what they are and lie in.
+
+    Attributes:
+        classes: names of the labels, in their order.
+        samples: the images.
+        recipe: what they are, for the file's sidecar.
+        notes: lines that whoever writes them should read.
+    """
+
+    classes: list[str]
+    samples: Sequence[Sample]
+    recipe: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
+
+
+def evenly(samples: Sequence[Sample], limit: int | None) -> list[Sample]:
+    """At most so many, in the same order: the first of every class, then the second of every class, …
+
+    So small extracts still hold all classes.
+    """
+    if limit is None:
+        return list(samples)
+    seen: dict[int, int] = {}
+    places = []
+    for index, sample in enumerate(samples):
+        place = seen.get(sample.label, 0)
+        places.append((place, sample.label, index))
+        seen[sample.label] = place + 1
+    return [samples[index] for index in sorted(index for _, _, index in sorted(places)[:limit])]
+
+
+def listing(samples: Sequence[Sample], root: Path | None = None) -> str:
+    """SHA-256 of names and labels in their order, which tells one list of images from another.
+
+    Args:
+        samples: the images.
+        root: what their names are below, which is left out: the same folder may lie elsewhere on another machine.
+    """
+    digest = hashlib.sha256()
+    below = "" if root is None else f"{root}{os.sep}"
+    for sample in samples:
+        digest.update(f"{sample.name.removeprefix(below)}\n{sample.label}\n".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
+
+
+def printable(name: str | Path) -> str:
+    r"""A name that can be printed and kept as text: of bytes that are no UTF-8, `\xe9` and the like."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def expand(pattern: Path) -> list[Path]:
+    """The files of a pattern: `train-{000..146}.tar` as a shell and WebDataset have it, or `train-*.tar`.
+
+    A path that is there is itself, whatever characters it has.
+
+    Raises:
+        UserError: there is none, or one of a span is missing.
+    """
+    text = str(pattern)
+    if pattern.exists() or not re.search(r"[*?\[{]", text):
+        return [pattern]
+    if span := re.search(r"\{(\d+)\.\.(\d+)\}", text):
+        first, last = span[1], span[2]
+        width = len(first) if len(first) == len(last) or first.startswith("0") else 0
+        numbers = range(int(first), int(last) + 1)
+        if not numbers:
+            raise UserError(f"{printable(pattern)}: {{{first}..{last}}} is empty; give the lower number first")
+        found = [
+            path
+            for number in numbers
+            for path in expand(Path(f"{text[: span.start()]}{number:0{width}d}{text[span.end() :]}"))
+        ]
+        if gone := [path for path in found if not path.exists()]:
+            more = f", and {len(gone) - 1:,} more of {len(found):,}" if len(gone) > 1 else ""
+            raise UserError(f"{printable(gone[0])}: no such file{more}")
+        return found
+    base = Path(pattern.anchor) if pattern.is_absolute() else Path()
+    found = sorted(base.glob(str(pattern.relative_to(base)) if pattern.is_absolute() else text))
+    if not found:
+        raise UserError(f"{printable(pattern)}: no file fits this pattern")
+    return found
