@@ -159,7 +159,7 @@ def check_command(
     """Check every image of a .beton file, and the file down to its last byte; names those that are damaged."""
     from ssam_scale.data.beton import inspect
     from ssam_scale.data.check import add_checksums, verify
-    from ssam_scale.data.write import progress_of_bytes
+    from ssam_scale.data.progress import progress_of_bytes
 
     with progress_of_bytes(f"Reading {file.name}", int(inspect(file).sizes.sum())) as advance:
         beton = (add_checksums if add else verify)(file, advance, workers)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ssam_scale.data.beton import JPEG, RAW, Beton, Pages, Sidecar, inspect
+from ssam_scale.data.progress import progress_bar
 from ssam_scale.data.shard import Shard, ShardNote
 from ssam_scale.data.write import (
     Skipped,
@@ -19,7 +20,6 @@ from ssam_scale.data.write import (
     check_out,
     check_room,
     finish,
-    progress_bar,
     replacing,
 )
 from ssam_scale.errors import UserError

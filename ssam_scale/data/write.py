@@ -12,28 +12,17 @@ import os
 import shutil
 import warnings
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import cv2
 import numpy as np
 import PIL
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TaskProgressColumn,
-    TextColumn,
-    TimeRemainingColumn,
-)
-from rich.text import Text
+from rich.progress import Progress
 
 from ssam_scale import __version__
 from ssam_scale.console import console
@@ -41,6 +30,7 @@ from ssam_scale.cores import usable_cores
 from ssam_scale.data.beton import PAGE_SIZE, Pages, Sidecar, checksum, encoded_sums, inspect
 from ssam_scale.data.encode import BadImageError, Encoded, Encoding, encode, stored_bytes
 from ssam_scale.data.part import Part, Written, growing, part_of, sync_folder
+from ssam_scale.data.progress import pace, progress_bar
 from ssam_scale.data.shard import Shard, ShardNote
 from ssam_scale.data.sources import ClassOrder, Sample, listing, open_source, printable
 from ssam_scale.errors import UserError
@@ -128,7 +118,9 @@ def write_beton(
             a damaged image, a full disk.
     """
     check_out(out)
-    found = open_source(source, limit=limit, classes_of=classes_of, class_order=class_order, labels=labels)
+    found = open_source(
+        source, limit=limit, classes_of=classes_of, class_order=class_order, labels=labels, progress=progress
+    )
     if progress:
         for note in found.notes:
             console(stderr=True).print(f"{printable(source)}: {note}", soft_wrap=True)
@@ -141,7 +133,7 @@ def write_beton(
         workers=workers,
         skip_bad=skip_bad,
         shard=shard,
-        root=source,
+        root=found.root,
         progress=progress,
     )
 
@@ -250,7 +242,7 @@ def write_samples(
                 if written % _LOOK_AT_DISK == 0:
                     check_room(out, (need - pages.end) * 4 // 5)
                 if written % telling == 0 and not bar.console.is_terminal:
-                    say(f"{out.name}: {written:,} of {len(span):,} images{_pace(bar.tasks[task])}", soft_wrap=True)
+                    say(f"{out.name}: {written:,} of {len(span):,} images{pace(bar.tasks[task])}", soft_wrap=True)
             if len(tally.left_out) == len(span):
                 first = tally.left_out[0][0]
                 raise UserError(f"{out}: none of the {len(span):,} images can be read, e.g. {first}")
@@ -425,44 +417,3 @@ def cannot_write(error: OSError, out: Path, need: int) -> UserError:
         f"{reason}: it needs about {need / 1e6:,.0f} MB and {free / 1e6:,.0f} MB are free; make room, give another "
         "folder, or write less with --max-resolution or a higher --jpeg-proportion"
     )
-
-
-class _Rate(ProgressColumn):
-    """Images a second, where a task counts images."""
-
-    def render(self, task: Task) -> Text:
-        unit, speed = task.fields.get("unit"), task.finished_speed or task.speed
-        return Text("" if unit is None or not speed else f"{speed:,.0f} {unit}/s")
-
-
-def _pace(task: Task) -> str:
-    """Images a second and the time left, for the end of a line."""
-    if not task.speed:
-        return ""
-    left = "" if task.time_remaining is None else f", {timedelta(seconds=task.time_remaining)} left"
-    return f", {task.speed:,.0f} images/s{left}"
-
-
-def progress_bar(shown: bool) -> Progress:
-    """A bar on standard error with the time left, and images/s of tasks whose unit these are."""
-    return Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        TaskProgressColumn(),
-        MofNCompleteColumn(),
-        _Rate(),
-        TimeRemainingColumn(),
-        console=console(stderr=True),
-        disable=not shown,
-    )
-
-
-Advance = Callable[[int], None]
-
-
-@contextmanager
-def progress_of_bytes(description: str, total: int, shown: bool = True) -> Iterator[Advance]:
-    """A bar with the remaining time for a stretch measured in bytes."""
-    with progress_bar(shown) as bar:
-        task = bar.add_task(description, total=total)
-        yield lambda count: bar.advance(task, count)

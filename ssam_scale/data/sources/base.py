@@ -29,7 +29,7 @@ class Stored(Protocol):
         """The content; from many threads. Raises OSError."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Sample:
     """One labelled image to be written."""
 
@@ -46,12 +46,14 @@ class Source:
         classes: names of the labels, in their order.
         samples: the images.
         recipe: what they are, for the file's sidecar.
+        root: what their names are below.
         notes: lines that whoever writes them should read.
     """
 
     classes: list[str]
     samples: Sequence[Sample]
     recipe: dict[str, Any]
+    root: Path
     notes: list[str] = field(default_factory=list)
 
 

@@ -31,7 +31,7 @@ def folder_source(
     notes = [note] if classes_of is None and (note := order_note(classes, class_order)) else []
     if note := passed_over([source / name for name in classes]):
         notes.append(note)
-    return Source(classes, samples, {"folder": printable(source.name), "limit": limit}, notes)
+    return Source(classes, samples, {"folder": printable(source.name), "limit": limit}, source, notes)
 
 
 def natural_key(name: str) -> tuple[list[str | int], str]:
