@@ -160,8 +160,9 @@ def check_command(
     from ssam_scale.data.beton import inspect
     from ssam_scale.data.check import add_checksums, verify
     from ssam_scale.data.progress import progress_of_bytes
+    from ssam_scale.data.sources import printable
 
-    with progress_of_bytes(f"Reading {file.name}", int(inspect(file).sizes.sum())) as advance:
+    with progress_of_bytes(f"Reading {printable(file.name)}", int(inspect(file).sizes.sum())) as advance:
         beton = (add_checksums if add else verify)(file, advance, workers)
     named = [] if beton.sidecar is None else beton.sidecar.classes
     classes = f"{len(named):,} classes" if named else "classes unnamed"
@@ -199,4 +200,6 @@ def _print_report(report: WriteReport) -> None:
 
 
 def _print(*words: object) -> None:
-    console().print(*words, soft_wrap=True)
+    from ssam_scale.data.sources import printable
+
+    console().print(*[printable(str(word)) for word in words], soft_wrap=True)

@@ -12,6 +12,7 @@ import numpy as np
 from ssam_scale.data.beton import JPEG, RAW, Beton, Pages, Sidecar, inspect
 from ssam_scale.data.progress import progress_bar
 from ssam_scale.data.shard import Shard, ShardNote
+from ssam_scale.data.sources import printable
 from ssam_scale.data.write import (
     Skipped,
     WriteReport,
@@ -58,7 +59,9 @@ def join(out: Path, shards: Sequence[Path], *, progress: bool = True) -> WriteRe
         out.parent.mkdir(parents=True, exist_ok=True)
         check_room(out, need)
         with progress_bar(progress) as bar, replacing(out) as (file, temporary):
-            task = bar.add_task(f"Joining {out.name}", total=sum(part.beton.images for part in parts), unit="images")
+            task = bar.add_task(
+                f"Joining {printable(out.name)}", total=sum(part.beton.images for part in parts), unit="images"
+            )
             pages = Pages(file, first.note.images)
             for part in parts:
                 _copy(part.beton, pages, lambda: bar.advance(task))

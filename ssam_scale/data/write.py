@@ -204,12 +204,12 @@ def write_samples(
             tally.add(part.seen)
             say = bar.console.print if progress else lambda *_, **__: None
             if begin:
-                say(f"{part.path}: goes on after {begin:,} of {len(span):,} images", soft_wrap=True)
+                say(f"{printable(part.path)}: goes on after {begin:,} of {len(span):,} images", soft_wrap=True)
             elif len(span) > _PREDICT_ABOVE:
                 need = predicted_bytes(tally.samples, encoding, workers)
-                say(f"{out}: {len(span):,} images, about {need / 1e9:,.1f} GB", soft_wrap=True)
+                say(f"{printable(out)}: {len(span):,} images, about {need / 1e9:,.1f} GB", soft_wrap=True)
                 check_room(out, need)
-            task = bar.add_task(f"Writing {out.name}", total=len(span), completed=begin, unit="images")
+            task = bar.add_task(f"Writing {printable(out.name)}", total=len(span), completed=begin, unit="images")
             telling = max(_TELL, len(span) // 20)
             pending: list[Written] = []
             for number, result in enumerate(_encoded(samples, span[begin:], encoding, workers), begin):
@@ -242,7 +242,10 @@ def write_samples(
                 if written % _LOOK_AT_DISK == 0:
                     check_room(out, (need - pages.end) * 4 // 5)
                 if written % telling == 0 and not bar.console.is_terminal:
-                    say(f"{out.name}: {written:,} of {len(span):,} images{pace(bar.tasks[task])}", soft_wrap=True)
+                    say(
+                        f"{printable(out.name)}: {written:,} of {len(span):,} images{pace(bar.tasks[task])}",
+                        soft_wrap=True,
+                    )
             if len(tally.left_out) == len(span):
                 first = tally.left_out[0][0]
                 raise UserError(f"{out}: none of the {len(span):,} images can be read, e.g. {first}")
@@ -256,7 +259,7 @@ def write_samples(
         raise cannot_write(error, out, need) from error
     except KeyboardInterrupt:
         if progress and part_of(out).exists():
-            kept = f"{part_of(out)} keeps what is written, from which the same command goes on"
+            kept = f"{printable(part_of(out))} keeps what is written, from which the same command goes on"
             console(stderr=True).print(kept, soft_wrap=True)
         raise
     return WriteReport(
@@ -306,7 +309,7 @@ def by_frequency(kinds: dict[str, int]) -> dict[str, int]:
 def finish(out: Path, temporary: Path, pages: Pages, classes: list[str], made: dict[str, Any], bar: Progress) -> int:
     """Write the sidecar of a file that is complete but not in its place yet; returns its bytes."""
     size = temporary.stat().st_size
-    task = bar.add_task(f"Checksum of {out.name}", total=size)
+    task = bar.add_task(f"Checksum of {printable(out.name)}", total=size)
     digest = checksum(temporary, lambda count: bar.advance(task, count))
     sidecar = Sidecar(len(pages.sums), classes, size, digest, made, encoded_sums(pages.sums))
     with replacing(Sidecar.path(out)) as (note, _):

@@ -304,6 +304,17 @@ def test_tars_that_are_damaged_or_of_another_kind(folder: Path, tmp_path: Path) 
     assert not (tmp_path / "out").exists()
 
 
+def test_what_is_no_image_in_imagenets_tars_is_counted(folder: Path, tmp_path: Path) -> None:
+    image = images_of(folder)[0][1]
+    path = tmp_path / "train.tar"
+    path.write_bytes(tar_of([("n00000000.tar", tar_of([("a.JPEG", image), ("b.gif", b""), ("README", b"")]))]))
+    source = open_source(path)
+    assert [Path(sample.name).name for sample in source.samples] == ["a.JPEG"]
+    assert source.notes == [
+        "passed over files whose suffix is not that of an image that is read (1 .gif, 1 without a suffix)"
+    ]
+
+
 def test_an_image_in_a_tar_that_is_damaged_is_named(folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "x.tar"
     name = "köln.jpg".encode("latin-1").decode("utf-8", "surrogateescape")
@@ -389,6 +400,7 @@ def test_tables_without_images_or_labels(folder: Path, tmp_path: Path) -> None:
     assert verify(tmp_path / "x.beton").labels.tolist() == [1, 0]
 
 
+@pytest.mark.slow
 def test_without_pyarrow_a_line_says_what_is_missing(folder: Path, tmp_path: Path) -> None:
     source = hugging_face(folder, tmp_path)
     code = "import sys; sys.modules['pyarrow'] = None; from ssam_scale.__main__ import main; main(sys.argv[1:])"

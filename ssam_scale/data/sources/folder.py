@@ -100,7 +100,7 @@ def passed_over(folders: Sequence[Path]) -> str | None:
                 if os.path.isdir(entry.path):  # noqa: PTH112 - a link in a circle is none; DirEntry's raises
                     deeper.append(Path(entry.path))
                 elif suffix not in SUFFIXES:
-                    kind = printable(suffix) or "without a suffix"
+                    kind = suffix_of(entry.name)
                     others[kind] = others.get(kind, 0) + 1
     beside: list[str] = []
     for parent in {folder.parent for folder in folders}:
@@ -115,9 +115,19 @@ def passed_over(folders: Sequence[Path]) -> str | None:
             f"{len(deeper):,} {'folder' if len(deeper) == 1 else 'folders'} in class folders ({printable(min(deeper))})"
         )
     if others:
-        counts = ", ".join(f"{count:,} {suffix}" for suffix, count in sorted(others.items()))
-        notes.append(f"files whose suffix is not that of an image that is read ({counts})")
+        notes.append(of_other_suffixes(others))
     return f"passed over {' and '.join(notes)}" if notes else None
+
+
+def of_other_suffixes(counts: dict[str, int]) -> str:
+    """What files are that are passed over, by suffix."""
+    each = ", ".join(f"{count:,} {suffix}" for suffix, count in sorted(counts.items()))
+    return f"files whose suffix is not that of an image that is read ({each})"
+
+
+def suffix_of(name: str) -> str:
+    """In lower case, for people."""
+    return printable(os.path.splitext(name)[1].lower()) or "without a suffix"  # noqa: PTH122
 
 
 def class_names(of: Path, class_order: ClassOrder = "text") -> list[str]:
@@ -158,8 +168,9 @@ def _class_folders(source: Path, class_order: ClassOrder) -> list[Path]:
         try:
             folder.name.encode()
         except UnicodeEncodeError:
+            name = printable(folder.name)
             raise UserError(
-                f"{source}: the class folder {folder.name!r} has a name that is not UTF-8; rename it"
+                f"{printable(source)}: the class folder {name} has a name that is not UTF-8; rename it"
             ) from None
     return folders
 

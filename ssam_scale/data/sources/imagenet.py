@@ -11,12 +11,20 @@ import re
 import struct
 import tarfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from ssam_scale.data.progress import Advance
 from ssam_scale.data.sources.base import Sample, Source, evenly, printable
-from ssam_scale.data.sources.folder import ClassOrder, check_among, class_names, natural_key
+from ssam_scale.data.sources.folder import (
+    SUFFIXES,
+    ClassOrder,
+    check_among,
+    class_names,
+    natural_key,
+    of_other_suffixes,
+    suffix_of,
+)
 from ssam_scale.data.sources.tar import Slice, members
 from ssam_scale.errors import UserError
 
@@ -59,15 +67,16 @@ def train_source(
         classes = class_names(classes_of, class_order)
         check_among(classes, found, root, classes_of)
     samples = []
+    others: dict[str, int] = {}
     for name in found:
         path, part = by_class[name]
-        inside = sorted(members(path, part, advance), key=lambda image: image.name)
+        inside = sorted(_images(members(path, part, advance), others), key=lambda image: image.name)
         if not inside:
             raise UserError(f"{printable(root)}: the tar of class {name} has no images")
         label = classes.index(name)
         samples += [Sample(f"{root / name / image.name}", image, label) for image in inside]
     samples.sort(key=lambda sample: sample.label)  # which keeps the order of names
-    return Source(classes, evenly(samples, limit), {"imagenet": "train", "limit": limit}, root)
+    return Source(classes, evenly(samples, limit), {"imagenet": "train", "limit": limit}, root, _notes(others))
 
 
 def validation_source(
@@ -90,7 +99,8 @@ def validation_source(
             f"{printable(path)}: ImageNet's validation images, whose labels are not in there; pass --labels {_DEVKIT}, "
             "which comes from where they come from"
         )
-    images = sorted(members(path, advance=advance), key=lambda image: image.name)
+    others: dict[str, int] = {}
+    images = sorted(_images(members(path, advance=advance), others), key=lambda image: image.name)
     of = class_of_image(labels, [Path(image.name).stem for image in images])
     found = sorted(set(of))
     classes = found
@@ -102,7 +112,21 @@ def validation_source(
         Sample(f"{path / name / image.name}", image, number[name]) for image, name in zip(images, of, strict=True)
     ]
     samples.sort(key=lambda sample: sample.label)  # which keeps the order of names
-    return Source(classes, evenly(samples, limit), {"imagenet": "val", "limit": limit}, path)
+    return Source(classes, evenly(samples, limit), {"imagenet": "val", "limit": limit}, path, _notes(others))
+
+
+def _images(files: Iterable[Slice], others: dict[str, int]) -> Iterator[Slice]:
+    """Those whose suffix is an image's; the rest is counted by suffix."""
+    for file in files:
+        if Path(file.name).suffix.lower() in SUFFIXES:
+            yield file
+        else:
+            kind = suffix_of(file.name)
+            others[kind] = others.get(kind, 0) + 1
+
+
+def _notes(others: dict[str, int]) -> list[str]:
+    return [f"passed over {of_other_suffixes(others)}"] if others else []
 
 
 def class_of_image(labels: Path, images: Sequence[str]) -> list[str]:
