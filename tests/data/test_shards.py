@@ -17,10 +17,13 @@ import pytest
 
 from ssam_scale.cli.main import main
 from ssam_scale.data import WriteReport, verify, write_beton
-from ssam_scale.data.beton import PAGE_SIZE, Sidecar
+from ssam_scale.data.beton import PAGE_SIZE, Sidecar, inspect
+from ssam_scale.data.encode import Encoding
 from ssam_scale.data.join import join
 from ssam_scale.data.part import growing, log_of, part_of
 from ssam_scale.data.shard import Shard
+from ssam_scale.data.sources import open_source
+from ssam_scale.data.write import predicted_bytes
 from ssam_scale.errors import UserError
 from tests.support.images import make_image_folder
 
@@ -363,3 +366,63 @@ def test_on_the_command_line(source: Path, whole: Path, tmp_path: Path, capsys: 
     assert note["shard"] == {"number": 2, "of": 2}
     assert note["images"] == IMAGES
     assert np.bincount(verify(tmp_path / "2.beton").labels).tolist() == [0, 0, 14, 14]
+
+
+# ------------------------------------------------------------------------------------------------ bytes said beforehand
+
+
+@pytest.fixture(scope="session")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """600 images of 45 KB of raw pixels or 12 KB of JPEG, some damaged."""
+    root = tmp_path_factory.mktemp("many") / "images"
+    paths = make_image_folder(root, classes=3, per_class=200, size_range=(100, 150))
+    for path in paths[::97]:
+        path.write_bytes(b"")
+    return root
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"jpeg_proportion": 1.0}, {"max_resolution": 60}], ids=["half", "JPEG", "small"]
+)
+def test_how_large_a_file_is_going_to_be(many: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    """By 64 of 600 images: sizes differ by a fifth, their mean by a fortieth, and a file ends with a page of 8 MiB."""
+    encoding = Encoding(**{"max_resolution": None, "quality": 90, "jpeg_proportion": 0.5, "seed": 0, **options})
+    predicted = predicted_bytes(open_source(many).samples, encoding, workers=2)
+    written = write(many, tmp_path / "x.beton", **{"jpeg_proportion": 0.5, **options}, skip_bad=True).bytes
+    stored = int(inspect(tmp_path / "x.beton").sizes.sum())
+    assert 0.93 * stored < predicted < 1.07 * stored + 600 * 100
+    assert predicted < written + PAGE_SIZE
+
+
+def test_a_disk_that_has_too_little_room_is_refused_before_anything_is_written(many: Path, tmp_path: Path) -> None:
+    out = tmp_path / "disk" / "train.beton"
+    out.parent.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", out.parent]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting needs root")
+    try:
+        with pytest.raises(UserError, match=r"it needs about 2\d MB and 13 MB are free; make room") as caught:
+            write(many, out, jpeg_proportion=0.0, skip_bad=True)
+        assert "\n" not in str(caught.value)
+        assert names(out.parent) == set()
+    finally:
+        subprocess.run(["umount", out.parent], check=True)
+
+
+def test_presets_are_what_ffcv_imagenet_writes(source: Path, tmp_path: Path) -> None:
+    recipes = {
+        (): (None, 0.5, 90),
+        ("--preset=small",): (None, 1.0, 90),
+        ("--preset=ffcv-rn50",): (500, 0.5, 90),
+        ("--preset=ffcv-rn18",): (400, 0.1, 90),
+        ("--preset=ffcv-rn18", "--quality=80", "--jpeg-proportion=0"): (400, 0.0, 80),
+    }
+    out = tmp_path / "x.beton"
+    for options, expected in recipes.items():
+        with pytest.raises(SystemExit):
+            main(["data", "write", str(source), str(out), "--limit=4", *options])
+        recipe = json.loads(Sidecar.path(out).read_text())["recipe"]
+        assert (recipe["max_resolution"], recipe["jpeg_proportion"], recipe["quality"]) == expected
+    with pytest.raises(SystemExit) as caught:
+        main(["data", "write", str(source), str(out), "--preset=ffcv"])
+    assert caught.value.code == 2
