@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
 import subprocess
 import sys
 import tarfile
@@ -244,11 +245,13 @@ def test_labels_that_are_not_those_of_the_validation_images(folder: Path, tmp_pa
         (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
         return tmp_path / name
 
+    os.mkfifo(tmp_path / "pipe")
     text("damaged/meta.mat", meta_mat()[:200])
     text("strange/meta.mat", b"MATLAB 5.0 MAT-file" + bytes(200))
     cases: dict[str, Path | None] = {
         rf"labels are not in there; pass --labels {DEVKIT}": None,
         r"gone\.txt: cannot be read": tmp_path / "gone.txt",
+        r"pipe: not a file; give ILSVRC2012_devkit": tmp_path / "pipe",
         r"numbers\.txt: has the devkit's own numbers, which only its meta\.mat translates": text(
             "numbers.txt", truth(classes)
         ),

@@ -178,6 +178,8 @@ def _devkit(labels: Path) -> tuple[bytes, bytes | None]:
         if not folders:
             raise UserError(f"--labels {printable(labels)}: has no {_TRUTH}; give {_DEVKIT}, or where it was unpacked")
         labels = folders[0] / _TRUTH
+    elif labels.exists() and not labels.is_file():  # reading a pipe would wait for ever
+        raise UserError(f"--labels {printable(labels)}: not a file; give {_DEVKIT}")
     elif tarfile.is_tarfile(labels):
         inside: dict[str, bytes] = {}
         with tarfile.open(labels) as tar:
