@@ -10,6 +10,7 @@ import base64
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -29,6 +30,11 @@ LARGEST_SIDE = 65535
 """Pixels: of a JPEG, and of FFCV's table."""
 
 _RGB_FIELD, _INT_FIELD = 2, 1
+_ARRAY_FIELDS = (4, 6)
+_KINDS = {0: "float", 1: "int", 2: "RGB image", 3: "bytes", 4: "array", 5: "JSON", 6: "tensor", 255: "custom field"}
+"""FFCV's codes of what a field holds."""
+
+_VERSION = 2
 _CHUNK = 1 << 24
 
 
@@ -84,6 +90,7 @@ class Beton:
         sizes: int64 [images], how many these are.
         sums: uint64 [images], `xxh64` of them, which decoding compares; or [0]: they are not known.
         sidecar: what lies beside the file, if anything does.
+        fields: the names of the image's and the label's field.
     """
 
     path: Path
@@ -97,6 +104,7 @@ class Beton:
     sizes: NDArray[np.int64]
     sums: NDArray[np.uint64]
     sidecar: Sidecar | None
+    fields: tuple[str, str] = ("image", "label")
 
     @property
     def pixels(self) -> NDArray[np.int64]:
@@ -135,11 +143,16 @@ class Beton:
         return tables.hexdigest()[:32]
 
 
-def layout() -> tuple[np.dtype[Any], np.dtype[Any], np.dtype[Any], np.dtype[Any]]:
-    """Record types of header, field descriptor, one image's metadata (f0: image, f1: label) and allocation table."""
+def layout(*, label_first: bool = False) -> tuple[np.dtype[Any], np.dtype[Any], np.dtype[Any], np.dtype[Any]]:
+    """Record types of header, field descriptor, one image's metadata (f0: image, f1: label) and allocation table.
+
+    Args:
+        label_first: of the metadata f0 is the label, and f1 the image.
+    """
     from ssam_scale.data import ffcv_import as ffcv  # takes seconds, so not before it is needed
 
-    metadata = ffcv.get_metadata_type([ffcv.RGBImageField(), ffcv.IntField()])
+    fields = [ffcv.RGBImageField(), ffcv.IntField()]
+    metadata = ffcv.get_metadata_type(fields[::-1] if label_first else fields)
     return ffcv.HeaderType, ffcv.FieldDescType, metadata, ffcv.ALLOC_TABLE_TYPE
 
 
@@ -259,22 +272,33 @@ def _inspect(path: Path) -> Beton:
         raise alien
     header = np.fromfile(path, header_type, 1)[0]
     page, images, table_at = int(header["page_size"]), int(header["num_samples"]), int(header["alloc_table_ptr"])
-    if header["version"] != 2 or not 1 <= header["num_fields"] <= 64 or page < 1 << 21 or page & (page - 1):
+    if not 1 <= header["num_fields"] <= 64 or page < 1 << 21 or page & (page - 1):
+        swapped = header.view(header_type.newbyteorder())
+        if swapped["version"] == _VERSION and swapped["num_fields"] <= 64:
+            raise UserError(
+                f"{path}: its numbers have the other byte order, and FFCV's are little-endian; write it again"
+            )
         raise alien
+    if header["version"] != _VERSION:
+        if table_at > size or header["version"] > 16:
+            raise alien
+        raise UserError(
+            f"{path}: is of version {header['version']} of the .beton format; version {_VERSION} is read, FFCV 1's: "
+            "write it again"
+        )
     short = UserError(f"{path}: cut short or never finished ({size:,} bytes); copy or write it again")
     fields_end = header_type.itemsize + int(header["num_fields"]) * field_type.itemsize
     if size < fields_end or table_at == 0 or table_at > size:
         raise short
     fields = np.fromfile(path, field_type, int(header["num_fields"]), offset=header_type.itemsize)
-    names = [bytes(name).split(b"\0")[0].decode("ascii", "replace") for name in fields["name"]]
-    kinds = [int(kind) for kind in fields["type_id"]]
-    if list(zip(names, kinds, strict=True)) != [("image", _RGB_FIELD), ("label", _INT_FIELD)]:
-        raise UserError(f"{path}: holds the fields {', '.join(names)}; needs `image` (RGB) and `label` (int)")
+    image_at, label_at = _places(path, fields)
+    names = _names(fields)
+    meta_type = layout(label_first=label_at < image_at)[2]
     if images * table_type.itemsize != size - table_at or fields_end + images * meta_type.itemsize > table_at:
         raise short
     meta = np.fromfile(path, meta_type, images, offset=fields_end)
     table = np.fromfile(path, table_type, images, offset=table_at)
-    image = meta["f0"]
+    image, label = meta[f"f{image_at}"], meta[f"f{label_at}"]
     pixels = image["height"].astype(np.int64) * image["width"]
     length = np.zeros(images, np.int64)
     ids = np.minimum(table["sample_id"], max(images - 1, 0)).astype(np.int64)
@@ -307,7 +331,7 @@ def _inspect(path: Path) -> Beton:
         path,
         size,
         page,
-        labels=meta["f1"].astype(np.int64),
+        labels=label.astype(np.int64),
         heights=image["height"].astype(np.int64),
         widths=image["width"].astype(np.int64),
         is_jpeg=~raw,
@@ -315,7 +339,48 @@ def _inspect(path: Path) -> Beton:
         sizes=length,
         sums=sums,
         sidecar=sidecar,
+        fields=(names[image_at], names[label_at]),
     )
+
+
+def _names(fields: NDArray[Any]) -> list[str]:
+    return [bytes(name).split(b"\0")[0].decode("ascii", "replace") for name in fields["name"]]
+
+
+def _places(path: Path, fields: NDArray[Any]) -> tuple[int, int]:
+    """Which of the fields is the image, and which its label.
+
+    Raises:
+        UserError: there are others than these two.
+    """
+    kinds, names = [int(kind) for kind in fields["type_id"]], _names(fields)
+    if sorted(kinds) == sorted((_RGB_FIELD, _INT_FIELD)) and len(set(names)) == len(names):
+        return kinds.index(_RGB_FIELD), kinds.index(_INT_FIELD)
+    if len(set(names)) < len(names):
+        why = "two of its fields have one name (FFCV keeps 16 characters)"
+    elif (images := kinds.count(_RGB_FIELD)) != 1:
+        why = "has no field of RGB images" if not images else f"has {images} fields of RGB images"
+    elif (labels := kinds.count(_INT_FIELD)) != 1:
+        why = "has no field of int labels" if not labels else f"has {labels} fields of ints, of which one is the label"
+    else:
+        why = "has other fields than an image and its label"
+    held = ", ".join(f"`{name}` ({_kind(field)})" for name, field in zip(names, fields, strict=True))
+    raise UserError(
+        f"{path}: {why}: {held}; write it again with one RGBImageField and one IntField alone, or with "
+        "`ssam-scale data write`"
+    )
+
+
+def _kind(field: Any) -> str:
+    """What a field holds, in words."""
+    code = int(field["type_id"])
+    if code in _ARRAY_FIELDS:
+        from ssam_scale.data import ffcv_import as ffcv
+
+        with suppress(Exception):  # whatever stands in the place of its type
+            array = ffcv.NDArrayField.from_binary(field["arguments"])
+            return f"{_KINDS[code]} of {array.dtype} {[int(side) for side in array.shape]}"
+    return _KINDS.get(code, f"kind {code}, which FFCV has not")
 
 
 def encoded_sums(sums: NDArray[np.uint64] | Sequence[int]) -> str:

@@ -23,7 +23,7 @@ _threads, _typed_dict = torch.get_num_threads(), numba.typed.Dict
 # Two codes of how images are stored, read by Python alone: to keep them numba would compile for 2.5 s in each process.
 numba.typed.Dict = dict
 try:
-    from ffcv.fields import IntField, RGBImageField
+    from ffcv.fields import IntField, NDArrayField, RGBImageField
     from ffcv.libffcv import lib
     from ffcv.loader import Loader, OrderOption, epoch_iterator
     from ffcv.loader.epoch_iterator import EpochIterator
@@ -82,6 +82,7 @@ __all__ = [
     "HeaderType",
     "IntField",
     "Loader",
+    "NDArrayField",
     "Operation",
     "OrderOption",
     "PipelineSpec",

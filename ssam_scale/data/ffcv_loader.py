@@ -334,6 +334,7 @@ class Reader:
         options: dict[str, Any] = {"order": order}
         if isinstance(order, np.ndarray):
             options = {"order": OrderOption.SEQUENTIAL, "indices": order, "drop_last": False}
+        image, label = beton.fields
         # What FFCV would compile is replaced by `augment.decode`; its switch is global, so it is put back at once.
         Compiler.set_enabled(False)
         try:
@@ -343,9 +344,11 @@ class Reader:
                 num_workers=1,
                 os_cache=True,
                 pipelines={
-                    "image": PipelineSpec("image", self._decoder, [ToTensor()]),
-                    "label": PipelineSpec("label", LabelDecoder(), [ToTensor()]),
-                    **({"index": PipelineSpec("label", IndexDecoder(), [ToTensor()])} if indices else {}),
+                    # What comes out has names too long for a field, so that it comes in this order.
+                    **dict.fromkeys(beton.fields),
+                    "pixels of an image": PipelineSpec(image, self._decoder, [ToTensor()]),
+                    "label of an image": PipelineSpec(label, LabelDecoder(), [ToTensor()]),
+                    **({"number of an image": PipelineSpec(label, IndexDecoder(), [ToTensor()])} if indices else {}),
                 },
                 **options,
             )

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from ssam_scale.data import inspect, verify
-from ssam_scale.data.beton import PAGE_SIZE
+from ssam_scale.data.beton import PAGE_SIZE, layout
 from ssam_scale.errors import UserError
 from tests.support.loaders import NUMBERED, evaluation, training
 
@@ -75,8 +75,27 @@ def test_a_missing_file(tmp_path: Path) -> None:
 
 
 def test_a_beton_of_other_fields(copy: Path) -> None:
-    patch(copy, 24 + 1, b"audio")
-    with pytest.raises(UserError, match="holds the fields audio, label; needs `image`"):
+    patch(copy, 24, b"\x05")
+    with pytest.raises(
+        UserError, match=r"has no field of RGB images: `image` \(JSON\), `label` \(int\); write it again"
+    ):
+        inspect(copy)
+    patch(copy, 24, b"\x4d")
+    with pytest.raises(UserError, match=r"`image` \(kind 77, which FFCV has not\)"):
+        inspect(copy)
+
+
+def test_a_beton_of_another_version(copy: Path) -> None:
+    patch(copy, 0, b"\x03\x00")
+    with pytest.raises(UserError, match=r"x\.beton: is of version 3 of the \.beton format; version 2 is read"):
+        inspect(copy)
+
+
+def test_a_beton_of_the_other_byte_order(copy: Path) -> None:
+    """FFCV fixes the order, so that only another program leaves such a file."""
+    header = np.fromfile(copy, layout()[0], 1)
+    patch(copy, 0, header.astype(header.dtype.newbyteorder()).tobytes())
+    with pytest.raises(UserError, match=r"x\.beton: its numbers are big-endian"):
         inspect(copy)
 
 
