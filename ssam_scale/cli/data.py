@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ssam_scale.cli.paths import expanded
+from ssam_scale.cli.paths import expanded, expanded_images
 from ssam_scale.console import console
 
 if TYPE_CHECKING:
@@ -147,7 +147,14 @@ def fashion_mnist_command(
 
 @app.command("check")
 def check_command(
-    file: Annotated[Path, typer.Argument(callback=expanded, help="The .beton file to check.")],
+    images: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE",
+            callback=expanded_images,
+            help="The .beton file to check; or folder:PATH, as data.train may have it.",
+        ),
+    ],
     add: Annotated[
         bool,
         typer.Option(
@@ -157,26 +164,28 @@ def check_command(
     workers: Workers = None,
 ) -> None:
     """Check every image of a .beton file, and the file down to its last byte; names those that are damaged."""
-    from ssam_scale.data.beton import inspect
+    from ssam_scale.data.beton import Beton
     from ssam_scale.data.check import add_checksums, verify
+    from ssam_scale.data.opening import open_images
     from ssam_scale.data.progress import progress_of_bytes
     from ssam_scale.data.sources import printable
 
-    with progress_of_bytes(f"Reading {printable(file.name)}", int(inspect(file).sizes.sum())) as advance:
-        beton = (add_checksums if add else verify)(file, advance, workers)
-    named = [] if beton.sidecar is None else beton.sidecar.classes
-    classes = f"{len(named):,} classes" if named else "classes unnamed"
-    if beton.sidecar is None:
+    with progress_of_bytes(f"Reading {printable(images.name)}", open_images(images).bytes) as advance:
+        found = (add_checksums if add else verify)(images, advance, workers)
+    if not isinstance(found, Beton):
+        verdict = "every image can be decoded; whether it is what it was, nothing says"
+    elif found.sidecar is None:
         verdict = (
             "tables consistent, and every image can be decoded; nothing beside it says what it was written as "
             "(--add-checksums notes what it is now)"
         )
     elif add:
-        verdict = f"the hashes of its images are in {file.name}.json from now on"
+        verdict = f"the hashes of its images are in {images.name}.json from now on"
     else:
         verdict = "whole: every byte as it was written"
-    stored = f"{beton.jpegs:,} as JPEG, {beton.images - beton.jpegs:,} raw"
-    _print(f"{file}: {beton.images:,} images ({stored}), {classes}, {beton.bytes / 1e6:,.1f} MB; {verdict}")
+    stored = ", ".join(f"{count:,} {how}" for how, count in found.counts.items())
+    classes = f"{len(found.class_names):,} classes" if found.class_names else "classes unnamed"
+    _print(f"{images}: {found.images:,} images ({stored}), {classes}, {found.bytes / 1e6:,.1f} MB; {verdict}")
 
 
 def _print_report(report: WriteReport) -> None:

@@ -18,6 +18,13 @@ def expanded(param: typer.CallbackParam, value: Any) -> Any:
     return _each(param, value, lambda given: given if given.exists() else home(given))
 
 
+def expanded_images(param: typer.CallbackParam, value: Any) -> Any:
+    """The callback of an argument that says where images are, as `data.train` does."""
+    from ssam_scale.config.section import home_of_images
+
+    return _each(param, value, lambda given: given if given.exists() else home_of_images(given))
+
+
 def expanded_uri(param: typer.CallbackParam, value: Any) -> Any:
     """The callback of every option that is a tracking URI."""
     from ssam_scale.config.section import home_in_uri

@@ -25,7 +25,7 @@ from .direction_sections import (
 )
 from .mask_sections import DepthMask, ElementMask, Mask
 from .presets import PRESETS
-from .section import Section, Share, UserPath, home, home_in_uri, without
+from .section import ImagesPath, Section, Share, UserPath, home, home_in_uri, in_parts, without
 from .trajectory_sections import SAFTrajectory, Trajectory
 
 _OF_WEIGHTS = (
@@ -84,8 +84,11 @@ Interpolation: TypeAlias = Literal["bilinear", "bicubic", "area"]
 class Data(Section):
     """Images and how they are read. Files are written by `ssam-scale data`."""
 
-    train: UserPath = Field(description="training images, a .beton file")
-    val: UserPath = Field(description="validation images, a .beton file")
+    train: ImagesPath = Field(
+        description="training images: a .beton file; or folder: and a folder with one of images per class, "
+        "which are read as they are"
+    )
+    val: ImagesPath = Field(description="validation images, likewise")
     subset: int | None = Field(None, ge=1, description="train on this many images, the same random choice in every run")
     batch_size: int = Field(
         ge=1, le=10**7, description="images in one optimizer step over all processes and micro-batches"
@@ -156,6 +159,16 @@ class Data(Section):
         if info.field_name == "crop_ratio" and not 0.01 <= value[0] <= value[1] <= 100.0:
             raise ValueError("must be ratios of width to height from 0.01 to 100")
         return value
+
+    @model_validator(mode="after")
+    def _with_pages(self) -> Data:
+        source, _ = in_parts(self.train)
+        if source and self.order == "pages":
+            raise ValueError(
+                f"order: pages is of .beton files, and train is of a {source}; use random, or write the images with "
+                "`ssam-scale data write`"
+            )
+        return self
 
 
 class Loss(Section):

@@ -64,6 +64,26 @@ UserPath = Annotated[Path, BeforeValidator(_of_a_disk), AfterValidator(home)]
 """A path in which `~` and `$NAME` are what a shell makes of them, where it sees them."""
 
 
+SOURCES = ("folder",)
+"""What images may be read from that are in no .beton file, as it stands before a colon."""
+
+
+def in_parts(place: Path) -> tuple[str, Path]:
+    """One of `SOURCES`, or nothing; and the path behind it."""
+    source, colon, path = str(place).partition(":")
+    return (source, Path(path)) if colon and source in SOURCES else ("", place)
+
+
+def home_of_images(place: Path) -> Path:
+    """`home` of the path behind one of `SOURCES`, or of a path."""
+    source, path = in_parts(place)
+    return Path(f"{source}:{home(path)}") if source else home(place)
+
+
+ImagesPath = Annotated[Path, BeforeValidator(_of_a_disk), AfterValidator(home_of_images)]
+"""A .beton file, or one of `SOURCES`, a colon and a path; paths as a `UserPath` is."""
+
+
 def without(given: dict[str, Any], own: dict[str, str]) -> dict[str, Any]:
     """Further arguments of a library's function, if all that have a key of their own are given there.
 

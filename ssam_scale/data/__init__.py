@@ -7,17 +7,21 @@ from ssam_scale import torch_compat  # noqa: F401 - refuses a torch that is too 
 from ssam_scale.data.beton import Beton, inspect
 from ssam_scale.data.check import verify
 from ssam_scale.data.fashion_mnist import prepare_fashion_mnist
+from ssam_scale.data.images import Images
 from ssam_scale.data.loaders import Batch, ImageLoader, IndexedBatch, eval_loader, train_loader
+from ssam_scale.data.opening import open_images
 from ssam_scale.data.write import WriteReport, write_beton
 
 __all__ = [
     "Batch",
     "Beton",
     "ImageLoader",
+    "Images",
     "IndexedBatch",
     "WriteReport",
     "eval_loader",
     "inspect",
+    "open_images",
     "prepare_fashion_mnist",
     "train_loader",
     "verify",

@@ -9,8 +9,9 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,6 +19,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from ssam_scale.data.mapped import Mapped
 from ssam_scale.errors import UserError
 
 PAGE_SIZE = 1 << 23
@@ -34,7 +36,9 @@ _ARRAY_FIELDS = (4, 6)
 _KINDS = {0: "float", 1: "int", 2: "RGB image", 3: "bytes", 4: "array", 5: "JSON", 6: "tensor", 255: "custom field"}
 """FFCV's codes of what a field holds."""
 
+_UNWRITTEN = "write it with `ssam-scale data write {0} FILE`, or read it as it is: folder:{0}"
 _VERSION = 2
+_FIELDS = ("image", "label")
 _CHUNK = 1 << 24
 
 
@@ -76,7 +80,7 @@ class Sidecar:
 
 @dataclass(frozen=True)
 class Beton:
-    """A .beton file whose tables have been read and found consistent.
+    """A .beton file whose tables have been read and found consistent. `Images`.
 
     Attributes:
         path: of the file.
@@ -104,7 +108,7 @@ class Beton:
     sizes: NDArray[np.int64]
     sums: NDArray[np.uint64]
     sidecar: Sidecar | None
-    fields: tuple[str, str] = ("image", "label")
+    fields: tuple[str, str] = _FIELDS
 
     @property
     def pixels(self) -> NDArray[np.int64]:
@@ -123,14 +127,28 @@ class Beton:
 
     @property
     def images(self) -> int:
-        """How many images the file holds."""
+        """See `Images`."""
         return len(self.labels)
 
     @property
     def classes(self) -> int:
-        """How many classes it was written with; where nobody has named them, one more than its highest label."""
-        named = [] if self.sidecar is None else self.sidecar.classes
-        return len(named) or int(self.labels.max(initial=-1)) + 1
+        """See `Images`."""
+        return len(self.class_names) or int(self.labels.max(initial=-1)) + 1
+
+    @property
+    def place(self) -> str:
+        """See `Images`."""
+        return str(self.path)
+
+    @property
+    def class_names(self) -> list[str]:
+        """See `Images`."""
+        return [] if self.sidecar is None else self.sidecar.classes
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """See `Images`."""
+        return {"JPEG": self.jpegs, "raw": self.images - self.jpegs}
 
     @property
     def fingerprint(self) -> str:
@@ -141,6 +159,22 @@ class Beton:
         for table in (self.labels, self.pixels):
             tables.update(table.tobytes())
         return tables.hexdigest()[:32]
+
+    def named(self, image: int) -> str:
+        """See `Images`."""
+        return str(image)
+
+    def complaint(self, image: int) -> str:
+        """See `Images`."""
+        return f"{self.path}: image {image} is damaged; copy or write the file again"
+
+    def reading(self) -> Mapped:
+        """See `Images`."""
+        return Mapped(self)
+
+    def table(self) -> AbstractContextManager[tuple[Path, tuple[str, str]]]:
+        """Itself."""
+        return nullcontext((self.path, self.fields))
 
 
 def layout(*, label_first: bool = False) -> tuple[np.dtype[Any], np.dtype[Any], np.dtype[Any], np.dtype[Any]]:
@@ -154,6 +188,36 @@ def layout(*, label_first: bool = False) -> tuple[np.dtype[Any], np.dtype[Any], 
     fields = [ffcv.RGBImageField(), ffcv.IntField()]
     metadata = ffcv.get_metadata_type(fields[::-1] if label_first else fields)
     return ffcv.HeaderType, ffcv.FieldDescType, metadata, ffcv.ALLOC_TABLE_TYPE
+
+
+@contextmanager
+def table_of(labels: NDArray[np.int64]) -> Iterator[tuple[Path, tuple[str, str]]]:
+    """A .beton file of labels without images, for FFCV's loader to take them from, and its fields; gone afterwards.
+
+    Raises:
+        UserError: there is no room for it.
+    """
+    header_type, field_type, meta_type, _ = layout()
+    header, meta = np.zeros((), header_type), np.zeros(len(labels), meta_type)
+    meta["f1"] = labels
+    size = header.nbytes + 2 * field_type.itemsize + meta.nbytes
+    header[()] = (_VERSION, 2, PAGE_SIZE, len(labels), size)
+    try:
+        with tempfile.NamedTemporaryFile(suffix=".beton") as file:
+            file.write(header.tobytes() + _described(field_type).tobytes() + meta.tobytes())
+            file.flush()
+            yield Path(file.name), _FIELDS
+    except OSError as error:
+        raise UserError(f"{tempfile.gettempdir()}: no room for a table of {size:,} bytes ({error.strerror})") from error
+
+
+def _described(field_type: np.dtype[Any]) -> NDArray[Any]:
+    """Descriptors of an image and its label."""
+    fields = np.zeros(len(_FIELDS), field_type)
+    for record, kind, name in zip(fields, (_RGB_FIELD, _INT_FIELD), _FIELDS, strict=True):
+        record["type_id"] = kind
+        record["name"][: len(name)] = np.frombuffer(name.encode(), np.uint8)
+    return fields
 
 
 class Pages:
@@ -171,7 +235,7 @@ class Pages:
         self._hash = xxh64
         self._file = file
         self._header = np.zeros((), header)
-        self._fields = np.zeros(2, field)
+        self._fields = _described(field)
         self._meta = np.zeros(capacity, meta)
         self._table = np.zeros(capacity, table)
         self._count = 0
@@ -224,9 +288,6 @@ class Pages:
         self._flush()
         self._file.seek(self._page_start)
         self._file.write(self._table[: self._count].tobytes())
-        for record, kind, name in zip(self._fields, (_RGB_FIELD, _INT_FIELD), (b"image", b"label"), strict=True):
-            record["type_id"] = kind
-            record["name"][: len(name)] = np.frombuffer(name, np.uint8)
         self._file.seek(self._header.nbytes)
         self._file.write(self._fields.tobytes())
         self._file.write(self._meta[: self._count].tobytes())
@@ -255,7 +316,7 @@ def inspect(path: Path) -> Beton:
     try:
         if path.is_dir():
             inside = ", ".join(str(file) for file in sorted(path.glob("*.beton"))[:3])
-            hint = f"; did you mean {inside}?" if inside else f"; write it with `ssam-scale data write {path} FILE`"
+            hint = f"; did you mean {inside}?" if inside else f"; {_UNWRITTEN.format(path)}"
             raise UserError(f"{path}: is a folder, and a .beton file is needed{hint}")
         if not path.is_file():
             raise UserError(f"{path}: no such file; write it with `ssam-scale data write FOLDER {path}`")

@@ -1,4 +1,4 @@
-"""Looking at every image of a .beton file, and noting what each should be."""
+"""Looking at every image of a data set, and noting what each of a .beton file should be."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from ssam_scale.config.section import in_parts
 from ssam_scale.cores import usable_cores
 from ssam_scale.errors import UserError
 
 from .beton import Beton, Sidecar, checksum, encoded_sums, inspect
+from .images import Images
+from .opening import open_images
 
 Advance = Callable[[int], None]
 
@@ -21,49 +24,48 @@ _PIECE = 256  # images of a thread's task
 _NAMED = 20
 
 
-def verify(path: Path, advance: Advance = lambda _: None, workers: int | None = None) -> Beton:
-    """`inspect`, and every byte compared with what was written, as far as that is known.
+def verify(place: Path, advance: Advance = lambda _: None, workers: int | None = None) -> Images:
+    """`open_images`, and every image looked at: of a file every byte, as far as is known what it should be.
 
     Args:
-        path: of the file.
+        place: of the images, as `data.train` has it.
         advance: told the bytes of each piece that is read.
         workers: threads; None: the cores that this process may use.
 
     Raises:
-        UserError: as `inspect`; images are damaged, which it names; or something else in the file is.
+        UserError: as `open_images`; images are damaged, which it names; or something else in a file is.
     """
-    beton = inspect(path)
-    if damaged := damaged_images(beton, advance, workers):
+    images = open_images(place)
+    if damaged := damaged_images(images, advance, workers):
         raise UserError(
-            f"{path}: {len(damaged):,} of {beton.images:,} images are damaged: {_names(beton, damaged)}; copy or write "
-            "it again"
+            f"{place}: {len(damaged):,} of {images.images:,} images are damaged: {_names(images, damaged)}; copy or "
+            "write them again"
         )
-    known = beton.sidecar is not None and beton.sidecar.sha256
-    if known and checksum(path) != known:
-        raise UserError(f"{path}: its content has changed since it was written (checksum); copy or write it again")
-    return beton
+    known = isinstance(images, Beton) and images.sidecar is not None and images.sidecar.sha256
+    if known and checksum(images.path) != known:
+        raise UserError(f"{place}: its content has changed since it was written (checksum); copy or write it again")
+    return images
 
 
-def damaged_images(beton: Beton, advance: Advance = lambda _: None, workers: int | None = None) -> list[int]:
-    """The images of a file that are not what was written; where no hashes are known, those that libjpeg complains of.
+def damaged_images(images: Images, advance: Advance = lambda _: None, workers: int | None = None) -> list[int]:
+    """The images that are not what was written; where no hashes are known, those that libjpeg complains of.
 
     Args:
-        beton: the file.
+        images: all of them.
         advance: told the bytes of each piece that is read.
         workers: threads; None: the cores that this process may use.
     """
-    data = np.memmap(beton.path, np.uint8, "r")
-    if len(beton.sums):
-        hashes = _hashes(beton, data, advance, workers)
-        return [int(index) for index in np.flatnonzero(hashes != beton.sums)]
+    if isinstance(images, Beton) and len(images.sums):
+        hashes = _hashes(images, advance, workers)
+        return [int(index) for index in np.flatnonzero(hashes != images.sums)]
     from ssam_scale.data.ffcv_loader import undecodable
 
-    pieces = _pieces(beton.images)
+    pieces, reading, each = _pieces(images.images), images.reading(), images.bytes / max(images.images, 1)
     found: list[int] = []
     with ThreadPoolExecutor(workers or usable_cores(), "check") as pool:
-        for piece, bad in zip(pieces, pool.map(lambda images: undecodable(beton, data, images), pieces), strict=True):
+        for piece, bad in zip(pieces, pool.map(lambda piece: undecodable(reading, piece), pieces), strict=True):
             found += [int(index) for index in piece[bad]]
-            advance(int(beton.sizes[piece].sum()))
+            advance(round(each * len(piece)))
     return found
 
 
@@ -73,12 +75,14 @@ def add_checksums(path: Path, advance: Advance = lambda _: None, workers: int | 
     Raises:
         UserError: as `inspect`; or an image cannot be decoded as it is, which it names.
     """
+    if in_parts(path)[0]:
+        raise UserError(f"--add-checksums: of {path} none can be kept; write it with `ssam-scale data write`")
     beton = inspect(path)
     if len(beton.sums):
         raise UserError(f"{path}: the hashes of its images are in {Sidecar.path(path).name} already")
     if damaged := damaged_images(beton, advance, workers):
         raise UserError(f"{path}: {len(damaged):,} images cannot be decoded: {_names(beton, damaged)}; write it again")
-    sums = encoded_sums(_hashes(beton, np.memmap(path, np.uint8, "r"), lambda _: None, workers))
+    sums = encoded_sums(_hashes(beton, lambda _: None, workers))
     sidecar = beton.sidecar or Sidecar(beton.images, [], beton.bytes, checksum(path), {})
     from .write import replacing
 
@@ -87,14 +91,16 @@ def add_checksums(path: Path, advance: Advance = lambda _: None, workers: int | 
     return inspect(path)
 
 
-def _hashes(beton: Beton, data: NDArray[np.uint8], advance: Advance, workers: int | None) -> NDArray[np.uint64]:
+def _hashes(beton: Beton, advance: Advance, workers: int | None) -> NDArray[np.uint64]:
     from ssam_scale.data.xxh64 import hash_pieces
 
+    reading = beton.reading()
     found = np.empty(beton.images, np.uint64)
 
     def of(images: NDArray[np.int64]) -> int:
-        hash_pieces(data, beton.starts[images], beton.sizes[images], found[images[0] : images[-1] + 1])
-        return int(beton.sizes[images].sum())
+        stored = reading.stored(images)
+        hash_pieces(stored.data, stored.starts, stored.sizes, found[images[0] : images[-1] + 1])
+        return int(stored.sizes.sum())
 
     with ThreadPoolExecutor(workers or usable_cores(), "check") as pool:
         for count in pool.map(of, _pieces(beton.images)):
@@ -106,13 +112,14 @@ def _pieces(images: int) -> Sequence[NDArray[np.int64]]:
     return [np.arange(start, min(start + _PIECE, images)) for start in range(0, images, _PIECE)]
 
 
-def _names(beton: Beton, images: Sequence[int]) -> str:
+def _names(images: Images, damaged: Sequence[int]) -> str:
+    names, labels = images.class_names, images.labels
+
     def each() -> Iterator[str]:
-        for index in images[:_NAMED]:
-            label = int(beton.labels[index])
-            named = [] if beton.sidecar is None else beton.sidecar.classes
-            yield f"{index} (class {named[label] if label < len(named) else label})"
-        if len(images) > _NAMED:
-            yield f"and {len(images) - _NAMED:,} more"
+        for index in damaged[:_NAMED]:
+            label = int(labels[index])
+            yield f"{images.named(index)} (class {names[label] if label < len(names) else label})"
+        if len(damaged) > _NAMED:
+            yield f"and {len(damaged) - _NAMED:,} more"
 
     return ", ".join(each())

@@ -9,7 +9,6 @@ takes two loaders at once only in some of its variants and accepts no more worke
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -23,7 +22,6 @@ from numpy.typing import NDArray
 
 from ssam_scale.config.schema import Interpolation
 from ssam_scale.data import augment, crop, resize
-from ssam_scale.data.beton import Beton
 from ssam_scale.data.damaged import Damaged, OnDamaged
 from ssam_scale.data.ffcv_import import (
     AllocationQuery,
@@ -38,10 +36,10 @@ from ssam_scale.data.ffcv_import import (
     TraversalOrder,
     lib,
 )
-from ssam_scale.data.order import Indices, Order, PageOrder, share
+from ssam_scale.data.images import Images, Indices, Reading, Stored
+from ssam_scale.data.mapped import Mapped
+from ssam_scale.data.order import Order, PageOrder, share
 from ssam_scale.data.read_ahead import ReadAhead, most_at_once, spans
-from ssam_scale.data.truncated import MappedFile
-from ssam_scale.errors import UserError
 
 _crops, _resizer = crop.library(), resize.library()
 augment.bind(lib, _crops, _resizer)
@@ -64,16 +62,15 @@ class ImageDecoder(Operation):
     """Fills uint8 batches [N, resolution, resolution, 3] of an epoch.
 
     Args:
-        beton: the file.
+        reading: where images come from.
         view: what is cut out of an image.
         workers: threads that decode.
         damaged: what becomes of images that are.
     """
 
-    def __init__(self, beton: Beton, view: View, workers: int, damaged: Damaged) -> None:
+    def __init__(self, reading: Reading, view: View, workers: int, damaged: Damaged) -> None:
         super().__init__()
-        self._file = MappedFile(beton.path)
-        self._beton, self._view, self._workers, self._damaged = beton, view, workers, damaged
+        self._reading, self._view, self._workers, self._damaged = reading, view, workers, damaged
         self._pool = ThreadPoolExecutor(workers, "decode") if workers > 1 else None
         self._epoch = 0
         self._read_ahead: ReadAhead | None = None
@@ -83,9 +80,9 @@ class ImageDecoder(Operation):
         """What is decoded next is of this epoch, whose pages are perhaps read ahead.
 
         Raises:
-            UserError: the file is not the one that it was.
+            UserError: the images are not those that they were.
         """
-        self._file.check_unchanged()
+        self._reading.begin()
         self._epoch, self._read_ahead, self._place = epoch, read_ahead, 0
 
     def declare_state_and_memory(self, previous_state: State) -> tuple[State, AllocationQuery]:
@@ -98,15 +95,14 @@ class ImageDecoder(Operation):
         return self._decode
 
     def _decode(self, indices: Indices, out: NDArray[np.uint8], metadata: Any, storage: Any) -> NDArray[np.uint8]:
-        data = np.asarray(storage[0])  # the whole file, mapped
         seen = self._damaged.replaced(np.asarray(indices, np.int64))
-        bad = self._decode_into(seen, out, data)
-        self._file.check()
+        bad = self._decode_into(seen, out)
+        self._reading.check()
         for place in np.flatnonzero(bad).tolist():
             own = out[place : place + 1]
 
             def is_sound(other: int, own: NDArray[np.uint8] = own) -> bool:
-                return not self._decode_into(np.array([other]), own, data).any()
+                return not self._decode_into(np.array([other]), own).any()
 
             self._damaged.replace(int(indices[place]), is_sound)
         self._place += len(indices)
@@ -114,13 +110,13 @@ class ImageDecoder(Operation):
             self._read_ahead.advance(self._place)
         return out[: len(indices)]
 
-    def _decode_into(self, images: Indices, out: NDArray[np.uint8], data: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    def _decode_into(self, images: Indices, out: NDArray[np.uint8]) -> NDArray[np.bool_]:
         """Whether each is damaged."""
         bad = np.zeros(len(images), np.bool_)
 
         def decode(part: slice) -> None:
             _decode(
-                self._beton, data, images[part], self._view, self._epoch, out[part], bad[part], crops=_crops is not None
+                self._reading, images[part], self._view, self._epoch, out[part], bad[part], crops=_crops is not None
             )
 
         if self._pool is None or len(images) == 1:
@@ -132,16 +128,15 @@ class ImageDecoder(Operation):
         return bad
 
 
-def undecodable(beton: Beton, data: NDArray[np.uint8], images: Indices) -> NDArray[np.bool_]:
-    """Of which of these images libjpeg complains, or that have another size than the file's table says."""
+def undecodable(reading: Reading, images: Indices) -> NDArray[np.bool_]:
+    """Of which of these images libjpeg complains, or that have another size than a file's table says."""
     bad, small = np.zeros(len(images), np.bool_), np.empty((len(images), 8, 8, 3), np.uint8)
-    _decode(beton, data, images, View(8, False), 0, small, bad, crops=False)
+    _decode(reading, images, View(8, False), 0, small, bad, crops=False)
     return bad
 
 
 def _decode(
-    beton: Beton,
-    data: NDArray[np.uint8],
+    reading: Reading,
     images: Indices,
     view: View,
     epoch: int,
@@ -150,12 +145,29 @@ def _decode(
     *,
     crops: bool,
 ) -> None:
-    """`augment.decode` of images of a file."""
+    """`augment.decode` of images, once more of those that may be sound all the same."""
+    _decode_stored(reading.stored(images), images, view, epoch, out, bad, crops=crops)
+    for place in np.flatnonzero(bad).tolist():
+        if (other := reading.again(int(images[place]))) is not None:
+            one = slice(place, place + 1)
+            bad[place] = False
+            _decode_stored(other, images[one], view, epoch, out[one], bad[one], crops=False)
+
+
+def _decode_stored(
+    stored: Stored,
+    images: Indices,
+    view: View,
+    epoch: int,
+    out: NDArray[np.uint8],
+    bad: NDArray[np.bool_],
+    *,
+    crops: bool,
+) -> None:
     augment.decode(
-        data, beton.starts[images], beton.sizes[images], beton.is_jpeg[images], beton.heights[images],
-        beton.widths[images], images, view.training, view.seed, epoch, view.crop, view.flip, view.share,
-        resize.INTERPOLATIONS.index(view.interpolation), crops, _resizer is not None,
-        beton.sums[images] if len(beton.sums) else beton.sums, out, bad,
+        stored.data, stored.starts, stored.sizes, stored.is_jpeg, stored.heights, stored.widths, images, view.training,
+        view.seed, epoch, view.crop, view.flip, view.share, resize.INTERPOLATIONS.index(view.interpolation), crops,
+        _resizer is not None, stored.sums, out, bad,
     )  # fmt: skip
 
 
@@ -294,29 +306,29 @@ class Epoch(EpochIterator):
 
 
 class Reader:
-    """FFCV's loader for one .beton file, as `ImageLoader` needs it.
+    """FFCV's loader of images, as `ImageLoader` needs it.
 
     Args:
-        beton: the file.
+        images: all that there are.
         view: what is cut out of an image.
         order: of epochs; or the indices to read, in their order.
         batch: images in a batch.
         workers: threads that decode.
         indices: whether batches say which images they hold.
-        memory: bytes of the file that an order by pages keeps in memory, on all machines together.
+        memory: bytes of a .beton file that an order by pages keeps in memory, on all machines together.
         on_damaged: what becomes of images that are not what was written.
 
     Attributes:
-        path: of the file.
+        images: all that there are.
         damaged: the images that were met and are, and what became of them.
 
     Raises:
-        UserError: the file cannot be mapped into memory.
+        UserError: a file cannot be mapped into memory.
     """
 
     def __init__(
         self,
-        beton: Beton,
+        images: Images,
         view: View,
         order: SharedOrder | Indices,
         batch: int,
@@ -326,40 +338,38 @@ class Reader:
         memory: int = 0,
         on_damaged: OnDamaged = "stop",
     ) -> None:
-        self.path = path = beton.path
-        self._labels, self._memory = beton.labels, memory
-        self.damaged = Damaged(path, beton.images, on_damaged)
-        self._decoder = ImageDecoder(beton, view, workers, self.damaged)
+        self.images, self._memory = images, memory
+        self._reading = images.reading()
+        self.damaged = Damaged(images, on_damaged)
+        self._decoder = ImageDecoder(self._reading, view, workers, self.damaged)
         self._order = order
         options: dict[str, Any] = {"order": order}
         if isinstance(order, np.ndarray):
             options = {"order": OrderOption.SEQUENTIAL, "indices": order, "drop_last": False}
-        image, label = beton.fields
         # What FFCV would compile is replaced by `augment.decode`; its switch is global, so it is put back at once.
         Compiler.set_enabled(False)
         try:
-            self._loader = Loader(
-                str(path),
-                batch,
-                num_workers=1,
-                os_cache=True,
-                pipelines={
-                    # What comes out has names too long for a field, so that it comes in this order.
-                    **dict.fromkeys(beton.fields),
-                    "pixels of an image": PipelineSpec(image, self._decoder, [ToTensor()]),
-                    "label of an image": PipelineSpec(label, LabelDecoder(), [ToTensor()]),
-                    **({"number of an image": PipelineSpec(label, IndexDecoder(), [ToTensor()])} if indices else {}),
-                },
-                **options,
-            )
+            with images.table() as (path, (image, label)):
+                self._loader = Loader(
+                    str(path),
+                    batch,
+                    num_workers=1,
+                    os_cache=True,
+                    pipelines={
+                        # What comes out has names too long for a field, so that it comes in this order.
+                        **dict.fromkeys((image, label)),
+                        "pixels of an image": PipelineSpec(image, self._decoder, [ToTensor()]),
+                        "label of an image": PipelineSpec(label, LabelDecoder(), [ToTensor()]),
+                        **(
+                            {"number of an image": PipelineSpec(label, IndexDecoder(), [ToTensor()])} if indices else {}
+                        ),
+                    },
+                    **options,
+                )
         finally:
             Compiler.set_enabled(True)
-        try:
-            self._mapped = self._loader.memory_manager.context.mmap = np.memmap(path, np.uint8, "r")
-        except OSError as error:
-            raise UserError(
-                f"{path}: cannot be mapped into memory ({error.strerror}); copy it to a file system that has mmap"
-            ) from error
+        # The decoder knows where images are, and FFCV need not map the file once more.
+        self._loader.memory_manager.context.mmap = np.empty(0, np.uint8)
 
     def __len__(self) -> int:
         return len(self._loader)
@@ -383,14 +393,14 @@ class Reader:
 
     def next_batch(self, running: Epoch) -> tuple[Any, ...] | None:
         """The next batch of an epoch that `start` began: see `Epoch.next_batch`."""
-        return running.next_batch(self.damaged, self._labels)
+        return running.next_batch(self.damaged, self.images.labels)
 
     def _read_ahead(self, order: Indices) -> ReadAhead | None:
         assert isinstance(self._order, SharedOrder)
         by_page = self._order.order
         if not isinstance(by_page, PageOrder):
             return None
-        pages = spans(by_page.pages, order)
-        most = None if self._mapped.size <= self._memory else 2 * most_at_once(pages)
-        mapping: mmap.mmap = self._mapped._mmap  # type: ignore[attr-defined]
-        return ReadAhead(self.path, mapping, int(self._loader.reader.page_size), pages, most)
+        assert isinstance(self._reading, Mapped)
+        pages, mapping = spans(by_page.pages, order), self._reading.mapping
+        most = None if len(mapping) <= self._memory else 2 * most_at_once(pages)
+        return ReadAhead(self.images.path, mapping, int(self._loader.reader.page_size), pages, most)

@@ -16,7 +16,9 @@ from numpy.typing import NDArray
 from ssam_scale.config.schema import Data
 from ssam_scale.cores import usable_cores
 from ssam_scale.data.aside import Aside
-from ssam_scale.data.beton import Beton, Sidecar, inspect
+from ssam_scale.data.beton import Beton
+from ssam_scale.data.images import Images
+from ssam_scale.data.opening import names_of_classes, open_images
 from ssam_scale.data.order import LANES, Order, PageOrder, RandomOrder
 from ssam_scale.errors import UserError
 
@@ -77,9 +79,9 @@ class ImageLoader:
         self._shift = (-torch.tensor(mean) / torch.tensor(std)).view(1, 3, 1, 1).to(device)
 
     @property
-    def path(self) -> Path:
-        """The file that is read."""
-        return self._reader.path
+    def source(self) -> Images:
+        """The images that are read."""
+        return self._reader.images
 
     @property
     def damaged(self) -> dict[int, int]:
@@ -195,11 +197,11 @@ def train_loader(
         UserError: the file is missing, damaged or no .beton; too few images; a label outside the model's classes; more
             `data.memory` than there is.
     """
-    beton = _checked(data.train, data.val, num_classes, "data.train")
+    source = _checked(data.train, data.val, num_classes, "data.train")
     together = micro_batch * world_size
-    if data.subset is not None and data.subset > beton.images:
-        raise UserError(f"data.subset {data.subset:,}: {data.train} has {beton.images:,} images")
-    images = data.subset or beton.images
+    if data.subset is not None and data.subset > source.images:
+        raise UserError(f"data.subset {data.subset:,}: {data.train} has {source.images:,} images")
+    images = data.subset or source.images
     if images < max(data.batch_size, together):
         raise UserError(
             f"{data.train}: {images:,} images are fewer than one batch of {max(data.batch_size, together):,}; "
@@ -210,12 +212,12 @@ def train_loader(
     crop = (*data.crop_scale, *data.crop_ratio)
     view = View(data.resolution, True, seed, crop, data.flip, interpolation=data.interpolation)
     memory = int(data.memory * 2**30)
-    _check_memory(data, beton, world_size)
-    order = _order(data, beton, _pool(beton.images, images), seed, memory)
+    _check_memory(data, source, world_size)
+    order = _order(data, source, _pool(source.images, images), seed, memory)
     shared = SharedOrder(order, rank, world_size, micro_batch)
     workers = _workers(data, world_size)
     reader = Reader(
-        beton, view, shared, micro_batch, workers, indices=indices, memory=memory, on_damaged=data.on_damaged
+        source, view, shared, micro_batch, workers, indices=indices, memory=memory, on_damaged=data.on_damaged
     )
     return ImageLoader(
         reader,
@@ -240,25 +242,25 @@ def eval_loader(
         UserError: the file is missing, damaged or no .beton; fewer images than processes; a label outside the model's
             classes.
     """
-    beton = _checked(data.val, data.train, num_classes, "data.val")
-    if beton.images == 0:
+    source = _checked(data.val, data.train, num_classes, "data.val")
+    if source.images == 0:
         raise UserError(f"{data.val}: holds no images; write it with `ssam-scale data write FOLDER {data.val}`")
-    if beton.images < world_size:
-        raise UserError(f"{data.val}: {beton.images} images are fewer than one for each of {world_size} processes")
+    if source.images < world_size:
+        raise UserError(f"{data.val}: {source.images} images are fewer than one for each of {world_size} processes")
     if data.eval_batch_size is None and micro_batch is not None:
         batch = micro_batch
     else:
         batch = max(1, (data.eval_batch_size or data.batch_size) // world_size)
-    mine = np.arange(beton.images * rank // world_size, beton.images * (rank + 1) // world_size)
-    most = -(-beton.images // world_size)
+    mine = np.arange(source.images * rank // world_size, source.images * (rank + 1) // world_size)
+    most = -(-source.images // world_size)
     from ssam_scale.data.ffcv_loader import Reader, View
 
     view = View(data.eval_resolution, False, share=data.eval_crop_ratio, interpolation=data.interpolation)
-    reader = Reader(beton, view, mine, batch, _workers(data, world_size))
+    reader = Reader(source, view, mine, batch, _workers(data, world_size))
     return ImageLoader(
         reader,
         images=len(mine),
-        pool=beton.images,
+        pool=source.images,
         batches_everywhere=-(-most // batch),
         device=device,
         mean=data.mean,
@@ -266,9 +268,9 @@ def eval_loader(
     )
 
 
-def _check_memory(data: Data, beton: Beton, world_size: int) -> None:
+def _check_memory(data: Data, source: Images, world_size: int) -> None:
     here = psutil.virtual_memory().total / 2**30
-    own = min(data.memory, beton.bytes / 2**30) * min(1.0, _local_processes() / world_size)
+    own = min(data.memory, source.bytes / 2**30) * min(1.0, _local_processes() / world_size)
     if data.order == "pages" and own > here:
         raise UserError(
             f"data.memory {data.memory:g}: the processes of this machine would keep {own:.1f} GiB of {data.train} in "
@@ -276,11 +278,12 @@ def _check_memory(data: Data, beton: Beton, world_size: int) -> None:
         )
 
 
-def _order(data: Data, beton: Beton, pool: NDArray[np.int64], seed: int, memory: int) -> Order:
+def _order(data: Data, source: Images, pool: NDArray[np.int64], seed: int, memory: int) -> Order:
     if data.order == "random":
         return RandomOrder(pool, seed)
+    assert isinstance(source, Beton)  # nothing else has pages, which `Data` says
     # Of each lane the pages of one window are in use while those of the next are read.
-    return PageOrder(pool, seed, beton.pages, max(1, memory // (2 * LANES * beton.page_size)))
+    return PageOrder(pool, seed, source.pages, max(1, memory // (2 * LANES * source.page_size)))
 
 
 def _pool(images: int, wanted: int) -> NDArray[np.int64]:
@@ -295,29 +298,30 @@ def draws(images: int, *counts: int) -> list[NDArray[np.int64]]:
     return [np.sort(order[end - count : end]) for end, count in zip(ends, counts, strict=True)]
 
 
-def _checked(path: Path, other: Path, num_classes: int, key: str) -> Beton:
-    """The file's tables, once its labels are known to suit the model and the other file's classes."""
-    beton = inspect(path)
-    if beton.images and not 0 <= beton.labels.min() <= beton.labels.max() < num_classes:
-        outside = int(beton.labels[(beton.labels < 0) | (beton.labels >= num_classes)][0])
+def _checked(place: Path, other: Path, num_classes: int, key: str) -> Images:
+    """What images there are, once their labels are known to suit the model and the other images' classes."""
+    images = open_images(place)
+    labels = images.labels
+    if images.images and not 0 <= labels.min() <= labels.max() < num_classes:
+        outside = int(labels[(labels < 0) | (labels >= num_classes)][0])
         raise UserError(
-            f"{key} {path}: label {outside} is outside the model's {num_classes} classes; "
-            f"set model.num_classes to {max(int(beton.labels.max()) + 1, 2)} or more"
+            f"{key} {place}: label {outside} is outside the model's {num_classes} classes; "
+            f"set model.num_classes to {max(int(labels.max()) + 1, 2)} or more"
         )
-    theirs = Sidecar.load(other)
-    if beton.sidecar is not None and theirs is not None and beton.sidecar.classes != theirs.classes:
+    theirs = names_of_classes(other)
+    if images.class_names and theirs and images.class_names != theirs:
         # Labels number the class folders, so a folder that only one of the two has shifts all labels after it.
-        odd = sorted(set(beton.sidecar.classes) ^ set(theirs.classes))
+        odd = sorted(set(images.class_names) ^ set(theirs))
         if not odd:
             raise UserError(
-                f"{path} and {other} have the same classes in another order, so their labels mean different things; "
+                f"{place} and {other} have the same classes in another order, so their labels mean different things; "
                 "write both with the same --class-order"
             )
         raise UserError(
-            f"{path} and {other} have different classes (only one has {', '.join(odd[:3])}), so their labels mean "
+            f"{place} and {other} have different classes (only one has {', '.join(odd[:3])}), so their labels mean "
             "different things; write the validation images with --classes-of the training images' file"
         )
-    return beton
+    return images
 
 
 def _workers(data: Data, world_size: int) -> int:

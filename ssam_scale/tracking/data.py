@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from ssam_scale.data.beton import Beton
+from ssam_scale.data.images import Images
 
 
-def dataset_input(beton: Beton, context: str, side: int) -> Any:
-    """A file as an `mlflow.entities.DatasetInput`, which the run's page and the filter of data sets show.
+def dataset_input(images: Images, context: str, side: int) -> Any:
+    """Images as an `mlflow.entities.DatasetInput`, which the run's page and the filter of data sets show.
 
     Args:
-        beton: the file.
+        images: all of them.
         context: what the run does with it: `training` or `validation`.
         side: of the square that images are cropped to, pixels.
     """
@@ -22,15 +22,15 @@ def dataset_input(beton: Beton, context: str, side: int) -> Any:
     from mlflow.entities import Dataset, DatasetInput, InputTag
     from mlflow.types.schema import Schema, TensorSpec
 
-    images = TensorSpec(np.dtype(np.float32), (-1, 3, side, side), "images")
+    pixels = TensorSpec(np.dtype(np.float32), (-1, 3, side, side), "images")
     labels = TensorSpec(np.dtype(np.int64), (-1,), "labels")
-    schema = TensorDatasetSchema(Schema([images]), Schema([labels]))
-    profile = {"images": beton.images, "classes": beton.classes, "jpegs": beton.jpegs, "bytes": beton.bytes}
+    schema = TensorDatasetSchema(Schema([pixels]), Schema([labels]))
+    profile = {"images": images.images, "classes": images.classes, **images.counts, "bytes": images.bytes}
     dataset = Dataset(
-        name=beton.path.name,
-        digest=beton.fingerprint,
+        name=images.path.name,
+        digest=images.fingerprint,
         source_type="local",
-        source=json.dumps({"uri": str(beton.path.absolute())}),
+        source=json.dumps({"uri": str(images.path.absolute())}),
         schema=json.dumps(schema.to_dict()),
         profile=json.dumps(profile),
     )

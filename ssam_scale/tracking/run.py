@@ -19,7 +19,7 @@ import numpy as np
 import yaml
 
 from ssam_scale.config.schema import Config
-from ssam_scale.data.beton import Beton
+from ssam_scale.data.images import Images
 from ssam_scale.errors import UserError
 from ssam_scale.tracking import repetitions, watchdog
 from ssam_scale.tracking.commands import interface_lines
@@ -335,10 +335,10 @@ class Run:
         if self._writer is not None:
             self._try(f"artifact {name}", store)
 
-    def log_data(self, beton: Beton, *, context: str, side: int) -> None:
-        """Record which file the run reads, as a data set of MLflow: see `data.dataset_input`."""
+    def log_data(self, images: Images, *, context: str, side: int) -> None:
+        """Record which images the run reads, as a data set of MLflow: see `data.dataset_input`."""
         if self.id is not None:
-            inputs = [dataset_input(beton, context, side)]
+            inputs = [dataset_input(images, context, side)]
             self._try("the data set", lambda: self._client.log_inputs(self.id, inputs), _ASIDE_S)
 
     def log_network(self, network: Callable[[], nn.Module], *, side: int, classes: int, step: int) -> None:

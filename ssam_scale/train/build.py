@@ -21,7 +21,7 @@ from ssam_scale.config.mask_sections import BlockMask, DepthMask
 from ssam_scale.config.micro_batches import MicroBatches, micro_batches
 from ssam_scale.config.schema import Config, Perturbation
 from ssam_scale.config.trajectory_sections import SAFTrajectory
-from ssam_scale.data import ImageLoader, eval_loader, inspect, train_loader
+from ssam_scale.data import ImageLoader, eval_loader, open_images, train_loader
 from ssam_scale.data.mixing import Mixing
 from ssam_scale.errors import UserError
 from ssam_scale.masks import RunInfo, build_mask
@@ -436,7 +436,7 @@ def _check_outputs(config: Config, world: World) -> None:
     if not isinstance(term, SAFTrajectory):
         return
     folder = outputs_folder(section.directory)
-    images = config.data.subset or inspect(config.data.train).images
+    images = config.data.subset or open_images(config.data.train).images
     epochs = min(
         epochs_kept(term.lag_epochs, section.every_epochs, section.keep + 1),
         config.train.epochs - term.start_epoch + term.lag_epochs,

@@ -120,11 +120,11 @@ class ListDamaged(Hook):
         """Collective."""
         every = {image for mine in self._world.each_says(sorted(self._loader.damaged)) for image in mine}
         if new := sorted(every - self._told):
-            few = ", ".join(f"{image:,}" for image in new[:_FEW]) + (" and more" if len(new) > _FEW else "")
+            source = self._loader.source
+            few = ", ".join(source.named(image) for image in new[:_FEW]) + (" and more" if len(new) > _FEW else "")
             images = "image" if len(new) == 1 else "images"
             self._bar.say(
-                f"{len(new):,} damaged {images} of {self._loader.path}, in the place of which the next ones were seen: "
-                f"{few}"
+                f"{len(new):,} damaged {images} of {source.place}, in the place of which the next ones were seen: {few}"
             )
             self._run.log({"data/damaged": float(len(every))}, progress.step)
         self._told = every

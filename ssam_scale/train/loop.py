@@ -12,7 +12,7 @@ from rich.console import Console
 
 from ssam_scale.config.schema import Config
 from ssam_scale.console import console
-from ssam_scale.data.beton import Beton
+from ssam_scale.data import Images
 from ssam_scale.errors import NotFiniteError
 from ssam_scale.perturbation import StepReport
 from ssam_scale.perturbation.rng import seed_step
@@ -330,12 +330,12 @@ def _batches(config: Config, world: World, components: Components) -> EpochBatch
     return EpochBatches(components.train, components.mix, components.split.accumulation, progress.steps_left, begin)
 
 
-def notes_on_data(config: Config, data: Mapping[str, Beton]) -> list[str]:
+def notes_on_data(config: Config, data: Mapping[str, Images]) -> list[str]:
     """Lines on what a run can do with its files, and is seldom meant to.
 
     Args:
         config: of the run.
-        data: the files `data.train` and `data.val`.
+        data: what `data.train` and `data.val` are.
     """
     notes = []
     train, val = data["data.train"], data["data.val"]
@@ -345,8 +345,7 @@ def notes_on_data(config: Config, data: Mapping[str, Beton]) -> list[str]:
             f"model.num_classes {config.model.num_classes}: {config.data.train} has {classes} classes, so that "
             f"{config.model.num_classes - classes} outputs are never a label"
         )
-    copied = train.sidecar is not None and val.sidecar is not None and train.sidecar.sha256 == val.sidecar.sha256
-    if copied or config.data.train.samefile(config.data.val):
+    if train.fingerprint == val.fingerprint or train.path.resolve() == val.path.resolve():
         notes.append(
             f"data.val {config.data.val} holds the images of data.train: accuracy will be that on what is trained"
         )

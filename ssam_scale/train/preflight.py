@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ssam_scale.config.schema import Config
-from ssam_scale.data.beton import Beton, inspect
+from ssam_scale.data import Images, open_images
 from ssam_scale.errors import UserError
 from ssam_scale.finding import Finding, checked
 from ssam_scale.folders import existing
@@ -41,7 +41,7 @@ class Preflight:
     """
 
     findings: Sequence[Finding]
-    data: Mapping[str, Beton]
+    data: Mapping[str, Images]
 
     def notes(self) -> list[str]:
         """Lines on what a run goes on with, and is seldom meant to. What is wrong with the model building says itself.
@@ -90,7 +90,7 @@ def preflight(config: Config, world: World) -> Preflight:
     own += _folders(config, world, but="tracking store" if _fails(own) else "")
     if world.first and not _fails(own):
         own += [_experiment(config), _room(config)]
-    files = {key: f"{beton.bytes:,} bytes, {beton.fingerprint}" for key, beton in data.items()}
+    files = {key: f"{images.bytes:,} bytes, {images.fingerprint}" for key, images in data.items()}
     return Preflight([*meeting, *_of_all(world, own, files, clock)], data)
 
 
@@ -195,14 +195,14 @@ def room(free: int, needed: int, folder: object) -> Finding:
     return Finding("fail", "room", f"checkpoint.directory: {said}", "make room, or choose another folder")
 
 
-def _data(config: Config) -> tuple[dict[str, Beton], list[Finding]]:
+def _data(config: Config) -> tuple[dict[str, Images], list[Finding]]:
     """Its tables, of which reading takes some dozen bytes an image."""
     data, own = {}, []
     for key in ("train", "val"):
         path = getattr(config.data, key)
         try:
-            data[f"data.{key}"] = beton = inspect(path)
-            own.append(Finding("ok", f"data.{key}", f"{path}: {beton.images:,} images, {_size(beton.bytes)}"))
+            data[f"data.{key}"] = images = open_images(path)
+            own.append(Finding("ok", f"data.{key}", f"{path}: {images.images:,} images, {_size(images.bytes)}"))
         except UserError as error:
             own.append(Finding("fail", f"data.{key}", str(error)))
     return data, own

@@ -95,7 +95,7 @@ def test_a_beton_of_the_other_byte_order(copy: Path) -> None:
     """FFCV fixes the order, so that only another program leaves such a file."""
     header = np.fromfile(copy, layout()[0], 1)
     patch(copy, 0, header.astype(header.dtype.newbyteorder()).tobytes())
-    with pytest.raises(UserError, match=r"x\.beton: its numbers are big-endian"):
+    with pytest.raises(UserError, match=r"x\.beton: its numbers have the other byte order"):
         inspect(copy)
 
 

@@ -127,10 +127,10 @@ def test_a_file_of_which_no_image_is_sound_ends_the_run(tmp_path: Path) -> None:
         list(training(path, on_damaged="skip"))
 
 
-def test_which_image_takes_a_place_is_the_same_for_all(tmp_path: Path) -> None:
-    damaged = Damaged(tmp_path / "x", 5, "skip")
-    assert damaged.replace(4, lambda image: image == 2) == 2
-    assert damaged.replaced(np.array([1, 4, 0])).tolist() == [1, 2, 0]
+def test_which_image_takes_a_place_is_the_same_for_all(numbered: Path) -> None:
+    damaged = Damaged(inspect(numbered), "skip")
+    assert damaged.replace(NUMBERED - 1, lambda image: image == 2) == 2
+    assert damaged.replaced(np.array([1, NUMBERED - 1, 0])).tolist() == [1, 2, 0]
 
 
 def table_says(path: Path, index: int, **fields: int) -> None:

@@ -1,0 +1,79 @@
+"""A run whose images are in no .beton file is the run that it would be with one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import mlflow
+import pytest
+import yaml
+
+from ssam_scale.config.load import dump, load
+from ssam_scale.data import open_images
+from tests.support.runs import differing, ssam_scale, train_on_ranks, write_config
+
+
+def datasets(home: Path) -> dict[str, tuple[str, str]]:
+    """Name and digest of what the one run of a store has logged, by what it was for."""
+    client = mlflow.MlflowClient(f"sqlite:///{home}/mlflow.db")
+    (run,) = client.search_runs([client.get_experiment_by_name("ssam_scale").experiment_id])
+    return {each.tags[0].value: (each.dataset.name, each.dataset.digest) for each in run.inputs.dataset_inputs}
+
+
+@pytest.mark.slow
+def test_a_folder_trains_as_the_file_written_of_it(data: Path, home: Path) -> None:
+    """Bit for bit, also from within an epoch, and on two processes."""
+    config = write_config(
+        home / "run.yaml", data, loss={"mixup": 0.2}, checkpoint={"every_steps": 1, "keep": 20}, train={"epochs": 2}
+    )
+    folder = [f"data.train=folder:{data}/train", f"data.val=folder:{data}/val"]
+    assert ssam_scale("train", "--config", config, f"tracking.uri=sqlite:///{home}/other.db") == 0
+    (home / "checkpoints").rename(home / "of_file")
+    assert ssam_scale("train", "--config", config, *folder) == 0
+    (home / "checkpoints").rename(home / "of_folder")
+    assert differing(home / "of_file/epoch_0002", home / "of_folder/epoch_0002") == []
+    place = f"checkpoint.resume={home}/of_folder/epoch_0001_step_000006"
+    assert ssam_scale("train", "--config", config, place, f"tracking.uri=sqlite:///{home}/third.db", *folder) == 0
+    assert differing(home / "of_file/epoch_0002", home / "checkpoints/epoch_0002") == []
+    assert datasets(home) == {
+        context: (name, open_images(Path(f"folder:{data}/{name}")).fingerprint)
+        for context, name in (("training", "train"), ("validation", "val"))
+    }
+    for name, overrides in (("file", []), ("folder", folder)):
+        own = [f"checkpoint.directory={home}/two_{name}", f"tracking.uri=sqlite:///{home}/two_{name}.db"]
+        train_on_ranks(2, config, *overrides, *own)
+    assert differing(home / "two_file/epoch_0002", home / "two_folder/epoch_0002") == []
+
+
+def test_what_is_said_before_a_run_of_a_folder(data: Path, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = write_config(home / "run.yaml", data)
+    folder = f"data.train=folder:{data}/train"
+    assert ssam_scale("train", "--config", config, folder, "--dry-run") == 0
+    assert "holds the images" not in capsys.readouterr().out
+    assert ssam_scale("train", "--config", config, folder, f"data.val=folder:{data}/train", "--dry-run") == 0
+    assert f"data.val folder:{data}/train holds the images of data.train" in capsys.readouterr().out
+    assert ssam_scale("doctor", "--config", config, folder, "model.name=resnet18") == 0
+    assert f"data.train: folder:{data}/train: 48 images" in capsys.readouterr().out.replace("\n", " ")
+    assert ssam_scale("train", "--config", config, folder, "--print-config") == 0
+    assert yaml.safe_load(capsys.readouterr().out)["data"]["train"] == f"folder:{data}/train"
+    for override, told in {
+        "data.order=pages": "order: pages is of .beton files, and train is of a folder; use random",
+        f"data.train={data}/train": f"write {data}/train FILE`, or read it as it is: folder:{data}/train",
+        "data.train=folder:nowhere": "nowhere: no such folder",
+        "data.val=folder:nowhere": "nowhere: no such folder",
+    }.items():
+        assert ssam_scale("train", "--config", config, folder, override) == 2
+        err = capsys.readouterr().err
+        assert told in err
+        assert err.count("\n") == 1 or "order" in override
+
+
+def test_a_folder_is_found_as_a_shell_would_find_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("SCRATCH", str(tmp_path / "s"))
+    config = write_config(tmp_path / "run.yaml", tmp_path)
+    read = load(config, ["data.train=folder:~/a b", "data.val=folder:$SCRATCH/v"])
+    assert read.data.train == Path(f"folder:{tmp_path}/a b")
+    assert read.data.val == Path(f"folder:{tmp_path}/s/v")
+    (tmp_path / "again.yaml").write_text(dump(read))
+    assert load(tmp_path / "again.yaml").data == read.data
