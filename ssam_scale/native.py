@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import pickle
 import platform
 import shlex
 import subprocess
@@ -62,10 +63,24 @@ def compiled(function: _Function) -> _Function:
     theirs, and numba's default threading layer does not bear two callers.
     """
     try:
-        result: _Function = numba.njit(nogil=True, error_model="numpy", cache=True)(function)
+        result = numba.njit(nogil=True, error_model="numpy", cache=True)(function)
+        # A disk that is full by now, or a file that is another user's or was cut off, is no reason to end a run.
+        kept = result._cache
+        kept.load_overload, kept.save_overload = _if_it_can(kept.load_overload), _if_it_can(kept.save_overload)
     except RuntimeError:  # no folder to keep machine code in: neither beside this file nor in the user's cache
         result = numba.njit(nogil=True, error_model="numpy")(function)
     return result
+
+
+def _if_it_can(of_cache: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of numba's cache that does nothing, and finds nothing, where it would fail."""
+
+    def attempt(*args: Any) -> Any:
+        with suppress(OSError, EOFError, pickle.UnpicklingError):
+            return of_cache(*args)
+        return None
+
+    return attempt
 
 
 def _whatever(library: ctypes.CDLL) -> None:
@@ -99,14 +114,13 @@ def c_library(
         if (kept := cache / name).exists():
             return loaded(kept)
         cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache if os.access(cache, os.W_OK) else None) as folder:
-        made = Path(folder) / name
-        command = [*compiler, str(source), "-o", str(made), *given]
-        try:
+    for place in (cache, None):  # where the cache cannot be written to, or is full, in a folder that goes away again
+        with suppress(OSError, subprocess.SubprocessError), tempfile.TemporaryDirectory(dir=place) as folder:
+            made = Path(folder) / name
+            command = [*compiler, str(source), "-o", str(made), *given]
             subprocess.run(command, check=True, capture_output=True, stdin=subprocess.DEVNULL, timeout=120)
             found = loaded(made)  # stays loaded without its file
-        except (OSError, subprocess.SubprocessError):
-            return None
-        with suppress(OSError):  # another process may have been faster; any of them is as good
-            made.replace(cache / name)
-        return found
+            with suppress(OSError):  # another process may have been faster; any of them is as good
+                made.replace(cache / name)
+            return found
+    return None

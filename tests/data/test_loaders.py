@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ssam_scale.data import ImageLoader, IndexedBatch
+from ssam_scale.data import ImageLoader, IndexedBatch, inspect
 from ssam_scale.data.augment import random_crop, sample_key, uniform
 from ssam_scale.data.encode import Encoding
 from ssam_scale.data.sources import Sample
@@ -340,9 +340,20 @@ def test_cores_are_shared_among_the_processes_of_a_machine(numbered: Path, monke
     assert module._workers(config(numbered, workers=3), 1) == 3
 
 
-def test_too_few_images(numbered: Path) -> None:
+@pytest.mark.parametrize("order", ["random", "pages"])
+@pytest.mark.parametrize("processes", [1, 54])
+def test_too_few_images(numbered: Path, processes: int, order: str) -> None:
     with pytest.raises(UserError, match=r"53 images are fewer than one batch of 54.*lower data\.batch_size"):
-        training(numbered, batch_size=54)
+        training(numbered, 0, processes, batch_size=54, order=order)
+
+
+def test_more_processes_than_pages(numbered: Path) -> None:
+    """They share the pages, which is no mistake: the file has as many pages as it has."""
+    pages = len(np.unique(inspect(numbered).pages))
+    assert pages < 12
+    ranks = [read(training(numbered, rank, 12, batch_size=12, order="pages")) for rank in range(12)]
+    labels = [int(label) for rank in ranks for _, found in rank for label in found]
+    assert len(labels) == len(set(labels)) == 48
 
 
 def test_a_label_outside_the_models_classes(numbered: Path) -> None:
@@ -354,8 +365,15 @@ def test_train_and_validation_of_different_classes(numbered: Path, tmp_path: Pat
     image = make_image(np.random.default_rng(0), 9, 9)
     other = tmp_path / "other.beton"
     write_samples([Sample("x", image, 0)], ["cat", "dog"], other, Encoding(None, 90, 0.0, 0), source={}, progress=False)
-    with pytest.raises(UserError, match="different classes"):
+    with pytest.raises(UserError, match=r"different classes \(only one has 0, 1, 10\).*--classes-of"):
         training(numbered, val=other)
+    turned = tmp_path / "turned.beton"
+    write_samples(
+        [Sample("x", image, 0)], ["dog", "cat"], turned, Encoding(None, 90, 0.0, 0), source={}, progress=False
+    )
+    for loader in (training, evaluation):
+        with pytest.raises(UserError, match=r"the same classes in another order.*--class-order"):
+            loader(other, train=other, val=turned, batch_size=1)
 
 
 @pytest.mark.slow
