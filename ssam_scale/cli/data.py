@@ -152,7 +152,7 @@ def check_command(
         typer.Argument(
             metavar="FILE",
             callback=expanded_images,
-            help="The .beton file to check; or folder:PATH, as data.train may have it.",
+            help="The .beton file to check; or folder:PATH or wds:SHARDS, as data.train may have it.",
         ),
     ],
     add: Annotated[

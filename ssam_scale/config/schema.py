@@ -85,8 +85,8 @@ class Data(Section):
     """Images and how they are read. Files are written by `ssam-scale data`."""
 
     train: ImagesPath = Field(
-        description="training images: a .beton file; or folder: and a folder with one of images per class, "
-        "which are read as they are"
+        description="training images: a .beton file; or, read as they are, folder: and a folder with one of images per "
+        "class, wds: and shards of WebDataset"
     )
     val: ImagesPath = Field(description="validation images, likewise")
     subset: int | None = Field(None, ge=1, description="train on this many images, the same random choice in every run")
@@ -165,7 +165,7 @@ class Data(Section):
         source, _ = in_parts(self.train)
         if source and self.order == "pages":
             raise ValueError(
-                f"order: pages is of .beton files, and train is of a {source}; use random, or write the images with "
+                f"order: pages is of .beton files, and train is {source}:; use random, or write the images with "
                 "`ssam-scale data write`"
             )
         return self

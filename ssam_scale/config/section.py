@@ -64,7 +64,7 @@ UserPath = Annotated[Path, BeforeValidator(_of_a_disk), AfterValidator(home)]
 """A path in which `~` and `$NAME` are what a shell makes of them, where it sees them."""
 
 
-SOURCES = ("folder",)
+SOURCES = ("folder", "wds")
 """What images may be read from that are in no .beton file, as it stands before a colon."""
 
 

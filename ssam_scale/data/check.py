@@ -98,7 +98,7 @@ def _hashes(beton: Beton, advance: Advance, workers: int | None) -> NDArray[np.u
     found = np.empty(beton.images, np.uint64)
 
     def of(images: NDArray[np.int64]) -> int:
-        stored = reading.stored(images)
+        stored = reading.fetch(images)
         hash_pieces(stored.data, stored.starts, stored.sizes, found[images[0] : images[-1] + 1])
         return int(stored.sizes.sum())
 

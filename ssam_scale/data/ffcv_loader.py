@@ -36,7 +36,7 @@ from ssam_scale.data.ffcv_import import (
     TraversalOrder,
     lib,
 )
-from ssam_scale.data.images import Images, Indices, Reading, Stored
+from ssam_scale.data.images import Images, Indices, InMemory, Reading
 from ssam_scale.data.mapped import Mapped
 from ssam_scale.data.order import Order, PageOrder, share
 from ssam_scale.data.read_ahead import ReadAhead, most_at_once, spans
@@ -146,16 +146,16 @@ def _decode(
     crops: bool,
 ) -> None:
     """`augment.decode` of images, once more of those that may be sound all the same."""
-    _decode_stored(reading.stored(images), images, view, epoch, out, bad, crops=crops)
+    _decode_fetched(reading.fetch(images), images, view, epoch, out, bad, crops=crops)
     for place in np.flatnonzero(bad).tolist():
         if (other := reading.again(int(images[place]))) is not None:
             one = slice(place, place + 1)
             bad[place] = False
-            _decode_stored(other, images[one], view, epoch, out[one], bad[one], crops=False)
+            _decode_fetched(other, images[one], view, epoch, out[one], bad[one], crops=False)
 
 
-def _decode_stored(
-    stored: Stored,
+def _decode_fetched(
+    stored: InMemory,
     images: Indices,
     view: View,
     epoch: int,

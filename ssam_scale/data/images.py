@@ -14,7 +14,7 @@ Indices = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Stored:
+class InMemory:
     """Some images in memory, as `augment.decode` takes them.
 
     Attributes:
@@ -46,18 +46,18 @@ class Reading(Protocol):
             UserError: the images are not those that they were.
         """
 
-    def stored(self, images: Indices) -> Stored:
+    def fetch(self, images: Indices) -> InMemory:
         """These images, in this order; what cannot be read as an image is an empty JPEG.
 
         Raises:
             UserError: they are not those that they were.
         """
 
-    def again(self, image: int) -> Stored | None:
+    def again(self, image: int) -> InMemory | None:
         """One that libjpeg has complained of, in another form, if it is sound all the same."""
 
     def check(self) -> None:
-        """Call it when what `stored` gave was used, before what was made of it is.
+        """Call it when what `fetch` gave was used, before what was made of it is.
 
         Raises:
             UserError: it has changed meanwhile.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -14,7 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ssam_scale.data.beton import JPEG, table_of
-from ssam_scale.data.images import Indices, Stored
+from ssam_scale.data.images import Indices, InMemory
+from ssam_scale.data.sources import Sample, Source, printable
+from ssam_scale.data.sources.tar import Slice
 from ssam_scale.errors import UserError
 
 if TYPE_CHECKING:
@@ -32,7 +36,7 @@ class Piece:
         start: bytes of `file` before it.
         size: its bytes.
         written: when `file` was written to the last time, nanoseconds since 1970.
-        name: which it is, below the folder of all; for people, and for the fingerprint.
+        name: which it is, below the folder of all; for people, and for the fingerprint. With its suffix.
     """
 
     file: Path
@@ -56,11 +60,11 @@ class Piece:
             finally:
                 os.close(file)
         except OSError as error:
-            raise UserError(f"{self.file}: cannot be read any more ({error.strerror})") from error
+            raise UserError(f"{printable(self.file)}: cannot be read any more ({error.strerror})") from error
         if got < self.size or now.st_mtime_ns != self.written:
             raise UserError(
-                f"{self.file}: has changed since the run began; a run needs the same images to its end: write others "
-                "under another name"
+                f"{printable(self.file)}: has changed since the run began; a run needs the same images to its end: "
+                "write others under another name"
             )
 
     def read_bytes(self) -> bytes:
@@ -79,6 +83,7 @@ class InPlace:
     Args:
         source: one of `SOURCES`.
         path: the folder, or the pattern of files.
+        root: what the names of images are below.
         pieces: of each image.
         labels: int64 [images].
         class_names: by label; empty: not known.
@@ -87,6 +92,7 @@ class InPlace:
 
     source: str
     path: Path
+    root: Path
     pieces: Sequence[Piece]
     labels: NDArray[np.int64]
     class_names: list[str]
@@ -122,7 +128,7 @@ class InPlace:
 
     def named(self, image: int) -> str:
         """See `Images`."""
-        return self.pieces[image].name
+        return printable(self.pieces[image].name)
 
     def complaint(self, image: int) -> str:
         """See `Images`."""
@@ -133,7 +139,7 @@ class InPlace:
             reason = "cannot be decoded"
         except BadImageError as error:
             reason = str(error)
-        return f"{self.path / self.pieces[image].name}: {reason}; mend or remove it"
+        return f"{printable(self.root / self.pieces[image].name)}: {reason}; mend or remove it"
 
     def encoded(self, image: int) -> Encoded:
         """What `data write` makes of one that it stores as pixels.
@@ -143,7 +149,7 @@ class InPlace:
         """
         from ssam_scale.data.encode import Encoding, encode
 
-        return encode(self.pieces[image].file, image, Encoding(None, 90, 0.0, 0))
+        return encode(self.pieces[image], image, Encoding(None, 90, 0.0, 0))
 
     def reading(self) -> FromFiles:
         """See `Images`."""
@@ -152,6 +158,40 @@ class InPlace:
     def table(self) -> AbstractContextManager[tuple[Path, tuple[str, str]]]:
         """Made for it, and gone afterwards."""
         return table_of(self.labels)
+
+
+def in_place(name: str, path: Path, source: Source) -> InPlace:
+    """The images of a source of `data write`, in the order that they would be written in.
+
+    Args:
+        name: one of `SOURCES`.
+        path: what stands behind it.
+        source: the images: files, or pieces of files.
+
+    Raises:
+        UserError: a file is none, or gone.
+    """
+    stats: dict[Path, os.stat_result] = {}
+
+    def piece(sample: Sample) -> Piece:
+        where = sample.source
+        file = where if isinstance(where, Path) else where.path if isinstance(where, Slice) else None
+        if file is None:
+            raise UserError(f"{printable(path)}: its images lie in tables; write it with `ssam-scale data write`")
+        if (found := stats.get(file)) is None:
+            try:
+                stats[file] = found = file.stat()
+            except OSError as error:
+                raise UserError(f"{printable(file)}: cannot be read ({error.strerror})") from error
+            if not stat.S_ISREG(found.st_mode):  # reading a pipe would wait for ever
+                raise UserError(f"{printable(file)}: is no file; remove it")
+        start, size = (where.start, where.size) if isinstance(where, Slice) else (0, found.st_size)
+        return Piece(file, start, size, found.st_mtime_ns, os.path.relpath(sample.name, source.root))
+
+    pieces = [piece(sample) for sample in source.samples]
+    counts = Counter(Path(each.name).suffix.lower() for each in pieces)
+    labels = np.array([sample.label for sample in source.samples], np.int64)
+    return InPlace(name, path, source.root, pieces, labels, source.classes, dict(counts))
 
 
 class FromFiles:
@@ -172,7 +212,7 @@ class FromFiles:
     def begin(self) -> None:
         """Nothing: each file is looked at when it is read."""
 
-    def stored(self, images: Indices) -> Stored:
+    def fetch(self, images: Indices) -> InMemory:
         """Read into memory of their own."""
         pieces = [self._images.pieces[image] for image in images.tolist()]
         sizes = np.array([piece.size for piece in pieces], np.int64)
@@ -191,9 +231,9 @@ class FromFiles:
             for place, end, each in zip(others, ends, made, strict=True):
                 is_jpeg[place], heights[place], widths[place] = each.mode == JPEG, each.height, each.width
                 starts[place], sizes[place] = end - len(each.data), len(each.data)
-        return Stored(data, starts, sizes, is_jpeg, heights, widths, _NO_SUMS)
+        return InMemory(data, starts, sizes, is_jpeg, heights, widths, _NO_SUMS)
 
-    def again(self, image: int) -> Stored | None:
+    def again(self, image: int) -> InMemory | None:
         """What `data write` makes of it, if it takes it."""
         made = self._encoded(image)
         if not made.data:
@@ -202,7 +242,7 @@ class FromFiles:
             np.array([value], np.int64) for value in (0, len(made.data), made.height, made.width)
         )
         is_jpeg = np.array([made.mode == JPEG])
-        return Stored(np.frombuffer(made.data, np.uint8), start, size, is_jpeg, height, width, _NO_SUMS)
+        return InMemory(np.frombuffer(made.data, np.uint8), start, size, is_jpeg, height, width, _NO_SUMS)
 
     def check(self) -> None:
         """Nothing: what was read is in memory."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ssam_scale.data.images import Indices, Stored
+from ssam_scale.data.images import Indices, InMemory
 from ssam_scale.data.truncated import MappedFile
 from ssam_scale.errors import UserError
 
@@ -43,10 +43,10 @@ class Mapped:
         """See `Reading`."""
         self._file.check_unchanged()
 
-    def stored(self, images: Indices) -> Stored:
+    def fetch(self, images: Indices) -> InMemory:
         """Where they lie in the mapping."""
         beton = self._beton
-        return Stored(
+        return InMemory(
             self._data,
             beton.starts[images],
             beton.sizes[images],
@@ -56,7 +56,7 @@ class Mapped:
             beton.sums[images] if len(beton.sums) else beton.sums,
         )
 
-    def again(self, image: int) -> Stored | None:
+    def again(self, image: int) -> InMemory | None:
         """None: what was written is what libjpeg takes without a word."""
         return None
 

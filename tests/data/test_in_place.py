@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import os
 import shutil
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -60,6 +62,12 @@ def assert_equal(one: list[tuple[torch.Tensor, ...]], other: list[tuple[torch.Te
     assert len(one) == len(other) > 0
     for mine, theirs in zip(one, other, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+
+
+def test_every_source_is_opened() -> None:
+    for source in SOURCES:
+        with pytest.raises(UserError, match="nowhere: no such"):
+            open_images(Path(f"{source}:nowhere"))
 
 
 @pytest.mark.parametrize(
@@ -214,14 +222,106 @@ def test_the_fingerprint_tells_one_data_set_from_another(folder: Path, copy: Pat
     assert len(found) == 5
 
 
-def test_every_source_is_opened() -> None:
-    for source in SOURCES:
-        with pytest.raises(UserError, match="nowhere: no such"):
-            open_images(Path(f"{source}:nowhere"))
+@pytest.fixture
+def shards(folder: Path, tmp_path: Path) -> Path:
+    """The folder's images as WebDataset has them: three tars, in which an image and its label's number follow."""
+    paths = sorted(folder.rglob("*.JPEG"))
+    generator = np.random.default_rng(3)
+    generator.shuffle(paths)
+    place = tmp_path / "shards"
+    place.mkdir()
+    for number, part in enumerate(np.array_split(np.array(paths, object), 3)):
+        with tarfile.open(place / f"train-{number:03}.tar", "w") as tar:
+            for path in part:
+                add(tar, f"{path.stem}.jpg", path.read_bytes())
+                add(tar, f"{path.stem}.cls", str(int(path.parent.name[1:])).encode())
+                add(tar, f"{path.stem}.json", b"{}")
+    return place
+
+
+def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    tar.addfile(member, io.BytesIO(content))
+
+
+def test_shards_are_read_as_the_file_written_of_them(shards: Path, tmp_path: Path) -> None:
+    """By a folder of them, or by a pattern."""
+    write_beton(shards, tmp_path / "x.beton", jpeg_proportion=1.0, progress=False)
+    for place in (f"wds:{shards}", f"wds:{shards}/train-{{000..002}}.tar", f"wds:{shards}/train-*.tar"):
+        for options in ({}, {"workers": 2, "indices": True}):
+            expected = batches(training(tmp_path / "x.beton", **options), 2)
+            assert_equal(batches(training(Path(place), **options), 2), expected)
+        assert_equal(batches(evaluation(Path(place))), batches(evaluation(tmp_path / "x.beton")))
+    assert_equal(batches(training(Path(f"wds:{shards}")), seen=8), batches(training(tmp_path / "x.beton"))[1:])
+    found = open_images(Path(f"wds:{shards}"))
+    assert (found.images, found.classes, found.class_names) == (CLASSES * PER_CLASS, CLASSES, [])
+    assert found.fingerprint != open_images(Path(f"wds:{shards}/train-00[01].tar")).fingerprint
+
+
+def test_other_formats_in_shards(tmp_path: Path) -> None:
+    draw = np.random.default_rng(1)
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for number in range(9):
+            for suffix, save in (("png", KINDS["png"]), ("jpg", KINDS["progressive"])):
+                save(Image.fromarray(make_image(draw, 40, 30 + number)), tmp_path / "image")
+                add(tar, f"{number}{suffix}.{suffix}", (tmp_path / "image").read_bytes())
+                add(tar, f"{number}{suffix}.cls", b"cat" if number % 2 else b"dog")
+    write_beton(tmp_path / "a.tar", tmp_path / "x.beton", jpeg_proportion=0.0, progress=False)
+    place = Path(f"wds:{tmp_path / 'a.tar'}")
+    assert_equal(batches(training(place)), batches(training(tmp_path / "x.beton")))
+    assert open_images(place).class_names == ["cat", "dog"]
+    training(place, val=tmp_path / "x.beton")
+
+
+def test_a_damaged_image_of_a_shard_is_named(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, place = shards / "train-001.tar", Path(f"wds:{shards}")
+    with tarfile.open(path) as tar:
+        member = next(member for member in tar if member.name.endswith(".jpg"))
+    content = bytearray(path.read_bytes())
+    content[member.offset_data + 2 : member.offset_data + member.size] = bytes(member.size - 2)
+    loader = training(place)
+    batches(loader)
+    path.write_bytes(content)
+    os.utime(path, (1, 1))
+    with pytest.raises(UserError, match=rf"{path}: has changed since the run began"):
+        batches(loader, 0)
+    with pytest.raises(UserError, match=rf"{path}/{member.name}: .*; mend or remove it"):
+        batches(training(place, batch_size=1))
+    assert ssam_scale("data", "check", place) == 2
+    said = capsys.readouterr().err.replace("\n", " ")
+    assert f"1 of 27 images are damaged: train-001.tar/{member.name}" in said
+
+
+def test_shards_that_cannot_be_read_where_they_lie(shards: Path, folder: Path, written: Path, tmp_path: Path) -> None:
+    packed = tmp_path / "packed.tar"
+    packed.write_bytes(gzip.compress((shards / "train-000.tar").read_bytes()))
+    for place, told in {
+        packed: r"packed\.tar: compressed by gzip, so that images cannot be read where they lie; uncompress it first",
+        shards / "train-{000..004}.tar": r"train-003\.tar: no such file",
+        shards / "val-*.tar": "no file fits this pattern",
+        folder: r"has no \.tar in it; give shards of WebDataset, or folder:",
+        written: r"images\.beton: no tar",
+    }.items():
+        with pytest.raises(UserError, match=told):
+            training(Path(f"wds:{place}"))
+    with pytest.raises(ValueError, match=r"order: pages is of \.beton files, and train is wds:; use random"):
+        training(Path(f"wds:{shards}"), order="pages")
+
+
+def test_classes_of_shards_are_compared_by_name(tmp_path: Path) -> None:
+    jpeg = _jpeg(Image.new("RGB", (9, 9)))
+    for name, labels in (("train", ("cat", "dog")), ("val", ("cat", "emu"))):
+        with tarfile.open(tmp_path / f"{name}.tar", "w") as tar:
+            for number, label in enumerate(labels):
+                add(tar, f"{number}.jpg", jpeg)
+                add(tar, f"{number}.cls", label.encode())
+    with pytest.raises(UserError, match=r"different classes \(only one has dog, emu\)"):
+        training(Path(f"wds:{tmp_path}/train.tar"), val=Path(f"wds:{tmp_path}/val.tar"), batch_size=1)
 
 
 def test_what_cannot_be(folder: Path, written: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"order: pages is of \.beton files, and train is of a folder; use random"):
+    with pytest.raises(ValueError, match=r"order: pages is of \.beton files, and train is folder:; use random"):
         training(of(folder), order="pages")
     with pytest.raises(UserError, match=r"nowhere: no such folder; give a folder with one folder of images per class"):
         training(of(tmp_path / "nowhere"))

@@ -57,10 +57,11 @@ def test_what_is_said_before_a_run_of_a_folder(data: Path, home: Path, capsys: p
     assert ssam_scale("train", "--config", config, folder, "--print-config") == 0
     assert yaml.safe_load(capsys.readouterr().out)["data"]["train"] == f"folder:{data}/train"
     for override, told in {
-        "data.order=pages": "order: pages is of .beton files, and train is of a folder; use random",
+        "data.order=pages": "order: pages is of .beton files, and train is folder:; use random",
         f"data.train={data}/train": f"write {data}/train FILE`, or read it as it is: folder:{data}/train",
         "data.train=folder:nowhere": "nowhere: no such folder",
         "data.val=folder:nowhere": "nowhere: no such folder",
+        "data.val=wds:nowhere-{0..2}.tar": "nowhere-0.tar: no such file",
     }.items():
         assert ssam_scale("train", "--config", config, folder, override) == 2
         err = capsys.readouterr().err
