@@ -193,6 +193,7 @@ def test_what_a_killed_process_left_is_sent_once_whatever_had_arrived(
     client.after = iter([GONE] * 100)
     for step in range(1, 2501):
         writer.log({"a": float(step)}, step)
+    wait_until(lambda: bool(history(client, run_id, "a")), 60, "some of it in the store")
     end(writer, 0.2)
     writer._sender.join(60)  # a process that is killed does not go on with the request that it was about
     arrived = len(history(client, run_id, "a"))
