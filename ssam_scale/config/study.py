@@ -32,7 +32,10 @@ _MOST_KNOBS = 2
 # All that dense SAM says; with anything else, less than everything is perturbed, or not in every step.
 _HOW_FAR = {"rho", "rho_schedule", "rho_final", "norm", "calibrate_every", "savings"}
 # What the study decides, the same for every method.
-_OWN = ("data", "tracking", "checkpoint", "sharding", "train.seed", "train.epochs", "train.eval_epochs")
+_OWN = (
+    *(f"data.{key}" for key in ("train", "val", "subset", "batch_size", "eval_batch_size", "eval_resolution")),
+    *("tracking", "checkpoint", "sharding", "train.seed", "train.epochs", "train.eval_epochs"),
+)
 
 
 class StudyData(Section):

@@ -304,6 +304,7 @@ MISTAKES = [
     ),
     ({"methods.new": {"set": {"train.epochs": 9}}}, "train.epochs is the study's, the same for every method"),
     ({"methods.new": {"set": {"data": {}}}}, "data is the study's"),
+    ({"methods.new": {"set": {"data.batch_size": 4}}}, "data.batch_size is the study's, the same for every method"),
     (
         {"methods.new": {"tune": {"perturbation.rho": [0.1]}}},
         "methods.new.tune: has 1 candidates, and .* is 2: .*budget",
