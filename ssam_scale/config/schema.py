@@ -81,6 +81,31 @@ class Model(Section):
 Interpolation: TypeAlias = Literal["bilinear", "bicubic", "area"]
 
 
+class Progressive(Section):
+    """Training crops that grow, as ffcv-imagenet's do: small ones while the network learns what is coarse."""
+
+    resolution: int = Field(ge=8, le=8192, description="side of the training crop until it grows, pixels")
+    from_epoch: int = Field(0, ge=0, description="the last epoch, from 0, of that side")
+    to_epoch: int = Field(ge=1, description="the first epoch of data.resolution; between, the side is between")
+    multiple_of: int = Field(32, ge=1, le=512, description="what sides between are rounded to a multiple of, pixels")
+
+    @model_validator(mode="after")
+    def _grows(self) -> Progressive:
+        if self.to_epoch <= self.from_epoch:
+            raise ValueError(f"to_epoch {self.to_epoch} must be more than from_epoch {self.from_epoch}")
+        return self
+
+    def side(self, epoch: int, largest: int) -> int:
+        """Of the crops of an epoch, from 0, pixels; they end with `largest`."""
+        if epoch <= self.from_epoch:
+            return self.resolution
+        if epoch >= self.to_epoch:
+            return largest
+        grown = (epoch - self.from_epoch) / (self.to_epoch - self.from_epoch)
+        side = self.resolution + grown * (largest - self.resolution)
+        return min(largest, max(self.resolution, round(side / self.multiple_of) * self.multiple_of))
+
+
 class Data(Section):
     """Images and how they are read. Files are written by `ssam-scale data`."""
 
@@ -100,6 +125,7 @@ class Data(Section):
         description="images in one evaluation forward over all processes; null: as many as in training",
     )
     resolution: int = Field(224, ge=8, le=8192, description="side of the training crop, pixels")
+    progressive: Progressive | None = Field(None, description="crops that are smaller in the first epochs; null: none")
     eval_resolution: int = Field(224, ge=8, le=8192, description="side of the evaluation centre crop, pixels")
     eval_crop_ratio: float = Field(
         0.875,
@@ -159,6 +185,15 @@ class Data(Section):
         if info.field_name == "crop_ratio" and not 0.01 <= value[0] <= value[1] <= 100.0:
             raise ValueError("must be ratios of width to height from 0.01 to 100")
         return value
+
+    @model_validator(mode="after")
+    def _grows(self) -> Data:
+        if self.progressive is not None and self.progressive.resolution >= self.resolution:
+            raise ValueError(
+                f"progressive.resolution {self.progressive.resolution} must be less than resolution {self.resolution}, "
+                "which it grows to"
+            )
+        return self
 
     @model_validator(mode="after")
     def _with_pages(self) -> Data:
@@ -637,6 +672,16 @@ class Config(Section):
             raise ValueError(
                 f"schedule.warmup_epochs {self.schedule.warmup_epochs} must be less than "
                 f"train.epochs {self.train.epochs}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _some_epochs_of_the_whole_side(self) -> Config:
+        grows = self.data.progressive
+        if grows is not None and grows.to_epoch >= self.train.epochs:
+            raise ValueError(
+                f"data.progressive.to_epoch {grows.to_epoch} must be less than train.epochs {self.train.epochs}, or no "
+                f"epoch has crops of data.resolution {self.data.resolution}"
             )
         return self
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ssam_scale.config.schema import Interpolation
+from ssam_scale.config.schema import Interpolation, Progressive
 from ssam_scale.data import augment, crop, resize
 from ssam_scale.data.damaged import Damaged, OnDamaged
 from ssam_scale.data.ffcv_import import (
@@ -56,6 +56,13 @@ class View:
     flip: float = 0.0
     share: float = 1.0
     interpolation: Interpolation = "bilinear"
+    progressive: Progressive | None = None
+
+    def of(self, epoch: int) -> View:
+        """Of an epoch, whose crops may be smaller."""
+        if self.progressive is None:
+            return self
+        return replace(self, resolution=self.progressive.side(epoch, self.resolution))
 
 
 class ImageDecoder(Operation):
@@ -70,7 +77,8 @@ class ImageDecoder(Operation):
 
     def __init__(self, reading: Reading, view: View, workers: int, damaged: Damaged) -> None:
         super().__init__()
-        self._reading, self._view, self._workers, self._damaged = reading, view, workers, damaged
+        self._reading, self._whole, self._workers, self._damaged = reading, view, workers, damaged
+        self._view = view  # of this epoch
         self._pool = ThreadPoolExecutor(workers, "decode") if workers > 1 else None
         self._epoch = 0
         self._read_ahead: ReadAhead | None = None
@@ -84,10 +92,11 @@ class ImageDecoder(Operation):
         """
         self._reading.begin()
         self._epoch, self._read_ahead, self._place = epoch, read_ahead, 0
+        self._view = self._whole.of(epoch)
 
     def declare_state_and_memory(self, previous_state: State) -> tuple[State, AllocationQuery]:
         """What FFCV asks: the shape of the output and the memory for it."""
-        shape, kind = (self._view.resolution, self._view.resolution, 3), np.dtype("<u1")
+        shape, kind = (self._whole.resolution, self._whole.resolution, 3), np.dtype("<u1")
         return replace(previous_state, jit_mode=True, shape=shape, dtype=kind), AllocationQuery(shape, kind)
 
     def generate_code(self) -> Callable[..., Any]:
@@ -95,6 +104,9 @@ class ImageDecoder(Operation):
         return self._decode
 
     def _decode(self, indices: Indices, out: NDArray[np.uint8], metadata: Any, storage: Any) -> NDArray[np.uint8]:
+        side = self._view.resolution
+        # Smaller images take the beginning of the memory of larger ones.
+        out = out.reshape(-1)[: len(out) * side * side * 3].reshape(-1, side, side, 3)
         seen = self._damaged.replaced(np.asarray(indices, np.int64))
         bad = self._decode_into(seen, out)
         self._reading.check()

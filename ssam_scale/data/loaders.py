@@ -210,7 +210,15 @@ def train_loader(
     from ssam_scale.data.ffcv_loader import Reader, SharedOrder, View
 
     crop = (*data.crop_scale, *data.crop_ratio)
-    view = View(data.resolution, True, seed, crop, data.flip, interpolation=data.interpolation)
+    view = View(
+        data.resolution,
+        True,
+        seed,
+        crop,
+        data.flip,
+        interpolation=data.interpolation,
+        progressive=data.progressive,
+    )
     memory = int(data.memory * 2**30)
     _check_memory(data, source, world_size)
     order = _order(data, source, _pool(source.images, images), seed, memory)

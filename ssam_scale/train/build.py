@@ -637,8 +637,8 @@ def _mix(config: Config) -> Mixing | None:
 @torch.no_grad()
 def _try_forward(config: Config, model: nn.Module) -> None:
     """A resolution the model cannot take is found out here, in one line, and not by a process in the first step."""
-    for key in ("resolution", "eval_resolution"):
-        side = getattr(config.data, key)
+    sides = [("progressive", side) for side in _sides(config)[:-1]]
+    for key, side in (*sides, ("resolution", config.data.resolution), ("eval_resolution", config.data.eval_resolution)):
         try:
             with torch.random.fork_rng(devices=[]):
                 logits = model.eval()(torch.zeros(1, 3, side, side))
@@ -658,6 +658,12 @@ def _try_forward(config: Config, model: nn.Module) -> None:
     model.train()
 
 
+def _sides(config: Config) -> list[int]:
+    """Of the training crops of all epochs, rising: there is more than one where they grow."""
+    grows, largest = config.data.progressive, config.data.resolution
+    return [largest] if grows is None else sorted({grows.side(e, largest) for e in range(config.train.epochs)})
+
+
 @torch.no_grad()
 def _try_micro_batch(config: Config, model: nn.Module, split: MicroBatches) -> None:
     """A micro-batch of one image that BatchNorm cannot normalise is found out here, and not in the first step."""
@@ -669,7 +675,7 @@ def _try_micro_batch(config: Config, model: nn.Module, split: MicroBatches) -> N
             fraction, key = min((fraction, key), (section.descent.fraction, "descent.fraction"))
     if first_samples(split.images, fraction) > 1 or not batchnorms(model):
         return
-    side = config.data.resolution
+    side = _sides(config)[0]
     try:
         with (
             torch.random.fork_rng(devices=[]),

@@ -364,6 +364,11 @@ def _announce(
         f"{config.train.epochs} epochs of {components.steps_per_epoch} steps of {config.data.batch_size} images, "
         f"{components.split}{', found to fit' if config.train.max_micro_batch == 'auto' else ''}"
     )
+    if (grows := config.data.progressive) is not None:
+        bar.say(
+            f"crops of {grows.resolution} px until epoch {grows.from_epoch + 1}, which grow to "
+            f"{config.data.resolution} by epoch {grows.to_epoch + 1}"
+        )
     fewest = fewest_samples(config, components.steps_per_epoch, components.train.images * world.size)
     if fewest is not None:
         bar.say(

@@ -218,6 +218,24 @@ def test_in_the_file(complaint, text, message):
             "trajectory={kind: mesa}",
             "given.yaml:17: trajectory.start_epoch 5 must be less than train.epochs 3, or no epoch has the term",
         ),
+        (
+            "data.progressive={resolution: 300, to_epoch: 2}",
+            "given.yaml:4: data: progressive.resolution 300 must be less than resolution 224, which it grows to",
+        ),
+        (
+            "data.progressive={resolution: 128, to_epoch: 3}",
+            "given.yaml:17: data.progressive.to_epoch 3 must be less than train.epochs 3, or no epoch has crops of "
+            "data.resolution 224",
+        ),
+        (
+            "data.progressive={resolution: 128, from_epoch: 2, to_epoch: 2}",
+            "override data.progressive={resolution: 128, from_epoch: 2, to_epoch: 2}: data.progressive: to_epoch 2 must be "
+            "more than from_epoch 2",
+        ),
+        (
+            "data.progressive={resolution: 128}",
+            "override data.progressive={resolution: 128}: data.progressive.to_epoch is missing",
+        ),
         ("train.epochs", "override train.epochs: an override is written key=value, for example train.epochs=3"),
         ("=3", "override =3: an override is written key=value, for example train.epochs=3"),
         ("train..epochs=3", "override train..epochs=3: an override is written key=value, for example train.epochs=3"),

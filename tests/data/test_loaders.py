@@ -55,6 +55,20 @@ def test_shapes_and_types(numbered: Path) -> None:
         assert images.is_contiguous(memory_format=torch.channels_last)
 
 
+GROWS = {"resolution": 8, "from_epoch": 0, "to_epoch": 4, "multiple_of": 4}
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_crops_that_grow_are_in_each_epoch_those_of_that_side(numbered: Path, workers: int) -> None:
+    growing = training(numbered, progressive=GROWS, workers=workers)
+    for epoch, side in ((0, 8), (1, 12), (2, 16), (3, 20), (4, 24), (9, 24), (1, 12)):
+        found = read(growing, epoch)
+        assert found[0][0].shape == (8, 3, side, side)
+        assert_equal(found, read(training(numbered, resolution=side), epoch))
+    growing.set_epoch(2, seen=16)
+    assert_equal([tuple(batch) for batch in growing], read(training(numbered, resolution=16), 2)[2:])
+
+
 def test_normalisation(numbered: Path) -> None:
     plain = read(evaluation(numbered, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)))[0][0]
     ours = read(evaluation(numbered))[0][0]

@@ -102,6 +102,17 @@ def test_an_image_size_the_model_cannot_take(data: Path, tmp_path: Path, capsys:
     )
 
 
+def test_the_sides_of_crops_that_grow_are_looked_at_too(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    vit = {"name": "vit_tiny_patch16_224", "num_classes": 4, "kwargs": {"depth": 1, "img_size": 32}}
+    config = write_config(tmp_path / "run.yaml", data, model=vit)
+    grows = "data.progressive={resolution: 16, to_epoch: 1}"
+    assert "data.progressive: vit_tiny_patch16_224 cannot take images of 16 px" in mistake(
+        capsys, "--config", str(config), grows
+    )
+
+
 @pytest.fixture
 def trained(data: Path, tmp_path: Path) -> Path:
     """The configuration of a run that has a checkpoint."""
