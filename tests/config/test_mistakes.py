@@ -229,8 +229,8 @@ def test_in_the_file(complaint, text, message):
         ),
         (
             "data.progressive={resolution: 128, from_epoch: 2, to_epoch: 2}",
-            "override data.progressive={resolution: 128, from_epoch: 2, to_epoch: 2}: data.progressive: to_epoch 2 must be "
-            "more than from_epoch 2",
+            "override data.progressive={resolution: 128, from_epoch: 2, to_epoch: 2}: data.progressive: to_epoch 2 "
+            "must be more than from_epoch 2",
         ),
         (
             "data.progressive={resolution: 128}",

@@ -24,6 +24,7 @@ _TIME_PARAMS = (
     "model.name",
     "data.batch_size",
     "data.resolution",
+    *(f"data.progressive.{key}" for key in ("resolution", "from_epoch", "to_epoch")),
     "train.precision",
     "train.accumulation",
     "train.activation_checkpointing",
