@@ -294,6 +294,8 @@ def test_tars_that_are_damaged_or_of_another_kind(folder: Path, tmp_path: Path) 
         "a has an image and no .cls": tar_of([("a.jpg", image), ("b.cls", b"0")]),
         "a has several images": tar_of([("a.jpg", image), ("a.png", image), ("a.cls", b"0")]),
         r"labels are numbers \(0\) and others \('cat'\)": tar_of([*sample, ("b.jpg", image), ("b.cls", b"cat")]),
+        "label 3000000000: too large for the number of a class": tar_of([sample[0], ("a.cls", b"3000000000")]),
+        "label 99999999999999999999: too large": tar_of([sample[0], ("a.cls", b"9" * 5000)]),
         "has no images with a .cls": tar_of([("a.txt", b"hello")]),
         "has no images with a .cls ": tar_of([]),
         "the tar of class n00000001 has no images": tar_of([("n00000001.tar", tar_of([]))]),
@@ -376,6 +378,9 @@ def test_tables_without_images_or_labels(folder: Path, tmp_path: Path) -> None:
     image = {"bytes": images_of(folder)[0][1], "path": None}
     (tmp_path / "text.parquet").write_text("hello")
     cases = {
+        r"label 3000000000: too large for the number of a class": table(
+            "0.parquet", {"image": [image], "label": [3_000_000_000]}
+        ),
         r"has the columns label; needs one of images": table("1.parquet", {"label": [1]}),
         r"has the columns image; needs": table("2.parquet", {"image": [image]}),
         r"3\.parquet:1: its label is -1: test images, whose": table(

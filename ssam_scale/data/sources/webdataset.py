@@ -12,6 +12,9 @@ from ssam_scale.data.sources.folder import SUFFIXES, class_names
 from ssam_scale.data.sources.tar import Slice, members
 from ssam_scale.errors import UserError
 
+_DIGITS = 6
+"""Of labels. Every number up to the largest becomes a class: ids in the place of labels would fill the memory."""
+
 
 def webdataset_source(
     shards: Sequence[Path],
@@ -54,7 +57,7 @@ def numbered(labels: Sequence[str], classes_of: Path | None, root: Path) -> tupl
     """Numbers of labels that are numbers or names, and what the classes are called.
 
     Raises:
-        UserError: they are some of each, negative, or more than another data set has.
+        UserError: they are some of each, negative, too large to number classes, or more than another data set has.
     """
     numbers = [label for label in labels if label.isdecimal()]
     if numbers and len(numbers) < len(labels):
@@ -66,6 +69,8 @@ def numbered(labels: Sequence[str], classes_of: Path | None, root: Path) -> tupl
         if missing := next((label for label in labels if label not in place), None):
             raise UserError(f"{printable(root)}: class {missing} is not among the {len(names):,} of {classes_of}")
         return [place[label] for label in labels], names
+    if large := next((label for label in labels if len(label.lstrip("0")) > _DIGITS), None):
+        raise UserError(f"{printable(root)}: label {large[:20]}: too large for the number of a class; its id, perhaps?")
     found = [int(label) for label in labels]
     names = [str(number) for number in range(max(found) + 1)] if classes_of is None else class_names(classes_of)
     if max(found) >= len(names):
