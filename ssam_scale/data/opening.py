@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
-from ssam_scale.config.section import in_parts
+from ssam_scale.config.section import SOURCES, in_parts
 from ssam_scale.data.beton import Sidecar, inspect
 from ssam_scale.data.images import Images
 from ssam_scale.data.in_place import InPlace, in_place
 from ssam_scale.data.sources import class_names, printable
 from ssam_scale.data.sources.base import expand
 from ssam_scale.data.sources.folder import folder_source
+from ssam_scale.data.sources.opening import files_of_one_part
 from ssam_scale.data.sources.webdataset import webdataset_source
 from ssam_scale.errors import UserError
 
@@ -28,6 +30,11 @@ def open_images(place: Path) -> Images:
         UserError: there are none, or something is wrong with what is there.
     """
     source, path = in_parts(place)
+    if not source and (other := re.match(r"\w+:", str(place))) and not place.exists():
+        raise UserError(
+            f"{printable(place)}: no such file, and no source of images is called {other[0]}; there are "
+            + ", ".join(f"{known}:" for known in SOURCES)
+        )
     return _OPENED_BY[source](path)
 
 
@@ -53,7 +60,12 @@ def _open_folder(path: Path) -> InPlace:
 
 def _open_shards(pattern: Path) -> InPlace:
     """Shards of WebDataset: a tar, a pattern of tars, or a folder of them."""
-    inside = sorted(pattern.glob("*.tar")) if pattern.is_dir() else expand(pattern)
+    inside: Sequence[Path]
+    if pattern.is_dir():
+        # Hidden ones are no shards, but what systems leave beside files.
+        inside = files_of_one_part(pattern, sorted(tar for tar in pattern.glob("*.tar") if tar.name[0] != "."))
+    else:
+        inside = expand(pattern)
     if not inside:
         raise UserError(f"{printable(pattern)}: has no .tar in it; give shards of WebDataset, or folder:{pattern}")
     try:

@@ -22,6 +22,7 @@ from ssam_scale.config.section import SOURCES
 from ssam_scale.data import ImageLoader, open_images, write_beton
 from ssam_scale.data.check import damaged_images
 from ssam_scale.data.jpeg_header import jpeg_sizes
+from ssam_scale.data.sources import open_source
 from ssam_scale.errors import UserError
 from tests.support.images import make_image, make_image_folder
 from tests.support.loaders import evaluation, training
@@ -307,6 +308,22 @@ def test_shards_that_cannot_be_read_where_they_lie(shards: Path, folder: Path, w
             training(Path(f"wds:{place}"))
     with pytest.raises(ValueError, match=r"order: pages is of \.beton files, and train is wds:; use random"):
         training(Path(f"wds:{shards}"), order="pages")
+
+
+def test_a_folder_of_shards_is_of_one_part_of_a_data_set(shards: Path) -> None:
+    """Validation images beside them are not trained on, as `data write` does not write them; what is hidden is none."""
+    (shards / "._train-000.tar").write_bytes(b"of Finder")
+    assert open_images(Path(f"wds:{shards}")).images == CLASSES * PER_CLASS
+    (shards / "train-002.tar").rename(shards / "val-000.tar")
+    told = rf"has files of train, val; say which, such as '{shards}/val\*\.tar'"
+    for read in (lambda: training(Path(f"wds:{shards}")), lambda: open_source(shards)):
+        with pytest.raises(UserError, match=told):
+            read()
+
+
+def test_sources_that_there_are_not(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"no source of images is called imagenet:; there are folder:, wds:"):
+        training(Path(f"imagenet:{folder}"))
 
 
 def test_classes_of_shards_are_compared_by_name(tmp_path: Path) -> None:

@@ -88,7 +88,7 @@ def _has_labels(tar: Path) -> bool:
     return second is not None and second.name.endswith(".cls")
 
 
-def _files(path: Path) -> list[Path]:
+def _files(path: Path) -> Sequence[Path]:
     """The files of a source that is not a folder of class folders; that folder itself where it is."""
     if not path.is_dir():
         files = expand(path)
@@ -102,14 +102,25 @@ def _files(path: Path) -> list[Path]:
     if any(entry.is_dir() for entry in entries):
         return [path]
     for suffix in (".parquet", ".tar"):
-        files = [entry for entry in entries if entry.suffix == suffix]
-        if not files:
-            continue
-        parts = sorted({re.sub(r"[-_.]?\d.*", "", file.name) for file in files})
-        if len(parts) > 1 and not all(_CLASS_TAR.fullmatch(file.name) for file in files):
-            raise UserError(
-                f"{printable(path)}: has files of {', '.join(map(printable, parts))}; say which, "
-                f"such as '{printable(path / parts[-1])}*{suffix}'"
-            )
-        return files
+        if files := files_of_one_part(path, [entry for entry in entries if entry.suffix == suffix]):
+            return files
     return [path]
+
+
+def files_of_one_part(folder: Path, files: Sequence[Path]) -> Sequence[Path]:
+    """The same files, which are those of one part of a data set: training and validation images are never mixed.
+
+    Args:
+        folder: that they are in.
+        files: all of one suffix.
+
+    Raises:
+        UserError: they are of several parts, by their names up to the number.
+    """
+    parts = sorted({re.sub(r"[-_.]?\d.*", "", file.name) for file in files})
+    if len(parts) > 1 and not all(_CLASS_TAR.fullmatch(file.name) for file in files):
+        raise UserError(
+            f"{printable(folder)}: has files of {', '.join(map(printable, parts))}; say which, "
+            f"such as '{printable(folder / parts[-1])}*{files[0].suffix}'"
+        )
+    return files
