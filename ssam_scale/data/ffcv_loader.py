@@ -158,7 +158,9 @@ def _decode(
     crops: bool,
 ) -> None:
     """`augment.decode` of images, once more of those that may be sound all the same."""
-    _decode_fetched(reading.fetch(images), images, view, epoch, out, bad, crops=crops)
+    for start in range(0, len(images), reading.at_once):
+        few = slice(start, start + reading.at_once)
+        _decode_fetched(reading.fetch(images[few]), images[few], view, epoch, out[few], bad[few], crops=crops)
     for place in np.flatnonzero(bad).tolist():
         if (other := reading.again(int(images[place]))) is not None:
             one = slice(place, place + 1)

@@ -39,6 +39,10 @@ class InMemory:
 class Reading(Protocol):
     """Images while they are read. Safe to call from many threads."""
 
+    @property
+    def at_once(self) -> int:
+        """As many images `fetch` may be asked for by a thread, which has memory for what it gives."""
+
     def begin(self) -> None:
         """An epoch begins.
 

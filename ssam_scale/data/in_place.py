@@ -209,6 +209,9 @@ class FromFiles:
 
         self._images, self._sizes_of = images, jpeg_sizes
 
+    at_once = 8
+    """Those that the loader's decoder does not take are pixels in memory, of up to a page of 8 MiB each."""
+
     def begin(self) -> None:
         """Nothing: each file is looked at when it is read."""
 

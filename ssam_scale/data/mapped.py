@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import sys
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -38,6 +39,9 @@ class Mapped:
             ) from error
         self.mapping: mmap.mmap = mapped._mmap  # type: ignore[attr-defined]
         self._data = np.asarray(mapped)
+
+    at_once = sys.maxsize
+    """Nothing is read by `fetch`."""
 
     def begin(self) -> None:
         """See `Reading`."""

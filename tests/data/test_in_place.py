@@ -7,6 +7,7 @@ import io
 import os
 import shutil
 import tarfile
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -188,6 +189,23 @@ def test_check_names_the_damaged_ones(copy: Path, capsys: pytest.CaptureFixture[
     assert "1 of 27 images are damaged: n00000001/n00000001_4.JPEG (class n00000001)" in said
     assert ssam_scale("data", "check", of(copy), "--add-checksums") == 2
     assert "none can be kept" in capsys.readouterr().err
+
+
+def test_pixels_of_few_images_are_in_memory_at_a_time(tmp_path: Path) -> None:
+    """However many are in a batch, or are checked: of a folder of PNGs they are larger than the files by far."""
+    (tmp_path / "a").mkdir()
+    Image.new("RGB", (600, 600)).save(tmp_path / "a" / "0.png")
+    for number in range(1, 64):
+        (tmp_path / "a" / f"{number}.png").hardlink_to(tmp_path / "a" / "0.png")
+    images = open_images(of(tmp_path))
+    damaged_images(images, workers=1)  # compiles
+    tracemalloc.start()
+    try:
+        assert damaged_images(images, workers=1) == []
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 24 * 3 * 600 * 600  # of 64; eight, twice while they are put behind one another, and what decodes one
 
 
 @pytest.mark.parametrize("change", ["shorter", "other", "gone"])
