@@ -231,8 +231,9 @@ def write_samples(
                 elif skip_bad:
                     image = Written(number, reason=str(result))
                 else:
-                    what = f"{printable(sample.name)}: {result}; mend or remove it, or pass --skip-bad"
-                    raise UserError(what + _kept(part))
+                    # Whoever wanted the file may have no such option.
+                    hint = "mend or remove it (`data write --skip-bad` leaves it out)"
+                    raise UserError(f"{printable(sample.name)}: {result}; {hint}{_kept(part)}")
                 pending.append(image)
                 tally.add([image])
                 written = number + 1

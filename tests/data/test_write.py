@@ -265,7 +265,9 @@ def test_what_lies_in_the_place_of_an_image(source: Path, out: Path) -> None:
     }
     for message, make in makes.items():
         make()
-        with pytest.raises(UserError, match=rf"x\.jpg: {message}.*; mend or remove it, or pass --skip-bad"):
+        with pytest.raises(
+            UserError, match=rf"x\.jpg: {message}.*; mend or remove it \(`data write --skip-bad` leaves"
+        ):
             write_beton(source, out, progress=True)
         place.unlink()
     (source / "n00000009").symlink_to(source / "gone")

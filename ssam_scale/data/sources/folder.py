@@ -76,7 +76,7 @@ def scan_folder(
             hint = (
                 f"; it has folders of its own: did you mean {folder}?"
                 if deeper
-                else "; fill or remove it, or name what has all classes: --classes-of TRAIN.beton"
+                else "; fill or remove it (`data write --classes-of TRAIN.beton` takes the names of all from there)"
             )
             raise UserError(f"{folder}: a class folder without images ({', '.join(sorted(SUFFIXES))}){hint}")
     if not any(files):

@@ -102,8 +102,8 @@ def _files(path: Path) -> Sequence[Path]:
     if any(entry.is_dir() for entry in entries):
         return [path]
     for suffix in (".parquet", ".tar"):
-        if files := files_of_one_part(path, [entry for entry in entries if entry.suffix == suffix]):
-            return files
+        if found := [entry for entry in entries if entry.suffix == suffix]:
+            return files_of_one_part(path, found)
     return [path]
 
 
