@@ -32,14 +32,14 @@ class Piece:
     """Where an image file lies.
 
     Attributes:
-        file: that it is, or lies in.
-        start: bytes of `file` before it.
+        path: of the file that it is, or lies in.
+        start: bytes of that file before it.
         size: its bytes.
-        written: when `file` was written to the last time, nanoseconds since 1970.
+        written: when the file was written to the last time, nanoseconds since 1970.
         name: which it is, below the folder of all; for people, and for the fingerprint. With its suffix.
     """
 
-    file: Path
+    path: Path
     start: int
     size: int
     written: int
@@ -52,7 +52,7 @@ class Piece:
             UserError: it is not what it was.
         """
         try:
-            file = os.open(self.file, os.O_RDONLY)
+            file = os.open(self.path, os.O_RDONLY)
             try:
                 now, got = os.fstat(file), 0
                 while got < self.size and (count := os.preadv(file, [buffer[got:]], self.start + got)):
@@ -60,10 +60,10 @@ class Piece:
             finally:
                 os.close(file)
         except OSError as error:
-            raise UserError(f"{printable(self.file)}: cannot be read any more ({error.strerror})") from error
+            raise UserError(f"{printable(self.path)}: cannot be read any more ({error.strerror})") from error
         if got < self.size or now.st_mtime_ns != self.written:
             raise UserError(
-                f"{printable(self.file)}: has changed since the run began; a run needs the same images to its end: "
+                f"{printable(self.path)}: has changed since the run began; a run needs the same images to its end: "
                 "write others under another name"
             )
 

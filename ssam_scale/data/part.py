@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from ssam_scale.data.beton import PAGE_SIZE, Pages
+from ssam_scale.data.sources import Sample, state_of
 from ssam_scale.errors import UserError
 from ssam_scale.folders import why_not_replaceable
 
@@ -41,6 +42,8 @@ class Written:
     turned: bool = False
     reason: str = ""
     """Why it was left out; empty: it was not."""
+    state: str = ""
+    """`state_of` what it was read from, before it was."""
 
 
 class Part:
@@ -65,16 +68,16 @@ class Part:
         """Whether a later writer would have anything of it."""
         return self._pages > 0
 
-    def resume(self, pages: Pages, labels: Sequence[int], *, with_left_out: bool) -> int:
-        """Take over the pages that are there and sound, and cut off the rest.
+    def resume(self, pages: Pages, samples: Sequence[Sample], *, with_left_out: bool) -> int:
+        """Take over the pages that are there, sound, and of images that are as they were; cut off the rest.
 
         Args:
             pages: of `file`, still empty.
-            labels: of all images to be written.
+            samples: all images to be written.
             with_left_out: take pages by whose writing images were left out, too.
 
         Returns:
-            The first image that is still to be written, counted among `labels`.
+            The first image that is still to be written, counted among `samples`.
         """
         begin, good = 0, 0
         with suppress(OSError):
@@ -84,7 +87,7 @@ class Part:
                 for line in lines[1:]:
                     images, following = _page(line)
                     left_out = any(image.reason for image in images)
-                    if (left_out and not with_left_out) or not self._take(pages, images, labels):
+                    if (left_out and not with_left_out) or not self._take(pages, images, samples):
                         break
                     begin, good = following, good + len(line)
         self.file.truncate(pages.end if self.worth_keeping else 0)
@@ -114,9 +117,11 @@ class Part:
             self.path.unlink(missing_ok=True)
             self.log_path.unlink(missing_ok=True)
 
-    def _take(self, pages: Pages, images: Sequence[Written], labels: Sequence[int]) -> bool:
+    def _take(self, pages: Pages, images: Sequence[Written], samples: Sequence[Sample]) -> bool:
         from ssam_scale.data.xxh64 import xxh64  # imports numba
 
+        if any(image.state != state_of(samples[image.number].source) for image in images):
+            return False
         self.file.seek(pages.end)
         page = np.frombuffer(self.file.read(PAGE_SIZE), np.uint8)
         kept = [image for image in images if not image.reason]
@@ -129,7 +134,10 @@ class Part:
         if len(page) < PAGE_SIZE or not kept:
             return False
         pages.resume(
-            [(image.mode, image.height, image.width, image.size, labels[image.number], image.sum) for image in kept]
+            [
+                (image.mode, image.height, image.width, image.size, samples[image.number].label, image.sum)
+                for image in kept
+            ]
         )
         self.seen += images
         self._pages += 1

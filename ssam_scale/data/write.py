@@ -32,7 +32,7 @@ from ssam_scale.data.encode import BadImageError, Encoded, Encoding, encode, sto
 from ssam_scale.data.part import Part, Written, growing, part_of, sync_folder
 from ssam_scale.data.progress import pace, progress_bar
 from ssam_scale.data.shard import Shard, ShardNote
-from ssam_scale.data.sources import ClassOrder, Sample, listing, open_source, printable
+from ssam_scale.data.sources import ClassOrder, Sample, listing, open_source, printable, state_of
 from ssam_scale.errors import UserError
 from ssam_scale.folders import why_not_replaceable
 
@@ -200,7 +200,7 @@ def write_samples(
         with warnings.catch_warnings(), progress_bar(progress) as bar, growing(out, identity) as part:
             warnings.filterwarnings("ignore", module="PIL")  # of large images, and of transparency, which is left out
             pages = Pages(part.file, len(span))
-            begin = part.resume(pages, [sample.label for sample in tally.samples], with_left_out=skip_bad)
+            begin = part.resume(pages, tally.samples, with_left_out=skip_bad)
             tally.add(part.seen)
             say = bar.console.print if progress else lambda *_, **__: None
             if begin:
@@ -212,7 +212,7 @@ def write_samples(
             task = bar.add_task(f"Writing {printable(out.name)}", total=len(span), completed=begin, unit="images")
             telling = max(_TELL, len(span) // 20)
             pending: list[Written] = []
-            for number, result in enumerate(_encoded(samples, span[begin:], encoding, workers), begin):
+            for number, (state, result) in enumerate(_encoded(samples, span[begin:], encoding, workers), begin):
                 sample = tally.samples[number]
                 if isinstance(result, Encoded):
                     if pages.append(result.mode, result.height, result.width, result.data, sample.label):
@@ -227,9 +227,10 @@ def write_samples(
                         pages.sums[-1],
                         result.kind,
                         result.turned,
+                        state=state,
                     )
                 elif skip_bad:
-                    image = Written(number, reason=str(result))
+                    image = Written(number, reason=str(result), state=state)
                 else:
                     # Whoever wanted the file may have no such option.
                     hint = "mend or remove it (`data write --skip-bad` leaves it out)"
@@ -366,19 +367,21 @@ def up_to_date(target: Path, encoding: Encoding, source: dict[str, Any]) -> bool
 
 def _encoded(
     samples: Sequence[Sample], numbers: Sequence[int], encoding: Encoding, workers: int
-) -> Iterator[Encoded | BadImageError]:
-    """Encode in threads, a bounded number of images ahead, and yield in order."""
+) -> Iterator[tuple[str, Encoded | BadImageError]]:
+    """Encode in threads, a bounded number of images ahead, and yield in order, with the state of where each was."""
 
-    def encode_chunk(chunk: Sequence[int]) -> list[Encoded | BadImageError]:
-        results: list[Encoded | BadImageError] = []
+    def encode_chunk(chunk: Sequence[int]) -> list[tuple[str, Encoded | BadImageError]]:
+        results: list[tuple[str, Encoded | BadImageError]] = []
         for number in chunk:
+            source = samples[number].source
+            state = state_of(source)
             try:
-                results.append(encode(samples[number].source, number, encoding))
+                results.append((state, encode(source, number, encoding)))
             except BadImageError as error:
-                results.append(error)
+                results.append((state, error))
         return results
 
-    pending: deque[Future[list[Encoded | BadImageError]]] = deque()
+    pending: deque[Future[list[tuple[str, Encoded | BadImageError]]]] = deque()
     pool = ThreadPoolExecutor(workers, "encode")
     try:
         for start in range(0, len(numbers), _CHUNK):

@@ -120,6 +120,25 @@ def test_an_image_that_is_refused_does_not_cost_what_was_written_before(
     same(out, whole)
 
 
+def test_an_image_that_has_changed_since_is_read_again(mine: Path, tmp_path: Path) -> None:
+    """And with it what lies behind it, however sound the pages are."""
+    out, fresh = tmp_path / "train.beton", tmp_path / "fresh.beton"
+    images = sorted(mine.rglob("*.JPEG"))
+    for path in images:  # no links any more
+        content = path.read_bytes()
+        path.unlink()
+        path.write_bytes(content)
+    per_page = PAGE_SIZE // (440 * 440 * 3)
+    for changed, kept in ((images[0], False), (images[2 * per_page + 4], True)):
+        stopped(mine, out)
+        changed.write_bytes(images[-1].read_bytes())
+        report = write(mine, out)
+        assert (report.resumed > 0) == kept
+        write(mine, fresh)
+        same(out, fresh)
+        out.unlink()
+
+
 def flip_byte(path: Path, at: int) -> None:
     with path.open("r+b") as file:
         file.seek(at)

@@ -101,7 +101,8 @@ class Result:
         """Fault × attempts × outcome, and the digests, in Markdown."""
         lines = ["| fault | attempts | outcome | not as it should be |", "|---|---|---|---|"]
         for fault in [*(fault.name for fault in LIVE), *AT_REST]:
-            mine = [event for event in self.events if event.fault == fault]
+            if not (mine := [event for event in self.events if event.fault == fault]):
+                continue
             outcomes = dict.fromkeys(event.outcome for event in mine)
             said = "; ".join(f"{sum(event.outcome == each for event in mine)} {each}" for each in outcomes)
             problems = [f"{event.backend}, {event.place}: {event.problem}" for event in mine if event.problem]

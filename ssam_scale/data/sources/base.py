@@ -22,6 +22,10 @@ class Stored(Protocol):
     """An image file that lies in another one, or is a file of its own (a `Path`)."""
 
     @property
+    def path(self) -> Path:
+        """Of the file that it lies in."""
+
+    @property
     def name(self) -> str:
         """Its own, with a suffix if it has one."""
 
@@ -55,6 +59,17 @@ class Source:
     recipe: dict[str, Any]
     root: Path
     notes: list[str] = field(default_factory=list)
+
+
+def state_of(source: Path | Stored | Pixels) -> str:
+    """Size and last change of the file that an image is, or lies in; of what is in memory or gone there is none."""
+    if isinstance(source, np.ndarray):
+        return ""
+    try:
+        found = (source if isinstance(source, Path) else source.path).stat()
+    except OSError:
+        return ""
+    return f"{found.st_size:x}-{found.st_mtime_ns:x}"
 
 
 def evenly(samples: Sequence[Sample], limit: int | None) -> list[Sample]:
