@@ -216,9 +216,9 @@ def _answer(connection: Connection) -> Any:
     try:
         answer = connection.recv()
     except EOFError:
-        raise RuntimeError("a process that reads has ended") from None
-    if isinstance(answer, Exception):
-        raise answer
+        raise UserError("a process that reads has ended; has the machine the memory for so many?") from None
+    if isinstance(answer, str):
+        raise UserError(answer)
     return answer
 
 
@@ -267,7 +267,8 @@ def _read(connection: Connection, reader: Reader, share: Share, cold: bool) -> N
     except EOFError:
         return
     except Exception as error:
-        connection.send(RuntimeError(f"{reader.name}: {type(error).__name__}: {error}"))
+        reason = next(iter(str(error).strip().splitlines()), "")
+        connection.send(f"{reader.name} cannot read {reader.path}: {type(error).__name__}: {reason}")
 
 
 def _reading(epoch: Epoch, number: int) -> Reading:
