@@ -5,7 +5,6 @@ The ascent's gradients are all-reduced here, masked elements only, and not by DD
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -165,8 +164,6 @@ def _place(
     module: nn.Module, make_optimizer: MakeOptimizer, world: World, options: Options
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
     sync: dict[str, Any] = {FORWARD_SYNC_BUFFERS: False}
-    # Of 1 × 1 convolutions of channels_last batches, whose gradient's strides are others for the same memory.
-    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides", UserWarning)
     ids = [world.device.index] if world.device.type == "cuda" else None
     return DistributedDataParallel(module, device_ids=ids, **sync), make_optimizer()
 

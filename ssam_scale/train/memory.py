@@ -170,7 +170,8 @@ class _Trial:
     def step(self, images: int, part: int) -> None:
         """A step with micro-batches of so many images, beside what a process has loaded of its part of the batch."""
         side, classes = self._config.data.resolution, self._config.model.num_classes
-        batch = torch.rand(images, 3, side, side, device=self._device).contiguous(memory_format=torch.channels_last)
+        like_loaded = torch.channels_last if self._device.type == "cuda" else torch.contiguous_format
+        batch = torch.rand(images, 3, side, side, device=self._device).contiguous(memory_format=like_loaded)
         targets = torch.zeros(images, dtype=torch.int64, device=self._device)
         parts = 2  # of this step, and on a GPU of the next one
         if self._config.loss.mixup or self._config.loss.cutmix:
