@@ -158,31 +158,22 @@ def _decode(
     crops: bool,
 ) -> None:
     """`augment.decode` of images, once more of those that may be sound all the same."""
+    code = resize.INTERPOLATIONS.index(view.interpolation)
+
+    def decode(stored: InMemory, part: slice, crops: bool) -> None:
+        augment.decode(
+            stored.data, stored.starts, stored.sizes, stored.is_jpeg, stored.heights, stored.widths, images[part],
+            view.training, view.seed, epoch, view.crop, view.flip, view.share, code, crops, _resizer is not None,
+            stored.sums, out[part], bad[part],
+        )  # fmt: skip
+
     for start in range(0, len(images), reading.at_once):
         few = slice(start, start + reading.at_once)
-        _decode_fetched(reading.fetch(images[few]), images[few], view, epoch, out[few], bad[few], crops=crops)
+        decode(reading.fetch(images[few]), few, crops)
     for place in np.flatnonzero(bad).tolist():
         if (other := reading.again(int(images[place]))) is not None:
-            one = slice(place, place + 1)
             bad[place] = False
-            _decode_fetched(other, images[one], view, epoch, out[one], bad[one], crops=False)
-
-
-def _decode_fetched(
-    stored: InMemory,
-    images: Indices,
-    view: View,
-    epoch: int,
-    out: NDArray[np.uint8],
-    bad: NDArray[np.bool_],
-    *,
-    crops: bool,
-) -> None:
-    augment.decode(
-        stored.data, stored.starts, stored.sizes, stored.is_jpeg, stored.heights, stored.widths, images, view.training,
-        view.seed, epoch, view.crop, view.flip, view.share, resize.INTERPOLATIONS.index(view.interpolation), crops,
-        _resizer is not None, stored.sums, out, bad,
-    )  # fmt: skip
+            decode(other, slice(place, place + 1), False)
 
 
 class LabelDecoder(Operation):

@@ -207,14 +207,5 @@ def _class_of_number(meta: bytes, labels: Path) -> dict[int, str]:
             )
             if not int(children)
         }
-    except (
-        ValueError,
-        TypeError,
-        KeyError,
-        IndexError,
-        OSError,
-        NotImplementedError,
-        zlib.error,
-        struct.error,
-    ) as error:
+    except _UNREADABLE as error:
         raise UserError(f"--labels {printable(labels)}: its {_META} cannot be read ({error})") from error
