@@ -10,9 +10,11 @@ import platform
 import shlex
 import subprocess
 import tempfile
+import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -67,9 +69,16 @@ def compiled(function: _Function) -> _Function:
         # A disk that is full by now, or a file that is another user's or was cut off, is no reason to end a run.
         kept = result._cache
         kept.load_overload, kept.save_overload = _if_it_can(kept.load_overload), _if_it_can(kept.save_overload)
+        # numba numbers the files of a function's machine code, by what its list of them holds. Two processes that
+        # compile it for other types at one time take the same number, and one then runs the other's code.
+        kept._cache_file._data_name = partial(_a_name_of_its_own, Path(kept._cache_file._index_name).stem)
     except RuntimeError:  # no folder to keep machine code in: neither beside this file nor in the user's cache
         result = numba.njit(nogil=True, error_model="numpy")(function)
     return result
+
+
+def _a_name_of_its_own(function: str, number: int) -> str:
+    return f"{function}.{number}.{uuid.uuid4().hex[:16]}.nbc"
 
 
 def _if_it_can(of_cache: Callable[..., Any]) -> Callable[..., Any]:

@@ -272,10 +272,12 @@ def test_a_method_that_fails_does_not_hold_the_others_up(larger: LoadedStudy, tm
 
 @pytest.mark.parametrize("path", sorted(STUDIES.glob("*.yaml")), ids=lambda p: p.stem)
 def test_the_studies_that_are_there(path: Path) -> None:
+    """Those whose plans we recommend have ten seeds for what is left; one of a single key need not."""
     loaded = LoadedStudy(path)
     assert loaded.study.seeds.each >= 5
-    assert loaded.study.seeds.finalists >= 10
-    assert len(Cells(loaded).all({})) > 100
+    if loaded.study.seeds.count:
+        assert loaded.study.seeds.finalists >= 10
+        assert len(Cells(loaded).all({})) > 100
     perturbed = [loaded.config(name, method.grid[0]) for name, method in loaded.study.methods.items()]
     assert len({config.model_dump_json() for config in perturbed}) == len(perturbed), "two methods are the same"
 

@@ -106,6 +106,7 @@ def deepspeed() -> st.SearchStrategy[dict[str, Any]]:
 @st.composite
 def configs(draw: st.DrawFn) -> Config:
     data = draw(section(Config))
+    _grows(data["data"], data["train"])
     # What the rules about several keys ask for.
     accumulation = data["train"]["accumulation"] or 1
     data["data"]["batch_size"] = max(1, data["data"]["batch_size"] // accumulation) * accumulation
@@ -159,6 +160,15 @@ def configs(draw: st.DrawFn) -> Config:
     data["train"]["compile"] &= data["sharding"]["backend"] != "zero3"
     data["sharding"]["deepspeed"] = draw(deepspeed()) if data["sharding"]["backend"].startswith("zero") else {}
     return Config.model_validate(data)
+
+
+def _grows(data: dict[str, Any], train: dict[str, Any]) -> None:
+    if (progressive := data["progressive"]) and progressive["resolution"] >= data["resolution"]:
+        data["progressive"] = None
+    elif progressive:
+        progressive["from_epoch"] = min(progressive["from_epoch"], 10**6 - 2)
+        progressive["to_epoch"] = min(max(progressive["to_epoch"], progressive["from_epoch"] + 1), 10**6 - 1)
+        train["epochs"] = max(train["epochs"], progressive["to_epoch"] + 1)
 
 
 def _of_the_descent(perturbation: dict[str, Any]) -> None:
@@ -330,7 +340,9 @@ def full(key: str) -> dict[str, Any]:
         text = f"{SMALL}trajectory: {term}\n".replace("    pattern: depth\n    cut: [0.25, 0.75]\n", f"    {mask}\n")
         above = f"  {extra}\n" * bool(extra) + f"  direction: {{source: {source}}}\n"
         text = re.sub("  norm: .*\n", "", text).replace("  rho:", f"{above}  rho:")
-        data = Config.model_validate(yaml.safe_load(text)).model_dump(mode="json")
+        given = yaml.safe_load(text)
+        given["data"] |= {"resolution": 28, "progressive": {"resolution": 8, "to_epoch": 1}}
+        data = Config.model_validate(given).model_dump(mode="json")
         around = data
         for part in key.split(".")[:-1]:
             around = around.get(part) or {}

@@ -18,17 +18,21 @@ import resource, sys
 import numpy, torch, numba
 if sys.argv[1] == "full":
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-from ssam_scale.data.xxh64 import xxh64
-print(int(xxh64(numpy.frombuffer({DATA!r}, numpy.uint8))))
+from ssam_scale.data import xxh64 as module
+if sys.argv[1] == "unseen":  # as at the moment before another process writes its list
+    for function in (module.xxh64, module._little_endian, module._merged, module._round, module._rotated):
+        function._cache._cache_file._load_index = dict
+data = numpy.frombuffer({DATA!r}, numpy.uint8)
+print(int(module.xxh64(data.copy() if sys.argv[2] == "writable" else data)))
 """
 
 pytestmark = pytest.mark.slow
 
 
-def hashed(cache: Path | str, disk: str = "empty") -> None:
-    """In a process of its own, whose disk may be full."""
+def hashed(cache: Path | str, disk: str = "empty", array: str = "readonly") -> None:
+    """In a process of its own, whose disk may be full, or may not show what others wrote."""
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", HASHED, disk], env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", HASHED, disk, array], env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip()) == (0, str(xxhash.xxh64_intdigest(DATA))), done.stderr
 
 
@@ -51,3 +55,12 @@ def test_a_cache_that_is_damaged(tmp_path: Path) -> None:
         for path in damaged:
             path.write_bytes(content)
         hashed(tmp_path)
+
+
+def test_two_processes_that_compile_at_one_time(tmp_path: Path) -> None:
+    """For other types each: neither runs the other's code, whoever's list of the files is the one that stays."""
+    for first, second in (("readonly", "writable"), ("writable", "readonly")):
+        hashed(tmp_path, "unseen", first)
+        hashed(tmp_path, "unseen", second)
+        hashed(tmp_path, array=first)
+        hashed(tmp_path, array=second)
