@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 from pydantic import AfterValidator, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from .augment_sections import Augment
 from .deepspeed import problems
 from .direction_sections import (
     DescentSection,
@@ -137,6 +138,25 @@ class Data(Section):
     crop_scale: tuple[float, float] = Field((0.08, 1.0), description="area of the random crop, share of the image")
     crop_ratio: tuple[float, float] = Field((0.75, 4.0 / 3.0), description="aspect ratio of the random crop")
     flip: Share = Field(0.5, description="probability of a horizontal flip")
+    augment: Augment | None = Field(
+        None, description="what is done to the pixels of crops, on the device; null: nothing"
+    )
+    color_jitter: float = Field(
+        0.0,
+        ge=0.0,
+        le=1.0,
+        description="how far from 1 the factors of brightness, contrast and saturation are, at the most, as timm's "
+        "color_jitter; after augment",
+    )
+    erasing: Share = Field(0.0, description="probability that a box of an image becomes noise, as timm's reprob")
+    repeats: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description="how often an image of an epoch is in it, each time cropped and augmented anew; an epoch is as "
+        "long, and has one of so many images",
+    )
+    eval_flip: bool = Field(False, description="evaluate by the mean logits of each image and its mirror image")
     interpolation: Interpolation = Field(
         "bilinear",
         description="how crops are resized: bilinear or bicubic, by filters that widen as an image shrinks, as "
@@ -203,6 +223,8 @@ class Data(Section):
                 f"order: pages is of .beton files, and train is {source}:; use random, or write the images with "
                 "`ssam-scale data write`"
             )
+        if self.repeats > 1 and self.order == "pages":
+            raise ValueError("repeats: an order by pages reads each image once; use order: random")
         return self
 
 
@@ -709,6 +731,11 @@ class Config(Section):
             raise ValueError(
                 "trajectory.kind saf remembers the outputs of each image once an epoch, and data.on_damaged skip shows "
                 "another one in the place of a damaged one; use mesa, or stop"
+            )
+        if self.data.repeats > 1:
+            raise ValueError(
+                "trajectory.kind saf remembers the outputs of each image once an epoch, and data.repeats shows some "
+                "several times and others not at all; use mesa, or data.repeats: 1"
             )
         for key in ("mixup", "cutmix"):
             if getattr(self.loss, key):

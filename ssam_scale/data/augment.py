@@ -31,6 +31,8 @@ _TRIES = 10
 _FLIP = 0
 _FIRST_TRY = 1
 _PLACE = _FIRST_TRY + 2 * _TRIES
+FIRST_OF_DEVICE = _PLACE + 2
+"""The first draw for an image that `decode` does not take."""
 
 _PIXELS_RGB = 0  # turbojpeg's code
 
@@ -100,6 +102,29 @@ def sample_key(seed: int, epoch: int, index: int) -> Any:
 def uniform(key: Any, draw: int) -> float:
     """Draw number `draw` for this key, evenly distributed over [0, 1)."""
     return np.float64(_mix(np.uint64(key) + np.uint64(draw) * _GOLDEN) >> np.uint64(11)) * 2.0**-53
+
+
+@compiled
+def _fill_uniforms(seed: int, epoch: int, indices: Any, first: int, out: Any) -> None:
+    for k in range(len(indices)):
+        key = sample_key(seed, epoch, indices[k])
+        for draw in range(out.shape[1]):
+            out[k, draw] = uniform(key, first + draw)
+
+
+def uniforms(seed: int, epoch: int, indices: Any, first: int, count: int) -> Any:
+    """Draws for images in one epoch, float64 [N, count], evenly distributed over [0, 1).
+
+    Args:
+        seed: of the run.
+        epoch: from 0.
+        indices: int64 [N], of the images.
+        first: number of the first draw; those below `FIRST_OF_DEVICE` are taken by `decode`.
+        count: draws for each.
+    """
+    out = np.empty((len(indices), count))
+    _fill_uniforms(seed, epoch, np.ascontiguousarray(indices, np.int64), first, out)
+    return out
 
 
 @compiled

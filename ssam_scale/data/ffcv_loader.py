@@ -70,14 +70,15 @@ class ImageDecoder(Operation):
 
     Args:
         reading: where images come from.
+        count: how many there are.
         view: what is cut out of an image.
         workers: threads that decode.
         damaged: what becomes of images that are.
     """
 
-    def __init__(self, reading: Reading, view: View, workers: int, damaged: Damaged) -> None:
+    def __init__(self, reading: Reading, count: int, view: View, workers: int, damaged: Damaged) -> None:
         super().__init__()
-        self._reading, self._whole, self._workers, self._damaged = reading, view, workers, damaged
+        self._count, self._reading, self._whole, self._workers, self._damaged = count, reading, view, workers, damaged
         self._view = view  # of this epoch
         self._pool = ThreadPoolExecutor(workers, "decode") if workers > 1 else None
         self._epoch = 0
@@ -107,29 +108,31 @@ class ImageDecoder(Operation):
         side = self._view.resolution
         # Smaller images take the beginning of the memory of larger ones.
         out = out.reshape(-1)[: len(out) * side * side * 3].reshape(-1, side, side, 3)
-        seen = self._damaged.replaced(np.asarray(indices, np.int64))
-        bad = self._decode_into(seen, out)
+        copies, images = np.divmod(np.asarray(indices, np.int64), self._count)
+        seen, keys = self._damaged.replaced(images), copies * self._count
+        bad = self._decode_into(seen, out, keys)
         self._reading.check()
         for place in np.flatnonzero(bad).tolist():
-            own = out[place : place + 1]
+            own, key = out[place : place + 1], keys[place : place + 1]
 
-            def is_sound(other: int, own: NDArray[np.uint8] = own) -> bool:
-                return not self._decode_into(np.array([other]), own).any()
+            def is_sound(other: int, own: NDArray[np.uint8] = own, key: Indices = key) -> bool:
+                return not self._decode_into(np.array([other]), own, key).any()
 
-            self._damaged.replace(int(indices[place]), is_sound)
+            self._damaged.replace(int(images[place]), is_sound)
         self._place += len(indices)
         if self._read_ahead is not None:
             self._read_ahead.advance(self._place)
         return out[: len(indices)]
 
-    def _decode_into(self, images: Indices, out: NDArray[np.uint8]) -> NDArray[np.bool_]:
-        """Whether each is damaged."""
+    def _decode_into(self, images: Indices, out: NDArray[np.uint8], keys: Indices) -> NDArray[np.bool_]:
+        """Whether each is damaged; with its number, a key is what its crop is drawn by."""
         bad = np.zeros(len(images), np.bool_)
 
         def decode(part: slice) -> None:
             _decode(
-                self._reading, images[part], self._view, self._epoch, out[part], bad[part], crops=_crops is not None
-            )
+                self._reading, images[part], self._view, self._epoch, out[part], bad[part], keys[part],
+                crops=_crops is not None,
+            )  # fmt: skip
 
         if self._pool is None or len(images) == 1:
             decode(slice(0, len(images)))
@@ -143,7 +146,7 @@ class ImageDecoder(Operation):
 def undecodable(reading: Reading, images: Indices) -> NDArray[np.bool_]:
     """Of which of these images libjpeg complains, or that have another size than a file's table says."""
     bad, small = np.zeros(len(images), np.bool_), np.empty((len(images), 8, 8, 3), np.uint8)
-    _decode(reading, images, View(8, False), 0, small, bad, crops=False)
+    _decode(reading, images, View(8, False), 0, small, bad, np.zeros_like(images), crops=False)
     return bad
 
 
@@ -154,6 +157,7 @@ def _decode(
     epoch: int,
     out: NDArray[np.uint8],
     bad: NDArray[np.bool_],
+    keys: Indices,
     *,
     crops: bool,
 ) -> None:
@@ -162,7 +166,8 @@ def _decode(
 
     def decode(stored: InMemory, part: slice, crops: bool) -> None:
         augment.decode(
-            stored.data, stored.starts, stored.sizes, stored.is_jpeg, stored.heights, stored.widths, images[part],
+            stored.data, stored.starts, stored.sizes, stored.is_jpeg, stored.heights, stored.widths,
+            images[part] + keys[part],
             view.training, view.seed, epoch, view.crop, view.flip, view.share, code, crops, _resizer is not None,
             stored.sums, out[part], bad[part],
         )  # fmt: skip
@@ -188,14 +193,14 @@ class LabelDecoder(Operation):
         """What FFCV calls for each batch."""
 
         def decode(indices: Indices, out: NDArray[np.int64], metadata: Any, storage: Any) -> NDArray[np.int64]:
-            out[: len(indices), 0] = metadata[indices]
+            out[: len(indices), 0] = metadata[indices % len(metadata)]
             return out[: len(indices)]
 
         return decode
 
 
 class IndexDecoder(LabelDecoder):
-    """Fills int64 batches [N, 1] of which images of the file they are."""
+    """Fills int64 batches [N, 1] of which images of the file they are, and which copies of them (`RepeatedOrder`)."""
 
     def generate_code(self) -> Callable[..., Any]:
         """What FFCV calls for each batch."""
@@ -293,8 +298,10 @@ class Epoch(EpochIterator):
             batch: tuple[Any, ...] = item[1]
             if damaged.instead:
                 size = self.loader.batch_size
-                seen = damaged.replaced(self.order[self._taken * size : (self._taken + 1) * size])
-                for out, values in zip(batch[1:], (labels[seen], seen), strict=False):
+                given = self.order[self._taken * size : (self._taken + 1) * size]
+                copies, images = np.divmod(given, len(labels))
+                seen = damaged.replaced(images)
+                for out, values in zip(batch[1:], (labels[seen], seen + copies * len(labels)), strict=False):
                     out[:, 0] = torch.from_numpy(values)
             self._taken += 1
             return batch
@@ -346,7 +353,7 @@ class Reader:
         self.images, self._memory = images, memory
         self._reading = images.reading()
         self.damaged = Damaged(images, on_damaged)
-        self._decoder = ImageDecoder(self._reading, view, workers, self.damaged)
+        self._decoder = ImageDecoder(self._reading, images.images, view, workers, self.damaged)
         self._order = order
         options: dict[str, Any] = {"order": order}
         if isinstance(order, np.ndarray):

@@ -17,9 +17,10 @@ from ssam_scale.config.schema import Data
 from ssam_scale.cores import usable_cores
 from ssam_scale.data.aside import Aside
 from ssam_scale.data.beton import Beton
+from ssam_scale.data.device_augment import DeviceAugment, device_augment
 from ssam_scale.data.images import Images
 from ssam_scale.data.opening import names_of_classes, open_images
-from ssam_scale.data.order import LANES, Order, PageOrder, RandomOrder
+from ssam_scale.data.order import LANES, Order, PageOrder, RandomOrder, RepeatedOrder
 from ssam_scale.errors import UserError
 
 if TYPE_CHECKING:
@@ -62,6 +63,8 @@ class ImageLoader:
         device: torch.device,
         mean: tuple[float, float, float],
         std: tuple[float, float, float],
+        augment: DeviceAugment | None = None,
+        indexed: bool = False,
     ) -> None:
         self.images = images
         """How many images this process reads in one epoch."""
@@ -72,7 +75,7 @@ class ImageLoader:
         self._reader = reader
         self._running: Epoch | None = None
         self._epoch = self._seen = 0
-        self._device = device
+        self._device, self._augment, self._indexed = device, augment, indexed
         self.aside = Aside(device)
         """Where batches are copied to the device and normalised; more can be done with them there."""
         self._scale = (1.0 / (255.0 * torch.tensor(std))).view(1, 3, 1, 1).to(device)
@@ -117,11 +120,11 @@ class ImageLoader:
         Raises:
             UserError: an image in the file is damaged.
         """
-        decoded = self.decoded()
+        decoded, epoch = self.decoded(), self._epoch
         self.aside.follow()  # mean and std are there
         try:
             for item in decoded:
-                batch = self._on_device(*item)
+                batch = self._on_device(epoch, *item)
                 self.aside.hand_over(batch)
                 yield batch
                 self.aside.wait_for_copies()  # FFCV refills these buffers once the next batch is asked for
@@ -155,26 +158,36 @@ class ImageLoader:
             self._running.stop()
             self._running = None
 
-    def _on_device(self, pixels: torch.Tensor, labels: torch.Tensor, *indices: torch.Tensor) -> Batch:
+    def _on_device(self, epoch: int, pixels: torch.Tensor, labels: torch.Tensor, *indices: torch.Tensor) -> Batch:
         """A batch of its own from FFCV's buffers: uint8 [N, H, W, 3] and int64 [N, 1], and perhaps indices [N, 1]."""
-        batch = self._images_and_labels(pixels, labels)
-        if not indices:
+        keys = indices[0][:, 0].numpy().copy() if indices else np.empty(0, np.int64)
+        pixels, labels = pixels.permute(0, 3, 1, 2), labels[:, 0]
+        with self.aside:
+            if self.aside.overlaps:
+                pixels, labels = pixels.to(self._device, non_blocking=True), labels.to(self._device, non_blocking=True)
+                self.aside.note_copies()
+            else:
+                labels = labels.to(self._device, copy=True)
+            batch = Batch(self._normalised(epoch, pixels, keys), labels)
+        if not self._indexed:
             return batch
         indexed = IndexedBatch(*batch)
-        indexed.indices = indices[0][:, 0].clone()
+        indexed.indices = torch.from_numpy(keys % self.source.images)
         return indexed
 
-    def _images_and_labels(self, pixels: torch.Tensor, labels: torch.Tensor) -> Batch:
-        pixels, labels = pixels.permute(0, 3, 1, 2), labels[:, 0]
-        if not self.aside.overlaps:
-            # Not in channels_last, in which torch 2.13's convolutions write behind their memory (8 channels, 192 px).
-            images = pixels.to(self._device, torch.float32, memory_format=torch.contiguous_format)
-            return Batch(images.mul_(self._scale).add_(self._shift), labels.to(self._device, copy=True))
-        with self.aside:
-            pixels, labels = pixels.to(self._device, non_blocking=True), labels.to(self._device, non_blocking=True)
-            self.aside.note_copies()
-            images = pixels.to(torch.float32)  # keeps the memory format, which is channels_last
-            return Batch(images.mul_(self._scale).add_(self._shift), labels)
+    def _normalised(self, epoch: int, pixels: torch.Tensor, keys: NDArray[np.int64]) -> torch.Tensor:
+        """float32 of uint8 [N, 3, H, W], augmented before and after."""
+        if self._augment is not None:
+            if not self.aside.overlaps:
+                pixels = pixels.clone()
+            pixels = self._augment.pixels(pixels, keys, epoch)
+        # On CUDA the memory format is kept, which is channels_last. On a CPU torch 2.13's convolutions write behind
+        # their memory in it (8 channels, 192 px).
+        layout = torch.preserve_format if self.aside.overlaps else torch.contiguous_format
+        images = pixels.to(self._device, torch.float32, memory_format=layout).mul_(self._scale).add_(self._shift)
+        if self._augment is not None:
+            self._augment.normalised_(images, keys, epoch)
+        return images
 
 
 def train_loader(
@@ -220,13 +233,21 @@ def train_loader(
         interpolation=data.interpolation,
         progressive=data.progressive,
     )
+    augment = device_augment(data, seed)
     memory = int(data.memory * 2**30)
     _check_memory(data, source, world_size)
     order = _order(data, source, _pool(source.images, images), seed, memory)
     shared = SharedOrder(order, rank, world_size, micro_batch)
     workers = _workers(data, world_size)
     reader = Reader(
-        source, view, shared, micro_batch, workers, indices=indices, memory=memory, on_damaged=data.on_damaged
+        source,
+        view,
+        shared,
+        micro_batch,
+        workers,
+        indices=indices or augment is not None,
+        memory=memory,
+        on_damaged=data.on_damaged,
     )
     return ImageLoader(
         reader,
@@ -236,6 +257,8 @@ def train_loader(
         device=device,
         mean=data.mean,
         std=data.std,
+        augment=augment,
+        indexed=indices,
     )
 
 
@@ -288,6 +311,8 @@ def _check_memory(data: Data, source: Images, world_size: int) -> None:
 
 
 def _order(data: Data, source: Images, pool: NDArray[np.int64], seed: int, memory: int) -> Order:
+    if data.repeats > 1:
+        return RepeatedOrder(pool, seed, source.images, data.repeats)
     if data.order == "random":
         return RandomOrder(pool, seed)
     assert isinstance(source, Beton)  # nothing else has pages, which `Data` says

@@ -160,9 +160,15 @@ def uniform_(out: Tensor, start: int, state: int) -> None:
         # int64 stands for unsigned integers: sums and products wrap in the same way.
         bits = arange(first, first + len(part), dtype=int64, device=out.device)
         bits.mul_(_signed(_STEP)).add_(_signed(state))
-        for shift, factor in _MIX:
-            bits.bitwise_xor_(_shifted(bits, shift)).mul_(_signed(factor))
+        mixed_(bits)
         part.copy_(_shifted(bits, 40)).mul_(2.0**-24)
+
+
+def mixed_(bits: Tensor) -> Tensor:
+    """SplitMix64's finaliser in place: int64, which stands for unsigned integers."""
+    for shift, factor in _MIX:
+        bits.bitwise_xor_(_shifted(bits, shift)).mul_(_signed(factor))
+    return bits
 
 
 def _shifted(bits: Tensor, by: int) -> Tensor:

@@ -63,6 +63,7 @@ def evaluate(
     world: World,
     precision: torch.dtype,
     interrupted: Callable[[], bool] = lambda: False,
+    flip: bool = False,
 ) -> Evaluation:
     """Evaluate `module` on all images of all processes.
 
@@ -76,6 +77,7 @@ def evaluate(
         world: over whom to sum.
         precision: of the forward, by autocast unless float32.
         interrupted: asked before each forward, with the same answer on every process.
+        flip: take the mean logits of each image and its mirror image.
 
     Raises:
         EvaluationInterrupted: the answer was yes.
@@ -85,13 +87,13 @@ def evaluate(
         batch, done = None, 0
         for batch in batches:
             _leave_if(interrupted())
-            totals += _measure(module, batch, precision)
+            totals += _measure(module, batch, precision, flip)
             done += 1
         for _ in range(done, forwards):
             _leave_if(interrupted())
             if batch is None:
                 raise RuntimeError("a process has no image to evaluate; evaluate on fewer processes")
-            _measure(module, batch, precision)
+            _measure(module, batch, precision, flip)
     top1, top5, loss, images = world.sum(totals).tolist()
     top5 = None if math.isnan(top5) else 100.0 * top5 / images
     return Evaluation(100.0 * top1 / images, top5, loss / images, int(images))
@@ -174,7 +176,15 @@ class Evaluate(Hook):
         loader, components = self._components.val, self._components
         forwards = loader.batches_everywhere
         batches = self._bar.track(loader, label, forwards)
-        return evaluate(components.module, batches, forwards, self._world, components.precision, self._interrupted)
+        return evaluate(
+            components.module,
+            batches,
+            forwards,
+            self._world,
+            components.precision,
+            self._interrupted,
+            self._config.data.eval_flip,
+        )
 
     def _interrupted(self) -> bool:
         self._world.whereabouts.at(self.doing)  # before each batch: an evaluation may take longer than a wait
@@ -186,11 +196,12 @@ def _leave_if(interrupted: bool) -> None:
         raise EvaluationInterrupted
 
 
-def _measure(module: nn.Module, batch: tuple[Tensor, Tensor], precision: torch.dtype) -> Tensor:
+def _measure(module: nn.Module, batch: tuple[Tensor, Tensor], precision: torch.dtype, flip: bool) -> Tensor:
     images, labels = batch
     with torch.autocast(images.device.type, precision, enabled=precision != torch.float32):
-        logits = module(images)
-    logits = logits.float()
+        logits = module(images).float()
+        if flip:
+            logits = 0.5 * (logits + module(images.flip(-1)).float())
     best = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
     loss = F.cross_entropy(logits, labels, reduction="sum")
     top5 = best.sum() if logits.shape[1] > 5 else loss.new_full((), math.nan)
