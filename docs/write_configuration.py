@@ -132,7 +132,7 @@ def write_sections(section: type[Section], path: str) -> Iterator[str]:
         for one in inside:
             title = f"`{here}`"
             if len(inside) > 1:
-                tag = next(key for key in ("pattern", "source", "kind") if key in one.model_fields)
+                tag = next(key for key in ("pattern", "source", "kind", "policy") if key in one.model_fields)
                 title = f"{tag} {' or '.join(get_args(one.model_fields[tag].annotation))}"
             note = f" {capitalised(field.description)}." if field.description and len(inside) == 1 else ""
             yield from (f"{level}{'#' * (len(inside) > 1)} {title}", "")

@@ -19,13 +19,13 @@ def list_command(
     kind: Annotated[
         str,
         typer.Argument(
-            help="masks, directions, trajectories, scores, schedules, backends or models.", show_default=False
+            help="masks, directions, trajectories, scores, schedules, policies, backends or models.", show_default=False
         ),
     ],
     word: Annotated[str, typer.Argument(help="Only what has this word in its name; of models, which they are.")] = "",
     as_json: AsJson = False,
 ) -> None:
-    """List what a configuration can name: masks, directions, loss terms, scores, schedules, backends, models to cut."""
+    """List what a configuration can name: masks, directions, loss terms, scores, schedules, backends and more."""
     if kind not in KINDS:
         from ssam_scale.config.spelling import nearest
 
@@ -65,6 +65,12 @@ def _trajectories(word: str) -> list[Row]:
     from ssam_scale.methods import TRAJECTORIES
 
     return _rows(TRAJECTORIES, word)
+
+
+def _policies(word: str) -> list[Row]:
+    from ssam_scale.data.policies import POLICIES
+
+    return _rows(POLICIES, word)
 
 
 def _scores(word: str) -> list[Row]:
@@ -115,6 +121,7 @@ KINDS: dict[str, tuple[str, Callable[[str], list[Row]]]] = {
     "trajectories": ("trajectory.kind: a loss term by outputs of earlier weights", _trajectories),
     "scores": ("perturbation.mask.score, and drop and grow of perturbation.mask.dynamic", _scores),
     "schedules": ("perturbation.rho_schedule; interval and window are keys of perturbation themselves", _schedules),
+    "policies": ("data.augment.policy: what is done to training crops", _policies),
     "backends": ("sharding.backend", _backends),
     "models": ("model.name takes any timm model; the patterns depth and block need one of these, in stages", _models),
 }

@@ -8,6 +8,7 @@ from typing import Any, get_args
 import pytest
 
 from ssam_scale.cli.list import KINDS
+from ssam_scale.config.augment_sections import Augment
 from ssam_scale.config.mask_sections import Score
 from ssam_scale.config.schema import RhoSchedule, Sharding
 from tests.support.runs import ssam_scale
@@ -42,6 +43,9 @@ def test_what_is_listed_is_what_a_configuration_takes(capsys: pytest.CaptureFixt
     assert names(capsys, "trajectories") == ["mesa", "saf"]
     assert names(capsys, "scores") == sorted(get_args(Score))
     assert names(capsys, "schedules") == [*sorted(get_args(RhoSchedule)), "interval", "window"]
+    sections = get_args(get_args(Augment)[0])
+    policies = [policy for s in sections for policy in get_args(s.model_fields["policy"].annotation)]
+    assert names(capsys, "policies") == sorted(policies)
     backends = set(get_args(Sharding.model_fields["backend"].annotation)) - {"auto"}
     assert set(names(capsys, "backends")) == backends
 
@@ -61,10 +65,13 @@ def test_a_word_narrows_it_down(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (
             ["maskz"],
-            "list maskz: there are masks, directions, trajectories, scores, schedules, backends and models; did you "
-            "mean masks?",
+            "list maskz: there are masks, directions, trajectories, scores, schedules, policies, backends and models; "
+            "did you mean masks?",
         ),
-        (["xyz"], "list xyz: there are masks, directions, trajectories, scores, schedules, backends and models"),
+        (
+            ["xyz"],
+            "list xyz: there are masks, directions, trajectories, scores, schedules, policies, backends and models",
+        ),
         (["masks", "hexagon"], "list masks hexagon: no name has 'hexagon' in it"),
     ],
 )

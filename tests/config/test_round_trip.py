@@ -107,6 +107,8 @@ def deepspeed() -> st.SearchStrategy[dict[str, Any]]:
 def configs(draw: st.DrawFn) -> Config:
     data = draw(section(Config))
     _grows(data["data"], data["train"])
+    if data["data"]["order"] == "pages":
+        data["data"]["repeats"] = 1
     # What the rules about several keys ask for.
     accumulation = data["train"]["accumulation"] or 1
     data["data"]["batch_size"] = max(1, data["data"]["batch_size"] // accumulation) * accumulation
@@ -150,7 +152,7 @@ def configs(draw: st.DrawFn) -> Config:
         term["start_epoch"] = min(max(term["start_epoch"], term.get("lag_epochs", 0)), data["train"]["epochs"] - 1)
         if term["kind"] == "saf":
             data["loss"] |= {"mixup": 0.0, "cutmix": 0.0}
-            data["data"]["on_damaged"] = "stop"
+            data["data"] |= {"on_damaged": "stop", "repeats": 1}
             descent = (data["perturbation"] or {}).get("descent")
             if descent and descent["choose"] == "random":  # no pass would see all images
                 data["perturbation"]["descent"] = None
@@ -342,6 +344,7 @@ def full(key: str) -> dict[str, Any]:
         text = re.sub("  norm: .*\n", "", text).replace("  rho:", f"{above}  rho:")
         given = yaml.safe_load(text)
         given["data"] |= {"resolution": 28, "progressive": {"resolution": 8, "to_epoch": 1}}
+        given["data"]["augment"] = {"policy": "rand_augment_increasing"}
         data = Config.model_validate(given).model_dump(mode="json")
         around = data
         for part in key.split(".")[:-1]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from ssam_scale.config.load import load
 from ssam_scale.data import eval_loader
@@ -113,3 +113,23 @@ def test_averaged_weights_serve_inside_and_are_gone_outside(backend: str, size: 
         assert not torch.equal(before, live)
         torch.testing.assert_close(averaged, expected, rtol=1e-4, atol=1e-4)
         assert torch.equal(live, after)
+
+
+def test_logits_of_mirror_images_are_averaged() -> None:
+    """`data.eval_flip`: of a network that sees the left half alone, both halves count."""
+    seen: list[Tensor] = []
+
+    class LeftHalf(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            seen.append(images)
+            return images[..., 0].sum((1, 2))[:, None] * torch.tensor([1.0, 0.0])
+
+    images = torch.tensor([[1.0, -3.0], [2.0, 1.0]])[:, None, None, :]  # each half's value
+    labels = torch.tensor([1, 0])
+    plain = evaluate(LeftHalf(), [(images, labels)], 1, World(), torch.float32)
+    assert (plain.top1, len(seen)) == (50.0, 1)
+    both = evaluate(LeftHalf(), [(images, labels)], 1, World(), torch.float32, flip=True)
+    assert both.top1 == 100.0
+    assert torch.equal(seen[2], images.flip(-1))
+    logits = torch.tensor([[-1.0, 0.0], [1.5, 0.0]])
+    assert both.loss == pytest.approx(float(nn.functional.cross_entropy(logits, labels)), abs=1e-6)
