@@ -94,7 +94,7 @@ def _unknown(
 
 
 # The keys by which the sections of a union are told apart.
-_TAGS = ("pattern", "source", "kind")
+_TAGS = ("pattern", "source", "kind", "policy")
 
 _MOVED: dict[KeyPath, str] = {
     **{("perturbation", name): f"perturbation.direction.{name}" for name in ("fraction", "scope", "choose")},
