@@ -55,7 +55,8 @@ def progress_bar(shown: bool) -> Progress:
 
 @contextmanager
 def progress_of_bytes(description: str, total: int, shown: bool = True) -> Iterator[Advance]:
-    """A bar with the remaining time for a stretch measured in bytes."""
+    """A bar with the remaining time for a stretch measured in bytes, of which some may be passed over."""
     with progress_bar(shown) as bar:
         task = bar.add_task(description, total=total)
         yield lambda count: bar.advance(task, count)
+        bar.update(task, completed=total)

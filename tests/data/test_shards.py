@@ -322,7 +322,7 @@ def test_what_is_not_all_shards_of_one_data_set(source: Path, whole: Path, mine:
     (mine / "n00000003" / "n00000003_7.JPEG").unlink()
     write(mine, other / "images.beton", shard=Shard(3, 3))
     cases: dict[str, list[Path]] = {
-        r"2 of 3 shards are missing: 1, 3; write and give them": [two],
+        r"2 of 3 shards are missing: 1, 3; write them \(`ssam-scale data write … --shard 1/3`\) and give": [two],
         r"both are shard 1/3; give it once": [one, two, three, one],
         rf"quality\.beton: was written with quality 80, and {one} with 90; join": [one, two, other / "quality.beton"],
         r"fewer\.beton: is one of 2 shards, and .* one of 3": [one, other / "fewer.beton"],
