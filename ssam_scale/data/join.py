@@ -112,8 +112,8 @@ def _all_of_one(out: Path, shards: Sequence[Path]) -> list[_Part]:
     if missing := [number for number in range(1, of + 1) if number not in parts]:
         few = ", ".join(map(str, missing[:10])) + (" …" if len(missing) > 10 else "")
         raise UserError(
-            f"{out}: {len(missing):,} of {of:,} shards are missing: {few}; write them (`ssam-scale data write … --shard "
-            f"{missing[0]}/{of}`) and give them, too"
+            f"{out}: {len(missing):,} of {of:,} shards are missing: {few}; write them (`ssam-scale data write … "
+            f"--shard {missing[0]}/{of}`) and give them, too"
         )
     return [parts[number] for number in range(1, of + 1)]
 
