@@ -17,6 +17,7 @@ from ssam_scale.tracking.store import open_store
 from ssam_scale.train.checkpoint import checkpoints, newest, resolve
 from ssam_scale.train.checkpoint.files import problem_with, read_state
 from tests.support.runs import RESNET, write_config, write_data
+from tests.support.stores import put_store
 
 from .kinds import AT_REST, LIVE, MISUSE, Fault
 from .training import HangError, Running, Training
@@ -158,11 +159,10 @@ def _happen_to(
     where = [] if alone else [f"sharding.backend={backend.removesuffix(SHARDED)}"]
     layout = "sharded" if backend.endswith(SHARDED) else "whole"
     overrides = f"data.batch_size={BATCH}", f"checkpoint.format={layout}", *where
-    open_store(f"sqlite:///{home}/empty.db", create=True)  # which takes seconds
 
     def training(name: str) -> Training:
         (home / name).mkdir()
-        shutil.copy(home / "empty.db", home / name / "mlflow.db")
+        put_store(home / name / "mlflow.db")
         return Training(1 if alone else 2, config, overrides, home / name, f"epoch_{epochs:04d}")
 
     whole = training("whole")

@@ -23,6 +23,7 @@ from tests.support.checkout import ROOT
 from tests.support.images import make_image_folder
 from tests.support.processes import free_port, run
 from tests.support.ranks import run_fresh_ranks
+from tests.support.stores import put_store
 
 CLASSES = 4
 RESNET: dict[str, Any] = {
@@ -46,9 +47,11 @@ def write_data(folder: Path, *, per_class: int = 12, val_per_class: int = 5) -> 
         write_beton(folder / name, folder / f"{name}.beton", progress=False)
 
 
-def write_config(path: Path, data: Path, **sections: Any) -> Path:
-    """A complete configuration of a tiny run beside its checkpoints and its own tracking store."""
+def write_config(path: Path, data: Path, *, store: bool = True, **sections: Any) -> Path:
+    """A complete configuration of a tiny run beside its checkpoints and, with `store`, its own tracking store."""
     home = path.parent
+    if store:
+        put_store(home / "mlflow.db")
     values: dict[str, Any] = {
         "model": RESNET,
         "data": {

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,8 +8,8 @@ from typing import Any
 import pytest
 
 from ssam_scale.config.schema import Config
-from ssam_scale.tracking.store import open_store
 from tests.support.stored import storing
+from tests.support.stores import put_store
 
 PERTURBATIONS: dict[str, dict[str, Any] | None] = {
     "base": None,
@@ -20,18 +19,10 @@ PERTURBATIONS: dict[str, dict[str, Any] | None] = {
 }
 
 
-@pytest.fixture(scope="session")
-def _empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("store") / "empty.db"
-    open_store(f"sqlite:///{path}", create=True)
-    return path
-
-
 @pytest.fixture
-def uri(_empty_database: Path, tmp_path: Path) -> str:
-    """An empty SQLite store of the test's own. A copy: making MLflow's tables takes seconds."""
-    shutil.copy(_empty_database, tmp_path / "mlflow.db")
-    return f"sqlite:///{tmp_path}/mlflow.db"
+def uri(tmp_path: Path) -> str:
+    """An empty SQLite store of the test's own."""
+    return f"sqlite:///{put_store(tmp_path / 'mlflow.db')}"
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ from tests.support.gateway import Fault, Gateway
 from tests.support.mlflow_server import MLflowServer
 from tests.support.processes import wait_until
 from tests.support.senders import end_senders, senders
+from tests.support.stores import put_store
 
 pytestmark = pytest.mark.slow
 
@@ -77,10 +78,10 @@ for child, _ in children:
 
 
 @pytest.fixture(scope="module")
-def server(_empty_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[MLflowServer]:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MLflowServer]:
     """Over a database, with artifacts that pass through it."""
     folder = tmp_path_factory.mktemp("server")
-    (folder / "mlflow.db").write_bytes(_empty_database.read_bytes())
+    put_store(folder / "mlflow.db")
     with MLflowServer(f"sqlite:///{folder}/mlflow.db", folder / "log", folder / "artifacts") as running:
         yield running
 

@@ -22,6 +22,7 @@ from ssam_scale.tracking.run import Run, open_run
 from ssam_scale.tracking.store import open_store
 from tests.support.mlflow_server import MLflowServer
 from tests.support.processes import free_port, wait_until
+from tests.support.stores import put_store
 
 pytestmark = pytest.mark.slow
 
@@ -44,10 +45,10 @@ def _slow_store(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def server(_empty_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[MLflowServer]:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MLflowServer]:
     """Over a database, with artifacts that pass through it."""
     folder = tmp_path_factory.mktemp("server")
-    shutil.copy(_empty_database, folder / "mlflow.db")
+    put_store(folder / "mlflow.db")
     with MLflowServer(f"sqlite:///{folder}/mlflow.db", folder / "log", folder / "artifacts") as running:
         yield running
 

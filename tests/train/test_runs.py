@@ -166,7 +166,7 @@ def test_what_is_changed_on_resuming_counts(data: Path, tmp_path: Path) -> None:
 
 
 def test_a_dry_run_leaves_nothing_behind(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = write_config(tmp_path / "run.yaml", data, perturbation=METHODS["ssam-element"])
+    config = write_config(tmp_path / "run.yaml", data, store=False, perturbation=METHODS["ssam-element"])
     train("--config", str(config), "--dry-run")
     assert (
         "dry run: ssam-element resnet18 on 1 process of 1 node, single, CPU, fp32, one step of 1 micro-batch of"

@@ -6,7 +6,6 @@ being named here.
 
 from __future__ import annotations
 
-import shutil
 import sqlite3
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from tests.support.gateway import Gateway
 from tests.support.mlflow_server import MLflowServer
 from tests.support.processes import daemon, run, wait_until
 from tests.support.runs import write_config
+from tests.support.stores import put_store
 
 pytestmark = pytest.mark.slow
 
@@ -67,9 +67,9 @@ class Watch:
 
 
 @pytest.fixture(scope="module")
-def server(_empty_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[MLflowServer]:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MLflowServer]:
     folder = tmp_path_factory.mktemp("server")
-    shutil.copy(_empty_database, folder / "mlflow.db")
+    put_store(folder / "mlflow.db")
     with MLflowServer(f"sqlite:///{folder}/mlflow.db", folder / "log", folder / "artifacts") as running:
         running.folder = folder  # type: ignore[attr-defined]
         yield running
