@@ -17,13 +17,13 @@ from ssam_scale.config.schema import Data
 from ssam_scale.cores import usable_cores
 from ssam_scale.data.aside import Aside
 from ssam_scale.data.beton import Beton
-from ssam_scale.data.device_augment import DeviceAugment, device_augment
 from ssam_scale.data.images import Images
 from ssam_scale.data.opening import names_of_classes, open_images
 from ssam_scale.data.order import LANES, Order, PageOrder, RandomOrder, RepeatedOrder
 from ssam_scale.errors import UserError
 
 if TYPE_CHECKING:
+    from ssam_scale.data.device_augment import DeviceAugment
     from ssam_scale.data.ffcv_loader import Epoch, Reader
 
 
@@ -221,6 +221,7 @@ def train_loader(
             f"{data.train}: {images:,} images are fewer than one batch of {max(data.batch_size, together):,}; "
             "lower data.batch_size or use more images"
         )
+    from ssam_scale.data.device_augment import device_augment
     from ssam_scale.data.ffcv_loader import Reader, SharedOrder, View
 
     crop = (*data.crop_scale, *data.crop_ratio)
