@@ -152,7 +152,7 @@ def check_command(
         typer.Argument(
             metavar="FILE",
             callback=expanded_images,
-            help="The .beton file to check; or folder:PATH or wds:SHARDS, as data.train may have it.",
+            help="The .beton file to check; or 'a-*.beton', folder:PATH or wds:SHARDS, as data.train may have it.",
         ),
     ],
     add: Annotated[
@@ -164,7 +164,6 @@ def check_command(
     workers: Workers = None,
 ) -> None:
     """Check every image of a .beton file, and the file down to its last byte; names those that are damaged."""
-    from ssam_scale.data.beton import Beton
     from ssam_scale.data.check import add_checksums, verify
     from ssam_scale.data.opening import open_images
     from ssam_scale.data.progress import progress_of_bytes
@@ -172,17 +171,7 @@ def check_command(
 
     with progress_of_bytes(f"Reading {printable(images.name)}", open_images(images).bytes) as advance:
         found = (add_checksums if add else verify)(images, advance, workers)
-    if not isinstance(found, Beton):
-        verdict = "every image can be decoded; whether it is what it was, nothing says"
-    elif found.sidecar is None:
-        verdict = (
-            "tables consistent, and every image can be decoded; nothing beside it says what it was written as "
-            "(--add-checksums notes what it is now)"
-        )
-    elif add:
-        verdict = f"the hashes of its images are in {images.name}.json from now on"
-    else:
-        verdict = "whole: every byte as it was written"
+    verdict = f"the hashes of its images are in {images.name}.json from now on" if add else found.assurance
     stored = ", ".join(f"{count:,} {how}" for how, count in found.counts.items())
     classes = f"{len(found.class_names):,} classes" if found.class_names else "classes unnamed"
     _print(f"{images}: {found.images:,} images ({stored}), {classes}, {found.bytes / 1e6:,.1f} MB; {verdict}")

@@ -111,8 +111,9 @@ class Data(Section):
     """Images and how they are read. Files are written by `ssam-scale data`."""
 
     train: ImagesPath = Field(
-        description="training images: a .beton file; or, read as they are, folder: and a folder with one of images per "
-        "class, wds: and shards of WebDataset"
+        description="training images: a .beton file, or several that are one data set, as a pattern (train-*.beton, "
+        "train-{01..16}.beton, {one,other}.beton: shards by their numbers, others as they are named); or, read as they "
+        "are, folder: and a folder with one of images per class, wds: and shards of WebDataset"
     )
     val: ImagesPath = Field(description="validation images, likewise")
     subset: int | None = Field(None, ge=1, description="train on this many images, the same random choice in every run")

@@ -208,7 +208,7 @@ def decode(
         interpolation: a code of `resize.INTERPOLATIONS`.
         crops: of JPEGs decode no more than the crop, where that is possible: the same pixels.
         resizes: by `resize.c`: the same pixels, too.
-        sums: uint64 [N], what `xxh64` makes of the bytes of each; or [0].
+        sums: uint64 [N], what `xxh64` makes of the bytes of each, 0 where it is not known; or [0].
         out: uint8 [N, height, width, 3], written to.
         bad: bool [N], set for images that are not what was written, have another size than the table says, or that
             libjpeg complains of.
@@ -228,7 +228,7 @@ def decode(
     for k in range(len(indices)):
         height, width = heights[k], widths[k]
         stored = data[starts[k] : starts[k] + sizes[k]]
-        if len(sums) and xxh64(stored) != sums[k]:
+        if len(sums) and sums[k] and xxh64(stored) != sums[k]:
             bad[k] = True
             continue
         key = sample_key(seed, epoch, indices[k])

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ssam_scale.data.mapped import Mapped
+from ssam_scale.data.read_ahead import Placed
 from ssam_scale.errors import UserError
 
 PAGE_SIZE = 1 << 23
@@ -126,6 +127,11 @@ class Beton:
         return int(self.is_jpeg.sum())
 
     @property
+    def parts(self) -> tuple[Beton]:
+        """See `Images`."""
+        return (self,)
+
+    @property
     def images(self) -> int:
         """See `Images`."""
         return len(self.labels)
@@ -168,9 +174,26 @@ class Beton:
         """See `Images`."""
         return f"{self.path}: image {image} is damaged; copy or write the file again"
 
+    @property
+    def assurance(self) -> str:
+        """See `Images`."""
+        if self.sidecar is not None:
+            return "whole: every byte as it was written"
+        return (
+            "tables consistent, and every image can be decoded; nothing beside it says what it was written as "
+            "(--add-checksums notes what it is now)"
+        )
+
+    def check_content(self) -> None:
+        """See `Images`."""
+        if self.sidecar is not None and self.sidecar.sha256 and checksum(self.path) != self.sidecar.sha256:
+            raise UserError(
+                f"{self.path}: its content has changed since it was written (checksum); copy or write it again"
+            )
+
     def reading(self) -> Mapped:
         """See `Images`."""
-        return Mapped(self)
+        return Mapped(self, [Placed(self.path, self.bytes, 0)])
 
     def table(self) -> AbstractContextManager[tuple[Path, tuple[str, str]]]:
         """Itself."""

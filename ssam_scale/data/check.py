@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from ssam_scale.errors import UserError
 from .beton import Beton, Sidecar, checksum, encoded_sums, inspect
 from .images import Images
 from .opening import open_images
+from .sources.base import expand
 
 Advance = Callable[[int], None]
 
@@ -41,9 +43,8 @@ def verify(place: Path, advance: Advance = lambda _: None, workers: int | None =
             f"{place}: {len(damaged):,} of {images.images:,} images are damaged: {_names(images, damaged)}; copy or "
             "write them again"
         )
-    known = isinstance(images, Beton) and images.sidecar is not None and images.sidecar.sha256
-    if known and checksum(images.path) != known:
-        raise UserError(f"{place}: its content has changed since it was written (checksum); copy or write it again")
+    for part in images.parts:
+        part.check_content()
     return images
 
 
@@ -55,7 +56,14 @@ def damaged_images(images: Images, advance: Advance = lambda _: None, workers: i
         advance: told the bytes of each piece that is read.
         workers: threads; None: the cores that this process may use.
     """
-    if isinstance(images, Beton) and len(images.sums):
+    if len(images.parts) > 1:  # of each is known what is
+        firsts = accumulate((part.images for part in images.parts), initial=0)
+        return [
+            first + image
+            for first, part in zip(firsts, images.parts, strict=False)
+            for image in damaged_images(part, advance, workers)
+        ]
+    if len(images.sums):
         hashes = _hashes(images, advance, workers)
         return [int(index) for index in np.flatnonzero(hashes != images.sums)]
     from ssam_scale.data.ffcv_loader import undecodable
@@ -75,6 +83,8 @@ def add_checksums(path: Path, advance: Advance = lambda _: None, workers: int | 
     Raises:
         UserError: as `inspect`; or an image cannot be decoded as it is, which it names.
     """
+    if len(expand(path)) > 1:
+        raise UserError(f"--add-checksums: {path} is several files; give one at a time")
     if in_parts(path)[0]:
         raise UserError(f"--add-checksums: of {path} none can be kept; write it with `ssam-scale data write`")
     beton = inspect(path)
@@ -91,19 +101,19 @@ def add_checksums(path: Path, advance: Advance = lambda _: None, workers: int | 
     return inspect(path)
 
 
-def _hashes(beton: Beton, advance: Advance, workers: int | None) -> NDArray[np.uint64]:
+def _hashes(images: Images, advance: Advance, workers: int | None) -> NDArray[np.uint64]:
     from ssam_scale.data.xxh64 import hash_pieces
 
-    reading = beton.reading()
-    found = np.empty(beton.images, np.uint64)
+    reading = images.reading()
+    found = np.empty(images.images, np.uint64)
 
-    def of(images: NDArray[np.int64]) -> int:
-        stored = reading.fetch(images)
-        hash_pieces(stored.data, stored.starts, stored.sizes, found[images[0] : images[-1] + 1])
+    def of(piece: NDArray[np.int64]) -> int:
+        stored = reading.fetch(piece)
+        hash_pieces(stored.data, stored.starts, stored.sizes, found[piece[0] : piece[-1] + 1])
         return int(stored.sizes.sum())
 
     with ThreadPoolExecutor(workers or usable_cores(), "check") as pool:
-        for count in pool.map(of, _pieces(beton.images)):
+        for count in pool.map(of, _pieces(images.images)):
             advance(count)
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from typing import Literal
 
@@ -51,7 +52,7 @@ class Damaged:
         if self._policy == "stop":
             raise UserError(
                 f"{images.complaint(index)}, or go on without it (data.on_damaged=skip; `ssam-scale data check "
-                f"{images.place}` lists all that are)"
+                f"{shlex.quote(images.place)}` lists all that are)"
             )
         for step in range(1, images.images):
             other = (index + step) % images.images

@@ -37,9 +37,8 @@ from ssam_scale.data.ffcv_import import (
     lib,
 )
 from ssam_scale.data.images import Images, Indices, InMemory, Reading
-from ssam_scale.data.mapped import Mapped
 from ssam_scale.data.order import Order, PageOrder, share
-from ssam_scale.data.read_ahead import ReadAhead, most_at_once, spans
+from ssam_scale.data.read_ahead import ReadAhead
 
 _crops, _resizer = crop.library(), resize.library()
 augment.bind(lib, _crops, _resizer)
@@ -327,7 +326,7 @@ class Reader:
         batch: images in a batch.
         workers: threads that decode.
         indices: whether batches say which images they hold.
-        memory: bytes of a .beton file that an order by pages keeps in memory, on all machines together.
+        memory: bytes of .beton files that an order by pages keeps in memory, on all machines together.
         on_damaged: what becomes of images that are not what was written.
 
     Attributes:
@@ -397,7 +396,8 @@ class Reader:
             self._decoder.begin(epoch, None)
             return Epoch(self._loader, self._order)
         order = self._order.sample_order(epoch, seen)
-        read_ahead = self._read_ahead(order)
+        by_pages = isinstance(self._order.order, PageOrder)
+        read_ahead = self._reading.read_ahead(order, self._memory) if by_pages else None
         self._decoder.begin(epoch, read_ahead)
         running = Epoch(self._loader, order)
         running.read_ahead = read_ahead
@@ -406,13 +406,3 @@ class Reader:
     def next_batch(self, running: Epoch) -> tuple[Any, ...] | None:
         """The next batch of an epoch that `start` began: see `Epoch.next_batch`."""
         return running.next_batch(self.damaged, self.images.labels)
-
-    def _read_ahead(self, order: Indices) -> ReadAhead | None:
-        assert isinstance(self._order, SharedOrder)
-        by_page = self._order.order
-        if not isinstance(by_page, PageOrder):
-            return None
-        assert isinstance(self._reading, Mapped)
-        pages, mapping = spans(by_page.pages, order), self._reading.mapping
-        most = None if len(mapping) <= self._memory else 2 * most_at_once(pages)
-        return ReadAhead(self.images.path, mapping, int(self._loader.reader.page_size), pages, most)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from ssam_scale.data.read_ahead import ReadAhead
 
 Indices = NDArray[np.int64]
 
@@ -24,7 +28,7 @@ class InMemory:
         is_jpeg: bool [N], JPEG or raw RGB pixels.
         heights: int64 [N], pixels.
         widths: int64 [N], pixels.
-        sums: uint64 [N], `xxh64` of the bytes of each; or [0]: they are not known.
+        sums: uint64 [N], `xxh64` of the bytes of each, 0 where it is not known; or [0]: of none it is.
     """
 
     data: NDArray[np.uint8]
@@ -50,6 +54,14 @@ class Reading(Protocol):
             UserError: the images are not those that they were.
         """
 
+    def read_ahead(self, images: Indices, memory: int) -> ReadAhead | None:
+        """Begin to read the pages that these images lie in before they are fetched; None: they lie in none.
+
+        Args:
+            images: in the order in which they will be.
+            memory: bytes that all pages may take, on all machines together.
+        """
+
     def fetch(self, images: Indices) -> InMemory:
         """These images, in this order; what cannot be read as an image is an empty JPEG.
 
@@ -73,7 +85,11 @@ class Images(Protocol):
 
     @property
     def path(self) -> Path:
-        """Of the file or folder."""
+        """Of the file or folder, or the pattern of files."""
+
+    @property
+    def parts(self) -> Sequence[Images]:
+        """The data sets that they are one after another; of one, itself."""
 
     @property
     def place(self) -> str:
@@ -86,6 +102,18 @@ class Images(Protocol):
     @property
     def labels(self) -> NDArray[np.int64]:
         """[images]."""
+
+    @property
+    def sums(self) -> NDArray[np.uint64]:
+        """See `InMemory`, of all images as they are stored."""
+
+    @property
+    def pages(self) -> NDArray[np.int64] | None:
+        """[images] the page that each lies in; None: they lie in none, so that there is no order by them."""
+
+    @property
+    def page_size(self) -> int:
+        """Bytes of a page; 0: there are none."""
 
     @property
     def class_names(self) -> list[str]:
@@ -112,6 +140,17 @@ class Images(Protocol):
 
     def complaint(self, image: int) -> str:
         """Of a damaged image: which it is, what is wrong with it if that is known, and what would mend it."""
+
+    @property
+    def assurance(self) -> str:
+        """For people: what is known of images of which each was looked at, and nothing was found."""
+
+    def check_content(self) -> None:
+        """Look at all bytes, beside those of images too, as far as it is known what they should be.
+
+        Raises:
+            UserError: they are others.
+        """
 
     def reading(self) -> Reading:
         """Begin to read. Raises UserError if that cannot be done here."""

@@ -98,6 +98,15 @@ class InPlace:
     class_names: list[str]
     counts: dict[str, int] = field(default_factory=dict)
 
+    pages, page_size = None, 0
+    sums = _NO_SUMS
+    assurance = "every image can be decoded; whether it is what it was, nothing says"
+
+    @property
+    def parts(self) -> tuple[InPlace]:
+        """See `Images`."""
+        return (self,)
+
     @property
     def images(self) -> int:
         """See `Images`."""
@@ -150,6 +159,9 @@ class InPlace:
         from ssam_scale.data.encode import Encoding, encode
 
         return encode(self.pieces[image], image, Encoding(None, 90, 0.0, 0))
+
+    def check_content(self) -> None:
+        """Nothing is known of it."""
 
     def reading(self) -> FromFiles:
         """See `Images`."""
@@ -214,6 +226,9 @@ class FromFiles:
 
     def begin(self) -> None:
         """Nothing: each file is looked at when it is read."""
+
+    def read_ahead(self, images: Indices, memory: int) -> None:
+        """They lie in no pages."""
 
     def fetch(self, images: Indices) -> InMemory:
         """Read into memory of their own."""

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ssam_scale.data.beton import JPEG, RAW, Beton, Pages, Sidecar, inspect
+from ssam_scale.data.beton import JPEG, RAW, Beton, Pages, inspect
 from ssam_scale.data.progress import progress_bar
-from ssam_scale.data.shard import Shard, ShardNote
+from ssam_scale.data.shard import all_of_one
 from ssam_scale.data.sources import printable
 from ssam_scale.data.write import (
     Skipped,
@@ -24,15 +23,6 @@ from ssam_scale.data.write import (
     replacing,
 )
 from ssam_scale.errors import UserError
-
-
-@dataclass(frozen=True)
-class _Part:
-    beton: Beton
-    sidecar: Sidecar
-    note: ShardNote
-    made: dict[str, Any]
-    """Its recipe without what is of this shard alone."""
 
 
 def join(out: Path, shards: Sequence[Path], *, progress: bool = True) -> WriteReport:
@@ -50,7 +40,10 @@ def join(out: Path, shards: Sequence[Path], *, progress: bool = True) -> WriteRe
             cannot be written.
     """
     check_out(out)
-    parts = _all_of_one(out, shards)
+    betons = [inspect(path) for path in shards]
+    if given := [path for path in shards if out.exists() and path.samefile(out)]:
+        raise UserError(f"{given[0]}: is a shard, and what is to be written too; give another name for the whole")
+    parts = all_of_one(out, betons)
     first = parts[0]
     need = sum(part.beton.bytes for part in parts)
     counts = np.zeros(len(first.sidecar.classes), np.int64)
@@ -89,63 +82,3 @@ def _copy(beton: Beton, pages: Pages, advance: Any) -> None:
         if pages.sums[-1] != beton.sums[index]:
             raise UserError(f"{beton.path}: image {index} is damaged; copy or write this shard again")
         advance()
-
-
-def _all_of_one(out: Path, shards: Sequence[Path]) -> list[_Part]:
-    """All shards of a data set in their order."""
-    parts: dict[int, _Part] = {}
-    first: _Part | None = None
-    for path in shards:
-        part = _read(path)
-        if out.exists() and path.samefile(out):
-            raise UserError(f"{path}: is a shard, and what is to be written too; give another name for the whole")
-        first = first or part
-        if (difference := _difference(first, part)) is not None:
-            raise UserError(f"{path}: {difference}; join the shards of one data set")
-        number = part.note.shard.number
-        if number in parts:
-            raise UserError(f"{path} and {parts[number].beton.path}: both are shard {part.note.shard}; give it once")
-        parts[number] = part
-    if first is None:
-        raise UserError(f"{out}: no shards to join; give the files of `ssam-scale data write --shard`")
-    of = first.note.shard.of
-    if missing := [number for number in range(1, of + 1) if number not in parts]:
-        few = ", ".join(map(str, missing[:10])) + (" …" if len(missing) > 10 else "")
-        raise UserError(
-            f"{out}: {len(missing):,} of {of:,} shards are missing: {few}; write them (`ssam-scale data write … "
-            f"--shard {missing[0]}/{of}`) and give them, too"
-        )
-    return [parts[number] for number in range(1, of + 1)]
-
-
-def _read(path: Path) -> _Part:
-    beton = inspect(path)
-    note = None if beton.sidecar is None else beton.sidecar.recipe.get("shard")
-    if beton.sidecar is None or note is None:
-        beside = "" if beton.sidecar else f" (no {Sidecar.path(path).name} beside it, which would say so)"
-        raise UserError(f"{path}: is no shard{beside}; `ssam-scale data write --shard` writes them")
-    try:
-        known = ShardNote(**{**note, "shard": Shard(**note["shard"])})
-        known.shard.span(known.images)
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{Sidecar.path(path)}: does not say which shard it is ({error}); write it again") from error
-    if len(beton.sums) != beton.images:
-        raise UserError(f"{Sidecar.path(path)}: lacks the hashes of its images; write it again")
-    made = {key: value for key, value in beton.sidecar.recipe.items() if key != "shard"}
-    return _Part(beton, beton.sidecar, known, made)
-
-
-def _difference(one: _Part, other: _Part) -> str | None:
-    """What tells shards of two data sets apart; None: nothing does."""
-    if one.note.shard.of != other.note.shard.of:
-        return f"is one of {other.note.shard.of:,} shards, and {one.beton.path} one of {one.note.shard.of:,}"
-    if (one.note.listing, one.note.images, one.sidecar.classes) != (
-        other.note.listing,
-        other.note.images,
-        other.sidecar.classes,
-    ):
-        return f"is of other images or classes than {one.beton.path}"
-    for key in sorted(one.made.keys() | other.made.keys()):
-        if (given := other.made.get(key)) != (before := one.made.get(key)):
-            return f"was written with {key.replace('_', ' ')} {given}, and {one.beton.path} with {before}"
-    return None

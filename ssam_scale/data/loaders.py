@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from ssam_scale.config.schema import Data
 from ssam_scale.cores import usable_cores
 from ssam_scale.data.aside import Aside
-from ssam_scale.data.beton import Beton
 from ssam_scale.data.images import Images
 from ssam_scale.data.opening import names_of_classes, open_images
 from ssam_scale.data.order import LANES, Order, PageOrder, RandomOrder, RepeatedOrder
@@ -316,7 +315,7 @@ def _order(data: Data, source: Images, pool: NDArray[np.int64], seed: int, memor
         return RepeatedOrder(pool, seed, source.images, data.repeats)
     if data.order == "random":
         return RandomOrder(pool, seed)
-    assert isinstance(source, Beton)  # nothing else has pages, which `Data` says
+    assert source.pages is not None  # which `Data` says
     # Of each lane the pages of one window are in use while those of the next are read.
     return PageOrder(pool, seed, source.pages, max(1, memory // (2 * LANES * source.page_size)))
 

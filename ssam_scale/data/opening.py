@@ -1,4 +1,4 @@
-"""Images by what `data.train` and `data.val` say: a .beton file, or a source and where it lies."""
+"""Images by what `data.train` and `data.val` say: .beton files, or a source and where it lies."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from ssam_scale.config.section import SOURCES, in_parts
 from ssam_scale.data.beton import Sidecar, inspect
 from ssam_scale.data.images import Images
 from ssam_scale.data.in_place import InPlace, in_place
+from ssam_scale.data.several import several
 from ssam_scale.data.sources import class_names, printable
 from ssam_scale.data.sources.base import expand
 from ssam_scale.data.sources.folder import folder_source
@@ -49,8 +50,14 @@ def names_of_classes(place: Path) -> list[str]:
         return class_names(path) if path.is_dir() else []
     if source:
         return open_images(place).class_names
-    sidecar = Sidecar.load(path)
+    sidecar = Sidecar.load(expand(path)[0])
     return [] if sidecar is None else sidecar.classes
+
+
+def _open_files(pattern: Path) -> Images:
+    """A .beton file, or a pattern of them."""
+    files = expand(pattern)
+    return inspect(pattern) if files == [pattern] else several(pattern, files)
 
 
 def _open_folder(path: Path) -> InPlace:
@@ -86,4 +93,4 @@ def _indexed(known: tuple[tuple[Path, int, int], ...]) -> InPlace:
     return in_place("wds", root, named)
 
 
-_OPENED_BY: dict[str, Callable[[Path], Images]] = {"": inspect, "folder": _open_folder, "wds": _open_shards}
+_OPENED_BY: dict[str, Callable[[Path], Images]] = {"": _open_files, "folder": _open_folder, "wds": _open_shards}

@@ -10,7 +10,9 @@ from __future__ import annotations
 import mmap
 import os
 import threading
-from collections.abc import Sequence
+from bisect import bisect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,11 +21,26 @@ from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
+class Placed:
+    """A file, and where it begins in memory that files are mapped into, one behind another.
+
+    Attributes:
+        path: of the file.
+        bytes: of the file.
+        start: bytes of that memory before it; of several files, a multiple of the size of a page.
+    """
+
+    path: Path
+    bytes: int
+    start: int
+
+
+@dataclass(frozen=True)
 class Span:
     """A page, and where in a sequence of images it is used.
 
     Attributes:
-        page: its number in the file.
+        page: its number, counted from the beginning of the memory that files are mapped into.
         first: the place of the first image of it.
         last: the place of the last one.
     """
@@ -37,7 +54,7 @@ def spans(pages: NDArray[np.int64], order: NDArray[np.int64]) -> list[Span]:
     """The pages that a sequence of images uses, the earliest first.
 
     Args:
-        pages: of each image of the file.
+        pages: of each image there is.
         order: the images, as they are used.
     """
     used = pages[order]
@@ -56,23 +73,23 @@ def most_at_once(pages: Sequence[Span]) -> int:
 class ReadAhead:
     """Reads the pages of one epoch ahead of their use, in a thread; `advance` says how far it is.
 
-    At any time the pages that are in use and those read ahead are no more than `most`; where all of the file is to be
-    kept (`most` is None), none is given back.
+    At any time the pages that are in use and those read ahead are no more than `most`; where all files are to be kept
+    (`most` is None), none is given back.
 
     Args:
-        path: of the file.
+        files: what is read, in the order in which they are mapped.
         mapping: what the images are decoded from: pages of it that are done with are given back.
         page_size: in bytes.
         pages: of the epoch, the earliest first.
         most: pages in memory.
     """
 
-    def __init__(self, path: Path, mapping: mmap.mmap, page_size: int, pages: Sequence[Span], most: int | None) -> None:
+    def __init__(
+        self, files: Sequence[Placed], mapping: mmap.mmap, page_size: int, pages: Sequence[Span], most: int | None
+    ) -> None:
+        self._files, self._starts = files, [file.start for file in files]
         self._mapping, self._size, self._pages, self._most = mapping, page_size, pages, most
         self._by_end = sorted(pages, key=lambda span: span.last)
-        self._file = os.open(path, os.O_RDONLY)
-        self._bytes = os.fstat(self._file).st_size
-        os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_RANDOM)  # the kernel reads no more than is asked for
         self._read = self._done = self._place = 0
         self._moved, self._stopped = threading.Condition(), False
         self._thread = threading.Thread(target=self._run, name="read ahead", daemon=True)
@@ -91,19 +108,19 @@ class ReadAhead:
             self._moved.notify()
         self._thread.join()
         self._give_back(all_of_them=True)
-        os.close(self._file)
 
     def _run(self) -> None:
         buffer = memoryview(bytearray(self._size))
         try:
             while (span := self._next()) is not None:
-                start = span.page * self._size
-                while start < min(self._bytes, (span.page + 1) * self._size) and not self._stopped:
-                    end = min(self._bytes, (span.page + 1) * self._size)
-                    got = os.preadv(self._file, [buffer[: end - start]], start)
-                    if not got:
-                        return
-                    start += got
+                file, start, end = self._place_of(span.page)
+                with _opened(file.path) as descriptor:
+                    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)  # no more is read than is asked for
+                    while start < end and not self._stopped:
+                        got = os.preadv(descriptor, [buffer[: end - start]], start)
+                        if not got:
+                            return
+                        start += got
         except OSError:
             return  # who decodes from it will say so
 
@@ -126,9 +143,26 @@ class ReadAhead:
 
     def _give_back(self, all_of_them: bool = False) -> None:
         while self._done < len(self._by_end) and (all_of_them or self._by_end[self._done].last < self._place):
-            start = self._by_end[self._done].page * self._size
+            file, start, end = self._place_of(self._by_end[self._done].page)
             self._done += 1
-            length = min(self._size, self._bytes - start)
-            if self._most is not None and length > 0:
-                self._mapping.madvise(mmap.MADV_DONTNEED, start, length)  # what is mapped stays in memory otherwise
-                os.posix_fadvise(self._file, start, length, os.POSIX_FADV_DONTNEED)
+            if self._most is not None and end > start:
+                # What is mapped stays in memory otherwise.
+                self._mapping.madvise(mmap.MADV_DONTNEED, file.start + start, end - start)
+                with suppress(OSError), _opened(file.path) as descriptor:
+                    os.posix_fadvise(descriptor, start, end - start, os.POSIX_FADV_DONTNEED)
+
+    def _place_of(self, page: int) -> tuple[Placed, int, int]:
+        """The file that a page is of, and where in it the page begins and ends."""
+        file = self._files[bisect(self._starts, page * self._size) - 1]
+        start = page * self._size - file.start
+        return file, start, min(file.bytes, start + self._size)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    """A file's descriptor, only for as long as it is used: of a thousand files a process may not have one each."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)

@@ -345,9 +345,11 @@ def notes_on_data(config: Config, data: Mapping[str, Images]) -> list[str]:
             f"model.num_classes {config.model.num_classes}: {config.data.train} has {classes} classes, so that "
             f"{config.model.num_classes - classes} outputs are never a label"
         )
-    if train.fingerprint == val.fingerprint or train.path.resolve() == val.path.resolve():
+    trained, evaluated = ({part.fingerprint for part in images.parts} for images in (train, val))
+    if trained & evaluated or train.path.resolve() == val.path.resolve():
+        which = "the images" if trained == evaluated else "images"
         notes.append(
-            f"data.val {config.data.val} holds the images of data.train: accuracy will be that on what is trained"
+            f"data.val {config.data.val} holds {which} of data.train: accuracy will be that on what is trained"
         )
     return notes
 

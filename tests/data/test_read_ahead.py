@@ -7,7 +7,7 @@ import mmap
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from ssam_scale.data import inspect
 from ssam_scale.data.encode import Encoding
 from ssam_scale.data.loaders import _check_memory
 from ssam_scale.data.order import LANES, PageOrder, share
-from ssam_scale.data.read_ahead import ReadAhead, Span, most_at_once, spans
+from ssam_scale.data.read_ahead import Placed, ReadAhead, Span, most_at_once, spans
 from ssam_scale.data.sources import Sample
 from ssam_scale.data.write import write_samples
 from ssam_scale.errors import UserError
@@ -64,6 +64,11 @@ def cold(tmp_path: Path) -> Path:
     return path
 
 
+def placed(*files: Path) -> list[Placed]:
+    """Files of as many pages each, one behind another."""
+    return [Placed(file, file.stat().st_size, PAGES * PAGE * place) for place, file in enumerate(files)]
+
+
 def cached(mapping: mmap.mmap, size: int) -> list[int]:
     """The pages that are in memory, nearly all of each."""
     pieces = [(page, page * PAGE, min(PAGE, size - page * PAGE)) for page in range(-(-size // PAGE))]
@@ -77,7 +82,7 @@ def test_pages_are_read_before_they_are_used_and_no_more_than_there_is_room_for(
     size = cold.stat().st_size
     with mapped(cold) as mapping:
         assert cached(mapping, size) == []
-        ahead = ReadAhead(cold, mapping, PAGE, uses, most=4)
+        ahead = ReadAhead(placed(cold), mapping, PAGE, uses, most=4)
         try:
             wait_until(lambda: cached(mapping, size) == sorted(order[:4]), 30, "four pages")
             for index in range(1, PAGES + 1):
@@ -89,11 +94,28 @@ def test_pages_are_read_before_they_are_used_and_no_more_than_there_is_room_for(
             ahead.stop()
 
 
+def test_pages_of_several_files_are_numbered_one_behind_another(cold: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.write_bytes(os.urandom(2 * PAGE))
+    forget(other)
+    size = cold.stat().st_size
+    files = placed(cold, other)
+    uses = [Span(page, index, index) for index, page in enumerate((PAGES + 1, 3, PAGES, PAGES - 1))]
+    with mapped(cold) as first, mapped(other) as second, mmap.mmap(-1, files[-1].start + 2 * PAGE) as mapping:
+        ahead = ReadAhead(files, mapping, PAGE, uses, most=2)
+        try:
+            wait_until(lambda: (cached(first, size), cached(second, 2 * PAGE)) == ([3], [1]), 30, "the first two")
+            ahead.advance(2)
+            wait_until(lambda: (cached(first, size), cached(second, 2 * PAGE)) == ([11], [0]), 30, "the others")
+        finally:
+            ahead.stop()
+
+
 def test_what_is_needed_now_is_read_though_there_is_no_room(cold: Path) -> None:
     uses = [Span(page, page, 100) for page in range(6)]  # all in use at once
     size = cold.stat().st_size
     with mapped(cold) as mapping:
-        ahead = ReadAhead(cold, mapping, PAGE, uses, most=2)
+        ahead = ReadAhead(placed(cold), mapping, PAGE, uses, most=2)
         try:
             wait_until(lambda: cached(mapping, size) == [0, 1], 30, "two pages")
             ahead.advance(4)
@@ -105,7 +127,7 @@ def test_what_is_needed_now_is_read_though_there_is_no_room(cold: Path) -> None:
 def test_where_there_is_room_for_all_of_the_file_it_stays(cold: Path) -> None:
     size = cold.stat().st_size
     with mapped(cold) as mapping:
-        ahead = ReadAhead(cold, mapping, PAGE, [Span(page, page, page) for page in range(PAGES)], most=None)
+        ahead = ReadAhead(placed(cold), mapping, PAGE, [Span(page, page, page) for page in range(PAGES)], most=None)
         try:
             wait_until(lambda: cached(mapping, size) == list(range(PAGES)), 30, "all pages")
             ahead.advance(PAGES)
@@ -117,7 +139,7 @@ def test_where_there_is_room_for_all_of_the_file_it_stays(cold: Path) -> None:
 @pytest.mark.parametrize("place", [0, 5])
 def test_it_ends_when_it_is_told_to(cold: Path, place: int) -> None:
     with mapped(cold) as mapping:
-        ahead = ReadAhead(cold, mapping, PAGE, [Span(page, page, page) for page in range(PAGES)], most=1)
+        ahead = ReadAhead(placed(cold), mapping, PAGE, [Span(page, page, page) for page in range(PAGES)], most=1)
         ahead.advance(place)
         ahead.stop()
         assert not ahead._thread.is_alive()
@@ -126,7 +148,7 @@ def test_it_ends_when_it_is_told_to(cold: Path, place: int) -> None:
 def test_a_file_that_becomes_shorter_is_nothing_to_it(cold: Path) -> None:
     """Who decodes from it says so."""
     with mapped(cold) as mapping:
-        ahead = ReadAhead(cold, mapping, PAGE, [Span(page, page, page) for page in range(PAGES)], most=1)
+        ahead = ReadAhead(placed(cold), mapping, PAGE, [Span(page, page, page) for page in range(PAGES)], most=1)
         os.truncate(cold, PAGE)
         ahead.advance(PAGES)
         ahead.stop()
@@ -175,15 +197,11 @@ def test_leaving_an_epoch_early_ends_the_thread(large: Path) -> None:
     assert not [thread for thread in threading.enumerate() if thread.name == "read ahead"]
 
 
-def test_a_file_system_without_mappings_is_named(large: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As of `/proc` and of some FUSE file systems."""
-
-    def refuse(*args: Any, **options: Any) -> Callable[..., Any]:
-        raise OSError(19, "No such device")
-
-    monkeypatch.setattr(np, "memmap", refuse)
-    with pytest.raises(UserError, match=r"large\.beton: cannot be mapped into memory \(No such device\); copy it to"):
-        loader_of(large)
+def test_a_file_system_without_mappings_is_named(large: Path) -> None:
+    """Such as `/proc`, and some FUSE file systems."""
+    elsewhere = replace(inspect(large), path=Path("/proc/self/status"))
+    with pytest.raises(UserError, match=r"/proc/self/status: cannot be mapped into memory \(.*\); copy it to a"):
+        elsewhere.reading()
 
 
 def test_lanes_of_processes_use_other_pages() -> None:

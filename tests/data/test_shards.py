@@ -324,7 +324,11 @@ def test_what_is_not_all_shards_of_one_data_set(source: Path, whole: Path, mine:
     cases: dict[str, list[Path]] = {
         r"2 of 3 shards are missing: 1, 3; write them \(`ssam-scale data write … --shard 1/3`\) and give": [two],
         r"both are shard 1/3; give it once": [one, two, three, one],
-        rf"quality\.beton: was written with quality 80, and {one} with 90; join": [one, two, other / "quality.beton"],
+        rf"quality\.beton: was written with quality 80, and {one} with 90; give the shards": [
+            one,
+            two,
+            other / "quality.beton",
+        ],
         r"fewer\.beton: is one of 2 shards, and .* one of 3": [one, other / "fewer.beton"],
         r"images\.beton: is of other images or classes than": [one, two, other / "images.beton"],
         r"train\.beton: is no shard; ": [one, whole],

@@ -108,33 +108,66 @@ def printable(name: str | Path) -> str:
 
 
 def expand(pattern: Path) -> list[Path]:
-    """The files of a pattern: `train-{000..146}.tar` as a shell and WebDataset have it, or `train-*.tar`.
+    """The files of a pattern, as a shell and WebDataset have them: `train-{000..146}.tar`, `{a,b}.tar`, `train-*.tar`.
 
-    A path that is there is itself, whatever characters it has.
+    They come in the order of what is in braces; those of a `*` by name. A path that is there is itself, whatever
+    characters it has.
 
     Raises:
-        UserError: there is none, or one of a span is missing.
+        UserError: there is none, or one of those in braces is missing.
     """
-    text = str(pattern)
-    if pattern.exists() or not re.search(r"[*?\[{]", text):
+    if pattern.exists() or not re.search(r"[*?\[{]", str(pattern)):
         return [pattern]
-    if span := re.search(r"\{(\d+)\.\.(\d+)\}", text):
-        first, last = span[1], span[2]
-        width = len(first) if len(first) == len(last) or first.startswith("0") else 0
-        numbers = range(int(first), int(last) + 1)
-        if not numbers:
-            raise UserError(f"{printable(pattern)}: {{{first}..{last}}} is empty; give the lower number first")
-        found = [
-            path
-            for number in numbers
-            for path in expand(Path(f"{text[: span.start()]}{number:0{width}d}{text[span.end() :]}"))
-        ]
-        if gone := [path for path in found if not path.exists()]:
-            more = f", and {len(gone) - 1:,} more of {len(found):,}" if len(gone) > 1 else ""
-            raise UserError(f"{printable(gone[0])}: no such file{more}")
-        return found
-    base = Path(pattern.anchor) if pattern.is_absolute() else Path()
-    found = sorted(base.glob(str(pattern.relative_to(base)) if pattern.is_absolute() else text))
-    if not found:
-        raise UserError(f"{printable(pattern)}: no file fits this pattern")
+    found = [path for text in _unfolded(str(pattern), pattern) for path in _matching(Path(text))]
+    if gone := [path for path in found if not path.exists()]:
+        more = f", and {len(gone) - 1:,} more of {len(found):,}" if len(gone) > 1 else ""
+        raise UserError(f"{printable(gone[0])}: no such file{more}")
     return found
+
+
+def _matching(path: Path) -> list[Path]:
+    """The files that a pattern without braces has, by name; a path itself."""
+    if path.exists() or not re.search(r"[*?\[]", str(path)):
+        return [path]
+    base = Path(path.anchor) if path.is_absolute() else Path()
+    found = sorted(base.glob(str(path.relative_to(base)) if path.is_absolute() else str(path)))
+    if not found:
+        raise UserError(f"{printable(path)}: no file fits this pattern")
+    return found
+
+
+def _unfolded(text: str, pattern: Path) -> list[str]:
+    """What braces stand for: `{01..16}` for numbers of as many digits, `{one,other}` for both, others for itself."""
+    for begin in (place for place, sign in enumerate(text) if sign == "{"):
+        alternatives = _alternatives(text, begin, pattern)
+        if alternatives is not None:
+            inside, end = alternatives
+            behind = _unfolded(text[end:], pattern)
+            return [
+                f"{text[:begin]}{each}{rest}" for one in inside for each in _unfolded(one, pattern) for rest in behind
+            ]
+    return [text]
+
+
+def _alternatives(text: str, begin: int, pattern: Path) -> tuple[list[str], int] | None:
+    """What the brace that opens at `begin` has to choose from, and where it ends; None: it is a sign like others."""
+    depth, parts, start = 0, [], begin + 1
+    for place in range(begin, len(text)):
+        depth += (text[place] == "{") - (text[place] == "}")
+        if (text[place] == "," and depth == 1) or not depth:
+            parts.append(text[start:place])
+            start = place + 1
+        if not depth:
+            break
+    else:
+        return None
+    if len(parts) > 1:
+        return parts, start
+    if (span := re.fullmatch(r"(\d+)\.\.(\d+)", parts[0])) is None:
+        return None
+    first, last = span[1], span[2]
+    width = len(first) if len(first) == len(last) or first.startswith("0") else 0
+    numbers = range(int(first), int(last) + 1)
+    if not numbers:
+        raise UserError(f"{printable(pattern)}: {{{first}..{last}}} is empty; give the lower number first")
+    return [f"{number:0{width}d}" for number in numbers], start
