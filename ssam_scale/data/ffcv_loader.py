@@ -9,6 +9,7 @@ takes two loaders at once only in some of its variants and accepts no more worke
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -109,13 +110,13 @@ class ImageDecoder(Operation):
         out = out.reshape(-1)[: len(out) * side * side * 3].reshape(-1, side, side, 3)
         copies, images = np.divmod(np.asarray(indices, np.int64), self._count)
         seen, keys = self._damaged.replaced(images), copies * self._count
-        bad = self._decode_into(seen, out, keys)
+        bad = self.decode_into(seen, out, keys)
         self._reading.check()
         for place in np.flatnonzero(bad).tolist():
             own, key = out[place : place + 1], keys[place : place + 1]
 
             def is_sound(other: int, own: NDArray[np.uint8] = own, key: Indices = key) -> bool:
-                return not self._decode_into(np.array([other]), own, key).any()
+                return not self.decode_into(np.array([other]), own, key).any()
 
             self._damaged.replace(int(images[place]), is_sound)
         self._place += len(indices)
@@ -123,8 +124,17 @@ class ImageDecoder(Operation):
             self._read_ahead.advance(self._place)
         return out[: len(indices)]
 
-    def _decode_into(self, images: Indices, out: NDArray[np.uint8], keys: Indices) -> NDArray[np.bool_]:
-        """Whether each is damaged; with its number, a key is what its crop is drawn by."""
+    def decode_into(self, images: Indices, out: NDArray[np.uint8], keys: Indices) -> NDArray[np.bool_]:
+        """Fill `out` with these images as they are in this epoch, whatever is wrong with them.
+
+        Args:
+            images: their numbers.
+            out: uint8 [images, side, side, 3].
+            keys: int64 [images], with its number what the crop of each is drawn by.
+
+        Returns:
+            [images] whether each is damaged.
+        """
         bad = np.zeros(len(images), np.bool_)
 
         def decode(part: slice) -> None:
@@ -140,6 +150,11 @@ class ImageDecoder(Operation):
             step = max(1, -(-len(images) // (4 * self._workers)))
             list(self._pool.map(decode, [slice(start, start + step) for start in range(0, len(images), step)]))
         return bad
+
+    def close(self) -> None:
+        """End its threads."""
+        if self._pool is not None:
+            self._pool.shutdown()
 
 
 def undecodable(reading: Reading, images: Indices) -> NDArray[np.bool_]:
@@ -178,6 +193,23 @@ def _decode(
         if (other := reading.again(int(images[place]))) is not None:
             bad[place] = False
             decode(other, slice(place, place + 1), False)
+
+
+def seconds_to_decode(images: Images, view: View) -> Callable[[Indices, int], float]:
+    """A stop-watch: how long so many threads take to decode some of these images, as they are in the first epoch."""
+    reading, first = images.reading(), view.of(0)
+
+    def seconds(few: Indices, workers: int) -> float:
+        out = np.empty((len(few), first.resolution, first.resolution, 3), np.uint8)
+        decoder = ImageDecoder(reading, images.images, first, workers, Damaged(images, "skip"))
+        numbers, keys = few % images.images, np.zeros_like(few)  # a second copy of an image takes as long as the first
+        begun = time.perf_counter()
+        decoder.decode_into(numbers, out, keys)
+        taken = time.perf_counter() - begun
+        decoder.close()
+        return taken
+
+    return seconds
 
 
 class LabelDecoder(Operation):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -19,6 +19,7 @@ from ssam_scale.data.aside import Aside
 from ssam_scale.data.images import Images
 from ssam_scale.data.opening import names_of_classes, open_images
 from ssam_scale.data.order import LANES, Order, PageOrder, RandomOrder, RepeatedOrder
+from ssam_scale.data.workers import Workers, measured
 from ssam_scale.errors import UserError
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ class ImageLoader:
         images: int,
         pool: int,
         batches_everywhere: int,
+        workers: Workers,
         device: torch.device,
         mean: tuple[float, float, float],
         std: tuple[float, float, float],
@@ -71,6 +73,8 @@ class ImageLoader:
         """How many images the order of an epoch has, of all processes, what none of them reads at its end included."""
         self.batches_everywhere = batches_everywhere
         """The largest number of batches any process has: collective forwards have to be run that often."""
+        self.workers = workers
+        """The threads that decode."""
         self._reader = reader
         self._running: Epoch | None = None
         self._epoch = self._seen = 0
@@ -221,7 +225,7 @@ def train_loader(
             "lower data.batch_size or use more images"
         )
     from ssam_scale.data.device_augment import device_augment
-    from ssam_scale.data.ffcv_loader import Reader, SharedOrder, View
+    from ssam_scale.data.ffcv_loader import Reader, SharedOrder, View, seconds_to_decode
 
     crop = (*data.crop_scale, *data.crop_ratio)
     view = View(
@@ -238,13 +242,17 @@ def train_loader(
     _check_memory(data, source, world_size)
     order = _order(data, source, _pool(source.images, images), seed, memory)
     shared = SharedOrder(order, rank, world_size, micro_batch)
-    workers = _workers(data, world_size)
+    workers = _workers(
+        data,
+        world_size,
+        lambda most: measured(seconds_to_decode(source, view), shared.sample_order(0)[:micro_batch], most),
+    )
     reader = Reader(
         source,
         view,
         shared,
         micro_batch,
-        workers,
+        workers.count,
         indices=indices or augment is not None,
         memory=memory,
         on_damaged=data.on_damaged,
@@ -254,6 +262,7 @@ def train_loader(
         images=len(reader) * micro_batch,
         pool=images,
         batches_everywhere=len(reader),
+        workers=workers,
         device=device,
         mean=data.mean,
         std=data.std,
@@ -263,12 +272,19 @@ def train_loader(
 
 
 def eval_loader(
-    data: Data, *, rank: int, world_size: int, device: torch.device, num_classes: int, micro_batch: int | None = None
+    data: Data,
+    *,
+    rank: int,
+    world_size: int,
+    device: torch.device,
+    num_classes: int,
+    micro_batch: int | None = None,
+    workers: Workers | None = None,
 ) -> ImageLoader:
     """Validation images: central crops, each image exactly once over all processes, nothing padded or dropped.
 
     `data.eval_batch_size` of them in one batch of all processes; without it `micro_batch` on each process, as many as
-    in training, by default the whole `data.batch_size`.
+    in training, by default the whole `data.batch_size`. They are decoded by `workers`, or by what `data.workers` says.
 
     Raises:
         UserError: the file is missing, damaged or no .beton; fewer images than processes; a label outside the model's
@@ -285,15 +301,19 @@ def eval_loader(
         batch = max(1, (data.eval_batch_size or data.batch_size) // world_size)
     mine = np.arange(source.images * rank // world_size, source.images * (rank + 1) // world_size)
     most = -(-source.images // world_size)
-    from ssam_scale.data.ffcv_loader import Reader, View
+    from ssam_scale.data.ffcv_loader import Reader, View, seconds_to_decode
 
     view = View(data.eval_resolution, False, share=data.eval_crop_ratio, interpolation=data.interpolation)
-    reader = Reader(source, view, mine, batch, _workers(data, world_size))
+    workers = workers or _workers(
+        data, world_size, lambda most: measured(seconds_to_decode(source, view), mine[:batch], most)
+    )
+    reader = Reader(source, view, mine, batch, workers.count)
     return ImageLoader(
         reader,
         images=len(mine),
         pool=source.images,
         batches_everywhere=-(-most // batch),
+        workers=workers,
         device=device,
         mean=data.mean,
         std=data.std,
@@ -358,10 +378,12 @@ def _checked(place: Path, other: Path, num_classes: int, key: str) -> Images:
     return images
 
 
-def _workers(data: Data, world_size: int) -> int:
-    if data.workers is not None:
-        return data.workers
-    return max(1, usable_cores() // min(_local_processes(), world_size))
+def _workers(data: Data, world_size: int, measure: Callable[[int], Workers]) -> Workers:
+    """Threads of a loader; `measure` finds out how many are needed of so many at the most."""
+    if isinstance(data.workers, int):
+        return Workers(data.workers)
+    cores = max(1, usable_cores() // min(_local_processes(), world_size))
+    return Workers(cores) if data.workers is None else measure(cores)
 
 
 def _local_processes() -> int:

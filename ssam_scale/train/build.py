@@ -335,6 +335,7 @@ def _loaders(config: Config, world: World, split: MicroBatches) -> tuple[ImageLo
         device=world.device,
         micro_batch=split.images,
         num_classes=config.model.num_classes,
+        workers=train.workers,
     )
     return train, val
 

@@ -100,6 +100,7 @@ def _train(config: Config, world: World, found: Preflight, notes: Sequence[str],
                 "steps": str(progress.step + total - progress.place),
                 "steps_per_epoch": str(components.steps_per_epoch),
                 "backend": backend_of(config, world),
+                "loader_workers": str(components.train.workers.count),
                 **unpredicted,
             },
             # What the configuration leaves to the number of processes, or to the device's memory.
@@ -366,6 +367,8 @@ def _announce(
         f"{config.train.epochs} epochs of {components.steps_per_epoch} steps of {config.data.batch_size} images, "
         f"{components.split}{', found to fit' if config.train.max_micro_batch == 'auto' else ''}"
     )
+    if config.data.workers == "auto":
+        bar.say(f"data.workers auto: {components.train.workers}")
     if (grows := config.data.progressive) is not None:
         bar.say(
             f"crops of {grows.resolution} px until epoch {grows.from_epoch + 1}, which grow to "

@@ -17,6 +17,7 @@ from ssam_scale.data import ImageLoader, IndexedBatch, inspect
 from ssam_scale.data.augment import random_crop, sample_key, uniform
 from ssam_scale.data.encode import Encoding
 from ssam_scale.data.sources import Sample
+from ssam_scale.data.workers import Workers
 from ssam_scale.data.write import write_samples
 from ssam_scale.errors import UserError
 from ssam_scale.models.torchvision_ops import ensure_torchvision
@@ -340,7 +341,12 @@ def test_torchs_threads_are_left_alone(numbered: Path) -> None:
         torch.set_num_threads(before)
 
 
+def never(most: int) -> Workers:
+    raise AssertionError("nothing is to be measured")
+
+
 def test_cores_are_shared_among_the_processes_of_a_machine(numbered: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And of no more than a process's own is the number measured that it needs."""
     from ssam_scale.data import loaders as module
 
     monkeypatch.setattr(module, "usable_cores", lambda: 8)
@@ -350,8 +356,9 @@ def test_cores_are_shared_among_the_processes_of_a_machine(numbered: Path, monke
             monkeypatch.delenv(name, raising=False)
         if local:
             monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
-        assert module._workers(data, world_size) == expected
-    assert module._workers(config(numbered, workers=3), 1) == 3
+        assert module._workers(data, world_size, never).count == expected
+        assert module._workers(config(numbered, workers="auto"), world_size, Workers).count == expected
+    assert module._workers(config(numbered, workers=3), 1, never).count == 3
 
 
 @pytest.mark.parametrize("order", ["random", "pages"])
