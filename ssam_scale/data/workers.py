@@ -33,7 +33,8 @@ class Workers:
         """For people: what was found."""
         others = ", ".join(f"{rate:,.0f} with {count}" for count, rate in self.rates.items() if count != self.count)
         found = f", {self.rates[self.count]:,.0f} images/s" if self.rates else ""
-        return f"{self.count} loader threads{found}{f' ({others})' if others else ''}"
+        threads = "thread" if self.count == 1 else "threads"
+        return f"{self.count} loader {threads}{found}{f' ({others})' if others else ''}"
 
 
 def candidates(most: int) -> list[int]:

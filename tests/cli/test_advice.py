@@ -78,6 +78,10 @@ CASES = {
             ("schedule", "num_epochs", "it is train.epochs"),
         ]
     },
+    "data.workers": (
+        ["data.workers=100000"],
+        "data.workers: must be a whole number from 1 to 1024, auto or null, given",
+    ),
     "means of bytes": (
         ["data.mean=[124, 116, 104]"],
         "must be three numbers in [0, 1]; of pixels from 0 to 255, write",
@@ -96,7 +100,6 @@ CASES = {
             "train.seed": 2**64,
             "optimizer.lr": "1e30",
             "optimizer.weight_decay": "1e9",
-            "data.workers": 100000,
             "data.batch_size": 10**12,
             "data.resolution": 10**6,
             "model.num_classes": 10**9,

@@ -56,7 +56,7 @@ def test_of_threads_that_share_so_many_cores(cores: int, most: int, expected: in
 
 
 def test_what_was_found_is_a_line() -> None:
-    assert str(Workers(4)) == "4 loader threads"
+    assert str(Workers(1)) == "1 loader thread"
     assert str(Workers(4, {8: 3651.2, 4: 3600.0, 2: 1800.0})) == (
         "4 loader threads, 3,600 images/s (3,651 with 8, 1,800 with 2)"
     )

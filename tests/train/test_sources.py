@@ -1,7 +1,8 @@
-"""A run whose images are in no .beton file is the run that it would be with one."""
+"""A run whose images are in no .beton file, or in several, is the run that it would be with one."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import mlflow
@@ -9,7 +10,8 @@ import pytest
 import yaml
 
 from ssam_scale.config.load import dump, load
-from ssam_scale.data import open_images
+from ssam_scale.data import open_images, write_beton
+from ssam_scale.data.shard import Shard
 from tests.support.runs import differing, ssam_scale, train_on_ranks, write_config
 
 
@@ -67,6 +69,43 @@ def test_what_is_said_before_a_run_of_a_folder(data: Path, home: Path, capsys: p
         err = capsys.readouterr().err
         assert told in err
         assert err.count("\n") == 1 or "order" in override
+
+
+@pytest.mark.slow
+def test_a_run_of_a_file_goes_on_with_its_shards(data: Path, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Bit for bit, from within an epoch, on as many threads as are found to be needed."""
+    config = write_config(home / "run.yaml", data, checkpoint={"every_steps": 1, "keep": 20}, train={"epochs": 2})
+    for number in (1, 2):
+        write_beton(data / "train", home / f"shard-{number}.beton", shard=Shard(number, 2), progress=False)
+    assert ssam_scale("train", "--config", config, f"tracking.uri=sqlite:///{home}/other.db") == 0
+    (home / "checkpoints").rename(home / "of_file")
+    place = f"checkpoint.resume={home}/of_file/epoch_0001_step_000006"
+    shards = f"{home}/shard-{{1..2}}.beton"
+    assert ssam_scale("train", "--config", config, place, f"data.train={shards}", "data.workers=auto") == 0
+    assert differing(home / "of_file/epoch_0002", home / "checkpoints/epoch_0002") == []
+    found = re.search(r"data.workers auto: (\d+) loader threads?", capsys.readouterr().out)
+    client = mlflow.MlflowClient(f"sqlite:///{home}/mlflow.db")
+    (run,) = client.search_runs([client.get_experiment_by_name("ssam_scale").experiment_id])
+    assert found is not None
+    assert (run.data.params["data.workers"], run.data.tags["loader_workers"]) == ("auto", found[1])
+    assert datasets(home)["training"] == ("shard-{1..2}.beton", open_images(Path(shards)).fingerprint)
+
+
+def test_what_is_said_before_a_run_of_several_files(data: Path, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = write_config(home / "run.yaml", data)
+    assert ssam_scale("train", "--config", config, f"data.train={data}/*.beton", "--dry-run") == 0
+    assert f"data.val {data}/val.beton holds images of data.train" in capsys.readouterr().out
+    assert ssam_scale("doctor", "--config", config, f"data.train={data}/{{train,val}}.beton") == 0
+    assert f"data.train: {data}/{{train,val}}.beton: 68 images" in capsys.readouterr().out.replace("\n", " ")
+    for override, told in {
+        f"data.train={data}/none-*.beton": "none-*.beton: no file fits this pattern",
+        f"data.val={data}/{{val,none}}.beton": "none.beton: no such file",
+        f"data.train={data}/{{train,train}}.beton": "have the same content",
+    }.items():
+        assert ssam_scale("train", "--config", config, override) == 2
+        err = capsys.readouterr().err
+        assert told in err
+        assert err.count("\n") == 1
 
 
 def test_a_folder_is_found_as_a_shell_would_find_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
