@@ -7,6 +7,7 @@ from .torchvision_ops import ensure_torchvision
 ensure_torchvision()
 
 from .compiler import check_compiler  # noqa: E402
+from .drop import drop_by_row  # noqa: E402
 from .stages import FAMILIES, Family, register_family, staged, stages_of  # noqa: E402
 from .timm_model import average_statistics, build_model  # noqa: E402
 
@@ -16,6 +17,7 @@ __all__ = [
     "average_statistics",
     "build_model",
     "check_compiler",
+    "drop_by_row",
     "register_family",
     "staged",
     "stages_of",

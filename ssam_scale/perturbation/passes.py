@@ -22,6 +22,7 @@ from .parameters import TrainedParameters
 from .phases import Phase, Phases
 from .resolved_step import ResolvedStep
 from .rng import RandomState
+from .row_draws import RowDraws
 from .samples import SampleRows, losses_of_each
 from .skip_gradients import only_rows, without_gradient
 
@@ -33,9 +34,10 @@ class Passes:
     not shared, the ascent runs the blocks before the cut without a graph.
 
     With a `fraction` below 1 the ascent sees some samples of each micro-batch. A shared prefix runs on all of them, and
-    the ascent goes on from their rows of its output; what drops something at random in a prefix that is
+    the ascent goes on from their rows of its output; what drops something by torch's generator in a prefix that is
     not shared, or in the suffix, then drops something else in the two passes, of which one has fewer samples. So does
-    what drops something in a descent by some of the samples, which the ascent has helped to choose.
+    what drops something in a descent by some of the samples, which the ascent has helped to choose. Layers that draw by
+    row drop the same of each sample all the same.
 
     Args:
         sharding: what to run.
@@ -50,6 +52,7 @@ class Passes:
         of_samples: cuts and shapes of what a prefix puts out, whose first dimension is known to count samples; gets
             those that are looked at here.
         graphs: of small ascents.
+        draws: tells layers which samples the next forward sees.
         part: which of the step's micro-batches these are, where each climbs and descends by itself, and of how many.
     """
 
@@ -66,9 +69,10 @@ class Passes:
         statistics: Statistics,
         of_samples: set[tuple[int, torch.Size]],
         graphs: AscentGraphs,
+        draws: RowDraws,
         part: tuple[int, int] = (0, 1),
     ) -> None:
-        self._of_samples, self._graphs = of_samples, graphs
+        self._of_samples, self._graphs, self._draws = of_samples, graphs, draws
         self._number, self._of = part if len(batches) == 1 else (0, len(batches))
         self._statistics = statistics
         self._sharding, self._parameters, self._mask = sharding, parameters, mask
@@ -79,6 +83,7 @@ class Passes:
         self._phases = phases
         self._device = parameters.device
         self._random: list[RandomState] = []  # at the start of each micro-batch of the ascent
+        self._index = 0  # of the micro-batch that is running
         self._rows = SampleRows(slice(None))  # of a micro-batch, which the ascent sees
         self._losses_at_w: list[Tensor] = []  # of each sample of each micro-batch, where something is chosen by them
         self._outputs: list[Any] | None = None  # of the model in the pass that is running, where they are asked for
@@ -99,10 +104,13 @@ class Passes:
             without_gradient([*(every[name] for name in resolved.elided), *foreign]),
             only_rows(self._parameters.layers, resolved.rows),
             self._reducing(),
+            self._draws.telling(),
         ):
             for index, batch in enumerate(self._batches):
                 self._random.append(RandomState.now(self._device))
+                self._tell(index)
                 seen = self._ascents_samples(index, batch)
+                self._tell(index, self._rows)
                 if resolved.fraction == 1.0 and resolved.compares_losses:
                     self._outputs = []
                 losses.append(self._run(index, self._ascent_forward, seen, "ascent backward", ascent=True))
@@ -128,9 +136,11 @@ class Passes:
     def plain(self) -> Tensor:
         """Forward and backward at w as a descent runs them, before which nothing has run; returns the mean loss."""
         losses = []
-        for index, batch in enumerate(self._batches):
-            self._random.append(RandomState.now(self._device))
-            losses.append(self._run(index, self._descent_forward, batch, "descent backward"))
+        with self._draws.telling():
+            for index, batch in enumerate(self._batches):
+                self._random.append(RandomState.now(self._device))
+                self._tell(index)
+                losses.append(self._run(index, self._descent_forward, batch, "descent backward"))
         return _sum(losses)
 
     def descend(self) -> Tensor:
@@ -139,8 +149,12 @@ class Passes:
         It updates BatchNorm's running statistics where nothing at w has.
         """
         losses = []
-        with nullcontext() if self._resolved.counted == "descent" else self._statistics.frozen():
+        with (
+            nullcontext() if self._resolved.counted == "descent" else self._statistics.frozen(),
+            self._draws.telling(),
+        ):
             for index, batch in enumerate(self._batches):
+                self._tell(index)
                 seen = self._descents_samples(index, batch)
                 if self._random:
                     self._random[index].restore()
@@ -218,7 +232,15 @@ class Passes:
                 with self._phases("descent forward"):
                     scores = self._losses(index, batch) - scores
             rows = samples.highest(scores, chosen.fraction)
+        self._tell(index, rows)
         return rows.of(batch)
+
+    def _tell(self, index: int, rows: SampleRows | None = None) -> None:
+        """Layers that draw by row go by these samples of a micro-batch from here on; None: by all."""
+        self._index = index
+        if self._draws and (images := samples.number_of(self._batches[index])):
+            before = self._number * images + sum(samples.number_of(batch) for batch in self._batches[:index])
+            self._draws.tell(self._resolved.step, before, images, slice(None) if rows is None else rows.chosen)
 
     def _random_rows(self, index: int, batch: Any, fraction: float) -> SampleRows:
         stream = self._resolved.step * self._of + self._number + index
@@ -277,9 +299,11 @@ class Passes:
             with self._phases("ascent forward"), self._ascents_statistics():
                 return self._graphs(x) if self._resolved.graphed else module(x)
         if shared:
+            self._tell(self._index)
             with self._phases("descent forward"), torch.enable_grad():
                 hidden = module(whole, stop=cut)
             self._prefix = hidden, RandomState.now(self._device)
+            self._tell(self._index, self._rows)
         else:
             with self._phases("ascent forward"), torch.no_grad(), self._ascents_statistics():
                 hidden = module(x, stop=cut)

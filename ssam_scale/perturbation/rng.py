@@ -3,10 +3,10 @@
 Both passes of a step draw the same random numbers. Dropout and stochastic depth so drop the same in both, and the
 ascent climbs the very function whose gradient is taken at the top, as in the SAM paper's own code, which gives both
 passes one key (arXiv 2010.01412). It also makes a step's result independent of whether a prefix is shared, and of the
-number of passes: a step draws as much as one pass.
+number of passes: a step draws as much as one pass. Layers that draw by row (`row_draws`) need no generator for that.
 
-Random scores and seeds of samples are hashes by SplitMix64 (doi 10.1145/2660193.2660195): functions of what they are
-for, so that they are the same on any number of processes.
+Random scores, seeds of samples and bits of rows are hashes by SplitMix64 (doi 10.1145/2660193.2660195): functions of
+what they are for, so that they are the same on any number of processes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy
 import torch
-from torch import Tensor, arange, int64, nn
+from torch import Tensor, arange, int32, int64, nn
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def uniform_(out: Tensor, start: int, state: int) -> None:
         first = start + begin + 1
         # int64 stands for unsigned integers: sums and products wrap in the same way.
         bits = arange(first, first + len(part), dtype=int64, device=out.device)
-        bits.mul_(_signed(_STEP)).add_(_signed(state))
+        bits.mul_(signed(_STEP)).add_(signed(state))
         mixed_(bits)
         part.copy_(_shifted(bits, 40)).mul_(2.0**-24)
 
@@ -167,8 +167,43 @@ def uniform_(out: Tensor, start: int, state: int) -> None:
 def mixed_(bits: Tensor) -> Tensor:
     """SplitMix64's finaliser in place: int64, which stands for unsigned integers."""
     for shift, factor in _MIX:
-        bits.bitwise_xor_(_shifted(bits, shift)).mul_(_signed(factor))
+        bits.bitwise_xor_(_shifted(bits, shift)).mul_(signed(factor))
     return bits
+
+
+def row_bits(states: Tensor, rows: Tensor) -> Tensor:
+    """The 32 highest bits of the outputs of SplitMix64 that start from several states, int32 of shape (states, rows).
+
+    Args:
+        states: int64 of shape (states,).
+        rows: numbers of the outputs, from 0, int64 of shape (rows,).
+    """
+    return (mixed_(states[:, None] + (rows + 1) * signed(_STEP)) >> 32).to(int32)
+
+
+# Shifts and factors of the 32-bit finaliser with the least bias that Chris Wellons' search has found (lowbias32).
+_MIX_32 = ((16, 0x7FEB352D), (15, 0x846CA68B - 2**32))
+
+
+def spread(bits: Tensor, count: int) -> Tensor:
+    """32 bits for each of `count` elements of each row, from 32 bits of the row; int32 of shape (rows, count).
+
+    In int32, of which a processor computes several at once. Numbers of elements are hashed once, whatever the rows, so
+    that to the rest comes what is random already: of the finaliser one shift between its factors is enough, because
+    what is asked of the result is whether it is below a number, which the highest bits decide.
+
+    Args:
+        bits: uniform int32 of shape (rows,).
+        count: of elements.
+    """
+    elements = arange(count, dtype=int32, device=bits.device)
+    for shift, factor in _MIX_32:
+        elements = (elements ^ ((elements >> shift) & (2 ** (32 - shift) - 1))) * factor
+    elements = elements ^ ((elements >> 16) & 0xFFFF)
+    (_, first), (shift, second) = _MIX_32
+    mixed = (elements ^ bits[:, None]).mul_(first)
+    mixed.bitwise_xor_((mixed >> shift).bitwise_and_(2 ** (32 - shift) - 1))
+    return mixed.mul_(second)
 
 
 def _shifted(bits: Tensor, by: int) -> Tensor:
@@ -176,5 +211,6 @@ def _shifted(bits: Tensor, by: int) -> Tensor:
     return (bits >> by) & (2 ** (64 - by) - 1)
 
 
-def _signed(bits: int) -> int:
+def signed(bits: int) -> int:
+    """The int64 of the same 64 bits."""
     return bits - 2**64 if bits >= 2**63 else bits

@@ -42,8 +42,8 @@ class SampleRows:
 
 
 def number_of(batch: Any) -> int:
-    """How many samples a micro-batch has."""
-    return next(len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim)
+    """How many samples a micro-batch has; 0 where it has no tensor that says so."""
+    return next((len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim), 0)
 
 
 def first(samples: int, fraction: float) -> SampleRows:

@@ -52,6 +52,7 @@ from .perturb import Perturbation
 from .phases import Phases, no_phases
 from .resolved_step import Norm, ResolvedStep, StepOptions, fraction_of, resolve_step
 from .rng import FirstForward, RandomState
+from .row_draws import RowDraws
 from .savings import Savings
 from .schedules import ConstantRadius, RadiusSchedule, check_schedule, ever_reuses, reuse_at
 from .step_report import Rehearsed, StepReport
@@ -241,6 +242,7 @@ class SparseSAM(OptimizerWrapper):
         self._looksam = LookSAM(self.sharding, self._parameters.by_name) if ever_reuses(self._schedule) else None
         self._gap = SurrogateGap(self.sharding, self._parameters.by_name, self._alpha) if self._alpha else None
         self._graphs = AscentGraphs(self.sharding.ascent_module)
+        self._draws = RowDraws(self.sharding.network, self._parameters.device, self.sharding.data_parallel_group)
         self._known = Fingerprint(self.sharding.network, self.param_groups)
 
     def _loss_scale(self) -> Tensor | float:
@@ -605,6 +607,7 @@ class SparseSAM(OptimizerWrapper):
             self._statistics,
             self._of_samples,
             self._graphs,
+            self._draws,
             part,
         )
 

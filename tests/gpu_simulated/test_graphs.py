@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from ssam_scale import Depth, Fresh, Friendly, Savings, Scored, SparseSAM
 from ssam_scale.masks import Dense, Mask
-from ssam_scale.models import staged
+from ssam_scale.models import drop_by_row, staged
+from ssam_scale.perturbation import StagedModel
 from ssam_scale.perturbation.directions import Direction
 from ssam_scale.sharding import World
 from ssam_scale.sharding.place import place
-from tests.support.networks import batches, loss_fn, small_network
+from tests.support.networks import IMAGE, batches, loss_fn, small_network
 from tests.support.pretended_gpu.watch import Watch
 from tests.support.training import BATCH, on
 
@@ -88,6 +89,7 @@ CASES: dict[str, tuple[str, Options, Options]] = {
     "vit, tensors, bf16": ("vit", {}, {"mask": "tensor", "loss": in_bf16}),
     "resnet, moving cut, bf16": ("resnet", {}, {"mask": "moving cut", "loss": in_bf16}),
     "vit, dropping at random": ("vit", {"drop_rate": 0.3, "drop_path_rate": 0.3}, {}),
+    "vit, dropping by row": ("vit", {"drop_rate": 0.3, "proj_drop_rate": 0.1, "drop_path_rate": 0.3}, {}),
     "vit, elements, chosen at random": ("vit", {}, {"mask": "element", "direction": Fresh(0.25, "random")}),
     "convnext, less a mean": ("convnext", {}, {"direction": Friendly(0.25)}),
     "vit, each micro-batch by itself": (
@@ -98,13 +100,21 @@ CASES: dict[str, tuple[str, Options, Options]] = {
 }
 
 
+def network_of(case: str) -> StagedModel:
+    family, options, _ = CASES[case]
+    model = small_network(family, **options)
+    if "by row" in case:
+        drop_by_row(model.model, 5, torch.zeros(1, 3, IMAGE, IMAGE))
+    return model
+
+
 @pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow) if "elements" in c else c for c in CASES])
 def test_steps_are_those_without_graphs(case: str) -> None:
-    family, network, options = CASES[case]
+    _, _, options = CASES[case]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        graphed, seen = stepped(small_network(family, **network), **options)
-    plain, unlike = stepped(small_network(family, **network), graph_ascent=False, **options)
+        graphed, seen = stepped(network_of(case), **options)
+    plain, unlike = stepped(network_of(case), graph_ascent=False, **options)
     assert differing(graphed, plain) == []
     assert ascents(unlike) > WITHOUT
     if options.get("mask") != "moving cut":  # whose last step may have been the first with its cut
