@@ -28,7 +28,7 @@ from ssam_scale.masks import RunInfo, build_mask
 from ssam_scale.methods import MESA, Average, TrainingRun, Trajectory, build_trajectory
 from ssam_scale.methods.memory import check_room, check_shared
 from ssam_scale.methods.saf import epochs_kept
-from ssam_scale.models import build_model, check_compiler, stages_of
+from ssam_scale.models import build_model, check_compiler, drop_by_row, stages_of
 from ssam_scale.models.ema import EMA
 from ssam_scale.perturbation import DescentSamples, Gate, Phases, Savings, SparseSAM
 from ssam_scale.perturbation.arguments import check_optimizer
@@ -150,6 +150,8 @@ def build(config: Config, world: World, phases: Phases, found: int | None = None
     if config.train.activation_checkpointing:
         stages_of(staged_model.model, "train.activation_checkpointing works")
     _try_forward(config, staged_model)
+    # What a step drops is its images', and not a process's.
+    drop_by_row(staged_model.model, config.train.seed, torch.zeros(1, 3, *[config.data.resolution] * 2))
     precision = PRECISIONS[config.train.precision]
     loss_fn = soft_loss(config, precision)  # the term is added where there is a module for it
     if config.train.max_micro_batch == "auto" and found is None:

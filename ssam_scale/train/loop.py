@@ -36,8 +36,8 @@ from .refresh import fewest_samples
 def train(config: Config, world: World) -> None:
     """Train as configured, from the checkpoint that `checkpoint.resume` names if it names one.
 
-    A run is a function of its configuration: order, augmentation and masks are seeded by the epoch, mixing and dropout
-    by the step, so a resumed run goes on exactly as an uninterrupted one.
+    A run is a function of its configuration: order, augmentation and masks are seeded by the epoch, mixing, dropout and
+    whatever else is drawn by the step, so a resumed run goes on exactly as an uninterrupted one.
 
     Raises:
         UserError: what the configuration asks for cannot be had, or another job has the folder of checkpoints.

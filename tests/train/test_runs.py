@@ -196,7 +196,7 @@ def test_one_process_ddp_and_fsdp2_train_the_same_weights(method: str, data: Pat
     config = write_config(
         tmp_path / "run.yaml",
         data,
-        model=VIT,
+        model={**VIT, "drop_rate": 0.1, "drop_path_rate": 0.2, "kwargs": {**VIT["kwargs"], "proj_drop_rate": 0.1}},
         perturbation=METHODS[method],
         train={"epochs": 2, "ema_decay": 0.5, "accumulation": 1},
         loss={"mixup": 0.2, "cutmix": 1.0, "label_smoothing": 0.1},

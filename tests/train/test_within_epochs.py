@@ -120,7 +120,12 @@ def test_other_processes_and_batches_go_on_at_the_same_place(data: Path, home: P
     """The images of an epoch are seen once each, in its order; what goes by the place in the run goes on there."""
     sections = {key: EVERYTHING[key] for key in ("checkpoint", "schedule")}
     config = write_config(
-        home / "run.yaml", data, model=VIT, perturbation=METHODS["cut"], train={"epochs": 2}, **sections
+        home / "run.yaml",
+        data,
+        model={**VIT, "drop_rate": 0.1, "drop_path_rate": 0.2},
+        perturbation=METHODS["cut"],
+        train={"epochs": 2},
+        **sections,
     )
     train(config)
     (home / "checkpoints").rename(home / "whole")
