@@ -46,6 +46,11 @@ class Model(Section):
     """The network, built by timm."""
 
     name: str = Field(description="timm model name, e.g. resnet50 or vit_base_patch16_224")
+    pretrained: bool | UserPath = Field(
+        False,
+        description="weights to start from: true: timm's own for the name and its tag (resnet50.a1_in1k), from the "
+        "hub's cache or the hub; a file of weights (.safetensors, or of torch.save), or a checkpoint's folder",
+    )
     num_classes: int = Field(1000, ge=2, le=10**7, description="classes of the classifier head")
     drop_rate: Share = Field(0.0, description="dropout probability before the head")
     drop_path_rate: Share = Field(0.0, description="stochastic depth probability of the last block")
@@ -55,14 +60,21 @@ class Model(Section):
     @classmethod
     def _a_model(cls, value: str) -> str:
         name, dot, tag = re.sub(_OF_A_HUB, "", value).partition(".")
-        if dot:
-            raise ValueError(
-                f"tag {tag} names pretrained weights, which cannot be loaded yet; {name} is the same network, "
-                "randomly initialised"
-            )
-        if name != value:
-            raise ValueError(f"models are named without where they come from: {name}")
+        full = f"{name}.{tag}" if dot else name
+        if full != value:
+            raise ValueError(f"models are named without where they come from: {full}")
         return value
+
+    @model_validator(mode="after")
+    def _of_weights_that_are_loaded(self) -> Model:
+        name, dot, tag = self.name.partition(".")
+        if dot and self.pretrained is not True:
+            instead = "" if self.pretrained is False else f", and model.pretrained is {self.pretrained}"
+            raise ValueError(
+                f"name {self.name}: tag {tag} names weights of the hub{instead}; set model.pretrained=true to start "
+                f"from them, or name the network alone: {name}"
+            )
+        return self
 
     @field_validator("kwargs")
     @classmethod
@@ -73,7 +85,7 @@ class Model(Section):
                 **{name: f"it is model.{name}" for name in ("num_classes", "drop_rate", "drop_path_rate")},
                 "model_name": "it is model.name",
                 "in_chans": "images are RGB, of 3 channels",
-                **dict.fromkeys(_OF_WEIGHTS, "weights cannot be loaded yet"),
+                **dict.fromkeys(_OF_WEIGHTS, "weights are named by model.pretrained"),
                 "features_only": "a classifier is trained",
             },
         )

@@ -54,8 +54,8 @@ def check_known(name: str, given_by: str) -> None:
     now = timm.models.get_deprecated_models().get(name)
     if now is not None:  # most of them name weights, as tags do now
         architecture, _, tag = now.partition(".")
-        meant = f"the weights {tag} of {architecture}, which cannot be loaded yet" if tag else architecture
-        raise UserError(f"{given_by}: {name} is timm's old name for {meant}; write {architecture}")
+        weights = f", or {now} with model.pretrained=true for its weights" if tag else ""
+        raise UserError(f"{given_by}: {name} is timm's old name for {now}; write {architecture}{weights}")
 
 
 def _nearest(name: str) -> list[str]:

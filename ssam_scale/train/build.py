@@ -28,7 +28,7 @@ from ssam_scale.masks import RunInfo, build_mask
 from ssam_scale.methods import MESA, Average, TrainingRun, Trajectory, build_trajectory
 from ssam_scale.methods.memory import check_room, check_shared
 from ssam_scale.methods.saf import epochs_kept
-from ssam_scale.models import build_model, check_compiler, drop_by_row, stages_of
+from ssam_scale.models import Loaded, build_model, check_compiler, drop_by_row, load_pretrained, stages_of
 from ssam_scale.models.ema import EMA
 from ssam_scale.perturbation import DescentSamples, Gate, Phases, Savings, SparseSAM
 from ssam_scale.perturbation.arguments import check_optimizer
@@ -84,6 +84,7 @@ class Components:
         train, val: the loaders.
         mix: mixup and CutMix on a batch, on its device; None: neither.
         split: how the images of a step are shared out.
+        pretrained: what became of the weights that the run starts from; None: it starts from random ones, or goes on.
         precision: dtype of forward passes.
         progress: how far the run has come.
         unrecorded: what its hooks have summed up since their last records.
@@ -101,6 +102,7 @@ class Components:
     val: ImageLoader
     mix: Mixing | None
     split: MicroBatches
+    pretrained: Loaded | None
     precision: torch.dtype
     progress: Progress
     unrecorded: Unrecorded
@@ -116,7 +118,9 @@ class Components:
         return micro_batches if self.trajectory is None else self.trajectory.attach(micro_batches)
 
 
-def build(config: Config, world: World, phases: Phases, found: int | None = None) -> Components:
+def build(
+    config: Config, world: World, phases: Phases, found: int | None = None, *, goes_on: bool = False
+) -> Components:
     """Build what the configuration describes; with the same weights on every process.
 
     Args:
@@ -125,6 +129,7 @@ def build(config: Config, world: World, phases: Phases, found: int | None = None
         phases: times the steps.
         found: images of a micro-batch that a checkpoint says (`micro_batch_of`); None: `max_micro_batch: auto` is
             looked for, and without a limit a process takes its part whole.
+        goes_on: a checkpoint brings the weights, so that those of `model.pretrained` are not needed.
 
     Raises:
         UserError: what the configuration asks for cannot be had.
@@ -140,6 +145,9 @@ def build(config: Config, world: World, phases: Phases, found: int | None = None
     _check_outputs(config, world)
     torch.manual_seed(config.train.seed)
     staged_model = build_model(config)
+    given, pretrained = config.model.pretrained, None
+    if given and not goes_on:
+        pretrained = load_pretrained(staged_model.model, given if isinstance(given, Path) else None)
     staged_model.activation_checkpointing = config.train.activation_checkpointing
     mask = config.perturbation.mask if config.perturbation is not None else None
     if isinstance(mask, (DepthMask, BlockMask)):
@@ -213,6 +221,7 @@ def build(config: Config, world: World, phases: Phases, found: int | None = None
         loss_fn=loss_fn if trajectory is None else soft_loss(config, precision, trajectory),
         train=train,
         val=val,
+        pretrained=pretrained,
         mix=_mix(config),
         split=split,
         precision=precision,

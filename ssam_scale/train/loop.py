@@ -243,7 +243,7 @@ def _build(config: Config, world: World, phases: PhaseTimer, path: Path | None) 
     with explaining_out_of_memory(config):
         found = checkpoint.micro_batch_of(path, config, world) if path is not None else None
         world.whereabouts.at("building")
-        components = build(config, world, phases, found)
+        components = build(config, world, phases, found, goes_on=path is not None)
         if path is not None:
             world.whereabouts.at("loading a checkpoint")
             checkpoint.load(path, config, components)
@@ -367,6 +367,8 @@ def _announce(
         f"{config.train.epochs} epochs of {components.steps_per_epoch} steps of {config.data.batch_size} images, "
         f"{components.split}{', found to fit' if config.train.max_micro_batch == 'auto' else ''}"
     )
+    if components.pretrained is not None:
+        bar.say(f"model.pretrained: {components.pretrained}")
     if config.data.workers == "auto":
         bar.say(f"data.workers auto: {components.train.workers}")
     if (grows := config.data.progressive) is not None:

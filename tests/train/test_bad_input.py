@@ -25,8 +25,9 @@ def mistake(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 CASES = {
     "model.name=resnet81": "model.name: timm .* knows no model 'resnet81'; nearest: .*resnet18",
-    "model.name=tf_efficientnet_b0_ns": "old name for the weights ns_jft_in1k of tf_efficientnet_b0, "
-    "which cannot be loaded yet",
+    "model.name=tf_efficientnet_b0_ns": "old name for tf_efficientnet_b0.ns_jft_in1k; write tf_efficientnet_b0, or "
+    "tf_efficientnet_b0.ns_jft_in1k with model.pretrained=true for its weights",
+    "model.pretrained=nowhere.pth": "model.pretrained nowhere.pth: no such file",
     "model.name=efficientnet_b2a": "efficientnet_b2a is timm's old name for efficientnet_b2; write ",
     "model.kwargs={depth: 3}": "model: timm could not build resnet18",
     "optimizer.name=sgdd": "optimizer.name: timm knows no optimizer 'sgdd'; nearest: .*sgd",
