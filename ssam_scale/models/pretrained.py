@@ -33,12 +33,21 @@ class Loaded:
         tensors: how many of the network were loaded.
         new: names of those that were not, of the network.
         unused: names of what else the file has.
+        colours: mean and deviation of RGB in [0, 1] that images were normalised by; None: it is not known.
     """
 
     source: str
     tensors: int
     new: tuple[str, ...]
     unused: tuple[str, ...]
+    colours: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+
+    def note(self, mean: tuple[float, ...], std: tuple[float, ...]) -> str | None:
+        """What to know of images that are normalised by these; None: nothing."""
+        if self.colours is None or self.colours == (mean, std):
+            return None
+        theirs = f"data.mean={list(self.colours[0])} and data.std={list(self.colours[1])}"
+        return f"weights from {self.source} were trained with {theirs}, and here images are normalised otherwise"
 
     def __str__(self) -> str:
         parts = [f"{self.tensors} tensors from {self.source}"]
@@ -70,7 +79,9 @@ def load_pretrained(model: nn.Module, place: Path | None) -> Loaded:
     _check_it_is_this_network(model, own, given, fitting, source)
     model.load_state_dict(fitting, strict=False)
     new = tuple(name for name in own if name not in fitting and not name.endswith("num_batches_tracked"))
-    return Loaded(source, len(fitting), new, tuple(name for name in given if name not in own))
+    config = _config_of(model)
+    colours = (tuple(config["mean"]), tuple(config["std"])) if place is None and config.get("mean") else None
+    return Loaded(source, len(fitting), new, tuple(name for name in given if name not in own), colours)
 
 
 def _of_hub(model: nn.Module) -> tuple[str, Mapping[str, Any]]:

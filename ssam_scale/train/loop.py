@@ -369,6 +369,8 @@ def _announce(
     )
     if components.pretrained is not None:
         bar.say(f"model.pretrained: {components.pretrained}")
+        if (note := components.pretrained.note(config.data.mean, config.data.std)) is not None:
+            bar.say(f"note: {note}")
     if config.data.workers == "auto":
         bar.say(f"data.workers auto: {components.train.workers}")
     if (grows := config.data.progressive) is not None:

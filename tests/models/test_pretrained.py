@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ssam_scale.errors import UserError
-from ssam_scale.models import load_pretrained
+from ssam_scale.models import Loaded, load_pretrained
 from ssam_scale.models.torchvision_ops import ensure_torchvision
 from tests.support.checkout import ROOT
 
@@ -181,6 +181,16 @@ def test_a_damaged_file_of_safetensors(tmp_path: Path) -> None:
         (tmp_path / "w.safetensors").write_bytes(content)
         with pytest.raises(UserError, match=r"w\.safetensors: cannot be read as weights \(.*\); copy it again"):
             load_pretrained(vit(2), tmp_path / "w.safetensors")
+
+
+def test_images_of_other_colours_are_noted() -> None:
+    loaded = Loaded("a hub", 3, (), (), ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)))
+    assert loaded.note((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)) is None
+    assert loaded.note((0.485, 0.456, 0.406), (0.5, 0.5, 0.5)) == (
+        "weights from a hub were trained with data.mean=[0.5, 0.5, 0.5] and data.std=[0.5, 0.5, 0.5], and here images "
+        "are normalised otherwise"
+    )
+    assert Loaded("a file", 3, (), ()).note((0.5,), (0.5,)) is None
 
 
 # ---------------------------------------------------------------------------------------------------------------- a hub
