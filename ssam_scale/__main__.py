@@ -14,7 +14,8 @@ def main(argv: list[str] | None = None) -> None:
 
         command(argv)
     except ModuleNotFoundError as error:
-        extra = extra_of(error.name or "")
+        package = (error.name or "").partition(".")[0]
+        extra = extra_of(package)
         if extra is None:  # ours, or one that has to be there
             raise
         asked = sys.argv[1:] if argv is None else argv
@@ -24,7 +25,7 @@ def main(argv: list[str] | None = None) -> None:
             print(*version_lines(), sep="\n")
             return
         lacks = (
-            f"{error.name} is not installed; bash launch/setup.sh installs all that commands need, "
+            f"{package} is not installed; bash launch/setup.sh installs all that commands need, "
             f"pip install 'ssam_scale[{extra}]' what pip can (docs/install.md)"
         )
         if asked in ([], ["--help"]):
