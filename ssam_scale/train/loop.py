@@ -347,8 +347,9 @@ def notes_on_data(config: Config, data: Mapping[str, Images]) -> list[str]:
             f"{config.model.num_classes - classes} outputs are never a label"
         )
     trained, evaluated = ({part.fingerprint for part in images.parts} for images in (train, val))
-    if trained & evaluated or train.path.resolve() == val.path.resolve():
-        which = "the images" if trained == evaluated else "images"
+    same = train.path.resolve() == val.path.resolve() or trained == evaluated  # of a bare file nothing else is known
+    if same or trained & evaluated:
+        which = "the images" if same else "images"
         notes.append(
             f"data.val {config.data.val} holds {which} of data.train: accuracy will be that on what is trained"
         )
