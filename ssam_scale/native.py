@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import numba
 import numpy as np
 import torch
+from numba.core.compiler_lock import global_compiler_lock
 from torch import Tensor
 
 # Elements at a time: of a task of one thread, or of one sequence of torch operations.
@@ -74,6 +75,10 @@ def compiled(function: _Function) -> _Function:
         kept._cache_file._data_name = partial(_a_name_of_its_own, Path(kept._cache_file._index_name).stem)
     except RuntimeError:  # no folder to keep machine code in: neither beside this file nor in the user's cache
         result = numba.njit(nogil=True, error_model="numpy")(function)
+    # Two threads that call a function for the first time make the same type twice, and write to one table of compiled
+    # code at once, which then raises KeyError or has no end: numba's lock is held by its compiler alone.
+    for step in ("typeof_pyval", "compile", "_compile_for_args"):
+        setattr(result, step, global_compiler_lock(getattr(result, step)))
     return result
 
 

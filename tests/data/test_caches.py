@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +62,32 @@ def test_a_cache_that_is_damaged(tmp_path: Path) -> None:
 
 def double(data: Any) -> Any:
     return data + data
+
+
+def test_threads_that_compile_at_one_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No two of them make numba's types or look at its tables: a type that is made twice breaks them."""
+    kind = type(numba.types.Array)
+    make, within, most = kind._intern, [0], [0]
+
+    def slowly(self: Any, made: Any) -> Any:
+        within[0] += 1
+        most[0] = max(most[0], within[0])
+        time.sleep(0.005)  # another thread may come in between
+        within[0] -= 1
+        return make(self, made)
+
+    monkeypatch.setattr(kind, "_intern", slowly)
+    function, begin = compiled(double), threading.Barrier(4)
+
+    def call(count: int) -> None:
+        begin.wait()
+        for dimensions in range(5, 8):
+            assert function(np.ones((1,) * dimensions, np.uint16)).sum() == 2
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(call, range(4)))
+    assert most[0] == 1
+    assert len(list(function.overloads.items())) == 3
 
 
 def test_two_processes_that_compile_at_one_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
