@@ -231,7 +231,7 @@ class LabelDecoder(Operation):
 
 
 class IndexDecoder(LabelDecoder):
-    """Fills int64 batches [N, 1] of which images of the file they are, and which copies of them (`RepeatedOrder`)."""
+    """Fills int64 batches [N, 1] of which images of the file they are, and which copies of them (`RandomOrder`)."""
 
     def generate_code(self) -> Callable[..., Any]:
         """What FFCV calls for each batch."""

@@ -18,7 +18,7 @@ from ssam_scale.cores import usable_cores
 from ssam_scale.data.aside import Aside
 from ssam_scale.data.images import Images
 from ssam_scale.data.opening import names_of_classes, open_images
-from ssam_scale.data.order import LANES, Order, PageOrder, RandomOrder, RepeatedOrder
+from ssam_scale.data.order import LANES, Order, PageOrder, RandomOrder
 from ssam_scale.data.workers import Workers, measured
 from ssam_scale.errors import UserError
 
@@ -331,10 +331,8 @@ def _check_memory(data: Data, source: Images, world_size: int) -> None:
 
 
 def _order(data: Data, source: Images, pool: NDArray[np.int64], seed: int, memory: int) -> Order:
-    if data.repeats > 1:
-        return RepeatedOrder(pool, seed, source.images, data.repeats)
     if data.order == "random":
-        return RandomOrder(pool, seed)
+        return RandomOrder(pool, seed, repeats=data.repeats, images=source.images)
     assert source.pages is not None  # which `Data` says
     # Of each lane the pages of one window are in use while those of the next are read.
     return PageOrder(pool, seed, source.pages, max(1, memory // (2 * LANES * source.page_size)))

@@ -47,18 +47,30 @@ class Order(Protocol):
 class RandomOrder:
     """A shuffle of all images. An `Order`.
 
+    With `repeats` it is of repeated augmentation (arXiv 1901.09335): each image of an epoch is several times near each
+    other. An epoch is as long as it is otherwise, so it has one of so many images, others in each epoch. The k-th copy
+    of an image counts as number image + k · images, which is what its crops are drawn by. Copies of `_TOGETHER` images
+    follow one after the other: they meet in a batch, and no image is the neighbour of its own copy, with which mixup
+    would mix it.
+
     Args:
         pool: the images that are read.
         seed: of the run.
+        repeats: how often each image of an epoch is in it.
+        images: of the file, where they are repeated.
     """
 
     pool: Indices
     seed: int
     reshuffled: Mapping[int, Sequence[tuple[int, int]]] = field(default_factory=dict)
+    repeats: int = 1
+    images: int = 0
 
     def whole(self, epoch: int) -> Indices:
         """See `Order`."""
         shuffled = np.random.default_rng((self.seed, epoch)).permutation(self.pool)
+        if self.repeats > 1:
+            shuffled = self._repeated(shuffled)
         for first, number in self.reshuffled.get(epoch, ()):
             shuffled[first:] = np.random.default_rng((self.seed, epoch, number)).permutation(shuffled[first:])
         return shuffled
@@ -67,43 +79,12 @@ class RandomOrder:
         """As they come."""
         return images
 
-
-@dataclass
-class RepeatedOrder:
-    """Repeated augmentation (arXiv 1901.09335): each image of an epoch several times near each other. An `Order`.
-
-    An epoch is as long as it is otherwise, so it has one of so many images, others in each epoch. The k-th copy of an
-    image counts as number image + k · images, which is what its crops are drawn by. Copies of `_TOGETHER` images follow
-    one after the other: they meet in a batch, and no image is the neighbour of its own copy, with which mixup would
-    mix it.
-
-    Args:
-        pool: the images that are read.
-        seed: of the run.
-        images: of the file.
-        repeats: how often each is in an epoch.
-    """
-
-    pool: Indices
-    seed: int
-    images: int
-    repeats: int
-    reshuffled: Mapping[int, Sequence[tuple[int, int]]] = field(default_factory=dict)
-
-    def whole(self, epoch: int) -> Indices:
-        """See `Order`."""
-        length = len(self.pool)
-        chosen = np.random.default_rng((self.seed, epoch)).permutation(self.pool)[: -(-length // self.repeats)]
+    def _repeated(self, shuffled: Indices) -> Indices:
+        """As many, of the first of them."""
+        chosen = shuffled[: -(-len(shuffled) // self.repeats)]
         copies = chosen + self.images * np.arange(self.repeats)[:, None]
         groups = np.split(copies, range(_TOGETHER, len(chosen), _TOGETHER), axis=1)
-        order = np.concatenate([group.reshape(-1) for group in groups])[:length]
-        for first, number in self.reshuffled.get(epoch, ()):
-            order[first:] = np.random.default_rng((self.seed, epoch, number)).permutation(order[first:])
-        return order
-
-    def shared(self, images: Indices, first: int) -> Indices:
-        """As they come."""
-        return images
+        return np.concatenate([group.reshape(-1) for group in groups])[: len(shuffled)]
 
 
 @dataclass

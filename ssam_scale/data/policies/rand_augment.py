@@ -7,26 +7,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from ssam_scale.config.augment_sections import RandAugment
-from ssam_scale.data.operations import IDENTITY, Resampling
+from ssam_scale.data.operations import Resampling
 
-from .interface import POLICIES, Kind, Numbers, Round, round_of
+from .interface import POLICIES, Numbers, Round, round_of
+from .torchvision_kinds import torchvisions
 
-KINDS = (
-    Kind(IDENTITY),
-    Kind("shear_x", lambda level: 0.3 * level, signed=True),
-    Kind("shear_y", lambda level: 0.3 * level, signed=True),
-    Kind("translate_x", lambda level: 150.0 / 331.0 * level, signed=True),
-    Kind("translate_y", lambda level: 150.0 / 331.0 * level, signed=True),
-    Kind("rotate", lambda level: 30.0 * level, signed=True),
-    Kind("brightness", lambda level: 1.0 + 0.9 * level, signed=True),
-    Kind("color", lambda level: 1.0 + 0.9 * level, signed=True),
-    Kind("contrast", lambda level: 1.0 + 0.9 * level, signed=True),
-    Kind("sharpness", lambda level: 1.0 + 0.9 * level, signed=True),
-    Kind("posterize", lambda level: 8.0 - np.round(4.0 * level)),
-    Kind("solarize", lambda level: 255.0 * (1.0 - level)),
-    Kind("auto_contrast"),
-    Kind("equalize"),
-)
+KINDS = torchvisions(shear=0.3, shift=150.0 / 331.0, degrees=30.0, factor=0.9, bits=4.0)
 
 
 @POLICIES.register("rand_augment", "some operations at random, as torchvision's RandAugment", "arXiv 1909.13719")

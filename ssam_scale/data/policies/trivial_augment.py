@@ -7,29 +7,15 @@ from collections.abc import Sequence
 import numpy as np
 
 from ssam_scale.config.augment_sections import TrivialAugment
-from ssam_scale.data.operations import IDENTITY, Resampling
+from ssam_scale.data.operations import Resampling
 
-from .interface import POLICIES, Kind, Numbers, Round, round_of
+from .interface import POLICIES, Numbers, Round, round_of
+from .torchvision_kinds import torchvisions
 
 _BINS = 31
 
-KINDS = (
-    Kind(IDENTITY),
-    Kind("shear_x", lambda level: 0.99 * level, signed=True),
-    Kind("shear_y", lambda level: 0.99 * level, signed=True),
-    # 32 pixels of an image of ImageNet's usual 224: as a share, it suits the small ones too.
-    Kind("translate_x", lambda level: 32.0 / 224.0 * level, signed=True),
-    Kind("translate_y", lambda level: 32.0 / 224.0 * level, signed=True),
-    Kind("rotate", lambda level: 135.0 * level, signed=True),
-    Kind("brightness", lambda level: 1.0 + 0.99 * level, signed=True),
-    Kind("color", lambda level: 1.0 + 0.99 * level, signed=True),
-    Kind("contrast", lambda level: 1.0 + 0.99 * level, signed=True),
-    Kind("sharpness", lambda level: 1.0 + 0.99 * level, signed=True),
-    Kind("posterize", lambda level: 8.0 - np.round(6.0 * level)),
-    Kind("solarize", lambda level: 255.0 * (1.0 - level)),
-    Kind("auto_contrast"),
-    Kind("equalize"),
-)
+# Shifts of 32 pixels of an image of ImageNet's usual 224: as a share, it suits the small ones too.
+KINDS = torchvisions(shear=0.99, shift=32.0 / 224.0, degrees=135.0, factor=0.99, bits=6.0)
 
 
 @POLICIES.register(
