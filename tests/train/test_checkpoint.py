@@ -147,8 +147,8 @@ class Counter(Hook):
 def counting(counter: Counter) -> Iterator[Counter]:
     """Runs inside have the counter as a hook and as a part of their checkpoints."""
 
-    def build_with(*args: Any) -> Components:
-        components = build(*args)
+    def build_with(*args: Any, **kwargs: Any) -> Components:
+        components = build(*args, **kwargs)
         components.state["counter"] = counter
         return components
 
