@@ -24,7 +24,8 @@ from .direction_sections import (
     MomentumDirection,
     PreviousDirection,
 )
-from .mask_sections import DepthMask, ElementMask, Mask
+from .mask_sections import DepthMask, ElementMask, Mask, RefreshedMask
+from .parameter_sections import Freeze, ParameterGroup
 from .presets import PRESETS
 from .section import ImagesPath, Section, Share, UserPath, home, home_in_uri, in_parts, without
 from .trajectory_sections import SAFTrajectory, Trajectory
@@ -54,6 +55,11 @@ class Model(Section):
     num_classes: int = Field(1000, ge=2, le=10**7, description="classes of the classifier head")
     drop_rate: Share = Field(0.0, description="dropout probability before the head")
     drop_path_rate: Share = Field(0.0, description="stochastic depth probability of the last block")
+    freeze: tuple[Freeze, ...] = Field(
+        (),
+        description="parameters that are not trained, at first or at all; BatchNorm layers that are frozen keep their "
+        "statistics",
+    )
     kwargs: dict[str, Any] = Field(default_factory=dict, description="further arguments of timm.create_model")
 
     @field_validator("name")
@@ -252,11 +258,40 @@ class Data(Section):
 
 
 class Loss(Section):
-    """Cross-entropy and the mixing of labels."""
+    """What is minimised, and the mixing of labels."""
 
+    name: Literal["cross_entropy", "binary_cross_entropy"] = Field(
+        "cross_entropy",
+        description="cross_entropy: of the softmax; binary_cross_entropy: of each class by itself, the mean over "
+        "classes (as timm's bce_loss: ResNet strikes back, DeiT III)",
+    )
+    target_threshold: float | None = Field(
+        None,
+        ge=0.0,
+        lt=1.0,
+        description="binary_cross_entropy: targets above it are 1 and the others 0, after mixing (timm's "
+        "bce_target_thresh); null: they are as mixed",
+    )
+    class_weights: tuple[Annotated[float, Field(ge=0.0, le=1e6)], ...] | None = Field(
+        None,
+        description="a factor on the loss of each class, in the order of labels; the mean is over images, whatever "
+        "their weights, so that it is the same for any number of processes; null: 1",
+    )
     label_smoothing: float = Field(0.0, ge=0.0, lt=1.0, description="mass spread over all classes")
     mixup: float = Field(0.0, ge=0.0, description="alpha of mixup's Beta distribution; 0 turns it off")
-    cutmix: float = Field(0.0, ge=0.0, description="alpha of CutMix's Beta distribution; 0 turns it off")
+    cutmix: float = Field(
+        0.0,
+        ge=0.0,
+        description="alpha of CutMix's Beta distribution; 0 turns it off; with mixup one of them, as likely",
+    )
+
+    @model_validator(mode="after")
+    def _of_classes_by_themselves(self) -> Loss:
+        if self.target_threshold is not None and self.name != "binary_cross_entropy":
+            raise ValueError(f"target_threshold is of binary_cross_entropy, and name is {self.name}")
+        if self.class_weights is not None and not any(self.class_weights):
+            raise ValueError("class_weights are all 0")
+        return self
 
 
 class Optimizer(Section):
@@ -267,6 +302,16 @@ class Optimizer(Section):
     weight_decay: float = Field(0.0, ge=0.0, le=1000.0, description="weight decay of weights")
     decay_norm_and_bias: bool = Field(False, description="apply weight decay to biases and normalization layers too")
     momentum: float = Field(0.9, ge=0.0, lt=1.0, description="momentum of optimizers that have one")
+    layer_decay: float | None = Field(
+        None,
+        gt=0.0,
+        le=1.0,
+        description="factor on the learning rate from each layer to the one before it, so that the first are trained "
+        "least (BEiT, arXiv 2106.08254; layers as timm groups them); null: none",
+    )
+    groups: tuple[ParameterGroup, ...] = Field(
+        (), description="parameters with a learning rate, weight decay or radius of their own"
+    )
     clip_grad_norm: float | None = Field(None, gt=0.0, description="largest norm of the descent gradient")
     kwargs: dict[str, Any] = Field(default_factory=dict, description="further arguments of the optimizer")
 
@@ -279,8 +324,11 @@ class Optimizer(Section):
                 **{name: f"it is optimizer.{name}" for name in ("lr", "weight_decay", "momentum")},
                 "opt": "it is optimizer.name",
                 "filter_bias_and_bn": "it is optimizer.decay_norm_and_bias, which says the opposite",
-                "params": "all parameters of the model are trained",
-                "model_or_params": "all parameters of the model are trained",
+                "layer_decay": "it is optimizer.layer_decay",
+                **dict.fromkeys(
+                    ("params", "model_or_params", "param_group_fn"),
+                    "all parameters of the model are trained; others by model.freeze, and groups by optimizer.groups",
+                ),
                 "learning_rate": "it is optimizer.lr",
             },
         )
@@ -718,6 +766,32 @@ class Config(Section):
                 f"schedule.warmup_epochs {self.schedule.warmup_epochs} must be less than "
                 f"train.epochs {self.train.epochs}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _a_weight_for_each_class(self) -> Config:
+        weights, classes = self.loss.class_weights, self.model.num_classes
+        if weights is not None and len(weights) != classes:
+            raise ValueError(f"loss.class_weights has {len(weights)} numbers, and model.num_classes is {classes}")
+        return self
+
+    @model_validator(mode="after")
+    def _some_epochs_of_all_that_is_trained(self) -> Config:
+        mask = self.perturbation.mask if self.perturbation is not None else None
+        for number, frozen in enumerate(self.model.freeze):
+            key = f"model.freeze.{number}.until_epoch"
+            if frozen.until_epoch is None:
+                continue
+            if frozen.until_epoch >= self.train.epochs:
+                raise ValueError(
+                    f"{key} {frozen.until_epoch} must be less than train.epochs {self.train.epochs}, or no epoch "
+                    "trains them; null says so"
+                )
+            if isinstance(mask, RefreshedMask) and mask.scores and not isinstance(mask, DepthMask):
+                raise ValueError(
+                    f"{key} {frozen.until_epoch}: perturbation.mask.pattern {mask.pattern} is chosen among what is "
+                    "trained, and a run does not choose anew where that changes; use depth, norm or named, or null"
+                )
         return self
 
     @model_validator(mode="after")

@@ -8,6 +8,7 @@ ensure_torchvision()
 
 from .compiler import check_compiler  # noqa: E402
 from .drop import drop_by_row  # noqa: E402
+from .freezing import freeze, train_mode, unfreezes  # noqa: E402
 from .pretrained import Loaded, load_pretrained  # noqa: E402
 from .stages import FAMILIES, Family, register_family, staged, stages_of  # noqa: E402
 from .timm_model import average_statistics, build_model  # noqa: E402
@@ -20,8 +21,11 @@ __all__ = [
     "build_model",
     "check_compiler",
     "drop_by_row",
+    "freeze",
     "load_pretrained",
     "register_family",
     "staged",
     "stages_of",
+    "train_mode",
+    "unfreezes",
 ]

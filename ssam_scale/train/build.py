@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from inspect import signature
 from pathlib import Path
 from traceback import walk_tb
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.checkpoint.stateful import Stateful
 
@@ -28,26 +24,24 @@ from ssam_scale.masks import RunInfo, build_mask
 from ssam_scale.methods import MESA, Average, TrainingRun, Trajectory, build_trajectory
 from ssam_scale.methods.memory import check_room, check_shared
 from ssam_scale.methods.saf import epochs_kept
-from ssam_scale.models import Loaded, build_model, check_compiler, drop_by_row, load_pretrained, stages_of
+from ssam_scale.models import Loaded, build_model, check_compiler, drop_by_row, freeze, load_pretrained, stages_of
 from ssam_scale.models.ema import EMA
 from ssam_scale.perturbation import DescentSamples, Gate, Phases, Savings, SparseSAM
-from ssam_scale.perturbation.arguments import check_optimizer
 from ssam_scale.perturbation.batchnorm import batchnorms, frozen_statistics
 from ssam_scale.perturbation.directions import build_direction
-from ssam_scale.perturbation.fused import fused_options
 from ssam_scale.perturbation.loss import LossFn
 from ssam_scale.perturbation.reference import first_samples
 from ssam_scale.perturbation.schedules import build_schedule
-from ssam_scale.sharding import BACKENDS, ShardedWeights, World
+from ssam_scale.sharding import ShardedWeights, World
 from ssam_scale.sharding.device import PRECISIONS, has_bf16
-from ssam_scale.sharding.optimizer_trial import check_steps
 from ssam_scale.sharding.place import place
 from ssam_scale.tracking.run import Run
 from ssam_scale.tracking.timer import PhaseTimer
 
 from .agreement import Agreement
 from .batches import MicroBatch
-from .checkpoint import ModelState, OptimizerState, SaveCheckpoint, check_savable
+from .checkpoint import ModelState, OptimizerState, SaveCheckpoint, SparsePart
+from .criterion import Criterion
 from .evaluation import Evaluate
 from .hooks import (
     AverageBatchNormStatistics,
@@ -60,8 +54,10 @@ from .hooks import (
     RunTrajectory,
     UpdateEMA,
 )
+from .learning_rate import scheduler
 from .log_model import LogModel
 from .memory import largest_micro_batch
+from .optimizer import base_optimizer, check_direction, check_groups, check_handed, check_saved
 from .probes import ProbeSaving
 from .progress import Progress, ProgressBar
 from .refresh import RefreshMask, refreshed_section
@@ -119,7 +115,7 @@ class Components:
 
 
 def build(
-    config: Config, world: World, phases: Phases, found: int | None = None, *, goes_on: bool = False
+    config: Config, world: World, phases: Phases, found: int | None = None, *, epoch: int | None = None
 ) -> Components:
     """Build what the configuration describes; with the same weights on every process.
 
@@ -129,7 +125,8 @@ def build(
         phases: times the steps.
         found: images of a micro-batch that a checkpoint says (`micro_batch_of`); None: `max_micro_batch: auto` is
             looked for, and without a limit a process takes its part whole.
-        goes_on: a checkpoint brings the weights, so that those of `model.pretrained` are not needed.
+        epoch: from 0, that the checkpoint is in which brings the weights, so that those of `model.pretrained` are not
+            needed; None: there is none, and the run begins.
 
     Raises:
         UserError: what the configuration asks for cannot be had.
@@ -139,15 +136,17 @@ def build(
         check_compiler(world.device)
     if found is None:
         shared_out(config, world)  # what cannot be is said before anything is built
-    _check_direction(config, base_optimizer(config, nn.Linear(1, 1)))  # said before minutes of building
+    check_direction(config, base_optimizer(config, nn.Linear(1, 1)))  # said before minutes of building
     check_handed(config, world)
-    _check_savable(config, world)
+    check_saved(config, world)
     _check_outputs(config, world)
     torch.manual_seed(config.train.seed)
     staged_model = build_model(config)
     given, pretrained = config.model.pretrained, None
-    if given and not goes_on:
+    if given and epoch is None:
         pretrained = load_pretrained(staged_model.model, given if isinstance(given, Path) else None)
+    freeze(staged_model.model, config.model.freeze, epoch or 0)
+    check_groups(config, staged_model.model)
     staged_model.activation_checkpointing = config.train.activation_checkpointing
     mask = config.perturbation.mask if config.perturbation is not None else None
     if isinstance(mask, (DepthMask, BlockMask)):
@@ -196,7 +195,7 @@ def build(
     ema = EMA(network, decay, opt.sharding, warmup=warmup) if decay is not None else None
     trajectory = _trajectory(config, world, module, network, opt.sharding, precision)
     state: dict[str, Stateful] = {
-        "sparse": opt.sparse,  # the first to be loaded, because it refuses what was saved with another mask
+        "sparse": SparsePart(opt),  # the first to be loaded, because it refuses what was saved with another mask
         # Before the weights: an optimizer without a state is given one by a step, with a learning rate of 0.
         "optimizer": OptimizerState(network, opt),
         "model": ModelState(network, opt.sharding),
@@ -215,7 +214,7 @@ def build(
         module=module,
         network=network,
         opt=opt,
-        scheduler=_scheduler(config, base, steps),
+        scheduler=scheduler(config, base, steps),
         ema=ema,
         trajectory=trajectory,
         loss_fn=loss_fn if trajectory is None else soft_loss(config, precision, trajectory),
@@ -381,15 +380,17 @@ def _sparse_sam(
 
 
 def soft_loss(config: Config, precision: torch.dtype, trajectory: Trajectory | None = None) -> LossFn:
-    """Mean cross-entropy with label smoothing of labels or, once mixed, label distributions.
+    """The configured loss of labels or, once mixed, of label distributions.
 
     Where a batch has something for a trajectory term to go by, its term is added.
     """
 
+    criterion = Criterion(config.loss)
+
     def loss_fn(forward: Any, batch: MicroBatch) -> Tensor:
         images, targets, *reference = batch
         logits = in_precision(forward, images, precision)
-        loss = F.cross_entropy(logits.float(), targets, label_smoothing=config.loss.label_smoothing)
+        loss = criterion(logits.float(), targets)
         return loss + trajectory.loss(logits, *reference) if trajectory is not None and reference else loss
 
     return loss_fn
@@ -484,161 +485,6 @@ def perturbation_options(config: Config, steps_per_epoch: int) -> dict[str, Any]
         "savings": Savings(**section.savings.model_dump()),
         "schedule": build_schedule(section, run.steps),
     }
-
-
-def base_optimizer(config: Config, network: nn.Module) -> torch.optim.Optimizer:
-    """The configured base optimizer over a network's parameters.
-
-    Raises:
-        UserError: timm has no such optimizer, or does not take these arguments.
-    """
-    from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers
-
-    section = config.optimizer
-    if section.name.lower() not in list_optimizers():
-        near = difflib.get_close_matches(section.name.lower(), list_optimizers(), n=3, cutoff=0.4)
-        hint = f"; nearest: {', '.join(near)}" if near else ""
-        raise UserError(f"optimizer.name: timm knows no optimizer {section.name!r}{hint}")
-    _refuse_dropped(config)
-    try:
-        optimizer = create_optimizer_v2(
-            network,
-            opt=section.name,
-            lr=section.lr,
-            weight_decay=section.weight_decay,
-            momentum=section.momentum,
-            filter_bias_and_bn=not section.decay_norm_and_bias,
-            **section.kwargs,
-            **fused_options(
-                get_optimizer_class(section.name.lower(), bind_defaults=False), network.parameters(), section.kwargs
-            ),
-        )
-    except (TypeError, ValueError, AssertionError, ImportError, RuntimeError) as error:
-        raise UserError(f"optimizer: timm could not build {section.name} with {section.kwargs}: {error}") from error
-    try:
-        check_optimizer(optimizer)
-    except ValueError as error:
-        raise UserError(f"optimizer.name {section.name}: {error}") from error
-    return optimizer
-
-
-def _check_direction(config: Config, base: torch.optim.Optimizer) -> None:
-    """Refuse a direction that the base optimizer keeps nothing for.
-
-    Raises:
-        UserError: it is such.
-    """
-    if config.perturbation is None:
-        return
-    section = config.perturbation.direction
-    try:
-        build_direction(section).check(base)
-    except ValueError as error:
-        raise UserError(f"perturbation.direction.source {section.source}: {error}") from error
-
-
-def check_handed(config: Config, world: World) -> None:
-    """Refuse an optimizer that would step what the backend hands it to another place than whole tensors. Collective.
-
-    Args:
-        config: of the run. The backend that it names is meant, also where one process alone is to try it.
-        world: the processes. One alone has no shards, and finds nothing to refuse on FSDP2.
-
-    Raises:
-        UserError: it is such a one.
-    """
-    backend = config.sharding.backend
-    hands = "tensors" if backend == "auto" else BACKENDS[backend].value.hands
-    if hands == "tensors":
-        return
-    # A parameter of every number of dimensions, which the factory puts into the groups that a network's would be in.
-    kinds = nn.ModuleList([nn.Conv2d(2, 2, 2), nn.Linear(2, 2), nn.ParameterList([torch.zeros(1, 2, 2)])])
-    optimizer = base_optimizer(config, kinds.to(world.device))
-    dimensions = [{p.ndim for p in group["params"]} for group in optimizer.param_groups]
-    try:
-        check_steps(optimizer, hands, world.group, dimensions)
-    except ValueError as error:
-        raise UserError(f"optimizer.name {config.optimizer.name} on sharding.backend {backend}: {error}") from error
-
-
-def _check_savable(config: Config, world: World) -> None:
-    """Refuse an optimizer that no run could be resumed with.
-
-    Raises:
-        UserError: it is such a one; says which are not.
-    """
-    from timm.optim import create_optimizer_v2, list_optimizers
-
-    def problem(optimizer: torch.optim.Optimizer) -> str:
-        if type(optimizer).__module__.startswith("torch."):
-            return ""
-        try:
-            check_savable(optimizer)
-        except Exception as error:  # whatever an optimizer of somebody else raises
-            return str(error) or type(error).__name__
-        return ""
-
-    def probe() -> nn.Module:
-        return nn.Linear(4, 4).to(world.device)
-
-    if not (found := problem(base_optimizer(config, probe()))):
-        return
-    others = []
-    for name in list_optimizers():
-        with suppress(Exception):
-            other = create_optimizer_v2(probe(), opt=name, lr=1e-3)
-            check_optimizer(other)
-            if not problem(other):
-                others.append(name)
-    raise UserError(f"optimizer.name {config.optimizer.name}: {found}; these can be saved: {', '.join(others)}")
-
-
-def _refuse_dropped(config: Config) -> None:
-    """Refuse what timm's factory would leave out without a word, and words where the optimizer asks for a truth value.
-
-    Raises:
-        UserError: the optimizer takes no such thing.
-    """
-    from timm.optim import get_optimizer_class, get_optimizer_info
-
-    section, name = config.optimizer, config.optimizer.name.lower()
-    info = get_optimizer_info(name)
-    takes = signature(get_optimizer_class(name, bind_defaults=False)).parameters
-    for argument, taken_ in {"eps": info.has_eps, "betas": info.has_betas}.items():
-        if argument in section.kwargs and not taken_:
-            known = ", ".join(key for key in takes if key not in ("params", "lr", "weight_decay", "momentum", "kwargs"))
-            raise UserError(f"optimizer.kwargs.{argument}: {section.name} takes no {argument}; it takes {known}")
-    # A configuration that is printed names every key: the default says nothing.
-    if not info.has_momentum and section.momentum != type(section).model_fields["momentum"].default:
-        betas = "; its first moment is by optimizer.kwargs.betas" if info.has_betas else ""
-        raise UserError(f"optimizer.momentum {section.momentum}: {section.name} has no momentum{betas}")
-    for argument, value in section.kwargs.items():
-        switch = argument in ("foreach", "fused") or (argument in takes and isinstance(takes[argument].default, bool))
-        if switch and value is not None and not isinstance(value, bool):
-            raise UserError(f"optimizer.kwargs.{argument} {value!r}: true or false is needed")
-
-
-def _scheduler(config: Config, base: torch.optim.Optimizer, steps_per_epoch: int) -> Any:
-    from timm.scheduler import create_scheduler_v2
-
-    section = config.schedule
-    try:
-        scheduler, _ = create_scheduler_v2(
-            base,
-            sched=section.name,
-            # With the prefix the decay begins where the warm-up ends, instead of jumping to where it would be by then.
-            num_epochs=config.train.epochs - section.warmup_epochs,
-            warmup_prefix=True,
-            warmup_epochs=section.warmup_epochs,
-            warmup_lr=section.warmup_lr,
-            min_lr=section.min_lr,
-            step_on_epochs=False,
-            updates_per_epoch=steps_per_epoch,
-            **section.kwargs,
-        )
-    except TypeError as error:
-        raise UserError(f"schedule: timm could not build {section.name} with {section.kwargs}: {error}") from error
-    return scheduler
 
 
 def _mix(config: Config) -> Mixing | None:

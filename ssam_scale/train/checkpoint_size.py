@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from ssam_scale.config.schema import Config
 from ssam_scale.models import build_model
 
-from .build import base_optimizer
 from .memory import FLOAT, averages_of
+from .optimizer import base_optimizer
 
 
 def checkpoint_bytes(weights: int, averages: int, state: float) -> float:

@@ -24,6 +24,8 @@ from ssam_scale.tracking.ranks import Measured, Ranks
 from ssam_scale.tracking.run import Run
 from ssam_scale.tracking.timer import PhaseTimer
 
+from .learning_rate import learning_rate
+
 if TYPE_CHECKING:
     from ssam_scale.data import ImageLoader
 
@@ -291,7 +293,7 @@ class LogMetrics(Hook):
 
     def _record(self, step: int, report: StepReport) -> None:
         opt, images, unrecorded = self._components.opt, self._config.data.batch_size, self._components.unrecorded
-        lr = opt.param_groups[0]["lr"]
+        lr = learning_rate(opt)
         if self._config.train.on_nonfinite == "skip":
             self._run.log({"train/steps_left_out": unrecorded.left_out}, step)
         # The device is waited for here. Without a step that was made there is no loss.

@@ -14,6 +14,7 @@ from ssam_scale.config.schema import Config
 from ssam_scale.console import console
 from ssam_scale.data import Images
 from ssam_scale.errors import NotFiniteError
+from ssam_scale.models import train_mode, unfreezes
 from ssam_scale.perturbation import StepReport
 from ssam_scale.perturbation.rng import seed_step
 from ssam_scale.sharding import BACKENDS, World
@@ -46,24 +47,25 @@ def train(config: Config, world: World) -> None:
     found = preflight(config, world)
     notes = found.notes()
     with checkpoint.locked(config, world):
-        goes_back = _train(config, world, found, notes)
-        while goes_back:
+        goes_on = _train(config, world, found, notes)
+        while goes_on:
             gc.collect()  # what was trained with is built anew
-            goes_back = _train(_going_on(config), world, found, [], started=False)
+            goes_on = _train(_going_on(config), world, found, [], started=False)
 
 
 def _train(config: Config, world: World, found: Preflight, notes: Sequence[str], *, started: bool = True) -> bool:
-    """Train to the end, or to where it has to go back to the newest checkpoint.
+    """Train to the end, or to where the run goes on from the newest checkpoint.
 
     Args:
         config: of the run.
         world: the processes.
         found: before anything was built.
         notes: lines to print first.
-        started: whether a job has started with this; else it has gone back.
+        started: whether a job has started with this; else it goes on.
 
     Returns:
-        Whether it goes back.
+        Whether it goes on, with all that is trained with built anew: because it has to go back, or because the next
+        epoch trains more parameters, of which backends must know from the start.
     """
     path, passed_over = checkpoint.resolve(config, world)
     notes = [*notes, *passed_over]
@@ -127,6 +129,10 @@ def _train(config: Config, world: World, found: Preflight, notes: Sequence[str],
                     _between_epochs(world, components, hooks)
                 while progress.epoch < config.train.epochs:
                     _train_epoch(config, world, components, hooks, phases)
+                    if unfreezes(config.model.freeze, progress.epoch):
+                        raise _TrainsMoreError
+        except _TrainsMoreError:
+            return True
         except NotFiniteError as error:
             count, line = _note_rollback(config, world, error)
             run.log({"train/rollbacks": float(count)}, progress.step)
@@ -137,6 +143,10 @@ def _train(config: Config, world: World, found: Preflight, notes: Sequence[str],
             out, [f"last checkpoint: {checkpoint.newest(config.checkpoint.directory)}", *run.interface_lines()]
         )
     return False
+
+
+class _TrainsMoreError(Exception):
+    """The next epoch trains more parameters."""
 
 
 def _note_rollback(config: Config, world: World, error: NotFiniteError) -> tuple[int, str]:
@@ -241,9 +251,13 @@ def dry_run(config: Config, world: World) -> str:
 def _build(config: Config, world: World, phases: PhaseTimer, path: Path | None) -> Components:
     """The components of a run, as the checkpoint that it goes on from has them, if there is one."""
     with explaining_out_of_memory(config):
-        found = checkpoint.micro_batch_of(path, config, world) if path is not None else None
+        found, epoch = None, None
+        if path is not None:
+            epoch, seen = checkpoint.place_in_data(path)
+            if seen or not unfreezes(config.model.freeze, epoch):  # what fitted before takes more memory now
+                found = checkpoint.micro_batch_of(path, config, world)
         world.whereabouts.at("building")
-        components = build(config, world, phases, found, goes_on=path is not None)
+        components = build(config, world, phases, found, epoch=epoch)
         if path is not None:
             world.whereabouts.at("loading a checkpoint")
             checkpoint.load(path, config, components)
@@ -320,7 +334,7 @@ def _batches(config: Config, world: World, components: Components) -> EpochBatch
     """What is left of the epoch that goes on."""
     progress = components.progress
     components.train.set_epoch(progress.epoch, progress.seen)
-    components.module.train()
+    train_mode(components.module)
     epoch, first = progress.epoch, progress.step_of_epoch
 
     def begin(step: int) -> None:
@@ -356,6 +370,19 @@ def notes_on_data(config: Config, data: Mapping[str, Images]) -> list[str]:
     return notes
 
 
+def _frozen(config: Config, components: Components) -> str | None:
+    """What is not trained now, in a line; None: all is."""
+    shape, frozen = components.opt.sharding.full_shape, {True: 0, False: 0}
+    for p in components.network.parameters():
+        frozen[not p.requires_grad] += shape(p).numel()
+    if not frozen[True]:
+        return None
+    now = components.progress.epoch
+    ends = sorted({f.until_epoch for f in config.model.freeze if f.until_epoch is not None and f.holds(now)})
+    until = f" before epoch {ends[0] + 1}" if ends else ""
+    return f"model.freeze: {frozen[True]:,} of {sum(frozen.values()):,} weights are not trained{until}"
+
+
 def _announce(
     config: Config,
     world: World,
@@ -368,6 +395,8 @@ def _announce(
         f"{config.train.epochs} epochs of {components.steps_per_epoch} steps of {config.data.batch_size} images, "
         f"{components.split}{', found to fit' if config.train.max_micro_batch == 'auto' else ''}"
     )
+    if (line := _frozen(config, components)) is not None:
+        bar.say(line)
     if components.pretrained is not None:
         bar.say(f"model.pretrained: {components.pretrained}")
         if (note := components.pretrained.note(config.data.mean, config.data.std)) is not None:

@@ -35,9 +35,10 @@ from ssam_scale.sharding import World
 from ssam_scale.sharding.device import PRECISIONS, choose_device, to_device, use_device
 from ssam_scale.sharding.place import place
 
-from .build import base_optimizer, check_handed, check_precision, perturbation_options, soft_loss
+from .build import check_precision, perturbation_options, soft_loss
 from .checkpoint_size import checkpoint_bytes, state_bytes_per_weight
 from .memory import averages_of
+from .optimizer import base_optimizer, check_handed
 
 # Of a moving cut, so many draws stand for all.
 _DRAWS = 64

@@ -15,7 +15,7 @@ from ssam_scale.costs.compute import StageTimes, StepTimes, base_seconds, predic
 from ssam_scale.errors import UserError
 from ssam_scale.perturbation import StagedModel
 
-from .build import base_optimizer
+from .optimizer import base_optimizer
 from .predict_cost import ascents_of, configured_sam, plans_of, reference_seconds, staged_model
 
 # FLOPs of a stage are in proportion to the images; BatchNorm takes two at least.

@@ -35,7 +35,7 @@ from .files import consolidate
 from .folder import check_fresh_directory, checkpoints, newest, resolve, set_aside
 from .hook import SaveCheckpoint, save
 from .lock import locked
-from .parts import ModelState, OptimizerState, check_savable
+from .parts import ModelState, OptimizerState, SparsePart, check_savable
 from .rollbacks import Rollbacks, forget_rollbacks
 from .starts import note_start
 from .state import finished, load, micro_batch_of, network_of, place_in_data
@@ -45,6 +45,7 @@ __all__ = [
     "OptimizerState",
     "Rollbacks",
     "SaveCheckpoint",
+    "SparsePart",
     "check_fresh_directory",
     "check_savable",
     "checkpoints",

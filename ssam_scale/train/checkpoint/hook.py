@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from ssam_scale.config.schema import Config
 from ssam_scale.errors import NotFiniteError, UserError
 from ssam_scale.folders import existing
+from ssam_scale.models import unfreezes
 from ssam_scale.perturbation import StepReport
 from ssam_scale.sharding import World
 from ssam_scale.tracking.shutdown import Terminated, Unwinding
@@ -103,6 +104,9 @@ class SaveCheckpoint(Hook):
         asked = self._agreement.now(self._asks())
         if asked.end and (progress.unevaluated or not last):
             self._save_and_end(progress)
+        elif unfreezes(self._config.model.freeze, progress.epoch):
+            self._save(progress)  # what the run goes on from, with more that is trained
+            _raise_on_all(self._world, self._writer.wait())
         elif last or progress.epoch % every == 0:
             self._save(progress)
 

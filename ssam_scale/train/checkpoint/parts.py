@@ -85,16 +85,75 @@ class OptimizerState:
         """
         opt = self._opt
         # `initial_lr` is what the radius that follows the learning rate compares it with.
-        keys = [*opt.defaults, "initial_lr"]
+        keys = [*opt.defaults, "initial_lr", "lr_scale"]
         configured = [{key: group[key] for key in keys if key in group} for group in opt.param_groups]
         own, saved = whole(state_dict.get("own")), {key: value for key, value in state_dict.items() if key != "own"}
         saved["param_groups"] = whole(saved["param_groups"])  # an option may be a tensor
+        saved, begun = self._with_what_begins(saved)
         opt.sharding.load_named_optimizer_state(self._network, opt.base_optimizer, saved)
+        for p in begun:
+            opt.base_optimizer.state.pop(p, None)
         if own:
             opt.base_optimizer.load_state_dict({**opt.base_optimizer.state_dict(), **_tuples(own)})
         for group, options in zip(opt.param_groups, configured, strict=True):
             group.update(options)
         fit_state(opt.base_optimizer)
+
+    def _with_what_begins(self, saved: dict[str, Any]) -> tuple[dict[str, Any], list[nn.Parameter]]:
+        """What was saved, of the parameters and in the groups that there are now. Collective.
+
+        They are others where a run trains more than before, or is configured so.
+
+        Returns:
+            The state; and the parameters whose state begins anew, where it is kept by parameter.
+        """
+        mine = self._opt.sharding.named_optimizer_state(self._network, self._opt.base_optimizer)
+        groups = [group["params"] for group in mine["param_groups"]]
+        if groups == [group["params"] for group in saved["param_groups"]]:
+            return saved, []
+        of = {name: group for group in saved["param_groups"] for name in group["params"]}
+        named = dict(self._network.named_parameters())
+        names = [name for params in groups for name in params]
+        begun = [name for name in names if name not in of]
+        fresh = gathered({name: mine["state"].get(name, {}) for name in begun})
+        return {
+            "state": {name: saved["state"].get(name, fresh.get(name, {})) for name in names},
+            "param_groups": [
+                {**group, **next((of[name] for name in group["params"] if name in of), {}), "params": group["params"]}
+                for group in mine["param_groups"]
+            ],
+        }, [named[name] for name in begun if name in named]
+
+
+class SparsePart:
+    """What a SparseSAM remembers beside the base optimizer's state, as a part of a checkpoint.
+
+    Args:
+        opt: whose it is.
+    """
+
+    def __init__(self, opt: SparseSAM) -> None:
+        self._opt = opt
+
+    def state_dict(self) -> dict[str, Any]:
+        """In full tensors. Collective."""
+        return self._opt.sparse.state_dict()
+
+    def sharded_state_dict(self) -> dict[str, Any]:
+        """What `state_dict` returns, before what is sharded of it is gathered. Collective."""
+        return self._opt.sparse.sharded_state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take back what `state_dict` returned; the norm is calibrated anew where more is trained now. Collective.
+
+        Raises:
+            ValueError: it is of another mask.
+        """
+        names, shares = self._opt.parameters.by_name, state_dict["shares"]
+        if shares.keys() != names.keys():
+            nothing = {"shares": {name: torch.zeros(()) for name in names}, "calibrated": torch.tensor(-1)}
+            state_dict = {**state_dict, **nothing, "kappa": torch.tensor(-1.0)}
+        self._opt.sparse.load_state_dict(state_dict)
 
 
 def check_savable(optimizer: torch.optim.Optimizer) -> None:

@@ -25,7 +25,7 @@ class LRRadius:
             raise ValueError(f"final is {self.final}; at least 0 is needed")
 
     def __call__(self, step: int, group: Mapping[str, Any]) -> float:
-        """final + (1 − final) · lr / initial_lr.
+        """final + (1 − final) · lr / initial_lr, without the group's `lr_scale` (timm's), which says nothing of time.
 
         Raises:
             ValueError: nothing has said what the learning rate was at first.
@@ -35,7 +35,8 @@ class LRRadius:
                 "LRRadius needs the group's `initial_lr`, which a learning-rate scheduler notes: build the scheduler "
                 "before the first step"
             )
-        return self.final + (1.0 - self.final) * float(group["lr"]) / float(group["initial_lr"])
+        rate = float(group["lr"]) / float(group.get("lr_scale", 1.0))
+        return self.final + (1.0 - self.final) * rate / float(group["initial_lr"])
 
 
 @register_schedule("in step with the learning rate, down to rho_final · rho where it is 0 (GSAM)", "arXiv 2203.08065")
