@@ -53,9 +53,16 @@ def members(annotation: Any) -> list[Any]:
 
 
 def sections_of(annotation: Any) -> list[type[Section]]:
-    """The sections that a field may hold."""
-    inner = [unwrapped(member)[0] for member in members(annotation)]
+    """The sections that a field may hold, one or a list of them."""
+    inner = [unwrapped(member)[0] for member in members(item_of(annotation) or annotation)]
     return [each for each in inner if isinstance(each, type) and issubclass(each, Section)]
+
+
+def item_of(annotation: Any) -> Any:
+    """What a list is of; None of what is no list."""
+    inner, _ = unwrapped(annotation)
+    arguments = get_args(inner)
+    return arguments[0] if get_origin(inner) is tuple and arguments[-1] is Ellipsis else None
 
 
 def bounds(metadata: list[Any]) -> str:
@@ -87,8 +94,8 @@ def type_of(annotation: Any, metadata: list[Any]) -> str:
     origin, arguments = get_origin(inner), get_args(inner)
     if origin is Literal:
         return " or ".join(f"`{choice}`" for choice in arguments)
-    if origin is tuple and arguments[-1] is Ellipsis:
-        return f"list of {type_of(arguments[0], [])}"
+    if (item := item_of(inner)) is not None:
+        return f"list of {type_of(item, [])}"
     if origin is tuple:
         return f"list of {len(arguments)}: {type_of(arguments[0], [])}"
     if origin is dict or inner is dict:
@@ -130,7 +137,7 @@ def write_sections(section: type[Section], path: str) -> Iterator[str]:
         if len(inside) > 1:  # told apart by a key
             yield from (f"{level} `{here}`", "", f"{capitalised(field.description)}.", "")
         for one in inside:
-            title = f"`{here}`"
+            title = f"`{here}`{', a list of' if item_of(field.annotation) else ''}"
             if len(inside) > 1:
                 tag = next(key for key in ("pattern", "source", "kind", "policy") if key in one.model_fields)
                 title = f"{tag} {' or '.join(get_args(one.model_fields[tag].annotation))}"

@@ -47,7 +47,7 @@ class Freeze(Named):
 
 
 class ParameterGroup(Named):
-    """Parameters that are trained otherwise than the rest; of several that match, the first."""
+    """Parameters that are trained otherwise than the rest; of several sections that match, the first counts."""
 
     lr_scale: float = Field(1.0, gt=0.0, le=1e6, description="factor on the learning rate, and on that of layer_decay")
     weight_decay: float | None = Field(

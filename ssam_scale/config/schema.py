@@ -55,11 +55,7 @@ class Model(Section):
     num_classes: int = Field(1000, ge=2, le=10**7, description="classes of the classifier head")
     drop_rate: Share = Field(0.0, description="dropout probability before the head")
     drop_path_rate: Share = Field(0.0, description="stochastic depth probability of the last block")
-    freeze: tuple[Freeze, ...] = Field(
-        (),
-        description="parameters that are not trained, at first or at all; BatchNorm layers that are frozen keep their "
-        "statistics",
-    )
+    freeze: tuple[Freeze, ...] = Field((), description="BatchNorm layers that are frozen keep their statistics")
     kwargs: dict[str, Any] = Field(default_factory=dict, description="further arguments of timm.create_model")
 
     @field_validator("name")
@@ -309,9 +305,7 @@ class Optimizer(Section):
         description="factor on the learning rate from each layer to the one before it, so that the first are trained "
         "least (BEiT, arXiv 2106.08254; layers as timm groups them); null: none",
     )
-    groups: tuple[ParameterGroup, ...] = Field(
-        (), description="parameters with a learning rate, weight decay or radius of their own"
-    )
+    groups: tuple[ParameterGroup, ...] = Field((), description="Their weight decay is of biases, too")
     clip_grad_norm: float | None = Field(None, gt=0.0, description="largest norm of the descent gradient")
     kwargs: dict[str, Any] = Field(default_factory=dict, description="further arguments of the optimizer")
 

@@ -33,7 +33,7 @@ WORDS = (
     "|[|*a|&a|!x|%|@|é|\x85|\u2028|\ufeff"
 )
 TEXTS = st.sampled_from(WORDS.split("|")) | st.text(
-    st.characters(exclude_categories=["Cs"], exclude_characters="$"),
+    st.characters(exclude_categories=["Cs"], exclude_characters="$\0"),
     max_size=20,  # of a path, a variable's name
 )
 NUMBERS = st.floats(allow_nan=False, allow_infinity=False)
@@ -113,6 +113,14 @@ def configs(draw: st.DrawFn) -> Config:
     accumulation = data["train"]["accumulation"] or 1
     data["data"]["batch_size"] = max(1, data["data"]["batch_size"] // accumulation) * accumulation
     data["model"]["name"] = data["model"]["name"].replace(".", "_")  # behind a dot stands a tag of weights
+    for named in (*data["model"]["freeze"], *data["optimizer"]["groups"]):
+        named["parameters"] = f"{re.escape(named['parameters'])}$"  # none may be empty
+    _freezes(data)
+    if data["loss"]["name"] == "cross_entropy":
+        data["loss"]["target_threshold"] = None
+    if data["loss"]["class_weights"]:
+        data["loss"]["class_weights"] = (*data["loss"]["class_weights"], 1.0)  # they may not all be 0
+        data["model"]["num_classes"] = len(data["loss"]["class_weights"])
     if data["train"]["accumulation"] is not None and data["train"]["max_micro_batch"] == "auto":
         data["train"]["max_micro_batch"] = None
     data["schedule"]["warmup_epochs"] = draw(st.floats(0, float(min(data["train"]["epochs"], 2**53)), exclude_max=True))
@@ -162,6 +170,16 @@ def configs(draw: st.DrawFn) -> Config:
     data["train"]["compile"] &= data["sharding"]["backend"] != "zero3"
     data["sharding"]["deepspeed"] = draw(deepspeed()) if data["sharding"]["backend"].startswith("zero") else {}
     return Config.model_validate(data)
+
+
+def _freezes(data: dict[str, Any]) -> None:
+    """Ends before the run does, where it ends."""
+    mask = (data["perturbation"] or {}).get("mask") or {"pattern": "norm"}
+    for section in data["model"]["freeze"]:
+        if mask["pattern"] not in ("depth", "norm", "named"):
+            section["until_epoch"] = None
+        if section["until_epoch"] is not None:
+            data["train"]["epochs"] = max(data["train"]["epochs"], section["until_epoch"] + 1)
 
 
 def _grows(data: dict[str, Any], train: dict[str, Any]) -> None:
