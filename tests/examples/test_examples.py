@@ -15,7 +15,7 @@ from ssam_scale import SparseSAM
 from tests.support.processes import free_ports, run
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-ALONE = ["plain_loop", "coming_from_sam", "own_model"]
+ALONE = ["plain_loop", "coming_from_sam", "own_model", "lora"]
 LAUNCHED = ["fsdp2_loop", "deepspeed_loop"]
 IN_LOOPS_OF_OTHERS = {
     "accelerate_loop": "accelerate",
@@ -122,6 +122,18 @@ def test_transformers_accumulates_for_both_passes(
         theirs.step(loss_fn, *(batch for batch, _ in step))
     for a, b in zip(model.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)  # fp32: the mean is taken before or after the sum
+
+
+@pytest.mark.slow
+def test_lora(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    output = output_of([sys.executable, EXAMPLES / "lora.py"], tmp_path)
+    [[trained, total]] = re.findall(r"([\d,]+) of ([\d,]+) weights are trained", output)
+    assert int(trained.replace(",", "")) < 0.1 * int(total.replace(",", ""))
+    first, last = (float(loss) for loss in re.findall(r"loss ([\d.]+)", output))
+    assert last < first
+    saved = torch.load(tmp_path / "lora.pt", weights_only=True)
+    assert {name.split(".")[-2] for name in saved} == {"lora_A", "lora_B", "head"}
 
 
 @pytest.mark.slow

@@ -16,8 +16,9 @@ from ssam_scale.config.schema import Config
 from ssam_scale.errors import UserError
 from ssam_scale.perturbation import StagedModel
 from ssam_scale.sharding import World
-from ssam_scale.train.build import base_optimizer, soft_loss
+from ssam_scale.train.build import soft_loss
 from ssam_scale.train.memory import explaining_out_of_memory, largest_micro_batch
+from ssam_scale.train.optimizer import base_optimizer
 from tests.support.configs import SMALL
 from tests.support.networks import IMAGE, small_network
 

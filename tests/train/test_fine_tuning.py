@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,11 @@ from ssam_scale.perturbation.schedules.radius.lr import LRRadius
 from ssam_scale.tracking.store import open_store
 from ssam_scale.train.learning_rate import learning_rate, scheduler
 from ssam_scale.train.optimizer import base_optimizer, check_groups
+from tests.support.checkout import ROOT
 from tests.support.runs import RESNET, VIT, differing, ssam_scale, tensors_of, train_on_ranks, write_config
 from tests.support.tiers import few
 
+CONFIGS = ROOT / "configs"
 FIRST_BLOCKS = {"parameters": r"^(patch_embed|pos_embed|cls_token|blocks\.[01]\.)"}
 HEAD = r"^head\."
 BACKBONE = r"^(?!head\.)"
@@ -249,6 +252,33 @@ def test_it_goes_on_from_where_more_is_trained_and_from_behind_it(
     config = write_config(tmp_path / "run.yaml", data, **PROBE_THEN_ALL)
     assert ssam_scale("train", "--config", config, f"checkpoint.resume={alone}/checkpoints/{place}") == 0
     assert differing(alone / "checkpoints/epoch_0003", tmp_path / "checkpoints/epoch_0003") == []
+
+
+@pytest.mark.slow
+def test_the_configuration_fine_tunes_a_folder_from_weights_of_ones_own(
+    alone: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = {**VIT, "num_classes": 5, "drop_path_rate": 0.1, "pretrained": str(alone / "checkpoints/epoch_0003")}
+    smaller = {
+        "model": model,
+        "data.train": f"folder:{data}/train",
+        "data.val": f"folder:{data}/val",
+        "data.batch_size": 12,
+        "data.resolution": 32,
+        "data.eval_resolution": 32,
+        "schedule.warmup_epochs": 0,
+        "train.epochs": 1,
+        "train.precision": "fp32",  # CPUs without bf16 instructions emulate it, slowly
+        "checkpoint.directory": str(tmp_path / "checkpoints"),
+        "tracking.uri": f"sqlite:///{tmp_path}/mlflow.db",
+        "tracking.log_model": False,
+    }
+    overrides = [f"{key}={json.dumps(value)}" for key, value in smaller.items()]
+    assert ssam_scale("train", "--config", CONFIGS / "finetune_vit.yaml", *overrides) == 0
+    said = capsys.readouterr()
+    assert re.search(r"model.pretrained: 54 tensors from .*; new: head.weight, head.bias", said.out + said.err)
+    state = json.loads((tmp_path / "checkpoints/epoch_0001/state.json").read_text())
+    assert state["config"]["perturbation"]["mask"]["cut"] == [0.5, 1.0]
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from ssam_scale.costs.cluster import Cluster
 from ssam_scale.costs.estimate import Activations, footprint
 from ssam_scale.costs.workload import weights_of
 from ssam_scale.models import build_model
-from ssam_scale.train.build import base_optimizer
+from ssam_scale.train.optimizer import base_optimizer
 from ssam_scale.train.predict_cost import (
     ascents_of,
     configured_sam,

@@ -25,9 +25,10 @@ from ssam_scale.errors import UserError
 from ssam_scale.models import staged
 from ssam_scale.perturbation import StagedModel
 from ssam_scale.sharding import World, join_world
-from ssam_scale.train.build import base_optimizer, soft_loss
+from ssam_scale.train.build import soft_loss
 from ssam_scale.train.checkpoint.files import read_state, state_text
 from ssam_scale.train.memory import explaining_out_of_memory, is_out_of_memory, largest_micro_batch
+from ssam_scale.train.optimizer import base_optimizer
 from tests.support.checkout import ROOT
 from tests.support.configs import SMALL
 from tests.support.networks import small_network

@@ -15,7 +15,7 @@ import ssam_scale.models  # noqa: F401  timm can be imported then
 from ssam_scale.cli.main import main
 from ssam_scale.perturbation import SparseSAM
 from ssam_scale.perturbation.arguments import check_optimizer
-from ssam_scale.train import build
+from ssam_scale.train import optimizer as optimizers
 from ssam_scale.train.checkpoint import OptimizerState, check_savable
 from ssam_scale.train.checkpoint.parts import join, split
 from tests.support.processes import free_port
@@ -102,7 +102,7 @@ def test_an_optimizer_that_cannot_be_saved_is_refused_before_anything_is_built(
     def made(config: Any, net: nn.Module) -> torch.optim.Optimizer:
         return Sets(net.parameters())
 
-    monkeypatch.setattr(build, "base_optimizer", made)
+    monkeypatch.setattr(optimizers, "base_optimizer", made)
     config = write_config(tmp_path / "run.yaml", data, optimizer={"name": "lion", "lr": 0.01})
     assert command("train", "--config", config) == 2
     said = capsys.readouterr().err
