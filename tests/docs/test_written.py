@@ -26,6 +26,12 @@ def test_the_configuration_reference_is_the_schema() -> None:
     assert committed == written, "the schema has changed: run python docs/write_configuration.py"
 
 
+def test_the_table_of_recipes_is_that_of_their_files() -> None:
+    written = script(ROOT / "docs" / "write_recipes.py").page()
+    committed = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    assert committed == written, "a recipe has changed: run python docs/write_recipes.py"
+
+
 def test_the_picture_of_the_step_is_what_its_script_draws() -> None:
     drawn = script(ROOT / "docs" / "pictures" / "step.py").picture()
     assert (ROOT / "docs" / "pictures" / "step.svg").read_text(encoding="utf-8") == drawn
