@@ -1,11 +1,13 @@
-"""Whether something can be written to a folder, or in a file's place, asked before there is anything to write."""
+"""Files and folders that are written whole or not at all, and whether they can be, asked before there is anything."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 import tempfile
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _KINDS = {
@@ -68,3 +70,78 @@ def why_not_writable(folder: Path) -> str | None:
             with suppress(OSError):
                 probe.unlink()
     return None
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file, in whose place a reader finds the old one or all of the new one.
+
+    Args:
+        path: of the file, or of nothing yet; a file that is there keeps its permissions.
+        write: writes to the path that it is given, which is beside it.
+
+    Raises:
+        OSError: it cannot be written; nothing half-written remains, whatever `write` raises.
+    """
+    mode = path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~_umask()
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+    beside = Path(name)
+    try:
+        os.close(handle)
+        write(beside)
+        sync(beside)
+        beside.chmod(mode)
+        beside.replace(path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A folder beside a path, which gets its name when all in it was written.
+
+    Args:
+        path: of nothing yet; or of an empty folder.
+
+    Raises:
+        OSError: it cannot be made; nothing half-written remains, whatever is raised within.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        beside.chmod(0o777 & ~_umask())
+        yield beside
+        for inside in beside.rglob("*"):
+            inside.chmod((0o777 if inside.is_dir() else 0o666) & ~_umask())  # safetensors files are private otherwise
+            sync(inside)
+        sync(beside)
+        beside.rename(path)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+
+
+def why_not_a_new_folder(path: Path) -> str | None:
+    """Why no folder can be made of this name, in a few words; None: it can, or there is an empty one."""
+    if os.path.lexists(path) and (path.is_symlink() or not path.is_dir() or any(path.iterdir())):
+        return "is there already; name another folder"
+    return why_not_writable(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until the disk has a file, or the names in a folder."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError:
+        if not path.is_dir():  # not every file system knows it of folders
+            raise
+    finally:
+        os.close(handle)
+
+
+def _umask() -> int:
+    """The process's, which can only be read by setting it."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask

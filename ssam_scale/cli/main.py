@@ -26,6 +26,7 @@ from ssam_scale.cli.list import list_command
 from ssam_scale.cli.methods import methods_command
 from ssam_scale.cli.send import send_command
 from ssam_scale.cli.train import train_command
+from ssam_scale.cli.trained import average_command, evaluate_command, export_command, predict_command
 from ssam_scale.cli.versions import version_lines
 from ssam_scale.errors import RankLostError, UserError
 
@@ -58,6 +59,10 @@ app.add_typer(data.app, name="data")
 app.command("cost")(cost_command)
 app.command("compare", cls=OptionsAlone)(compare_command)
 app.command("send")(send_command)
+app.command("evaluate")(evaluate_command)
+app.command("predict")(predict_command)
+app.command("export")(export_command)
+app.command("average")(average_command)
 app.command("consolidate")(consolidate_command)
 app.command("doctor")(doctor_command)
 app.command("list")(list_command)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from ssam_scale.config.schema import Data
 from ssam_scale.cores import usable_cores
 from ssam_scale.data.aside import Aside
+from ssam_scale.data.damaged import OnDamaged
 from ssam_scale.data.images import Images
 from ssam_scale.data.opening import names_of_classes, open_images
 from ssam_scale.data.order import LANES, Order, PageOrder, RandomOrder
@@ -299,19 +300,45 @@ def eval_loader(
         batch = micro_batch
     else:
         batch = max(1, (data.eval_batch_size or data.batch_size) // world_size)
-    mine = np.arange(source.images * rank // world_size, source.images * (rank + 1) // world_size)
-    most = -(-source.images // world_size)
+    return central_loader(source, data, rank=rank, world_size=world_size, device=device, batch=batch, workers=workers)
+
+
+def central_loader(
+    images: Images,
+    data: Data,
+    *,
+    device: torch.device,
+    batch: int,
+    rank: int = 0,
+    world_size: int = 1,
+    workers: Workers | None = None,
+    on_damaged: OnDamaged = "stop",
+) -> ImageLoader:
+    """Central crops of any images in their order, each exactly once over all processes, whatever classes they are of.
+
+    Args:
+        images: at least one for each process.
+        data: how they are cropped, resized and normalised: its `eval_` keys.
+        device: where batches go.
+        batch: images in a batch of this process.
+        rank: of this process.
+        world_size: number of processes.
+        workers: threads that decode; None: as `data.workers` says.
+        on_damaged: what becomes of images that are not what was written; `ImageLoader.damaged` lists them.
+    """
+    mine = np.arange(images.images * rank // world_size, images.images * (rank + 1) // world_size)
+    most = -(-images.images // world_size)
     from ssam_scale.data.ffcv_loader import Reader, View, seconds_to_decode
 
     view = View(data.eval_resolution, False, share=data.eval_crop_ratio, interpolation=data.interpolation)
     workers = workers or _workers(
-        data, world_size, lambda most: measured(seconds_to_decode(source, view), mine[:batch], most)
+        data, world_size, lambda most: measured(seconds_to_decode(images, view), mine[:batch], most)
     )
-    reader = Reader(source, view, mine, batch, workers.count)
+    reader = Reader(images, view, mine, batch, workers.count, on_damaged=on_damaged)
     return ImageLoader(
         reader,
         images=len(mine),
-        pool=source.images,
+        pool=images.images,
         batches_everywhere=-(-most // batch),
         workers=workers,
         device=device,

@@ -70,7 +70,7 @@ def load_pretrained(model: nn.Module, place: Path | None) -> Loaded:
         UserError: there is none, it cannot be read, holds something else, or weights of another network.
     """
     source, tensors = _of_hub(model) if place is None else _of_file(place)
-    offset = int(_config_of(model).get("label_offset") or 0) if place is None else 0
+    offset = int(config_of(model).get("label_offset") or 0) if place is None else 0
     given = _filtered(_unwrapped(tensors), model, source)
     own = model.state_dict()
     if offset:  # of a class for what is none of the others
@@ -79,7 +79,7 @@ def load_pretrained(model: nn.Module, place: Path | None) -> Loaded:
     _check_it_is_this_network(model, own, given, fitting, source)
     model.load_state_dict(fitting, strict=False)
     new = tuple(name for name in own if name not in fitting and not name.endswith("num_batches_tracked"))
-    config = _config_of(model)
+    config = config_of(model)
     colours = (tuple(config["mean"]), tuple(config["std"])) if place is None and config.get("mean") else None
     return Loaded(source, len(fitting), new, tuple(name for name in given if name not in own), colours)
 
@@ -88,7 +88,7 @@ def _of_hub(model: nn.Module) -> tuple[str, Mapping[str, Any]]:
     """The weights of a model's name and tag, and what they are called."""
     from timm.models import load_state_dict_from_hf
 
-    config = _config_of(model)
+    config = config_of(model)
     architecture, tag = config.get("architecture"), config.get("tag")
     name = f"{architecture}.{tag}" if tag and tag != "untrained" else str(architecture)
     hub, url = config.get("hf_hub_id"), str(config.get("url") or "")
@@ -240,7 +240,7 @@ def _check_it_is_this_network(
     raise UserError(f"model.pretrained {source}: weights of another network ({why}); set model.name to that")
 
 
-def _config_of(model: nn.Module) -> dict[str, Any]:
+def config_of(model: nn.Module) -> dict[str, Any]:
     """What timm says of a model's weights."""
     config = getattr(model, "pretrained_cfg", None) or {}
     return dict(config)
@@ -248,7 +248,7 @@ def _config_of(model: nn.Module) -> dict[str, Any]:
 
 def _heads(model: nn.Module) -> tuple[str, ...]:
     """Beginnings of the names of the classifiers' tensors."""
-    classifiers = _config_of(model).get("classifier") or ()
+    classifiers = config_of(model).get("classifier") or ()
     names = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers)
     return tuple(f"{name}." for name in (*names, "head", "fc", "classifier"))
 

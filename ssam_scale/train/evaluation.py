@@ -196,12 +196,26 @@ def _leave_if(interrupted: bool) -> None:
         raise EvaluationInterrupted
 
 
-def _measure(module: nn.Module, batch: tuple[Tensor, Tensor], precision: torch.dtype, flip: bool) -> Tensor:
-    images, labels = batch
+@torch.no_grad()
+def logits_of(module: nn.Module, images: Tensor, precision: torch.dtype, flip: bool = False) -> Tensor:
+    """Logits as an evaluation counts them, float32 [N, classes].
+
+    Args:
+        module: in evaluation mode.
+        images: normalised, [N, 3, H, W].
+        precision: of the forward, by autocast unless float32.
+        flip: take the mean logits of each image and its mirror image.
+    """
     with torch.autocast(images.device.type, precision, enabled=precision != torch.float32):
-        logits = module(images).float()
+        logits: Tensor = module(images).float()
         if flip:
             logits = 0.5 * (logits + module(images.flip(-1)).float())
+    return logits
+
+
+def _measure(module: nn.Module, batch: tuple[Tensor, Tensor], precision: torch.dtype, flip: bool) -> Tensor:
+    images, labels = batch
+    logits = logits_of(module, images, precision, flip)
     best = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
     loss = F.cross_entropy(logits, labels, reduction="sum")
     top5 = best.sum() if logits.shape[1] > 5 else loss.new_full((), math.nan)

@@ -6,11 +6,11 @@ import csv
 import io
 import json
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 
+from ssam_scale import folders
 from ssam_scale.errors import UserError
 from ssam_scale.folders import why_not_writable
 from ssam_scale.tracking.compare.rows import Row
@@ -85,19 +85,7 @@ def write_whole(option: str, path: Path, text: str) -> None:
         if _is_special(path):
             path.write_text(text, encoding="utf-8", errors="replace")
             return
-        mode = path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~_umask()
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", errors="replace", dir=path.parent, prefix=f".{path.name}.", delete=False
-        ) as file:
-            try:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-                os.fchmod(file.fileno(), mode)
-                Path(file.name).replace(path)
-            except BaseException:
-                Path(file.name).unlink(missing_ok=True)
-                raise
+        folders.write_whole(path, lambda beside: beside.write_text(text, encoding="utf-8", errors="replace"))
     except OSError as error:
         raise UserError(f"{option} {path}: {error.strerror or error}") from error
 
@@ -105,10 +93,3 @@ def write_whole(option: str, path: Path, text: str) -> None:
 def _is_special(path: Path) -> bool:
     """Whether it is a device or a pipe, such as /dev/stdout, in whose place nothing can be put."""
     return path.exists() and not path.is_file()
-
-
-def _umask() -> int:
-    """The process's, which can only be read by setting it."""
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask

@@ -19,14 +19,14 @@ number of processes, and reads no more than it needs of a tensor (`saved.py`). N
 a step draws is a function of its place (`rng.seed_step`).
 
 `state.json` is format 5 (`format`): the run's `model`, `method` and `optimizer`, which a run that goes on must have
-too; its `config`; `micro_batches`, how a step was shared out; `evaluation`, if there was one of these weights;
-`files`, with `bytes` and `sha256` of each; `unbounded`, buffers that need not be finite; `parts`. Of a sharded one,
-with each file `runs`: by tensor, where its run begins in the full one and how long it is, or null for a full one; and
-`shapes`, by part and tensor, of the full ones. The first entry, `sha256`, is the digest of all bytes that follow it. A
-checkpoint appears under its name only when the disk has it: it is written beside it (`.….partial`) and renamed; one
-that is deleted is renamed first (`.….deleted`). One that a run has left behind, because it went on from an earlier
-one, is called `….superseded`. `.lock` says which job is at work, `.starts.json` where the last starts of a job began,
-and `.rollbacks.json` where the run has gone back to.
+too; its `config`; `classes`, their names by label, or none; `micro_batches`, how a step was shared out;
+`evaluation`, if there was one of these weights; `files`, with `bytes` and `sha256` of each; `unbounded`, buffers that
+need not be finite; `parts`. Of a sharded one, with each file `runs`: by tensor, where its run begins in the full one
+and how long it is, or null for a full one; and `shapes`, by part and tensor, of the full ones. The first entry,
+`sha256`, is the digest of all bytes that follow it. A checkpoint appears under its name only when the disk has it: it
+is written beside it (`.….partial`) and renamed; one that is deleted is renamed first (`.….deleted`). One that a run has
+left behind, because it went on from an earlier one, is called `….superseded`. `.lock` says which job is at work,
+`.starts.json` where the last starts of a job began, and `.rollbacks.json` where the run has gone back to.
 """
 
 from __future__ import annotations

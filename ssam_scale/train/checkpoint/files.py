@@ -8,7 +8,7 @@ import math
 import os
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ssam_scale.data.beton import checksum
+from ssam_scale.folders import sync
 from ssam_scale.sharding import World
 from ssam_scale.sharding.chunks import whole
 
@@ -30,7 +31,7 @@ STATE = "state.json"
 _DIGEST = '{\n "sha256": "%s",'  # how state.json begins: the digest is of all that follows this
 
 # In these no number is anything but finite, except in buffers that were not from the beginning (masks of attention).
-_WEIGHTS = ("model", "ema")
+WEIGHTS = ("model", "ema")
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Snapshot:
 def not_finite(snapshot: Snapshot) -> str | None:
     """A weight of the model or of its average that is infinite or not a number, by its name."""
     for name, tensors in snapshot.files.items():
-        for key, tensor in tensors.items() if part_of(name) in _WEIGHTS else ():
+        for key, tensor in tensors.items() if part_of(name) in WEIGHTS else ():
             if not _is_finite(tensor) and key not in snapshot.unbounded:
                 return key
     return None
@@ -100,7 +101,7 @@ def write_tensors(snapshot: Snapshot, final: Path) -> dict[str, Any]:
             file = partial / f"{name}.safetensors"
             save_file(dict(tensors), file)
             file.chmod(mode)  # safetensors files are private otherwise, also where the umask is not
-            _sync(file)
+            sync(file)
             described[file.name] = {"bytes": file.stat().st_size, "sha256": checksum(file)}
             if snapshot.runs is not None:
                 described[file.name]["runs"] = snapshot.runs[name]
@@ -121,12 +122,12 @@ def finish(snapshot: Snapshot, described: Mapping[str, Any], final: Path) -> Non
     partial = _partial(final)
     state = {**snapshot.state, "files": dict(described), "unbounded": list(snapshot.unbounded)}
     (partial / STATE).write_text(state_text(state))
-    _sync(partial / STATE)
-    _sync(partial)
+    sync(partial / STATE)
+    sync(partial)
     if final.exists():
         remove(final)
     partial.rename(final)
-    _sync(final.parent)
+    sync(final.parent)
 
 
 def write(snapshot: Snapshot, final: Path) -> None:
@@ -187,14 +188,20 @@ def read_state(path: Path) -> dict[str, Any]:
     return dict(state)
 
 
-def problem_with(path: Path, world: World) -> str | None:
+def problem_with(path: Path, world: World, parts: Collection[str] | None = None) -> str | None:
     """Why a checkpoint cannot be used, in a few words; None: every byte is what was written. Collective.
 
     The files are shared out to the processes, the largest first.
+
+    Args:
+        path: the checkpoint.
+        world: the processes.
+        parts: that are going to be read; of others the files need not be there. None: all.
     """
     try:
         state = read_state(path)
-        files = sorted(state["files"], key=lambda name: -int(state["files"][name]["bytes"]))
+        files = [name for name in state["files"] if parts is None or part_of(name) in parts]
+        files.sort(key=lambda name: -int(state["files"][name]["bytes"]))
         own = [_problem_of(path / file, state) for file in files[world.rank :: world.size]]
         own.append(_problem_of_parts(state))
     except ValueError as error:
@@ -205,8 +212,12 @@ def problem_with(path: Path, world: World) -> str | None:
     return every[0] if every else None
 
 
-def read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def read(path: Path, parts: Collection[str] | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
     """What a checkpoint says of itself, and the state of each part; of one that `problem_with` has no objection to.
+
+    Args:
+        path: the checkpoint.
+        parts: which; None: all that there are.
 
     Returns:
         Of the parts, a `SavedTensor` for each tensor, of which nothing has been read.
@@ -216,8 +227,9 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """
     state = read_state(path)
     try:
-        tensors = open_tensors(path, state)
-        return state, {name: join(part, tensors.get(name, {})) for name, part in state["parts"].items()}
+        wanted = [name for name in state["parts"] if parts is None or name in parts]
+        tensors = open_tensors(path, state, wanted)
+        return state, {name: join(state["parts"][name], tensors.get(name, {})) for name in wanted}
     except (OSError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise ValueError(str(error)) from error
 
@@ -264,7 +276,7 @@ def _problem_of(file: Path, state: Mapping[str, Any]) -> str | None:
             for key, run in said.get("runs", {}).items():
                 if run is not None and tensors.get_slice(key).get_shape() != [run[1]]:
                     return f"{file.name}: {key} does not have the {run[1]} elements that {STATE} says"
-            if part in _WEIGHTS:
+            if part in WEIGHTS:
                 for key in sorted(found.difference(state["unbounded"])):
                     if not _is_finite(tensors.get_tensor(key)):
                         return f"{file.name}: {key} is not finite"
@@ -309,15 +321,3 @@ def _is_finite(tensor: Tensor) -> bool:
         return True
     # Both are NaN where anything is. One pass, where `isfinite` takes 33 times as long to make a tensor of answers.
     return bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())
-
-
-def _sync(path: Path) -> None:
-    """Wait until the disk has a file, or the names in a folder."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError:
-        if not path.is_dir():  # not every file system knows it of folders
-            raise
-    finally:
-        os.close(handle)

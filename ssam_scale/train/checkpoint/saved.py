@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,18 +79,23 @@ def part_of(file_name: str) -> str:
     return file_name.partition(".")[0]
 
 
-def open_tensors(path: Path, state: Mapping[str, Any]) -> dict[str, dict[str, FileTensor]]:
+def open_tensors(
+    path: Path, state: Mapping[str, Any], parts: Collection[str] | None = None
+) -> dict[str, dict[str, FileTensor]]:
     """The tensors of a checkpoint, by part and name.
 
     Args:
         path: the checkpoint.
         state: what `state.json` says.
+        parts: whose; None: of all.
 
     Raises:
         SafetensorError: a file is none.
     """
     pieces: dict[str, dict[str, list[Piece]]] = {}
     for file_name, said in state["files"].items():
+        if parts is not None and part_of(file_name) not in parts:
+            continue
         file = safe_open(path / file_name, "pt")
         of_part = pieces.setdefault(part_of(file_name), {})
         runs = said.get("runs", {})

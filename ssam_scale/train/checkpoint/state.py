@@ -18,7 +18,7 @@ from ssam_scale.sharding.chunks import Chunk, SavedTensor, whole
 from ssam_scale.tracking.store import plain_values
 from ssam_scale.train.progress import Progress
 
-from .files import FORMAT, Snapshot, read, read_state
+from .files import FORMAT, WEIGHTS, Snapshot, read, read_state
 from .layout import saved_sharded
 from .parts import ShardedStateful, split
 
@@ -47,6 +47,7 @@ def snapshot_of(config: Config, world: World, components: Components, evaluation
     state = {
         **_description(config),
         "config": plain_values(config),
+        "classes": _class_names(components),
         "micro_batches": asdict(components.split),
         "evaluation": None if evaluation is None else asdict(evaluation),
         "parts": {
@@ -98,6 +99,10 @@ def load(path: Path, config: Config, components: Components) -> None:
     """
     try:
         state, saved = read(path)
+        if "average_of" in state:
+            raise UserError(
+                f"checkpoint {path} is an average of weights, which no run goes on from: model.pretrained={path}"
+            )
         model = saved["model"]
         _check(path, config, state, model, components)
         if "ema" in saved:
@@ -154,12 +159,23 @@ def place_in_data(path: Path) -> tuple[int, int]:
     return int(progress["epoch"]), int(progress["seen"])
 
 
-def network_of(path: Path, config: Config) -> nn.Module:
-    """What a checkpoint has trained, timm's model on the CPU: with the averaged weights, if there are any."""
-    _, saved = read(path)
-    weights = whole({**saved["model"], **saved.get("ema", {})})
+def network_of(path: Path, config: Config, *, averaged: bool = True) -> nn.Module:
+    """What a checkpoint has trained, timm's model on the CPU.
+
+    Args:
+        path: of one that `problem_with` has no objection to, as far as the parts `WEIGHTS` go.
+        config: of the run.
+        averaged: with the averaged weights, if there are any.
+
+    Raises:
+        UserError: they are of another network than the configuration's.
+    """
+    state, saved = read(path, WEIGHTS)
+    weights = whole({**saved["model"], **(saved.get("ema", {}) if averaged else {})})
     with torch.random.fork_rng(devices=[]):
         network = build_model(config).model
+    mine = {name: (tuple(tensor.shape),) for name, tensor in network.state_dict().items()}
+    _refuse_another(path, config, state, mine, {name: (tuple(tensor.shape),) for name, tensor in weights.items()})
     network.load_state_dict(weights)
     return network
 
@@ -179,13 +195,7 @@ def _check(
         for name, t in components.network.state_dict(keep_vars=True).items()
     }
     theirs = {name: (tuple(t.shape), _kind(t)) for name, t in saved.items()}
-    if mine != theirs:
-        name = next(iter(sorted(n for n in mine.keys() | theirs.keys() if mine.get(n) != theirs.get(n))))
-        here, there = ("".join(map(str, found.get(name, ("missing",)))) for found in (mine, theirs))
-        raise UserError(
-            f"checkpoint {path}, of {state['model']}, does not fit this run's {_identity(config)}: {name} is {there} "
-            f"there and {here} here"
-        )
+    _refuse_another(path, config, state, mine, theirs)
     if state["method"] != config.method:
         raise UserError(
             f"checkpoint {path} is of a {state['method']} run, this is a {config.method} run; resume with the "
@@ -195,6 +205,29 @@ def _check(
         raise UserError(
             f"checkpoint {path} was made with optimizer.name {state['optimizer']}, this run has {config.optimizer.name}"
         )
+
+
+def _refuse_another(
+    path: Path,
+    config: Config,
+    state: dict[str, Any],
+    mine: dict[str, tuple[Any, ...]],
+    theirs: dict[str, tuple[Any, ...]],
+) -> None:
+    """Say in which tensor a checkpoint's network differs from the configured one, by what each of them says of it."""
+    if mine == theirs:
+        return
+    name = min(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name))
+    here, there = ("".join(map(str, found.get(name, ("missing",)))) for found in (mine, theirs))
+    raise UserError(
+        f"checkpoint {path}, of {state['model']}, does not fit this run's {_identity(config)}: {name} is {there} "
+        f"there and {here} here"
+    )
+
+
+def _class_names(components: Components) -> list[str]:
+    """By label; empty: nobody has named them."""
+    return components.train.source.class_names or components.val.source.class_names
 
 
 def _check_averages(path: Path, saved: dict[str, SavedTensor], components: Components) -> None:
