@@ -14,6 +14,7 @@ import ssam_scale
 ROOT = Path(ssam_scale.__file__).parent
 FLOORS = [
     "cli",
+    "trained",
     "train",
     "bench",
     "costs",

@@ -53,8 +53,8 @@ class Accuracy:
         without_label: how many do not, because nothing is right of them.
         damaged: names of images that could not be read, which do not count either.
         classes: each that is scored; empty where images have several labels.
-        confusions: int64 [classes that images were taken for wrongly, 3]: of the class, for the class, images; the
-            most frequent first, by their places in `classes`.
+        confusions: int64 [pairs, 3]: a class, another one that images of it were taken for (places in `classes`), and
+            how many were; the most frequent first.
     """
 
     top1: float
