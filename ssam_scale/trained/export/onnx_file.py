@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ssam_scale.errors import UserError
 from ssam_scale.trained.network import Trained
@@ -18,6 +20,19 @@ from .torch_export import reason
 
 _LARGEST = 2**31
 """Bytes of a file of ONNX: protobuf's limit."""
+
+
+@contextmanager
+def _attention_written_out(network: nn.Module) -> Iterator[None]:
+    """Within, timm's attention is products and a softmax: not every fused one can be taken apart by the exporter."""
+    fused = [module for module in network.modules() if getattr(module, "fused_attn", False) is True]
+    for module in fused:
+        module.fused_attn = False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for module in fused:
+            module.fused_attn = True  # type: ignore[assignment]
 
 
 class OnnxFile:
@@ -41,7 +56,7 @@ class OnnxFile:
         side = trained.config.data.eval_resolution
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), _attention_written_out(trained.network):
                 warnings.simplefilter("ignore")  # of what the exporter does inside
                 program = torch.onnx.export(
                     trained.network,

@@ -44,7 +44,9 @@ class TorchExport:
 
 
 def reason(error: Exception, trained: Trained) -> str:
-    """Why a network cannot be traced, in a line."""
+    """Why a network cannot be traced, in a line: what was raised first."""
+    while isinstance(error.__cause__, Exception):
+        error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     said = lines[0][:300] if lines else ""
     return f"torch {torch.__version__} does not take {trained.config.model.name} ({type(error).__name__}: {said})"
