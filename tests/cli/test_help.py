@@ -27,7 +27,24 @@ print(json.dumps(list(sys.modules)), file=sys.stderr)
 
 
 @pytest.mark.parametrize(
-    "command", ["", "train", "data", "data write", "cost", "compare", "send", "doctor", "list", "bench", "bench steps"]
+    "command",
+    [
+        "",
+        "train",
+        "evaluate",
+        "predict",
+        "export",
+        "average",
+        "data",
+        "data write",
+        "cost",
+        "compare",
+        "send",
+        "doctor",
+        "list",
+        "bench",
+        "bench steps",
+    ],
 )
 def test_help_imports_neither_torch_nor_anything_of_ours_but_the_commands(command: str) -> None:
     asked = [sys.executable, "-c", ASK, *command.split()]
@@ -43,6 +60,7 @@ def test_help_lists_every_command() -> None:
     done = subprocess.run([sys.executable, "-c", ASK], capture_output=True, text=True, check=True)
     listed = {line.split()[1] for line in done.stdout.splitlines() if line.startswith("│ ")}
     assert {"train", "data", "cost", "compare", "send", "doctor", "list", "bench"} <= listed
+    assert {"evaluate", "predict", "export", "average", "consolidate"} <= listed
 
 
 def test_the_version_and_those_of_what_decides_how_it_computes() -> None:

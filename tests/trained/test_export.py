@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import stat
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -210,6 +211,18 @@ def test_misuse_is_a_line_and_nothing_is_written(
     assert said.format(out=tmp_path) in error
     assert error.count("\n") == 1
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_without_onnx_a_line_says_how_to_install_it(
+    run: ShortRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("onnx", "onnxscript"):
+        monkeypatch.setitem(sys.modules, name, None)  # what Python takes for "not to be found"
+    assert ssam_scale("export", run.checkpoint, "-o", tmp_path / "m.onnx", "--format", "onnx") == 2
+    error = capsys.readouterr().err
+    assert "--format onnx: onnx, " in error
+    assert "not installed; pip install 'ssam_scale[onnx]'" in error
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_images_that_have_gone_are_no_reason_not_to_export(run: ShortRun, tmp_path: Path) -> None:

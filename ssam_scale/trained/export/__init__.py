@@ -58,8 +58,7 @@ def check_export(format: str, output: Path) -> None:
     """Refuse what could not be written, before anything is loaded.
 
     Raises:
-        UserError: there is no such format, or nothing can be put there.
-        ModuleNotFoundError: what the format needs is not installed.
+        UserError: there is no such format, what it needs is not installed, or nothing can be put there.
     """
     if format not in FORMATS:
         raise UserError(f"--format {format}: there are {', '.join(FORMATS)}")

@@ -22,7 +22,7 @@ class Format(Protocol):
     tolerance: float
 
     def check(self) -> None:
-        """Import what it needs. Raises ModuleNotFoundError."""
+        """Look for what it needs. Raises UserError: it is not installed; says how it would be."""
 
     def write(self, trained: Trained, place: Path) -> None:
         """Write a network to an empty folder, or in the place of an empty file.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import warnings
@@ -20,6 +21,14 @@ from .torch_export import reason
 
 _LARGEST = 2**31
 """Bytes of a file of ONNX: protobuf's limit."""
+
+
+def _is_there(package: str) -> bool:
+    try:
+        importlib.import_module(package)
+    except ModuleNotFoundError:
+        return False
+    return True
 
 
 @contextmanager
@@ -44,9 +53,8 @@ class OnnxFile:
 
     def check(self) -> None:
         """What writes it, and what reads it back."""
-        import onnx  # noqa: F401
-        import onnxruntime  # noqa: F401
-        import onnxscript  # noqa: F401
+        if missing := [name for name in ("onnx", "onnxruntime", "onnxscript") if not _is_there(name)]:
+            raise UserError(f"--format onnx: {', '.join(missing)} not installed; pip install 'ssam_scale[onnx]'")
 
     def write(self, trained: Trained, place: Path) -> None:
         """See `Format`; with the description among the model's metadata."""
