@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -147,10 +148,11 @@ def evaluate_on(
     loader = central_loader(images, data, device=forward.device, batch=trained.batch, on_damaged=data.on_damaged)
     only = None if key.classes is None else torch.from_numpy(key.classes).to(forward.device)
     answers, seen, done = torch.from_numpy(key.answers).to(forward.device), [], 0
-    for batch in watch(loader, len(loader)):
-        logits = forward(batch.images) if only is None else forward(batch.images)[:, only]
-        seen.append(_seen(logits, answers[done : done + len(logits), 0] if key.one_each else None))
-        done += len(logits)
+    with closing(iter(loader)) as batches:
+        for batch in watch(batches, len(loader)):
+            logits = forward(batch.images) if only is None else forward(batch.images)[:, only]
+            seen.append(_seen(logits, answers[done : done + len(logits), 0] if key.one_each else None))
+            done += len(logits)
     damaged = sorted(loader.damaged)
     counted = key.counted
     counted[damaged] = False

@@ -42,7 +42,7 @@ class Trained:
         class_names: by label, of the images that it was trained on; empty: nobody has named them.
         source: where it is from, for people.
         batch: images of a forward.
-        weights: `averaged`, where these are an average over the run's steps, or `raw`.
+        weights: what kind they are: `averaged` over the run's steps, `raw`, or the mean of several checkpoints'.
     """
 
     network: nn.Module
@@ -159,7 +159,7 @@ def _of_checkpoint(path: Path, overrides: Sequence[str], ema: bool | None) -> Tr
         str(path),
         # As many as fitted in training; of one process the very batches of its evaluation.
         int(shared["images"]) if batch is None else max(1, batch // int(shared["processes"])),
-        "averaged" if averaged else "raw",
+        f"mean of {len(of)} checkpoints'" if (of := state.get("average_of")) else "averaged" if averaged else "raw",
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -116,10 +117,11 @@ def predict(place: Path, trained: Trained, top: int, watch: Watch = unwatched) -
     forward = Forward(trained)
     loader = central_loader(images, trained.config.data, device=forward.device, batch=trained.batch, on_damaged="skip")
     labels, probabilities = [], []
-    for batch in watch(loader, len(loader)):
-        best = forward(batch.images).double().softmax(1).topk(top)
-        labels.append(best.indices.cpu().numpy())
-        probabilities.append(best.values.cpu().numpy())
+    with closing(iter(loader)) as batches:
+        for batch in watch(batches, len(loader)):
+            best = forward(batch.images).double().softmax(1).topk(top)
+            labels.append(best.indices.cpu().numpy())
+            probabilities.append(best.values.cpu().numpy())
     damaged = sorted(loader.damaged)
     sound = np.setdiff1d(np.arange(images.images), damaged)
     unreadable += [images.complaint(image).partition("; ")[0] for image in damaged]

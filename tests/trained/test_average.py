@@ -47,7 +47,7 @@ def test_it_is_the_mean_and_everything_works_with_it(
             torch.testing.assert_close(tensor, mean.float(), atol=0, rtol=2**-23)
         else:
             assert torch.equal(tensor, every[0][name])
-    assert evaluated(soup)["images"] == 20
+    assert evaluated(soup)["weights"] == "mean of 3 checkpoints'"
     assert ssam_scale("predict", soup, run.data / "val", "-o", tmp_path / "t.csv") == 0
     assert ssam_scale("export", soup, "-o", tmp_path / "exported") == 0
     capsys.readouterr()

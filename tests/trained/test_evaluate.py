@@ -275,6 +275,15 @@ def test_misuse_is_a_line(misuse: str, run: ShortRun, capsys: pytest.CaptureFixt
 
 
 @pytest.mark.slow
+def test_it_is_the_work_of_one_process(
+    run: ShortRun, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert ssam_scale("evaluate", run.checkpoint) == 2
+    assert "this is the work of one process; start it without torchrun" in capsys.readouterr().err
+
+
+@pytest.mark.slow
 def test_damaged_weights_are_refused(run: ShortRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "epoch_0003"
     shutil.copytree(run.checkpoint, path)
