@@ -56,6 +56,10 @@ def test_it_is_the_mean_and_everything_works_with_it(
     assert ssam_scale("train", "--config", config, f"model.pretrained={soup}", "--dry-run") == 0
     assert ssam_scale("train", "--config", config, "--resume", soup) == 2
     assert "soup is an average of weights, which no run goes on from" in capsys.readouterr().err
+    # Not even where it lies among a run's own.
+    assert ssam_scale("average", *checkpoints_of(run), "-o", tmp_path / "checkpoints/epoch_0009") == 0
+    assert ssam_scale("train", "--config", config, "--resume", "auto") == 2
+    assert "epoch_0009 cannot be used: it is an average of weights" in capsys.readouterr().err
     # The raw ones are others.
     assert ssam_scale("average", *checkpoints_of(run), "-o", tmp_path / "raw", "--no-ema") == 0
     raw = [load_file(path / "model.safetensors")["fc.weight"].double() for path in checkpoints_of(run)]

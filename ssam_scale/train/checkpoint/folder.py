@@ -77,17 +77,30 @@ def resolve(config: Config, world: World) -> tuple[Path | None, list[str]]:
             raise UserError(f"checkpoint.resume: {path} is not a checkpoint{hint}")
         if (problem := problem_with(path, world)) is not None:
             raise UserError(f"checkpoint {path} cannot be read: {problem}")
+        if _is_average(path):
+            raise UserError(
+                f"checkpoint {path} is an average of weights, which no run goes on from; one that starts from them has "
+                f"model.pretrained={path}"
+            )
         return path, []
     problems: list[str] = []
     # As the first process sees them: on a shared file system others may see a folder some seconds late.
     for path in reversed(world.first_says(checkpoints(config.checkpoint.directory))):
-        if (problem := problem_with(path, world)) is None:
+        problem = problem_with(path, world)
+        if problem is None and _is_average(path):
+            problem = "it is an average of weights"
+        if problem is None:
             return path, [f"{each}; {path} is used instead" for each in problems]
         problems.append(f"checkpoint {path} cannot be used: {problem}")
     if problems:
         others = f" (and none of {len(problems) - 1} older ones)" if len(problems) > 1 else ""
         raise UserError(f"{problems[0]}{others}; move it away to begin anew, or name another one with --resume")
     return None, []
+
+
+def _is_average(path: Path) -> bool:
+    """Whether a checkpoint has the mean of several ones' weights, and nothing else of a run."""
+    return "average_of" in read_state(path)
 
 
 def check_fresh_directory(config: Config) -> None:

@@ -99,10 +99,6 @@ def load(path: Path, config: Config, components: Components) -> None:
     """
     try:
         state, saved = read(path)
-        if "average_of" in state:
-            raise UserError(
-                f"checkpoint {path} is an average of weights, which no run goes on from: model.pretrained={path}"
-            )
         model = saved["model"]
         _check(path, config, state, model, components)
         if "ema" in saved:
