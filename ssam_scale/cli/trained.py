@@ -106,7 +106,7 @@ def evaluate_command(
             raise UserError(f"{place}: {name} {why}; mend or remove it")
         key = after.by_labels(images, network, labels)
     else:
-        found = open_images(Path(f"folder:{place}") if place.is_dir() else place)
+        found = open_images(_in_place(place))
         if not found.images:
             raise UserError(f"{found.place}: no images in there")
         images = found  # type: ignore[assignment]
@@ -186,9 +186,8 @@ def export_command(
 
     after.check_export(format, output)
     network = _opened(checkpoint, overrides, config, ema, best, tracking_uri, experiment)
-    place = Path(f"folder:{data}") if data is not None and data.is_dir() else data
     print(f"{network.source}, {network.weights} weights")
-    print(after.export(network, format, output, place))
+    print(after.export(network, format, output, None if data is None else _in_place(data)))
 
 
 def average_command(
@@ -203,7 +202,7 @@ def average_command(
         Path | None,
         typer.Option(
             callback=expanded_images,
-            help="Training images, as data.train has them, by which BatchNorm's statistics are made anew. [averaged]",
+            help="Training images, by which BatchNorm's statistics are made anew. [they are averaged, too]",
         ),
     ] = None,
     ema: Ema = None,
@@ -211,7 +210,13 @@ def average_command(
     """Write a checkpoint whose weights are the mean of several checkpoints': a uniform soup (arXiv 2203.05482)."""
     from ssam_scale import trained as after
 
-    print(after.average(checkpoints, output, last=last, ema=ema, data=data, watch=_watched("measuring BatchNorm")))
+    place = None if data is None else _in_place(data)
+    print(after.average(checkpoints, output, last=last, ema=ema, data=place, watch=_watched("measuring BatchNorm")))
+
+
+def _in_place(data: Path) -> Path:
+    """As `data.val` has it; a folder is one of class folders."""
+    return Path(f"folder:{data}") if data.is_dir() else data
 
 
 def _opened(

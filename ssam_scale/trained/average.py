@@ -147,7 +147,8 @@ def _check_alike(
             name = min(name for name in first.keys() | shapes.keys() if first.get(name) != shapes.get(name))
             there, here = (str(found.get(name, "missing")) for found in (first, shapes))
             raise UserError(f"{path}: {name} is {here}, and {there} in {chosen[0]}: weights of one network are needed")
-        if state.get("classes") != states[0].get("classes"):
+        names = [known for known in (state.get("classes"), states[0].get("classes")) if known]
+        if len(names) == 2 and names[0] != names[1]:  # older checkpoints do not say them
             raise UserError(f"{path}: was trained on other classes than {chosen[0]}, or in another order")
 
 
@@ -164,9 +165,8 @@ def _mean(tensors: Sequence[SavedTensor]) -> Tensor:
 def _statistics_anew(trained: Trained, place: Path, watch: Watch) -> int:
     """BatchNorm's statistics of training crops under the network's weights; of how many images."""
     config: Config = trained.config
-    data = config.data.model_copy(
-        update={"train": place, "val": place, "subset": None, "progressive": None, "order": "random"}
-    )
+    changed = {"train": place, "val": place, "subset": None, "progressive": None, "order": "random"}
+    data = config.data.model_copy(update={**changed, "batch_size": trained.batch})
     forward = Forward(trained)
     loader = train_loader(
         data,
@@ -204,9 +204,6 @@ def _write(output: Path, state: dict[str, Any], mean: dict[str, Tensor], chosen:
     unbounded = tuple(said.pop("unbounded", ()))
     said |= {"evaluation": None, "average_of": [str(path) for path in chosen], "parts": parts}
     try:
-        write(
-            Snapshot({"model": {name: tensor.contiguous() for name, tensor in tensors.items()}}, said, unbounded),
-            output,
-        )
+        write(Snapshot({"model": {name: t.contiguous() for name, t in tensors.items()}}, said, unbounded), output)
     except (OSError, SafetensorError) as error:
         raise UserError(f"-o {output}: was not written: {error}") from error

@@ -69,7 +69,7 @@ def test_it_is_the_mean_and_everything_works_with_it(
 
 def test_statistics_are_made_anew_from_training_images(run: ShortRun, tmp_path: Path) -> None:
     soup, plain = tmp_path / "soup", tmp_path / "plain"
-    assert ssam_scale("average", *checkpoints_of(run), "-o", soup, "--data", run.data / "train.beton") == 0
+    assert ssam_scale("average", *checkpoints_of(run), "-o", soup, "--data", run.data / "train") == 0
     assert ssam_scale("average", *checkpoints_of(run), "-o", plain) == 0
     config = load(run.home / "run.yaml")
     network = network_of(plain, config)

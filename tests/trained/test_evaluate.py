@@ -19,6 +19,7 @@ from torch import Tensor
 from ssam_scale.config.load import load
 from ssam_scale.data import central_loader, open_images
 from ssam_scale.train.checkpoint import network_of
+from ssam_scale.train.checkpoint.files import read_state, state_text
 from ssam_scale.trained.evaluate import calibration_error
 from tests.support.damage import flipped
 from tests.support.runs import ssam_scale, train_on_ranks, write_config
@@ -272,6 +273,23 @@ def test_misuse_is_a_line(misuse: str, run: ShortRun, capsys: pytest.CaptureFixt
     error = capsys.readouterr().err
     assert said.format(**names) in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_does_not_name_its_classes(run: ShortRun, evaluated: Evaluated, tmp_path: Path) -> None:
+    """As older ones do not: they are the training images', where these are still there."""
+    path, some = tmp_path / "epoch_0003", tmp_path / "some"
+    shutil.copytree(run.checkpoint, path)
+    state = read_state(path)
+    del state["classes"]
+    (path / "state.json").write_text(state_text(state))
+    shutil.copytree(run.data / "val/n00000002", some / "n00000002")
+    shutil.copytree(run.data / "val/n00000001", some / "n00000001")
+    expected = evaluated(run.checkpoint, "--data", some)
+    assert {**evaluated(path, "--data", some), "checkpoint": ""} == {**expected, "checkpoint": ""}
+    gone = [f"data.{key}={tmp_path}/gone.beton" for key in ("train", "val")]
+    assert [each["name"] for each in evaluated(path, "--data", run.data / "val", *gone)["classes"]] == list("0123")
+    assert ssam_scale("evaluate", path, "--data", some, *gone) == 2
 
 
 @pytest.mark.slow
