@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ssam_scale.config.load import load
-from ssam_scale.train.build import _scheduler
+from ssam_scale.train.learning_rate import scheduler
 from tests.support.runs import write_config
 
 
@@ -21,7 +21,7 @@ def test_it_warms_up_to_the_peak_and_decays_from_there_to_the_end(
     schedule = {"name": name, "warmup_epochs": 2, "min_lr": 0.01, "kwargs": kwargs}
     path = write_config(tmp_path / "run.yaml", tmp_path, schedule=schedule, optimizer={"lr": 1.0}, train={"epochs": 10})
     base = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-    scheduler = _scheduler(load(path), base, 10)
+    scheduler = scheduler(load(path), base, 10)
     rates = []
     for step in range(100):
         scheduler.step_update(step)

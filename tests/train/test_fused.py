@@ -12,7 +12,7 @@ from torch import nn
 from ssam_scale.bench.networks import setting_of
 from ssam_scale.bench.scenarios import sgd, sgd_by_shape
 from ssam_scale.config.schema import Config
-from ssam_scale.train.build import base_optimizer
+from ssam_scale.train.optimizer import base_optimizer
 from tests.support.runs import VIT, differing, ssam_scale, write_config
 
 
