@@ -21,10 +21,10 @@ def test_it_warms_up_to_the_peak_and_decays_from_there_to_the_end(
     schedule = {"name": name, "warmup_epochs": 2, "min_lr": 0.01, "kwargs": kwargs}
     path = write_config(tmp_path / "run.yaml", tmp_path, schedule=schedule, optimizer={"lr": 1.0}, train={"epochs": 10})
     base = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-    scheduler = scheduler(load(path), base, 10)
+    rates_of = scheduler(load(path), base, 10)
     rates = []
     for step in range(100):
-        scheduler.step_update(step)
+        rates_of.step_update(step)
         rates.append(base.param_groups[0]["lr"])
     warm, decay = rates[:20], rates[20:]
     assert warm == pytest.approx([step / 20 for step in range(20)])
