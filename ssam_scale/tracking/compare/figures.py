@@ -1,31 +1,23 @@
-"""The charts of a report, as SVG, narrow enough that their letters can be read on a telephone."""
+"""The charts of a report."""
 
 from __future__ import annotations
 
-import io
 import math
 import textwrap
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from statistics import fmean, stdev
-from typing import Any
 
 from ssam_scale.tracking.compare.groups import Group
 from ssam_scale.tracking.compare.rows import Comparison, Row
 from ssam_scale.tracking.compare.runs import REQUESTS, Experiment
 from ssam_scale.tracking.compare.statistics import frontier
-from ssam_scale.tracking.layer_density import TABLE, LayerDensities, draw_densities, import_matplotlib
+from ssam_scale.tracking.drawing import clipped, figure, in_style, legend, look, svg
+from ssam_scale.tracking.layer_density import TABLE, LayerDensities, draw_densities
 from ssam_scale.tracking.store import environment, text_artifact
 
-_WIDTH, _HEIGHT = 4.6, 3.0  # inches of 72 points; letters are 9 and 10 points high
-_LEGEND_LINE = 0.2
-_DOTS = 200  # an inch, of heat maps: enough for hundreds of layers
-
-# Okabe and Ito's colours, which most colour-blind people tell apart; after them the lines change.
-_COLOURS = ("#000000", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#b3a300")
-_LINES = ("-", "--", ":", "-.")
 _MARKERS = "osD^v<>P"
 
 # The timer's phases in the order of a step. Not asked of the timer, which would import torch to draw a few bars.
@@ -38,18 +30,6 @@ PHASE_COLOURS = {
     "descent forward": "#92c5de",
     "descent backward": "#4393c3",
     "optimizer": "#1b7837",
-}
-_STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",  # letters stay letters, in the reader's own font
-    "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans", "Verdana", "sans-serif"],
-    "font.size": 10,
-    "text.parse_math": False,  # a name may hold a dollar
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#e6e6e6",
-    "axes.axisbelow": True,
 }
 
 
@@ -72,11 +52,8 @@ class Picture:
 
 def pictures(comparison: Comparison) -> list[Picture]:
     """All charts of which the runs know something. Reads more of their histories, and their tables of layers."""
-    import_matplotlib()
-    import matplotlib
-
     made: list[Picture | None] = []
-    with matplotlib.rc_context(_STYLE):
+    with in_style():
         made += [_curves(comparison), _frontier(comparison), _phases(comparison)]
         made += [
             _layers(comparison.experiment, group, name)
@@ -104,13 +81,13 @@ def _curves(comparison: Comparison) -> Picture | None:
     drawn = [(number, course) for number, group in enumerate(comparison.groups) if (course := _course(group))]
     if not drawn:
         return None
-    figure, axes = _figure()
+    chart, axes = figure()
     labels = names(comparison.rows)
     for number, course in drawn:
         seconds, top1, sd = zip(*course, strict=True)
-        colour, line = _look(number)
+        colour, line = look(number)
         axes.plot(
-            seconds, top1, line, color=colour, label=_clipped(labels[number]), marker="." if len(course) < 30 else ""
+            seconds, top1, line, color=colour, label=clipped(labels[number]), marker="." if len(course) < 30 else ""
         )
         low, high = ([mean + sign * each for mean, each in zip(top1, sd, strict=True)] for sign in (-1, 1))
         axes.fill_between(seconds, low, high, color=colour, alpha=0.15, linewidth=0)
@@ -121,13 +98,13 @@ def _curves(comparison: Comparison) -> Picture | None:
     axes.set_xlabel("seconds of training")
     axes.set_ylabel("top-1 %")
     axes.set_xlim(left=0.0)
-    _legend(figure, axes)
+    legend(chart, axes)
     last = "; ".join(f"{labels[number]} {course[-1][1]:.2f}% after {course[-1][0]:.0f} s" for number, course in drawn)
     return Picture(
         "Accuracy against wall-clock",
         "Mean over the seeds, each evaluation at its mean time; the band is ± a standard deviation over the seeds. "
         "Dashed lines: the accuracy and the time at which the table compares.",
-        _svg(figure),
+        svg(chart),
         last,
     )
 
@@ -185,15 +162,12 @@ def frontier_picture(points: Sequence[CostAndGain]) -> Picture:
     Args:
         points: at least one.
     """
-    import_matplotlib()
-    import matplotlib
-
-    with matplotlib.rc_context(_STYLE):
+    with in_style():
         return _frontier_of(points)
 
 
 def _frontier_of(points: Sequence[CostAndGain]) -> Picture:
-    figure, axes = _figure()
+    chart, axes = figure()
 
     def overhead(point: CostAndGain) -> float:
         return 100.0 * (point.over_base - 1.0)
@@ -211,8 +185,8 @@ def _frontier_of(points: Sequence[CostAndGain]) -> Picture:
             xerr=across,
             yerr=None if point.sd is None else [point.sd],
             fmt=_MARKERS[point.number % len(_MARKERS)],
-            color=_look(point.number)[0],
-            label=_clipped(point.label),
+            color=look(point.number)[0],
+            label=clipped(point.label),
             markersize=6,
             elinewidth=1,
             capsize=2,
@@ -220,12 +194,12 @@ def _frontier_of(points: Sequence[CostAndGain]) -> Picture:
     axes.set_xlabel("overhead over the base optimizer, %")
     axes.set_ylabel("top-1 %")
     axes.margins(0.1)
-    _legend(figure, axes)
+    legend(chart, axes)
     return Picture(
         "Accuracy against overhead",
         "The line joins what no other row beats in both. Bars: a standard deviation over the seeds; of the overhead, "
         "the 95% interval of its probes.",
-        _svg(figure),
+        svg(chart),
         "; ".join(f"{point.label} {point.top1:.2f}% at {overhead(point):+.0f}%" for point in points),
     )
 
@@ -239,7 +213,7 @@ def _phases(comparison: Comparison) -> Picture | None:
     labels = names(comparison.rows)
     drawn = [(labels[number], found) for number, found in enumerate(phases) if found]
     order = [phase for phase in PHASE_COLOURS if any(phase in found for _, found in drawn)]
-    figure, axes = _figure(0.7 + 0.34 * len(drawn))
+    chart, axes = figure(0.7 + 0.34 * len(drawn))
     left = [0.0] * len(drawn)
     for phase in order:
         widths = [1000.0 * found.get(phase, 0.0) for _, found in drawn]
@@ -251,11 +225,11 @@ def _phases(comparison: Comparison) -> Picture | None:
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
     axes.set_xlabel("ms in a step")
-    _legend(figure, axes)
+    legend(chart, axes)
     return Picture(
         "Where the time of a step goes",
         "Mean over all recorded steps and seeds, by the run's phase timers.",
-        _svg(figure),
+        svg(chart),
         "; ".join(
             f"{label}: " + ", ".join(f"{phase} {1000 * found[phase]:.1f} ms" for phase in order if phase in found)
             for label, found in drawn
@@ -287,7 +261,7 @@ def _layers(experiment: Experiment, group: Group, name: str) -> Picture | None:
         return None
     if densities is None or not densities.steps or not densities.sizes:
         return None
-    figure, axes = _figure()
+    chart, axes = figure()
     rows = len(densities.sizes)
     image = draw_densities(axes, densities)
     axes.grid(visible=False)
@@ -295,9 +269,9 @@ def _layers(experiment: Experiment, group: Group, name: str) -> Picture | None:
     axes.set_xticks(range(0, len(densities.steps), every), [f"{step:,}" for step in densities.steps[::every]])
     layers = list(densities.sizes)
     shown = sorted({round(i * (rows - 1) / max(min(rows, 6) - 1, 1)) for i in range(min(rows, 6))})
-    axes.set_yticks(shown, [_clipped(layers[row], 22) for row in shown], fontsize=8)
+    axes.set_yticks(shown, [clipped(layers[row], 22) for row in shown], fontsize=8)
     axes.set_xlabel("step")
-    bar = figure.colorbar(image, ax=axes, extend="min", pad=0.02)
+    bar = chart.colorbar(image, ax=axes, extend="min", pad=0.02)
     bar.set_ticks([1e-9, 0.5, 1.0], labels=["0", "½", "1"])
     total = sum(densities.sizes.values())
     means = [
@@ -307,38 +281,6 @@ def _layers(experiment: Experiment, group: Group, name: str) -> Picture | None:
     return Picture(
         f"Density of layers over time: {name}",
         f"The perturbed share of each of {rows} parameters of the latest seed, the first layers above; grey: none.",
-        _svg(figure),
+        svg(chart),
         f"{name}: of all weights {100 * means[0]:.0f}% at first and {100 * means[-1]:.0f}% in the end",
     )
-
-
-def _figure(height: float = _HEIGHT) -> tuple[Any, Any]:
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
-    FigureCanvasSVG(figure)
-    return figure, figure.add_subplot()
-
-
-def _legend(figure: Any, axes: Any) -> None:
-    """Below the chart, which is made higher for it; as many columns as its longest entry leaves room for."""
-    handles, labels = axes.get_legend_handles_labels()
-    columns = max(1, min(3, 54 // (max(map(len, labels), default=0) + 6)))
-    figure.set_figheight(figure.get_figheight() + _LEGEND_LINE * -(-len(labels) // columns))
-    figure.legend(handles, labels, loc="outside lower left", ncols=columns, frameon=False, fontsize=9)
-
-
-def _svg(figure: Any) -> str:
-    out = io.StringIO()
-    metadata: Mapping[str, None] = {"Date": None, "Creator": None, "Type": None, "Format": None}
-    figure.savefig(out, format="svg", metadata=metadata, dpi=_DOTS)
-    return out.getvalue()
-
-
-def _look(number: int) -> tuple[str, str]:
-    return _COLOURS[number % len(_COLOURS)], _LINES[number // len(_COLOURS) % len(_LINES)]
-
-
-def _clipped(text: str, length: int = 44) -> str:
-    return text if len(text) <= length else text[: length - 1] + "…"
