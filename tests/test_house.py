@@ -22,6 +22,7 @@ FLOORS = [
     "data",
     "models",
     "methods",
+    "sharpness",
     "perturbation",
     "masks",
     "sharding",
