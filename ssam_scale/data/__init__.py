@@ -8,7 +8,15 @@ from ssam_scale.data.beton import Beton, inspect
 from ssam_scale.data.check import verify
 from ssam_scale.data.fashion_mnist import prepare_fashion_mnist
 from ssam_scale.data.images import Images
-from ssam_scale.data.loaders import Batch, ImageLoader, IndexedBatch, central_loader, eval_loader, train_loader
+from ssam_scale.data.loaders import (
+    Batch,
+    ImageLoader,
+    IndexedBatch,
+    central_loader,
+    eval_loader,
+    sample_loader,
+    train_loader,
+)
 from ssam_scale.data.opening import open_images
 from ssam_scale.data.write import WriteReport, write_beton
 
@@ -24,6 +32,7 @@ __all__ = [
     "inspect",
     "open_images",
     "prepare_fashion_mnist",
+    "sample_loader",
     "train_loader",
     "verify",
     "write_beton",

@@ -272,6 +272,63 @@ def train_loader(
     )
 
 
+def sample_loader(
+    data: Data,
+    place: Path,
+    images: int,
+    *,
+    rank: int,
+    world_size: int,
+    device: torch.device,
+    batch: int,
+    num_classes: int,
+    workers: Workers | None = None,
+) -> ImageLoader:
+    """Central crops of some images, the same random choice always, each exactly once over all processes.
+
+    Args:
+        data: how images are cropped, resized and normalised: its `eval_` keys; of `data.train`, what is chosen is of
+            those that are trained on (`data.subset`).
+        place: of the images: `data.train`, `data.val` or any others of the same classes.
+        images: how many, or all where there are not so many.
+        rank: of this process.
+        world_size: number of processes.
+        device: where batches go.
+        batch: images in a batch of this process.
+        num_classes: of the model.
+        workers: threads that decode; None: as `data.workers` says.
+
+    Raises:
+        UserError: the images are missing or damaged, or fewer than processes; a label outside the model's classes.
+    """
+    trained = place == data.train
+    source = _checked(place, data.val if trained else data.train, num_classes, f"data.{'train' if trained else 'val'}")
+    pool = _pool(source.images, (trained and data.subset) or source.images)
+    count = min(images, len(pool))
+    if count < world_size:
+        raise UserError(f"{place}: {count} images are fewer than one for each of {world_size} processes")
+    chosen = pool if count == len(pool) else pool[draws(len(pool), count)[0]]
+    mine = chosen[count * rank // world_size : count * (rank + 1) // world_size]
+    from ssam_scale.data.ffcv_loader import Reader, View, seconds_to_decode
+
+    view = View(data.eval_resolution, False, share=data.eval_crop_ratio, interpolation=data.interpolation)
+    workers = workers or _workers(
+        data, world_size, lambda most: measured(seconds_to_decode(source, view), mine[:batch], most)
+    )
+    most = -(-count // world_size)
+    return ImageLoader(
+        # Of the training images, those in whose place training sees others may be among them.
+        Reader(source, view, mine, batch, workers.count, on_damaged=data.on_damaged),
+        images=len(mine),
+        pool=count,
+        batches_everywhere=-(-most // batch),
+        workers=workers,
+        device=device,
+        mean=data.mean,
+        std=data.std,
+    )
+
+
 def eval_loader(
     data: Data,
     *,
