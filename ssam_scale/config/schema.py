@@ -730,6 +730,34 @@ class Tracking(Section):
     )
 
 
+class Sharpness(Section):
+    """How sharp the minimum is, measured beside evaluations; nothing of training changes."""
+
+    every_epochs: int = Field(1, ge=1, description="epochs between two measurements; after the last one, too")
+    images: int = Field(
+        512,
+        ge=1,
+        le=10**7,
+        description="training images that it is of, all where there are fewer: the same ones each time, not augmented",
+    )
+    rho: float = Field(
+        0.05, gt=0.0, le=1000.0, description="radius of the gap, the loss at w + rho g / |g| less that at w"
+    )
+    eigenvalues: int = Field(
+        1, ge=0, le=100, description="how many of the largest eigenvalues of the Hessian; some dozen gradients' time"
+    )
+    probes: int = Field(
+        0, ge=0, le=10**4, description="random vectors by which the trace of the Hessian is estimated; 0: it is not"
+    )
+    micro_batch: int = Field(
+        32, ge=1, le=10**6, description="images of one pass on one process; no result depends on it, but memory does"
+    )
+
+    def due(self, epoch: int, epochs: int) -> bool:
+        """Whether it is measured after so many epochs of a run."""
+        return epoch == epochs or epoch % self.every_epochs == 0
+
+
 class Config(Section):
     """One run."""
 
@@ -747,6 +775,7 @@ class Config(Section):
     train: Train
     checkpoint: Checkpoint = Checkpoint.model_validate({})
     tracking: Tracking = Tracking.model_validate({})
+    sharpness: Sharpness | None = Field(None, description="null: it is not measured in training")
 
     @model_validator(mode="after")
     def _divisible(self) -> Config:

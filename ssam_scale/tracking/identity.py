@@ -13,6 +13,7 @@ POOLED = (
     "train.max_micro_batch",
     "tracking.",
     "checkpoint.",
+    "sharpness",
     "data.workers",
     "data.eval_batch_size",
 )

@@ -61,6 +61,7 @@ from .optimizer import base_optimizer, check_direction, check_groups, check_hand
 from .probes import ProbeSaving
 from .progress import Progress, ProgressBar
 from .refresh import RefreshMask, refreshed_section
+from .sharpness import MeasureSharpness, check_differentiable
 from .traffic import LogTraffic
 from .unrecorded import LocalBuffers, Unrecorded
 
@@ -157,6 +158,7 @@ def build(
     if config.train.activation_checkpointing:
         stages_of(staged_model.model, "train.activation_checkpointing works")
     _try_forward(config, staged_model)
+    check_differentiable(config, world.device)
     # What a step drops is its images', and not a process's.
     drop_by_row(staged_model.model, config.train.seed, torch.zeros(1, 3, *[config.data.resolution] * 2))
     precision = PRECISIONS[config.train.precision]
@@ -318,6 +320,7 @@ def build_hooks(
         bar,
         AverageBatchNormStatistics(components.network, averages, world),
         evaluate,
+        *([MeasureSharpness(config, world, components, run, bar, agreement)] if config.sharpness is not None else []),
         SaveCheckpoint(config, world, components, run.signals, evaluate, bar, agreement),
     ]
     return [*hooks, LogModel(config, run, components.progress)] if config.tracking.log_model else hooks

@@ -363,6 +363,7 @@ def full(key: str) -> dict[str, Any]:
         given = yaml.safe_load(text)
         given["data"] |= {"resolution": 28, "progressive": {"resolution": 8, "to_epoch": 1}}
         given["data"]["augment"] = {"policy": "rand_augment_increasing"}
+        given["sharpness"] = {}
         data = Config.model_validate(given).model_dump(mode="json")
         around = data
         for part in key.split(".")[:-1]:

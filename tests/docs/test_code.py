@@ -35,6 +35,7 @@ SETTINGS = (
     "train",
     "checkpoint",
     "tracking",
+    "sharpness",
 )
 
 
