@@ -25,6 +25,7 @@ from ssam_scale.cli.doctor import doctor_command
 from ssam_scale.cli.list import list_command
 from ssam_scale.cli.methods import methods_command
 from ssam_scale.cli.send import send_command
+from ssam_scale.cli.sharpness import sharpness_command
 from ssam_scale.cli.train import train_command
 from ssam_scale.cli.trained import average_command, evaluate_command, export_command, predict_command
 from ssam_scale.cli.versions import version_lines
@@ -58,6 +59,7 @@ app.command("train")(train_command)
 app.add_typer(data.app, name="data")
 app.command("cost")(cost_command)
 app.command("compare", cls=OptionsAlone)(compare_command)
+app.command("sharpness")(sharpness_command)
 app.command("send")(send_command)
 app.command("evaluate")(evaluate_command)
 app.command("predict")(predict_command)

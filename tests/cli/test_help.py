@@ -39,6 +39,7 @@ print(json.dumps(list(sys.modules)), file=sys.stderr)
         "data write",
         "cost",
         "compare",
+        "sharpness",
         "send",
         "doctor",
         "list",
@@ -59,8 +60,8 @@ def test_help_imports_neither_torch_nor_anything_of_ours_but_the_commands(comman
 def test_help_lists_every_command() -> None:
     done = subprocess.run([sys.executable, "-c", ASK], capture_output=True, text=True, check=True)
     listed = {line.split()[1] for line in done.stdout.splitlines() if line.startswith("│ ")}
-    assert {"train", "data", "cost", "compare", "send", "doctor", "list", "bench"} <= listed
     assert {"evaluate", "predict", "export", "average", "consolidate"} <= listed
+    assert {"train", "data", "cost", "compare", "sharpness", "send", "doctor", "list", "bench"} <= listed
 
 
 def test_the_version_and_those_of_what_decides_how_it_computes() -> None:
