@@ -33,7 +33,9 @@ def expanded_uri(param: typer.CallbackParam, value: Any) -> Any:
 
 
 def expanded_text(param: typer.CallbackParam, value: Any) -> Any:
-    """The callback of an option that may be a path."""
+    """The callback of an option that may be a path, or of an argument of which each may be one."""
+    if isinstance(value, (list, tuple)):
+        return [expanded_text(param, item) for item in value]
     return value if value is None or not Path(value).parts else str(expanded(param, Path(value)))
 
 

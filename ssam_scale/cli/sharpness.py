@@ -10,20 +10,22 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from ssam_scale.cli.paths import expanded, expanded_images
+from ssam_scale.cli.paths import expanded, expanded_images, expanded_text
 from ssam_scale.cli.table import AsJson, Sheet, at_least
+from ssam_scale.cli.trained import EXPERIMENT, URI, Ema, Experiment, TrackingUri
 from ssam_scale.console import console
 from ssam_scale.errors import UserError
 
 if TYPE_CHECKING:
-    from ssam_scale.train.sharpness_of import Found
+    from ssam_scale.trained.sharpness import Found
 
 
 def sharpness_command(
     checkpoints: Annotated[
-        list[Path],
+        list[str],
         typer.Argument(
-            callback=expanded, help="Checkpoints, or folders of which the newest is meant; they are compared."
+            callback=expanded_text,
+            help="Checkpoints, or folders of them and ids or names of runs in MLflow, whose newest are meant.",
         ),
     ],
     data: Annotated[
@@ -54,12 +56,12 @@ def sharpness_command(
     ] = False,
     span: Annotated[float, typer.Option(help="How far along directions; 1: as far as the weights are long.")] = 0.5,
     points: Annotated[int, typer.Option(help="Losses along one direction.")] = 21,
-    averaged: Annotated[
-        bool, typer.Option("--averaged/--raw", help="The averaged weights, where there are any, or those trained.")
-    ] = True,
+    ema: Ema = None,
     seed: Annotated[int, typer.Option(help="Of all that is drawn.")] = 0,
     micro_batch: Annotated[int, typer.Option(help="Images of one pass on one process; no result depends on it.")] = 32,
     device: Annotated[Literal["auto", "cuda", "cpu"], typer.Option(help="Where processes compute.")] = "auto",
+    tracking_uri: TrackingUri = URI,
+    experiment: Experiment = EXPERIMENT,
     as_json: AsJson = False,
 ) -> None:
     """See how sharp minima are: SAM's gap, the Hessian's eigenvalues and trace, the loss along random directions.
@@ -79,14 +81,18 @@ def sharpness_command(
     from ssam_scale.launcher import ended_with_launcher
     from ssam_scale.sharding import join_world
     from ssam_scale.sharpness import Measures
-    from ssam_scale.train.sharpness_of import Asked, sharpness_of
+    from ssam_scale.trained import find_checkpoint
+    from ssam_scale.trained.sharpness import Asked, sharpness_of
 
     measures = Measures(rho, eigenvalues, probes, directions, seed)
     along = None if output is None else span
-    asked = Asked(measures, str(data), images, micro_batch, averaged, along, points, plane)
+    asked = Asked(measures, str(data), images, micro_batch, ema, along, points, plane)
     with ended_with_launcher(), join_world(device=device) as world:
         out = console(stderr=True, quiet=not world.first)
-        found = sharpness_of(checkpoints, asked, world, lambda line: out.print(line, soft_wrap=True))
+        places = [
+            find_checkpoint(each, best=None, tracking_uri=tracking_uri, experiment=experiment) for each in checkpoints
+        ]
+        found = sharpness_of(places, asked, world, lambda line: out.print(line, soft_wrap=True))
         if not world.first:
             return
         rows = [_finite(each.row()) for each in found]

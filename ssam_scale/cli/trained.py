@@ -51,7 +51,7 @@ TrackingUri = Annotated[
     str, typer.Option("--tracking-uri", callback=expanded_uri, help="Where a run is looked for: MLflow's tracking URI.")
 ]
 Experiment = Annotated[str, typer.Option("--experiment", help="In which a run's name is looked for.")]
-_URI, _EXPERIMENT = "sqlite:///mlflow.db", "ssam_scale"
+URI, EXPERIMENT = "sqlite:///mlflow.db", "ssam_scale"
 
 
 def evaluate_command(
@@ -82,8 +82,8 @@ def evaluate_command(
     ema: Ema = None,
     best: Best = None,
     config: ConfigFile = None,
-    tracking_uri: TrackingUri = _URI,
-    experiment: Experiment = _EXPERIMENT,
+    tracking_uri: TrackingUri = URI,
+    experiment: Experiment = EXPERIMENT,
 ) -> None:
     """Evaluate a trained network: top-1 and top-5, loss, accuracy by class, calibration, confusions.
 
@@ -142,8 +142,8 @@ def predict_command(
     ema: Ema = None,
     best: Best = None,
     config: ConfigFile = None,
-    tracking_uri: TrackingUri = _URI,
-    experiment: Experiment = _EXPERIMENT,
+    tracking_uri: TrackingUri = URI,
+    experiment: Experiment = EXPERIMENT,
 ) -> None:
     """Write what a trained network takes images for: their names, the most probable classes, and how probable."""
     from ssam_scale import trained as after
@@ -178,8 +178,8 @@ def export_command(
     ema: Ema = None,
     best: Best = None,
     config: ConfigFile = None,
-    tracking_uri: TrackingUri = _URI,
-    experiment: Experiment = _EXPERIMENT,
+    tracking_uri: TrackingUri = URI,
+    experiment: Experiment = EXPERIMENT,
 ) -> None:
     """Write a trained network for others, read it back, and compare its logits on real images."""
     from ssam_scale import trained as after

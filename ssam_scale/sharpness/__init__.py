@@ -1,7 +1,7 @@
 """How sharp a minimum is: SAM's gap, eigenvalues and trace of the Hessian, and the loss along random directions.
 
 What is here computes with a network, batches and vectors, and reads or writes nothing. `train/sharpness.py` takes them
-from a run, `train/sharpness_of.py` from checkpoints; `tracking/landscape.py` draws.
+from a run, `trained/sharpness.py` from checkpoints; `tracking/landscape.py` draws.
 """
 
 from ssam_scale.sharpness.hutchinson import Trace, trace

@@ -119,13 +119,17 @@ def open_trained(
     return trained
 
 
-def read_trained_state(path: Path) -> dict[str, Any]:
+def read_trained_state(path: Path, world: World | None = None) -> dict[str, Any]:
     """What a checkpoint's `state.json` says, once each byte of its weights is known to be what was written.
+
+    Args:
+        path: of the checkpoint.
+        world: the processes, which share the work; collective then. None: this one alone.
 
     Raises:
         UserError: it is not.
     """
-    if (problem := problem_with(path, World(), WEIGHTS)) is not None:
+    if (problem := problem_with(path, world or World(), WEIGHTS)) is not None:
         raise UserError(f"checkpoint {path} cannot be read: {problem}")
     return read_state(path)
 

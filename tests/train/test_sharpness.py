@@ -113,7 +113,7 @@ def test_it_is_measured_when_it_is_due_and_is_what_the_command_says_of_the_check
         values = {"eigenvalue_1": row["eigenvalues"][0], "eigenvalue_2": row["eigenvalues"][1]}
         for name, steps in found.items():
             assert steps[step] == pytest.approx(values.get(name, row.get(name)), rel=NEAR), name
-    assert ssam_scale("sharpness", runs.measured / "checkpoints", *asked(MEASURED), "--raw", "--json") == 0
+    assert ssam_scale("sharpness", runs.measured / "checkpoints", *asked(MEASURED), "--no-ema", "--json") == 0
     [raw] = json.loads(capsys.readouterr().out)
     assert raw["epoch"] == 3  # the newest
     assert raw["gap"] != pytest.approx(rows[1]["gap"], rel=0.01)
@@ -251,8 +251,8 @@ def test_processes_share_images_and_vectors_of_sharded_weights(backend: str, dat
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["none"], "none is not there; give a folder with a state.json"),
-        (["empty"], "empty has no checkpoint in it"),
+        (["none"], "none: no such checkpoint here, and no run: "),
+        (["empty"], "empty: is not a checkpoint, which has a state.json, and has none in it"),
         (["damaged"], "checkpoint damaged cannot be read: "),
         (["whole", "damaged"], "checkpoint damaged cannot be read: "),
         (["whole", "--data", "no.beton"], "no.beton"),

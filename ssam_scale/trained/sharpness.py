@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,11 +14,12 @@ from ssam_scale.config.schema import Config
 from ssam_scale.errors import NotFiniteError, UserError
 from ssam_scale.sharding import World
 from ssam_scale.sharpness import Measures, Sharpness, curve, filter_normalized, measure, plane
+from ssam_scale.train.checkpoint.files import STATE
+from ssam_scale.train.checkpoint.state import network_of
+from ssam_scale.train.memory import is_out_of_memory
+from ssam_scale.train.sharpness import Batches, fixed_batches, mean_loss
 
-from . import checkpoint
-from .checkpoint.files import STATE, problem_with, read_state
-from .memory import is_out_of_memory
-from .sharpness import Batches, fixed_batches, mean_loss
+from .network import has_averages, read_trained_state
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Asked:
         data: `train`, `val`, or a place of images: of the first checkpoint's run, for all of them.
         images: how many, or all where there are not so many.
         micro_batch: images of one pass on one process.
-        averaged: whether averaged weights are taken, where there are any, as evaluations take them.
+        ema: the averaged weights, or not; None: those, where there are any, as evaluations take them.
         span: how far to either side the loss is looked at along the directions; None: it is not.
         points: along one of them.
         plane: along two at once as well.
@@ -41,7 +41,7 @@ class Asked:
     data: str = "train"
     images: int = 1024
     micro_batch: int = 32
-    averaged: bool = True
+    ema: bool | None = None
     span: float | None = None
     points: int = 21
     plane: bool = False
@@ -91,6 +91,7 @@ class _Opened:
     path: Path
     config: Config
     epoch: int
+    averaged: bool
 
 
 def sharpness_of(
@@ -101,18 +102,18 @@ def sharpness_of(
     Every process reads the whole weights, and its share of the images; the vectors are shared out to the processes.
 
     Args:
-        places: checkpoints, or folders in which the newest is meant.
+        places: checkpoints.
         asked: what is measured.
         world: the processes.
         say: is told what goes on.
 
     Raises:
-        UserError: something is no checkpoint, damaged, or of a model that there is not; the images cannot be read. All
-            of it before anything is measured.
+        UserError: one is damaged, or of a model that there is not; the images cannot be read. All of it before anything
+            is measured.
     """
-    opened = [_open(place, world) for place in places]
+    opened = [_open(place, asked, world) for place in places]
     batches = [_batches(each, opened[0], asked, world) for each in opened]
-    networks: list[nn.Module | None] = [_network(each, asked) for each in opened]
+    networks: list[nn.Module | None] = [network_of(each.path, each.config, averaged=each.averaged) for each in opened]
     found = []
     for number, (each, label) in enumerate(zip(opened, _labels(opened), strict=True)):
         say(f"{label}: {each.path}")
@@ -147,27 +148,11 @@ def _measured(each: _Opened, label: str, network: nn.Module, batches: Batches, a
     )
 
 
-def _open(place: Path, world: World) -> _Opened:
-    """A checkpoint of which every byte is what was written. Collective."""
-    path = place if (place / STATE).exists() else checkpoint.newest(place)
-    if path is None:
-        there = "has no checkpoint in it" if place.is_dir() else "is not there"
-        raise UserError(f"{place} {there}; give a folder with a {STATE}, such as checkpoints/epoch_0090")
-    if (problem := problem_with(path, world)) is not None:
-        raise UserError(f"checkpoint {path} cannot be read: {problem}")
-    state = read_state(path)
-    config = resolved(json.loads(json.dumps(state["config"])), {(): f"{path / STATE}, config"})
-    return _Opened(path, config, int(state["parts"]["progress"]["epoch"]))
-
-
-def _network(each: _Opened, asked: Asked) -> nn.Module:
-    try:
-        return checkpoint.network_of(each.path, each.config, averaged=asked.averaged)
-    except (RuntimeError, ValueError) as error:  # another version of timm may build another network of the name
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"checkpoint {each.path} does not fit {each.config.model.name} as built here: {reason}"
-        ) from error
+def _open(path: Path, asked: Asked, world: World) -> _Opened:
+    """A checkpoint of whose weights every byte is what was written. Collective."""
+    state = read_trained_state(path, world)
+    config = resolved(state["config"], {(): f"{path / STATE}, config"})
+    return _Opened(path, config, int(state["parts"]["progress"]["epoch"]), has_averages(state, path, asked.ema))
 
 
 def _batches(each: _Opened, first: _Opened, asked: Asked, world: World) -> Batches:
