@@ -6,6 +6,7 @@ from .torchvision_ops import ensure_torchvision
 
 ensure_torchvision()
 
+from .check_stages import check_stages  # noqa: E402
 from .compiler import check_compiler  # noqa: E402
 from .drop import drop_by_row  # noqa: E402
 from .freezing import freeze, train_mode, unfreezes  # noqa: E402
@@ -20,6 +21,7 @@ __all__ = [
     "average_statistics",
     "build_model",
     "check_compiler",
+    "check_stages",
     "drop_by_row",
     "freeze",
     "load_pretrained",

@@ -37,6 +37,18 @@ class Compilable(Protocol):
         """
 
 
+@runtime_checkable
+class Traced(Protocol):
+    """A stage's forward that was made of the model's by looking at it, and can look again."""
+
+    def check_current(self) -> None:
+        """Look again.
+
+        Raises:
+            ValueError: the model's forward has become another.
+        """
+
+
 @dataclass(frozen=True)
 class Stage:
     """One block with what belongs to it.
@@ -281,7 +293,7 @@ class StagedModel(nn.Module):
         """Stages hold modules of the model as it was when they were made, and would not run what has come since.
 
         Raises:
-            ValueError: one has been replaced, or wrapped.
+            ValueError: one has been replaced, or wrapped; or the model's forward has become another.
         """
         self._know_modules()
         modules = set(self.model.modules())
@@ -300,6 +312,9 @@ class StagedModel(nn.Module):
                         f"the stage {stage.name} runs a {kind} that the model has not, or not any more; if it has been "
                         f"replaced there, {again.removeprefix('which the stages would not run: ')}"
                     )
+            forward: Any = stage.forward
+            if isinstance(forward, Traced):
+                forward.check_current()
 
     def stages_of_parameters(self) -> dict[str, tuple[int, ...]]:
         """The indices of the stages that use each parameter, rising, by its name in `model`.

@@ -156,7 +156,7 @@ def build(
         except UserError as error:
             raise UserError(f"perturbation.mask.pattern {mask.pattern} on {config.model.name}: {error}") from error
     if config.train.activation_checkpointing:
-        stages_of(staged_model.model, "train.activation_checkpointing works")
+        stages_of(staged_model.model, what="train.activation_checkpointing works")
     _try_forward(config, staged_model)
     check_differentiable(config, world.device)
     # What a step drops is its images', and not a process's.

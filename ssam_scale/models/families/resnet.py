@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from timm.models.resnet import ResNet
 
-from ssam_scale.models.stages import register_family, with_ends
+from ssam_scale.models.stages import blocks_of, register_family, with_ends
 from ssam_scale.perturbation.staged_model import Stage
 
 
@@ -16,7 +16,6 @@ from ssam_scale.perturbation.staged_model import Stage
 )
 def resnet_stages(model: ResNet) -> list[Stage]:
     """A stage for each block."""
+    blocks = blocks_of((f"layer{i}", getattr(model, f"layer{i}")) for i in range(1, 5))
     stem = [model.conv1, model.bn1, model.act1, model.maxpool]
-    layers = ((f"layer{i}", getattr(model, f"layer{i}")) for i in range(1, 5))
-    blocks = [(f"{name}.{j}", block) for name, layer in layers for j, block in enumerate(layer)]
     return with_ends(blocks, stem, [model.forward_head], ("fc",))
