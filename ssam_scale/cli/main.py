@@ -26,6 +26,7 @@ from ssam_scale.cli.list import list_command
 from ssam_scale.cli.methods import methods_command
 from ssam_scale.cli.send import send_command
 from ssam_scale.cli.sharpness import sharpness_command
+from ssam_scale.cli.stages import stages_command
 from ssam_scale.cli.train import train_command
 from ssam_scale.cli.trained import average_command, evaluate_command, export_command, predict_command
 from ssam_scale.cli.versions import version_lines
@@ -69,6 +70,7 @@ app.command("consolidate")(consolidate_command)
 app.command("doctor")(doctor_command)
 app.command("list")(list_command)
 app.command("methods")(methods_command)
+app.command("stages")(stages_command)
 app.add_typer(bench.app, name="bench")
 
 

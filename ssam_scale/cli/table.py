@@ -36,7 +36,14 @@ RecordIn = Annotated[
 Columns = dict[str, tuple[str, float, str]]  # title: key of a row, factor, format
 
 
-def show(rows: Sequence[Mapping[str, Any]], columns: Columns, caption: str, as_json: bool, name: str = "what") -> None:
+def show(
+    rows: Sequence[Mapping[str, Any]],
+    columns: Columns,
+    caption: str,
+    as_json: bool,
+    name: str = "what",
+    spare: Sequence[str] = (),
+) -> None:
     """Print rows as JSON, or as a table in which a dash stands for what was not measured.
 
     Args:
@@ -45,11 +52,12 @@ def show(rows: Sequence[Mapping[str, Any]], columns: Columns, caption: str, as_j
         caption: below a table.
         as_json: print JSON.
         name: key of a table's first column.
+        spare: see `Sheet`.
     """
     if as_json:
         print(json.dumps(list(rows), indent=2))
         return
-    console().print(Sheet([name, *columns], [_cells(row, columns, name) for row in rows], caption))
+    console().print(Sheet([name, *columns], [_cells(row, columns, name) for row in rows], caption, spare=spare))
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,12 @@ class Model(Section):
     drop_rate: Share = Field(0.0, description="dropout probability before the head")
     drop_path_rate: Share = Field(0.0, description="stochastic depth probability of the last block")
     freeze: tuple[Freeze, ...] = Field((), description="BatchNorm layers that are frozen keep their statistics")
+    stages: tuple[str, ...] | None = Field(
+        None,
+        min_length=1,
+        description="names of the blocks that a cut can come between, in the order in which they run ([layers.0, "
+        "layers.1]), of a model that is of no known family; null: its family's. `ssam-scale stages` shows them",
+    )
     kwargs: dict[str, Any] = Field(default_factory=dict, description="further arguments of timm.create_model")
 
     @field_validator("name")

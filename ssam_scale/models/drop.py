@@ -30,7 +30,7 @@ def drop_by_row(model: nn.Module, seed: int, inputs: Tensor) -> None:
         seed: of the run.
         inputs: what the model takes; runs through it once, in evaluation mode, to count how often a layer is called.
     """
-    _give_layer_to_classifier(model)
+    give_layer_to_classifier(model)
     layers = [
         m for m in model.modules() if type(m) in _BY_ROW and _rate(m) > 0.0 and getattr(m, "mode", "row") == "row"
     ]
@@ -278,8 +278,12 @@ class _Before:
         return result
 
 
-def _give_layer_to_classifier(model: nn.Module) -> None:
-    """Where a model of timm's calls dropout before its classifier as a function, have a layer do it."""
+def give_layer_to_classifier(model: nn.Module) -> None:
+    """Where a model of timm's calls dropout before its classifier as a function, have a layer do it.
+
+    Args:
+        model: changed in place; its forward draws and computes what it did.
+    """
     timms = type(model).__module__.partition(".")[0] == "timm"
     name, rate = _CLASSIFIERS.get(type(model).__name__) if timms else None, getattr(model, "drop_rate", 0.0)
     if name is None or not rate:

@@ -13,6 +13,7 @@ traced.
 from __future__ import annotations
 
 import difflib
+import re
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -155,6 +156,7 @@ class _Tracer(fx.Tracer):
 
     def __init__(self, blocks: Sequence[str]) -> None:
         super().__init__()
+        self.record_stack_traces = True
         self.holders = {name.rsplit(".", depth)[0] for name in blocks for depth in range(1, name.count(".") + 1)}
         self._through = {"model", *(f"{_ROOT}{name}" for name in self.holders)}
 
@@ -211,13 +213,8 @@ def _traced(tracer: fx.Tracer, model: nn.Module) -> fx.Graph:
         return tracer.trace(_Called(model))
     except Exception as error:
         # Whatever a forward does with what stands for a tensor fails in its own way.
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        ours = (Path(__file__), Path(torch.__file__).parent / "fx", Path(torch.__file__).parent / "nn" / "modules")
-        frames = [
-            frame
-            for frame in traceback.extract_tb(error.__traceback__)
-            if not any(Path(frame.filename).is_relative_to(path) for path in ours)
-        ]
+        reason = str(error).splitlines()[0].partition(". ")[0] if str(error) else type(error).__name__
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if not _is_of_tracing(Path(f.filename))]
         where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno}, {frames[-1].name})" if frames else ""
         raise UserError(
             f"the forward of {type(model).__name__} cannot be parted between these blocks, because it cannot be traced"
@@ -261,11 +258,24 @@ def _place_behind(nodes: Sequence[fx.Node], call: int, following: int, name: str
         alive = _alive(nodes, index, place)
         if len(alive) == 1:
             return place, alive[0]
-    passing = [f"{node.target}'s output" if node.op == "call_module" else node.name for node in alive]
-    count = f"{len(alive)} values pass ({', '.join(passing)})" if alive else "nothing passes"
-    raise UserError(
-        f"from {name} to {next_} {count}, and a cut needs one tensor; a block of both of them has none within"
-    )
+    passing = [_described(node) for node in _alive(nodes, index, call)]
+    count = f"{len(passing)} values pass ({', '.join(passing)})" if passing else "nothing passes"
+    raise UserError(f"from {name} to {next_} {count}, and a cut needs one tensor: there is no place for one between")
+
+
+def _described(node: fx.Node) -> str:
+    """What a value of a graph is, in a few words, and the line that computes it."""
+    if node.op == "call_module":
+        return f"{node.target}'s output"
+    lines = re.findall(r'File "(.*)", line (\d+)', node.stack_trace or "")
+    of_model = [(Path(file), line) for file, line in lines if not _is_of_tracing(Path(file))]
+    return f"{node.name} of {of_model[-1][0].name}:{of_model[-1][1]}" if of_model else node.name
+
+
+def _is_of_tracing(file: Path) -> bool:
+    """Whether a line of this file says nothing of the model that is traced."""
+    torchs = Path(torch.__file__).parent
+    return file == Path(__file__) or any(file.is_relative_to(torchs / part) for part in ("fx", "nn/modules"))
 
 
 def _alive(nodes: Sequence[fx.Node], index: Mapping[fx.Node, int], place: int) -> list[fx.Node]:
@@ -311,18 +321,17 @@ def _part(model: nn.Module, taken: fx.Node, nodes: Sequence[fx.Node], given: fx.
 
 
 def _owned(model: nn.Module, parts: Sequence[_Part]) -> set[str]:
-    """Names of what the stage of these parts uses and can have weights or statistics of its own."""
+    """Names of the parameters, and of the modules that have some, which the stage of these parts uses."""
     targets = frozenset().union(*(part.targets for part in parts))
     modules = dict(model.named_modules(remove_duplicate=False))
+    own = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     return {
-        name
-        for name in targets
-        if name not in modules or any(True for _ in (*modules[name].parameters(), *modules[name].buffers()))
+        name for name in targets if name in own or (name in modules and any(True for _ in modules[name].parameters()))
     }
 
 
 def _check_owned(model: nn.Module, names: Sequence[str], owned: Sequence[set[str]]) -> None:
-    """A weight or a statistic that two stages use could not be perturbed with either of them.
+    """A weight that two stages use could not be perturbed with either of them.
 
     Raises:
         UserError: there is one.

@@ -10,14 +10,18 @@ from ssam_scale.config.schema import Config
 from ssam_scale.errors import UserError
 from ssam_scale.sharding import World
 
+from .drop import give_layer_to_classifier
+from .named_stages import named_stages
 from .stages import StagedModel, staged
 
 
 def build_model(config: Config) -> StagedModel:
     """The configured network, randomly initialised (seed first), on the CPU.
 
+    Stages by the names of blocks are traced, and not held against the model, which takes passes (`check_stages`).
+
     Raises:
-        UserError: timm knows no such model, or the model takes no such arguments.
+        UserError: timm knows no such model, or the model takes no such arguments, or has no such blocks.
     """
     name = config.model.name
     check_known(name, "model.name")
@@ -34,7 +38,13 @@ def build_model(config: Config) -> StagedModel:
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         hint = "; model.kwargs={} leaves out all that is said there" if section.kwargs else ""
         raise UserError(f"model: timm could not build {name} with {arguments}: {error}{hint}") from error
-    return staged(model)
+    if section.stages is None:
+        return staged(model)
+    give_layer_to_classifier(model)  # which `drop_by_row` does, and which a trace would not see
+    try:
+        return StagedModel(model, named_stages(model, section.stages, None))
+    except UserError as error:
+        raise UserError(f"model.stages: {error}") from error
 
 
 def check_known(name: str, given_by: str) -> None:

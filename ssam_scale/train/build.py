@@ -24,7 +24,16 @@ from ssam_scale.masks import RunInfo, build_mask
 from ssam_scale.methods import MESA, Average, TrainingRun, Trajectory, build_trajectory
 from ssam_scale.methods.memory import check_room, check_shared
 from ssam_scale.methods.saf import epochs_kept
-from ssam_scale.models import Loaded, build_model, check_compiler, drop_by_row, freeze, load_pretrained, stages_of
+from ssam_scale.models import (
+    Loaded,
+    build_model,
+    check_compiler,
+    check_stages,
+    drop_by_row,
+    freeze,
+    load_pretrained,
+    stages_of,
+)
 from ssam_scale.models.ema import EMA
 from ssam_scale.perturbation import DescentSamples, Gate, Phases, Savings, SparseSAM
 from ssam_scale.perturbation.batchnorm import batchnorms, frozen_statistics
@@ -150,15 +159,21 @@ def build(
     check_groups(config, staged_model.model)
     staged_model.activation_checkpointing = config.train.activation_checkpointing
     mask = config.perturbation.mask if config.perturbation is not None else None
-    if isinstance(mask, (DepthMask, BlockMask)):
-        try:
-            stages_of(staged_model.model)  # says which families can be cut
-        except UserError as error:
-            raise UserError(f"perturbation.mask.pattern {mask.pattern} on {config.model.name}: {error}") from error
-    if config.train.activation_checkpointing:
-        stages_of(staged_model.model, what="train.activation_checkpointing works")
+    if config.model.stages is None:
+        if isinstance(mask, (DepthMask, BlockMask)):
+            try:
+                stages_of(staged_model.model)  # says which families can be cut
+            except UserError as error:
+                raise UserError(f"perturbation.mask.pattern {mask.pattern} on {config.model.name}: {error}") from error
+        if config.train.activation_checkpointing:
+            stages_of(staged_model.model, what="train.activation_checkpointing works")
     _try_forward(config, staged_model)
     check_differentiable(config, world.device)
+    if config.model.stages is not None:
+        try:
+            check_stages(staged_model.model, staged_model.stages, (2, 3, *[config.data.resolution] * 2))
+        except UserError as error:
+            raise UserError(f"model.stages: {error}") from error
     # What a step drops is its images', and not a process's.
     drop_by_row(staged_model.model, config.train.seed, torch.zeros(1, 3, *[config.data.resolution] * 2))
     precision = PRECISIONS[config.train.precision]

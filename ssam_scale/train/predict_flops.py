@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ssam_scale.config.schema import Config
 from ssam_scale.config.study import Knobs, LoadedStudy
-from ssam_scale.costs.compute import StageTimes, StepTimes, base_seconds, predicted_ascent_seconds
+from ssam_scale.costs.compute import (
+    StageTimes,
+    StepShape,
+    StepTimes,
+    base_seconds,
+    predicted_ascent_seconds,
+    predicted_over_base,
+)
 from ssam_scale.errors import UserError
 from ssam_scale.perturbation import StagedModel
 
@@ -82,6 +90,52 @@ def predictor(loaded: LoadedStudy, networks: Mapping[str, str]) -> Callable[[str
         return found
 
     return predict
+
+
+def stage_rows(network: StagedModel, side: int) -> list[dict[str, Any]]:
+    """Of each stage, its share of a network, and what a cut before it would share and perturb.
+
+    Keys: `stage`, `block` (its class), `weights` and `flops` (of a forward of one image), their shares
+    `weights_share` and `compute_share`; and of a cut that begins here `cut`, as a mask of the pattern depth takes it,
+    `perturbed_weights` and `perturbed_compute`, the shares from this stage to the end, `shared_compute`, that of the
+    stages before it, and `step_over_base`, the FLOPs of a step with this cut over the base optimizer's.
+
+    Args:
+        network: in stages.
+        side: of the images, pixels.
+
+    Raises:
+        UserError: it does not take such images.
+    """
+    try:
+        times = stage_flops(network, torch.empty(_IMAGES, 3, side, side, device="meta"))
+    except (AssertionError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{type(network.model).__name__} cannot take images of {side} px: {reason}") from error
+    count = len(network.stages)
+    weights, owners = [0] * count, network.stages_of_parameters()
+    for name, parameter in network.model.named_parameters():
+        weights[owners[name][0]] += parameter.numel()
+    flops = [stage.forward / _IMAGES for stage in times.stages]
+    rows = []
+    for i, stage in enumerate(network.stages):
+        shape = StepShape(i, (0.0,) * i + (1.0,) * (count - i), sum(weights[i:]))
+        rows.append(
+            {
+                "stage": stage.name,
+                "block": type(stage.block).__name__,
+                "cut": i / count,
+                "weights": weights[i],
+                "flops": flops[i],
+                "weights_share": weights[i] / sum(weights),
+                "compute_share": flops[i] / sum(flops),
+                "perturbed_weights": sum(weights[i:]) / sum(weights),
+                "perturbed_compute": sum(flops[i:]) / sum(flops),
+                "shared_compute": sum(flops[:i]) / sum(flops),
+                "step_over_base": predicted_over_base(times, [shape]),
+            }
+        )
+    return rows
 
 
 def stage_flops(network: StagedModel, images: Tensor) -> StepTimes:

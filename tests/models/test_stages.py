@@ -11,7 +11,7 @@ import torch
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from ssam_scale import SparseSAM
-from tests.support.networks import IMAGE, batches, loss_fn, small_network
+from tests.support.networks import IMAGE, SMALL, batches, loss_fn, small_network
 
 # isort: split
 import timm
@@ -21,11 +21,10 @@ import timm
     ("family", "options"),
     [
         ("resnet", {}),
-        ("resnet", {"drop_rate": 0.3, "drop_path_rate": 0.3}),
         ("vit", {"pos_drop_rate": 0.2, "drop_path_rate": 0.3}),
         ("vit", {"global_pool": "avg", "class_token": False}),
         ("convnext", {}),
-        ("convnext", {"drop_rate": 0.3, "drop_path_rate": 0.3, "conv_mlp": True}),
+        *((family, options) for family, (_, _, options) in SMALL.items()),
     ],
 )
 def test_prefix_and_suffix_are_the_network(family: str, options: dict[str, Any]) -> None:
@@ -46,7 +45,7 @@ def test_prefix_and_suffix_are_the_network(family: str, options: dict[str, Any])
         assert torch.equal(run(cut), expected), cut
 
 
-@pytest.mark.parametrize("family", ["resnet", "vit", "convnext"])
+@pytest.mark.parametrize("family", SMALL)
 def test_every_parameter_belongs_to_the_stage_that_uses_it(family: str) -> None:
     staged = small_network(family)
     staged.eval()
@@ -59,6 +58,16 @@ def test_every_parameter_belongs_to_the_stage_that_uses_it(family: str) -> None:
         names = {name for (name, _), g in zip(staged.model.named_parameters(), used, strict=True) if g is not None}
         assert names == {name for name, stages in owner.items() if stages == (index,)}
         hidden = after.detach()
+
+
+def new_head(model: Any) -> None:
+    """One of three classes."""
+    if hasattr(model, "reset_classifier"):
+        model.reset_classifier(3)
+    elif hasattr(model, "fc"):
+        model.fc = torch.nn.Linear(model.fc.in_features, 3)
+    else:
+        model.heads = torch.nn.Linear(model.hidden_dim, 3)
 
 
 def block_replaced(model: Any) -> None:
@@ -119,11 +128,11 @@ def test_stages_of_modules_that_were_replaced_are_refused(what: str, when: str) 
         SparseSAM(model, base) if opt is None else opt.step(loss_fn, batches(1, 4)[0])
 
 
-@pytest.mark.parametrize("family", ["vit", "resnet", "convnext"])
+@pytest.mark.parametrize("family", SMALL)
 def test_a_new_head_is_run(family: str) -> None:
     model = small_network(family)
     SparseSAM(model, torch.optim.SGD(model.parameters(), lr=0.1))
-    model.model.reset_classifier(3)
+    new_head(model.model)
     images = batches(1, 4)[0][0]
     assert model(images).shape == (4, 3)
     assert torch.equal(model.eval()(images), model.model(images))

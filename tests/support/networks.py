@@ -15,28 +15,89 @@ from ssam_scale.perturbation import Stage, StagedModel
 IMAGE, CLASSES = 32, 10
 
 
-def small_network(family: str, seed: int = 0, **kwargs: Any) -> StagedModel:
-    """A timm ResNet (8 blocks, BatchNorm), ConvNeXt (5 blocks) or ViT (4) of some 10,000 weights, in stages."""
-    import timm
+def _timms(name: str, **fixed: Any) -> Callable[..., nn.Module]:
+    """A timm model of few weights, of which arguments can be others."""
 
+    def make(**kwargs: Any) -> nn.Module:
+        import timm
+
+        model: nn.Module = timm.create_model(name, **{"num_classes": CLASSES, **fixed, **kwargs})
+        return model
+
+    return make
+
+
+def _mixer(**kwargs: Any) -> nn.Module:
+    from timm.models import MlpMixer
+
+    model: nn.Module = MlpMixer(CLASSES, IMAGE, patch_size=8, num_blocks=3, embed_dim=32, **kwargs)
+    return model
+
+
+def _torchvision_resnet(**kwargs: Any) -> nn.Module:
+    from torchvision.models.resnet import BasicBlock, ResNet
+
+    model: nn.Module = ResNet(BasicBlock, [2, 1, 1, 1], CLASSES, **kwargs)
+    return model
+
+
+def _torchvision_vit(**kwargs: Any) -> nn.Module:
+    from torchvision.models import VisionTransformer
+
+    size = {"image_size": IMAGE, "patch_size": 8, "num_layers": 3, "num_heads": 2, "hidden_dim": 32, "mlp_dim": 64}
+    model: nn.Module = VisionTransformer(**{**size, "num_classes": CLASSES, **kwargs})
+    return model
+
+
+_TRANSFORMER = {"img_size": IMAGE, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}
+_SWIN = {
+    "img_size": IMAGE,
+    "patch_size": 2,
+    "embed_dim": 16,
+    "depths": (2, 2, 1),
+    "num_heads": (1, 2, 2),
+    "window_size": 4,
+}
+_DROPS = {"drop_rate": 0.3, "drop_path_rate": 0.3}
+
+SMALL: dict[str, tuple[str, Callable[..., nn.Module], dict[str, Any]]] = {
+    "resnet": ("ResNet", _timms("resnet18", channels=(8, 8, 16, 24), stem_width=8), _DROPS),
+    "convnext": (
+        "ConvNeXt",
+        _timms("convnext_atto", depths=(1, 1, 2, 1), dims=(16, 16, 24, 32), patch_size=2, ls_init_value=0.5),
+        {**_DROPS, "conv_mlp": True},
+    ),
+    "vit": ("VisionTransformer", _timms("vit_tiny_patch16_224", **{**_TRANSFORMER, "depth": 4}), _DROPS),
+    "deit3": ("VisionTransformer", _timms("deit3_small_patch16_224", **_TRANSFORMER), {**_DROPS, "pos_drop_rate": 0.2}),
+    "distilled": ("VisionTransformerDistilled", _timms("deit_tiny_distilled_patch16_224", **_TRANSFORMER), _DROPS),
+    "efficientnet": ("EfficientNet", _timms("test_efficientnet"), _DROPS),
+    "mobilenetv3": ("MobileNetV3", _timms("mobilenetv3_small_050"), _DROPS),
+    "mobilenetv4": ("MobileNetV3", _timms("mobilenetv4_conv_small_050"), _DROPS),
+    "regnet": ("RegNet", _timms("regnety_002", w0=8, wa=8.0, wm=2.0, depth=6, group_size=4), _DROPS),
+    "regnet z": ("RegNet", _timms("regnetz_005", w0=8, wa=8.0, wm=2.0, depth=6, group_size=4), _DROPS),
+    "swin": ("SwinTransformer", _timms("swin_tiny_patch4_window7_224", **_SWIN), _DROPS),
+    "swinv2": ("SwinTransformerV2", _timms("swinv2_tiny_window8_256", **_SWIN), {**_DROPS, "attn_drop_rate": 0.2}),
+    "mixer": ("MlpMixer", _mixer, {**_DROPS, "proj_drop_rate": 0.2}),
+    "beit": ("Beit", _timms("beit_base_patch16_224", **_TRANSFORMER), _DROPS),
+    "eva": ("Eva", _timms("eva_giant_patch14_224", **_TRANSFORMER, mlp_ratio=2), {**_DROPS, "patch_drop_rate": 0.3}),
+    "eva02": ("Eva", _timms("eva02_tiny_patch14_224", **_TRANSFORMER), _DROPS),
+    "dinov3": ("Eva", _timms("vit_tiny_patch16_dinov3_qkvb", **_TRANSFORMER), _DROPS),
+    "maxvit": ("MaxxVit", _timms("test_maxvit", img_size=IMAGE), _DROPS),
+    "coatnet": ("MaxxVit", _timms("test_coatnet", img_size=IMAGE), _DROPS),
+    "torchvision resnet": ("torchvision.ResNet", _torchvision_resnet, {"zero_init_residual": True}),
+    "torchvision vit": ("torchvision.VisionTransformer", _torchvision_vit, {"dropout": 0.2, "attention_dropout": 0.2}),
+}
+"""Of each family, by what it is called in tests: its class, how a small model is made, and what else it can be told."""
+
+
+def small_network(family: str, seed: int = 0, **kwargs: Any) -> StagedModel:
+    """A network of a known family in stages, of some 10,000 weights where the family allows it.
+
+    Such as timm's ResNet (8 blocks, BatchNorm), ConvNeXt (5 blocks) and ViT (4).
+    """
     torch.manual_seed(seed)
-    if family == "resnet":
-        model = timm.create_model("resnet18", num_classes=CLASSES, channels=(8, 8, 16, 24), stem_width=8, **kwargs)
-    elif family == "convnext":
-        kwargs = {"depths": (1, 1, 2, 1), "dims": (16, 16, 24, 32), "patch_size": 2, "ls_init_value": 0.5, **kwargs}
-        model = timm.create_model("convnext_atto", num_classes=CLASSES, **kwargs)
-    else:
-        model = timm.create_model(
-            "vit_tiny_patch16_224",
-            num_classes=CLASSES,
-            img_size=IMAGE,
-            patch_size=8,
-            embed_dim=32,
-            depth=4,
-            num_heads=2,
-            **kwargs,
-        )
-    return staged(model)
+    _, make, _ = SMALL[family]
+    return staged(make(**kwargs))
 
 
 def small_resnext() -> StagedModel:
