@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from ssam_scale.config.schema import Config
 from ssam_scale.config.study import Knobs, LoadedStudy
@@ -156,6 +156,21 @@ def stage_flops(network: StagedModel, images: Tensor) -> StepTimes:
     return StepTimes.proportional(tuple(stages))
 
 
+def _of_convolution_backward(
+    gradient: Sequence[int], x: Sequence[int], weight: Sequence[int], *arguments: Any, **out: Any
+) -> int:
+    """FLOPs of a convolution's backward by shapes: each of both gradients takes as many as the forward.
+
+    torch (2.13) counts the weight's as if there were no groups: those of a depthwise convolution its number of channels
+    too many times.
+    """
+    *_, transposed, _output_padding, _groups, wanted = arguments
+    return sum(wanted[:2]) * conv_flop_count(list(x), list(weight), list(gradient), transposed)
+
+
+_MAPPING = {torch.ops.aten.convolution_backward: _of_convolution_backward}
+
+
 def _flops(
     network: StagedModel, stage: int, images: Tensor, *, weights: bool, inputs: bool
 ) -> tuple[float, float, Tensor]:
@@ -173,7 +188,7 @@ def _flops(
     x = images.detach().requires_grad_(inputs)
     with FlopCounterMode(display=False) as forward:
         out: Tensor = network(x, start=stage, stop=stage + 1)
-    with FlopCounterMode(display=False) as backward:
+    with FlopCounterMode(display=False, custom_mapping=_MAPPING) as backward:
         if out.requires_grad:
             out.backward(torch.empty_like(out))
     return float(forward.get_total_flops()), float(backward.get_total_flops()), out

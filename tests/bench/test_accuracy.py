@@ -618,6 +618,20 @@ def test_flops_of_a_stage_are_those_of_its_products() -> None:
         assert stage.no_weights == stage.no_input == product
 
 
+@pytest.mark.parametrize("groups", [1, 2, 8])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_flops_of_convolutions_in_groups_are_those_of_their_groups(groups: int, transposed: bool) -> None:
+    from ssam_scale.perturbation.staged_model import Stage, StagedModel
+
+    cls = torch.nn.ConvTranspose2d if transposed else torch.nn.Conv2d
+    layer = cls(8, 16, 1, groups=groups)
+    images = torch.empty(3, 8, 6, 6, device="meta")
+    [stage] = stage_flops(StagedModel(torch.nn.Sequential(layer), [Stage("0", layer, layer)]), images).stages
+    product = 2 * 3 * 36 * 8 * 16 // groups
+    assert (stage.forward, stage.backward) == (product, 2 * product)
+    assert stage.no_weights == stage.no_input == product
+
+
 # ---------------------------------------------------------------------------------------------------------- whole runs
 
 

@@ -183,7 +183,7 @@ def test_plans_are_those_that_there_are() -> None:
         (["--ranks", "1"], "--ranks is 1; at least 2 are needed"),
         (["--backends", "fsdp"], "there is no backend 'fsdp'; there are ddp, fsdp2, hsdp, zero0"),
         (["--plans", "textbook"], "there is no plan 'textbook'; there are 'base', 'sam'"),
-        (["--models", "test_efficientnet"], "EfficientNet has no stages"),
+        (["--models", "test_byobnet"], "ByobNet has no stages"),
     ],
 )
 def test_mistakes_are_the_users_in_one_line(

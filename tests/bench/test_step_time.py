@@ -175,7 +175,7 @@ def test_a_table_of_some_plans_for_people() -> None:
         (["--batch-size", "3"], "--batch-size is 3; at least 4 are needed"),
         (["--resolution", "0"], "--resolution is 0; at least 1 is needed"),
         (["--models", "resnet50x"], "knows no model 'resnet50x'; nearest: resnet50"),
-        (["--models", "test_efficientnet"], "EfficientNet has no stages"),
+        (["--models", "test_byobnet"], "ByobNet has no stages"),
         (["--models", "test_vit", "--resolution", "33"], "test_vit does not take images of 33 × 33"),
         (["--plans", "cut"], "there is no plan 'cut'; there are 'base', 'sam'"),
     ],

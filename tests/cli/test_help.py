@@ -43,6 +43,7 @@ print(json.dumps(list(sys.modules)), file=sys.stderr)
         "send",
         "doctor",
         "list",
+        "stages",
         "bench",
         "bench steps",
     ],
@@ -61,7 +62,7 @@ def test_help_lists_every_command() -> None:
     done = subprocess.run([sys.executable, "-c", ASK], capture_output=True, text=True, check=True)
     listed = {line.split()[1] for line in done.stdout.splitlines() if line.startswith("│ ")}
     assert {"evaluate", "predict", "export", "average", "consolidate"} <= listed
-    assert {"train", "data", "cost", "compare", "sharpness", "send", "doctor", "list", "bench"} <= listed
+    assert {"train", "data", "cost", "compare", "sharpness", "send", "doctor", "list", "stages", "bench"} <= listed
 
 
 def test_the_version_and_those_of_what_decides_how_it_computes() -> None:

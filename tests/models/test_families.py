@@ -53,7 +53,8 @@ def what_runs(model: nn.Module, forward: nn.Module, images: torch.Tensor) -> tup
     ran: list[nn.Module] = []
     with torch.no_grad(), ExitStack() as hooks:
         for module in model.modules():
-            if any(True for _ in module.parameters(recurse=False)):
+            # Not the model, which a class token belongs to: its stages run, and it does not.
+            if module is not model and any(True for _ in module.parameters(recurse=False)):
                 handle = module.register_forward_pre_hook(lambda module, _: ran.append(module))
                 hooks.callback(handle.remove)
         return forward(images).shape, ran

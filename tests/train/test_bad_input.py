@@ -89,10 +89,10 @@ def test_blocks_of_a_model_without_stages(
     config = write_config(
         tmp_path / "run.yaml",
         data,
-        model={"name": "mobilenetv3_small_050", "num_classes": 4},
+        model={"name": "test_byobnet", "num_classes": 4},
         perturbation={"rho": 0.1, "mask": {"pattern": pattern}},
     )
-    assert "MobileNetV3 has no stages: the patterns depth and block work on" in mistake(capsys, "--config", str(config))
+    assert "ByobNet has no stages: the patterns depth and block work on" in mistake(capsys, "--config", str(config))
 
 
 def test_an_image_size_the_model_cannot_take(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
