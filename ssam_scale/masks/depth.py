@@ -27,7 +27,7 @@ Range: TypeAlias = tuple[float, float]
 
 _NO_BLOCKS = (
     "a mask with a cut needs a model in stages to be cut between, and this one has none: give SparseSAM a StagedModel, "
-    "such as StagedModel(model, stages_of(model)) for timm's families, or one of stages of your own"
+    "such as StagedModel(model, stages_of(model)) for a known family, stages_of(model, names of blocks) for any model"
 )
 
 
