@@ -65,7 +65,9 @@ def test_every_family_is_tested_on_a_small_network() -> None:
 
 
 @pytest.mark.parametrize("small", SMALL)
-@pytest.mark.parametrize("dropping", [False, True], ids=["plain", "dropping"])
+@pytest.mark.parametrize(
+    "dropping", [pytest.param(False, marks=pytest.mark.slow, id="plain"), pytest.param(True, id="dropping")]
+)
 def test_a_family_is_its_stages_bit_for_bit(small: str, dropping: bool) -> None:
     torch.manual_seed(0)
     family, make, options = SMALL[small]
@@ -96,7 +98,7 @@ def test_positions_that_rotate_are_those_of_square_images_of_any_size() -> None:
         (lambda: timm.create_model("test_vit", features_only=True), "FeatureGetterNet, .*features_only=True"),
         (lambda: timm.create_model("test_efficientnet", features_only=True), "EfficientNetFeatures, .*features_only"),
         (lambda: timm.create_model("test_byobnet"), r"ByobNet has no stages.*timm's Beit, .*stages\.0 to stages\.3"),
-        (lambda: torchvision.models.vgg11(), "VGG has no stages"),
+        (lambda: torchvision.models.squeezenet1_1(), "SqueezeNet has no stages"),
         (lambda: type("ResNet", (nn.Linear,), {})(1, 1), "tests's ResNet has no stages"),
     ],
     ids=[

@@ -152,7 +152,16 @@ def test_what_drops_at_random_drops_the_same_in_both_passes(family: str, micro: 
     assert apart(model.model, other.model) <= TOLERANCE
 
 
-@pytest.mark.parametrize("family", [family for family in SMALL if family not in ("resnet", "vit", "convnext")])
+@pytest.mark.parametrize(
+    "family",
+    [
+        family
+        if family in ("regnet", "swin", "eva02", "torchvision vit")
+        else pytest.param(family, marks=pytest.mark.slow)
+        for family in SMALL
+        if family not in ("resnet", "vit", "convnext")  # which the other tests take
+    ],
+)
 def test_a_cut_on_any_family_equals_the_reference(family: str) -> None:
     _, _, options = SMALL[family]
     # In double precision: normalised over few values, some of these networks make much of a rounding.
