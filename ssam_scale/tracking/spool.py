@@ -227,7 +227,7 @@ class Writer:
 
 
 class AwayError(UserError):
-    """A store does not take now what it may take later."""
+    """What waits is not sent now, and may be later: its store does not take it, or another process is at it."""
 
 
 def send(folder: Path, uri: str | None = None) -> str:
@@ -238,8 +238,8 @@ def send(folder: Path, uri: str | None = None) -> str:
         uri: of the store; None: the one that the run was recorded in.
 
     Raises:
-        AwayError: the store does not answer; what is not sent stays.
-        UserError: there is nothing, it is in use, or the store refuses some of it, which stays.
+        AwayError: the store does not answer, or another process sends it; what is not sent stays.
+        UserError: there is nothing, or the store refuses some of it, which stays.
     """
     try:
         header = json.loads((folder / _RECORDS).read_bytes().partition(b"\n")[0])
@@ -254,8 +254,8 @@ def send(folder: Path, uri: str | None = None) -> str:
     except UserError as error:
         raise AwayError(f"{folder}: {error}") from error
     spool = _Spool(folder, run_id, uri)
-    if spool.problem:
-        raise UserError(f"{folder}: {spool.problem}")
+    if spool.problem:  # whoever has it may fail, and leave it to the next
+        raise (AwayError if spool.held else UserError)(f"{folder}: {spool.problem}")
     delivery, what = _Delivery(client, run_id, spool), spool.describe()
     try:
         while delivery.is_due():

@@ -102,7 +102,7 @@ def _sent(uri: str, unsent: Path) -> bool:
         send(unsent, uri)
     except AwayError:
         return False
-    except UserError:  # nothing waits any more; another process sends it; the store refuses it
+    except UserError:  # nothing waits any more; the store refuses it
         return True
     return True
 

@@ -22,6 +22,7 @@ from ssam_scale.tracking import spool
 from ssam_scale.tracking.run import open_run
 from ssam_scale.tracking.spool import send
 from ssam_scale.tracking.store import ANSWER_WITHIN_S, open_store
+from ssam_scale.tracking.watchdog import _sent
 from tests.support.gateway import Fault, Gateway
 from tests.support.mlflow_server import MLflowServer
 from tests.support.processes import wait_until
@@ -38,6 +39,13 @@ PATIENCE_S = 600
 ENDS = {"complete": "FINISHED", "failure": "FAILED", "SIGTERM": "KILLED", "ctrl-c": "KILLED"}
 STEPS = 250
 
+HOLDS = """
+import fcntl, sys
+with open(sys.argv[1], "r+b") as file:
+    fcntl.lockf(file, fcntl.LOCK_EX)
+    print("held", flush=True)
+    sys.stdin.read()
+"""
 RUNS = """
 import os, signal, sys
 from pathlib import Path
@@ -209,6 +217,33 @@ def test_a_run_goes_on_while_another_process_sends_what_it_had_left(
     assert not waits.exists()
     with pytest.raises(UserError, match="nothing waits there"):
         send(waits, server.address)
+
+
+def test_who_is_left_to_send_does_not_leave_it_to_another_that_fails(
+    server: MLflowServer, config: MakeConfig, tmp_path: Path, child_environment: dict[str, str]
+) -> None:
+    """Somebody had the file when the process came to it, and ended with a part sent: then nobody was left to do it."""
+    with Gateway(server.address) as gateway:
+        with open_run(config(uri=gateway.address), enabled=True) as run:
+            gateway.fault = "reset"
+            run.log({"m0": 1.0, "m19": 1.0}, 1)
+        waits = unsent(tmp_path, str(run.id))
+        end_sender(waits)
+        holder = subprocess.Popen(
+            [sys.executable, "-c", HOLDS, waits / "records.jsonl"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        try:
+            assert holder.stdout is not None
+            assert holder.stdout.readline() == b"held\n"
+            with pytest.raises(UserError, match="is being recorded or sent from there by another process"):
+                send(waits, server.address)
+            assert not _sent(server.address, waits)  # and so it tries again
+        finally:
+            holder.kill()
+            holder.communicate()
+        assert _sent(server.address, waits)
+    assert histories(server.address, str(run.id)) == [[1], [1]]
+    assert not waits.exists()
 
 
 def test_an_end_that_comes_late_does_not_end_the_run_that_goes_on(

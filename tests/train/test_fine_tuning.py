@@ -63,7 +63,7 @@ def test_what_is_frozen_in_an_epoch() -> None:
     for epoch, expected in ((0, of_blocks | of_head), (1, of_blocks), (2, of_blocks), (3, set())):
         freeze(model, sections, epoch)
         assert frozen(model) == expected, epoch
-    freeze(model, [Freeze(parameters=HEAD)], 10**6)
+    freeze(model, [Freeze(parameters=HEAD, until_epoch=None)], 10**6)
     assert frozen(model) == of_head
 
 
@@ -85,7 +85,7 @@ def test_freezing_that_cannot_be_meant(sections: list[dict[str, Any]], said: str
 
 def test_frozen_batchnorm_keeps_its_statistics_and_others_do_not() -> None:
     model = network(RESNET)
-    freeze(model, [Freeze(parameters=r"^(conv1|bn1|layer1)\b")], 0)
+    freeze(model, [Freeze(parameters=r"^(conv1|bn1|layer1)\b", until_epoch=None)], 0)
     before = {name: buffer.clone() for name, buffer in model.named_buffers() if name.endswith("running_mean")}
     train_mode(model)
     model(torch.randn(4, 3, 32, 32))
@@ -279,6 +279,27 @@ def test_the_configuration_fine_tunes_a_folder_from_weights_of_ones_own(
     assert re.search(r"model.pretrained: 54 tensors from .*; new: head.weight, head.bias", said.out + said.err)
     state = json.loads((tmp_path / "checkpoints/epoch_0001/state.json").read_text())
     assert state["config"]["perturbation"]["mask"]["cut"] == [0.5, 1.0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sgd", "lion", "lamb"])
+def test_what_is_unfrozen_begins_as_in_a_run_that_begins(name: str, data: Path, tmp_path: Path) -> None:
+    """With blocks of a stage in one group with others that have a state; fused kernels want all of them to have one."""
+    frozen = [{"parameters": r"^blocks\.1\.", "until_epoch": 1}, {"parameters": "^patch_embed"}]
+    config = write_config(
+        tmp_path / "run.yaml",
+        data,
+        model={**VIT, "freeze": frozen, "stages": [f"blocks.{i}" for i in range(4)]},
+        optimizer={"name": name, "lr": 1e-3},
+        perturbation={"rho": 0.05, "mask": {"pattern": "depth", "policy": "rotate"}},
+    )
+    assert ssam_scale("train", "--config", config) == 0
+    before, after = (load_file(tmp_path / f"checkpoints/epoch_000{n}/model.safetensors") for n in (1, 2))
+    assert torch.equal(before["patch_embed.proj.weight"], after["patch_embed.proj.weight"])
+    for name in before:
+        if name.startswith("blocks."):
+            assert not torch.equal(before[name], after[name]), name
+    assert all(tensor.isfinite().all() for tensor in after.values())
 
 
 @pytest.mark.slow

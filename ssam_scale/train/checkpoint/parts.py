@@ -91,8 +91,9 @@ class OptimizerState:
         saved["param_groups"] = whole(saved["param_groups"])  # an option may be a tensor
         saved, begun = self._with_what_begins(saved)
         opt.sharding.load_named_optimizer_state(self._network, opt.base_optimizer, saved)
-        for p in begun:
-            opt.base_optimizer.state.pop(p, None)
+        for p in begun:  # by zeros, as fused kernels take no part of a group without a state, and no step of theirs yet
+            if "step" in (state := opt.base_optimizer.state.get(p, {})):
+                state["step"] = torch.zeros_like(step) if isinstance(step := state["step"], Tensor) else 0
         if own:
             opt.base_optimizer.load_state_dict({**opt.base_optimizer.state_dict(), **_tuples(own)})
         for group, options in zip(opt.param_groups, configured, strict=True):
