@@ -364,10 +364,12 @@ def full(key: str) -> dict[str, Any]:
         given["data"] |= {"resolution": 28, "progressive": {"resolution": 8, "to_epoch": 1}}
         given["data"]["augment"] = {"policy": "rand_augment_increasing"}
         given["sharpness"] = {}
+        given["model"]["freeze"] = given["optimizer"]["groups"] = [{"parameters": "norm"}]
         data = Config.model_validate(given).model_dump(mode="json")
         around = data
         for part in key.split(".")[:-1]:
             around = around.get(part) or {}
+            around = around[0] if isinstance(around, list) else around
         if key.rpartition(".")[2] in around:
             return data
     raise AssertionError(key)
@@ -385,9 +387,11 @@ KEYS = [key for key in dotted_names() if len(key.rpartition(".")[2]) > 1]
 def test_a_typo_names_the_key(tmp_path, key, data):
     config = full(key)
     *above, name = key.split(".")
-    around = config
+    around, places = config, []
     for part in above:
-        around = around[part]
+        around, places = around[part], [*places, part]
+        if isinstance(around, list):
+            around, places = around[0], [*places, "0"]
     others = set().union(*(edits(other) for other in around if other != name))
     typo = data.draw(st.sampled_from(sorted(edits(name) - set(around) - others)))
     changed = {typo if k == name else k: v for k, v in around.items()}
@@ -395,11 +399,12 @@ def test_a_typo_names_the_key(tmp_path, key, data):
     around.update(changed)
     path = tmp_path / "typo.yaml"
     path.write_text(yaml.safe_dump(config, sort_keys=False))
-    line = next(i for i, text in enumerate(path.read_text().split("\n"), 1) if text.strip().startswith(f"{typo}:"))
+    begins = re.compile(rf" *(- )?{re.escape(typo)}:")
+    line = next(i for i, text in enumerate(path.read_text().split("\n"), 1) if begins.match(text))
     with pytest.raises(UserError) as caught:
         load(path)
-    wrong = ".".join([*above, typo])
-    assert str(caught.value) == f"{path}:{line}: {wrong}: unknown key; did you mean {key}?"
+    wrong, meant = (".".join([*places, each]) for each in (typo, name))
+    assert str(caught.value) == f"{path}:{line}: {wrong}: unknown key; did you mean {meant}?"
 
 
 # ---- what a value is

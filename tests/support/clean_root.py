@@ -156,6 +156,7 @@ def clean_root(folder: Path) -> CleanRoot:
         pytest.skip("this machine has no namespaces for mounts and processes")
     done = run(["debootstrap", "--variant=minbase", SUITE, folder, MIRROR], cwd=folder, timeout=1800)
     assert done.returncode == 0, done.stdout[-3000:]
+    folder.chmod(0o755)  # pytest's folders let nobody else in, and the image has a user
     return CleanRoot(folder)
 
 

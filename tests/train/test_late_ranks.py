@@ -119,8 +119,22 @@ KILLED = {signal.SIGKILL: "memory", signal.SIGBUS: "mapped file", signal.SIGSEGV
 def test_a_killed_process_is_named_with_its_signal(number: signal.Signals, data: Path, home: Path) -> None:
     """Under torchrun, which asks how a rank has ended ten times a second; who sits beside it, looks at once.
 
-    At least one of those that are left says it: torchrun's SIGTERM may end another one before.
+    At least one of those that are left says it: torchrun's SIGTERM may end another one before. And torchrun may be the
+    first to ask where all cores are busy, after which nobody can say how: one of three times it must not be.
     """
+    gone = rf"rank 2 \(node {os.uname().nodename}\) was killed by {number.name} \(.*{KILLED[number]}.*\), in "
+    for attempt in range(3):
+        said = killed(number, data, home / str(attempt))
+        assert re.search(r"ssam-scale: process [01]: error: rank 2 \(node ", said), said
+        assert said.index("ssam-scale: process") < said.index("ChildFailedError"), said  # before torchrun's own report
+        if re.search(rf"ssam-scale: process [01]: error: {gone}", said):
+            return
+    pytest.fail(said)
+
+
+def killed(number: signal.Signals, data: Path, home: Path) -> str:
+    """What three processes print of which one is killed."""
+    home.mkdir()
     config, log = configured(home, data, "ddp", sharding={}), home / "log"
     torchrun = [Path(sys.executable).parent / "torchrun", "--standalone", "--nproc_per_node", "3"]
     command = [*torchrun, ROOT / "launch/train.py", "--config", config]
@@ -130,10 +144,7 @@ def test_a_killed_process_is_named_with_its_signal(number: signal.Signals, data:
         (third,) = [pid for pid in pids if b"\0RANK=2\0" in Path(f"/proc/{pid}/environ").read_bytes()]
         os.kill(third, number)
         process.wait(PATIENCE_S)
-    said = log.read_text()
-    gone = rf"rank 2 \(node {os.uname().nodename}\) was killed by {number.name} \(.*{KILLED[number]}.*\), in "
-    assert re.search(rf"ssam-scale: process [01]: error: {gone}", said), said
-    assert said.index("ssam-scale: process") < said.index("ChildFailedError"), said  # before torchrun's own report
+    return log.read_text()
 
 
 def stuck_in_data_loading(arguments: list[str]) -> None:
