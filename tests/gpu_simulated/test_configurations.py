@@ -25,10 +25,13 @@ CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 IMAGES = 8
 # Pixels and widths are fewer, so that a CPU steps them in a moment; all else is as in the file.
 SIDE = 32
+_VIT = [f"model.kwargs.{each}" for each in ("depth=4", "embed_dim=96", "num_heads=4", f"img_size={SIDE}")]
 SMALLER = {
     "resnet50": ["model.kwargs.layers=[1,1,1,1]", "perturbation.mask.samples=8"],
     "convnext_t": ["model.kwargs.depths=[1,1,2,1]"],
-    "vit_b": [f"model.kwargs.{each}" for each in ("depth=4", "embed_dim=96", "num_heads=4", f"img_size={SIDE}")],
+    "vit_b": _VIT,
+    # From no weights, of which there are none here, and in one micro-batch.
+    "finetune_vit": ["model.name=vit_base_patch16_224", "model.pretrained=false", "train.max_micro_batch=null", *_VIT],
     "quickstart": ["data.subset=null"],
 }
 
