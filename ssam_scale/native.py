@@ -77,6 +77,9 @@ def compiled(function: _Function) -> _Function:
         result = numba.njit(nogil=True, error_model="numpy")(function)
     # Two threads that call a function for the first time make the same type twice, and write to one table of compiled
     # code at once, which then raises KeyError or has no end: numba's lock is held by its compiler alone.
+    # An OrderedDict in which one key is twice is walked through for ever, a dict holds no key twice: seen once, in a
+    # process whose loaders had compiled in threads for an hour, in spite of the lock.
+    result.overloads = dict(result.overloads)
     for step in ("typeof_pyval", "compile", "_compile_for_args"):
         setattr(result, step, global_compiler_lock(getattr(result, step)))
     return result
