@@ -39,7 +39,7 @@ ENDLESS: dict[str, Any] = {
     "checkpoint": {"every_epochs": 100_000, "every_minutes": None},
 }
 BACKENDS = ["ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3"]
-CLOCK = r"\d\d:\d\d:\d\d"
+CLOCK = r"(?:\d{4}-\d\d-\d\d )?\d\d:\d\d:\d\d"
 
 
 class Ranks:
