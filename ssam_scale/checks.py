@@ -49,6 +49,12 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
         raise ValueError(f"{name} is {value!r}; one of {', '.join(choices)} is needed")
 
 
+def matches_none(names: Sequence[str]) -> str:
+    """What to say of an expression that matches the name of no parameter, of which there are these."""
+    some = ", ".join(names[:3]) + (f", … {names[-1]}" if len(names) > 3 else "")
+    return f"matches none of the {len(names)} parameters: {some}"
+
+
 def described(value: Any) -> str:
     """What something is, in a few words."""
     if isinstance(value, type):

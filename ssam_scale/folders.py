@@ -40,6 +40,15 @@ def why_not_replaceable(path: Path) -> str | None:
     return None if kind is None else f"is {kind}; name a file, which need not be there yet"
 
 
+def why_not_a_file(path: Path) -> str | None:
+    """Why no file can be put there, in a few words; None: one can, also in the place of one that is there."""
+    if (problem := why_not_replaceable(path)) is not None:
+        return problem
+    if not path.parent.is_dir():
+        return f"there is no folder {path.parent}; make it, or name one that is there"
+    return why_not_writable(path.parent)
+
+
 def why_not_writable(folder: Path) -> str | None:
     """Why a folder, which need not be there yet, cannot be written to, in a few words; None: it can.
 

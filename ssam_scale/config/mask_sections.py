@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Any, Literal, TypeAlias, cast, get_args
 
 from pydantic import Field, field_validator, model_validator
 
-from .section import Section, Share
+from .section import Section, Share, regular_expression
 
 Sparsity: TypeAlias = Annotated[float, Field(ge=0.0, lt=1.0)]
 SampleScore: TypeAlias = Literal["fisher", "gradient"]  # computed from samples
@@ -304,12 +303,7 @@ class NamedMask(Section):
     @field_validator("parameters")
     @classmethod
     def _compiled(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        for expression in value:
-            try:
-                re.compile(expression)
-            except re.error as error:
-                raise ValueError(f'"{expression}" is not a regular expression: {error}') from error
-        return value
+        return tuple(map(regular_expression, value))
 
 
 Mask: TypeAlias = Annotated[

@@ -8,20 +8,16 @@ from typing import Annotated, TypeAlias
 
 from pydantic import AfterValidator, Field
 
-from .section import Section
+from .section import Section, regular_expression
 
 
-def _compiled(value: str) -> str:
+def _not_empty(value: str) -> str:
     if not value:
         raise ValueError('is empty; a regular expression is needed, and "." matches every name')
-    try:
-        re.compile(value)
-    except re.error as error:
-        raise ValueError(f'"{value}" is not a regular expression: {error}') from error
-    return value
+    return regular_expression(value)
 
 
-Pattern: TypeAlias = Annotated[str, AfterValidator(_compiled)]
+Pattern: TypeAlias = Annotated[str, AfterValidator(_not_empty)]
 
 
 class Named(Section):

@@ -16,6 +16,19 @@ KeyPath = tuple[str | int, ...]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
+def regular_expression(value: str) -> str:
+    """The text itself, where it is one.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise ValueError(f'"{value}" is not a regular expression: {error}') from error
+    return value
+
+
 def home(path: Path) -> Path:
     """A path with the home folder in the place of a leading `~`, and environment variables in that of their names.
 

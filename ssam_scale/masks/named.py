@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from ssam_scale.checks import described
+from ssam_scale.checks import described, matches_none
 from ssam_scale.config.mask_sections import NamedMask
 
 from .plan import Layout, Mask, Plan
@@ -41,9 +41,7 @@ class Named:
         """
         for pattern, compiled in self._patterns.items():
             if not any(compiled.search(name) for name in layout.shapes):
-                names = list(layout.shapes)
-                some = ", ".join(names[:3]) + (f", … {names[-1]}" if len(names) > 3 else "")
-                raise ValueError(f"pattern {pattern!r} matches none of the {len(names)} parameters: {some}")
+                raise ValueError(f"pattern {pattern!r} {matches_none(list(layout.shapes))}")
 
     def plan(self, layout: Layout, step: int) -> Plan:
         """The parameters that match."""

@@ -12,7 +12,7 @@ from .drop import drop_by_row  # noqa: E402
 from .freezing import freeze, train_mode, unfreezes  # noqa: E402
 from .pretrained import Loaded, load_pretrained  # noqa: E402
 from .stages import FAMILIES, Family, register_family, staged, stages_of  # noqa: E402
-from .timm_model import average_statistics, build_model  # noqa: E402
+from .timm_model import average_statistics, build_model, build_network  # noqa: E402
 
 __all__ = [
     "FAMILIES",
@@ -20,6 +20,7 @@ __all__ = [
     "Loaded",
     "average_statistics",
     "build_model",
+    "build_network",
     "check_compiler",
     "check_stages",
     "drop_by_row",

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ssam_scale.checks import matches_none
 from ssam_scale.config.parameter_sections import Freeze
 from ssam_scale.errors import UserError
 
@@ -34,12 +35,6 @@ def freeze(network: nn.Module, sections: Sequence[Freeze], epoch: int) -> None:
         raise UserError(f"model.freeze leaves nothing to train in epoch {epoch}, counted from 0")
     for name, p in parameters.items():
         p.requires_grad_(name not in frozen)
-
-
-def matches_none(names: Sequence[str]) -> str:
-    """What to say of an expression that matches no parameter of a network with these."""
-    some = ", ".join(names[:3]) + (f", … {names[-1]}" if len(names) > 3 else "")
-    return f"matches none of the {len(names)} parameters: {some}"
 
 
 def unfreezes(sections: Sequence[Freeze], epoch: int) -> bool:

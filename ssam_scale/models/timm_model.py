@@ -1,10 +1,12 @@
 """A timm model from its configuration."""
 
 import difflib
+from collections.abc import Mapping
 
 import timm
+import torch
 from timm.utils import distribute_bn
-from torch import nn
+from torch import Tensor, nn
 
 from ssam_scale.config.schema import Config
 from ssam_scale.errors import UserError
@@ -45,6 +47,23 @@ def build_model(config: Config) -> StagedModel:
         return StagedModel(model, named_stages(model, section.stages, None))
     except UserError as error:
         raise UserError(f"model.stages: {error}") from error
+
+
+def build_network(config: Config, weights: Mapping[str, Tensor] | None = None) -> nn.Module:
+    """The configured network by itself, on the CPU; draws nothing of the process's random numbers.
+
+    Args:
+        config: says which.
+        weights: and buffers, by name; None: they are random.
+
+    Raises:
+        UserError: as of `build_model`.
+    """
+    with torch.random.fork_rng(devices=[]):
+        network = build_model(config).model
+    if weights is not None:
+        network.load_state_dict(weights)
+    return network
 
 
 def check_known(name: str, given_by: str) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ssam_scale.errors import UserError
-from ssam_scale.folders import why_not_replaceable, why_not_writable, write_whole
+from ssam_scale.folders import why_not_a_file, write_whole
 from ssam_scale.tracking.layer_density import import_matplotlib
 
 SUFFIXES = (".png", ".svg", ".pdf")
@@ -26,11 +26,7 @@ def check_picture(path: Path) -> None:
     """
     if path.suffix not in SUFFIXES:
         raise UserError(f"--picture {path}: name it {', '.join(path.with_suffix(s).name for s in SUFFIXES)}")
-    if (problem := why_not_replaceable(path)) is not None:
-        raise UserError(f"--picture {path}: {problem}")
-    if not path.parent.is_dir():
-        raise UserError(f"--picture {path}: there is no folder {path.parent}; make it, or name one that is there")
-    if (problem := why_not_writable(path.parent)) is not None:
+    if (problem := why_not_a_file(path)) is not None:
         raise UserError(f"--picture {path}: {problem}")
 
 

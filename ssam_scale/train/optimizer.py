@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ssam_scale.checks import matches_none
 from ssam_scale.config.schema import Config, ParameterGroup
 from ssam_scale.errors import UserError
-from ssam_scale.models.freezing import matches_none
 from ssam_scale.perturbation.arguments import check_optimizer
 from ssam_scale.perturbation.directions import build_direction
 from ssam_scale.perturbation.fused import fused_options

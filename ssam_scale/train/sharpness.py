@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,7 @@ from ssam_scale.config.schema import Config
 from ssam_scale.data import sample_loader
 from ssam_scale.data.workers import Workers
 from ssam_scale.errors import NotFiniteError, UserError
-from ssam_scale.models import build_model, freeze
+from ssam_scale.models import build_network, freeze
 from ssam_scale.sharding import World
 from ssam_scale.sharpness import MeanLoss, Measures, measure
 from ssam_scale.tracking.meters import forget_peak
@@ -32,15 +32,6 @@ if TYPE_CHECKING:
 
 Batches = Sequence[tuple[Tensor, Tensor]]
 """Images and labels, in the host's memory."""
-
-
-def network_with(config: Config, weights: Mapping[str, Tensor] | None = None) -> nn.Module:
-    """timm's model on the CPU, with these weights and buffers by name; draws nothing of the run's random numbers."""
-    with torch.random.fork_rng(devices=[]):
-        network = build_model(config).model
-    if weights is not None:
-        network.load_state_dict(weights)
-    return network
 
 
 def fixed_batches(
@@ -94,7 +85,7 @@ def check_differentiable(config: Config, device: torch.device) -> None:
     if section is None or not (section.eigenvalues or section.probes):
         return
     blank = [(torch.zeros(1, 3, side, side), torch.zeros(1, dtype=torch.int64))]
-    loss = mean_loss(config, network_with(config), blank, World(device=device))
+    loss = mean_loss(config, build_network(config), blank, World(device=device))
     try:
         loss.hessian_product(torch.zeros(loss.vectors.size, device=device))
     except UserError as error:
@@ -160,7 +151,7 @@ class MeasureSharpness(Hook):
         weights = ModelState(components.network, components.opt.sharding).state_dict()
         if components.ema is not None:
             weights |= components.ema.state_dict()
-        loss = mean_loss(config, network_with(config, weights), self._batches, self._world, self._leave_if_asked)
+        loss = mean_loss(config, build_network(config, weights), self._batches, self._world, self._leave_if_asked)
         del weights
         found = measure(loss, self._measures)
         del loss

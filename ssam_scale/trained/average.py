@@ -21,6 +21,7 @@ from ssam_scale.sharding.chunks import SavedTensor
 from ssam_scale.train.checkpoint import checkpoints
 from ssam_scale.train.checkpoint.files import WEIGHTS, Snapshot, read, write
 from ssam_scale.train.checkpoint.parts import split
+from ssam_scale.train.checkpoint.state import first_differing
 
 from .network import Forward, Trained, Watch, has_averages, open_trained, read_trained_state, unwatched
 
@@ -144,7 +145,7 @@ def _check_alike(
     for path, state, each in zip(chosen, states, saved, strict=True):
         shapes = {name: tuple(tensor.shape) for name, tensor in each.items()}
         if shapes != first:
-            name = min(name for name in first.keys() | shapes.keys() if first.get(name) != shapes.get(name))
+            name = first_differing(first, shapes)
             there, here = (str(found.get(name, "missing")) for found in (first, shapes))
             raise UserError(f"{path}: {name} is {here}, and {there} in {chosen[0]}: weights of one network are needed")
         names = [known for known in (state.get("classes"), states[0].get("classes")) if known]

@@ -15,7 +15,7 @@ from ssam_scale.config.schema import Config
 from ssam_scale.data import Batch
 from ssam_scale.data.opening import names_of_classes
 from ssam_scale.errors import UserError
-from ssam_scale.models import build_model, load_pretrained
+from ssam_scale.models import build_network, load_pretrained
 from ssam_scale.sharding import World
 from ssam_scale.sharding.device import PRECISIONS, choose_device, to_device, use_device
 from ssam_scale.train.build import check_precision
@@ -169,8 +169,7 @@ def _of_checkpoint(path: Path, overrides: Sequence[str], ema: bool | None) -> Tr
 
 def _of_file(path: Path, overrides: Sequence[str], config_file: Path) -> Trained:
     config = load(config_file, overrides)
-    with torch.random.fork_rng(devices=[]):
-        network = build_model(config).model
+    network = build_network(config)
     loaded = load_pretrained(network, path)
     if loaded.new:
         raise UserError(

@@ -15,7 +15,7 @@ from ssam_scale.data import central_loader, open_images
 from ssam_scale.data.sources import printable
 from ssam_scale.data.tree import images_of_tree
 from ssam_scale.errors import UserError
-from ssam_scale.folders import why_not_replaceable, why_not_writable, write_whole
+from ssam_scale.folders import why_not_a_file, write_whole
 
 from .network import Forward, Trained, Watch, unwatched
 
@@ -82,11 +82,7 @@ def check_table(path: Path) -> None:
     """
     if path.suffix not in SUFFIXES:
         raise UserError(f"-o {path}: what kind of table is meant? Name it {path.with_suffix('.csv').name} or .parquet")
-    if (problem := why_not_replaceable(path)) is not None:
-        raise UserError(f"-o {path}: {problem}")
-    if not path.parent.is_dir():
-        raise UserError(f"-o {path}: there is no folder {path.parent}; make it, or name one that is there")
-    if (problem := why_not_writable(path.parent)) is not None:
+    if (problem := why_not_a_file(path)) is not None:
         raise UserError(f"-o {path}: {problem}")
     if path.suffix == ".parquet":
         import pyarrow  # noqa: F401

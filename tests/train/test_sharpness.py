@@ -19,13 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from ssam_scale.config.load import load
+from ssam_scale.models import build_network
 from ssam_scale.sharding import World
 from ssam_scale.tracking.shutdown import SAVED
 from ssam_scale.train import loop
 from ssam_scale.train.build import build_hooks
 from ssam_scale.train.hooks import Hook
 from ssam_scale.train.progress import Progress
-from ssam_scale.train.sharpness import MeasureSharpness, mean_loss, network_with
+from ssam_scale.train.sharpness import MeasureSharpness, mean_loss
 from tests.support.checkout import ROOT
 from tests.support.processes import run
 from tests.support.runs import CLASSES, VIT, differing, ssam_scale, train_on_ranks, write_config
@@ -79,8 +80,8 @@ def metrics_of(home: Path) -> dict[str, dict[int, float]]:
 def test_what_the_last_epoch_does_not_train_is_constant(data: Path, tmp_path: Path) -> None:
     path = write_config(tmp_path / "run.yaml", data, store=False, train={"epochs": 3})
     config = load(path, ["model.freeze=[{parameters: ^conv1}, {parameters: ^fc, until_epoch: 2}]"])
-    loss = mean_loss(config, network_with(config), [], World())
-    everything = {name for name, _ in network_with(config).named_parameters()}
+    loss = mean_loss(config, build_network(config), [], World())
+    everything = {name for name, _ in build_network(config).named_parameters()}
     assert loss.weights.keys() == everything - {"conv1.weight"}
 
 

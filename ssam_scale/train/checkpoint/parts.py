@@ -108,10 +108,13 @@ class OptimizerState:
         Returns:
             The state; and the parameters whose state begins anew, where it is kept by parameter.
         """
+        known: list[set[str]] = [set() for _ in self._opt.param_groups]
+        for name, index in self._opt.parameters.group_of.items():
+            known[index].add(name)
+        if known == [set(group["params"]) for group in saved["param_groups"]]:
+            return saved, []
         mine = self._opt.sharding.named_optimizer_state(self._network, self._opt.base_optimizer)
         groups = [group["params"] for group in mine["param_groups"]]
-        if groups == [group["params"] for group in saved["param_groups"]]:
-            return saved, []
         of = {name: group for group in saved["param_groups"] for name in group["params"]}
         named = dict(self._network.named_parameters())
         names = [name for params in groups for name in params]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from ssam_scale.config.micro_batches import MicroBatches
 from ssam_scale.config.schema import Config
 from ssam_scale.errors import UserError
-from ssam_scale.models import build_model
+from ssam_scale.models import build_network
 from ssam_scale.sharding import World
 from ssam_scale.sharding.chunks import Chunk, SavedTensor, whole
 from ssam_scale.tracking.store import plain_values
@@ -168,8 +169,7 @@ def network_of(path: Path, config: Config, *, averaged: bool = True) -> nn.Modul
     """
     state, saved = read(path, WEIGHTS)
     weights = whole({**saved["model"], **(saved.get("ema", {}) if averaged else {})})
-    with torch.random.fork_rng(devices=[]):
-        network = build_model(config).model
+    network = build_network(config)
     mine = {name: (tuple(tensor.shape),) for name, tensor in network.state_dict().items()}
     _refuse_another(path, config, state, mine, {name: (tuple(tensor.shape),) for name, tensor in weights.items()})
     network.load_state_dict(weights)
@@ -213,12 +213,17 @@ def _refuse_another(
     """Say in which tensor a checkpoint's network differs from the configured one, by what each of them says of it."""
     if mine == theirs:
         return
-    name = min(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name))
+    name = first_differing(mine, theirs)
     here, there = ("".join(map(str, found.get(name, ("missing",)))) for found in (mine, theirs))
     raise UserError(
         f"checkpoint {path}, of {state['model']}, does not fit this run's {_identity(config)}: {name} is {there} "
         f"there and {here} here"
     )
+
+
+def first_differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    """The first name, in alphabetical order, of which two that are not equal say different things."""
+    return min(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
 
 
 def _class_names(components: Components) -> list[str]:
@@ -231,7 +236,7 @@ def _check_averages(path: Path, saved: dict[str, SavedTensor], components: Compo
         return
     mine, theirs = components.ema.shapes(), {name: tuple(t.shape) for name, t in saved.items()}
     if mine != theirs:
-        name = next(iter(sorted(n for n in mine.keys() | theirs.keys() if mine.get(n) != theirs.get(n))))
+        name = first_differing(mine, theirs)
         raise UserError(
             f"checkpoint {path}: the average of {name} is {theirs.get(name, 'missing')} there and "
             f"{mine.get(name, 'missing')} here"

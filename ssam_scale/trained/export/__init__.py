@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ssam_scale.data import central_loader, open_images
 from ssam_scale.errors import UserError
-from ssam_scale.folders import whole_folder, why_not_a_new_folder, why_not_replaceable, why_not_writable, write_whole
+from ssam_scale.folders import whole_folder, why_not_a_file, why_not_a_new_folder, write_whole
 from ssam_scale.trained.network import Trained
 
 from .interface import Format
@@ -68,11 +68,9 @@ def check_export(format: str, output: Path) -> None:
     elif output.is_dir():
         problem = "is a folder; name a file in it"
     else:
-        problem = why_not_replaceable(output) or why_not_writable(output.parent)
+        problem = why_not_a_file(output)
     if problem is not None:
         raise UserError(f"-o {output}: {problem}")
-    if not kind.is_folder and not output.parent.is_dir():
-        raise UserError(f"-o {output}: there is no folder {output.parent}; make it, or name one that is there")
     kind.check()
 
 
