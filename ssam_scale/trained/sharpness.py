@@ -61,7 +61,7 @@ class Found:
         label: a name that the others do not have.
         checkpoint: its folder.
         method, model: of its run.
-        epoch: epochs done.
+        epoch: epochs done; None: it is an average of several checkpoints.
         sharpness: at its weights.
         places: along the directions; empty: not asked for.
         curve: the loss at each of them.
@@ -72,7 +72,7 @@ class Found:
     checkpoint: str
     method: str
     model: str
-    epoch: int
+    epoch: int | None
     sharpness: Sharpness
     places: list[float]
     curve: list[float]
@@ -90,7 +90,7 @@ class Found:
 class _Opened:
     path: Path
     config: Config
-    epoch: int
+    epoch: int | None
     averaged: bool
 
 
@@ -152,7 +152,9 @@ def _open(path: Path, asked: Asked, world: World) -> _Opened:
     """A checkpoint of whose weights every byte is what was written. Collective."""
     state = read_trained_state(path, world)
     config = resolved(state["config"], {(): f"{path / STATE}, config"})
-    return _Opened(path, config, int(state["parts"]["progress"]["epoch"]), has_averages(state, path, asked.ema))
+    progress = state["parts"].get("progress")  # which an average of checkpoints has not
+    epoch = None if progress is None else int(progress["epoch"])
+    return _Opened(path, config, epoch, has_averages(state, path, asked.ema))
 
 
 def _batches(each: _Opened, first: _Opened, asked: Asked, world: World) -> Batches:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,10 @@ def test_it_is_the_mean_and_everything_works_with_it(
     assert ssam_scale("predict", soup, run.data / "val", "-o", tmp_path / "t.csv") == 0
     assert ssam_scale("export", soup, "-o", tmp_path / "exported") == 0
     capsys.readouterr()
+    assert ssam_scale("sharpness", soup, "--images=16", "--eigenvalues=0", "--probes=0", "--json") == 0
+    [row] = json.loads(capsys.readouterr().out)
+    assert row["gap"] > 0.0
+    assert row["epoch"] is None
     # A run starts from it, and none goes on from it.
     config = write_config(tmp_path / "run.yaml", run.data)
     assert ssam_scale("train", "--config", config, f"model.pretrained={soup}", "--dry-run") == 0
