@@ -18,8 +18,7 @@ import llvmlite.binding  # type: ignore[import-untyped]
 import numpy as np
 from numba import types
 
-from ssam_scale.data import resize
-from ssam_scale.data.xxh64 import xxh64
+from ssam_scale.data import resize, xxh3
 from ssam_scale.native import compiled
 
 # Constants of the SplitMix64 generator.
@@ -64,6 +63,7 @@ _resize = types.ExternalFunction(
         _pointer, _int, _int, _int, _int, _pointer, _int, _pointer, _pointer, _int, _pointer, _int, _pointer, _pointer
     ),
 )
+_xxh3 = types.ExternalFunction(xxh3.SYMBOL, types.uint64(_pointer, types.uint64))
 _table, _resize_slowly = resize.table, resize.slowly
 
 
@@ -82,6 +82,7 @@ def bind(library: ctypes.CDLL, crops: ctypes.CDLL | None, resizer: ctypes.CDLL |
     for name in _SYMBOLS:
         address = ctypes.cast(getattr(library, name), ctypes.c_void_p).value
         llvmlite.binding.add_symbol(f"ssam_scale_{name}", address)
+    llvmlite.binding.add_symbol(xxh3.SYMBOL, xxh3.address())
 
 
 @compiled
@@ -208,7 +209,7 @@ def decode(
         interpolation: a code of `resize.INTERPOLATIONS`.
         crops: of JPEGs decode no more than the crop, where that is possible: the same pixels.
         resizes: by `resize.c`: the same pixels, too.
-        sums: uint64 [N], what `xxh64` makes of the bytes of each, 0 where it is not known; or [0].
+        sums: uint64 [N], what `xxh3` makes of the bytes of each, 0 where it is not known; or [0].
         out: uint8 [N, height, width, 3], written to.
         bad: bool [N], set for images that are not what was written, have another size than the table says, or that
             libjpeg complains of.
@@ -228,7 +229,8 @@ def decode(
     for k in range(len(indices)):
         height, width = heights[k], widths[k]
         stored = data[starts[k] : starts[k] + sizes[k]]
-        if len(sums) and sums[k] and xxh64(stored) != sums[k]:
+        pixels = np.uintp(stored.ctypes.data)
+        if len(sums) and sums[k] and _xxh3(pixels, np.uint64(sizes[k])) != sums[k]:
             bad[k] = True
             continue
         key = sample_key(seed, epoch, indices[k])
@@ -248,7 +250,6 @@ def decode(
                 tops[index] -= top
             for index in range(side_x):
                 lefts[index] -= left
-        pixels = np.uintp(stored.ctypes.data)
         if jpegs[k]:
             source, pixels = pixels, np.uintp(buffer.ctypes.data)
             code = np.int32(_NOT_DONE_HERE)

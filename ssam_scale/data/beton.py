@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from ssam_scale.data.mapped import Mapped
 from ssam_scale.data.read_ahead import Placed
+from ssam_scale.data.xxh3 import xxh3
 from ssam_scale.errors import UserError
 
 PAGE_SIZE = 1 << 23
@@ -53,7 +54,7 @@ class Sidecar:
     sha256: str
     recipe: dict[str, Any]
     """How the file was made: enough to tell whether making it again would give the same."""
-    xxh64: str = ""
+    xxh3: str = ""
     """The hash of each image's bytes in the order of the file: uint64, little-endian, in base64; empty: not known."""
 
     @staticmethod
@@ -66,7 +67,9 @@ class Sidecar:
         """Read the sidecar of `beton`; None where there is none. Raises UserError if it cannot be understood."""
         path = cls.path(beton)
         try:
-            return cls(**json.loads(path.read_text(encoding="utf-8")))
+            note = dict(json.loads(path.read_text(encoding="utf-8")))
+            note.pop("xxh64", None)  # hashes that version 0.1's first files had
+            return cls(**note)
         except FileNotFoundError:
             return None
         except (OSError, ValueError, TypeError, RecursionError) as error:
@@ -93,7 +96,7 @@ class Beton:
         is_jpeg: bool [images], stored as JPEG or as raw pixels.
         starts: int64 [images], where the bytes of each begin in the file.
         sizes: int64 [images], how many these are.
-        sums: uint64 [images], `xxh64` of them, which decoding compares; or [0]: they are not known.
+        sums: uint64 [images], `xxh3` of them, which decoding compares; or [0]: they are not known.
         sidecar: what lies beside the file, if anything does.
         fields: the names of the image's and the label's field.
     """
@@ -253,9 +256,6 @@ class Pages:
 
     def __init__(self, file: BinaryIO, capacity: int) -> None:
         header, field, meta, table = layout()
-        from ssam_scale.data.xxh64 import xxh64  # imports numba
-
-        self._hash = xxh64
         self._file = file
         self._header = np.zeros((), header)
         self._fields = _described(field)
@@ -263,7 +263,7 @@ class Pages:
         self._table = np.zeros(capacity, table)
         self._count = 0
         self.sums: list[int] = []
-        """`xxh64` of each image's bytes."""
+        """`xxh3` of each image's bytes."""
         self._page = bytearray()
         tables = self._header.nbytes + self._fields.nbytes + self._meta.nbytes
         self.start = self._page_start = -(-tables // PAGE_SIZE) * PAGE_SIZE
@@ -283,7 +283,7 @@ class Pages:
         is_full = len(self._page) + len(data) > PAGE_SIZE
         if is_full:
             self._flush()
-        digest = int(self._hash(np.frombuffer(data, np.uint8)))
+        digest = xxh3(data)
         self._enter(mode, height, width, self._page_start + len(self._page), len(data), label, digest)
         self._page += data
         return is_full
@@ -408,7 +408,7 @@ def _inspect(path: Path) -> Beton:
             f"{path}: {images:,} images in {size:,} bytes, but {Sidecar.path(path).name} describes {sidecar.images:,} "
             f"images in {sidecar.file_bytes:,} bytes; copy both again, or write the file again"
         )
-    sums = np.zeros(0, np.uint64) if sidecar is None else decoded_sums(sidecar.xxh64)
+    sums = np.zeros(0, np.uint64) if sidecar is None else decoded_sums(sidecar.xxh3)
     if len(sums) not in (0, images):
         raise UserError(f"{Sidecar.path(path)}: has {len(sums):,} hashes of {images:,} images; write {path.name} again")
     return Beton(
@@ -468,7 +468,7 @@ def _kind(field: Any) -> str:
 
 
 def encoded_sums(sums: NDArray[np.uint64] | Sequence[int]) -> str:
-    """Hashes as `Sidecar.xxh64` has them."""
+    """Hashes as `Sidecar.xxh3` has them."""
     return base64.b64encode(np.asarray(sums, "<u8").tobytes()).decode()
 
 

@@ -19,6 +19,7 @@ from .beton import Beton, Sidecar, checksum, encoded_sums, inspect
 from .images import Images
 from .opening import open_images
 from .sources.base import expand
+from .xxh3 import xxh3
 
 Advance = Callable[[int], None]
 
@@ -97,19 +98,18 @@ def add_checksums(path: Path, advance: Advance = lambda _: None, workers: int | 
     from .write import replacing
 
     with replacing(Sidecar.path(path)) as (file, _):
-        file.write(replace(sidecar, xxh64=sums).dump())
+        file.write(replace(sidecar, xxh3=sums).dump())
     return inspect(path)
 
 
 def _hashes(images: Images, advance: Advance, workers: int | None) -> NDArray[np.uint64]:
-    from ssam_scale.data.xxh64 import hash_pieces
-
     reading = images.reading()
     found = np.empty(images.images, np.uint64)
 
     def of(piece: NDArray[np.int64]) -> int:
         stored = reading.fetch(piece)
-        hash_pieces(stored.data, stored.starts, stored.sizes, found[piece[0] : piece[-1] + 1])
+        for index, start, size in zip(piece, stored.starts, stored.sizes, strict=True):
+            found[index] = xxh3(stored.data[start : start + size])
         return int(stored.sizes.sum())
 
     with ThreadPoolExecutor(workers or usable_cores(), "check") as pool:

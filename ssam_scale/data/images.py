@@ -28,7 +28,7 @@ class InMemory:
         is_jpeg: bool [N], JPEG or raw RGB pixels.
         heights: int64 [N], pixels.
         widths: int64 [N], pixels.
-        sums: uint64 [N], `xxh64` of the bytes of each, 0 where it is not known; or [0]: of none it is.
+        sums: uint64 [N], `xxh3` of the bytes of each, 0 where it is not known; or [0]: of none it is.
     """
 
     data: NDArray[np.uint8]

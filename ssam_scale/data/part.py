@@ -22,6 +22,7 @@ import numpy as np
 
 from ssam_scale.data.beton import PAGE_SIZE, Pages
 from ssam_scale.data.sources import Sample, state_of
+from ssam_scale.data.xxh3 import xxh3
 from ssam_scale.errors import UserError
 from ssam_scale.folders import why_not_replaceable
 
@@ -118,8 +119,6 @@ class Part:
             self.log_path.unlink(missing_ok=True)
 
     def _take(self, pages: Pages, images: Sequence[Written], samples: Sequence[Sample]) -> bool:
-        from ssam_scale.data.xxh64 import xxh64  # imports numba
-
         if any(image.state != state_of(samples[image.number].source) for image in images):
             return False
         self.file.seek(pages.end)
@@ -128,7 +127,7 @@ class Part:
         place = 0
         for image in kept:
             content = page[place : place + image.size]
-            if len(content) < image.size or int(xxh64(content)) != image.sum:
+            if len(content) < image.size or xxh3(content) != image.sum:
                 return False
             place += image.size
         if len(page) < PAGE_SIZE or not kept:

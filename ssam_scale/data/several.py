@@ -38,7 +38,7 @@ class Several:
         is_jpeg: bool [images], stored as JPEG or as raw pixels.
         starts: int64 [images], where the bytes of each begin.
         sizes: int64 [images], how many these are.
-        sums: uint64 [images], `xxh64` of them, 0 where it is not known; or [0]: of none it is.
+        sums: uint64 [images], `xxh3` of them, 0 where it is not known; or [0]: of none it is.
         firsts: the number of each file's first image.
         begins: where each file begins, bytes.
     """

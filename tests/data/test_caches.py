@@ -14,50 +14,48 @@ from typing import Any
 import numba
 import numpy as np
 import pytest
-import xxhash
 
 from ssam_scale.native import compiled
 from tests.support.checkout import ROOT
 
-DATA = b"compiled"
-HASHED = f"""
+WEIGHED = """
 import resource, sys
-import numpy, torch, numba
+import torch, numba
 if sys.argv[1] == "full":
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-from ssam_scale.data.xxh64 import xxh64
-print(int(xxh64(numpy.frombuffer({DATA!r}, numpy.uint8))))
+from ssam_scale.data.resize import INTERPOLATIONS, weight
+print(weight(INTERPOLATIONS.index("bicubic"), 0.5))
 """
 
 pytestmark = pytest.mark.slow
 
 
-def hashed(cache: Path | str, disk: str = "empty") -> None:
+def weighed(cache: Path | str, disk: str = "empty") -> None:
     """In a process of its own, whose disk may be full."""
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", HASHED, disk], env=environment, capture_output=True, text=True)
-    assert (done.returncode, done.stdout.strip()) == (0, str(xxhash.xxh64_intdigest(DATA))), done.stderr
+    done = subprocess.run([sys.executable, "-c", WEIGHED, disk], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, "0.5625"), done.stderr
 
 
 def test_a_cache_that_cannot_be_written() -> None:
     """In a folder of the kernel's, root cannot make one either."""
-    hashed("/proc/nowhere")
+    weighed("/proc/nowhere")
 
 
 def test_a_disk_that_is_full(tmp_path: Path) -> None:
-    hashed(tmp_path, "full")
+    weighed(tmp_path, "full")
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.stat().st_size]
 
 
 def test_a_cache_that_is_damaged(tmp_path: Path) -> None:
     """Its lists of machine code, and the code itself."""
-    hashed(tmp_path)
+    weighed(tmp_path)
     for suffix, content in ((".nbi", b"garbage"), (".nbc", b"")):
         damaged = list(tmp_path.rglob(f"*{suffix}"))
         assert damaged
         for path in damaged:
             path.write_bytes(content)
-        hashed(tmp_path)
+        weighed(tmp_path)
 
 
 def double(data: Any) -> Any:

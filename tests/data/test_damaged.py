@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import random
 import shutil
@@ -10,18 +11,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ssam_scale.data import inspect, verify
-from ssam_scale.data.beton import JPEG, Sidecar, layout
+from ssam_scale.data.beton import JPEG, Sidecar, encoded_sums, layout
 from ssam_scale.data.check import add_checksums, damaged_images
 from ssam_scale.data.damaged import Damaged
 from ssam_scale.data.encode import Encoding
 from ssam_scale.data.sources import Sample
 from ssam_scale.data.write import write_samples
-from ssam_scale.data.xxh64 import hash_pieces, xxh64
+from ssam_scale.data.xxh3 import address, xxh3
 from ssam_scale.errors import UserError
 from tests.support.images import make_image
 from tests.support.loaders import NUMBERED, training
@@ -30,22 +30,37 @@ from tests.support.runs import ssam_scale
 FLIPS = 200
 
 
-@given(st.binary(max_size=300))
-def test_the_hash_is_xxh64(data: bytes) -> None:
-    """As the reference implementation has it: of every length, also where the bytes do not begin at a word."""
-    for start in (0, min(3, len(data))):
-        mine = xxh64(np.frombuffer(data, np.uint8)[start:])
-        assert int(mine) == xxhash.xxh64_intdigest(data[start:])
+XXH3 = ctypes.CFUNCTYPE(ctypes.c_uint64, ctypes.c_void_p, ctypes.c_size_t)(address())
 
 
-def test_pieces_of_a_file_are_hashed_each() -> None:
-    data = np.random.default_rng(0).integers(0, 256, 5_000, dtype=np.uint8)
-    starts, sizes = np.array([0, 17, 3_000]), np.array([17, 2_000, 2_000])
-    found = np.zeros(3, np.uint64)
-    hash_pieces(data, starts, sizes, found)
-    assert found.tolist() == [
-        xxhash.xxh64_intdigest(data[a : a + b].tobytes()) for a, b in zip(starts, sizes, strict=True)
-    ]
+@given(st.binary(max_size=600), st.integers(0, 7))
+def test_compiled_code_hashes_as_python_does(data: bytes, start: int) -> None:
+    """Bytes of every length, also where they do not begin at a word."""
+    whole = np.frombuffer(b"-" * start + data, np.uint8)
+    assert XXH3(whole.ctypes.data + start, len(data)) == xxh3(data) == xxh3(whole[start:])
+
+
+def test_the_hash_is_xxh3() -> None:
+    """The value of nothing that xxHash's specification names; and every bit of an image matters."""
+    assert xxh3(b"") == 0x2D06800538D394C2
+    image = bytearray(np.random.default_rng(0).bytes(500))
+    seen = {xxh3(image)}
+    for bit in range(8 * len(image)):
+        image[bit // 8] ^= 1 << bit % 8
+        seen.add(xxh3(image))
+        image[bit // 8] ^= 1 << bit % 8
+    assert len(seen) == 1 + 8 * len(image)
+
+
+def test_hashes_of_before_are_not_known(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Files that the first versions wrote have XXH64's: they are read, and get those of today like a file of FFCV's."""
+    note = json.loads(Sidecar.path(copy).read_text())
+    hashes = note.pop("xxh3")
+    Sidecar.path(copy).write_text(json.dumps({**note, "xxh64": hashes}))
+    assert len(inspect(copy).sums) == 0
+    assert ssam_scale("data", "check", copy, "--add-checksums") == 0
+    assert Sidecar.load(copy) == Sidecar(**note, xxh3=encoded_sums(inspect(copy).sums))
+    assert len(inspect(copy).sums) == NUMBERED
 
 
 @pytest.fixture
@@ -178,10 +193,10 @@ def test_tables_that_cannot_be_are_refused_at_opening(copy: Path) -> None:
 
 def test_hashes_of_other_images_are_noticed(copy: Path) -> None:
     note = json.loads(Sidecar.path(copy).read_text())
-    Sidecar.path(copy).write_text(json.dumps({**note, "xxh64": note["xxh64"][:-24] + "AAAA"}))
+    Sidecar.path(copy).write_text(json.dumps({**note, "xxh3": note["xxh3"][:-24] + "AAAA"}))
     with pytest.raises(UserError, match=r"hashes"):
         inspect(copy)
-    Sidecar.path(copy).write_text(json.dumps({**note, "xxh64": "no base64"}))
+    Sidecar.path(copy).write_text(json.dumps({**note, "xxh3": "no base64"}))
     with pytest.raises(UserError, match="cannot be read"):
         inspect(copy)
 
