@@ -64,7 +64,8 @@ def main() -> None:
             path, bare = Path(folder) / f"{jpegs}.beton", Path(folder) / f"{jpegs}-bare.beton"
             write_beton(arguments.photos, path, jpeg_proportion=jpegs, progress=False)
             bare.hardlink_to(path)
-            assert len(inspect(path).sums) and not Sidecar.path(bare).exists()
+            assert len(inspect(path).sums)
+            assert not Sidecar.path(bare).exists()
             beton = inspect(path)
             images, classes = beton.images, len(beton.sidecar.classes) if beton.sidecar else 0
             pair = [loader(each, classes) for each in (path, bare)]
