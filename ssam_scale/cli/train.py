@@ -24,7 +24,8 @@ def train_command(
         str | None, typer.Option(help="auto: the newest checkpoint if there is one; or a checkpoint's folder.")
     ] = None,
     print_config: Annotated[
-        bool, typer.Option("--print-config", help="Print the resolved configuration and stop.")
+        bool,
+        typer.Option("--print-config", help="Print the resolved configuration, with where each key is from, and stop."),
     ] = False,
     deepspeed_config: Annotated[
         str | None,
@@ -44,12 +45,12 @@ def train_command(
     ] = False,
 ) -> None:
     """Train a model. Under torchrun or deepspeed, every process runs this command."""
-    from ssam_scale.config.load import dump, load
+    from ssam_scale.config.load import dump, load_with_origins
 
     if resume == "":  # of a variable of the shell that is not set; a run would begin anew
         raise UserError("--resume is empty; give a checkpoint's folder, or auto")
     given = [*(overrides or []), *([f"checkpoint.resume={resume}"] if resume else [])]
-    resolved = load(config, given, deepspeed_config)
+    resolved, origins = load_with_origins(config, given, deepspeed_config)
     if deepspeed and not resolved.sharding.backend.startswith("zero"):
         raise UserError(
             f"--deepspeed: sharding.backend is {resolved.sharding.backend}; say which stage of ZeRO: "
@@ -58,7 +59,7 @@ def train_command(
     if print_config:
         from ssam_scale.tracking.redaction import all_without_secrets
 
-        print(dump(resolved, all_without_secrets), end="")
+        print(dump(resolved, all_without_secrets, origins), end="")
         return
     from ssam_scale import train
     from ssam_scale.launcher import ended_with_launcher

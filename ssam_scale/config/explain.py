@@ -9,6 +9,7 @@ import json
 import re
 import typing
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -16,10 +17,13 @@ from pydantic_core import ErrorDetails
 
 from ssam_scale.config.presets import PRESETS, TERMS
 from ssam_scale.config.schema import Config
-from ssam_scale.config.section import KeyPath
+from ssam_scale.config.section import TAGS, KeyPath
 from ssam_scale.config.spelling import nearest
 
 Sections = list[type[BaseModel]]
+
+OVERRIDE = "override "
+"""What the place of a key that an override has given begins with."""
 
 DEEPSPEED: KeyPath = ("sharding", "deepspeed")
 
@@ -84,7 +88,7 @@ def _unknown(
         return f"{line}; did you mean {_dotted((*path[:-1], near))}?"
     elsewhere = [key for key in dotted_names([root]) if key.rpartition(".")[2] == name]
     siblings = [key for key in elsewhere if key.rpartition(".")[0] == _dotted(path[:-1])]
-    for tag in _TAGS:
+    for tag in TAGS:
         if siblings and len(around) == 1 and tag in around[0].model_fields:
             kind = section.get(tag, typing.get_args(around[0].model_fields[tag].annotation)[0])
             return f"{line} for {tag} {_shown(kind)}, which has {', '.join(names(around))}"
@@ -92,9 +96,6 @@ def _unknown(
         return f"{line}; did you mean {' or '.join(elsewhere)}?"
     return f"{line}; {_dotted(path[:-1]) or 'the configuration'} has {', '.join(names(around))}"
 
-
-# The keys by which the sections of a union are told apart.
-_TAGS = ("pattern", "source", "kind", "policy")
 
 _MOVED: dict[KeyPath, str] = {
     **{("perturbation", name): f"perturbation.direction.{name}" for name in ("fraction", "scope", "choose")},
@@ -167,7 +168,7 @@ def _as_section(path: KeyPath, here: Sections, given: Any) -> str:
     if not isinstance(given, str):
         return ""
     for section in here:
-        for tag in _TAGS:
+        for tag in TAGS:
             if tag in section.model_fields and given.lower() in typing.get_args(section.model_fields[tag].annotation):
                 return f"; write '{_dotted(path)}={{{tag}: {given.lower()}}}'"
     if path == ("perturbation",):
@@ -304,14 +305,25 @@ def dotted_names(sections: Sections = [Config], prefix: str = "") -> Iterator[st
         yield from dotted_names(sections_at(sections, name), f"{prefix}{name}.")
 
 
-def comments(section: BaseModel, path: KeyPath = ()) -> dict[KeyPath, str]:
-    """The meaning of every key below a section."""
+def comments(section: BaseModel, origins: Origins = MappingProxyType({}), path: KeyPath = ()) -> dict[KeyPath, str]:
+    """The meaning of every key below a section, and in brackets where it was given, if it was."""
     result: dict[KeyPath, str] = {}
     for name, field in type(section).model_fields.items():
-        value = getattr(section, name)
+        value, here = getattr(section, name), (*path, name)
         if isinstance(value, BaseModel):
             meaning = (type(value).__doc__ or "").partition("\n")[0].rstrip(".")
-            result |= {(*path, name): meaning, **comments(value, (*path, name))}
-        elif field.description:
-            result[(*path, name)] = field.description
+            result |= {here: meaning, **comments(value, origins, here)}
+        elif field.description or here in origins:
+            result[here] = " ".join(filter(None, (field.description, _given(here, origins))))
+        if isinstance(value, dict):  # free keys, which have no meaning here
+            below = [key for key in origins if key[:-1] == here and key[-1] in value]
+            result |= {key: _given(key, origins) for key in below}
     return result
+
+
+def _given(path: KeyPath, origins: Origins) -> str:
+    """Where a key was given, in a comment's brackets; an override's value, which may be a password, is left out."""
+    if path not in origins:
+        return ""
+    where = "override" if origins[path].startswith(OVERRIDE) else origins[path]
+    return f"[{''.join(c if c.isprintable() else '?' for c in where)}]"

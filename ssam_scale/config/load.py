@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -13,18 +12,19 @@ from pydantic import ValidationError
 
 from ssam_scale.config.deepspeed import stage_of
 from ssam_scale.config.deepspeed_file import read_deepspeed
-from ssam_scale.config.explain import DEEPSPEED, comments, describe
+from ssam_scale.config.explain import DEEPSPEED, OVERRIDE, Origins, comments, describe
+from ssam_scale.config.include import INCLUDE, read
 from ssam_scale.config.presets import PRESETS, ContradictionError, expanded
 from ssam_scale.config.schema import Config
 from ssam_scale.config.section import KeyPath
-from ssam_scale.config.yaml_lines import parse, text_of, write
+from ssam_scale.config.yaml_lines import parse, write
 from ssam_scale.errors import UserError
 
 _KEY = re.compile(r"[^\s.=]+(\.[^\s.=]+)*")
 
 
 def load(path: Path, overrides: Sequence[str] = (), deepspeed: str | None = None) -> Config:
-    """The configuration in a file, changed by overrides such as `perturbation.rho=0.2` or `perturbation.mask=null`.
+    """The configuration in a file and those it includes, changed by overrides such as `perturbation.rho=0.2`.
 
     An override's value is read by the same rules as in the file. An override below a section that is null or absent
     creates the section; later overrides win. Relative paths are left as they are: relative to the current folder.
@@ -38,27 +38,15 @@ def load(path: Path, overrides: Sequence[str] = (), deepspeed: str | None = None
     Raises:
         UserError: something in the file or the overrides cannot be; the message names key, line and what would work.
     """
+    return load_with_origins(path, overrides, deepspeed)[0]
+
+
+def load_with_origins(
+    path: Path, overrides: Sequence[str] = (), deepspeed: str | None = None
+) -> tuple[Config, dict[KeyPath, str]]:
+    """`load`, and where each key was given: `configs/a.yaml:3`, an override, or the preset that it is of."""
     values, origins = read(path, "a configuration", "configs/, such as configs/quickstart.yaml")
-    return resolved(values, origins, overrides, deepspeed)
-
-
-def read(path: Path, what: str, like: str) -> tuple[dict[str, Any], dict[KeyPath, str]]:
-    """The sections of a YAML file, and where each key stands in it.
-
-    Args:
-        path: the file.
-        what: it is to be, in the words of the error.
-        like: a folder of good ones, likewise.
-
-    Raises:
-        UserError: it cannot be read or is no section.
-    """
-    values, lines = parse(_read(path), str(path))
-    if values is None:
-        raise UserError(f"{path}: is empty; start from one of the files in {like}")
-    if not isinstance(values, dict):
-        raise UserError(f"{path}:1: {what} is a section with keys, this is {json.dumps(values)[:60]}")
-    return values, {(): str(path)} | {key: f"{path}:{line}" for key, line in lines.items()}
+    return resolved(values, origins, overrides, deepspeed), origins
 
 
 def resolved(
@@ -114,38 +102,37 @@ def _expand_preset(values: dict[str, Any], origins: dict[KeyPath, str]) -> None:
         return
     try:
         values["perturbation"] = expanded(section)
+        origins.update(_of_preset(values["perturbation"], origins, f"preset {name}"))
     except ContradictionError as error:
         where = dict.fromkeys(origins[key] for key in (("perturbation", "preset"), error.path) if key in origins)
         raise UserError(f"{', '.join(where)}: {error}") from error
 
 
-def dump(config: Config, shown: Callable[[Any], Any] = lambda values: values) -> str:
+def _of_preset(section: dict[str, Any], origins: Origins, preset: str) -> dict[KeyPath, str]:
+    """Where the keys of an expanded section were given that nobody gave."""
+    found: dict[KeyPath, str] = {}
+
+    def visit(section: dict[str, Any], path: KeyPath) -> None:
+        for key, value in section.items():
+            here = (*path, key)
+            if here not in origins:
+                found[here] = preset
+            if isinstance(value, dict):
+                visit(value, here)
+
+    visit(section, ("perturbation",))
+    return found
+
+
+def dump(config: Config, shown: Callable[[Any], Any] = lambda values: values, origins: Origins | None = None) -> str:
     """YAML that `load` turns into the same configuration, every key with its meaning as a comment.
 
     Args:
         config: that is written.
         shown: what is written in the place of the plain values, such as without passwords.
+        origins: where each key was given, which its comment says too.
     """
-    return write(shown(config.model_dump(mode="json")), comments(config))
-
-
-def _read(path: Path) -> str:
-    try:
-        return text_of(path)
-    except FileNotFoundError:
-        if not path.parent.is_dir():
-            raise UserError(f"{path}: no such file: there is no folder {path.parent}") from None
-        there = sorted(p.name for p in path.parent.iterdir() if p.suffix in (".yaml", ".yml"))
-        near = difflib.get_close_matches(path.name, there, n=3, cutoff=0.5) or there[:8]
-        which = f"the nearest in {path.parent} {'is' if len(near) == 1 else 'are'} {', '.join(near)}"
-        hint = which if near else f"no YAML files in {path.parent}"
-        raise UserError(f"{path}: no such file; {hint}") from None
-    except IsADirectoryError:
-        raise UserError(f"{path}: is a folder; give the YAML file of a run") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not a text file (byte {error.start} is not UTF-8)") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    return write(shown(config.model_dump(mode="json")), comments(config, origins or {}))
 
 
 def _refuse_split(overrides: Sequence[str]) -> None:
@@ -198,10 +185,12 @@ def _choose_stage(values: dict[str, Any], origins: dict[KeyPath, str]) -> None:
 
 def _apply(override: str, values: dict[str, Any], origins: dict[KeyPath, str]) -> None:
     """Set one key of `values` in place."""
-    origin = f"override {override}"
+    origin = f"{OVERRIDE}{override}"
     key, equals, given = override.partition("=")
     if not equals or not _KEY.fullmatch(key):
         raise UserError(f"{origin}: an override is written key=value, for example train.epochs=3")
+    if key == INCLUDE:
+        raise UserError(f"{origin}: files are included by files; give --config one that says {INCLUDE}: {given}")
     value, _ = parse(given, origin)
     if re.search(r"(^|\s)#", given) and "#" not in json.dumps(value):
         raise UserError(f"{origin}: # begins a comment in YAML; quote the value: '{key}=\"{given}\"'")

@@ -13,6 +13,9 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 KeyPath = tuple[str | int, ...]
 """Where a value stands: ("data", "mean", 0)."""
 
+TAGS = ("pattern", "source", "kind", "policy")
+"""The keys by which the sections of a union are told apart."""
+
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
 

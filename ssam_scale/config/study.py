@@ -17,7 +17,8 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from ssam_scale.config.explain import describe
-from ssam_scale.config.load import read, resolved
+from ssam_scale.config.include import read
+from ssam_scale.config.load import resolved
 from ssam_scale.config.schema import Config
 from ssam_scale.config.section import KeyPath, Section, UserPath
 from ssam_scale.errors import UserError

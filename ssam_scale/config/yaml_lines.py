@@ -139,8 +139,8 @@ def _value(
             key = key_node.value
             if key == "<<" and key_node.style is None and len(path) < 2:  # deeper, only free texts are keys
                 raise UserError(
-                    f"{where}:{line}: << (merging an anchor's keys) is not supported, nor is including a file; repeat "
-                    "the keys, or change a configuration by overrides"
+                    f"{where}:{line}: << (merging an anchor's keys) is not supported; repeat the keys, or put them "
+                    "into a file of their own and say include: FILE"
                 )
             if key in result:
                 full = ".".join(map(str, (*path, key)))
