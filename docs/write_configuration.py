@@ -27,14 +27,14 @@ Written by `python docs/write_configuration.py` from `ssam_scale/config/schema.p
 A run is one YAML file with these sections. Any key can be overridden on the command line by its dotted name, the value
 in YAML: `ssam-scale train --config configs/vit_b.yaml perturbation.rho=0.3 'perturbation.mask={pattern: norm}'`.
 Unknown keys, wrong types and combinations that cannot work are errors that name the file's line and the nearest valid
-key. `--print-config` prints the resolved configuration, every key with its meaning and, in brackets, where it was given.
-For which settings make which method, see [training](training.md#what-you-want-and-how).
+key. `--print-config` prints the resolved configuration, every key with its meaning and, in brackets, where it was
+given. For which settings make which method, see [training](training.md#what-you-want-and-how).
 
 `include: resnet50.yaml`, or a list of files, begins from others, each relative to the file that says so. Sections are
-merged key by key: later files' keys replace earlier ones', and a file's own replace all that it includes. Lists are values.
-A section that names another kind (`pattern`, `preset`, `source`, `kind`, `policy`) than it had begins anew, and `null` takes
-one away: `perturbation: null` makes the base optimizer's run of any configuration. Relative paths of data and
-outputs are, in every file, relative to the current folder.
+merged key by key: later files' keys replace earlier ones', and a file's own replace all that it includes. Lists are
+values. A section that names another kind (`pattern`, `preset`, `source`, `kind`, `policy`) than it had begins anew, and
+`null` takes one away: `perturbation: null` makes the base optimizer's run of any configuration. Relative paths of data
+and outputs are, in every file, relative to the current folder.
 """
 _SIMPLE = {int: "whole number", float: "number", bool: "true or false", str: "text", Path: "path", type(None): "null"}
 

@@ -27,6 +27,7 @@ from ssam_scale.cli.methods import methods_command
 from ssam_scale.cli.send import send_command
 from ssam_scale.cli.sharpness import sharpness_command
 from ssam_scale.cli.stages import stages_command
+from ssam_scale.cli.sweep import sweep_command
 from ssam_scale.cli.train import train_command
 from ssam_scale.cli.trained import average_command, evaluate_command, export_command, predict_command
 from ssam_scale.cli.versions import version_lines
@@ -57,6 +58,7 @@ def _options(
 
 
 app.command("train")(train_command)
+app.command("sweep")(sweep_command)
 app.add_typer(data.app, name="data")
 app.command("cost")(cost_command)
 app.command("compare", cls=OptionsAlone)(compare_command)

@@ -6,9 +6,7 @@ Read by `ssam-scale bench accuracy`. Nothing of it is computed here, so that a m
 from __future__ import annotations
 
 import copy
-import itertools
 import json
-import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +16,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from ssam_scale.config.explain import describe
 from ssam_scale.config.include import read
+from ssam_scale.config.knobs import Knobs, as_override, product
 from ssam_scale.config.load import resolved
 from ssam_scale.config.schema import Config
 from ssam_scale.config.section import KeyPath, Section, UserPath
@@ -25,9 +24,6 @@ from ssam_scale.errors import UserError
 
 BASE, SAM = "base", "sam"
 """The methods that all others are measured against: the base optimizer, and dense SAM."""
-
-Knobs = tuple[tuple[str, Any], ...]
-"""Values of what is tuned, by dotted key."""
 
 _MOST_KNOBS = 2
 # All that dense SAM says; with anything else, less than everything is perturbed, or not in every step.
@@ -113,8 +109,7 @@ class Method(Section):
     @property
     def grid(self) -> list[Knobs]:
         """All candidates; one without knobs if nothing is tuned."""
-        keys = list(self.tune)
-        return [tuple(zip(keys, values, strict=True)) for values in itertools.product(*self.tune.values())]
+        return product(self.tune)
 
 
 class Study(Section):
@@ -212,7 +207,7 @@ class LoadedStudy:
         changes += knobs
         # Of the study, whatever the recipe says: one process, and runs whose tracking is the study's.
         changes += [("sharding", {"backend": "single"}), *(own or {}).items()]
-        overrides = [f"{key}={json.dumps(value, default=str)}" for key, value in changes]
+        overrides = [as_override(key, value) for key, value in changes]
         try:
             return resolved(copy.deepcopy(self._values), dict(self._value_origins), overrides)
         except UserError as error:
@@ -264,15 +259,3 @@ class LoadedStudy:
                     f"{where}: methods.{SAM}: is not dense SAM, which every other method is measured against; "
                     "set: {perturbation: {rho: 0.1}}"
                 )
-
-
-def in_words(knobs: Knobs) -> str:
-    """Knobs as a short text: `rho=0.1`, and `as set` of none."""
-    named = (f"{key.rpartition('.')[2]}={_short(value)}" for key, value in knobs)
-    return " ".join(named) or "as set"
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, float) and math.isfinite(value):
-        return f"{value:g}"
-    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote, unquote, urlsplit
 
+from ssam_scale.config.knobs import flat
 from ssam_scale.config.schema import Config
 from ssam_scale.errors import UserError
 from ssam_scale.tracking import view
@@ -36,17 +37,9 @@ _CHARACTERS = 6000
 
 def flatten(config: Config) -> dict[str, str]:
     """Parameters of a run: dotted key to value; lists as JSON, absence as `null`."""
-    flat: dict[str, str] = {}
-
-    def visit(prefix: str, value: Any) -> None:
-        if isinstance(value, dict) and value:
-            for key, inner in value.items():
-                visit(f"{prefix}.{key}" if prefix else key, inner)
-        else:
-            flat[prefix] = value if isinstance(value, str) else json.dumps(value)
-
-    visit("", plain_values(config))
-    return {key: shortened(value, _CHARACTERS) for key, value in flat.items()}
+    values = flat(plain_values(config))
+    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
+    return {key: shortened(text, _CHARACTERS) for key, text in texts.items()}
 
 
 def plain_values(config: Config) -> dict[str, Any]:

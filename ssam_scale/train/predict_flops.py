@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
+from ssam_scale.config.knobs import Knobs
 from ssam_scale.config.schema import Config
-from ssam_scale.config.study import Knobs, LoadedStudy
+from ssam_scale.config.study import LoadedStudy
 from ssam_scale.costs.compute import (
     StageTimes,
     StepShape,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -331,3 +332,20 @@ def test_a_sweep(cluster, images, job):
     for method in ("base", "sam"):
         assert newest(job / f"checkpoints/first/{method}-seed-3") is not None
     assert (job / "sweeps/first/tasks.txt").read_text().splitlines() == table
+
+
+def test_a_file_of_a_sweep(cluster, images, job):
+    """The same runs as `ssam-scale sweep` does on one machine, of which it then knows."""
+    values = "".join(f"  {key}: {value}\n" for key, _, value in (each.partition("=") for each in overrides(images)))
+    (job / "two.yaml").write_text(f"config: {CONFIG}\nmethods: [base, sam]\noverrides:\n{values}")
+    words = ["two.yaml", "--nodes=1", "--gpus-per-node=0"]
+    done = run(["bash", SWEEP, *words], cwd=job, env=cluster.env, timeout=120)
+    assert done.returncode == 0, done.stdout
+    array = done.stdout.split()[-1]
+    for task in (0, 1):
+        ended = cluster.wait(f"{array}_{task}", timeout=300)
+        assert ended["JobState"] == "COMPLETED", (job / f"sweeps/two/slurm-{array}_{task}.out").read_text()
+    done = run([sys.executable, "-m", "ssam_scale", "sweep", "two.yaml"], cwd=job, env=cluster.env)
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.startswith("2 of 2 runs are done")
+    assert "gain / SAM" in done.stdout

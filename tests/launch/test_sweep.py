@@ -87,3 +87,46 @@ def test_a_method_that_is_none_is_told_before_anything_is_submitted(tmp_path: Pa
     assert done.returncode == 2
     assert "perturbation.preset: must be sam, " in done.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """Of `ssam-scale sweep`, in a folder of its own."""
+    path = tmp_path / "files" / "radius.yaml"
+    path.parent.mkdir()
+    path.write_text(f"config: {CONFIG}\nmethods: [base, sam]\ngrid: {{perturbation.rho: [0.1, 0.2]}}\n")
+    return path
+
+
+@pytest.mark.slow
+def test_a_file_says_methods_and_values(tmp_path: Path, file: Path) -> None:
+    done = sweep(tmp_path, file, "--nodes=2", "--array-limit=2", "--check")
+    assert done.returncode == 0, done.stdout
+    *table, last = done.stdout.splitlines()
+    names = ["base-seed-0", "sam-rho=0.1-seed-0", "sam-rho=0.2-seed-0"]
+    assert [line.rpartition("/")[2] for line in table] == [f"{name})" for name in names]
+    assert "--array=0-2%2 --job-name=radius --output=sweeps/radius/slurm-%A_%a.out --nodes=2" in last
+    assert [path.name for path in tmp_path.iterdir()] == ["files"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--seeds", "1"], "sweep: --seeds: {file} says that itself"),
+        (["--methods=sam"], "sweep: --methods: {file} says that itself"),
+        (["train.epochs=3"], "sweep: train.epochs=3: {file} says that itself, by config: and overrides:"),
+        ([str(CONFIG)], f"sweep: {CONFIG}: {{file}} says that itself, by config: and overrides:"),
+    ],
+    ids=["seeds", "methods", "override", "config"],
+)
+def test_a_file_is_not_said_otherwise(tmp_path: Path, file: Path, words: list[str], message: str) -> None:
+    done = sweep(tmp_path, file, *words)
+    assert (done.returncode, done.stdout.strip()) == (2, message.format(file=file))
+
+
+def test_a_mistake_in_a_file_is_told_before_anything_is_submitted(tmp_path: Path, file: Path) -> None:
+    file.write_text(file.read_text().replace("rho", "roh"))
+    done = sweep(tmp_path, file)
+    assert done.returncode == 2
+    assert "perturbation.roh: unknown key; did you mean perturbation.rho?" in done.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["files"]

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from ssam_scale.config.study import BASE, SAM, Knobs, LoadedStudy, in_words
+from ssam_scale.config.knobs import Knobs, in_words
+from ssam_scale.config.study import BASE, SAM, LoadedStudy
 
 REFERENCES = (BASE, SAM)
 

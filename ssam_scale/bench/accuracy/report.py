@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from ssam_scale.config.study import BASE, SAM, Knobs, LoadedStudy, in_words
+from ssam_scale.config.knobs import Knobs, in_words
+from ssam_scale.config.study import BASE, SAM, LoadedStudy
 from ssam_scale.tracking.compare.figures import CostAndGain, Picture, frontier_picture
 from ssam_scale.tracking.compare.statistics import Paired, holm, mean_sd, paired
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import datetime
-import os
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+from ssam_scale.child import command, environment
 from ssam_scale.config.load import dump
 from ssam_scale.config.study import LoadedStudy
 from ssam_scale.data.split import Split
@@ -26,19 +25,6 @@ _PROBES = 15
 
 # How the trainer says that a run has no result, and not that something is amiss.
 _DIVERGED = re.compile(r"error: (the loss became .*)")
-
-# What a launcher sets, under which this command may have been started.
-_OF_LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
-
-# Where this command is killed, its run ends too: nobody would read its result, and it would hold the core. In the new
-# process itself: a `preexec_fn` has Python fork, after which numba's threads of this process do not end any more.
-_ENDING_WITH_PARENT = """
-import ctypes, os, signal, sys
-if hasattr(libc := ctypes.CDLL(None), "prctl"):
-    libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-os.execv(sys.executable, [sys.executable, "-m", "ssam_scale", *sys.argv[1:]])
-"""
 
 
 class FailedRunError(UserError):
@@ -76,11 +62,11 @@ class Trainer:
             began, started = time.monotonic(), datetime.datetime.now(datetime.timezone.utc)
             with log.open("w") as output:
                 done = subprocess.run(
-                    [sys.executable, "-c", _ENDING_WITH_PARENT, "train", "--config", str(config)],
+                    command(["train", "--config", str(config)]),
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=subprocess.STDOUT,
-                    env=_environment(),
+                    env=environment(threads=1),
                     check=False,
                 )
             seconds = time.monotonic() - began
@@ -156,9 +142,3 @@ def _measured(run: TrainedRun) -> dict[str, Any]:
         "versions": {key[8:]: value for key, value in sorted(run.tags.items()) if key.startswith("version/")},
         "run_id": run.id,
     }
-
-
-def _environment() -> dict[str, str]:
-    """One process with one thread, whoever started this one."""
-    kept = {key: value for key, value in os.environ.items() if key not in _OF_LAUNCHERS}
-    return kept | dict.fromkeys(_THREADS, "1") | {"TQDM_DISABLE": "1"}
