@@ -15,7 +15,7 @@ from ssam_scale import SparseSAM
 from tests.support.processes import free_ports, run
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-ALONE = ["plain_loop", "coming_from_sam", "own_model", "lora"]
+ALONE = ["plain_loop", "coming_from_sam", "own_model", "lora", "finetune"]
 LAUNCHED = ["fsdp2_loop", "deepspeed_loop"]
 IN_LOOPS_OF_OTHERS = {
     "accelerate_loop": "accelerate",
@@ -46,6 +46,18 @@ def test_plain_loop(tmp_path: Path) -> None:
     assert len(losses) == 2
     assert losses[1] < losses[0]
     assert (tmp_path / "plain_loop.pt").exists()
+
+
+@pytest.mark.slow
+def test_finetune(tmp_path: Path) -> None:
+    """It is fitted to the other classes too, which its first weights have never seen."""
+    output = output_of([sys.executable, EXAMPLES / "finetune.py"], tmp_path)
+    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", output)]
+    assert len(losses) == 4
+    assert losses[1] < losses[0]
+    assert losses[3] < losses[2]
+    weights = torch.load(tmp_path / "finetuned.pt", weights_only=True)
+    assert weights["fc.weight"].shape[0] == 5
 
 
 @pytest.mark.slow
