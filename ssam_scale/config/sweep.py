@@ -200,7 +200,7 @@ class LoadedSweep:
     Attributes:
         name: the file's, without its suffix; the group of its runs.
         folder: see above.
-        runs: methods, for each its points, for each its seeds.
+        runs: for each seed all methods at all points, so that a sweep that is not done yet compares them already.
 
     Raises:
         UserError: something in the file, or what it makes of the configuration, cannot be.
@@ -278,16 +278,20 @@ class LoadedSweep:
 
     def _all(self) -> Iterator[SweepRun]:
         names: set[str] = set()
-        for method in self._sweep.methods:
-            off = [key for key, value in self._sweep.changes(method).items() if value is None]
-            points = {}
-            for knobs in self._sweep.tried():
-                # A method without a perturbation has no radius that could be tried.
-                left = tuple((k, v) for k, v in knobs if not any(k.startswith(f"{section}.") for section in off))
-                points[json.dumps(left, default=str)] = left
-            for knobs in points.values():
-                for seed in self._sweep.seeds:
+        points = {method: self._points(method) for method in self._sweep.methods}
+        for seed in self._sweep.seeds:
+            for method, tried in points.items():
+                for knobs in tried:
                     yield SweepRun(method, knobs, seed, self._folder_of(method, knobs, seed, names))
+
+    def _points(self, method: str) -> list[Knobs]:
+        """What a method is tried at: one without a perturbation has no radius that could be tried."""
+        off = [key for key, value in self._sweep.changes(method).items() if value is None]
+        left = (
+            tuple((key, value) for key, value in knobs if not any(key.startswith(f"{section}.") for section in off))
+            for knobs in self._sweep.tried()
+        )
+        return list({json.dumps(knobs, default=str): knobs for knobs in left}.values())
 
     def _folder_of(self, method: str, knobs: Knobs, seed: int, names: set[str]) -> str:
         """A name that tells them apart, if need be by a hash of the values."""

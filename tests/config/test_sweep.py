@@ -31,7 +31,7 @@ def sweep(tmp_path: Path) -> Any:
 
 
 def test_methods_times_grid_times_seeds(sweep: Any, tmp_path: Path) -> None:
-    """In this order; a method without a perturbation has no radius, and is trained once a seed."""
+    """Seed by seed; a method without a perturbation has no radius, and is trained once a seed."""
     loaded = sweep(
         methods=["base", "config", "ssam-f"],
         grid={"perturbation.rho": [0.1, 0.2], "optimizer.lr": [1, 2]},
@@ -39,14 +39,12 @@ def test_methods_times_grid_times_seeds(sweep: Any, tmp_path: Path) -> None:
         overrides={"train.epochs": 7},
     )
     assert [run.name for run in loaded.runs] == [
-        *(f"base-lr={lr}-seed-{seed}" for lr in (1, 2) for seed in (5, 3)),
-        *(
-            f"{method}-rho={rho}-lr={lr}-seed-{seed}"
-            for method in ("config", "ssam-f")
-            for rho in (0.1, 0.2)
-            for lr in (1, 2)
-            for seed in (5, 3)
-        ),
+        f"{point}-seed-{seed}"
+        for seed in (5, 3)
+        for point in (
+            *(f"base-lr={lr}" for lr in (1, 2)),
+            *(f"{method}-rho={rho}-lr={lr}" for method in ("config", "ssam-f") for rho in (0.1, 0.2) for lr in (1, 2)),
+        )
     ]
     by_name = {run.name: loaded.config(run) for run in loaded.runs}
     alone = load(tmp_path / "run.yaml", ["train.epochs=7", "optimizer.lr=2", "train.seed=3", "checkpoint.resume=auto"])
