@@ -12,9 +12,9 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import signal
 import statistics
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ import scipy.stats
 import yaml
 
 from ssam_scale.bench.record import provenance, result_path, write
+from ssam_scale.child import command
 from ssam_scale.cli.table import Columns, markdown
 from ssam_scale.config.sweep import LoadedSweep
 from ssam_scale.sweep import result_of
@@ -78,7 +79,7 @@ COLUMNS: Columns = {
 
 def run(*arguments: str | Path) -> None:
     """`ssam-scale`, whose words are this program's."""
-    subprocess.run([sys.executable, "-m", "ssam_scale", *map(str, arguments)], check=True)
+    subprocess.run(command([*map(str, arguments)], ended_by=signal.SIGTERM), check=True)
 
 
 def write_files(cifar: Path, folder: Path) -> None:
@@ -204,9 +205,9 @@ def main() -> None:
     table = markdown(rows, COLUMNS, "what")
     print("\n".join(table))
     caption = (
-        f"CIFAR-10 as JPEGs. A small ResNet was trained on {', '.join(FIRST)} (top-1 {before['top1']:.2f}%), and "
-        f"fine-tuned on {arguments.images:,} images of {', '.join(OTHERS)} for {arguments.epochs} epochs by SGD; top-1 on "
-        "5,000 others. p: paired t test with the base optimizer, not corrected for the number of rows."
+        f"CIFAR-10 as JPEGs. A small ResNet was trained on {', '.join(FIRST)} (top-1 {before['top1']:.2f}%), "
+        f"and fine-tuned on {arguments.images:,} images of {', '.join(OTHERS)} for {arguments.epochs} epochs by SGD; "
+        "top-1 on 5,000 others. p: paired t test with the base optimizer, not corrected for the number of rows."
     )
     write(result_path(arguments.output, "finetune"), ["# Fine-tuning", "", caption, "", *table], rows, made)
 
