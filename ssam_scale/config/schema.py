@@ -11,7 +11,14 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
-from pydantic import AfterValidator, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from .augment_sections import Augment
@@ -707,8 +714,13 @@ Name = Annotated[str, AfterValidator(_named)]
 
 
 class Tracking(Section):
-    """Where results are compared."""
+    """Where a run is recorded. `tracking: null`: nowhere, which is the same as no trackers."""
 
+    trackers: tuple[Literal["mlflow", "tensorboard", "wandb"], ...] = Field(
+        ("mlflow",),
+        description="what records the run, as `ssam-scale list trackers` says; commands that compare runs or find one "
+        "by its name read MLflow",
+    )
     uri: Annotated[str, AfterValidator(home_in_uri)] = Field("sqlite:///mlflow.db", description="MLflow tracking URI")
     experiment: Name = Field("ssam_scale", description="MLflow experiment")
     run_name: Name | None = Field(None, description="MLflow run name; null: made from the method and the model")
@@ -732,8 +744,32 @@ class Tracking(Section):
         "averaged weights if there are any",
     )
     system_metrics: bool = Field(
-        True, description="record what each machine does (processor, memory, disk, network, GPUs) every ten seconds"
+        True,
+        description="record in MLflow and Weights & Biases what each machine does (processor, memory, disk, network, "
+        "GPUs) every ten seconds",
     )
+
+    @field_validator("trackers")
+    @classmethod
+    def _once(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if twice := [name for name in value if value.count(name) > 1]:
+            raise ValueError(f"names {twice[0]} twice")
+        return value
+
+    @property
+    def store(self) -> str | None:
+        """The MLflow store that the run is recorded in; None: it is in none."""
+        return self.uri if "mlflow" in self.trackers else None
+
+
+def _tracked(value: Tracking | None) -> Tracking:
+    return Tracking.model_validate({"trackers": ()}) if value is None else value
+
+
+if TYPE_CHECKING:
+    MaybeTracking: TypeAlias = Tracking
+else:
+    MaybeTracking = Annotated[Tracking | None, AfterValidator(_tracked)]
 
 
 class Sharpness(Section):
@@ -780,7 +816,7 @@ class Config(Section):
     sharding: Sharding = Sharding.model_validate({})
     train: Train
     checkpoint: Checkpoint = Checkpoint.model_validate({})
-    tracking: Tracking = Tracking.model_validate({})
+    tracking: MaybeTracking = Tracking.model_validate({})
     sharpness: Sharpness | None = Field(None, description="null: it is not measured in training")
 
     @model_validator(mode="after")

@@ -1,56 +1,34 @@
-"""One training run as MLflow sees it: what it was, what it measured, how it ended."""
+"""One training run as its trackers see it: what it was, what it measured, how it ended."""
 
 from __future__ import annotations
 
 import logging
 import math
 import tempfile
-import time
 from array import array
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from statistics import median
-from subprocess import Popen
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import yaml
 
 from ssam_scale.config.schema import Config
 from ssam_scale.data.images import Images
-from ssam_scale.errors import UserError
-from ssam_scale.tracking import repetitions, watchdog
 from ssam_scale.tracking.commands import interface_lines
-from ssam_scale.tracking.data import dataset_input
 from ssam_scale.tracking.dense import ascends_densely
 from ssam_scale.tracking.describe import mask_words, plan_words, story
 from ssam_scale.tracking.environment import environment_tags, world_size
 from ssam_scale.tracking.identity import CONFIGURATION, fingerprint
-from ssam_scale.tracking.layer_density import TABLE, LayerRecorder
-from ssam_scale.tracking.moved import follow_moved
+from ssam_scale.tracking.layer_density import LayerRecorder
 from ssam_scale.tracking.redaction import all_without_secrets, without_secrets
 from ssam_scale.tracking.saving import Probe, Saving
 from ssam_scale.tracking.shutdown import Unwinding, leave_note, outcome, read_note
-from ssam_scale.tracking.spool import CLOSE_WITHIN_S, Writer, unsent_folder, waiting_text
-from ssam_scale.tracking.store import (
-    ANSWER_WITHIN_S,
-    environment,
-    experiment_id,
-    flatten,
-    is_permanent,
-    one_line,
-    open_store,
-    plain_values,
-    refusals,
-    shortened,
-    sqlite_path,
-    text_artifact,
-    within,
-)
-from ssam_scale.tracking.system import SystemMonitor
+from ssam_scale.tracking.store import flatten, one_line, open_store, shortened
 from ssam_scale.tracking.timer import PhaseSummary
+from ssam_scale.tracking.tracker import DESCRIPTION, TRACKERS, Start, Tracker
 
 if TYPE_CHECKING:
     from torch import nn
@@ -60,19 +38,12 @@ _log = logging.getLogger(__name__)
 # Compilation, allocator growth and cold caches: these steps say nothing about the ones that follow.
 WARMUP_STEPS = 10
 
-# Limits of MLflow's stores.
-_PARAMS_AT_ONCE, _TAG_CHARACTERS = 100, 8000
-_STEP_SIZE = "steps_per_epoch"  # the tag by which steps of another size are known
+# The limit of MLflow's stores.
+_TAG_CHARACTERS = 8000
 
 # How long the last table and picture may take, for which no store is asked. Launchers kill for good 30 s after they ask
 # politely.
 _FINISH_S = {"FINISHED": 60.0, "FAILED": 6.0, "KILLED": 3.0}
-
-# What is left for the end of a run whose store has not answered in the seconds before.
-_SILENT_S = 2.0
-
-# Of what is recorded once and nothing depends on, how long a store may take.
-_ASIDE_S = 30.0
 
 
 def open_run(
@@ -80,6 +51,7 @@ def open_run(
     *,
     enabled: bool,
     resume_run_id: str | None = None,
+    step: int = 0,
     extra_tags: Mapping[str, str] | None = None,
     extra_params: Mapping[str, str] | None = None,
     gpus: int = 0,
@@ -90,23 +62,27 @@ def open_run(
     On leaving, the run is FINISHED, FAILED (with the error's line as tag `failure`) or KILLED (a signal, Ctrl-C).
 
     Args:
-        config: the resolved configuration; logged as parameters and as the artifact `config.yaml`.
+        config: the resolved configuration; its `tracking.trackers` record it, and the rest.
         enabled: true on the one process that tracks. On others every method does nothing, but signals unwind them too,
             and a failure there is what the run is marked by.
-        resume_run_id: continue this run; a new one, tagged `resumed_from`, is made if the store does not know it, or
-            if `extra_tags` say that an epoch has other steps than its.
+        resume_run_id: continue this run of MLflow's; a new one, tagged `resumed_from`, is made if the store does not
+            know it, or if `extra_tags` say that an epoch has other steps than its.
+        step: optimizer steps done; more than 0: the run goes on.
         extra_tags: further tags, which win over the ones found out here (e.g. `backend` once it is resolved).
         extra_params: further parameters, which win over the configuration's (what it leaves to the machine).
         gpus: that it computes on, all processes together.
 
     Raises:
-        UserError: on entering, when the tracking store cannot be used.
+        UserError: on entering, when a tracker cannot be used.
     """
-    return Run(config, enabled, resume_run_id, dict(extra_tags or {}), dict(extra_params or {}), gpus)
+    return Run(config, enabled, resume_run_id, step, dict(extra_tags or {}), dict(extra_params or {}), gpus)
 
 
-def run_lines(uri: str, run_id: str) -> list[str]:
-    """What to type and where to look to see a run that has ended; nothing if its store does not know it now."""
+def run_lines(config: Config, run_id: str | None) -> list[str]:
+    """What to type and where to look to see a run that has ended; nothing if no store knows it now."""
+    uri = config.tracking.store
+    if uri is None or run_id is None:
+        return []
     try:
         experiment = open_store(uri, create=False).get_run(run_id).info.experiment_id
     except Exception:  # MLflow lets its stores' errors through, of every kind; here nothing depends on them
@@ -137,7 +113,7 @@ def _phase_times(prefix: str, summary: PhaseSummary) -> dict[str, float]:
 
 
 class Run:
-    """See `open_run`. `id` is MLflow's run id, `experiment` its experiment's; None on processes that do not track.
+    """See `open_run`. What is recorded and when; where to is decided by its trackers, of which there may be none.
 
     `signals` are those that ask this process to end.
     """
@@ -147,18 +123,15 @@ class Run:
         config: Config,
         enabled: bool,
         resume_run_id: str | None,
+        step: int,
         extra_tags: dict[str, str],
         extra_params: dict[str, str],
         gpus: int,
     ) -> None:
-        self.id: str | None = None
-        self.experiment: str | None = None
-        self._config, self._enabled = config, enabled
+        self._config, self._enabled, self._step = config, enabled, step
         self._resume_run_id, self._extra_tags, self._extra_params = resume_run_id, extra_tags, extra_params
-        self._client: Any = None
-        self._writer: Writer | None = None
+        self._trackers: list[Tracker] = []
         self._layers: LayerRecorder | None = None
-        self._watcher: Popen[bytes] | None = None
         self.signals = Unwinding(self._mark_stuck if enabled else None)
         self._step_times = array("d")
         self._times_by_kind: dict[str, array[float]] = {}
@@ -167,10 +140,13 @@ class Run:
         self._densities = array("d")
         self._params: dict[str, str] = {}
         self._tags: dict[str, str] = {}
-        self._began = 0.0
-        self._close_within = CLOSE_WITHIN_S
         self._top1: float | None = None
         self._best_top1: float | None = None
+
+    @property
+    def id(self) -> str | None:
+        """MLflow's id of the run; None where it does not record it, and on processes that do not track."""
+        return next((tracker.run_id for tracker in self._trackers if tracker.run_id is not None), None)
 
     def __enter__(self) -> Run:
         self.signals.__enter__()
@@ -186,12 +162,9 @@ class Run:
         self._close(error)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Record metrics at an optimizer step. Returns at once; the values are sent in the background, in order.
-
-        What a resumed run has recorded already at this step or a later one stays as it is.
-        """
-        if self._writer is not None:
-            self._writer.log(metrics, step)
+        """Record metrics at an optimizer step. Returns at once; the values are written in the background, in order."""
+        for tracker in self._trackers:
+            tracker.log(metrics, step)
 
     def log_window(
         self,
@@ -240,8 +213,7 @@ class Run:
 
     def no_saving(self, reason: str) -> None:
         """Say why nothing will be known of the saving: the tag `saving`."""
-        if self._writer is not None:
-            self._writer.tag("saving", f"unknown: {reason}")
+        self._tag("saving", f"unknown: {reason}")
 
     def log_refresh(
         self,
@@ -314,14 +286,10 @@ class Run:
     def log_artifact(self, path: Path, folder: str | None = None) -> None:
         """Store a copy of a file with the run, in `folder` of its artifacts; what fails is a warning, not an error.
 
-        Returns when it is copied; it is sent in the background.
+        Returns when it is copied; it is sent in the background. What a tracker keeps of files is its own affair.
         """
-        if self._writer is None:
-            return
-        try:
-            self._writer.artifact(path, folder)
-        except OSError as error:  # a full disk must not end a training
-            _log.warning("artifact %s was not stored: %s", path, one_line(error))
+        for tracker in self._trackers:
+            tracker.artifact(path, folder)
 
     def log_text(self, text: str, name: str) -> None:
         """Store a text as the artifact `name`, a path; what fails is a warning, a full temporary folder too."""
@@ -332,14 +300,16 @@ class Run:
                 path.write_text(text, encoding="utf-8")
                 self.log_artifact(path, str(Path(name).parent))
 
-        if self._writer is not None:
-            self._try(f"artifact {name}", store)
+        if self._trackers:
+            try:
+                store()
+            except OSError as error:
+                _log.warning("artifact %s of run %s could not be stored: %s", name, self.id, one_line(error))
 
     def log_data(self, images: Images, *, context: str, side: int) -> None:
         """Record which images the run reads, as a data set of MLflow: see `data.dataset_input`."""
-        if self.id is not None:
-            inputs = [dataset_input(images, context, side)]
-            self._try("the data set", lambda: self._client.log_inputs(self.id, inputs), _ASIDE_S)
+        for tracker in self._trackers:
+            tracker.data(images, context, side)
 
     def log_network(self, network: Callable[[], nn.Module], *, side: int, classes: int, step: int) -> None:
         """Store what was trained as a model of MLflow: see `network.log_network`. Takes some seconds.
@@ -350,20 +320,8 @@ class Run:
             classes: that it tells apart.
             step: steps done.
         """
-        if self.id is None or self.experiment is None:
-            return
-        from ssam_scale.tracking.network import log_network
-
-        where = self._client, self.experiment, self.id
-
-        def store() -> None:
-            try:
-                log_network(*where, network(), side=side, classes=classes, step=step)
-            except TimeoutError:
-                self._close_within = _SILENT_S  # it has been waited for
-                raise
-
-        self._try("the model", store)
+        for tracker in self._trackers:
+            tracker.network(network, side=side, classes=classes, step=step)
 
     def watch_machine(self, node: str | None = None) -> AbstractContextManager[object]:
         """Within the `with`, what this machine does is recorded as `system/…`.
@@ -371,7 +329,10 @@ class Run:
         Args:
             node: its name, where there are others; None: there are not.
         """
-        return nullcontext() if self.id is None else SystemMonitor(self.log, self._began, node)
+        watching = ExitStack()
+        for tracker in self._trackers:
+            watching.enter_context(tracker.watching_machine(node))
+        return watching
 
     def finish_summary(self, straggler: str | None = None) -> dict[str, float]:
         """Record and return what stands for the whole run; call it once, when training is complete.
@@ -404,37 +365,26 @@ class Run:
             summary |= {"summary/top1": self._top1, "summary/best_top1": self._best_top1}
         # At step 0, because MLflow draws what has no other step as bars, one per run, instead of as a lone dot.
         self.log(summary, 0)
-        if self._writer is not None:
+        if self._trackers:
             tags = {"straggler": straggler, "density": _rounded(summary.get("summary/density"))}
-            tags["mlflow.note.content"] = story(self._params, self._tags, summary)
+            tags[DESCRIPTION] = story(self._params, self._tags, summary)
             for key, value in tags.items():
                 if value is not None:
-                    self._writer.tag(key, value)
+                    self._tag(key, value)
         return summary
 
-    def _try(self, what: str, store: Callable[[], object], seconds: float | None = None) -> None:
-        """Store something that no training depends on: what fails, or takes longer, is a warning."""
-        try:
-            if seconds is None:
-                store()
-            else:
-                within(seconds, store)
-        except Exception as error:  # MLflow lets its stores' errors through, of every kind
-            _log.warning("%s of run %s could not be stored: %s", what, self.id, one_line(error))
-
     def interface_lines(self) -> list[str]:
-        """What to type and where to look to see the run in MLflow's own interface; nothing where it is not tracked."""
-        if self.id is None or self.experiment is None:
-            return []
-        return interface_lines(self._config.tracking.uri, self.experiment, self.id)
+        """What to type and where to look to see the run; nothing where it is not tracked."""
+        return [line for tracker in self._trackers for line in tracker.interface_lines()]
+
+    def _tag(self, key: str, value: str) -> None:
+        for tracker in self._trackers:
+            tracker.tag(key, value)
 
     def _open(self) -> None:
-        self._client = open_store(self._config.tracking.uri, create=True)
-        with refusals(self._config.tracking.uri):
-            self._record_start()
-
-    def _record_start(self) -> None:
-        uri, config = self._config.tracking.uri, self._config
+        config = self._config
+        if not config.tracking.trackers:
+            return
         backend = config.sharding.backend_on(world_size())
         params = flatten(config) | self._extra_params
         tags = {"method": config.method, "backend": backend} | environment_tags(config.train.device)
@@ -444,130 +394,40 @@ class Run:
         if config.tracking.group is not None:
             tags["group"] = config.tracking.group
         self._params, self._tags = params, tags
-        tags = {key: shortened(without_secrets(value), _TAG_CHARACTERS) for key, value in tags.items()}
-        resumed = self._resume(tags) if self._resume_run_id else None
-        if resumed is None:
-            if self._resume_run_id:
-                tags["resumed_from"] = self._resume_run_id
-            name = config.tracking.run_name or f"{config.method} {config.model.name}"
-            self.experiment = experiment_id(self._client, uri, config.tracking.experiment)
-            info = self._client.create_run(self.experiment, tags=tags, run_name=name).info
-            self.id, self._began = info.run_id, info.start_time / 1000.0
-        name = f"{config.method} {config.model.name}"
-        self._try("what it repeats", lambda: repetitions.adopt(*self._family(), name), _ASIDE_S)
-        unsent = unsent_folder(config.checkpoint.directory, str(self.id))
-        self._watcher = watchdog.start(uri, str(self.id), tags["process"], unsent)
-        self._log_config({} if resumed is None else dict(resumed.data.params))
-        table = waiting_text(unsent, TABLE)  # newer than what the store has
-        if table is None and resumed is not None:
-            table = text_artifact(self._client, str(self.id), TABLE)
-        self._layers = LayerRecorder(self.log_artifact, table)
-        if self._writer is None:
-            self._writer = Writer(self._client, str(self.id), uri, unsent)
-        if self._writer.furthest:
-            self._writer.tag("metrics_from_step", str(self._writer.furthest + 1))
-
-    def _family(self) -> tuple[Any, str, str]:
-        """By which runs of other seeds are found."""
-        assert self.experiment is not None
-        return self._client, self.experiment, self._tags[CONFIGURATION]
-
-    def _resume(self, tags: dict[str, str]) -> Any:
-        """Reopen the run to be resumed; it as it was, or None if the store has no such run of steps of this size."""
-        try:
-            run = self._client.get_run(self._resume_run_id)
-        except Exception as error:
-            if not is_permanent(error):
-                raise
-            return None
-        if run.info.lifecycle_stage == "deleted":
-            return None
-        if run.data.tags.get(_STEP_SIZE, tags.get(_STEP_SIZE)) != tags.get(_STEP_SIZE):
-            return None  # its curves are of other steps, and the abandoned ones of them cannot be deleted
-        uri, run_id = self._config.tracking.uri, str(self._resume_run_id)
-        follow_moved(self._client.get_experiment(run.info.experiment_id), uri, sqlite_path(uri))
-        unsent = unsent_folder(self._config.checkpoint.directory, run_id)
-        # From here on nobody else sends what waits.
-        self._writer = Writer(self._client, run_id, uri, unsent, goes_on=True)
-        run = self._writer.resumed
-        self.id, self.experiment = run_id, str(run.info.experiment_id)
-        self._began = run.info.start_time / 1000.0
-        self._best_top1 = run.data.metrics.get("summary/best_top1", run.data.metrics.get("val/top1"))
-        self._saving.before = run.data.metrics.get("saving/seconds_so_far", 0.0)
-        for key, value in (tags | {"resumed": str(int(run.data.tags.get("resumed", "0")) + 1)}).items():
-            self._client.set_tag(self.id, key, value)
-        self._client.update_run(self.id, status="RUNNING")  # by which process is said, should it fail from here on
-        if "failure" in run.data.tags:
-            self._client.delete_tag(self.id, "failure")
-        return run
-
-    def _log_config(self, known: dict[str, str]) -> None:
-        from mlflow.entities import Param, RunTag
-
-        # A parameter cannot change once it is logged; what a resumed run changes is kept as a tag.
-        params, changed = [], []
-        for key, value in {**flatten(self._config), **all_without_secrets(self._extra_params)}.items():
-            if key not in known:
-                params.append(Param(key, value))
-            elif known[key] != value:
-                changed.append(RunTag(f"changed.{key}", shortened(value, _TAG_CHARACTERS)))
-        for start in range(0, len(params), _PARAMS_AT_ONCE):
-            self._client.log_batch(self.id, params=params[start : start + _PARAMS_AT_ONCE])
-        for start in range(0, len(changed), _PARAMS_AT_ONCE):
-            self._client.log_batch(self.id, tags=changed[start : start + _PARAMS_AT_ONCE])
-        try:
-            self._client.log_text(self.id, yaml.safe_dump(plain_values(self._config), sort_keys=False), "config.yaml")
-        except Exception as error:
-            uri = without_secrets(self._config.tracking.uri)
-            raise UserError(f"tracking.uri {uri}: its artifacts cannot be written: {one_line(error)}") from error
+        start = Start(
+            name=config.tracking.run_name or f"{config.method} {config.model.name}",
+            params=flatten(config) | all_without_secrets(self._extra_params),
+            tags={key: shortened(without_secrets(value), _TAG_CHARACTERS) for key, value in tags.items()},
+            step=self._step,
+            resume_run_id=self._resume_run_id,
+        )
+        layers = None
+        for name in config.tracking.trackers:
+            tracker = TRACKERS[name].value(config)
+            self._trackers.append(tracker)  # which is closed, should it fail to open
+            earlier = tracker.open(start)
+            self._best_top1 = self._best_top1 if earlier.best_top1 is None else earlier.best_top1
+            self._saving.before = earlier.saved_seconds or self._saving.before
+            layers = earlier.layers or layers
+        self._layers = LayerRecorder(self.log_artifact, layers)
 
     def _mark_stuck(self, signal_name: str) -> None:
         # Called from another thread; should the main thread come back to life, it marks the run once more.
-        if self.id is not None:
-            self._mark("KILLED", signal_name)
+        for tracker in self._trackers:
+            tracker.stuck(signal_name)
 
     def _close(self, error: BaseException | None) -> None:
         # Marking the run takes moments; a second signal in the meantime would leave it marked as running for ever.
         self.signals.shield()
+        status, line = outcome(error)
         try:
-            status, line = outcome(error)
             if status != "FINISHED":
                 leave_note(status, line)
                 status, line = read_note() or (status, line)
             if self._layers is not None:
                 self._layers.close(_FINISH_S[status])
                 self._layers = None
-            give_up = time.monotonic() + self._close_within
-            marked = False
-            if self._writer is not None:
-                marked = self._writer.close(status, line, self._close_within)
-                self._writer = None
-                unsent = unsent_folder(self._config.checkpoint.directory, str(self.id))
-                if unsent.exists():
-                    with suppress(OSError):  # no more processes
-                        watchdog.send_later(self._config.tracking.uri, unsent)
-            elif self.id is not None:
-                self._mark(status, line)
-            if status == "FINISHED" and marked:
-                rest = give_up - time.monotonic()
-                self._try("the mean over seeds", lambda: repetitions.sum_up(*self._family()), rest)
         finally:
-            if self._watcher is not None:
-                watchdog.stop(self._watcher)
-                self._watcher = None
+            for tracker in self._trackers:
+                tracker.close(status, line)
             self.signals.__exit__(None if error is None else type(error), error, None)
-
-    def _mark(self, status: str, line: str) -> None:
-        """Tell the store how the run ended, other than by the records, which have not begun or are stuck."""
-
-        def mark() -> None:
-            # A launcher that asked politely does not wait long.
-            with environment(MLFLOW_HTTP_REQUEST_MAX_RETRIES="0", MLFLOW_HTTP_REQUEST_TIMEOUT=str(ANSWER_WITHIN_S)):
-                if line:
-                    self._client.set_tag(self.id, "failure", line)
-                self._client.set_terminated(self.id, status)
-
-        try:
-            within(CLOSE_WITHIN_S, mark)
-        except Exception as error:  # the training is over; its result does not depend on the tracking store
-            _log.warning("run %s could not be marked %s: %s", self.id, status, one_line(error))

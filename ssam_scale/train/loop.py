@@ -77,8 +77,8 @@ def _train(config: Config, world: World, found: Preflight, notes: Sequence[str],
     elif (done := checkpoint.finished(path, config)) is not None:
         # The tracked run stays as it ended, with its duration.
         out.print(f"{path} is of epoch {done.epoch}, the last: nothing is left to train", soft_wrap=True)
-        if world.first and done.run_id is not None:
-            _print_lines(out, run_lines(config.tracking.uri, done.run_id))
+        if world.first:
+            _print_lines(out, run_lines(config, done.run_id))
         return False
     if started:
         checkpoint.note_start(config, world, path)
@@ -97,6 +97,7 @@ def _train(config: Config, world: World, found: Preflight, notes: Sequence[str],
             config,
             enabled=world.first,
             resume_run_id=progress.run_id,
+            step=progress.step,
             gpus=world.size if world.device.type == "cuda" else 0,
             extra_tags={
                 "steps": str(progress.step + total - progress.place),
@@ -110,7 +111,7 @@ def _train(config: Config, world: World, found: Preflight, notes: Sequence[str],
         ) as run,
         ProgressBar(total, progress.place, world.first) as bar,
     ):
-        progress.run_id = run.id
+        progress.run_id = run.id or progress.run_id  # so that MLflow goes on with it, should it be asked for again
         _announce(config, world, components, bar, path, found)
         for context, key in (("training", "data.train"), ("validation", "data.val")):
             run.log_data(found.data[key], context=context, side=config.data.resolution)
@@ -196,15 +197,16 @@ def _predicted(config: Config, world: World) -> tuple[dict[str, float], dict[str
 
 def _machines_watched(config: Config, world: World, run: Run) -> AbstractContextManager[object]:
     """Every machine of the job recorded in the one run, by its first process. Collective."""
-    if not config.tracking.system_metrics:
+    section = config.tracking
+    if not section.system_metrics:
         return nullcontext()
     node = socket.gethostname() if world.nodes > 1 else None
     run_id = world.first_says(run.id)
     if world.first:
         return run.watch_machine(node)
-    if node is None or run_id is None or not world.first_of_node:
+    if node is None or run_id is None or section.store is None or not world.first_of_node:
         return nullcontext()
-    return watched_for(config.tracking.uri, run_id, node)
+    return watched_for(section.store, run_id, node)
 
 
 def _print_lines(out: Console, lines: Sequence[str]) -> None:

