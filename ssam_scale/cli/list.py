@@ -19,7 +19,8 @@ def list_command(
     kind: Annotated[
         str,
         typer.Argument(
-            help="masks, directions, trajectories, scores, schedules, policies, backends or models.", show_default=False
+            help="masks, directions, trajectories, scores, schedules, policies, backends, trackers or models.",
+            show_default=False,
         ),
     ],
     word: Annotated[str, typer.Argument(help="Only what has this word in its name; of models, which they are.")] = "",
@@ -91,6 +92,12 @@ def _backends(word: str) -> list[Row]:
     return _rows(BACKENDS, word)
 
 
+def _trackers(word: str) -> list[Row]:
+    from ssam_scale.tracking.tracker import TRACKERS
+
+    return _rows(TRACKERS, word)
+
+
 def _models(word: str) -> list[Row]:
     from ssam_scale.models import FAMILIES
 
@@ -123,5 +130,6 @@ KINDS: dict[str, tuple[str, Callable[[str], list[Row]]]] = {
     "schedules": ("perturbation.rho_schedule; interval and window are keys of perturbation themselves", _schedules),
     "policies": ("data.augment.policy: what is done to training crops", _policies),
     "backends": ("sharding.backend", _backends),
+    "trackers": ("tracking.trackers, a list; with tracking: null a run is recorded nowhere", _trackers),
     "models": ("model.name takes any timm model; the patterns depth and block need one of these, in stages", _models),
 }

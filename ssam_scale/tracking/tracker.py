@@ -32,6 +32,9 @@ _log = logging.getLogger(__name__)
 DESCRIPTION = "mlflow.note.content"
 """The tag that is a run's story, in Markdown; by MLflow's name for it, which shows it."""
 
+SUMMARY = "summary/"
+"""Of the names of metrics that stand for a whole run, which are recorded at step 0."""
+
 # How long the end of a run may take each. Launchers kill for good 30 s after they ask politely, and MLflow comes first.
 _CLOSE_WITHIN_S = {"FINISHED": 60.0, "FAILED": 6.0, "KILLED": 3.0}
 
@@ -106,7 +109,7 @@ class Tracker(ABC):
 
     @abstractmethod
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Record metrics at an optimizer step; at step 0 what stands for the whole run."""
+        """Record metrics at an optimizer step; `SUMMARY` ones at step 0."""
 
     @abstractmethod
     def tag(self, key: str, value: str) -> None:
@@ -177,7 +180,7 @@ class QueuedTracker(Tracker):
 
     @abstractmethod
     def write_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """Write metrics at a step, 0 for what stands for the whole run."""
+        """Write metrics at a step; see `Tracker.log`."""
 
     @abstractmethod
     def write_tag(self, key: str, value: str) -> None:

@@ -59,5 +59,6 @@ def child_environment() -> dict[str, str]:
     """For subprocesses: this checkout is importable, and nothing of an outer launcher shows through."""
     root = str(Path(__file__).resolve().parents[2])
     dropped = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    kept = {key: value for key, value in os.environ.items() if key not in dropped and not key.startswith("MLFLOW_")}
+    of_trackers = ("MLFLOW_", "WANDB_")
+    kept = {key: value for key, value in os.environ.items() if key not in dropped and not key.startswith(of_trackers)}
     return kept | {"PYTHONPATH": os.pathsep.join([root, kept.get("PYTHONPATH", "")]).rstrip(os.pathsep)}

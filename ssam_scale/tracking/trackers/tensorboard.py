@@ -57,7 +57,7 @@ class TensorBoardTracker(QueuedTracker):
         self._records = RecordWriter(self._file)
         self._write(file_version="brain.Event:2")
         # The mark by which TensorBoard drops what was recorded at this step and later: by a run before in this folder,
-        # or by a process that had come further than its last checkpoint. What is at step 0 stands for the whole run.
+        # or by a process that had come further than its last checkpoint. What is at step 0 stays.
         first = start.step + 1 if start.step else 0
         self._write(step=first, session_log=SessionLog(status=SessionLog.START))
         config = yaml.safe_dump(plain_values(self.config), sort_keys=False)

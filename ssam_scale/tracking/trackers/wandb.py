@@ -12,12 +12,12 @@ from uuid import uuid4
 
 from ssam_scale.config.schema import Config
 from ssam_scale.tracking.store import plain_values
-from ssam_scale.tracking.tracker import DESCRIPTION, TRACKERS, QueuedTracker, Start, check_installed
+from ssam_scale.tracking.tracker import DESCRIPTION, SUMMARY, TRACKERS, QueuedTracker, Start, check_installed
 
 
 @TRACKERS.register("wandb", "Weights & Biases, offline unless WANDB_MODE says otherwise; `wandb sync` sends it")
 class WandbTracker(QueuedTracker):
-    """See `QueuedTracker`. Metrics are its history by optimizer step, those at step 0 its summary.
+    """See `QueuedTracker`. Metrics are its history by optimizer step, those of a whole run its summary.
 
     It keeps the machine's metrics by itself. A process that goes on records under the same id, of which a small file
     beside the checkpoints knows, and how far it has come: W&B refuses steps that it has, and cannot forget them.
@@ -28,7 +28,7 @@ class WandbTracker(QueuedTracker):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self._run: Any = None
-        self._recorded = 0  # step up to which an earlier process has
+        self._recorded = -1  # step up to which an earlier process has
         self._step = 0
         self._tags: dict[str, str] = {}
         self._lines: list[str] = []
@@ -48,9 +48,15 @@ class WandbTracker(QueuedTracker):
         section, directory = self.config.tracking, self.config.checkpoint.directory
         directory.mkdir(parents=True, exist_ok=True)
         known = self._known() if start.step else None
-        run_id, self._recorded = known or (uuid4().hex[:12], 0)
+        run_id, self._recorded = known or (uuid4().hex[:12], -1)
         self._step, self._tags = max(start.step, self._recorded), start.own_tags
         offline = _mode() == "offline"
+        unstable: dict[str, Any] = {  # which other versions may not have
+            "x_disable_stats": not section.system_metrics,
+            "x_disable_meta": True,  # the command may have a password in it; ours is among the tags, without
+            "x_save_requirements": False,
+            "x_transaction_log_flush_interval": 1.0,  # seconds, which is what a killed process loses
+        }
         self._run = wandb.init(
             project=section.experiment,
             name=start.name,
@@ -65,7 +71,7 @@ class WandbTracker(QueuedTracker):
                 console="off",
                 disable_git=True,
                 disable_code=True,
-                x_disable_stats=not section.system_metrics,
+                **{key: value for key, value in unstable.items() if key in wandb.Settings.model_fields},
             ),
         )
         self._remember()
@@ -78,13 +84,15 @@ class WandbTracker(QueuedTracker):
 
     def write_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """See `QueuedTracker.write_metrics`."""
-        if not step:
-            self._run.summary.update(dict(metrics))
-        elif step > self._recorded:
+        of_the_run = {key: value for key, value in metrics.items() if key.startswith(SUMMARY)}
+        of_the_step = {key: value for key, value in metrics.items() if key not in of_the_run}
+        if of_the_run:
+            self._run.summary.update(of_the_run)
+        if of_the_step and step > self._recorded:
             if step > self._step:
                 self._step = step
                 self._remember()
-            self._run.log(dict(metrics), step=step)
+            self._run.log(of_the_step, step=step)
 
     def write_tag(self, key: str, value: str) -> None:
         """See `QueuedTracker.write_tag`."""
@@ -100,7 +108,7 @@ class WandbTracker(QueuedTracker):
         from PIL import Image
 
         with Image.open(io.BytesIO(png)) as opened:
-            self._run.log({name: wandb.Image(opened.convert("RGB"))}, step=self._step)
+            self._run.log({f"picture/{name}": wandb.Image(opened.convert("RGB"))}, step=self._step)
 
     def end(self, status: str) -> None:
         """See `QueuedTracker.end`."""
