@@ -13,7 +13,10 @@ from ssam_scale.__main__ import extra_of
 
 pytestmark = pytest.mark.slow
 
-OPTIONAL = "accelerate cv2 deepspeed ffcv lightning matplotlib mlflow PIL rich safetensors timm torchvision typer yaml"
+OPTIONAL = (
+    "accelerate cv2 deepspeed ffcv lightning matplotlib mlflow PIL rich safetensors tensorboard timm torchvision typer "
+    "wandb yaml"
+)
 
 # None is what Python takes for "not to be found".
 BLOCK = "import sys\nsys.modules |= dict.fromkeys(sys.argv.pop(1).split())\n"

@@ -10,7 +10,7 @@ import pytest
 from ssam_scale.cli.list import KINDS
 from ssam_scale.config.augment_sections import Augment
 from ssam_scale.config.mask_sections import Score
-from ssam_scale.config.schema import RhoSchedule, Sharding
+from ssam_scale.config.schema import RhoSchedule, Sharding, Tracking
 from tests.support.runs import ssam_scale
 
 
@@ -34,7 +34,7 @@ def test_a_table_has_the_names_lines_and_papers_of_the_json(kind: str, capsys: p
         cells = [cell.strip() for cell in line.strip("│").split("│")]
         count = [str(row["count"])] if kind == "models" else []
         assert cells == [row["name"], row["summary"], row["paper"] or "—", *count]
-    assert any("arXiv" in row["paper"] for row in rows)
+    assert any("arXiv" in row["paper"] for row in rows) or kind == "trackers"
 
 
 def test_what_is_listed_is_what_a_configuration_takes(capsys: pytest.CaptureFixture[str]) -> None:
@@ -46,6 +46,8 @@ def test_what_is_listed_is_what_a_configuration_takes(capsys: pytest.CaptureFixt
     sections = get_args(get_args(Augment)[0])
     policies = [policy for s in sections for policy in get_args(s.model_fields["policy"].annotation)]
     assert names(capsys, "policies") == sorted(policies)
+    (trackers, _) = get_args(Tracking.model_fields["trackers"].annotation)
+    assert names(capsys, "trackers") == sorted(get_args(trackers))
     backends = set(get_args(Sharding.model_fields["backend"].annotation)) - {"auto"}
     assert set(names(capsys, "backends")) == backends
 
@@ -65,12 +67,13 @@ def test_a_word_narrows_it_down(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (
             ["maskz"],
-            "list maskz: there are masks, directions, trajectories, scores, schedules, policies, backends and models; "
-            "did you mean masks?",
+            "list maskz: there are masks, directions, trajectories, scores, schedules, policies, backends, trackers "
+            "and models; did you mean masks?",
         ),
         (
             ["xyz"],
-            "list xyz: there are masks, directions, trajectories, scores, schedules, policies, backends and models",
+            "list xyz: there are masks, directions, trajectories, scores, schedules, policies, backends, trackers and "
+            "models",
         ),
         (["masks", "hexagon"], "list masks hexagon: no name has 'hexagon' in it"),
     ],

@@ -142,8 +142,10 @@ def configs(draw: st.DrawFn) -> Config:
         data["perturbation"]["window"] = (0.0, 1.0)
     if (data["perturbation"] or {}).get("rho_schedule") == "constant":
         data["perturbation"]["rho_final"] = 0.0
-    for name in ("experiment", "run_name", "group"):
-        data["tracking"][name] = f"{data['tracking'][name]}_"  # none may be empty
+    if data["tracking"]:
+        data["tracking"]["trackers"] = tuple(dict.fromkeys(data["tracking"]["trackers"]))
+        for name in ("experiment", "run_name", "group"):
+            data["tracking"][name] = f"{data['tracking'][name]}_"  # none may be empty
     if data["sharding"]["backend"] != "fsdp2":
         data["sharding"]["replicas"] = 1
     if perturbation := data["perturbation"]:

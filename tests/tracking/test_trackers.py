@@ -9,12 +9,11 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import get_args
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ssam_scale.config.schema import Config, Tracking
+from ssam_scale.config.schema import Config
 from ssam_scale.errors import UserError
 from ssam_scale.tracking.run import Run, open_run
 from ssam_scale.tracking.store import open_store
@@ -53,11 +52,6 @@ def text(folder: Path, name: str) -> str:
 def log(run: Run, steps: range, value: float) -> None:
     for step in steps:
         run.log({"train/loss": value * step}, step)
-
-
-def test_the_registry_has_what_the_schema_names() -> None:
-    (names, _) = get_args(Tracking.model_fields["trackers"].annotation)
-    assert set(TRACKERS) == set(get_args(names))
 
 
 def test_without_trackers_a_run_is_recorded_nowhere(config: MakeConfig, tmp_path: Path) -> None:
@@ -127,6 +121,27 @@ def test_how_a_run_ends_is_recorded(
     assert text(folder, "tag/status") == status
     tags = last(file, "config")["tags"]
     assert (tags["status"], tags.get("failure"), exit_code(file)) == (status, why, 0 if error is None else 1)
+
+
+def test_what_is_set_for_wandb_is_its_place_and_mode(
+    config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resolved, place = config(trackers=["wandb"]), tmp_path / "elsewhere"
+    place.mkdir()
+    monkeypatch.setenv("WANDB_DIR", str(place))
+    with open_run(resolved, enabled=True) as run:
+        log(run, range(1, 3), 1.0)
+    (file,) = wandb_files(place)
+    assert run.interface_lines() == [
+        f"send the run to Weights & Biases: wandb sync {place}/wandb/offline-run-*-{run_id(file)}"
+    ]
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    with open_run(resolved, enabled=True) as run:
+        log(run, range(1, 3), 1.0)
+    assert (wandb_files(place), run.interface_lines()) == ([file], [])
+    monkeypatch.setenv("WANDB_MODE", "of-line")
+    with pytest.raises(UserError, match="WANDB_MODE is of-line; it may be offline, online or disabled"):
+        TRACKERS["wandb"].value.check(resolved)
 
 
 def test_values_that_are_no_numbers_are_kept(config: MakeConfig, tmp_path: Path) -> None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import io
 import json
 import os
+import time
 from collections.abc import Mapping
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from uuid import uuid4
 
 from ssam_scale.config.schema import Config
+from ssam_scale.errors import UserError
 from ssam_scale.tracking.store import plain_values
 from ssam_scale.tracking.tracker import DESCRIPTION, SUMMARY, TRACKERS, QueuedTracker, Start, check_installed
 
@@ -37,7 +40,7 @@ class WandbTracker(QueuedTracker):
     def check(cls, config: Config) -> str:
         """See `Tracker.check`."""
         check_installed("wandb", "wandb")
-        return f"{os.environ.get('WANDB_DIR', config.checkpoint.directory)}/wandb, {_mode()}"
+        return f"{_folder(config)}/wandb, {_mode()}"
 
     def begin(self, start: Start) -> None:
         """See `QueuedTracker.begin`."""
@@ -50,7 +53,10 @@ class WandbTracker(QueuedTracker):
         known = self._known() if start.step else None
         run_id, self._recorded = known or (uuid4().hex[:12], -1)
         self._step, self._tags = max(start.step, self._recorded), start.own_tags
-        offline = _mode() == "offline"
+        mode, place = _mode(), _folder(self.config) / "wandb"
+        # W&B names the folder of a run by the second, and would write over one that went back to its checkpoint in it.
+        while list(place.glob(f"*{datetime.now():%Y%m%d_%H%M%S}-{run_id}")):
+            time.sleep(0.1)
         unstable: dict[str, Any] = {  # which other versions may not have
             "x_disable_stats": not section.system_metrics,
             "x_disable_meta": True,  # the command may have a password in it; ours is among the tags, without
@@ -62,9 +68,9 @@ class WandbTracker(QueuedTracker):
             name=start.name,
             group=section.group,
             id=run_id,
-            resume=None if known is None or offline else "allow",
-            mode="offline" if offline else None,
-            dir=None if "WANDB_DIR" in os.environ else str(directory),
+            resume="allow" if known is not None and mode == "online" else None,
+            mode=mode,
+            dir=str(place.parent),
             config={**plain_values(self.config), "tags": self._tags},
             settings=wandb.Settings(
                 silent=True,  # what it prints would go through the progress bar
@@ -75,12 +81,10 @@ class WandbTracker(QueuedTracker):
             ),
         )
         self._remember()
-        folder = Path(self._run.dir).parent.parent
-        self._lines = (
-            [f"send the run to Weights & Biases: wandb sync {folder}/offline-run-*-{run_id}"]
-            if offline
-            else [f"see the run in Weights & Biases: {self._run.url}"]
-        )
+        if mode == "offline":
+            self._lines = [f"send the run to Weights & Biases: wandb sync {place}/offline-run-*-{run_id}"]
+        elif mode == "online":
+            self._lines = [f"see the run in Weights & Biases: {self._run.url}"]
 
     def write_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """See `QueuedTracker.write_metrics`."""
@@ -138,5 +142,22 @@ def _note(config: Config) -> Path:
     return config.checkpoint.directory / "wandb.json"
 
 
-def _mode() -> str:
-    return os.environ.get("WANDB_MODE") or "offline"
+def _folder(config: Config) -> Path:
+    """In which W&B makes its own, `wandb`."""
+    return Path(os.environ.get("WANDB_DIR") or config.checkpoint.directory)
+
+
+def _mode() -> Literal["offline", "online", "disabled"]:
+    """What somebody has set, and else offline.
+
+    Raises:
+        UserError: there is no such mode.
+    """
+    given = os.environ.get("WANDB_MODE") or "offline"
+    if given in ("offline", "dryrun"):
+        return "offline"
+    if given in ("online", "run"):
+        return "online"
+    if given == "disabled":
+        return "disabled"
+    raise UserError(f"WANDB_MODE is {given}; it may be offline, online or disabled")
