@@ -78,7 +78,10 @@ def _compare(loaded: object) -> None:
 
     assert isinstance(loaded, LoadedSweep)
     tracking = loaded.config(loaded.runs[0]).tracking
+    if tracking.store is None:
+        print(f"not compared: MLflow, which is not among tracking.trackers, has none of the runs ({loaded.folder})")
+        return
     try:
-        compare_command(tracking_uri=tracking.uri, experiment=tracking.experiment, group=loaded.name)
+        compare_command(tracking_uri=tracking.store, experiment=tracking.experiment, group=loaded.name)
     except UserError as error:  # what was trained is there, whatever a table lacks
         print(f"ssam-scale: {error}", file=sys.stderr)

@@ -15,7 +15,7 @@ from ssam_scale.config.deepspeed_file import read_deepspeed
 from ssam_scale.config.explain import DEEPSPEED, OVERRIDE, Origins, comments, describe
 from ssam_scale.config.include import INCLUDE, read
 from ssam_scale.config.presets import PRESETS, ContradictionError, expanded
-from ssam_scale.config.schema import Config
+from ssam_scale.config.schema import UNTRACKED, Config
 from ssam_scale.config.section import KeyPath
 from ssam_scale.config.yaml_lines import parse, write
 from ssam_scale.errors import UserError
@@ -199,6 +199,8 @@ def _apply(override: str, values: dict[str, Any], origins: dict[KeyPath, str]) -
     path: KeyPath = tuple(key.split("."))
     section = values
     for depth, name in enumerate(path[:-1], start=1):
+        if path[:depth] == ("tracking",) and section.get("tracking", {}) is None:
+            section["tracking"] = dict(UNTRACKED)  # an override of something else turns no tracking on
         if section.get(str(name)) is None:
             section[str(name)] = {}
             origins[path[:depth]] = origin

@@ -762,8 +762,12 @@ class Tracking(Section):
         return self.uri if "mlflow" in self.trackers else None
 
 
+UNTRACKED: dict[str, Any] = {"trackers": []}
+"""What `tracking: null` is short for."""
+
+
 def _tracked(value: Tracking | None) -> Tracking:
-    return Tracking.model_validate({"trackers": ()}) if value is None else value
+    return Tracking.model_validate(UNTRACKED) if value is None else value
 
 
 if TYPE_CHECKING:

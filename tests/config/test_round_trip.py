@@ -507,3 +507,13 @@ def test_null_and_sections(read):
     assert read(SMALL, ["train.seed=1", "train.seed=2"]).train.seed == 2
     assert read(SMALL, ["tracking.uri=sqlite:///a=b.db"]).tracking.uri == "sqlite:///a=b.db"
     assert read(SMALL).data.train == Path("data/train.beton")
+
+
+def test_no_tracking_stays_off_unless_trackers_are_named(read):
+    off = f"{SMALL}tracking: null\n"
+    assert read(SMALL).tracking.trackers == ("mlflow",)
+    assert read(off).tracking.trackers == read(SMALL, ["tracking=null"]).tracking.trackers == ()
+    kept = read(off, ["tracking.log_every=7", "tracking.group=g"]).tracking
+    assert (kept.trackers, kept.store, kept.log_every, kept.group) == ((), None, 7, "g")
+    assert read(off, ["tracking.trackers=[tensorboard]"]).tracking.trackers == ("tensorboard",)
+    assert read(off, ["tracking={log_every: 7}"]).tracking.store == "sqlite:///mlflow.db"

@@ -35,7 +35,7 @@ PATIENCE_S = 120
 @pytest.fixture(autouse=True)
 def _patient_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs wait for a store that answers, on a slow machine, too; how they do not is in test_closing."""
-    monkeypatch.setattr("ssam_scale.tracking.run.CLOSE_WITHIN_S", float(PATIENCE_S))
+    monkeypatch.setattr("ssam_scale.tracking.trackers.mlflow.CLOSE_WITHIN_S", float(PATIENCE_S))
 
 
 @pytest.fixture
@@ -335,9 +335,10 @@ import os, sys
 from pathlib import Path
 from ssam_scale.config.schema import Config
 from ssam_scale.tracking import run as tracking, spool
+from ssam_scale.tracking.trackers import mlflow as tracker
 import mlflow, mlflow.store.tracking.sqlalchemy_store, mlflow.tracking.client
 
-tracking.CLOSE_WITHIN_S = spool.ANSWER_WITHIN_S = 600.0  # sixteen at once take longer than a run that ends may wait
+tracker.CLOSE_WITHIN_S = spool.ANSWER_WITHIN_S = 600.0  # sixteen at once take longer than a run that ends may wait
 config = Config.model_validate_json(Path(sys.argv[1]).read_text())
 children = []
 for number in range(16):

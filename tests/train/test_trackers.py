@@ -200,6 +200,20 @@ def test_a_tracker_that_is_not_installed_is_an_error_before_anything_is_made(
     assert {path.name for path in tmp_path.iterdir()} == {"run.yaml"}
 
 
+@pytest.mark.slow
+def test_a_sweep_without_mlflow_ends_without_a_comparison(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    train = {"epochs": 1, "device": "cpu"}
+    write_config(tmp_path / "run.yaml", data, store=False, train=train, perturbation=MASK, tracking=None)
+    (tmp_path / "first.yaml").write_text("config: run.yaml\nmethods: [base]\nseeds: [0]\n")
+    assert ssam_scale("sweep", "first.yaml") == 0
+    assert "not compared: MLflow, which is not among tracking.trackers, has none of the runs" in capfd.readouterr().out
+    assert not (tmp_path / "mlflow.db").exists()
+    assert (tmp_path / "checkpoints/first/base-seed-0/result.json").exists()
+
+
 def test_doctor_says_where_a_run_is_recorded(data: Path, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = write_config(home / "run.yaml", data)
     assert ssam_scale("doctor", "--config", config, ALL) == 0
