@@ -9,7 +9,7 @@ import json
 import re
 import typing
 from collections.abc import Iterator, Mapping
-from types import MappingProxyType
+from types import MappingProxyType, UnionType
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -44,8 +44,9 @@ def describe(
     """
     lines: list[str] = []
     meant: set[KeyPath] = set()  # keys that are missing only because they are misspelt
-    details = error.errors(include_url=False)
-    for detail in sorted(details, key=lambda detail: detail["type"] == "missing"):
+    for detail in sorted(
+        _of_one_kind(error.errors(include_url=False), root), key=lambda each: each["type"] == "missing"
+    ):
         path, here, around = resolve(detail["loc"], root)
         match detail["type"]:
             case "extra_forbidden":
@@ -67,6 +68,52 @@ def describe(
             case _:
                 lines.append(_wrong(path, here, detail, origins))
     return lines
+
+
+def _of_one_kind(details: list[ErrorDetails], root: type[BaseModel]) -> list[ErrorDetails]:
+    """Of what may be of several kinds (a whole number or auto) one error, where pydantic has one for each kind.
+
+    It is the one that got furthest: that of a value further inside, or of a rule of ours; else all kinds in one.
+    """
+    by_key: dict[tuple[str | int, ...], list[ErrorDetails]] = {}
+    for detail in details:
+        where = detail["loc"]
+        place = next((n for n in range(1, len(where)) if _is_label(where[:n], root)), len(where))
+        by_key.setdefault(where[:place], []).append(detail)
+    found: list[ErrorDetails] = []
+    for where, alternatives in by_key.items():
+        if len(alternatives) == 1 or all(each["loc"] == where for each in alternatives):
+            found += alternatives
+            continue
+        furthest = max(alternatives, key=lambda each: (len(each["loc"]), each["type"] == "value_error"))
+        inside = furthest["loc"][len(where) + 1 :]
+        if inside or furthest["type"] == "value_error":
+            found.append({**furthest, "loc": (*where, *inside)})
+            continue
+        kinds = dict.fromkeys(_should_be(each) for each in alternatives)
+        found.append({**furthest, "type": "of_no_kind", "loc": where, "msg": f"Input should {' or '.join(kinds)}"})
+    return found
+
+
+def _should_be(detail: ErrorDetails) -> str:
+    """What pydantic says that it should be."""
+    return re.sub(r"^.*? should ", "", detail["msg"]).replace("'", "")
+
+
+def _is_label(location: tuple[str | int, ...], root: type[BaseModel]) -> bool:
+    """Whether what pydantic puts behind this location is its name for one of the kinds that may be there."""
+    path, _, around = resolve(location, root)
+    fields = [section.model_fields[str(path[-1])] for section in around if str(path[-1]) in section.model_fields]
+    return len(fields) == 1 and len(_kinds(fields[0].annotation)) > 1 and not sections_in(fields[0].annotation)
+
+
+def _kinds(annotation: Any) -> list[Any]:
+    """The types of a union, but for null; else the one that it is."""
+    if typing.get_origin(annotation) is typing.Annotated:
+        return _kinds(typing.get_args(annotation)[0])
+    if typing.get_origin(annotation) in (typing.Union, UnionType):
+        return [kind for each in typing.get_args(annotation) if each is not type(None) for kind in _kinds(each)]
+    return [annotation]
 
 
 def _unknown(
