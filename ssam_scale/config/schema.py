@@ -353,8 +353,7 @@ class Schedule(Section):
                 **{name: f"it is schedule.{name}" for name in ("warmup_epochs", "warmup_lr", "min_lr")},
                 "sched": "it is schedule.name",
                 "warmup_t": "it is schedule.warmup_epochs",
-                "t_initial": "it is train.epochs",
-                "num_epochs": "it is train.epochs",
+                **dict.fromkeys(("t_initial", "num_epochs"), "it is train.epochs, or train.max_steps"),
                 **dict.fromkeys(("optimizer", "warmup_prefix", "step_on_epochs", "updates_per_epoch"), always),
             },
         )
@@ -589,7 +588,16 @@ class Sharding(Section):
 class Train(Section):
     """How long, how precisely, from where."""
 
-    epochs: int = Field(ge=1, le=10**6, description="passes over the training images")
+    epochs: int | None = Field(
+        None, ge=1, le=10**6, description="passes over the training images; null: max_steps says how long the run is"
+    )
+    max_steps: int | None = Field(
+        None,
+        ge=1,
+        le=10**9,
+        description="optimizer steps of the run, in the place of epochs: it may end within one, and is evaluated and "
+        "saved there; learning rate, radius, window and masks end with it; null: epochs says how long the run is",
+    )
     device: Literal["auto", "cuda", "cpu"] = Field(
         "auto",
         description="where processes compute: cuda: each on its own GPU; cpu; auto: on GPUs if this machine has any, "
@@ -648,6 +656,17 @@ class Train(Section):
         if value is None or value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
             return value
         raise ValueError("must be a whole number of at least 1, auto or null")
+
+    @model_validator(mode="after")
+    def _of_one_length(self) -> Train:
+        if self.epochs is None and self.max_steps is None:
+            raise ValueError("epochs is missing, or max_steps: one of them says how long the run is")
+        if self.epochs is not None and self.max_steps is not None:
+            raise ValueError(
+                f"epochs {self.epochs} and max_steps {self.max_steps} both say how long the run is; leave one of them "
+                "out, or set it to null (train.epochs=null)"
+            )
+        return self
 
     @model_validator(mode="after")
     def _chosen_once(self) -> Train:
@@ -759,10 +778,6 @@ class Sharpness(Section):
         32, ge=1, le=10**6, description="images of one pass on one process; no result depends on it, but memory does"
     )
 
-    def due(self, epoch: int, epochs: int) -> bool:
-        """Whether it is measured after so many epochs of a run."""
-        return epoch == epochs or epoch % self.every_epochs == 0
-
 
 class Config(Section):
     """One run."""
@@ -790,12 +805,39 @@ class Config(Section):
                 f"data.batch_size {self.data.batch_size} is not a multiple of "
                 f"train.accumulation {self.train.accumulation}"
             )
-        if self.schedule.warmup_epochs >= self.train.epochs and self.schedule.warmup_epochs > 0:
-            raise ValueError(
-                f"schedule.warmup_epochs {self.schedule.warmup_epochs} must be less than "
-                f"train.epochs {self.train.epochs}"
-            )
         return self
+
+    @model_validator(mode="after")
+    def _all_begins(self) -> Config:
+        epochs = self.train.epochs
+        if epochs is not None and (late := self.too_late(epochs, f"train.epochs {epochs}")) is not None:
+            raise ValueError(late)
+        return self
+
+    def too_late(self, epochs: float, length: str) -> str | None:
+        """What is to begin in an epoch that a run does not come to, in a line; None: all begins.
+
+        Args:
+            epochs: of the run. Those of `train.max_steps` are known with the images.
+            length: the same in words, with the key that says it.
+        """
+        warmup, grows, term = self.schedule.warmup_epochs, self.data.progressive, self.trajectory
+        if warmup >= epochs and warmup > 0:
+            return f"schedule.warmup_epochs {warmup} must be less than {length}"
+        for number, frozen in enumerate(self.model.freeze):
+            if frozen.until_epoch is not None and frozen.until_epoch >= epochs:
+                return (
+                    f"model.freeze.{number}.until_epoch {frozen.until_epoch} must be less than {length}, or no epoch "
+                    "trains them; null says so"
+                )
+        if grows is not None and grows.to_epoch >= epochs:
+            return (
+                f"data.progressive.to_epoch {grows.to_epoch} must be less than {length}, or no epoch has crops of "
+                f"data.resolution {self.data.resolution}"
+            )
+        if term is not None and term.start_epoch >= epochs:
+            return f"trajectory.start_epoch {term.start_epoch} must be less than {length}, or no epoch has the term"
+        return None
 
     @model_validator(mode="after")
     def _a_weight_for_each_class(self) -> Config:
@@ -805,17 +847,12 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _some_epochs_of_all_that_is_trained(self) -> Config:
+    def _chosen_among_what_is_always_trained(self) -> Config:
         mask = self.perturbation.mask if self.perturbation is not None else None
         for number, frozen in enumerate(self.model.freeze):
             key = f"model.freeze.{number}.until_epoch"
             if frozen.until_epoch is None:
                 continue
-            if frozen.until_epoch >= self.train.epochs:
-                raise ValueError(
-                    f"{key} {frozen.until_epoch} must be less than train.epochs {self.train.epochs}, or no epoch "
-                    "trains them; null says so"
-                )
             if isinstance(mask, RefreshedMask) and mask.scores and not isinstance(mask, DepthMask):
                 raise ValueError(
                     f"{key} {frozen.until_epoch}: perturbation.mask.pattern {mask.pattern} is chosen among what is "
@@ -824,25 +861,8 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _some_epochs_of_the_whole_side(self) -> Config:
-        grows = self.data.progressive
-        if grows is not None and grows.to_epoch >= self.train.epochs:
-            raise ValueError(
-                f"data.progressive.to_epoch {grows.to_epoch} must be less than train.epochs {self.train.epochs}, or no "
-                f"epoch has crops of data.resolution {self.data.resolution}"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _some_epochs_with_the_term(self) -> Config:
+    def _one_term_of_each_image(self) -> Config:
         term = self.trajectory
-        if term is None:
-            return self
-        if term.start_epoch >= self.train.epochs:
-            raise ValueError(
-                f"trajectory.start_epoch {term.start_epoch} must be less than train.epochs {self.train.epochs}, or no "
-                "epoch has the term"
-            )
         if not isinstance(term, SAFTrajectory):
             return self
         descent = self.perturbation.descent if self.perturbation is not None else None

@@ -217,14 +217,7 @@ def train_loader(
     """
     source = _checked(data.train, data.val, num_classes, "data.train")
     together = micro_batch * world_size
-    if data.subset is not None and data.subset > source.images:
-        raise UserError(f"data.subset {data.subset:,}: {data.train} has {source.images:,} images")
-    images = data.subset or source.images
-    if images < max(data.batch_size, together):
-        raise UserError(
-            f"{data.train}: {images:,} images are fewer than one batch of {max(data.batch_size, together):,}; "
-            "lower data.batch_size or use more images"
-        )
+    images = images_of_an_epoch(data, source.images, together)
     from ssam_scale.data.device_augment import device_augment
     from ssam_scale.data.ffcv_loader import Reader, SharedOrder, View, seconds_to_decode
 
@@ -270,6 +263,28 @@ def train_loader(
         augment=augment,
         indexed=indices,
     )
+
+
+def images_of_an_epoch(data: Data, images: int, at_once: int = 0) -> int:
+    """How many images the order of an epoch has, what no step reads at its end included.
+
+    Args:
+        data: of the configuration.
+        images: that `data.train` has.
+        at_once: images that are needed at once, if more than those of a step.
+
+    Raises:
+        UserError: they are fewer than are wanted, or than one batch.
+    """
+    if data.subset is not None and data.subset > images:
+        raise UserError(f"data.subset {data.subset:,}: {data.train} has {images:,} images")
+    images, at_once = data.subset or images, max(data.batch_size, at_once)
+    if images < at_once:
+        raise UserError(
+            f"{data.train}: {images:,} images are fewer than one batch of {at_once:,}; lower data.batch_size or use "
+            "more images"
+        )
+    return images
 
 
 def sample_loader(

@@ -28,9 +28,10 @@ from .build import Components, backend_of, build, build_hooks
 from .checkpoint import SaveCheckpoint
 from .evaluation import evaluate
 from .hooks import Hook, ending
+from .length import Length, length_of
 from .memory import explaining_out_of_memory
 from .preflight import Preflight, preflight
-from .progress import ProgressBar
+from .progress import Progress, ProgressBar
 from .refresh import fewest_samples
 
 
@@ -46,19 +47,23 @@ def train(config: Config, world: World) -> None:
     """
     found = preflight(config, world)
     notes = found.notes()
+    length = length_of(config, found.data["data.train"].images)
     with checkpoint.locked(config, world):
-        goes_on = _train(config, world, found, notes)
+        goes_on = _train(config, world, length, found, notes)
         while goes_on:
             gc.collect()  # what was trained with is built anew
-            goes_on = _train(_going_on(config), world, found, [], started=False)
+            goes_on = _train(_going_on(config), world, length, found, [], started=False)
 
 
-def _train(config: Config, world: World, found: Preflight, notes: Sequence[str], *, started: bool = True) -> bool:
+def _train(
+    config: Config, world: World, length: Length, found: Preflight, notes: Sequence[str], *, started: bool = True
+) -> bool:
     """Train to the end, or to where the run goes on from the newest checkpoint.
 
     Args:
         config: of the run.
         world: the processes.
+        length: of the run.
         found: before anything was built.
         notes: lines to print first.
         started: whether a job has started with this; else it goes on.
@@ -74,9 +79,9 @@ def _train(config: Config, world: World, found: Preflight, notes: Sequence[str],
     if path is None:
         checkpoint.check_fresh_directory(config)
         checkpoint.forget_rollbacks(config.checkpoint.directory)
-    elif (done := checkpoint.finished(path, config)) is not None:
+    elif (done := checkpoint.finished(path, config, length)) is not None:
         # The tracked run stays as it ended, with its duration.
-        out.print(f"{path} is of epoch {done.epoch}, the last: nothing is left to train", soft_wrap=True)
+        out.print(f"{path} is of {_last_place(done)}: nothing is left to train", soft_wrap=True)
         if world.first and done.run_id is not None:
             _print_lines(out, run_lines(config.tracking.uri, done.run_id))
         return False
@@ -84,14 +89,14 @@ def _train(config: Config, world: World, found: Preflight, notes: Sequence[str],
         checkpoint.note_start(config, world, path)
     predicted, unpredicted = _predicted(config, world)
     phases = PhaseTimer(world.device, entered=world.whereabouts.at)
-    components = _build(config, world, phases, path)
+    components = _build(config, world, phases, length, path)
     if (reshuffled := checkpoint.Rollbacks.of(config.checkpoint.directory, world).reshuffled) and path is not None:
         components.train.reshuffle(reshuffled)
     if path is not None and world.first:
         for left in checkpoint.set_aside(config.checkpoint.directory, path):
             out.print(f"{left}: set aside, because the run goes on from {path}", soft_wrap=True)
     split = components.split
-    progress, total = components.progress, config.train.epochs * components.steps_per_epoch
+    progress, total = components.progress, length.steps
     with (
         open_run(
             config,
@@ -99,7 +104,7 @@ def _train(config: Config, world: World, found: Preflight, notes: Sequence[str],
             resume_run_id=progress.run_id,
             gpus=world.size if world.device.type == "cuda" else 0,
             extra_tags={
-                "steps": str(progress.step + total - progress.place),
+                "steps": str(progress.step + max(0, total - progress.place)),
                 "steps_per_epoch": str(components.steps_per_epoch),
                 "backend": backend_of(config, world),
                 "loader_workers": str(components.train.workers.count),
@@ -127,9 +132,9 @@ def _train(config: Config, world: World, found: Preflight, notes: Sequence[str],
             ):
                 if progress.unevaluated:
                     _between_epochs(world, components, hooks)
-                while progress.epoch < config.train.epochs:
+                while not progress.ended:
                     _train_epoch(config, world, components, hooks, phases)
-                    if unfreezes(config.model.freeze, progress.epoch):
+                    if not progress.ended and unfreezes(config.model.freeze, progress.epoch):
                         raise _TrainsMoreError
         except _TrainsMoreError:
             return True
@@ -143,6 +148,11 @@ def _train(config: Config, world: World, found: Preflight, notes: Sequence[str],
             out, [f"last checkpoint: {checkpoint.newest(config.checkpoint.directory)}", *run.interface_lines()]
         )
     return False
+
+
+def _last_place(done: Progress) -> str:
+    """Where a complete run has ended, in words."""
+    return f"epoch {done.epoch}, the last" if done.length.in_epochs else f"step {done.step}, the last"
 
 
 class _TrainsMoreError(Exception):
@@ -220,15 +230,16 @@ def dry_run(config: Config, world: World) -> str:
     """
     found = preflight(config, world)
     notes = found.notes()
+    length = length_of(config, found.data["data.train"].images)
     path, passed_over = checkpoint.resolve(config, world)
     what = describe(config, world)
     if path is None:
         checkpoint.check_fresh_directory(config)
-    elif (done := checkpoint.finished(path, config)) is not None:
-        return f"dry run: {path} is of epoch {done.epoch}, the last: nothing is left to train"
+    elif (done := checkpoint.finished(path, config, length)) is not None:
+        return f"dry run: {path} is of {_last_place(done)}: nothing is left to train"
     _predicted(config, world)
     phases = PhaseTimer(world.device, entered=world.whereabouts.at)
-    components = _build(config, world, phases, path)
+    components = _build(config, world, phases, length, path)
     with open_run(config, enabled=False) as run, ProgressBar(1, 0, visible=False) as bar:
         hooks = build_hooks(config, world, components, phases, run, bar)
         hooks = [hook for hook in hooks if not isinstance(hook, SaveCheckpoint)]
@@ -241,14 +252,13 @@ def dry_run(config: Config, world: World) -> str:
     assert loss is not None
     with explaining_out_of_memory(config, components.split), closing(iter(components.val)) as batches:
         evaluate(components.module, [next(batches)], 1, world, components.precision)
-    said = (
-        f"dry run: {what}, one step of {components.split}, loss {float(loss):.4f}; "
-        f"an epoch has {components.steps_per_epoch} steps"
+    said = f"dry run: {what}, one step of {components.split}, loss {float(loss):.4f}; " + (
+        f"an epoch has {length.steps_per_epoch} steps" if length.in_epochs else f"the run has {length}"
     )
     return "\n".join([*notes, *passed_over, *notes_on_data(config, found.data), said])
 
 
-def _build(config: Config, world: World, phases: PhaseTimer, path: Path | None) -> Components:
+def _build(config: Config, world: World, phases: PhaseTimer, length: Length, path: Path | None) -> Components:
     """The components of a run, as the checkpoint that it goes on from has them, if there is one."""
     with explaining_out_of_memory(config):
         found, epoch = None, None
@@ -257,7 +267,7 @@ def _build(config: Config, world: World, phases: PhaseTimer, path: Path | None) 
             if seen or not unfreezes(config.model.freeze, epoch):  # what fitted before takes more memory now
                 found = checkpoint.micro_batch_of(path, config, world)
         world.whereabouts.at("building")
-        components = build(config, world, phases, found, epoch=epoch)
+        components = build(config, world, phases, length, found, epoch=epoch)
         if path is not None:
             world.whereabouts.at("loading a checkpoint")
             checkpoint.load(path, config, components)
@@ -392,7 +402,7 @@ def _announce(
     found: Preflight,
 ) -> None:
     bar.say(
-        f"{config.train.epochs} epochs of {components.steps_per_epoch} steps of {config.data.batch_size} images, "
+        f"{components.progress.length} of {config.data.batch_size} images, "
         f"{components.split}{', found to fit' if config.train.max_micro_batch == 'auto' else ''}"
     )
     if (line := _frozen(config, components)) is not None:
@@ -408,7 +418,7 @@ def _announce(
             f"crops of {grows.resolution} px until epoch {grows.from_epoch + 1}, which grow to "
             f"{config.data.resolution} by epoch {grows.to_epoch + 1}"
         )
-    fewest = fewest_samples(config, components.steps_per_epoch, components.train.images * world.size)
+    fewest = fewest_samples(config, components.progress.length, components.train.images * world.size)
     if fewest is not None:
         bar.say(
             f"perturbation.mask.samples: a refresh near the end of an epoch scores what is left of it, {fewest} "

@@ -106,6 +106,8 @@ def deepspeed() -> st.SearchStrategy[dict[str, Any]]:
 @st.composite
 def configs(draw: st.DrawFn) -> Config:
     data = draw(section(Config))
+    in_steps = data["train"]["max_steps"] if draw(st.booleans()) else None
+    data["train"] |= {"epochs": data["train"]["epochs"] or 1, "max_steps": None}
     _grows(data["data"], data["train"])
     if data["data"]["order"] == "pages":
         data["data"]["repeats"] = 1
@@ -169,6 +171,8 @@ def configs(draw: st.DrawFn) -> Config:
         data["train"]["precision"] = "bf16"
     data["train"]["compile"] &= data["sharding"]["backend"] != "zero3"
     data["sharding"]["deepspeed"] = draw(deepspeed()) if data["sharding"]["backend"].startswith("zero") else {}
+    if in_steps is not None:  # what begins in it is known with the images
+        data["train"] |= {"epochs": None, "max_steps": in_steps}
     return Config.model_validate(data)
 
 
