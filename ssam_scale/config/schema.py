@@ -6,6 +6,7 @@ resolved values.
 
 from __future__ import annotations
 
+import math
 import pkgutil
 import re
 from pathlib import Path
@@ -585,6 +586,27 @@ class Sharding(Section):
         return self
 
 
+class EarlyStop(Section):
+    """Ends a run before its length where its evaluations do not improve any more; schedules are those of the whole."""
+
+    metric: Literal["top1", "top5", "loss"] = Field(
+        "top1", description="of evaluations: of the averaged weights if there are any; accuracies are in percent"
+    )
+    patience: int = Field(
+        ge=1,
+        le=10**6,
+        description="evaluations in a row without an improvement after which the run stops, each eval_epochs epochs "
+        "after the one before",
+    )
+    min_delta: float = Field(0.0, ge=0.0, le=1e6, description="an improvement is by more than this")
+
+    def improves(self, value: float, best: float | None) -> bool:
+        """Whether a value of the metric is an improvement on the best one, if there is any; no number never is."""
+        if not math.isfinite(value) or best is None:
+            return math.isfinite(value)
+        return (best - value if self.metric == "loss" else value - best) > self.min_delta
+
+
 class Train(Section):
     """How long, how precisely, from where."""
 
@@ -649,6 +671,7 @@ class Train(Section):
     )
     seed: int = Field(0, ge=0, le=2**64 - 1, description="seed of weights, order, augmentation and masks")
     eval_epochs: int = Field(1, ge=1, description="epochs between two evaluations; the last epoch is always evaluated")
+    early_stop: EarlyStop | None = Field(None, description="null: the run has its whole length")
 
     @field_validator("max_micro_batch", mode="before")
     @classmethod
@@ -844,6 +867,16 @@ class Config(Section):
         weights, classes = self.loss.class_weights, self.model.num_classes
         if weights is not None and len(weights) != classes:
             raise ValueError(f"loss.class_weights has {len(weights)} numbers, and model.num_classes is {classes}")
+        return self
+
+    @model_validator(mode="after")
+    def _stops_by_what_is_measured(self) -> Config:
+        stop, classes = self.train.early_stop, self.model.num_classes
+        if stop is not None and stop.metric == "top5" and classes <= 5:
+            raise ValueError(
+                f"train.early_stop.metric top5: of model.num_classes {classes} all are among the best five; use top1 "
+                "or loss"
+            )
         return self
 
     @model_validator(mode="after")

@@ -51,6 +51,7 @@ from .agreement import Agreement
 from .batches import MicroBatch
 from .checkpoint import ModelState, OptimizerState, SaveCheckpoint, SparsePart
 from .criterion import Criterion
+from .early_stop import Patience
 from .evaluation import Evaluate
 from .hooks import (
     AverageBatchNormStatistics,
@@ -207,7 +208,7 @@ def build(
     except ValueError as error:
         raise UserError(f"sharding: {error}") from error
     scaler = torch.amp.GradScaler(world.device.type) if config.train.precision == "fp16" else None
-    progress = Progress(length)
+    progress = Progress(length, patience=Patience(config.train.early_stop))
     opt = _sparse_sam(config, module, base, scaler, length, phases)
     decay, warmup = config.train.ema_decay, config.train.ema_warmup
     ema = EMA(network, decay, opt.sharding, warmup=warmup) if decay is not None else None

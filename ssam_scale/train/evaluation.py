@@ -140,6 +140,8 @@ class Evaluate(Hook):
             progress.unevaluated = True
             return
         self._last = progress.step, result
+        if (stop := self._config.train.early_stop) is not None:
+            progress.patience.observe(self._world.first_says(getattr(result, stop.metric)), progress.step)
         self._run.log_evaluation(
             top1=result.top1,
             top5=result.top5,
@@ -152,11 +154,15 @@ class Evaluate(Hook):
             self._write_result(progress, result)
         beside = "" if raw is None else f"; without averaging the weights: {raw}"
         self._bar.say(f"{progress}: {result} on {result.images} images{beside}")
+        if progress.stopped_early:
+            self._run.log({"train/stopped_early": 1.0}, progress.step)
+            self._bar.say(str(progress.patience))
 
     def _write_result(self, progress: Progress, result: Evaluation) -> None:
         """The last evaluation beside the checkpoints, whole or not there: it stays where no store is."""
         file = self._config.checkpoint.directory / RESULT
         said = {**asdict(result), "epochs": progress.epochs, "steps": progress.step, "run_id": progress.run_id}
+        said["stopped_early"] = progress.stopped_early
         said = {"method": self._config.method, "model": self._config.model.name, **said}
         # JSON has no word for what is no number.
         said = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in said.items()}

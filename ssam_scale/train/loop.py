@@ -152,7 +152,8 @@ def _train(
 
 def _last_place(done: Progress) -> str:
     """Where a complete run has ended, in words."""
-    return f"epoch {done.epoch}, the last" if done.length.in_epochs else f"step {done.step}, the last"
+    where = f"epoch {done.epoch}" if done.length.in_epochs else f"step {done.step}"
+    return f"{where}, where the run has stopped early" if done.stopped_early else f"{where}, the last"
 
 
 class _TrainsMoreError(Exception):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from types import TracebackType
 from typing import Any, TypeVar
@@ -15,6 +15,7 @@ from rich.progress import Progress as Bars
 from ssam_scale.console import console
 from ssam_scale.perturbation import StepReport
 
+from .early_stop import Patience
 from .hooks import Hook
 from .length import Length
 
@@ -42,6 +43,7 @@ class Progress:
         closed: whether what ends an epoch was done in the middle of one, where the run ended.
         unevaluated: whether what comes between epochs is not done after the last one: a signal has ended the run there.
         run_id: the tracked run; None on processes that do not track.
+        patience: whether the run stops before its length.
     """
 
     length: Length
@@ -51,6 +53,7 @@ class Progress:
     closed: bool = False
     unevaluated: bool = False
     run_id: str | None = None
+    patience: Patience = field(default_factory=Patience)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -84,7 +87,12 @@ class Progress:
     @property
     def ended(self) -> bool:
         """Whether no step is left, and what ends the last epoch is done: what comes between epochs may not be."""
-        return self.place >= self.length.steps and (not self.seen or self.closed)
+        return (self.place >= self.length.steps or self.patience.over) and (not self.seen or self.closed)
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether the run has ended before its length."""
+        return self.ended and self.place < self.length.steps
 
     def __str__(self) -> str:
         """Where the run is, as its lines say it: "epoch 2/3", or "step 80/200"."""
@@ -110,7 +118,8 @@ class Progress:
 
     def state_dict(self) -> dict[str, Any]:
         """What a run of other steps needs of it, too."""
-        return {name: getattr(self, name) for name in (*_SAVED, *_SAVED_SINCE)}
+        saved = {name: getattr(self, name) for name in (*_SAVED, *_SAVED_SINCE)}
+        return {**saved, "patience": self.patience.state_dict()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take back what `state_dict` returned.
@@ -122,6 +131,8 @@ class Progress:
             setattr(self, name, state_dict[name])
         for name in _SAVED_SINCE:
             setattr(self, name, state_dict.get(name, getattr(self, name)))
+        if "patience" in state_dict:
+            self.patience.load_state_dict(state_dict["patience"])
 
 
 class ProgressBar(Hook):

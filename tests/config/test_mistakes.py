@@ -43,7 +43,7 @@ def swap(old: str, new: str) -> str:
             SMALL + "  zzz: 3\n",
             "given.yaml:18: train.zzz: unknown key; "
             "train has epochs, max_steps, device, precision, accumulation, max_micro_batch, activation_checkpointing, "
-            "compile, ema_decay, ema_warmup, on_nonfinite, max_skips, max_rollbacks, seed, eval_epochs",
+            "compile, ema_decay, ema_warmup, on_nonfinite, max_skips, max_rollbacks, seed, eval_epochs, early_stop",
         ),
         # values
         (swap("128", "abc"), 'given.yaml:7: data.batch_size: must be a whole number, given "abc"'),

@@ -123,6 +123,8 @@ def configs(draw: st.DrawFn) -> Config:
     if data["loss"]["class_weights"]:
         data["loss"]["class_weights"] = (*data["loss"]["class_weights"], 1.0)  # they may not all be 0
         data["model"]["num_classes"] = len(data["loss"]["class_weights"])
+    if data["train"]["early_stop"] and data["model"]["num_classes"] <= 5:
+        data["train"]["early_stop"]["metric"] = "top1"
     if data["train"]["accumulation"] is not None and data["train"]["max_micro_batch"] == "auto":
         data["train"]["max_micro_batch"] = None
     data["schedule"]["warmup_epochs"] = draw(st.floats(0, float(min(data["train"]["epochs"], 2**53)), exclude_max=True))
@@ -368,6 +370,7 @@ def full(key: str) -> dict[str, Any]:
         given["data"] |= {"resolution": 28, "progressive": {"resolution": 8, "to_epoch": 1}}
         given["data"]["augment"] = {"policy": "rand_augment_increasing"}
         given["sharpness"] = {}
+        given["train"]["early_stop"] = {"patience": 2}
         given["model"]["freeze"] = given["optimizer"]["groups"] = [{"parameters": "norm"}]
         data = Config.model_validate(given).model_dump(mode="json")
         around = data

@@ -17,6 +17,7 @@ from ssam_scale.models import build_network
 from ssam_scale.sharding import World
 from ssam_scale.sharding.chunks import Chunk, SavedTensor, whole
 from ssam_scale.tracking.store import plain_values
+from ssam_scale.train.early_stop import Patience
 from ssam_scale.train.length import Length
 from ssam_scale.train.progress import Progress
 
@@ -138,12 +139,12 @@ def micro_batch_of(path: Path, config: Config, world: World) -> int | None:
 
 
 def finished(path: Path, config: Config, length: Length) -> Progress | None:
-    """How far the run has come that a checkpoint was saved of, if that is this run and has all of its steps."""
+    """How far the run has come that a checkpoint was saved of, if that is this run and is complete."""
     try:
         state = read_state(path)
         described = _description(config)
         same = described == {key: state[key] for key in described}
-        progress = Progress(length)
+        progress = Progress(length, patience=Patience(config.train.early_stop))
         progress.load_state_dict(state["parts"]["progress"])
     except (ValueError, KeyError, TypeError):  # `load` says what is wrong with it
         return None
