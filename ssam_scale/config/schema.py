@@ -275,10 +275,11 @@ class Loss(Section):
         description="binary_cross_entropy: targets above it are 1 and the others 0, after mixing (timm's "
         "bce_target_thresh); null: they are as mixed",
     )
-    class_weights: tuple[Annotated[float, Field(ge=0.0, le=1e6)], ...] | None = Field(
+    class_weights: tuple[Annotated[float, Field(ge=0.0, le=1e6)], ...] | Literal["balanced"] | None = Field(
         None,
-        description="a factor on the loss of each class, in the order of labels; the mean is over images, whatever "
-        "their weights, so that it is the same for any number of processes; null: 1",
+        description="a factor on the loss of each class, in the order of labels; balanced: training images / (classes "
+        "x images of the class), as scikit-learn's; the mean is over images, whatever their weights, so that it is the "
+        "same for any number of processes; null: 1",
     )
     label_smoothing: float = Field(0.0, ge=0.0, lt=1.0, description="mass spread over all classes")
     mixup: float = Field(0.0, ge=0.0, description="alpha of mixup's Beta distribution; 0 turns it off")
@@ -288,11 +289,23 @@ class Loss(Section):
         description="alpha of CutMix's Beta distribution; 0 turns it off; with mixup one of them, as likely",
     )
 
+    @field_validator("class_weights", mode="before")
+    @classmethod
+    def _numbers_or_balanced(cls, value: Any) -> Any:
+        def is_weight(item: Any) -> bool:
+            return isinstance(item, (int, float)) and not isinstance(item, bool) and 0.0 <= item <= 1e6
+
+        if isinstance(value, (list, tuple)) and all(map(is_weight, value)):
+            return tuple(value)
+        if value in (None, "balanced"):
+            return value
+        raise ValueError("must be a list of numbers from 0 to 1e+06, one for each class, or balanced or null")
+
     @model_validator(mode="after")
     def _of_classes_by_themselves(self) -> Loss:
         if self.target_threshold is not None and self.name != "binary_cross_entropy":
             raise ValueError(f"target_threshold is of binary_cross_entropy, and name is {self.name}")
-        if self.class_weights is not None and not any(self.class_weights):
+        if isinstance(self.class_weights, tuple) and not any(self.class_weights):
             raise ValueError("class_weights are all 0")
         return self
 
@@ -865,7 +878,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _a_weight_for_each_class(self) -> Config:
         weights, classes = self.loss.class_weights, self.model.num_classes
-        if weights is not None and len(weights) != classes:
+        if isinstance(weights, tuple) and len(weights) != classes:
             raise ValueError(f"loss.class_weights has {len(weights)} numbers, and model.num_classes is {classes}")
         return self
 

@@ -6,6 +6,7 @@ import gc
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -26,6 +27,7 @@ from . import checkpoint
 from .batches import EpochBatches
 from .build import Components, backend_of, build, build_hooks
 from .checkpoint import SaveCheckpoint
+from .class_weights import ClassWeights, balanced
 from .evaluation import evaluate
 from .hooks import Hook, ending
 from .length import Length, length_of
@@ -47,23 +49,49 @@ def train(config: Config, world: World) -> None:
     """
     found = preflight(config, world)
     notes = found.notes()
-    length = length_of(config, found.data["data.train"].images)
+    of_data = _OfData.of(config, found.data["data.train"])
     with checkpoint.locked(config, world):
-        goes_on = _train(config, world, length, found, notes)
+        goes_on = _train(config, world, of_data, found, notes)
         while goes_on:
             gc.collect()  # what was trained with is built anew
-            goes_on = _train(_going_on(config), world, length, found, [], started=False)
+            goes_on = _train(_going_on(config), world, of_data, found, [], started=False)
+
+
+@dataclass(frozen=True)
+class _OfData:
+    """What only the configuration and its images together say of a run.
+
+    Attributes:
+        length: how long it is.
+        class_weights: that `balanced` comes to; None: the configuration has something else.
+    """
+
+    length: Length
+    class_weights: ClassWeights | None
+
+    @classmethod
+    def of(cls, config: Config, images: Images) -> _OfData:
+        """Of a run on the images that `data.train` names.
+
+        Raises:
+            UserError: they do not suit it.
+        """
+        return cls(length_of(config, images.images), balanced(config, images))
+
+    def put_into(self, config: Config) -> Config:
+        """The configuration with numbers where it leaves them to the data."""
+        return config if self.class_weights is None else self.class_weights.put_into(config)
 
 
 def _train(
-    config: Config, world: World, length: Length, found: Preflight, notes: Sequence[str], *, started: bool = True
+    given: Config, world: World, of_data: _OfData, found: Preflight, notes: Sequence[str], *, started: bool = True
 ) -> bool:
     """Train to the end, or to where the run goes on from the newest checkpoint.
 
     Args:
-        config: of the run.
+        given: the configuration, as it is recorded.
         world: the processes.
-        length: of the run.
+        of_data: what the images say of the run.
         found: before anything was built.
         notes: lines to print first.
         started: whether a job has started with this; else it goes on.
@@ -72,6 +100,7 @@ def _train(
         Whether it goes on, with all that is trained with built anew: because it has to go back, or because the next
         epoch trains more parameters, of which backends must know from the start.
     """
+    config, length = of_data.put_into(given), of_data.length
     path, passed_over = checkpoint.resolve(config, world)
     notes = [*notes, *passed_over]
     out = console(quiet=not world.first)
@@ -99,7 +128,7 @@ def _train(
     progress, total = components.progress, length.steps
     with (
         open_run(
-            config,
+            given,
             enabled=world.first,
             resume_run_id=progress.run_id,
             gpus=world.size if world.device.type == "cuda" else 0,
@@ -120,6 +149,9 @@ def _train(
         for context, key in (("training", "data.train"), ("validation", "data.val")):
             run.log_data(found.data[key], context=context, side=config.data.resolution)
         run.log(predicted, progress.step)
+        if of_data.class_weights is not None:
+            bar.say(str(of_data.class_weights))
+            run.log_text(of_data.class_weights.table(), "class_weights.csv")
         hooks = build_hooks(config, world, components, phases, run, bar)
         try:
             with (
@@ -231,7 +263,8 @@ def dry_run(config: Config, world: World) -> str:
     """
     found = preflight(config, world)
     notes = found.notes()
-    length = length_of(config, found.data["data.train"].images)
+    of_data = _OfData.of(config, found.data["data.train"])
+    config, length = of_data.put_into(config), of_data.length
     path, passed_over = checkpoint.resolve(config, world)
     what = describe(config, world)
     if path is None:

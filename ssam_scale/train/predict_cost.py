@@ -429,7 +429,11 @@ class ConfiguredWork:
 
     def __init__(self, config: Config, device: torch.device) -> None:
         self._device, self._precision = device, PRECISIONS[config.train.precision]
-        self._loss = soft_loss(config, self._precision)
+        # Balanced weights, which take a look at the images, take as long as any.
+        loss = config.loss
+        if loss.class_weights == "balanced":
+            loss = loss.model_copy(update={"class_weights": (1.0,) * config.model.num_classes})
+        self._loss = soft_loss(config.model_copy(update={"loss": loss}), self._precision)
 
     def loss_fn(self, forward: Callable[[Tensor], Tensor], batch: Batch) -> Tensor:
         """The configured loss, of labels that are not mixed."""

@@ -120,7 +120,7 @@ def configs(draw: st.DrawFn) -> Config:
     _freezes(data)
     if data["loss"]["name"] == "cross_entropy":
         data["loss"]["target_threshold"] = None
-    if data["loss"]["class_weights"]:
+    if isinstance(data["loss"]["class_weights"], tuple):
         data["loss"]["class_weights"] = (*data["loss"]["class_weights"], 1.0)  # they may not all be 0
         data["model"]["num_classes"] = len(data["loss"]["class_weights"])
     if data["train"]["early_stop"] and data["model"]["num_classes"] <= 5:
