@@ -30,12 +30,14 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ssam_scale.bench.record import provenance, result_path, write
 from ssam_scale.config.load import load
+from ssam_scale.data import open_images
 from ssam_scale.sharding import World, join_world
 from ssam_scale.tracking.timer import PhaseTimer
 from ssam_scale.train.build import build
 from ssam_scale.train.checkpoint import load as load_checkpoint
 from ssam_scale.train.checkpoint import newest
 from ssam_scale.train.evaluation import evaluate
+from ssam_scale.train.length import length_of
 from ssam_scale.train.loop import train
 
 SETS = {"ascent": (0,), "descent": (1,), "both": (0, 1)}
@@ -89,7 +91,7 @@ def one(config_path: Path, overrides: Sequence[str], folder: Path, world: World)
     sets = Sets()
     with sets.watching():
         train(config, world)
-    components = build(config, world, PhaseTimer())
+    components = build(config, world, PhaseTimer(), length_of(config, open_images(config.data.train).images))
     path = newest(checkpoints)
     assert path is not None
     load_checkpoint(path, config, components)

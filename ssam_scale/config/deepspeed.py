@@ -330,7 +330,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 def _scheduler(section: Any, path: KeyPath, config: Config) -> Iterator[Problem]:
-    """It agrees if its shape and its rates are the configured ones; what it counts in steps is in epochs here."""
+    """It agrees if its shape and its rates are the configured ones; what it counts in steps may be in epochs here."""
     ours, lr = config.schedule, config.optimizer.lr
     kind, params = section.get("type"), section.get("params")
     if isinstance(kind, str) and kind != "auto":
@@ -361,6 +361,9 @@ def _scheduler(section: Any, path: KeyPath, config: Config) -> Iterator[Problem]
                 yield Problem(here, _contradicts(value, *expected[key]))
         elif key == "warmup_num_steps" and value == 0 and not ours.warmup_epochs:
             continue
+        elif key == "total_num_steps" and config.train.max_steps is not None:
+            if not _same(value, config.train.max_steps):
+                yield Problem(here, _contradicts(value, "train.max_steps", config.train.max_steps))
         elif key in _COUNTED_IN_STEPS:
             said = f"here {_COUNTED_IN_STEPS[key]} says it, in epochs"
             yield Problem(here, f"{_shown(value)} counts steps; {said}{_OR_AUTO}")

@@ -6,6 +6,7 @@ resolved values.
 
 from __future__ import annotations
 
+import math
 import pkgutil
 import re
 from pathlib import Path
@@ -281,10 +282,11 @@ class Loss(Section):
         description="binary_cross_entropy: targets above it are 1 and the others 0, after mixing (timm's "
         "bce_target_thresh); null: they are as mixed",
     )
-    class_weights: tuple[Annotated[float, Field(ge=0.0, le=1e6)], ...] | None = Field(
+    class_weights: tuple[Annotated[float, Field(ge=0.0, le=1e6)], ...] | Literal["balanced"] | None = Field(
         None,
-        description="a factor on the loss of each class, in the order of labels; the mean is over images, whatever "
-        "their weights, so that it is the same for any number of processes; null: 1",
+        description="a factor on the loss of each class, in the order of labels; balanced: training images / (classes "
+        "x images of the class), as scikit-learn's; the mean is over images, whatever their weights, so that it is the "
+        "same for any number of processes; null: 1",
     )
     label_smoothing: float = Field(0.0, ge=0.0, lt=1.0, description="mass spread over all classes")
     mixup: float = Field(0.0, ge=0.0, description="alpha of mixup's Beta distribution; 0 turns it off")
@@ -294,11 +296,23 @@ class Loss(Section):
         description="alpha of CutMix's Beta distribution; 0 turns it off; with mixup one of them, as likely",
     )
 
+    @field_validator("class_weights", mode="before")
+    @classmethod
+    def _numbers_or_balanced(cls, value: Any) -> Any:
+        def is_weight(item: Any) -> bool:
+            return isinstance(item, (int, float)) and not isinstance(item, bool) and 0.0 <= item <= 1e6
+
+        if isinstance(value, (list, tuple)) and all(map(is_weight, value)):
+            return tuple(value)
+        if value in (None, "balanced"):
+            return value
+        raise ValueError("must be a list of numbers from 0 to 1e+06, one for each class, or balanced or null")
+
     @model_validator(mode="after")
     def _of_classes_by_themselves(self) -> Loss:
         if self.target_threshold is not None and self.name != "binary_cross_entropy":
             raise ValueError(f"target_threshold is of binary_cross_entropy, and name is {self.name}")
-        if self.class_weights is not None and not any(self.class_weights):
+        if isinstance(self.class_weights, tuple) and not any(self.class_weights):
             raise ValueError("class_weights are all 0")
         return self
 
@@ -360,8 +374,7 @@ class Schedule(Section):
                 **{name: f"it is schedule.{name}" for name in ("warmup_epochs", "warmup_lr", "min_lr")},
                 "sched": "it is schedule.name",
                 "warmup_t": "it is schedule.warmup_epochs",
-                "t_initial": "it is train.epochs",
-                "num_epochs": "it is train.epochs",
+                **dict.fromkeys(("t_initial", "num_epochs"), "it is train.epochs, or train.max_steps"),
                 **dict.fromkeys(("optimizer", "warmup_prefix", "step_on_epochs", "updates_per_epoch"), always),
             },
         )
@@ -593,10 +606,40 @@ class Sharding(Section):
         return self
 
 
+class EarlyStop(Section):
+    """Ends a run before its length where its evaluations do not improve any more; schedules are those of the whole."""
+
+    metric: Literal["top1", "top5", "loss"] = Field(
+        "top1", description="of evaluations: of the averaged weights if there are any; accuracies are in percent"
+    )
+    patience: int = Field(
+        ge=1,
+        le=10**6,
+        description="evaluations in a row without an improvement after which the run stops, each eval_epochs epochs "
+        "after the one before",
+    )
+    min_delta: float = Field(0.0, ge=0.0, le=1e6, description="an improvement is by more than this")
+
+    def improves(self, value: float, best: float | None) -> bool:
+        """Whether a value of the metric is an improvement on the best one, if there is any; no number never is."""
+        if not math.isfinite(value) or best is None:
+            return math.isfinite(value)
+        return (best - value if self.metric == "loss" else value - best) > self.min_delta
+
+
 class Train(Section):
     """How long, how precisely, from where."""
 
-    epochs: int = Field(ge=1, le=10**6, description="passes over the training images")
+    epochs: int | None = Field(
+        None, ge=1, le=10**6, description="passes over the training images; null: max_steps says how long the run is"
+    )
+    max_steps: int | None = Field(
+        None,
+        ge=1,
+        le=10**9,
+        description="optimizer steps of the run, in the place of epochs: it may end within one, and is evaluated and "
+        "saved there; learning rate, radius, window and masks end with it; null: epochs says how long the run is",
+    )
     device: Literal["auto", "cuda", "cpu"] = Field(
         "auto",
         description="where processes compute: cuda: each on its own GPU; cpu; auto: on GPUs if this machine has any, "
@@ -648,6 +691,7 @@ class Train(Section):
     )
     seed: int = Field(0, ge=0, le=2**64 - 1, description="seed of weights, order, augmentation and masks")
     eval_epochs: int = Field(1, ge=1, description="epochs between two evaluations; the last epoch is always evaluated")
+    early_stop: EarlyStop | None = Field(None, description="null: the run has its whole length")
 
     @field_validator("max_micro_batch", mode="before")
     @classmethod
@@ -655,6 +699,17 @@ class Train(Section):
         if value is None or value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
             return value
         raise ValueError("must be a whole number of at least 1, auto or null")
+
+    @model_validator(mode="after")
+    def _of_one_length(self) -> Train:
+        if self.epochs is None and self.max_steps is None:
+            raise ValueError("epochs is missing, or max_steps: one of them says how long the run is")
+        if self.epochs is not None and self.max_steps is not None:
+            raise ValueError(
+                f"epochs {self.epochs} and max_steps {self.max_steps} both say how long the run is; leave one of them "
+                "out, or set it to null (train.epochs=null)"
+            )
+        return self
 
     @model_validator(mode="after")
     def _chosen_once(self) -> Train:
@@ -799,10 +854,6 @@ class Sharpness(Section):
         32, ge=1, le=10**6, description="images of one pass on one process; no result depends on it, but memory does"
     )
 
-    def due(self, epoch: int, epochs: int) -> bool:
-        """Whether it is measured after so many epochs of a run."""
-        return epoch == epochs or epoch % self.every_epochs == 0
-
 
 class Config(Section):
     """One run."""
@@ -830,32 +881,64 @@ class Config(Section):
                 f"data.batch_size {self.data.batch_size} is not a multiple of "
                 f"train.accumulation {self.train.accumulation}"
             )
-        if self.schedule.warmup_epochs >= self.train.epochs and self.schedule.warmup_epochs > 0:
-            raise ValueError(
-                f"schedule.warmup_epochs {self.schedule.warmup_epochs} must be less than "
-                f"train.epochs {self.train.epochs}"
-            )
         return self
+
+    @model_validator(mode="after")
+    def _all_begins(self) -> Config:
+        epochs = self.train.epochs
+        if epochs is not None and (late := self.too_late(epochs, f"train.epochs {epochs}")) is not None:
+            raise ValueError(late)
+        return self
+
+    def too_late(self, epochs: float, length: str) -> str | None:
+        """What is to begin in an epoch that a run does not come to, in a line; None: all begins.
+
+        Args:
+            epochs: of the run. Those of `train.max_steps` are known with the images.
+            length: the same in words, with the key that says it.
+        """
+        warmup, grows, term = self.schedule.warmup_epochs, self.data.progressive, self.trajectory
+        if warmup >= epochs and warmup > 0:
+            return f"schedule.warmup_epochs {warmup} must be less than {length}"
+        for number, frozen in enumerate(self.model.freeze):
+            if frozen.until_epoch is not None and frozen.until_epoch >= epochs:
+                return (
+                    f"model.freeze.{number}.until_epoch {frozen.until_epoch} must be less than {length}, or no epoch "
+                    "trains them; null says so"
+                )
+        if grows is not None and grows.to_epoch >= epochs:
+            return (
+                f"data.progressive.to_epoch {grows.to_epoch} must be less than {length}, or no epoch has crops of "
+                f"data.resolution {self.data.resolution}"
+            )
+        if term is not None and term.start_epoch >= epochs:
+            return f"trajectory.start_epoch {term.start_epoch} must be less than {length}, or no epoch has the term"
+        return None
 
     @model_validator(mode="after")
     def _a_weight_for_each_class(self) -> Config:
         weights, classes = self.loss.class_weights, self.model.num_classes
-        if weights is not None and len(weights) != classes:
+        if isinstance(weights, tuple) and len(weights) != classes:
             raise ValueError(f"loss.class_weights has {len(weights)} numbers, and model.num_classes is {classes}")
         return self
 
     @model_validator(mode="after")
-    def _some_epochs_of_all_that_is_trained(self) -> Config:
+    def _stops_by_what_is_measured(self) -> Config:
+        stop, classes = self.train.early_stop, self.model.num_classes
+        if stop is not None and stop.metric == "top5" and classes <= 5:
+            raise ValueError(
+                f"train.early_stop.metric top5: of model.num_classes {classes} all are among the best five; use top1 "
+                "or loss"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _chosen_among_what_is_always_trained(self) -> Config:
         mask = self.perturbation.mask if self.perturbation is not None else None
         for number, frozen in enumerate(self.model.freeze):
             key = f"model.freeze.{number}.until_epoch"
             if frozen.until_epoch is None:
                 continue
-            if frozen.until_epoch >= self.train.epochs:
-                raise ValueError(
-                    f"{key} {frozen.until_epoch} must be less than train.epochs {self.train.epochs}, or no epoch "
-                    "trains them; null says so"
-                )
             if isinstance(mask, RefreshedMask) and mask.scores and not isinstance(mask, DepthMask):
                 raise ValueError(
                     f"{key} {frozen.until_epoch}: perturbation.mask.pattern {mask.pattern} is chosen among what is "
@@ -864,25 +947,8 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _some_epochs_of_the_whole_side(self) -> Config:
-        grows = self.data.progressive
-        if grows is not None and grows.to_epoch >= self.train.epochs:
-            raise ValueError(
-                f"data.progressive.to_epoch {grows.to_epoch} must be less than train.epochs {self.train.epochs}, or no "
-                f"epoch has crops of data.resolution {self.data.resolution}"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _some_epochs_with_the_term(self) -> Config:
+    def _one_term_of_each_image(self) -> Config:
         term = self.trajectory
-        if term is None:
-            return self
-        if term.start_epoch >= self.train.epochs:
-            raise ValueError(
-                f"trajectory.start_epoch {term.start_epoch} must be less than train.epochs {self.train.epochs}, or no "
-                "epoch has the term"
-            )
         if not isinstance(term, SAFTrajectory):
             return self
         descent = self.perturbation.descent if self.perturbation is not None else None

@@ -31,7 +31,7 @@ _HOW_FAR = {"rho", "rho_schedule", "rho_final", "norm", "calibrate_every", "savi
 # What the study decides, the same for every method.
 _OWN = (
     *(f"data.{key}" for key in ("train", "val", "subset", "batch_size", "eval_batch_size", "eval_resolution")),
-    *("tracking", "checkpoint", "sharding", "train.seed", "train.epochs", "train.eval_epochs"),
+    *("tracking", "checkpoint", "sharding", "train.seed", "train.epochs", "train.max_steps", "train.eval_epochs"),
 )
 
 
@@ -171,7 +171,12 @@ class LoadedStudy:
         self.name = path.stem
         self._path, self._origins = path, origins
         self._values, self._value_origins = self._recipe(values)
-        self.config()  # a mistake in the recipe itself is no method's
+        recipe = self.config()  # a mistake in the recipe itself is no method's
+        if recipe.train.epochs is None:
+            raise UserError(
+                f"{path}: the recipe's train.max_steps {recipe.train.max_steps}: a study's runs are counted in epochs; "
+                "give train.epochs"
+            )
         for name, method in self.study.methods.items():
             for knobs in method.grid:
                 self.config(name, knobs)
@@ -182,7 +187,9 @@ class LoadedStudy:
     @property
     def epochs(self) -> int:
         """Of the study's runs."""
-        return self.config().train.epochs
+        epochs = self.config().train.epochs
+        assert epochs is not None  # which the constructor says
+        return epochs
 
     def config(self, method: str | None = None, knobs: Knobs = (), own: Mapping[str, Any] | None = None) -> Config:
         """The configuration of a run.

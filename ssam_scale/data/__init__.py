@@ -14,6 +14,8 @@ from ssam_scale.data.loaders import (
     IndexedBatch,
     central_loader,
     eval_loader,
+    images_by_class,
+    images_of_an_epoch,
     sample_loader,
     train_loader,
 )
@@ -29,6 +31,8 @@ __all__ = [
     "WriteReport",
     "central_loader",
     "eval_loader",
+    "images_by_class",
+    "images_of_an_epoch",
     "inspect",
     "open_images",
     "prepare_fashion_mnist",

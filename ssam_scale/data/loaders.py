@@ -217,14 +217,7 @@ def train_loader(
     """
     source = _checked(data.train, data.val, num_classes, "data.train")
     together = micro_batch * world_size
-    if data.subset is not None and data.subset > source.images:
-        raise UserError(f"data.subset {data.subset:,}: {data.train} has {source.images:,} images")
-    images = data.subset or source.images
-    if images < max(data.batch_size, together):
-        raise UserError(
-            f"{data.train}: {images:,} images are fewer than one batch of {max(data.batch_size, together):,}; "
-            "lower data.batch_size or use more images"
-        )
+    images = images_of_an_epoch(data, source.images, together)
     from ssam_scale.data.device_augment import device_augment
     from ssam_scale.data.ffcv_loader import Reader, SharedOrder, View, seconds_to_decode
 
@@ -270,6 +263,44 @@ def train_loader(
         augment=augment,
         indexed=indices,
     )
+
+
+def images_of_an_epoch(data: Data, images: int, at_once: int = 0) -> int:
+    """How many images the order of an epoch has, what no step reads at its end included.
+
+    Args:
+        data: of the configuration.
+        images: that `data.train` has.
+        at_once: images that are needed at once, if more than those of a step.
+
+    Raises:
+        UserError: they are fewer than are wanted, or than one batch.
+    """
+    if data.subset is not None and data.subset > images:
+        raise UserError(f"data.subset {data.subset:,}: {data.train} has {images:,} images")
+    images, at_once = data.subset or images, max(data.batch_size, at_once)
+    if images < at_once:
+        raise UserError(
+            f"{data.train}: {images:,} images are fewer than one batch of {at_once:,}; lower data.batch_size or use "
+            "more images"
+        )
+    return images
+
+
+def images_by_class(data: Data, images: Images, num_classes: int) -> NDArray[np.int64]:
+    """How many of the images that are trained on each class has, [num_classes]; `data.subset` is of all of them.
+
+    Args:
+        data: of the configuration.
+        images: that `data.train` names, at least `data.subset`.
+        num_classes: of the model.
+
+    Raises:
+        UserError: a label outside the model's classes.
+    """
+    _check_labels(images, num_classes, f"data.train {data.train}")
+    labels = images.labels[_pool(images.images, data.subset or images.images)]
+    return np.bincount(labels, minlength=num_classes)
 
 
 def sample_loader(
@@ -437,13 +468,7 @@ def draws(images: int, *counts: int) -> list[NDArray[np.int64]]:
 def _checked(place: Path, other: Path, num_classes: int, key: str) -> Images:
     """What images there are, once their labels are known to suit the model and the other images' classes."""
     images = open_images(place)
-    labels = images.labels
-    if images.images and not 0 <= labels.min() <= labels.max() < num_classes:
-        outside = int(labels[(labels < 0) | (labels >= num_classes)][0])
-        raise UserError(
-            f"{key} {place}: label {outside} is outside the model's {num_classes} classes; "
-            f"set model.num_classes to {max(int(labels.max()) + 1, 2)} or more"
-        )
+    _check_labels(images, num_classes, f"{key} {place}")
     theirs = names_of_classes(other)
     if images.class_names and theirs and images.class_names != theirs:
         # Labels number the class folders, so a folder that only one of the two has shifts all labels after it.
@@ -458,6 +483,16 @@ def _checked(place: Path, other: Path, num_classes: int, key: str) -> Images:
             "different things; write the validation images with --classes-of the training images' file"
         )
     return images
+
+
+def _check_labels(images: Images, num_classes: int, named: str) -> None:
+    labels = images.labels
+    if images.images and not 0 <= labels.min() <= labels.max() < num_classes:
+        outside = int(labels[(labels < 0) | (labels >= num_classes)][0])
+        raise UserError(
+            f"{named}: label {outside} is outside the model's {num_classes} classes; "
+            f"set model.num_classes to {max(int(labels.max()) + 1, 2)} or more"
+        )
 
 
 def _workers(data: Data, world_size: int, measure: Callable[[int], Workers]) -> Workers:

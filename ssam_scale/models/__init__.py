@@ -9,7 +9,7 @@ ensure_torchvision()
 from .check_stages import check_stages  # noqa: E402
 from .compiler import check_compiler  # noqa: E402
 from .drop import drop_by_row  # noqa: E402
-from .freezing import freeze, train_mode, unfreezes  # noqa: E402
+from .freezing import freeze, most_trained, train_mode, unfreezes  # noqa: E402
 from .pretrained import Loaded, load_pretrained  # noqa: E402
 from .stages import FAMILIES, Family, register_family, staged, stages_of  # noqa: E402
 from .timm_model import average_statistics, build_model, build_network  # noqa: E402
@@ -26,6 +26,7 @@ __all__ = [
     "drop_by_row",
     "freeze",
     "load_pretrained",
+    "most_trained",
     "register_family",
     "staged",
     "stages_of",

@@ -42,6 +42,11 @@ def unfreezes(sections: Sequence[Freeze], epoch: int) -> bool:
     return any(section.until_epoch == epoch for section in sections)
 
 
+def most_trained(sections: Sequence[Freeze]) -> int:
+    """The first epoch, from 0, that trains all that any epoch trains."""
+    return max((section.until_epoch or 0 for section in sections), default=0)
+
+
 def train_mode(module: nn.Module) -> None:
     """`module.train()`, but for BatchNorm layers that are frozen: these keep their statistics (timm's `freeze`)."""
     module.train()

@@ -113,7 +113,9 @@ def story(params: Mapping[str, str], tags: Mapping[str, str], summary: Mapping[s
     what = f"**{tags['method']}**" + (f" ({tags['mask']})" if tags.get("mask") else "")
     count = int(tags["world_size"])
     where = f"{tags['backend']} on {count} process{'es' if count > 1 else ''}, {tags['hardware']}"
-    lines = [f"{what}: {params['model.name']}, {params['train.epochs']} epochs, {where}."]
+    epochs, steps = params["train.epochs"], params.get("train.max_steps")
+    length = f"{steps} steps" if epochs == "null" else f"{epochs} epochs"
+    lines = [f"{what}: {params['model.name']}, {length}, {where}."]
     if "summary/top1" in summary:
         best = (
             f" (best {summary['summary/best_top1']:.2f}%)"

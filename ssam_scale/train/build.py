@@ -17,7 +17,7 @@ from ssam_scale.config.mask_sections import BlockMask, DepthMask
 from ssam_scale.config.micro_batches import MicroBatches, micro_batches
 from ssam_scale.config.schema import Config, Perturbation
 from ssam_scale.config.trajectory_sections import SAFTrajectory
-from ssam_scale.data import ImageLoader, eval_loader, open_images, train_loader
+from ssam_scale.data import ImageLoader, eval_loader, train_loader
 from ssam_scale.data.mixing import Mixing
 from ssam_scale.errors import UserError
 from ssam_scale.masks import RunInfo, build_mask
@@ -51,6 +51,7 @@ from .agreement import Agreement
 from .batches import MicroBatch
 from .checkpoint import ModelState, OptimizerState, SaveCheckpoint, SparsePart
 from .criterion import Criterion
+from .early_stop import Patience
 from .evaluation import Evaluate
 from .hooks import (
     AverageBatchNormStatistics,
@@ -64,6 +65,7 @@ from .hooks import (
     UpdateEMA,
 )
 from .learning_rate import scheduler
+from .length import Length
 from .log_model import LogModel
 from .memory import largest_micro_batch
 from .optimizer import base_optimizer, check_direction, check_groups, check_handed, check_saved
@@ -125,7 +127,7 @@ class Components:
 
 
 def build(
-    config: Config, world: World, phases: Phases, found: int | None = None, *, epoch: int | None = None
+    config: Config, world: World, phases: Phases, length: Length, found: int | None = None, *, epoch: int | None = None
 ) -> Components:
     """Build what the configuration describes; with the same weights on every process.
 
@@ -133,6 +135,7 @@ def build(
         config: of the run.
         world: the processes.
         phases: times the steps.
+        length: of the run.
         found: images of a micro-batch that a checkpoint says (`micro_batch_of`); None: `max_micro_batch: auto` is
             looked for, and without a limit a process takes its part whole.
         epoch: from 0, that the checkpoint is in which brings the weights, so that those of `model.pretrained` are not
@@ -149,7 +152,7 @@ def build(
     check_direction(config, base_optimizer(config, nn.Linear(1, 1)))  # said before minutes of building
     check_handed(config, world)
     check_saved(config, world)
-    _check_outputs(config, world)
+    _check_outputs(config, world, length)
     torch.manual_seed(config.train.seed)
     staged_model = build_model(config)
     given, pretrained = config.model.pretrained, None
@@ -205,9 +208,8 @@ def build(
     except ValueError as error:
         raise UserError(f"sharding: {error}") from error
     scaler = torch.amp.GradScaler(world.device.type) if config.train.precision == "fp16" else None
-    progress = Progress(train.pool, config.data.batch_size)
-    steps = progress.steps_per_epoch
-    opt = _sparse_sam(config, module, base, scaler, steps, phases)
+    progress = Progress(length, patience=Patience(config.train.early_stop))
+    opt = _sparse_sam(config, module, base, scaler, length, phases)
     decay, warmup = config.train.ema_decay, config.train.ema_warmup
     ema = EMA(network, decay, opt.sharding, warmup=warmup) if decay is not None else None
     trajectory = _trajectory(config, world, module, network, opt.sharding, precision)
@@ -231,7 +233,7 @@ def build(
         module=module,
         network=network,
         opt=opt,
-        scheduler=scheduler(config, base, steps),
+        scheduler=scheduler(config, base, length),
         ema=ema,
         trajectory=trajectory,
         loss_fn=loss_fn if trajectory is None else soft_loss(config, precision, trajectory),
@@ -373,11 +375,11 @@ def _sparse_sam(
     module: nn.Module,
     base: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler | None,
-    steps_per_epoch: int,
+    length: Length,
     phases: Phases,
 ) -> SparseSAM:
     """The optimizer; with ρ = 0 where the configuration has no perturbation."""
-    options = perturbation_options(config, steps_per_epoch)
+    options = perturbation_options(config, length)
     mask = options["mask"]
     try:
         return SparseSAM(
@@ -457,7 +459,7 @@ def outputs_folder(checkpoints: Path) -> Path:
     return checkpoints / "outputs"
 
 
-def _check_outputs(config: Config, world: World) -> None:
+def _check_outputs(config: Config, world: World, length: Length) -> None:
     """What can be said of SAF's memory before anything is built. Collective.
 
     Raises:
@@ -467,19 +469,18 @@ def _check_outputs(config: Config, world: World) -> None:
     if not isinstance(term, SAFTrajectory):
         return
     folder = outputs_folder(section.directory)
-    images = config.data.subset or open_images(config.data.train).images
     epochs = min(
         epochs_kept(term.lag_epochs, section.every_epochs, section.keep + 1),
-        config.train.epochs - term.start_epoch + term.lag_epochs,
+        length.epochs_begun - term.start_epoch + term.lag_epochs,
     )
     try:
         check_shared(folder, world)
-        check_room(folder, images, config.model.num_classes, epochs)
+        check_room(folder, length.images, config.model.num_classes, epochs)
     except UserError as error:
         raise UserError(f"trajectory.kind saf: {error}") from error
 
 
-def perturbation_options(config: Config, steps_per_epoch: int) -> dict[str, Any]:
+def perturbation_options(config: Config, length: Length) -> dict[str, Any]:
     """The arguments of `SparseSAM` that the configuration's section on the perturbation says.
 
     Raises:
@@ -488,7 +489,7 @@ def perturbation_options(config: Config, steps_per_epoch: int) -> dict[str, Any]
     section: Perturbation | None = config.perturbation
     if section is None:
         return {"rho": 0.0, "mask": None}
-    run = RunInfo(config.train.seed, config.train.epochs * steps_per_epoch, steps_per_epoch)
+    run = RunInfo(config.train.seed, length.steps, length.steps_per_epoch)
     return {
         "rho": section.rho,
         "norm": section.norm,
@@ -537,7 +538,7 @@ def _try_forward(config: Config, model: nn.Module) -> None:
 def _sides(config: Config) -> list[int]:
     """Of the training crops of all epochs, rising: there is more than one where they grow."""
     grows, largest = config.data.progressive, config.data.resolution
-    return [largest] if grows is None else sorted({grows.side(e, largest) for e in range(config.train.epochs)})
+    return [largest] if grows is None else sorted({grows.side(e, largest) for e in range(grows.to_epoch + 1)})
 
 
 @torch.no_grad()

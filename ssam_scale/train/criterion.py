@@ -13,11 +13,13 @@ class Criterion:
     """The mean loss of a batch.
 
     Args:
-        section: of the configuration, `loss`.
+        section: of the configuration, `loss`; weights that are balanced as the numbers that they come to, which the
+            training images say (`class_weights.balanced`).
     """
 
     def __init__(self, section: Loss) -> None:
         self._section = section
+        assert section.class_weights != "balanced"
         self._weights = None if section.class_weights is None else torch.tensor(section.class_weights)
 
     def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:

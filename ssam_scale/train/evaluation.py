@@ -122,15 +122,14 @@ class Evaluate(Hook):
 
     def of(self, progress: Progress) -> Evaluation | None:
         """The evaluation of the weights as they are; None if there was none."""
-        if self._last is None or progress.seen or self._last[0] != progress.epoch:
+        if self._last is None or self._last[0] != progress.step:
             return None
         return self._last[1]
 
     def between_epochs(self, progress: Progress) -> None:
         """Collective."""
         progress.unevaluated = False
-        epochs = self._config.train.epochs
-        if progress.epoch != epochs and progress.epoch % self._config.train.eval_epochs:
+        if not progress.ended and progress.epoch % self._config.train.eval_epochs:
             return
         ema = self._components.ema
         try:
@@ -140,24 +139,30 @@ class Evaluate(Hook):
         except EvaluationInterrupted:
             progress.unevaluated = True
             return
-        self._last = progress.epoch, result
+        self._last = progress.step, result
+        if (stop := self._config.train.early_stop) is not None:
+            progress.patience.observe(self._world.first_says(getattr(result, stop.metric)), progress.step)
         self._run.log_evaluation(
             top1=result.top1,
             top5=result.top5,
             loss=result.loss,
             raw={} if raw is None else {"top1": raw.top1, "top5": raw.top5, "loss": raw.loss},
-            epoch=progress.epoch,
+            epoch=progress.epochs,
             step=progress.step,
         )
-        if progress.epoch == epochs and self._world.first:
+        if progress.ended and self._world.first:
             self._write_result(progress, result)
         beside = "" if raw is None else f"; without averaging the weights: {raw}"
-        self._bar.say(f"epoch {progress.epoch}/{epochs}: {result} on {result.images} images{beside}")
+        self._bar.say(f"{progress}: {result} on {result.images} images{beside}")
+        if progress.stopped_early:
+            self._run.log({"train/stopped_early": 1.0}, progress.step)
+            self._bar.say(str(progress.patience))
 
     def _write_result(self, progress: Progress, result: Evaluation) -> None:
         """The last evaluation beside the checkpoints, whole or not there: it stays where no store is."""
         file = self._config.checkpoint.directory / RESULT
-        said = {**asdict(result), "epochs": progress.epoch, "steps": progress.step, "run_id": progress.run_id}
+        said = {**asdict(result), "epochs": progress.epochs, "steps": progress.step, "run_id": progress.run_id}
+        said["stopped_early"] = progress.stopped_early
         said = {"method": self._config.method, "model": self._config.model.name, **said}
         # JSON has no word for what is no number.
         said = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in said.items()}

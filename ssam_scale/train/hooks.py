@@ -67,7 +67,7 @@ class Hook:
         """After a step, which `progress.step` counts already."""
 
     def after_epoch(self, progress: Progress) -> None:
-        """After the last step of an epoch, which `progress.epoch` counts already."""
+        """After the last step of an epoch, which `progress.epoch` counts already; or of the run, within one."""
 
     def between_epochs(self, progress: Progress) -> None:
         """After all that ends an epoch; what changes nothing of training, as an evaluation.
@@ -157,7 +157,9 @@ class RunTrajectory(Hook):
             self._trajectory.after_step()
 
     def after_epoch(self, progress: Progress) -> None:
-        """Collective."""
+        """Collective. Where the run ends within an epoch that is not at its end: a longer run goes on with it."""
+        if progress.closed:
+            return
         self._trajectory.end_epoch()
         self._begun = False
 
@@ -207,7 +209,7 @@ class LogEpochs(Hook):
     def after_epoch(self, progress: Progress) -> None:
         """Records it."""
         self._take()
-        self._run.log_epoch(epoch=progress.epoch, seconds=self._unrecorded.seconds, step=progress.step)
+        self._run.log_epoch(epoch=progress.epochs, seconds=self._unrecorded.seconds, step=progress.step)
         self._began, self._unrecorded.seconds = None, 0.0
 
     def _take(self) -> None:
@@ -271,8 +273,7 @@ class LogMetrics(Hook):
             unrecorded.left_out_in_a_row = 0
             unrecorded.losses.append(report.loss.detach())
             unrecorded.densities.append(report.density)
-        epoch_ends = progress.step_of_epoch == progress.steps_per_epoch
-        if epoch_ends or progress.step % self._config.tracking.log_every == 0:
+        if not progress.steps_left or progress.step % self._config.tracking.log_every == 0:
             self._record(progress.step, report)
 
     def _count_left_out(self, step: int) -> None:

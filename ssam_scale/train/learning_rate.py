@@ -9,8 +9,10 @@ import torch
 from ssam_scale.config.schema import Config
 from ssam_scale.errors import UserError
 
+from .length import Length
 
-def scheduler(config: Config, base: torch.optim.Optimizer, steps_per_epoch: int) -> Any:
+
+def scheduler(config: Config, base: torch.optim.Optimizer, length: Length) -> Any:
     """timm's scheduler of the learning rate, updated before each step; what a group is scaled by is its `lr_scale`.
 
     Raises:
@@ -24,13 +26,13 @@ def scheduler(config: Config, base: torch.optim.Optimizer, steps_per_epoch: int)
             base,
             sched=section.name,
             # With the prefix the decay begins where the warm-up ends, instead of jumping to where it would be by then.
-            num_epochs=config.train.epochs - section.warmup_epochs,
+            num_epochs=length.epochs - section.warmup_epochs,
             warmup_prefix=True,
             warmup_epochs=section.warmup_epochs,
             warmup_lr=section.warmup_lr,
             min_lr=section.min_lr,
             step_on_epochs=False,
-            updates_per_epoch=steps_per_epoch,
+            updates_per_epoch=length.steps_per_epoch,
             **section.kwargs,
         )
     except TypeError as error:

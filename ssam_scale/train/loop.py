@@ -6,6 +6,7 @@ import gc
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -26,11 +27,13 @@ from . import checkpoint
 from .batches import EpochBatches
 from .build import Components, backend_of, build, build_hooks
 from .checkpoint import SaveCheckpoint
+from .class_weights import ClassWeights, balanced
 from .evaluation import evaluate
 from .hooks import Hook, ending
+from .length import Length, length_of
 from .memory import explaining_out_of_memory
 from .preflight import Preflight, preflight
-from .progress import ProgressBar
+from .progress import Progress, ProgressBar
 from .refresh import fewest_samples
 
 
@@ -46,19 +49,49 @@ def train(config: Config, world: World) -> None:
     """
     found = preflight(config, world)
     notes = found.notes()
+    of_data = _OfData.of(config, found.data["data.train"])
     with checkpoint.locked(config, world):
-        goes_on = _train(config, world, found, notes)
+        goes_on = _train(config, world, of_data, found, notes)
         while goes_on:
             gc.collect()  # what was trained with is built anew
-            goes_on = _train(_going_on(config), world, found, [], started=False)
+            goes_on = _train(_going_on(config), world, of_data, found, [], started=False)
 
 
-def _train(config: Config, world: World, found: Preflight, notes: Sequence[str], *, started: bool = True) -> bool:
+@dataclass(frozen=True)
+class _OfData:
+    """What only the configuration and its images together say of a run.
+
+    Attributes:
+        length: how long it is.
+        class_weights: that `balanced` comes to; None: the configuration has something else.
+    """
+
+    length: Length
+    class_weights: ClassWeights | None
+
+    @classmethod
+    def of(cls, config: Config, images: Images) -> _OfData:
+        """Of a run on the images that `data.train` names.
+
+        Raises:
+            UserError: they do not suit it.
+        """
+        return cls(length_of(config, images.images), balanced(config, images))
+
+    def put_into(self, config: Config) -> Config:
+        """The configuration with numbers where it leaves them to the data."""
+        return config if self.class_weights is None else self.class_weights.put_into(config)
+
+
+def _train(
+    given: Config, world: World, of_data: _OfData, found: Preflight, notes: Sequence[str], *, started: bool = True
+) -> bool:
     """Train to the end, or to where the run goes on from the newest checkpoint.
 
     Args:
-        config: of the run.
+        given: the configuration, as it is recorded.
         world: the processes.
+        of_data: what the images say of the run.
         found: before anything was built.
         notes: lines to print first.
         started: whether a job has started with this; else it goes on.
@@ -67,6 +100,7 @@ def _train(config: Config, world: World, found: Preflight, notes: Sequence[str],
         Whether it goes on, with all that is trained with built anew: because it has to go back, or because the next
         epoch trains more parameters, of which backends must know from the start.
     """
+    config, length = of_data.put_into(given), of_data.length
     path, passed_over = checkpoint.resolve(config, world)
     notes = [*notes, *passed_over]
     out = console(quiet=not world.first)
@@ -74,9 +108,9 @@ def _train(config: Config, world: World, found: Preflight, notes: Sequence[str],
     if path is None:
         checkpoint.check_fresh_directory(config)
         checkpoint.forget_rollbacks(config.checkpoint.directory)
-    elif (done := checkpoint.finished(path, config)) is not None:
+    elif (done := checkpoint.finished(path, config, length)) is not None:
         # The tracked run stays as it ended, with its duration.
-        out.print(f"{path} is of epoch {done.epoch}, the last: nothing is left to train", soft_wrap=True)
+        out.print(f"{path} is of {_last_place(done)}: nothing is left to train", soft_wrap=True)
         if world.first:
             _print_lines(out, run_lines(config, done.run_id))
         return False
@@ -84,23 +118,23 @@ def _train(config: Config, world: World, found: Preflight, notes: Sequence[str],
         checkpoint.note_start(config, world, path)
     predicted, unpredicted = _predicted(config, world)
     phases = PhaseTimer(world.device, entered=world.whereabouts.at)
-    components = _build(config, world, phases, path)
+    components = _build(config, world, phases, length, path)
     if (reshuffled := checkpoint.Rollbacks.of(config.checkpoint.directory, world).reshuffled) and path is not None:
         components.train.reshuffle(reshuffled)
     if path is not None and world.first:
         for left in checkpoint.set_aside(config.checkpoint.directory, path):
             out.print(f"{left}: set aside, because the run goes on from {path}", soft_wrap=True)
     split = components.split
-    progress, total = components.progress, config.train.epochs * components.steps_per_epoch
+    progress, total = components.progress, length.steps
     with (
         open_run(
-            config,
+            given,
             enabled=world.first,
             resume_run_id=progress.run_id,
             step=progress.step,
             gpus=world.size if world.device.type == "cuda" else 0,
             extra_tags={
-                "steps": str(progress.step + total - progress.place),
+                "steps": str(progress.step + max(0, total - progress.place)),
                 "steps_per_epoch": str(components.steps_per_epoch),
                 "backend": backend_of(config, world),
                 "loader_workers": str(components.train.workers.count),
@@ -116,6 +150,9 @@ def _train(config: Config, world: World, found: Preflight, notes: Sequence[str],
         for context, key in (("training", "data.train"), ("validation", "data.val")):
             run.log_data(found.data[key], context=context, side=config.data.resolution)
         run.log(predicted, progress.step)
+        if of_data.class_weights is not None:
+            bar.say(str(of_data.class_weights))
+            run.log_text(of_data.class_weights.table(), "class_weights.csv")
         hooks = build_hooks(config, world, components, phases, run, bar)
         try:
             with (
@@ -128,9 +165,9 @@ def _train(config: Config, world: World, found: Preflight, notes: Sequence[str],
             ):
                 if progress.unevaluated:
                     _between_epochs(world, components, hooks)
-                while progress.epoch < config.train.epochs:
+                while not progress.ended:
                     _train_epoch(config, world, components, hooks, phases)
-                    if unfreezes(config.model.freeze, progress.epoch):
+                    if not progress.ended and unfreezes(config.model.freeze, progress.epoch):
                         raise _TrainsMoreError
         except _TrainsMoreError:
             return True
@@ -144,6 +181,12 @@ def _train(config: Config, world: World, found: Preflight, notes: Sequence[str],
             out, [f"last checkpoint: {checkpoint.newest(config.checkpoint.directory)}", *run.interface_lines()]
         )
     return False
+
+
+def _last_place(done: Progress) -> str:
+    """Where a complete run has ended, in words."""
+    where = f"epoch {done.epoch}" if done.length.in_epochs else f"step {done.step}"
+    return f"{where}, where the run has stopped early" if done.stopped_early else f"{where}, the last"
 
 
 class _TrainsMoreError(Exception):
@@ -222,15 +265,17 @@ def dry_run(config: Config, world: World) -> str:
     """
     found = preflight(config, world)
     notes = found.notes()
+    of_data = _OfData.of(config, found.data["data.train"])
+    config, length = of_data.put_into(config), of_data.length
     path, passed_over = checkpoint.resolve(config, world)
     what = describe(config, world)
     if path is None:
         checkpoint.check_fresh_directory(config)
-    elif (done := checkpoint.finished(path, config)) is not None:
-        return f"dry run: {path} is of epoch {done.epoch}, the last: nothing is left to train"
+    elif (done := checkpoint.finished(path, config, length)) is not None:
+        return f"dry run: {path} is of {_last_place(done)}: nothing is left to train"
     _predicted(config, world)
     phases = PhaseTimer(world.device, entered=world.whereabouts.at)
-    components = _build(config, world, phases, path)
+    components = _build(config, world, phases, length, path)
     with open_run(config, enabled=False) as run, ProgressBar(1, 0, visible=False) as bar:
         hooks = build_hooks(config, world, components, phases, run, bar)
         hooks = [hook for hook in hooks if not isinstance(hook, SaveCheckpoint)]
@@ -243,14 +288,13 @@ def dry_run(config: Config, world: World) -> str:
     assert loss is not None
     with explaining_out_of_memory(config, components.split), closing(iter(components.val)) as batches:
         evaluate(components.module, [next(batches)], 1, world, components.precision)
-    said = (
-        f"dry run: {what}, one step of {components.split}, loss {float(loss):.4f}; "
-        f"an epoch has {components.steps_per_epoch} steps"
+    said = f"dry run: {what}, one step of {components.split}, loss {float(loss):.4f}; " + (
+        f"an epoch has {length.steps_per_epoch} steps" if length.in_epochs else f"the run has {length}"
     )
     return "\n".join([*notes, *passed_over, *notes_on_data(config, found.data), said])
 
 
-def _build(config: Config, world: World, phases: PhaseTimer, path: Path | None) -> Components:
+def _build(config: Config, world: World, phases: PhaseTimer, length: Length, path: Path | None) -> Components:
     """The components of a run, as the checkpoint that it goes on from has them, if there is one."""
     with explaining_out_of_memory(config):
         found, epoch = None, None
@@ -259,7 +303,7 @@ def _build(config: Config, world: World, phases: PhaseTimer, path: Path | None) 
             if seen or not unfreezes(config.model.freeze, epoch):  # what fitted before takes more memory now
                 found = checkpoint.micro_batch_of(path, config, world)
         world.whereabouts.at("building")
-        components = build(config, world, phases, found, epoch=epoch)
+        components = build(config, world, phases, length, found, epoch=epoch)
         if path is not None:
             world.whereabouts.at("loading a checkpoint")
             checkpoint.load(path, config, components)
@@ -394,7 +438,7 @@ def _announce(
     found: Preflight,
 ) -> None:
     bar.say(
-        f"{config.train.epochs} epochs of {components.steps_per_epoch} steps of {config.data.batch_size} images, "
+        f"{components.progress.length} of {config.data.batch_size} images, "
         f"{components.split}{', found to fit' if config.train.max_micro_batch == 'auto' else ''}"
     )
     if (line := _frozen(config, components)) is not None:
@@ -410,7 +454,7 @@ def _announce(
             f"crops of {grows.resolution} px until epoch {grows.from_epoch + 1}, which grow to "
             f"{config.data.resolution} by epoch {grows.to_epoch + 1}"
         )
-    fewest = fewest_samples(config, components.steps_per_epoch, components.train.images * world.size)
+    fewest = fewest_samples(config, components.progress.length, components.train.images * world.size)
     if fewest is not None:
         bar.say(
             f"perturbation.mask.samples: a refresh near the end of an epoch scores what is left of it, {fewest} "

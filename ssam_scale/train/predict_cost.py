@@ -25,6 +25,7 @@ from ssam_scale.costs.estimate import Activations, footprint, step_cost
 from ssam_scale.costs.profile import Batch, Measured, load_times, measure_activations, measure_times, this_machine
 from ssam_scale.costs.simulate import GivenPlan, Simulated, fake_world, simulate
 from ssam_scale.costs.workload import Ascent, ascent_of, weights_of
+from ssam_scale.data import open_images
 from ssam_scale.errors import UserError
 from ssam_scale.masks import Plan, ScoreBased
 from ssam_scale.models import build_model, check_compiler
@@ -37,6 +38,7 @@ from ssam_scale.sharding.place import place
 
 from .build import check_precision, perturbation_options, soft_loss
 from .checkpoint_size import checkpoint_bytes, state_bytes_per_weight
+from .length import Length, length_of
 from .memory import averages_of
 from .optimizer import base_optimizer, check_handed
 
@@ -44,7 +46,7 @@ from .optimizer import base_optimizer, check_handed
 _DRAWS = 64
 
 
-# The mask needs to know when its sparsity changes; no file is read to find out how long an epoch is.
+# Of an epoch, where no file is read to find out how long it is: what a mask, a schedule or a term does when.
 _STEPS_PER_EPOCH = 1000
 
 
@@ -184,7 +186,25 @@ def reference_seconds(config: Config, times: StepTimes) -> float:
     term = config.trajectory
     if not isinstance(term, MESATrajectory):
         return 0.0
-    return (1.0 - term.start_epoch / config.train.epochs) * sum(stage.forward for stage in times.stages)
+    length = length_for(config)
+    return max(0.0, 1.0 - term.start_epoch / length.epochs) * sum(stage.forward for stage in times.stages)
+
+
+def length_for(config: Config) -> Length:
+    """The length of the run, as far as a mean step depends on it: no images are needed.
+
+    One in epochs is the same whatever steps they have. Of one in steps the images tell how many epochs it is; where
+    they are not here, an epoch is taken to have a thousand steps.
+    """
+    train, batch_size = config.train, config.data.batch_size
+    if train.max_steps is None:
+        assert train.epochs is not None  # which `Train` says
+        return Length.of_epochs(train.epochs, _STEPS_PER_EPOCH * batch_size, batch_size)
+    try:
+        images = open_images(config.data.train).images
+    except UserError:
+        return Length(_STEPS_PER_EPOCH * batch_size, batch_size, train.max_steps, in_epochs=False)
+    return length_of(config, images)
 
 
 def predicted(config: Config, processes: int) -> dict[str, float]:
@@ -243,9 +263,10 @@ def configured_sam(config: Config, network: nn.Module, base: torch.optim.Optimiz
         if section is None:
             return SparseSAM(network, base, rho=_RADIUS)
         # Without the schedule: its step is to have an ascent.
-        options = {**perturbation_options(seen, _STEPS_PER_EPOCH), "schedule": None}
+        length = length_for(config)
+        options = {**perturbation_options(seen, length), "schedule": None}
         opt = SparseSAM(network, base, **options, max_grad_norm=config.optimizer.clip_grad_norm)
-        opt.steps = config.train.epochs * _STEPS_PER_EPOCH // 2
+        opt.steps = length.steps // 2
         if isinstance(opt.mask, ScoreBased):
             opt.refresh()
     except ValueError as error:
@@ -285,7 +306,7 @@ def ascents_of(
     if section is None:
         return []
     weights, depth = weights_of(network), len(network.stages)
-    steps, every = config.train.epochs * _STEPS_PER_EPOCH, getattr(opt.mask, "every", None)
+    steps, every = length_for(config).steps, getattr(opt.mask, "every", None)
     often = step_shares(build_schedule(section, steps), opt.options, plans[0], steps, every)
     if section.gate is not None:  # whose first pass computes everything, and is the base step where it stays closed
         gated = section.gate.model_dump()
@@ -408,7 +429,11 @@ class ConfiguredWork:
 
     def __init__(self, config: Config, device: torch.device) -> None:
         self._device, self._precision = device, PRECISIONS[config.train.precision]
-        self._loss = soft_loss(config, self._precision)
+        # Balanced weights, which take a look at the images, take as long as any.
+        loss = config.loss
+        if loss.class_weights == "balanced":
+            loss = loss.model_copy(update={"class_weights": (1.0,) * config.model.num_classes})
+        self._loss = soft_loss(config.model_copy(update={"loss": loss}), self._precision)
 
     def loss_fn(self, forward: Callable[[Tensor], Tensor], batch: Batch) -> Tensor:
         """The configured loss, of labels that are not mixed."""
@@ -507,7 +532,7 @@ def _simulated(config: Config, placement: Placement, mask: GivenPlan, accumulati
         if section is None or not ascends:
             opt = SparseSAM(module, base, rho=0.0, max_grad_norm=config.optimizer.clip_grad_norm)
         else:
-            options = perturbation_options(random_scores(config), _STEPS_PER_EPOCH)
+            options = perturbation_options(random_scores(config), length_for(config))
             # A calibration is due in the first step, and its dense ascent is not the plan's usual one.
             options |= {"mask": mask, "schedule": None, "norm": _usual_norm(section)}
             opt = SparseSAM(module, base, **options, max_grad_norm=config.optimizer.clip_grad_norm)

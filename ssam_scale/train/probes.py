@@ -59,7 +59,7 @@ class ProbeSaving(Hook):
         first = self._every if isinstance(self._every, int) else WARMUP_STEPS
         self._next: int | None = components.progress.step + first
         self._warm = False
-        steps = config.train.epochs * components.steps_per_epoch - components.progress.place
+        steps = components.progress.length.steps - components.progress.place
         if self._every is None:
             self._give_up("tracking.probe_every is null")
         elif self._every == "auto" and steps < _FIRST / SHARE:

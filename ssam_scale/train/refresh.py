@@ -25,6 +25,7 @@ from ssam_scale.tracking.run import Run
 
 from .batches import EpochBatches
 from .hooks import Hook
+from .length import Length
 from .progress import Progress
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def refreshed_section(config: Config) -> RefreshedMask | None:
     return section if isinstance(section, RefreshedMask) and section.scores else None
 
 
-def fewest_samples(config: Config, steps_per_epoch: int, images: int) -> int | None:
+def fewest_samples(config: Config, length: Length, images: int) -> int | None:
     """The fewest images that a refresh of the run may find left in its epoch; None where every refresh finds enough.
 
     A refresh is by the images that are trained on next, up to the end of the epoch. Those that begin an epoch have all
@@ -45,14 +46,14 @@ def fewest_samples(config: Config, steps_per_epoch: int, images: int) -> int | N
 
     Args:
         config: of the run.
-        steps_per_epoch: optimizer steps in one epoch.
+        length: of the run.
         images: in one epoch, over all processes.
     """
     section = refreshed_section(config)
     if section is None or not section.by_samples or section.refresh_steps is None:
         return None
-    steps = range(0, config.train.epochs * steps_per_epoch, section.refresh_steps)
-    fewest = images - max(step % steps_per_epoch for step in steps) * config.data.batch_size
+    steps = range(0, length.steps, section.refresh_steps)
+    fewest = images - max(step % length.steps_per_epoch for step in steps) * config.data.batch_size
     return fewest if fewest < section.samples else None
 
 

@@ -13,7 +13,7 @@ from ssam_scale.config.schema import Config
 from ssam_scale.data import sample_loader
 from ssam_scale.data.workers import Workers
 from ssam_scale.errors import NotFiniteError, UserError
-from ssam_scale.models import build_network, freeze
+from ssam_scale.models import build_network, freeze, most_trained
 from ssam_scale.sharding import World
 from ssam_scale.sharpness import MeanLoss, Measures, measure
 from ssam_scale.tracking.meters import forget_peak
@@ -71,7 +71,7 @@ def mean_loss(
         world: the processes.
         asked: see `MeanLoss`.
     """
-    freeze(network, config.model.freeze, config.train.epochs - 1)
+    freeze(network, config.model.freeze, most_trained(config.model.freeze))
     return MeanLoss(network.to(world.device), batches, Criterion(config.loss), world, asked)
 
 
@@ -123,7 +123,7 @@ class MeasureSharpness(Hook):
     def between_epochs(self, progress: Progress) -> None:
         """Collective."""
         # Where the evaluation was interrupted, it is made again when the run goes on, and this after it.
-        if progress.unevaluated or not self._section.due(progress.epoch, self._config.train.epochs):
+        if progress.unevaluated or (not progress.ended and progress.epoch % self._section.every_epochs):
             return
         try:
             self._measure(progress)
@@ -160,7 +160,7 @@ class MeasureSharpness(Hook):
         curvature = "".join(f", eigenvalue {number} {value:.4g}" for number, value in enumerate(found.eigenvalues, 1))
         traced = "" if found.trace is None else f", trace {found.trace:.4g}"
         self._bar.say(
-            f"epoch {progress.epoch}/{config.train.epochs}: sharpness at radius {found.rho:g}: gap {found.gap:.4g}"
+            f"{progress}: sharpness at radius {found.rho:g}: gap {found.gap:.4g}"
             f"{curvature}{traced} on {found.images} images"
         )
 

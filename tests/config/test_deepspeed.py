@@ -142,6 +142,10 @@ AGREES: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"scheduler": {"type": "WarmupDecayLR", "params": {"warmup_max_lr": 0.1, "warmup_min_lr": 0.0}}},
         ["schedule.name=poly", "schedule.kwargs.decay_rate=1.0"],
     ),
+    "as many steps": (
+        {"scheduler": {"type": "WarmupCosineLR", "params": {"total_num_steps": 500, "warmup_num_steps": 0}}},
+        ["train.epochs=null", "train.max_steps=500"],
+    ),
     "bf16": ({"bf16": {"enabled": True}}, ["train.precision=bf16"]),
     "weights that stay float32": ({"bf16": {"enabled": False}}, ["train.precision=bf16"]),
     "its old name": ({"bfloat16": {"enabled": True}}, ["train.precision=bf16"]),

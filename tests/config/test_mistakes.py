@@ -42,8 +42,8 @@ def swap(old: str, new: str) -> str:
         (
             SMALL + "  zzz: 3\n",
             "given.yaml:18: train.zzz: unknown key; "
-            "train has epochs, device, precision, accumulation, max_micro_batch, activation_checkpointing, compile, "
-            "ema_decay, ema_warmup, on_nonfinite, max_skips, max_rollbacks, seed, eval_epochs",
+            "train has epochs, max_steps, device, precision, accumulation, max_micro_batch, activation_checkpointing, "
+            "compile, ema_decay, ema_warmup, on_nonfinite, max_skips, max_rollbacks, seed, eval_epochs, early_stop",
         ),
         # values
         (swap("128", "abc"), 'given.yaml:7: data.batch_size: must be a whole number, given "abc"'),
@@ -84,7 +84,15 @@ def swap(old: str, new: str) -> str:
             "given.yaml:16: train: must be a section with keys of its own, given null",
         ),
         # missing
-        (SMALL.replace("  epochs: 3\n", "  seed: 3\n"), "given.yaml:16: train.epochs is missing"),
+        (
+            SMALL.replace("  epochs: 3\n", "  seed: 3\n"),
+            "given.yaml:16: train: epochs is missing, or max_steps: one of them says how long the run is",
+        ),
+        (
+            SMALL + "  max_steps: 100\n",
+            "given.yaml:17: train: epochs 3 and max_steps 100 both say how long the run is; leave one of them out, or "
+            "set it to null (train.epochs=null)",
+        ),
         (SMALL.replace("optimizer:\n  lr: 0.1\n", ""), "given.yaml: optimizer is missing"),
         (
             SMALL.replace("    pattern: depth\n    cut: [0.25, 0.75]", "    {}"),

@@ -12,6 +12,7 @@ from ssam_scale.config.load import dump, load
 from ssam_scale.config.presets import PRESETS, TERMS
 from ssam_scale.errors import UserError
 from ssam_scale.train.build import perturbation_options
+from ssam_scale.train.length import Length
 from tests.support.configs import SMALL
 from tests.support.runs import ssam_scale
 
@@ -54,7 +55,7 @@ def test_a_method_is_its_settings_and_what_is_printed_is_read_as_the_same(
     printed = tmp_path / "printed.yaml"
     printed.write_text(dump(config))
     assert load(printed) == config
-    perturbation_options(config, 10)  # what SparseSAM is given
+    perturbation_options(config, Length.of_epochs(3, 10, 1))  # what SparseSAM is given
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -106,6 +106,8 @@ def deepspeed() -> st.SearchStrategy[dict[str, Any]]:
 @st.composite
 def configs(draw: st.DrawFn) -> Config:
     data = draw(section(Config))
+    in_steps = data["train"]["max_steps"] if draw(st.booleans()) else None
+    data["train"] |= {"epochs": data["train"]["epochs"] or 1, "max_steps": None}
     _grows(data["data"], data["train"])
     if data["data"]["order"] == "pages":
         data["data"]["repeats"] = 1
@@ -118,9 +120,11 @@ def configs(draw: st.DrawFn) -> Config:
     _freezes(data)
     if data["loss"]["name"] == "cross_entropy":
         data["loss"]["target_threshold"] = None
-    if data["loss"]["class_weights"]:
+    if isinstance(data["loss"]["class_weights"], tuple):
         data["loss"]["class_weights"] = (*data["loss"]["class_weights"], 1.0)  # they may not all be 0
         data["model"]["num_classes"] = len(data["loss"]["class_weights"])
+    if data["train"]["early_stop"] and data["model"]["num_classes"] <= 5:
+        data["train"]["early_stop"]["metric"] = "top1"
     if data["train"]["accumulation"] is not None and data["train"]["max_micro_batch"] == "auto":
         data["train"]["max_micro_batch"] = None
     data["schedule"]["warmup_epochs"] = draw(st.floats(0, float(min(data["train"]["epochs"], 2**53)), exclude_max=True))
@@ -171,6 +175,8 @@ def configs(draw: st.DrawFn) -> Config:
         data["train"]["precision"] = "bf16"
     data["train"]["compile"] &= data["sharding"]["backend"] != "zero3"
     data["sharding"]["deepspeed"] = draw(deepspeed()) if data["sharding"]["backend"].startswith("zero") else {}
+    if in_steps is not None:  # what begins in it is known with the images
+        data["train"] |= {"epochs": None, "max_steps": in_steps}
     return Config.model_validate(data)
 
 
@@ -366,6 +372,7 @@ def full(key: str) -> dict[str, Any]:
         given["data"] |= {"resolution": 28, "progressive": {"resolution": 8, "to_epoch": 1}}
         given["data"]["augment"] = {"policy": "rand_augment_increasing"}
         given["sharpness"] = {}
+        given["train"]["early_stop"] = {"patience": 2}
         given["model"]["freeze"] = given["optimizer"]["groups"] = [{"parameters": "norm"}]
         data = Config.model_validate(given).model_dump(mode="json")
         around = data

@@ -20,6 +20,7 @@ from ssam_scale.sharding import World
 from ssam_scale.train.build import build
 from tests.support.images import make_image
 from tests.support.pretended_gpu.watch import Watch
+from tests.support.runs import run_length
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 IMAGES = 8
@@ -72,7 +73,7 @@ def test_it_is_built_and_stepped(path: Path, backend: str, world: World, beton: 
     if path.stem == "vit_b" and backend in ("fsdp2", "zero3"):  # where no process holds all weights, as the file says
         overrides.append("perturbation.direction.scope=micro_batch")
     config = load(path, overrides)
-    components = build(config, world, no_phases)
+    components = build(config, world, no_phases, run_length(config))
     assert {p.device.type for p in components.network.parameters()} == {"cuda"}
     images = torch.randn(IMAGES, 3, SIDE, SIDE).cuda().to(memory_format=torch.channels_last)
     labels = torch.arange(IMAGES).cuda()
@@ -107,7 +108,8 @@ def test_a_loss_term_lets_the_host_go_on(term: str, world: World, beton: Path, t
     overrides = [f"data.train={beton}", f"data.val={beton}", f"data.batch_size={IMAGES}", "model.num_classes=10"]
     overrides += [f"data.resolution={SIDE}", f"data.eval_resolution={SIDE}", *SMALLER[path.stem]]
     overrides += [f"checkpoint.directory={tmp_path}", f"trajectory={term}", "perturbation.mask=null"]
-    components = build(load(path, overrides), world, no_phases)
+    config = load(path, overrides)
+    components = build(config, world, no_phases, run_length(config))
     trajectory, opt = components.trajectory, components.opt
     assert trajectory is not None
     losses = []

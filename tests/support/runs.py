@@ -14,11 +14,13 @@ import yaml
 from torch import Tensor
 
 from ssam_scale.cli.main import main
-from ssam_scale.data import write_beton
+from ssam_scale.config.schema import Config
+from ssam_scale.data import open_images, write_beton
 from ssam_scale.sharding.chunks import whole
 from ssam_scale.tracking.shutdown import ENDING
 from ssam_scale.train.checkpoint.files import read_state
 from ssam_scale.train.checkpoint.saved import open_tensors
+from ssam_scale.train.length import Length, length_of
 from tests.support.checkout import ROOT
 from tests.support.images import make_image_folder
 from tests.support.processes import free_port, run
@@ -117,3 +119,8 @@ def launch(launcher: str, processes: int, config: Path, *overrides: str) -> str:
     done = run([*command, *overrides], cwd=ROOT, env={"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout
     return done.stdout
+
+
+def run_length(config: Config) -> Length:
+    """How long the run is on the data that its configuration names."""
+    return length_of(config, open_images(config.data.train).images)

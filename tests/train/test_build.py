@@ -11,6 +11,7 @@ import torch
 
 from ssam_scale.config.load import load
 from ssam_scale.train.learning_rate import scheduler
+from ssam_scale.train.length import Length
 from tests.support.runs import write_config
 
 
@@ -21,7 +22,7 @@ def test_it_warms_up_to_the_peak_and_decays_from_there_to_the_end(
     schedule = {"name": name, "warmup_epochs": 2, "min_lr": 0.01, "kwargs": kwargs}
     path = write_config(tmp_path / "run.yaml", tmp_path, schedule=schedule, optimizer={"lr": 1.0}, train={"epochs": 10})
     base = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-    rates_of = scheduler(load(path), base, 10)
+    rates_of = scheduler(load(path), base, Length.of_epochs(10, 100, 10))
     rates = []
     for step in range(100):
         rates_of.step_update(step)

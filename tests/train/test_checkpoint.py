@@ -26,7 +26,7 @@ from ssam_scale.train.build import Components, build, build_hooks
 from ssam_scale.train.checkpoint import parts
 from ssam_scale.train.hooks import Hook
 from ssam_scale.train.progress import Progress
-from tests.support.runs import VIT, ssam_scale, write_config
+from tests.support.runs import VIT, run_length, ssam_scale, write_config
 
 EVERYTHING: dict[str, Any] = {
     "model": VIT,
@@ -46,7 +46,7 @@ def make(home: Path, data: Path, seed: int, **changes: Any) -> tuple[Config, Com
     """A run with every part that a checkpoint may have."""
     sections = {**EVERYTHING, **changes}
     config = load(write_config(home / "run.yaml", data, **sections), [f"train.seed={seed}"])
-    return config, build(config, World(), no_phases)
+    return config, build(config, World(), no_phases, run_length(config))
 
 
 def take_steps(components: Components, loss_fn: LossFn, steps: int) -> None:

@@ -70,7 +70,7 @@ def test_weights_of_classes_are_factors_and_do_not_depend_on_how_a_batch_is_shar
     [
         ({"target_threshold": 0.2}, "target_threshold is of binary_cross_entropy, and name is cross_entropy"),
         ({"class_weights": [0.0, 0.0]}, "class_weights are all 0"),
-        ({"class_weights": [1.0, -1.0]}, "greater than or equal to 0"),
+        ({"class_weights": [1.0, -1.0]}, "must be a list of numbers from 0 to 1e"),
     ],
     ids=["of another loss", "nothing", "negative"],
 )

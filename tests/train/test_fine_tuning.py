@@ -23,6 +23,7 @@ from ssam_scale.models import freeze, train_mode
 from ssam_scale.perturbation.schedules.radius.lr import LRRadius
 from ssam_scale.tracking.store import open_store
 from ssam_scale.train.learning_rate import learning_rate, scheduler
+from ssam_scale.train.length import Length
 from ssam_scale.train.optimizer import base_optimizer, check_groups
 from tests.support.checkout import ROOT
 from tests.support.runs import RESNET, VIT, differing, ssam_scale, tensors_of, train_on_ranks, write_config
@@ -172,7 +173,7 @@ def test_the_rate_and_the_radius_of_the_schedule_are_without_the_scale_of_a_grou
     )
     model = network()
     opt = SparseSAM(model, base_optimizer(made, model), rho=0.2, schedule=LRRadius())
-    rates = scheduler(made, opt.base_optimizer, 1)
+    rates = scheduler(made, opt.base_optimizer, Length.of_epochs(10, 1, 1))
     assert {group["lr_scale"] for group in opt.param_groups} > {0.25, 0.5, 3.0}
     for step in range(10):
         rates.step_update(step)

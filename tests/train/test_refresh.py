@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ssam_scale.config.schema import Config
 from ssam_scale.masks import BitMask
+from ssam_scale.train.length import Length
 from ssam_scale.train.refresh import fewest_samples
 from tests.support.runs import RESNET, VIT, ssam_scale, train_on_ranks, write_config
 from tests.support.tracked import STEPS, artifact, history, saved, table, train
@@ -171,7 +172,7 @@ def test_how_few_samples_a_refresh_may_find(mask: dict[str, Any] | None, fewest:
             "train": {"epochs": 2},
         }
     )
-    assert fewest_samples(config, STEPS, 48) == fewest
+    assert fewest_samples(config, Length.of_epochs(2, 48, 12), 48) == fewest
 
 
 # ---- on several processes

@@ -56,6 +56,7 @@ def test_it_holds_the_last_evaluation_as_the_run_has_it(data: Path, home: Path) 
         "images": 20,
         "epochs": 2,
         "steps": 2 * STEPS_PER_EPOCH,
+        "stopped_early": False,
     }
     assert recorded["summary/top1"] == found["top1"]
 

@@ -23,7 +23,7 @@ from ssam_scale.train.checkpoint.writer import BackgroundWriter
 from ssam_scale.train.evaluation import Evaluate
 from ssam_scale.train.progress import ProgressBar
 from tests.support.processes import wait_until
-from tests.support.runs import VIT, write_config
+from tests.support.runs import VIT, run_length, write_config
 
 
 class Clock:
@@ -47,7 +47,7 @@ def saving(config: Config, components: Components, clock: Clock) -> Iterator[che
 def built(tmp_path_factory: pytest.TempPathFactory, data: Path) -> tuple[Config, Components]:
     home = tmp_path_factory.mktemp("run")
     config = load(write_config(home / "run.yaml", data, model=VIT), [])
-    return config, build(config, World(), no_phases)
+    return config, build(config, World(), no_phases, run_length(config))
 
 
 def configured(config: Config, directory: Path, **values: Any) -> Config:

@@ -31,7 +31,7 @@ from ssam_scale.train.checkpoint.parts import split
 from ssam_scale.train.checkpoint.saved import FileTensor, Piece
 from tests.support.damage import flipped
 from tests.support.ranks import run_ranks
-from tests.support.runs import VIT, differing, ssam_scale, tensors_of, train_on_ranks, write_config
+from tests.support.runs import VIT, differing, run_length, ssam_scale, tensors_of, train_on_ranks, write_config
 from tests.support.tiers import few
 
 # Every part that has tensors of the weights' shape: averages, what a direction remembers, an optimizer's state.
@@ -119,7 +119,7 @@ def test_of_several_copies_of_a_shard_one_is_saved(data: Path, tmp_path: Path) -
 def saved_by_ranks(world: World, config: Path, where: list[str], limit: int | None) -> list[str]:
     """Saves twice, the second time with files of the last rank limited to so many bytes; what each rank then says."""
     loaded = load(config, [*where, "checkpoint.format=sharded"])
-    components = build(loaded, world, no_phases)
+    components = build(loaded, world, no_phases, run_length(loaded))
     checkpoint.save(loaded, world, components)
     components.progress.after_step()
     if limit is None:
@@ -156,7 +156,7 @@ def saved_and_loaded(world: World, config: Path, where: list[str]) -> list[str]:
         directory = f"checkpoint.directory={config.parent}/{layout}"
         loaded = load(config, [*where, f"checkpoint.format={layout}", directory, f"train.seed={seed}"])
         if seed not in components:
-            components[seed] = build(loaded, world, no_phases)
+            components[seed] = build(loaded, world, no_phases, run_length(loaded))
             components[seed].opt.refresh()
             batches = iter(components[seed].train)
             components[seed].opt.step(components[seed].loss_fn, next(batches))

@@ -23,7 +23,7 @@ from ssam_scale.train.checkpoint.folder import best, drop_old
 from tests.support.damage import flipped
 from tests.support.processes import free_port, wait_until
 from tests.support.ranks import start_fresh_rank
-from tests.support.runs import VIT, write_config
+from tests.support.runs import VIT, run_length, write_config
 
 FLIPS = 12  # in each file, beside the first and the last bit
 
@@ -40,11 +40,12 @@ def saved(tmp_path_factory: pytest.TempPathFactory, data: Path) -> tuple[Config,
     """A run with checkpoints after the first and within the second epoch."""
     home = tmp_path_factory.mktemp("saved")
     config = load(write_config(home / "run.yaml", data, **SECTIONS), ["checkpoint.resume=auto"])
-    components = build(config, World(), no_phases)
+    components = build(config, World(), no_phases, run_length(config))
     components.opt.refresh()
     batches = iter(components.train)
     components.opt.step(components.loss_fn, next(batches))
     batches.close()
+    components.progress.seen = components.progress.length.images
     components.progress.after_epoch()
     checkpoint.save(config, World(), components)
     components.progress.after_step()

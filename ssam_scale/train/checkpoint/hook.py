@@ -40,9 +40,9 @@ class SaveCheckpoint(Hook):
     """Saves a run, and ends it once it is saved where a signal has asked for that.
 
     A checkpoint is copied between two steps and written beside the following ones. It is due after every
-    `checkpoint.every_epochs` epochs and after the last; after every `every_steps` steps; and so early that no more than
-    `every_minutes` are lost. The time is the first process's; a signal may come to any. What one of them asks for is
-    known to all at the end of the next step (`Agreement`), so that all save at the same one. A failure to write is
+    `checkpoint.every_epochs` epochs and at the run's end; after every `every_steps` steps; and so early that no more
+    than `every_minutes` are lost. The time is the first process's; a signal may come to any. What one of them asks for
+    is known to all at the end of the next step (`Agreement`), so that all save at the same one. A failure to write is
     known in the same way.
 
     Args:
@@ -100,11 +100,11 @@ class SaveCheckpoint(Hook):
             Terminated: a signal has come to some process, and the run is saved and not complete.
             UserError: it could not be saved.
         """
-        last, every = progress.epoch == self._config.train.epochs, self._config.checkpoint.every_epochs
+        last, every = progress.ended, self._config.checkpoint.every_epochs
         asked = self._agreement.now(self._asks())
         if asked.end and (progress.unevaluated or not last):
             self._save_and_end(progress)
-        elif unfreezes(self._config.model.freeze, progress.epoch):
+        elif not last and unfreezes(self._config.model.freeze, progress.epoch):
             self._save(progress)  # what the run goes on from, with more that is trained
             _raise_on_all(self._world, self._writer.wait())
         elif last or progress.epoch % every == 0:

@@ -17,6 +17,8 @@ from ssam_scale.models import build_network
 from ssam_scale.sharding import World
 from ssam_scale.sharding.chunks import Chunk, SavedTensor, whole
 from ssam_scale.tracking.store import plain_values
+from ssam_scale.train.early_stop import Patience
+from ssam_scale.train.length import Length
 from ssam_scale.train.progress import Progress
 
 from .files import FORMAT, WEIGHTS, Snapshot, read, read_state
@@ -136,18 +138,17 @@ def micro_batch_of(path: Path, config: Config, world: World) -> int | None:
     return shared.images if same else None
 
 
-def finished(path: Path, config: Config) -> Progress | None:
-    """How far the run has come that a checkpoint was saved of, if that is this run and has all of its epochs."""
+def finished(path: Path, config: Config, length: Length) -> Progress | None:
+    """How far the run has come that a checkpoint was saved of, if that is this run and is complete."""
     try:
         state = read_state(path)
         described = _description(config)
         same = described == {key: state[key] for key in described}
-        progress = Progress(images=0, batch_size=1)  # which only a run that goes on has
+        progress = Progress(length, patience=Patience(config.train.early_stop))
         progress.load_state_dict(state["parts"]["progress"])
     except (ValueError, KeyError, TypeError):  # `load` says what is wrong with it
         return None
-    complete = progress.epoch >= config.train.epochs and not progress.unevaluated
-    return progress if same and complete else None
+    return progress if same and progress.ended and not progress.unevaluated else None
 
 
 def place_in_data(path: Path) -> tuple[int, int]:
