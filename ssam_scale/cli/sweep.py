@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -41,6 +42,8 @@ def sweep_command(
     from ssam_scale import sweep
     from ssam_scale.config.sweep import LoadedSweep
 
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("sweep: starts its runs' processes itself: give --processes, and no torchrun or deepspeed")
     loaded = LoadedSweep(file, folder)
     states = {run: sweep.state_of(loaded, run) for run in loaded.runs}
     if dry_run:

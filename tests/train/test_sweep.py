@@ -155,6 +155,15 @@ def test_the_gpus_that_this_process_may_use(given: str, found: list[str], monkey
     assert sweep.visible_gpus() == found
 
 
+def test_a_launcher_is_not_wanted(
+    home: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every process of it would train all runs."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert ssam_scale("sweep", write(home)) == 2
+    assert "sweep: starts its runs' processes itself: give --processes" in capfd.readouterr().err
+
+
 def test_a_mistake_is_told_before_anything_is_written(home: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert ssam_scale("sweep", write(home, methods=["sam"], grid={"perturbation.roh": [1]})) == 2
     assert capfd.readouterr().err.count("\n") == 1
