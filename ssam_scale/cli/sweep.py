@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ssam_scale.cli.paths import expanded
 from ssam_scale.errors import UserError
+
+if TYPE_CHECKING:
+    from ssam_scale.config.sweep import LoadedSweep
 
 _INTERRUPTED = 75
 
@@ -60,6 +63,8 @@ def sweep_command(
     if done := len(states) - len(left):
         print(f"{done} of {len(states)} runs are done", flush=True)
     if left:
+        times = f", {at_once} at a time" if at_once > 1 else ""
+        print(f"{len(left)} to do{times}; what each says is in {loaded.folder}/RUN/{sweep.LOG}", flush=True)
         on_cpu = loaded.config(left[0]).train.device == "cpu"
         places = sweep.slots(at_once, processes, [] if on_cpu else sweep.visible_gpus())
         outcome = sweep.do(loaded, left, places, lambda line: print(line, flush=True))
@@ -75,11 +80,9 @@ def sweep_command(
         raise typer.Exit(1)
 
 
-def _compare(loaded: object) -> None:
+def _compare(loaded: LoadedSweep) -> None:
     from ssam_scale.cli.compare import compare_command
-    from ssam_scale.config.sweep import LoadedSweep
 
-    assert isinstance(loaded, LoadedSweep)
     tracking = loaded.config(loaded.runs[0]).tracking
     if tracking.store is None:
         print(f"not compared: MLflow, which is not among tracking.trackers, has none of the runs ({loaded.folder})")
