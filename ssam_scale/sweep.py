@@ -95,7 +95,7 @@ def state_of(sweep: LoadedSweep, run: SweepRun) -> State:
     if not kept - {CONFIG, LOG, PARTIAL}:  # nothing was trained
         return "to do"
     before, now = (flat(each.model_dump(mode="json")) for each in (load(folder / CONFIG), sweep.config(run)))
-    for key in before.keys() | now.keys():
+    for key in sorted((before.keys() | now.keys()) - {"checkpoint.directory"}):  # that is where it was found
         if before.get(key) != now.get(key):
             was, is_now = (json.dumps(each.get(key)) for each in (before, now))
             raise UserError(

@@ -66,6 +66,8 @@ def test_a_sweep(home: Path, capfd: pytest.CaptureFixture[str]) -> None:
     capfd.readouterr()
     assert ssam_scale("sweep", path) == 0
     assert "4 of 4 runs are done" in capfd.readouterr().out
+    assert ssam_scale("sweep", path, "--dry-run", "--folder", home / "checkpoints" / "first") == 0  # by another name
+    assert capfd.readouterr().out.count(": top-1 ") == 4
     assert ssam_scale("sweep", write(home, methods=["base", "sam"], seeds=[0, 1, 2]), "--dry-run") == 0
     assert capfd.readouterr().out.count(": to do (") == 2
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
