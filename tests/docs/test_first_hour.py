@@ -25,8 +25,8 @@ SHORTER = {
     "export IMAGES=~/images\n": "",
     "num_classes: 10}": f"num_classes: {CLASSES}}}",
     "  subset: null ": "  batch_size: 32\n  eval_batch_size: 24\n  subset: null ",
-    "train: {epochs: 20}": "train: {epochs: 3, eval_epochs: 1}\nschedule: {warmup_epochs: 1}",
-    "seeds: [0, 1, 2]": "seeds: [0, 1]",
+    "train: {epochs: 20}": "train: {epochs: 2, eval_epochs: 1}\nschedule: {warmup_epochs: 1}",
+    "seeds: [0, 1, 2]": "seeds: [0]",
 }
 
 
@@ -43,6 +43,7 @@ def test_everything_on_the_page_is_run() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2400)
 def test_the_first_hour(tmp_path: Path) -> None:
     home = copy_tree(tmp_path / "home")
     (home / ".venv").symlink_to(ROOT / ".venv")
@@ -58,12 +59,12 @@ def test_the_first_hour(tmp_path: Path) -> None:
             script.append(f"cat > {name} <<'END'\n{shortened(body)}END")
     path = os.pathsep.join([str(home), os.environ.get("PYTHONPATH", "")])
     environment = {"PYTHONPATH": path, "LAUNCHER": "torchrun", "PROCESSES": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = run(["bash", "-c", "\n".join(script)], cwd=home, env=environment, timeout=1500)
+    done = run(["bash", "-c", "\n".join(script)], cwd=home, env=environment, timeout=2400)
     assert done.returncode == 0, done.stdout[-6000:]
     assert f"block {len(BLOCKS) - 1}" in done.stdout
 
     results = {path.parent.name for path in home.glob("checkpoints/methods/*/result.json")}
-    assert results == {f"{method}-seed-{seed}" for method in ("base", "sam", "late", "small") for seed in (0, 1)}
+    assert results == {f"{method}-seed-0" for method in ("base", "sam", "late", "small")}
     assert json.loads((home / "checkpoints/mine-tuned/result.json").read_text())["method"] == "ssam-depth"
     for made in (
         "methods.html",
