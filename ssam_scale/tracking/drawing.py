@@ -16,6 +16,7 @@ _DOTS = 200  # an inch, of heat maps: enough for hundreds of layers
 # Okabe and Ito's colours, which most colour-blind people tell apart; after them the lines change.
 _COLOURS = ("#000000", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#b3a300")
 _LINES = ("-", "--", ":", "-.")
+_MARKERS = "osD^v<>P*"  # of which there are one more than colours
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # letters stay letters, in the reader's own font
     "svg.hashsalt": "ssam_scale",  # the same drawing is the same file
@@ -76,6 +77,11 @@ def svg(figure: Any) -> str:
 def look(number: int) -> tuple[str, str]:
     """Colour and line of the chart's `number`-th thing, from 0."""
     return _COLOURS[number % len(_COLOURS)], _LINES[number // len(_COLOURS) % len(_LINES)]
+
+
+def dot(number: int) -> tuple[str, str]:
+    """Colour and marker of the chart's `number`-th point, from 0: no two of the first 72 have both."""
+    return _COLOURS[number % len(_COLOURS)], _MARKERS[number % len(_MARKERS)]
 
 
 def clipped(text: str, length: int = 44) -> str:

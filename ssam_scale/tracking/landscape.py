@@ -28,6 +28,7 @@ class Around:
 _ALONG = "filter-normalized random direction"
 _PANEL = 2.3  # inches, of a plane's side
 _LEVELS = 12
+_DECADE = 10.0
 
 
 def curves_picture(around: Sequence[Around], of: str) -> str:
@@ -37,7 +38,7 @@ def curves_picture(around: Sequence[Around], of: str) -> str:
         around: at least one.
         of: what loss it is, in words.
     """
-    from matplotlib.ticker import NullFormatter
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
 
     with in_style():
         chart, axes = figure()
@@ -45,6 +46,12 @@ def curves_picture(around: Sequence[Around], of: str) -> str:
             colour, line = look(number)
             axes.plot(each.places, each.curve, line, color=colour, label=clipped(each.label))
         axes.set_yscale("log")
+        low, high = axes.get_ylim()
+        if high < _DECADE * low:  # in which there may be no power of ten, and so no number
+            axes.yaxis.set_major_locator(MaxNLocator(5))
+            axes.yaxis.set_minor_locator(NullLocator())
+        elif high < _DECADE**3 * low:
+            axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel(_ALONG)

@@ -14,11 +14,9 @@ from ssam_scale.tracking.compare.groups import Group
 from ssam_scale.tracking.compare.rows import Comparison, Row
 from ssam_scale.tracking.compare.runs import REQUESTS, Experiment
 from ssam_scale.tracking.compare.statistics import frontier
-from ssam_scale.tracking.drawing import clipped, figure, in_style, legend, look, svg
+from ssam_scale.tracking.drawing import clipped, dot, figure, in_style, legend, look, svg
 from ssam_scale.tracking.layer_density import TABLE, LayerDensities, draw_densities
 from ssam_scale.tracking.store import environment, text_artifact
-
-_MARKERS = "osD^v<>P"
 
 # The timer's phases in the order of a step. Not asked of the timer, which would import torch to draw a few bars.
 PHASE_COLOURS = {
@@ -175,7 +173,7 @@ def _frontier_of(points: Sequence[CostAndGain]) -> Picture:
     best = [points[index] for index in frontier([(overhead(point), point.top1) for point in points])]
     axes.plot([overhead(p) for p in best], [p.top1 for p in best], color="#888888", linewidth=1, zorder=1)
     for point in points:
-        bounds, at = point.interval, overhead(point)
+        bounds, at, (colour, marker) = point.interval, overhead(point), dot(point.number)
         across = None
         if bounds is not None:
             across = [[max(0.0, at - 100 * (bounds[0] - 1))], [max(0.0, 100 * (bounds[1] - 1) - at)]]
@@ -184,8 +182,8 @@ def _frontier_of(points: Sequence[CostAndGain]) -> Picture:
             [point.top1],
             xerr=across,
             yerr=None if point.sd is None else [point.sd],
-            fmt=_MARKERS[point.number % len(_MARKERS)],
-            color=look(point.number)[0],
+            fmt=marker,
+            color=colour,
             label=clipped(point.label),
             markersize=6,
             elinewidth=1,
