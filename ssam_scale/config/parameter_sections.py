@@ -43,7 +43,7 @@ class Freeze(Named):
 
 
 class ParameterGroup(Named):
-    """Parameters that are trained otherwise than the rest; of several sections that match, the first counts."""
+    """Parameters that are trained otherwise than the rest; each is of one section at the most."""
 
     lr_scale: float = Field(1.0, gt=0.0, le=1e6, description="factor on the learning rate, and on that of layer_decay")
     weight_decay: float | None = Field(

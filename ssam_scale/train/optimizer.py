@@ -100,11 +100,11 @@ _OF_GROUPS = ("fallback_list", "fallback_no_weight_decay")  # which timm's facto
 
 
 def _own_groups(config: Config, network: nn.Module) -> dict[int, int]:
-    """The first of `optimizer.groups` that names each parameter which any names, by the parameter's id."""
+    """Which of `optimizer.groups` names a parameter, by the parameter's id; see `check_groups`."""
     parameters = dict(network.named_parameters())
     return {
         id(parameters[name]): number
-        for number, section in reversed(list(enumerate(config.optimizer.groups)))
+        for number, section in enumerate(config.optimizer.groups)
         for name in section.of(parameters)
     }
 
@@ -120,21 +120,25 @@ def _options(config: Config, section: ParameterGroup, group: Mapping[str, Any]) 
 
 
 def check_groups(config: Config, network: nn.Module) -> None:
-    """Refuse a section of `optimizer.groups` that no parameter is of.
+    """Refuse a section of `optimizer.groups` that no parameter is of, and two that share one.
 
     Raises:
-        UserError: there is one.
+        UserError: there are such.
     """
     names = [name for name, _ in network.named_parameters()]
-    left = list(names)
+    taken: dict[str, int] = {}
     for number, section in enumerate(config.optimizer.groups):
         key = f"optimizer.groups.{number}.parameters {section.parameters!r}"
-        if not section.of(names):
+        found = section.of(names)
+        if not found:
             raise UserError(f"{key} {matches_none(names)}")
-        taken = set(section.of(left))
-        if not taken:
-            raise UserError(f"{key} matches only parameters of groups before it, which they are in")
-        left = [name for name in left if name not in taken]
+        if shared := [name for name in found if name in taken]:
+            more = f" and {len(shared) - 1} more" if len(shared) > 1 else ""
+            raise UserError(
+                f"{key} matches {shared[0]}{more}, which optimizer.groups.{taken[shared[0]]}.parameters "
+                f"{config.optimizer.groups[taken[shared[0]]].parameters!r} has; a parameter is of one group"
+            )
+        taken |= dict.fromkeys(found, number)
 
 
 def check_direction(config: Config, base: torch.optim.Optimizer) -> None:

@@ -31,6 +31,7 @@ from tests.support.tiers import few
 
 CONFIGS = ROOT / "configs"
 FIRST_BLOCKS = {"parameters": r"^(patch_embed|pos_embed|cls_token|blocks\.[01]\.)"}
+BIASES = r"^(blocks.*(qkv|proj|fc\d)|patch_embed.*)\.bias$"
 HEAD = r"^head\."
 BACKBONE = r"^(?!head\.)"
 
@@ -108,8 +109,8 @@ def test_groups_are_timms_but_for_what_is_named(config: Any, layer_decay: float 
             "layer_decay": layer_decay,
             "groups": [
                 {"parameters": HEAD, "lr_scale": 10.0, "weight_decay": 0.0},
-                {"parameters": r"\.bias$", "rho": 0.0},
-                {"parameters": "norm|head", "rho": 0.7, "lr_scale": 0.5},
+                {"parameters": BIASES, "rho": 0.0},
+                {"parameters": "norm", "rho": 0.7, "lr_scale": 0.5},
             ],
         },
         perturbation={"rho": 0.2},
@@ -132,8 +133,8 @@ def test_groups_are_timms_but_for_what_is_named(config: Any, layer_decay: float 
     assert found.keys() == {name for name, _ in model.named_parameters()}
     for name, (scale, decay, _) in options(theirs).items():
         if name.startswith("head."):
-            assert found[name] == (10.0 * scale, 0.0, None)  # the first that matches
-        elif name.endswith(".bias"):
+            assert found[name] == (10.0 * scale, 0.0, None)
+        elif re.search(BIASES, name):
             assert found[name] == (scale, decay, 0.0)
         elif "norm" in name:
             assert found[name] == (0.5 * scale, decay, 0.7)
@@ -154,11 +155,16 @@ def test_groups_are_timms_but_for_what_is_named(config: Any, layer_decay: float 
     [
         ([{"parameters": "haed"}], "optimizer.groups.0.parameters 'haed' matches none of the 56 parameters: cls_token"),
         (
-            [{"parameters": "head"}, {"parameters": HEAD}],
-            "optimizer.groups.1.parameters .* matches only parameters of groups before it, which they are in",
+            [{"parameters": "norm"}, {"parameters": r"\.bias$"}],
+            r"optimizer.groups.1.parameters '\\\\.bias\$' matches blocks.0.norm1.bias and 8 more, which "
+            r"optimizer.groups.0.parameters 'norm' has; a parameter is of one group",
+        ),
+        (
+            [{"parameters": "head"}, {"parameters": "patch"}, {"parameters": r"^head\.weight$"}],
+            r"optimizer.groups.2.parameters .* matches head.weight, which optimizer.groups.0.parameters 'head' has",
         ),
     ],
-    ids=["a name that is wrong", "one of another"],
+    ids=["a name that is wrong", "groups that overlap", "one of another"],
 )
 def test_groups_that_cannot_be_meant(config: Any, groups: list[dict[str, Any]], said: str) -> None:
     with pytest.raises(UserError, match=said):
