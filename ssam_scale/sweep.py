@@ -106,8 +106,17 @@ def state_of(sweep: LoadedSweep, run: SweepRun) -> State:
 
 
 def result_of(sweep: LoadedSweep, run: SweepRun) -> dict[str, Any]:
-    """What a complete run came to, as its result.json has it."""
-    found: dict[str, Any] = json.loads((sweep.folder / run.name / RESULT).read_text(encoding="utf-8"))
+    """What a complete run came to, as its result.json has it.
+
+    Raises:
+        UserError: that is none.
+    """
+    folder = sweep.folder / run.name
+    try:
+        found: dict[str, Any] = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+        float(found["top1"])
+    except (OSError, ValueError, TypeError, KeyError):
+        raise UserError(f"{folder / RESULT}: is not a run's result; remove {folder}, and it is trained again") from None
     return found
 
 
@@ -210,6 +219,8 @@ def _failure(sweep: LoadedSweep, ended: _Going) -> str | None:
     code, log = ended.process.returncode, sweep.folder / ended.run.name / LOG
     if code == 0 and (log.parent / RESULT).exists():
         return None
+    if code == 0:  # it had been trained before, and is left as it is
+        return f"it is complete, but has no {RESULT}; remove {log.parent}, and it is trained again ({log})"
     with log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - 10_000))
         lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]

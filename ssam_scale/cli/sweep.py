@@ -48,9 +48,9 @@ def sweep_command(
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("sweep: starts its runs' processes itself: give --processes, and no torchrun or deepspeed")
     loaded = LoadedSweep(file, folder)
-    states = {run: sweep.state_of(loaded, run) for run in loaded.runs}
+    states = [(run, sweep.state_of(loaded, run)) for run in loaded.runs]  # no keys: a value may be a list
     if dry_run:
-        for run, state in states.items():
+        for run, state in states:
             said = f"top-1 {sweep.result_of(loaded, run)['top1']:.2f}%" if state == "done" else state
             print(f"{run.title}: {said} ({loaded.folder / run.name})")
         return
@@ -59,9 +59,10 @@ def sweep_command(
             # slurm/imagenet_ssam.sh gives a folder of its own to what has none on its command line.
             print(sweep.prepare(loaded, run), f"checkpoint.directory={loaded.folder / run.name}", sep="\t")
         return
-    left = [run for run, state in states.items() if state != "done"]
+    left = [run for run, state in states if state != "done"]
     if done := len(states) - len(left):
         print(f"{done} of {len(states)} runs are done", flush=True)
+    at_once = min(at_once, len(loaded.runs))
     if left:
         times = f", {at_once} at a time" if at_once > 1 else ""
         print(f"{len(left)} to do{times}; what each says is in {loaded.folder}/RUN/{sweep.LOG}", flush=True)

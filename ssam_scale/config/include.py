@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ssam_scale.config.section import TAGS, KeyPath
+from ssam_scale.config.section import TAGS, KeyPath, home
 from ssam_scale.config.yaml_lines import parse, text_of
 from ssam_scale.errors import UserError
 
@@ -61,8 +61,12 @@ def _whole(
     chain = (*chain, path.resolve())
     for number, given in enumerate(_listed(own.pop(INCLUDE), f"{path}:{lines[INCLUDE,]}")):
         where = f"{path}:{lines.get((INCLUDE, number), lines[INCLUDE,])}: {INCLUDE}"
-        base = path.parent / Path(given).expanduser()
-        if base.resolve() in chain:
+        try:
+            base = path.parent / home(Path(given))
+            place = base.resolve()
+        except (OSError, RuntimeError, ValueError) as error:  # links in a circle, a null byte, a variable not set
+            raise UserError(f"{where}: {given!r}: is no file that can be read: {error}") from None
+        if place in chain:
             raise UserError(f"{where}: {given}: includes itself, by way of {' and '.join(map(str, chain))}")
         if next(counted) > _FILES:
             raise UserError(f"{where}: {given}: more than {_FILES} files are included")
@@ -127,3 +131,5 @@ def _text(path: Path) -> str:
         raise UserError(f"{path}: not a text file (byte {error.start} is not UTF-8)") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError as error:  # a null byte
+        raise UserError(f"{str(path)!r}: cannot be read: {error}") from None

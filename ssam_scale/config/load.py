@@ -104,8 +104,14 @@ def _expand_preset(values: dict[str, Any], origins: dict[KeyPath, str]) -> None:
         values["perturbation"] = expanded(section)
         origins.update(_of_preset(values["perturbation"], origins, f"preset {name}"))
     except ContradictionError as error:
-        where = dict.fromkeys(origins[key] for key in (("perturbation", "preset"), error.path) if key in origins)
+        given = (_nearest(key, origins) for key in (("perturbation", "preset"), error.path))
+        where = dict.fromkeys(origins[key] for key in given)
         raise UserError(f"{', '.join(where)}: {error}") from error
+
+
+def _nearest(path: KeyPath, origins: Origins) -> KeyPath:
+    """The key itself, or the section around it that was given as a whole."""
+    return next(path[:n] for n in range(len(path), -1, -1) if path[:n] in origins)
 
 
 def _of_preset(section: dict[str, Any], origins: Origins, preset: str) -> dict[KeyPath, str]:

@@ -70,6 +70,14 @@ class Random(Section):
         min_length=1, description="by dotted key, a range (low, high, log) or the values that one is drawn from"
     )
 
+    @field_validator("values")
+    @classmethod
+    def _some(cls, value: dict[str, Range | list[Any]]) -> dict[str, Range | list[Any]]:
+        for key, given in value.items():
+            if given == []:
+                raise ValueError(f"{key} has no values")
+        return value
+
 
 class Sweep(Section):
     """Runs of one configuration: methods times points times seeds."""
@@ -87,6 +95,13 @@ class Sweep(Section):
     seeds: list[Annotated[int, Field(ge=0, le=2**64 - 1)]] = Field(
         default_factory=lambda: [0], min_length=1, description="train.seed of each"
     )
+
+    @field_validator("grid")
+    @classmethod
+    def _not_too_many(cls, value: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        if (number := math.prod(map(len, value.values()))) > _MOST:  # before they are made
+            raise ValueError(f"{number:,} combinations; at most {_MOST:,}")
+        return value
 
     @field_validator("overrides", "grid")
     @classmethod
@@ -268,7 +283,8 @@ class LoadedSweep:
         except UserError as error:
             said = re.sub(r"\n\s*", "; ", str(error))
             for override, (_, _, where) in zip(overrides, changes, strict=True):
-                said = said.replace(f"{OVERRIDE}{override}:", f"{self._place(where)}:")
+                for end in ":,":  # a contradiction has two places
+                    said = said.replace(f"{OVERRIDE}{override}{end}", f"{self._place(where)}{end}")
             raise UserError(said) from None
 
     def _place(self, where: KeyPath) -> str:

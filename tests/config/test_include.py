@@ -163,6 +163,9 @@ def test_a_comment_is_one_line_whatever_was_given(tmp_path: Path) -> None:
         ("include: []", {}, "run.yaml:1: include: must be a file's name or a list of them, given []"),
         ("include: [a, null]", {}, 'run.yaml:1: include: must be a file\'s name or a list of them, given ["a", null]'),
         ("include:\n- small.yaml\n- .", {}, "run.yaml:3: include: .: is a folder; give the YAML file of a run"),
+        ('include: "a\\0"', {}, r"run.yaml:1: include: 'a\x00': is no file that can be read"),
+        ("include: $NONE/a", {}, "run.yaml:1: include: '$NONE/a': is no file that can be read: the environment"),
+        ("include: ~nobody-here/a", {}, "run.yaml:1: include: ~nobody-here/a: no such file"),
         ("include: run.yaml", {}, "run.yaml:1: include: run.yaml: includes itself, by way of "),
         (
             "include: a.yaml",
@@ -191,6 +194,12 @@ def test_a_mistake_is_one_line(
         load(Path("run.yaml"))
     assert str(raised.value).startswith(message)
     assert "\n" not in str(raised.value)
+
+
+def test_a_link_to_itself(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").symlink_to("a.yaml")
+    with pytest.raises(UserError, match=r"run\.yaml:1: include: .*a\.yaml"):
+        load(write(tmp_path, run="include: a.yaml"))
 
 
 def test_files_that_include_others_twice(tmp_path: Path) -> None:

@@ -128,6 +128,11 @@ def test_every_run_has_a_folder_of_its_own(values: list[Any], tmp_path_factory: 
         ("grid: {optimizer.lr: [0.1, -1]}", "config: lr=-1: s.yaml:2: optimizer.lr: must be greater than 0, given -1"),
         ("grid: {optimizer.lr: []}", "s.yaml:2: grid: optimizer.lr has no values"),
         ("grid: {optimizer.lr: 0.1}", "s.yaml:2: grid.optimizer.lr: must be a list, given 0.1"),
+        ("grid: {perturbation: [{preset: sam, window: [0.5, 1]}]}", ": s.yaml:2: perturbation.preset sam has window"),
+        (
+            "methods: [sam]\ngrid: {perturbation.window: [[0.5, 1]]}",
+            ": s.yaml:2, s.yaml:3: perturbation.preset sam has",
+        ),
         ("points: [{nothing: 1}]", "config: nothing=1: s.yaml:2: nothing: unknown key"),
         ("overrides: {train.epoch: 3}", "s.yaml:2: train.epoch: unknown key; did you mean train.epochs?"),
         ("methods: [sma]", "s.yaml:2: methods: there is no method sma; did you mean sam?"),
@@ -152,6 +157,11 @@ def test_every_run_has_a_folder_of_its_own(values: list[Any], tmp_path_factory: 
             "s.yaml:2: random.draws: must be greater than or equal to 1",
         ),
         (f"seeds: {list(range(101))}\ngrid: {{a: {list(range(100))}}}", "10,100 runs; at most 10,000"),
+        (
+            f"grid: {{{', '.join(f'a{key}: [1, 2, 3, 4]' for key in range(30))}}}",
+            "grid: 1,152,921,504,606,846,976 comb",
+        ),
+        ("random: {draws: 2, values: {a: []}}", "s.yaml:2: random.values: a has no values"),
         ("gird: {}", "s.yaml:2: gird: unknown key; did you mean grid?"),
     ],
     ids=lambda value: value.partition("[")[0],
@@ -169,6 +179,8 @@ def test_a_mistake_is_one_line(text: str, message: str, tmp_path: Path, monkeypa
 def test_a_configuration_that_is_not_there(sweep: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"yaml:1: config: .*ruin.yaml: no such file; the nearest in .* run.yaml"):
         sweep(config="ruin.yaml")
+    with pytest.raises(UserError, match=r"yaml:1: config: .* cannot be read: embedded null byte"):
+        sweep(config="a\0")
 
 
 def test_a_sweep_has_a_name(tmp_path: Path) -> None:

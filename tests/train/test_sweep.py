@@ -104,6 +104,21 @@ def wait_for(what: Any, seconds: float = 120) -> None:
         time.sleep(0.05)
 
 
+def test_values_that_are_lists_or_sections(home: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path = write(home, grid={"data.crop_scale": [[0.1, 1], [0.2, 1]], "perturbation": [None, {"preset": "sam"}]})
+    assert ssam_scale("sweep", path, "--dry-run") == 0
+    assert capfd.readouterr().out.count(": to do (") == 4
+
+
+@pytest.mark.parametrize("damaged", ["", "[]", "{}", '{"top1": null}', '{"top1": "x"}'])
+def test_a_result_that_is_none(home: Path, capfd: pytest.CaptureFixture[str], damaged: str) -> None:
+    path, folder = write(home), home / "checkpoints" / "first" / "config-seed-0"
+    assert ssam_scale("sweep", path, "--tasks") == 0  # writes its configuration
+    (folder / "result.json").write_text(damaged)
+    assert ssam_scale("sweep", path, "--dry-run") == 2
+    assert "result.json: is not a run's result; remove checkpoints/first/config-seed-0, and" in capfd.readouterr().err
+
+
 def test_it_goes_on_where_it_was_told_to_end(home: Path) -> None:
     """At SIGTERM each run saves; the next command ends with the weights of one that was never told."""
     path = write(home, methods=["config"], seeds=[0, 1], overrides={"train.epochs": 40, "checkpoint.keep": 1})
