@@ -87,13 +87,15 @@ def state_of(sweep: LoadedSweep, run: SweepRun) -> State:
     """
     folder = sweep.folder / run.name
     try:
-        kept = {each.name for each in folder.iterdir()}
+        kept = {each.name for each in folder.iterdir() if not each.name.startswith(".")}
     except FileNotFoundError:
         return "to do"
     except OSError as error:
         raise UserError(f"{folder}: {error.strerror}; give --folder") from None
-    if not kept - {CONFIG, LOG, PARTIAL}:  # nothing was trained
+    if not kept - {CONFIG, LOG}:  # nothing was trained
         return "to do"
+    if CONFIG not in kept:
+        raise UserError(f"{folder}: is no run's folder, as it has no {CONFIG}; move it away, or give --folder")
     before, now = (flat(each.model_dump(mode="json")) for each in (load(folder / CONFIG), sweep.config(run)))
     for key in sorted((before.keys() | now.keys()) - {"checkpoint.directory"}):  # that is where it was found
         if before.get(key) != now.get(key):

@@ -41,5 +41,5 @@ def in_words(knobs: Knobs) -> str:
 
 def _short(value: Any) -> str:
     if isinstance(value, float) and math.isfinite(value):
-        return f"{value:g}"
+        return f"{value:.12g}"
     return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))

@@ -51,6 +51,28 @@ class Evaluation:
         return f"top-1 {self.top1:.2f}%, {top5}validation loss {self.loss:.4f}"
 
 
+def write_result(config: Config, progress: Progress, result: Evaluation) -> None:
+    """Write the last evaluation beside the checkpoints, whole or not at all: it stays where no store is.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    said = {**asdict(result), "epochs": progress.epochs, "steps": progress.step, "run_id": progress.run_id}
+    said = {"method": config.method, "model": config.model.name, **said, "stopped_early": progress.stopped_early}
+    # JSON has no word for what is no number.
+    said = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in said.items()}
+    file = config.checkpoint.directory / RESULT
+    partial = file.with_name(f".{RESULT}.partial")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(said, allow_nan=False))
+        partial.replace(file)
+    except OSError:
+        with suppress(OSError):
+            partial.unlink()
+        raise
+
+
 class EvaluationInterrupted(Exception):  # noqa: N818  no error
     """All processes have agreed to leave an evaluation."""
 
@@ -151,30 +173,16 @@ class Evaluate(Hook):
             step=progress.step,
         )
         if progress.ended and self._world.first:
-            self._write_result(progress, result)
+            try:
+                write_result(self._config, progress, result)
+            except OSError as error:  # the checkpoint has it as well
+                file = self._config.checkpoint.directory / RESULT
+                self._bar.say(f"{file} was not written: {error.strerror or error}")
         beside = "" if raw is None else f"; without averaging the weights: {raw}"
         self._bar.say(f"{progress}: {result} on {result.images} images{beside}")
         if progress.stopped_early:
             self._run.log({"train/stopped_early": 1.0}, progress.step)
             self._bar.say(str(progress.patience))
-
-    def _write_result(self, progress: Progress, result: Evaluation) -> None:
-        """The last evaluation beside the checkpoints, whole or not there: it stays where no store is."""
-        file = self._config.checkpoint.directory / RESULT
-        said = {**asdict(result), "epochs": progress.epochs, "steps": progress.step, "run_id": progress.run_id}
-        said["stopped_early"] = progress.stopped_early
-        said = {"method": self._config.method, "model": self._config.model.name, **said}
-        # JSON has no word for what is no number.
-        said = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in said.items()}
-        partial = file.with_name(f".{RESULT}.partial")
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(json.dumps(said, allow_nan=False))
-            partial.replace(file)
-        except OSError as error:  # the checkpoint has it as well
-            with suppress(OSError):
-                partial.unlink()
-            self._bar.say(f"{file} was not written: {error.strerror or error}")
 
     def _evaluate(self, label: str) -> Evaluation:
         """Of the weights as they are."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import socket
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from .batches import EpochBatches
 from .build import Components, backend_of, build, build_hooks
 from .checkpoint import SaveCheckpoint
 from .class_weights import ClassWeights, balanced
-from .evaluation import evaluate
+from .evaluation import RESULT, evaluate, write_result
 from .hooks import Hook, ending
 from .length import Length, length_of
 from .memory import explaining_out_of_memory
@@ -113,6 +113,9 @@ def _train(
         out.print(f"{path} is of {_last_place(done)}: nothing is left to train", soft_wrap=True)
         if world.first:
             _print_lines(out, run_lines(config, done.run_id))
+            if not (config.checkpoint.directory / RESULT).exists() and (last := checkpoint.evaluation_of(path)):
+                with suppress(OSError):  # a full disk, as it may have been when the run ended
+                    write_result(config, done, last)
         return False
     if started:
         checkpoint.note_start(config, world, path)

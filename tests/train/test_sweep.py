@@ -72,6 +72,14 @@ def test_a_sweep(home: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert capfd.readouterr().out.count(": to do (") == 2
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
 
+    # A result that is gone is in the checkpoint too.
+    gone = home / "checkpoints/first/sam-seed-0/result.json"
+    content = json.loads(gone.read_text())
+    gone.unlink()
+    assert ssam_scale("sweep", path) == 0
+    assert json.loads(gone.read_text()) == content
+    stamps[gone] = gone.stat().st_mtime_ns
+
     # What is there is of the configuration that the sweep had then.
     changed = write(home, methods=["base", "sam"], seeds=[0, 1], overrides={"optimizer.lr": 0.07})
     assert ssam_scale("sweep", changed) == 2
@@ -170,6 +178,18 @@ def test_each_run_has_gpus_of_its_own() -> None:
 def test_the_gpus_that_this_process_may_use(given: str, found: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
     assert sweep.visible_gpus() == found
+
+
+def test_a_folder_of_something_else(home: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Is left alone; what a file manager has left in it is no matter."""
+    folder = home / "checkpoints/first/config-seed-0"
+    folder.mkdir(parents=True)
+    (folder / ".DS_Store").write_text("")
+    assert ssam_scale("sweep", write(home), "--dry-run") == 0
+    (folder / "thesis.tex").write_text("")
+    capfd.readouterr()
+    assert ssam_scale("sweep", write(home)) == 2
+    assert "config-seed-0: is no run's folder, as it has no config.yaml; move it away" in capfd.readouterr().err
 
 
 def test_a_launcher_is_not_wanted(

@@ -38,7 +38,7 @@ from .lock import locked
 from .parts import ModelState, OptimizerState, SparsePart, check_savable
 from .rollbacks import Rollbacks, forget_rollbacks
 from .starts import note_start
-from .state import finished, load, micro_batch_of, network_of, place_in_data
+from .state import evaluation_of, finished, load, micro_batch_of, network_of, place_in_data
 
 __all__ = [
     "ModelState",
@@ -50,6 +50,7 @@ __all__ = [
     "check_savable",
     "checkpoints",
     "consolidate",
+    "evaluation_of",
     "finished",
     "forget_rollbacks",
     "load",

@@ -151,6 +151,14 @@ def finished(path: Path, config: Config, length: Length) -> Progress | None:
     return progress if same and progress.ended and not progress.unevaluated else None
 
 
+def evaluation_of(path: Path) -> Evaluation | None:
+    """Of the weights of a checkpoint that `problem_with` has no objection to; None: there was none."""
+    from ssam_scale.train.evaluation import Evaluation
+
+    found = read_state(path)["evaluation"]
+    return None if found is None else Evaluation(**found)
+
+
 def place_in_data(path: Path) -> tuple[int, int]:
     """Epochs done and images seen of the next one, of a checkpoint that `problem_with` has no objection to."""
     progress = read_state(path)["parts"]["progress"]
