@@ -25,8 +25,6 @@ from ssam_scale.errors import UserError
 CONFIG, LOG, RESULT = "config.yaml", "train.log", "result.json"
 """In a run's folder: its configuration, what it printed, and what it came to once it is complete."""
 
-PARTIAL = f".{CONFIG}.partial"
-
 # What a training ends with that was told to end: it has saved, or had not begun yet; torchrun's is not its own.
 _TOLD = (75, -signal.SIGTERM, 128 + signal.SIGTERM)
 _EVERY_S = 0.2
@@ -129,7 +127,7 @@ def prepare(sweep: LoadedSweep, run: SweepRun) -> Path:
         UserError: it cannot be written.
     """
     folder = sweep.folder / run.name
-    partial = folder / PARTIAL
+    partial = folder / f".{CONFIG}.partial"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         partial.write_text(dump(sweep.config(run)), encoding="utf-8")

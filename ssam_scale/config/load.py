@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
@@ -16,7 +16,7 @@ from ssam_scale.config.explain import DEEPSPEED, OVERRIDE, Origins, comments, de
 from ssam_scale.config.include import INCLUDE, read
 from ssam_scale.config.presets import PRESETS, ContradictionError, expanded
 from ssam_scale.config.schema import UNTRACKED, Config
-from ssam_scale.config.section import KeyPath
+from ssam_scale.config.section import KeyPath, Section
 from ssam_scale.config.yaml_lines import parse, write
 from ssam_scale.errors import UserError
 
@@ -47,6 +47,39 @@ def load_with_origins(
     """`load`, and where each key was given: `configs/a.yaml:3`, an override, or the preset that it is of."""
     values, origins = read(path, "a configuration", "configs/, such as configs/quickstart.yaml")
     return resolved(values, origins, overrides, deepspeed), origins
+
+
+_Read = TypeVar("_Read", bound=Section)
+
+
+def read_as(section: type[_Read], path: Path, what: str, like: str) -> tuple[_Read, dict[str, Any], dict[KeyPath, str]]:
+    """`read`, and what the file says as a section of another kind than a run's configuration.
+
+    Raises:
+        UserError: as `read`; or something in the file cannot be.
+    """
+    values, origins = read(path, what, like)
+    try:
+        return section.model_validate_json(json.dumps(values), strict=True), values, origins
+    except ValidationError as error:
+        raise UserError("; ".join(describe(error, values, origins, section))) from None
+
+
+def read_named(given: Path, beside: Path, where: str) -> tuple[dict[str, Any], dict[KeyPath, str]]:
+    """`read` of the run's configuration that another file names by its key `config`, relative to itself.
+
+    Args:
+        given: what it says.
+        beside: that file.
+        where: in it.
+
+    Raises:
+        UserError: as `read`; says where it is named.
+    """
+    try:
+        return read(given if given.is_absolute() else beside.parent / given, "a configuration", "configs/")
+    except UserError as error:
+        raise UserError(f"{where}: config: {error}") from None
 
 
 def resolved(

@@ -6,18 +6,15 @@ Read by `ssam-scale bench accuracy`. Nothing of it is computed here, so that a m
 from __future__ import annotations
 
 import copy
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from ssam_scale.config.explain import describe
-from ssam_scale.config.include import read
 from ssam_scale.config.knobs import Knobs, as_override, product
-from ssam_scale.config.load import resolved
+from ssam_scale.config.load import read_as, read_named, resolved
 from ssam_scale.config.schema import Config
 from ssam_scale.config.section import KeyPath, Section, UserPath
 from ssam_scale.errors import UserError
@@ -163,11 +160,7 @@ class LoadedStudy:
     """
 
     def __init__(self, path: Path) -> None:
-        values, origins = read(path, "a study", "benchmarks/studies/")
-        try:
-            self.study = Study.model_validate_json(json.dumps(values), strict=True)
-        except ValidationError as error:
-            raise UserError("; ".join(describe(error, values, origins, Study))) from None
+        self.study, values, origins = read_as(Study, path, "a study", "benchmarks/studies/")
         self.name = path.stem
         self._path, self._origins = path, origins
         self._values, self._value_origins = self._recipe(values)
@@ -239,12 +232,7 @@ class LoadedStudy:
     def _recipe(self, values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[KeyPath, str]]:
         """The sections of the recipe, and where their keys were given."""
         if self.study.config is not None:
-            given = self.study.config
-            path = given if given.is_absolute() else self._path.parent / given
-            try:
-                return read(path, "a configuration", "configs/")
-            except UserError as error:
-                raise UserError(f"{self._origins['config',]}: config: {error}") from None
+            return read_named(self.study.config, self._path, self._origins["config",])
         own = {key[1:]: origin for key, origin in self._origins.items() if key[:1] == ("recipe",)}
         return dict(values["recipe"]), own
 

@@ -14,12 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from ssam_scale.config.explain import OVERRIDE, describe
-from ssam_scale.config.include import read
+from ssam_scale.config.explain import OVERRIDE
 from ssam_scale.config.knobs import Knobs, as_override, in_words, product
-from ssam_scale.config.load import resolved
+from ssam_scale.config.load import read_as, read_named, resolved
 from ssam_scale.config.presets import PRESETS, TERMS
 from ssam_scale.config.schema import Config
 from ssam_scale.config.section import KeyPath, Section, UserPath
@@ -222,22 +221,12 @@ class LoadedSweep:
     """
 
     def __init__(self, path: Path, folder: Path | None = None) -> None:
-        values, origins = read(path, "a sweep", "docs/training.md#many-runs")
-        try:
-            self._sweep = Sweep.model_validate_json(json.dumps(values), strict=True)
-        except ValidationError as error:
-            raise UserError("; ".join(describe(error, values, origins, Sweep))) from None
+        self._sweep, _, self._origins = read_as(Sweep, path, "a sweep", "docs/training.md#many-runs")
         self.name = path.stem
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
             raise UserError(f'{path}: a sweep has its file\'s name, which is of letters, digits, ".", "_" and "-"')
         self.folder = folder or Path("checkpoints", self.name)
-        self._origins = origins
-        given = self._sweep.config
-        try:
-            base = given if given.is_absolute() else path.parent / given
-            self._values, self._value_origins = read(base, "a configuration", "configs/")
-        except UserError as error:
-            raise UserError(f"{origins['config',]}: config: {error}") from None
+        self._values, self._value_origins = read_named(self._sweep.config, path, self._origins["config",])
         self._resolved(self._changes(self._sweep.overrides, ("overrides",)))  # a mistake there is no method's
         self.runs = tuple(self._all())
         if len(self.runs) > _MOST:
@@ -253,11 +242,9 @@ class LoadedSweep:
             UserError: there cannot be such a one.
         """
         changes = self._changes(self._sweep.overrides, ("overrides",))
-        if isinstance(self._sweep.methods, list):
-            where = (self._sweep.methods.index(run.method),)
-            changes += [(key, value, ("methods", *where)) for key, value in self._sweep.changes(run.method).items()]
-        else:
-            changes += self._changes(self._sweep.changes(run.method), ("methods", run.method))
+        methods = self._sweep.methods
+        place = methods.index(run.method) if isinstance(methods, list) else run.method
+        changes += self._changes(self._sweep.changes(run.method), ("methods", place))
         below = "grid" if self._sweep.grid else "random" if self._sweep.random else "points"
         changes += self._changes(dict(run.knobs), (below, "values") if below == "random" else (below,))
         own = {
