@@ -10,6 +10,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+RESULT = "result.json"
+"""In the folder of checkpoints: the last evaluation of a run that is complete."""
+
 _KINDS = {
     stat.S_IFLNK: "a link",
     stat.S_IFBLK: "a device",

@@ -21,12 +21,14 @@ from ssam_scale.config.sweep import LoadedSweep, SweepRun
 from ssam_scale.cores import usable_cores
 from ssam_scale.ended import signal_words
 from ssam_scale.errors import UserError
+from ssam_scale.folders import RESULT, write_whole
+from ssam_scale.tracking.shutdown import SAVED
 
-CONFIG, LOG, RESULT = "config.yaml", "train.log", "result.json"
-"""In a run's folder: its configuration, what it printed, and what it came to once it is complete."""
+CONFIG, LOG = "config.yaml", "train.log"
+"""In a run's folder: its configuration, and what it printed."""
 
 # What a training ends with that was told to end: it has saved, or had not begun yet; torchrun's is not its own.
-_TOLD = (75, -signal.SIGTERM, 128 + signal.SIGTERM)
+_TOLD = (SAVED, -signal.SIGTERM, 128 + signal.SIGTERM)
 _EVERY_S = 0.2
 
 State = Literal["done", "begun", "to do"]
@@ -127,11 +129,9 @@ def prepare(sweep: LoadedSweep, run: SweepRun) -> Path:
         UserError: it cannot be written.
     """
     folder = sweep.folder / run.name
-    partial = folder / f".{CONFIG}.partial"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        partial.write_text(dump(sweep.config(run)), encoding="utf-8")
-        partial.replace(folder / CONFIG)
+        write_whole(folder / CONFIG, lambda beside: beside.write_text(dump(sweep.config(run)), encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{folder}: cannot be written to: {error.strerror or error}") from None
     return folder / CONFIG

@@ -15,8 +15,6 @@ from ssam_scale.errors import UserError
 if TYPE_CHECKING:
     from ssam_scale.config.sweep import LoadedSweep
 
-_INTERRUPTED = 75
-
 
 def sweep_command(
     file: Annotated[Path, typer.Argument(callback=expanded, help="The sweep's YAML file; its name is the sweep's.")],
@@ -44,6 +42,7 @@ def sweep_command(
     """
     from ssam_scale import sweep
     from ssam_scale.config.sweep import LoadedSweep
+    from ssam_scale.tracking.shutdown import SAVED
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("sweep: starts its runs' processes itself: give --processes, and no torchrun or deepspeed")
@@ -71,7 +70,7 @@ def sweep_command(
         outcome = sweep.do(loaded, left, places, lambda line: print(line, flush=True))
         if outcome.stopped:
             print("ended before all runs were done; the same command goes on", file=sys.stderr)
-            raise typer.Exit(_INTERRUPTED)
+            raise typer.Exit(SAVED)
         if outcome.failed:
             print(
                 f"{len(outcome.failed)} of {len(left)} runs failed; the same command tries them again", file=sys.stderr

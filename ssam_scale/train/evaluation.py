@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssam_scale.config.schema import Config
+from ssam_scale.folders import RESULT
 from ssam_scale.perturbation.batchnorm import evaluation_mode
 from ssam_scale.sharding import World
 from ssam_scale.tracking.run import Run
@@ -24,9 +25,6 @@ from .progress import Progress, ProgressBar
 
 if TYPE_CHECKING:
     from .build import Components
-
-RESULT = "result.json"
-"""In the folder of checkpoints: the last evaluation of a run that is complete."""
 
 
 @dataclass(frozen=True)

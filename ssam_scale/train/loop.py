@@ -15,6 +15,7 @@ from ssam_scale.config.schema import Config
 from ssam_scale.console import console
 from ssam_scale.data import Images
 from ssam_scale.errors import NotFiniteError
+from ssam_scale.folders import RESULT
 from ssam_scale.models import train_mode, unfreezes
 from ssam_scale.perturbation import StepReport
 from ssam_scale.perturbation.rng import seed_step
@@ -28,7 +29,7 @@ from .batches import EpochBatches
 from .build import Components, backend_of, build, build_hooks
 from .checkpoint import SaveCheckpoint
 from .class_weights import ClassWeights, balanced
-from .evaluation import RESULT, evaluate, write_result
+from .evaluation import evaluate, write_result
 from .hooks import Hook, ending
 from .length import Length, length_of
 from .memory import explaining_out_of_memory
