@@ -257,11 +257,21 @@ except ModuleNotFoundError:  # Python 3.10
     from pip._vendor import tomli as tomllib
 project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
 extras = project["optional-dependencies"]
-wanted = [*project["dependencies"], *extras["train"], *extras["zero"]]
-if sys.argv[1]:
-    wanted += [*extras["bench"], *extras[sys.argv[1]]]
-own = ("torch", "torchvision", project["name"])
-print(*[line for line in wanted if re.split(r"[^\w.-]", line)[0] not in own], sep="\n")
+
+
+def with_extras(lines):
+    """The lines; in place of this package with some of its extras, what those extras list."""
+    for line in lines:
+        if own := re.fullmatch(rf"{project['name']}\[(.+)\]", line):
+            for extra in own[1].split(","):
+                yield from with_extras(extras[extra.strip()])
+        else:
+            yield line
+
+
+wanted = with_extras([*project["dependencies"], f"{project['name']}[{sys.argv[1] or 'train,zero'}]"])
+apart = ("torch", "torchvision")
+print(*[line for line in wanted if re.split(r"[^\w.-]", line)[0] not in apart], sep="\n")
 PYTHON
 }
 

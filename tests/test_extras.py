@@ -5,9 +5,12 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from ssam_scale.__main__ import extra_of
 
@@ -103,3 +106,30 @@ def test_the_first_example_says_what_it_needs() -> None:
 )
 def test_modules_belong_to_extras(module: str, extra: str | None) -> None:
     assert extra_of(module) == extra
+
+
+def requirements_of(extra: str) -> Iterator[Requirement]:
+    """What an extra of ours lists, and what the extras that it names list."""
+    for line in requires("ssam_scale") or ():
+        requirement = Requirement(line)
+        if requirement.marker is None or not requirement.marker.evaluate({"extra": extra}):
+            continue
+        if requirement.name.replace("-", "_") == "ssam_scale":
+            for further in requirement.extras:
+                yield from requirements_of(further)
+        elif "extra" in str(requirement.marker):
+            yield requirement
+
+
+def test_all_that_development_needs_is_installed() -> None:
+    """Or tests of what is missing would be skipped without a word."""
+    wanted = list(requirements_of("dev"))
+    assert {"pytest", "mlflow", "deepspeed", "onnx", "tensorboard"} <= {requirement.name for requirement in wanted}
+
+    def is_there(requirement: Requirement) -> bool:
+        try:
+            return requirement.specifier.contains(version(requirement.name), prereleases=True)
+        except PackageNotFoundError:
+            return False
+
+    assert [str(requirement) for requirement in wanted if not is_there(requirement)] == []
