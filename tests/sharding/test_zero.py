@@ -150,7 +150,7 @@ SETTINGS: list[tuple[int, dict[str, Any]]] = [
     (3, {"stage3_param_persistence_threshold": 300, "reduce_scatter": False, "contiguous_gradients": False}),
 ]
 PICKED = [
-    Case("resnet", "moving cut"),
+    Case("by names", "moving cut"),
     Case("vit", "tensor", accumulation=2, rho=(RHO, RHO / 2)),
     Case("vit", "element", norm="dense", accumulation=2, optimizer="adamw"),
 ]

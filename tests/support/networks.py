@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssam_scale.models import staged
+from ssam_scale.models import staged, stages_of
 from ssam_scale.perturbation import Stage, StagedModel
 
 IMAGE, CLASSES = 32, 10
@@ -121,6 +121,44 @@ def small_resnext() -> StagedModel:
             parent = network.get_submodule(name.rpartition(".")[0])
             setattr(parent, name.rpartition(".")[2], nn.Tanh())
     return staged(network)
+
+
+class NamedBlocks(nn.Module):
+    """What no family knows: residual connections and weights of its own lie around blocks that a holder calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 24, 8, 8)
+        self.trunk = Trunk()
+        self.norm, self.head = nn.LayerNorm(24), nn.Linear(24, CLASSES)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.trunk(self.patches(images).flatten(2).mT)
+        return self.head(self.norm(x).mean(1))
+
+
+class Trunk(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions = nn.Parameter(torch.randn(16, 24) * 0.1)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(24, 48), nn.GELU(), nn.Linear(48, 24)) for _ in range(4))
+        self.scales = nn.ParameterList(torch.ones(24) for _ in self.blocks)
+        self.norms = nn.ModuleList(nn.LayerNorm(24) for _ in self.blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.positions
+        for block, norm, scale in zip(self.blocks, self.norms, self.scales, strict=True):
+            x = x + scale * block(norm(x))
+        return x
+
+
+def network_by_names(seed: int = 0) -> StagedModel:
+    """In stages by the names of its blocks; every stage has weights outside of its block."""
+    torch.manual_seed(seed)
+    model = NamedBlocks()
+    return StagedModel(
+        model, stages_of(model, [f"trunk.blocks.{i}" for i in range(4)], images=torch.randn(2, 3, IMAGE, IMAGE))
+    )
 
 
 class TiedNetwork(nn.Module):

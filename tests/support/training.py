@@ -28,7 +28,7 @@ from ssam_scale.sharding.chunks import gathered
 from ssam_scale.sharding.place import place
 from tests.support.directions import Vectors, descended, seen_by_ascent
 from tests.support.masks import whole_mask
-from tests.support.networks import batches, freeze_batchnorm, part, small_network
+from tests.support.networks import batches, freeze_batchnorm, network_by_names, part, small_network
 
 STEPS, BATCH, RHO, CLIP = 5, 24, 0.1, 5.0  # 24 divides over 4 ranks with 2 micro-batches each, and over 3
 # fp32: the same arithmetic in another order of summation.
@@ -117,7 +117,7 @@ class Case:
         }[self.mask]
 
     def make_model(self) -> torch.nn.Module:
-        return freeze_batchnorm(small_network(self.family))
+        return freeze_batchnorm(network_by_names() if self.family == "by names" else small_network(self.family))
 
     def make_optimizer(self, model: torch.nn.Module) -> torch.optim.Optimizer:
         every, n = list(model.parameters()), len(self.rho)
