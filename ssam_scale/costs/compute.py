@@ -9,6 +9,8 @@ A pass of few images takes longer than its share: launching kernels costs as muc
 stages are measured in passes of several sizes, and an ascent on a part of the batch takes the time of its own number of
 images.
 
+Frozen weights have no gradient, and no backward goes before the first stage that has another.
+
 Assumptions: between two sizes that were measured the time grows evenly, a pass of fewer images than were ever measured
 takes as long as the smallest that was, and one of more in proportion to the largest; the gradients of a stage's weights
 cost in proportion to their number; perturbing costs the same for each perturbed weight, whichever they are; nothing
@@ -88,6 +90,7 @@ class StepTimes:
         perturb: of perturbing one weight and putting it back.
         images: of each micro-batch of the step; a mean where processes have not all as many.
         micro_batches: of the step.
+        trained: of each stage, the share of its weights that is not frozen; None: all of all of them.
     """
 
     passes: tuple[PassTimes, ...]
@@ -95,6 +98,7 @@ class StepTimes:
     perturb: float
     images: float
     micro_batches: int = 1
+    trained: tuple[float, ...] | None = None
 
     @classmethod
     def proportional(cls, stages: tuple[StageTimes, ...], optimizer: float = 0.0, perturb: float = 0.0) -> StepTimes:
@@ -117,6 +121,11 @@ class StepTimes:
     def stages(self) -> tuple[StageTimes, ...]:
         """Of each stage, what the micro-batches of a step take together."""
         return self._of(self.images)
+
+    @property
+    def descended(self) -> tuple[float, ...]:
+        """Of each stage, the share of its weights whose gradient a descent computes."""
+        return (1.0,) * len(self.passes[0].stages) if self.trained is None else self.trained
 
     def part(self, fraction: float) -> tuple[StageTimes, ...]:
         """The same if of each micro-batch a pass sees only this share."""
@@ -171,12 +180,28 @@ class StepShape:
     @property
     def first(self) -> int:
         """The first stage that the ascent's backward goes through; of a shape with an ascent."""
-        return next(i for i, share in enumerate(self.kept) if share > 0.0)
+        return first_of(self.kept)
+
+
+def first_of(kept: Sequence[float]) -> int:
+    """The first stage that a backward goes through.
+
+    Args:
+        kept: of each stage, the share of its weights whose gradient it computes; of one at least it is some.
+    """
+    return next(i for i, share in enumerate(kept) if share > 0.0)
+
+
+def _backwards(stages: Sequence[StageTimes], kept: Sequence[float]) -> list[float]:
+    """Of each stage, its backward; what lies before the first with a weight's gradient has none, as have the images."""
+    first = first_of(kept)
+    return [0.0] * first + [stages[i].backward_for(kept[i], first=i == first) for i in range(first, len(stages))]
 
 
 def pass_seconds(times: StepTimes, fraction: float = 1.0) -> float:
-    """The forward and backward of a whole pass over this share of the batch; the images need no gradient."""
-    return sum(s.forward + s.backward_for(1.0, first=i == 0) for i, s in enumerate(times.part(fraction)))
+    """The forward and backward of a whole pass over this share of the batch, for all that is trained."""
+    stages = times.part(fraction)
+    return sum(s.forward for s in stages) + sum(_backwards(stages, times.descended))
 
 
 def base_seconds(times: StepTimes) -> float:
@@ -186,7 +211,8 @@ def base_seconds(times: StepTimes) -> float:
 
 def suffix_share(times: StepTimes, cut: int) -> float:
     """The share t of a pass's compute that lies from stage `cut` on, forward and backward as in the base step."""
-    seconds = [s.forward + s.backward_for(1.0, first=i == 0) for i, s in enumerate(times.stages)]
+    backwards = _backwards(times.stages, times.descended)
+    seconds = [s.forward + backward for s, backward in zip(times.stages, backwards, strict=True)]
     return sum(seconds[cut:]) / sum(seconds)
 
 
@@ -202,8 +228,7 @@ def ascent_backward(times: StepTimes, shape: StepShape) -> float:
     """The ascent's backward."""
     if not shape.ascends:
         return 0.0
-    first, stages = shape.first, times.part(shape.fraction)
-    return sum(stages[i].backward_for(shape.kept[i], first=i == first) for i in range(first, len(stages)))
+    return sum(_backwards(times.part(shape.fraction), shape.kept))
 
 
 def predicted_ascent_seconds(times: StepTimes, shape: StepShape) -> float:

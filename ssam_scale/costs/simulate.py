@@ -161,7 +161,7 @@ def simulate(opt: SparseSAM, loss_fn: Callable[..., Tensor], *batches: tuple[Ten
         if opt.sharding.shard_group.size > 1 and opt.plan.full is not None:
             masks += opt.plan.full.values()
     packings = getattr(opt.sharding, "packings", None)
-    held = [p for p in opt.sharding.resident(parameters) if p.numel()]
+    held = [p for p in opt.sharding.resident(list(opt.sharding.network.parameters())) if p.numel()]
     own = {p.untyped_storage().data_ptr() for p in held}
     stepped = [p for p in opt.base_optimizer.state if _local(p).untyped_storage().data_ptr() not in own]
     return Simulated(

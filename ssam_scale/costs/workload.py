@@ -29,6 +29,7 @@ class Weight:
         unit: the block that FSDP2 gathers it with; None: the root's own.
         group: index of its parameter group in the base optimizer.
         gathered: bytes of an element where a backend gathers it for a pass; it is float32 everywhere else.
+        trained: whether it is not frozen.
     """
 
     shape: tuple[int, ...]
@@ -36,6 +37,7 @@ class Weight:
     unit: int | None
     group: int = 0
     gathered: int = FLOAT
+    trained: bool = True
 
     @property
     def numel(self) -> int:
@@ -122,6 +124,7 @@ def weights_of(
             units.get(id(p)),
             groups.get(id(p), 0),
             precision.itemsize if id(p) in cast else FLOAT,
+            p.requires_grad,
         )
         for name, p in network.model.named_parameters()
     }
@@ -149,21 +152,28 @@ def shape_of(resolved: ResolvedStep, weights: Weights, depth: int) -> StepShape:
     A stage's share of computed weight gradients is by number of elements, a tied weight counting in every stage that
     uses it: each of its uses is a matrix product of its own.
     """
-    total, computed = [0] * depth, [0] * depth
-    for name, w in weights.items():
-        for stage in w.stages:
-            total[stage] += w.numel
-            if stage >= resolved.cut:
-                computed[stage] += resolved.computed.get(name, 0)
-    kept = tuple(c / n if n else 0.0 for c, n in zip(computed, total, strict=True))
     return StepShape(
         resolved.forward_from,
-        kept,
+        _shares(weights, depth, lambda name, stage: resolved.computed.get(name, 0) if stage >= resolved.cut else 0),
         resolved.plan.perturbed,
         resolved.fraction,
         resolved.scores_samples + resolved.scores_again,
         resolved.descent.fraction if resolved.descent is not None else 1.0,
     )
+
+
+def trained_shares(weights: Weights, depth: int) -> tuple[float, ...]:
+    """Of each stage, the share of its weights that is not frozen; counted as `shape_of` does."""
+    return _shares(weights, depth, lambda name, stage: weights[name].numel if weights[name].trained else 0)
+
+
+def _shares(weights: Weights, depth: int, elements: Callable[[str, int], int]) -> tuple[float, ...]:
+    total, counted = [0] * depth, [0] * depth
+    for name, w in weights.items():
+        for stage in w.stages:
+            total[stage] += w.numel
+            counted[stage] += elements(name, stage)
+    return tuple(c / n if n else 0.0 for c, n in zip(counted, total, strict=True))
 
 
 def _between(plan: Plan) -> CountBetween:

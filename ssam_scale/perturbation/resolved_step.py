@@ -387,27 +387,28 @@ class StepShares:
 
 
 def step_shares(
-    schedule: RadiusSchedule, options: StepOptions, plan: Plan, steps: int, refresh_every: int | None = None
+    schedule: RadiusSchedule, options: StepOptions, plan: Plan, steps: range, refresh_every: int | None = None
 ) -> StepShares:
-    """How often each kind of step comes in a run, by the rules of the steps themselves.
+    """How often each kind of step comes among some of a run, by the rules of the steps themselves.
 
     Args:
         schedule: of the radius.
         options: of the optimizer.
         plan: what a step perturbs; the same kind of plan in all.
-        steps: of the run.
+        steps: of which; those before them tell when a calibration is due.
         refresh_every: steps between two refreshes of the mask, each of which makes a calibration due.
     """
     sparse = dense = reused = 0
     calibrated = -1
     group = {"rho": 1.0, "lr": 1.0, "initial_lr": 1.0}
-    for step in range(steps):
+    for step in range(steps.stop):
+        counts = step in steps
         if refresh_every is not None and step % refresh_every == 0:
             calibrated = -1
         if schedule(step, group) <= 0.0:
-            reused += reuse_at(schedule, step) > 0.0
+            reused += counts and reuse_at(schedule, step) > 0.0
         elif options.direction.ascends and options.is_dense(plan, step, calibrated):
-            dense, calibrated = dense + 1, step
+            dense, calibrated = dense + counts, step
         else:
-            sparse += 1
-    return StepShares(sparse / steps, dense / steps, reused / steps)
+            sparse += counts
+    return StepShares(sparse / len(steps), dense / len(steps), reused / len(steps))

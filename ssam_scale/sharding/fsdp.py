@@ -152,7 +152,7 @@ class FSDP2(TorchTraining):
         self._replica = self._mesh.get_local_rank(0) if self._mesh.ndim > 1 else 0
         self.data_parallel_group = ProcessGroup(_group_of_all(self._mesh))
         self.packs_gradients = self.shard_group.size > 1
-        _OrderOfForwards(module, self._state._comm_ctx, fsdp_param_groups(self._state))
+        self._order = _OrderOfForwards(module, self._state._comm_ctx, fsdp_param_groups(self._state))
         self.packings = Packings(self.shard_group.size, self.shard_group.rank)
 
     def shards(self, parameters: Sequence[nn.Parameter]) -> list[Shard]:
@@ -231,7 +231,7 @@ class FSDP2(TorchTraining):
 
     def backward(self, loss: Tensor) -> None:
         """Autograd's, in which FSDP gathers ahead what the backward comes to and nothing else."""
-        _forget_frozen_beginning(self._state._comm_ctx)
+        self._order.forget_frozen_beginning()
         super().backward(loss)
 
     @contextmanager
@@ -341,17 +341,6 @@ def _consists_of(group: Any, parameters: Set[int]) -> bool:
     return all(id(p) in parameters or not p.requires_grad for p in sharded)
 
 
-def _forget_frozen_beginning(context: Any) -> None:
-    """A backward that ends where weights begin to be trained has no use for what ran before in the forward."""
-    order = context.post_forward_order
-    trains = (any(one.sharded_param.requires_grad for one in group.fsdp_params) for group in order)
-    frozen = next((index for index, trained in enumerate(trains) if trained), 0)
-    if frozen:
-        for group in set(order):
-            group._post_forward_indices[:] = [i - frozen for i in group._post_forward_indices if i >= frozen]
-        del order[:frozen]
-
-
 class _OrderOfForwards:
     """What a backward gathers ahead: FSDP's order of the forwards before it, kept to what the backward comes to.
 
@@ -369,6 +358,7 @@ class _OrderOfForwards:
     def __init__(self, root: nn.Module, context: Any, own: Sequence[Any]) -> None:
         self._context, self._own = context, own
         self._start = 0  # of the forward under way
+        self._end = 0  # of its backward, which goes on into what its input came from
         self._used: list[tuple[weakref.ref[Tensor], list[Any]]] = []  # by forwards whose output there still is
         root.register_forward_pre_hook(self._before, prepend=True)  # FSDP's own hook replaces the inputs
         root.register_forward_hook(self._after)
@@ -382,6 +372,7 @@ class _OrderOfForwards:
                     group._post_forward_indices.append(len(order))
                     order.append(group)
         self._start = len(order)
+        self._end = 0 if any(isinstance(x, Tensor) and x.requires_grad for x in inputs) else self._start
 
     def _after(self, root: nn.Module, inputs: Any, output: Any) -> None:
         order = self._context.post_forward_order
@@ -392,6 +383,16 @@ class _OrderOfForwards:
         elif isinstance(output, Tensor) and output.requires_grad:
             used = [group for group in order[self._start :] if group not in self._own]
             self._used.append((weakref.ref(output), used))
+
+    def forget_frozen_beginning(self) -> None:
+        """A backward that ends where weights begin to be trained has no use for what ran before in the forward."""
+        order = self._context.post_forward_order
+        trains = (any(one.sharded_param.requires_grad for one in group.fsdp_params) for group in order[self._end :])
+        unused = next((self._end + index for index, trained in enumerate(trains) if trained), 0)
+        if unused:
+            for group in set(order):
+                group._post_forward_indices[:] = [i - unused for i in group._post_forward_indices if i >= unused]
+            del order[:unused]
 
 
 @contextmanager

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -21,14 +22,14 @@ from ssam_scale.config.schema import Config, Perturbation
 from ssam_scale.config.trajectory_sections import MESATrajectory
 from ssam_scale.costs.cluster import Cluster, Placement, ZeroSettings
 from ssam_scale.costs.compute import StageTimes, StepTimes
-from ssam_scale.costs.estimate import Activations, footprint, step_cost
+from ssam_scale.costs.estimate import Activations, Footprint, StepCost, footprint, step_cost
 from ssam_scale.costs.profile import Batch, Measured, load_times, measure_activations, measure_times, this_machine
 from ssam_scale.costs.simulate import GivenPlan, Simulated, fake_world, simulate
-from ssam_scale.costs.workload import Ascent, ascent_of, weights_of
+from ssam_scale.costs.workload import Ascent, ascent_of, trained_shares, weights_of
 from ssam_scale.data import open_images
 from ssam_scale.errors import UserError
 from ssam_scale.masks import Plan, ScoreBased
-from ssam_scale.models import build_model, check_compiler
+from ssam_scale.models import build_model, check_compiler, freeze, most_trained
 from ssam_scale.perturbation import Gate, Norm, SparseSAM, StagedModel, StepShares, step_shares
 from ssam_scale.perturbation.reference import first_samples
 from ssam_scale.perturbation.schedules import build_schedule
@@ -110,68 +111,132 @@ def cost_rows(config: Config, found: Measured, machines: Machines) -> list[dict[
     Raises:
         UserError: the configured backend does not go with so many GPUs, or there are more GPUs than images.
     """
-    network = staged_model(config)
-    base_of_ours = base_optimizer(config, network.model)
-    weights, total = weights_of(network, base_of_ours, PRECISIONS[config.train.precision]), found.weights
-    opt = configured_sam(config, network, base_of_ours)
-    drawn = plans_of(config, opt)
-    dense_config = config.model_copy(update={"perturbation": None})
-    dense = configured_sam(dense_config, network, base_optimizer(config, network.model))
-    plans: dict[str, list[Ascent]] = {"base": [], "sam": [ascent_of(dense.resolve(), weights, len(network.stages))]}
-    state = state_bytes_per_weight(config)
-    averages = {name: averages_of(config.model_copy(update={"trajectory": None})) for name in plans}
-    averages[config.method] = averages_of(config)
-    rows = []
+    network, precision = staged_model(config), PRECISIONS[config.train.precision]
+    total, state = found.weights, state_bytes_per_weight(config)
+    kept = {name: averages_of(config.model_copy(update={"trajectory": None})) for name in ("base", "sam")}
+    kept[config.method] = averages_of(config)
+    placed: dict[int, tuple[Placement, float, int]] = {}
     for gpus in machines.gpus:
-        placement = placement_of(config, machines.cluster(gpus))
         if machines.scaling == "weak":
             images: float = (config.train.accumulation or 1) * found.images
             accumulation = accumulation_on(config, gpus, batch=int(images) * gpus)
         else:
             images, accumulation = config.data.batch_size / gpus, accumulation_on(config, gpus)
-        ours = ascents_of(config, network, opt, drawn, accumulation)
-        if ours or config.method not in plans:  # dense SAM as configured, too: its fraction, its interval
-            plans[config.method] = ours
         if images < accumulation:
             raise UserError(
                 f"--gpus {gpus}: data.batch_size {config.data.batch_size} gives each GPU less than one image in each "
                 f"of {accumulation} micro-batches; use --scaling weak, or fewer GPUs"
             )
-        one = images / accumulation
-        times, base = replace(found.times, images=one, micro_batches=accumulation), None
-        for name, ascents in plans.items():
-            cost = step_cost(times, weights, ascents, placement, accumulation)
-            if name == config.method:
-                more = reference_seconds(config, times)
-                cost = replace(cost, seconds=cost.seconds + more, seconds_unhidden=cost.seconds_unhidden + more)
-            seen = [times.images_in(a.shape.fraction) for a in ascents if a.shape.ascends]
-            kept = averages[name]
-            memory = footprint(weights, ascents, placement, state, found.activations, one, accumulation, kept)
-            base = base or cost
-            rows.append(
-                {
-                    "plan": name,
-                    "gpus": gpus,
-                    "backend": placement.backend,
-                    "replicas": placement.replicas,
-                    "images": images,
-                    "ascent_images": max(seen, default=0),
-                    "density": sum(a.share * sum(a.perturbed.values()) for a in ascents) / total,
-                    **asdict(cost),
-                    "seconds_over_base": cost.seconds / base.seconds,
-                    "bytes_over_base": cost.bytes / base.bytes if base.bytes else None,
-                    **{f"memory_{part}": value for part, value in asdict(memory).items()},
-                    "memory_model": memory.model,
-                    "memory_perturbing": memory.perturbing,
-                    "memory_total": memory.total,
-                    "memory_copy": checkpoint_bytes(total, kept, state),
-                    "scaling": machines.scaling,
-                    "hardware": found.hardware,
-                    "precision": found.precision,
-                    "model": found.model,
-                }
-            )
+        placed[gpus] = placement_of(config, machines.cluster(gpus)), images, accumulation
+    parts: dict[tuple[int, str], list[_PhaseCost]] = {}
+    for share, steps in phases(config, network):
+        base = base_optimizer(config, network.model)
+        weights = weights_of(network, base, precision)
+        opt = configured_sam(config, network, base)
+        drawn = plans_of(config, opt)
+        dense = configured_sam(config.model_copy(update={"perturbation": None}), network, base)
+        plans: dict[str, list[Ascent]] = {"base": [], "sam": [ascent_of(dense.resolve(), weights, len(network.stages))]}
+        for gpus, (placement, images, accumulation) in placed.items():
+            ours = ascents_of(config, network, opt, drawn, accumulation, steps)
+            if ours or config.method not in plans:  # dense SAM as configured, too: its fraction, its interval
+                plans[config.method] = ours
+            one = images / accumulation
+            times = times_of(replace(found.times, images=one, micro_batches=accumulation), network)
+            for name, ascents in plans.items():
+                seen = [times.images_in(a.shape.fraction) for a in ascents if a.shape.ascends]
+                part = _PhaseCost(
+                    share,
+                    step_cost(times, weights, ascents, placement, accumulation),
+                    footprint(weights, ascents, placement, state, found.activations, one, accumulation, kept[name]),
+                    max(seen, default=0.0),
+                    sum(a.share * sum(a.perturbed.values()) for a in ascents),
+                )
+                parts.setdefault((gpus, name), []).append(part)
+    rows = []
+    for (gpus, name), each in parts.items():
+        placement, images, accumulation = placed[gpus]
+        cost = _mean_cost(each)
+        if name == config.method:
+            of_images = replace(found.times, images=images / accumulation, micro_batches=accumulation)
+            more = reference_seconds(config, of_images)
+            cost = replace(cost, seconds=cost.seconds + more, seconds_unhidden=cost.seconds_unhidden + more)
+        memory = max((part.memory for part in each), key=lambda memory: memory.total)
+        of_base = cost if name == "base" else _mean_cost(parts[gpus, "base"])
+        rows.append(
+            {
+                "plan": name,
+                "gpus": gpus,
+                "backend": placement.backend,
+                "replicas": placement.replicas,
+                "images": images,
+                "ascent_images": max(part.ascent_images for part in each),
+                "density": sum(part.share * part.perturbed for part in each) / total,
+                **asdict(cost),
+                "seconds_over_base": cost.seconds / of_base.seconds,
+                "bytes_over_base": cost.bytes / of_base.bytes if of_base.bytes else None,
+                **{f"memory_{part}": value for part, value in asdict(memory).items()},
+                "memory_model": memory.model,
+                "memory_perturbing": memory.perturbing,
+                "memory_total": memory.total,
+                "memory_copy": checkpoint_bytes(total, kept[name], state),
+                "scaling": machines.scaling,
+                "hardware": found.hardware,
+                "precision": found.precision,
+                "model": found.model,
+            }
+        )
     return rows
+
+
+@dataclass(frozen=True)
+class _PhaseCost:
+    """What a plan costs while the same parameters are trained.
+
+    Attributes:
+        share: of the run's steps that this is.
+        cost: of the mean step.
+        memory: of one GPU.
+        ascent_images: of a micro-batch that an ascent sees.
+        perturbed: weights in the mean step.
+    """
+
+    share: float
+    cost: StepCost
+    memory: Footprint
+    ascent_images: float
+    perturbed: float
+
+
+def _mean_cost(parts: Sequence[_PhaseCost]) -> StepCost:
+    """Over the whole run."""
+    each = [[part.share * value for value in asdict(part.cost).values()] for part in parts]
+    return StepCost(*map(sum, zip(*each, strict=True)))
+
+
+def phases(config: Config, network: StagedModel) -> Iterator[tuple[float, range]]:
+    """The parts of a run in which the same parameters are trained: their share of all steps, and which steps they are.
+
+    While the caller looks at one, the others' parameters are frozen in `network`.
+
+    Raises:
+        UserError: `model.freeze` names what is not there, or everything.
+    """
+    length, sections = length_for(config), config.model.freeze
+    begins = sorted({0, *(section.until_epoch for section in sections if section.until_epoch is not None)})
+    for epoch, following in itertools.zip_longest(begins, begins[1:]):
+        end = length.steps if following is None else min(following * length.steps_per_epoch, length.steps)
+        steps = range(min(epoch * length.steps_per_epoch, end), end)
+        if steps:
+            freeze(network.model, sections, epoch)
+            yield len(steps) / length.steps, steps
+
+
+def times_of(times: StepTimes, network: StagedModel) -> StepTimes:
+    """Of a network with all of its weights trained, the times with those frozen that now are."""
+    weights = weights_of(network)
+    share = sum(w.numel for w in weights.values() if w.trained) / sum(w.numel for w in weights.values())
+    trained = trained_shares(weights, len(network.stages))
+    return replace(times, optimizer=share * times.optimizer, trained=trained)
 
 
 def reference_seconds(config: Config, times: StepTimes) -> float:
@@ -245,10 +310,17 @@ def _expected(config: Config, network: StagedModel) -> dict[str, Any]:
 
 
 def staged_model(config: Config) -> StagedModel:
-    """The configured network, the same each time."""
+    """The configured network, the same each time; nothing is frozen."""
     torch.manual_seed(config.train.seed)
     network = build_model(config).train()
     network.activation_checkpointing = config.train.activation_checkpointing
+    return network
+
+
+def _most_trained(config: Config) -> StagedModel:
+    """The configured network in an epoch that trains all that any does."""
+    network = staged_model(config)
+    freeze(network.model, config.model.freeze, most_trained(config.model.freeze))
     return network
 
 
@@ -299,15 +371,30 @@ def plans_of(config: Config, opt: SparseSAM) -> list[Plan]:
 
 
 def ascents_of(
-    config: Config, network: StagedModel, opt: SparseSAM, plans: Sequence[Plan], accumulation: int
+    config: Config,
+    network: StagedModel,
+    opt: SparseSAM,
+    plans: Sequence[Plan],
+    accumulation: int,
+    during: range | None = None,
 ) -> list[Ascent]:
-    """The kinds of steps that the configured run has with these plans, each as often, and how often each comes."""
+    """The kinds of steps that the configured run has with these plans, each as often, and how often each comes.
+
+    Args:
+        config: of the run.
+        network: in stages.
+        opt: the configured optimizer.
+        plans: what its mask perturbs.
+        accumulation: micro-batches of a step.
+        during: which steps are counted; None: all.
+    """
     section = config.perturbation
     if section is None:
         return []
     weights, depth = weights_of(network), len(network.stages)
     steps, every = length_for(config).steps, getattr(opt.mask, "every", None)
-    often = step_shares(build_schedule(section, steps), opt.options, plans[0], steps, every)
+    counted = range(steps) if during is None else during
+    often = step_shares(build_schedule(section, steps), opt.options, plans[0], counted, every)
     if section.gate is not None:  # whose first pass computes everything, and is the base step where it stays closed
         gated = section.gate.model_dump()
         often = StepShares(0.0, (often.sparse + often.dense) * Gate(steps, **gated).expected_share, 0.0)
@@ -461,7 +548,7 @@ def simulated_rows(config: Config, cluster: Cluster) -> list[dict[str, Any]]:
     placement = placement_of(config, cluster)
     if placement.backend == "single":
         raise UserError("--dry-run: backend single sends nothing; add sharding.backend=fsdp2 or ddp, and --gpus 8")
-    network = staged_model(config)
+    network = _most_trained(config)
     base = base_optimizer(config, network.model)
     weights, depth = weights_of(network, base, PRECISIONS[config.train.precision]), len(network.stages)
     numel = sum(w.numel for w in weights.values())
@@ -514,7 +601,7 @@ def _simulated(config: Config, placement: Placement, mask: GivenPlan, accumulati
     ]
     # DeepSpeed logs to standard output, which is for the rows.
     with redirect_stdout(sys.stderr), fake_world(placement.cluster.gpus) as world:
-        staged = staged_model(config)
+        staged = _most_trained(config)
         blocks = [stage.block for stage in staged.stages]
         module, base = place(
             staged,

@@ -25,7 +25,7 @@ from ssam_scale.errors import UserError
 from ssam_scale.perturbation import StagedModel
 
 from .optimizer import base_optimizer
-from .predict_cost import ascents_of, configured_sam, plans_of, reference_seconds, staged_model
+from .predict_cost import ascents_of, configured_sam, phases, plans_of, reference_seconds, staged_model, times_of
 
 # FLOPs of a stage are in proportion to the images; BatchNorm takes two at least.
 _IMAGES = 2
@@ -56,14 +56,17 @@ class ArithmeticCost:
         Raises:
             UserError: its mask does not go with the network.
         """
-        reference = reference_seconds(config, self._flops) / base_seconds(self._flops)
-        if config.perturbation is None:
-            return 1.0 + reference
-        with torch.random.fork_rng(devices=[]):
-            opt = configured_sam(config, self._network, base_optimizer(config, self._network.model))
-            ascents = ascents_of(config, self._network, opt, plans_of(config, opt), 1)
-        extra = sum(ascent.share * predicted_ascent_seconds(self._flops, ascent.shape) for ascent in ascents)
-        return 1.0 + reference + extra / base_seconds(self._flops)
+        base, extra = 0.0, reference_seconds(config, self._flops)
+        for share, steps in phases(config, self._network):
+            flops = times_of(self._flops, self._network)
+            base += share * base_seconds(flops)
+            if config.perturbation is None:
+                continue
+            with torch.random.fork_rng(devices=[]):
+                opt = configured_sam(config, self._network, base_optimizer(config, self._network.model))
+                ascents = ascents_of(config, self._network, opt, plans_of(config, opt), 1, steps)
+            extra += share * sum(ascent.share * predicted_ascent_seconds(flops, ascent.shape) for ascent in ascents)
+        return 1.0 + extra / base
 
 
 def predictor(loaded: LoadedStudy, networks: Mapping[str, str]) -> Callable[[str, Knobs], dict[str, float | None]]:

@@ -261,6 +261,56 @@ def test_one_process_of_512_sends_and_holds_what_is_predicted(
     assert rows[0]["sent"] < rows[1]["sent"] <= 2.01 * rows[0]["sent"]
 
 
+FREEZE = "model.freeze=[{parameters: '%s'}]"
+# An embedding and what follows it, norms everywhere, one block in between, and all but the head.
+FROZEN = [r"^(patch_embed|cls_token|pos_embed|blocks\.[0-2]\.)", "norm", r"^blocks\.3\.", "^(?!head)"]
+
+
+@pytest.mark.parametrize("plan", ["perturbation.mask.cut=[0.5, 0.5]", pytest.param(ELEMENT, marks=SLOW)])
+@pytest.mark.parametrize("frozen", FROZEN)
+@pytest.mark.parametrize(
+    "backend",
+    [
+        "ddp",
+        *(pytest.param(name, marks=SLOW) for name in ("fsdp2", "zero3")),
+        pytest.param("zero2", marks=pytest.mark.exhaustive),
+    ],
+)
+def test_with_frozen_weights_one_process_sends_and_holds_what_is_predicted(
+    backend: str, frozen: str, plan: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = run(folder, capsys, "--dry-run", "--gpus", "8", f"sharding.backend={backend}", FREEZE % frozen, plan)
+    every = run(folder, capsys, "--dry-run", "--gpus", "8", f"sharding.backend={backend}", plan)
+    for row, whole in zip(rows, every, strict=True):
+        assert row["predicted_held"] == pytest.approx(row["held"], rel=0.01)
+        assert row["predicted_held"] < whole["predicted_held"]
+        assert row["predicted_sent"] < whole["predicted_sent"]
+        assert row["predicted_sent"] == pytest.approx(row["sent"], rel=0.01)
+
+
+def test_what_is_frozen_at_first_costs_less_for_as_long(
+    folder: Path, times: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def predicted(*arguments: str) -> list[Row]:
+        how = ["train.epochs=4", "--times", str(times), "--gpus", "1", "--gpus", "8", "perturbation.window=[0.5, 1.0]"]
+        return run(folder, capsys, *how, *arguments)
+
+    at_first = "model.freeze=[{parameters: '^(?!head)', until_epoch: 3}]"
+    whole, frozen, some = predicted(), predicted(FREEZE % "^(?!head)"), predicted(at_first)
+    for of_all, of_head, mean in zip(whole, frozen, some, strict=True):
+        # Half of the run has an ascent: a quarter with the head alone, a quarter with everything.
+        shares = (0.25, 0.75) if mean["plan"] != "ssam-depth" else None
+        for key in ("seconds", "bytes"):
+            assert of_head[key] <= mean[key] <= of_all[key]
+            if shares is not None:
+                assert mean[key] == pytest.approx(shares[0] * of_all[key] + shares[1] * of_head[key])
+        assert mean["memory_total"] == of_all["memory_total"] > of_head["memory_total"]
+        assert of_head["memory_gradients"] < 0.1 * of_all["memory_gradients"]
+    (base, _, ours), (whole_base, _, whole_ours) = some[:3], whole[:3]
+    ascents = whole_ours["seconds"] - whole_base["seconds"]  # in half of the steps of the whole network
+    assert ours["seconds"] - base["seconds"] < 0.8 * ascents
+
+
 @pytest.mark.slow
 def test_in_bf16_one_process_of_eight_gathers_half_as_predicted(
     folder: Path, capsys: pytest.CaptureFixture[str]

@@ -147,6 +147,17 @@ def test_an_ascent_sees_whole_images_and_one_at_least() -> None:
     assert replace(times, images=12.5).images_in(1.0) == 12.5
 
 
+def test_what_is_frozen_costs_its_forward_and_what_is_sent_through_it() -> None:
+    stages = (StageTimes(1.0, 2.0, 1.2, 1.5), StageTimes(1.0, 2.0, 1.0, 1.0), StageTimes(1.0, 3.0, 2.0, 1.5))
+    times = StepTimes.proportional(stages)
+    assert pass_seconds(replace(times, trained=(1.0, 1.0, 1.0))) == pass_seconds(times)
+    # Nothing goes back into a frozen beginning, and the stage behind it needs no gradient of its input.
+    assert pass_seconds(replace(times, trained=(0.0, 0.5, 1.0))) == pytest.approx(3.0 + 3.0 + (2.0 - 0.5 - 1.0))
+    # Through one in between it does, without the gradients of its weights.
+    assert pass_seconds(replace(times, trained=(1.0, 0.0, 1.0))) == pytest.approx(3.0 + 3.0 + 1.0 + (2.0 - 0.5))
+    assert suffix_share(replace(times, trained=(0.0, 0.0, 1.0)), 1) == pytest.approx((1.0 + 1.0 + 1.5) / 4.5)
+
+
 def test_an_example_by_hand() -> None:
     stages = (StageTimes(1.0, 2.0, 1.2, 1.5), StageTimes(1.0, 2.0, 1.0, 1.0))
     times = StepTimes.proportional(stages, optimizer=0.5, perturb=0.01)

@@ -39,8 +39,10 @@ gpus = st.sampled_from([1, 2, 4, 8, 64, 512])
 def ascents(draw: st.DrawFn) -> tuple[Weights, Ascent]:
     weights = draw(some_weights)
     cut = draw(st.integers(0, STAGES - 1))
-    kept = tuple(float(i >= cut) for i in range(STAGES))
-    suffix = {name: w.numel for name, w in weights.items() if w.stages[0] >= cut}
+    frozen = draw(st.lists(st.sampled_from(list(weights)), max_size=len(weights) - 1))
+    weights = {name: replace(w, trained=name not in frozen) for name, w in weights.items()}
+    suffix = {name: w.numel for name, w in weights.items() if w.stages[0] >= cut and w.trained}
+    kept = tuple(float(any(weights[name].stages[0] == i for name in suffix)) for i in range(STAGES))
     fraction, share, shared = draw(st.floats(0.1, 1.0)), draw(st.floats(0.0, 1.0)), cut > 0 and draw(st.booleans())
     step = StepShape(cut if shared else 0, kept, sum(suffix.values()), fraction)
     plan = Plan(cut, dict.fromkeys(suffix), suffix)
@@ -120,7 +122,7 @@ def test_no_ascent_is_predicted_to_send_less_than_the_floor_and_dense_sams_sends
         return sum(each.bytes for each in costs.floor(ascent))
 
     assert floor(ascent) <= added(ascent) * (1.0 + 1e-9) + 1e-3
-    counts = {name: w.numel for name, w in weights.items()}
+    counts = {name: w.numel for name, w in weights.items() if w.trained}
     plan = Plan(0, dict.fromkeys(counts), counts)
     resolved = ResolvedStep("sparse", 0, plan, dict.fromkeys(counts, 1.0), computed=counts, reduced=plan.weights)
     dense = Ascent(1.0, resolved, StepShape(0, (1.0,) * STAGES, sum(counts.values())))

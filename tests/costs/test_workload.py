@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ssam_scale import Dense, Depth, Fresh, Named, Savings, Scored, SparseSAM, Stage, StagedModel
-from ssam_scale.costs.compute import PassTimes, StageTimes, StepTimes, ascent_backward, ascent_forward
-from ssam_scale.costs.workload import shape_of, weights_of
+from ssam_scale.costs.compute import PassTimes, StageTimes, StepTimes, ascent_backward, ascent_forward, pass_seconds
+from ssam_scale.costs.workload import shape_of, trained_shares, weights_of
 from ssam_scale.masks import Mask
 from ssam_scale.perturbation import no_phases
 
@@ -186,6 +188,34 @@ def test_predicted_flops_are_those_of_the_ascent(name: str, mask: str, savings: 
     predicted = ascent_forward(flops, shape) + ascent_backward(flops, shape)
     prefix = sum(stage.forward for stage in flops.stages[: resolved.forward_from])  # runs within, for the descent
     assert math.isclose(predicted + prefix, flops_of(ascend), rel_tol=1e-9)
+
+
+FROZEN = {
+    "first half": r"blocks\.[01]\.",
+    "the second": r"blocks\.1\.",
+    "the last": r"blocks\.3\.",
+    "the convolutions in groups": "grouped",
+}
+
+
+@pytest.mark.parametrize("mask", ["dense", "half of the rows", "some tensors", "last half"])
+@pytest.mark.parametrize("frozen", FROZEN)
+def test_predicted_flops_are_those_of_both_passes_with_frozen_weights(frozen: str, mask: str) -> None:
+    model = network("resnext")
+    flops = stage_flops(model)
+    for name, p in model.named_parameters():
+        p.requires_grad_(re.search(FROZEN[frozen], name) is None)
+    weights, depth = weights_of(model), len(model.stages)
+    flops = replace(flops, trained=trained_shares(weights, depth))
+    assert math.isclose(pass_seconds(flops), flops_of(lambda: loss_fn(model, batch()).backward()), rel_tol=1e-9)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    opt = SparseSAM(model, torch.optim.SGD(trained, lr=0.1), mask=MASKS[mask]())
+    if opt.refresh_is_due:
+        opt.refresh()
+    resolved = opt.resolve()
+    shape = shape_of(resolved, weights, depth)
+    step = pass_seconds(flops) + ascent_forward(flops, shape) + ascent_backward(flops, shape)
+    assert math.isclose(step, flops_of(lambda: opt.step(loss_fn, batch())), rel_tol=1e-9)
 
 
 @pytest.mark.parametrize("mask", ["dense", "last half"])

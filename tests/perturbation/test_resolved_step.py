@@ -215,7 +215,7 @@ def test_shares_of_kinds_are_those_of_a_run(mask: str, norm: str, schedule: Any)
         opt.step(loss_fn, batches(1, 2)[0])
         assert opt.report is not None
         kinds[opt.report.kind] += 1
-    shares = step_shares(schedule, opt.options, opt.plan, 200, 60)
+    shares = step_shares(schedule, opt.options, opt.plan, range(200), 60)
     assert shares.sparse == kinds["sparse"] / 200
     assert shares.dense == (kinds["dense"] + kinds["calibrating"]) / 200
     assert shares.reused == kinds["reused"] / 200

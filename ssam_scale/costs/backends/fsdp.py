@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from ssam_scale.costs.cluster import Sent
 from ssam_scale.costs.workload import FLOAT, Ascent
@@ -37,7 +38,7 @@ class FSDP2Costs(Common):
         forward = self._units(shape.cut)
         if ascent.resolved.shares_prefix:  # whose forward has gathered the root
             forward -= {None}
-        backward = self._units(shape.first) - kept - {None}
+        backward = self._gone_back_through(ascent.resolved.computed) - kept
         return PassTraffic(
             self._choices(ascent) + self._gathers(forward), self._gathers(backward) + self._reductions(ascent)
         )
@@ -48,19 +49,19 @@ class FSDP2Costs(Common):
 
     def descent(self, ascent: Ascent | None) -> PassTraffic:
         """All units, gathered, but for those that have stayed; all gradients, reduced."""
-        units, everything = self._units(0), self.weights.keys()
-        mine = self._padded(everything) / self.placement.shards
+        units = self._units(0)
+        mine = self._padded(self.trained) / self.placement.shards
         reduced = self._scatter(mine) + self._between_copies(mine)
         if ascent is not None and ascent.resolved.by_micro_batch:
             reduced *= self.accumulation  # what accumulates in a shard is reduced first
         if ascent is None or not ascent.shape.ascends:
-            return PassTraffic(self._gathers(units), self._gathers(units - {None}) + reduced)
+            return PassTraffic(self._gathers(units), self._gathers(self._descended) + reduced)
         kept, prefix = self._staying(ascent), units - self._units(ascent.shape.cut)
         if not ascent.resolved.shares_prefix:
-            return PassTraffic(self._gathers(units - kept), self._gathers(units - {None}) + reduced)
+            return PassTraffic(self._gathers(units - kept), self._gathers(self._descended) + reduced)
         # The prefix's forward, which the ascent shares, is one with the root; the suffix's gathers a perturbed one.
         forward = self._gathers(prefix | {None}) + self._gathers(units - prefix - kept)
-        return PassTraffic(forward, self._gathers(units - (kept & prefix) - {None}) + reduced)
+        return PassTraffic(forward, self._gathers(self._descended - (kept & prefix)) + reduced)
 
     def floor(self, ascent: Ascent) -> Sends:
         """Each unit gathered where its weights are used and were not there before, and the density of what is reduced.
@@ -74,13 +75,13 @@ class FSDP2Costs(Common):
         kept, resolved = self._staying(ascent), ascent.resolved
         if not ascent.shape.ascends:
             return ()
-        run, climbed = self._units(ascent.shape.cut), self._units(ascent.shape.first)
+        run, climbed = self._units(ascent.shape.cut), self._gone_back_through(resolved.computed)
         gathers = 0
         for unit in self._units(0):
             if unit is None:
                 more = 0 if unit in kept else 1  # than the one of the base optimizer's step
             elif unit in kept:
-                more = -1 if resolved.shares_prefix and unit not in run else 0
+                more = -1 if resolved.shares_prefix and unit in self._descended - run else 0
             else:
                 more = (unit in run) + (unit in climbed)
             gathers += more * self._gathered_bytes({unit})
@@ -92,23 +93,33 @@ class FSDP2Costs(Common):
         gathered = (own, *self._choices(ascent))
         if not resolved.by_micro_batch:
             return (*gathered, *self._scatter(mine), *between)
-        whole = self._padded(self.weights) / shards  # of the descents, which are reduced one by one
+        whole = self._padded(self.trained) / shards  # of the descents, which are reduced one by one
         once_more = self._scatter(whole) + self._between_copies(whole)
         return (*gathered, *(self._scatter(mine) * self.accumulation + once_more * (self.accumulation - 1)))
 
     def memory(self, ascents: Sequence[Ascent]) -> MemoryUse:
         """Its rows; gathered: the root, the unit at work, the one fetched ahead, a gradient, and units that stay."""
         shards = self.placement.shards
-        mine = self._padded(self.weights) / shards
+        mine = self._padded(self.trained) / shards
         known = mine + self.packing_knows(ascents, mine)
         return MemoryUse(
-            FLOAT * mine,
+            FLOAT * self._padded(self.weights) / shards,
             FLOAT * mine,
             FLOAT * mine,
             max([self._gathered(frozenset()), *(self._gathered(self._staying(a)) for a in ascents)]),
             copies=-float(sum((FLOAT - w.gathered) * w.numel for w in self.weights.values())),
             **perturbing(ascents, shards, known),
         )
+
+    @cached_property
+    def _descended(self) -> frozenset[Unit]:
+        """Those that a descent's backward gathers."""
+        return self._gone_back_through(self.trained)
+
+    def _gone_back_through(self, computed: Collection[str]) -> frozenset[Unit]:
+        """Those that a backward gathers for the gradients of these weights; not the root, which has stayed."""
+        units = self._units(self.whole_from(computed)) | {self.weights[name].unit for name in computed}
+        return units - {None}
 
     def _units(self, start: int) -> frozenset[Unit]:
         """Those that the stages from `start` on use, and the root."""
@@ -147,7 +158,7 @@ class FSDP2Costs(Common):
     def _reductions(self, ascent: Ascent) -> Sends:
         units: dict[Unit, list[str]] = {}
         for name, w in self.weights.items():
-            if name not in ascent.resolved.elided:
+            if w.trained and name not in ascent.resolved.elided:
                 units.setdefault(w.unit, []).append(name)
         scattered = [self._scattered(ascent, names) for names in units.values()]
         mine, passed_on = (sum(each) for each in zip(*scattered, strict=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol, TypeVar
 
 from ssam_scale.costs.cluster import Placement, Sent
@@ -126,6 +127,24 @@ class Common:
         """Elements of all weights."""
         return sum(w.numel for w in self.weights.values())
 
+    @cached_property
+    def trained(self) -> Weights:
+        """Those that are not frozen: gradients, the base optimizer's state and what it steps are of these alone."""
+        return {name: w for name, w in self.weights.items() if w.trained}
+
+    def whole_from(self, computed: Iterable[str]) -> int:
+        """The stage from which on a backward for the gradients of these weights goes through everything.
+
+        What a stage has beside its block lies before it, and in the last stage behind it.
+        """
+        first = min(self.weights[name].stages[0] for name in computed)
+        return first + (first == max(w.stages[-1] for w in self.weights.values()))
+
+    @property
+    def trained_numel(self) -> int:
+        """Elements of these."""
+        return sum(w.numel for w in self.trained.values())
+
     def all_reduced(self, ascent: Ascent) -> Sends:
         """Of each gradient that an ascent asks for, the elements that it does, reduced by every process for itself."""
         if scope_of(ascent.resolved.direction) != "global":
@@ -137,7 +156,7 @@ class Common:
         """The same of what is perturbed, or where a step may go by it, of all: nothing is gathered."""
         if scope_of(ascent.resolved.direction) != "global" or not ascent.shape.ascends:
             return ()
-        needed = self.numel if ascent.resolved.by_hand else sum(ascent.perturbed.values())
+        needed = self.trained_numel if ascent.resolved.by_hand else sum(ascent.perturbed.values())
         return (Sent("all_reduce", float(FLOAT * needed), self.placement.world),)
 
     def packing_knows(self, ascents: Sequence[Ascent], mine: float) -> float:
@@ -152,7 +171,7 @@ class Common:
         """
         shards = self.placement.shards
         packs = shards > 1 and any(ascent.between is not None for ascent in ascents)
-        return self.numel + (shards + 1) * mine if packs else 0.0
+        return self.trained_numel + (shards + 1) * mine if packs else 0.0
 
     def scattered(self, ascent: Ascent, names: Sequence[str], padded: Callable[[Weight], int]) -> Shares:
         """How a reduction of gradients of which not all is needed is shared out among the shards.
@@ -184,7 +203,7 @@ class Common:
             padded: elements of one over all processes, when each has as many.
         """
         if ascent.resolved.by_hand:  # a step may go by all of it
-            return sum(padded(self.weights[name]) for name in names)
+            return sum(padded(self.weights[name]) for name in names if name in self.trained)
         some = {name: ascent.perturbed[name] for name in names if ascent.perturbed.get(name)}
         if all(count == self.weights[name].numel for name, count in some.items()):
             return sum(padded(self.weights[name]) for name in some)

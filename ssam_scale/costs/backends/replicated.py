@@ -30,8 +30,8 @@ class SingleCosts(Common):
 
     def memory(self, ascents: Sequence[Ascent]) -> MemoryUse:
         """Weights, gradients and optimizer state in full."""
-        whole = FLOAT * self.numel
-        return MemoryUse(whole, whole, whole, **perturbing(ascents, 1, self.numel))
+        trained = FLOAT * self.trained_numel
+        return MemoryUse(FLOAT * self.numel, trained, trained, **perturbing(ascents, 1, self.trained_numel))
 
 
 @costs_for("ddp")
@@ -45,7 +45,7 @@ class DDPCosts(Common):
 
     def descent(self, ascent: Ascent | None) -> PassTraffic:
         """All-reduce of all gradients."""
-        return PassTraffic(backward=(Sent("all_reduce", FLOAT * self.numel, self.placement.world),))
+        return PassTraffic(backward=(Sent("all_reduce", FLOAT * self.trained_numel, self.placement.world),))
 
     def floor(self, ascent: Ascent) -> Sends:
         """The density: nothing is gathered."""
@@ -53,5 +53,5 @@ class DDPCosts(Common):
 
     def memory(self, ascents: Sequence[Ascent]) -> MemoryUse:
         """Everything, and the buckets that gradients are reduced in."""
-        whole = FLOAT * self.numel
-        return MemoryUse(whole, 2 * whole, whole, **perturbing(ascents, 1, self.numel))
+        trained = FLOAT * self.trained_numel
+        return MemoryUse(FLOAT * self.numel, 2 * trained, trained, **perturbing(ascents, 1, self.trained_numel))

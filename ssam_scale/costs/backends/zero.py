@@ -40,7 +40,7 @@ class ZeRO0Costs(Common):
     def descent(self, ascent: Ascent | None) -> PassTraffic:
         """All gradients; of micro-batches that descend by themselves, each time."""
         times = self.accumulation if ascent is not None and ascent.resolved.by_micro_batch else 1
-        return PassTraffic(after=(Sent("all_reduce", float(FLOAT * times * self.numel), self.placement.world),))
+        return PassTraffic(after=(Sent("all_reduce", float(FLOAT * times * self.trained_numel), self.placement.world),))
 
     def floor(self, ascent: Ascent) -> Sends:
         """The density: nothing is gathered."""
@@ -48,9 +48,9 @@ class ZeRO0Costs(Common):
 
     def memory(self, ascents: Sequence[Ascent]) -> MemoryUse:
         """Everything, and the bucket that gradients are reduced in."""
-        whole = FLOAT * self.numel
-        bucket = FLOAT * min(self.numel, _STAGE_0_BUCKET)
-        return MemoryUse(whole, whole + bucket, whole, **perturbing(ascents, 1, self.numel))
+        trained = FLOAT * self.trained_numel
+        bucket = min(trained, FLOAT * _STAGE_0_BUCKET)
+        return MemoryUse(FLOAT * self.numel, trained + bucket, trained, **perturbing(ascents, 1, self.trained_numel))
 
 
 @costs_for("zero1", "zero2")
@@ -72,7 +72,7 @@ class ZeRO12Costs(Common):
     def _published(self, ascent: Ascent) -> Sends:
         if ascent.resolved.direction.whole and not ascent.resolved.by_hand:
             return ()
-        written = sum(ascent.perturbed.values()) if ascent.resolved.packed else self.numel
+        written = sum(ascent.perturbed.values()) if ascent.resolved.packed else self.trained_numel
         return (Sent("all_gather", float(FLOAT * written), self.placement.world),)
 
     def descent(self, ascent: Ascent | None) -> PassTraffic:
@@ -89,7 +89,7 @@ class ZeRO12Costs(Common):
     def _reduced(self, each: bool) -> Sent:
         """All gradients, whole: in each micro-batch, or once."""
         times = self.accumulation if each else 1
-        return Sent("all_reduce", float(FLOAT * times * self.numel), self.placement.world)
+        return Sent("all_reduce", float(FLOAT * times * self.trained_numel), self.placement.world)
 
     def floor(self, ascent: Ascent) -> Sends:
         """The density: an all-reduce is a reduce-scatter to those who perturb, and a gathering of what they have."""
@@ -100,19 +100,20 @@ class ZeRO12Costs(Common):
         padded = sum(self._padded(group) for group in self._groups())
         part = FLOAT * padded / self.placement.shards
         # Stage 1 reduces in the last micro-batch, until when gradients are whole.
-        waiting = FLOAT * self.numel if self.placement.backend == "zero1" and self.accumulation > 1 else 0
+        waiting = FLOAT * self.trained_numel if self.placement.backend == "zero1" and self.accumulation > 1 else 0
         gradients = waiting + part + FLOAT * self.placement.zero.reduce_bucket
         if any(not ascent.resolved.by_hand for ascent in ascents):  # which go past the bucket
-            gradients = max(gradients, FLOAT * self.numel)
+            gradients = max(gradients, FLOAT * self.trained_numel)
         # Every process perturbs all, and knows the mask of all, but remembers what it reuses for its part alone.
-        extra = perturbing(ascents, 1, padded / self.placement.shards + self.numel)
+        extra = perturbing(ascents, 1, padded / self.placement.shards + self.trained_numel)
         extra["reuse"] /= self.placement.shards
-        return MemoryUse(FLOAT * padded + part, gradients, part, **extra)
+        frozen = self.numel - self.trained_numel
+        return MemoryUse(FLOAT * (frozen + padded) + part, gradients, part, **extra)
 
     def _groups(self) -> list[dict[str, Weight]]:
-        """The weights of each parameter group, in the order of the flat buffer."""
+        """The weights that are trained of each parameter group, in the order of the flat buffer."""
         groups: dict[int, dict[str, Weight]] = {}
-        for name, w in self.weights.items():
+        for name, w in self.trained.items():
             groups.setdefault(w.group, {})[name] = w
         return list(groups.values())
 

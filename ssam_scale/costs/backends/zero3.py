@@ -41,7 +41,7 @@ class ZeRO3Costs(Common):
         freed = self._persistent & ascent.perturbed.keys() if some else self._persistent
         if not shape.ascends:
             return PassTraffic(after=self._gathers(freed, times=1))
-        again = (self._regathered & self._from_stage(shape.first)) - self._staying(ascent)
+        again = (self._regathered & self._gone_back_through(ascent.resolved.computed)) - self._staying(ascent)
         scored = self._gathers(self._large) * shape.scores
         return PassTraffic(
             scored + self._gathers(self._large & self._from_stage(shape.cut)),
@@ -52,15 +52,16 @@ class ZeRO3Costs(Common):
     def descent(self, ascent: Ascent | None) -> PassTraffic:
         """All weights, gathered, but for those that have stayed; reduced gradients; small weights, gathered anew."""
         there: frozenset[str] = frozenset()
-        again = self._regathered
+        descended = self._gone_back_through(self.trained)
+        again = self._regathered & descended
         if ascent is not None and ascent.shape.ascends:
             suffix = self._from_stage(ascent.shape.cut)
             there = self._staying(ascent) & suffix
             if ascent.resolved.shares_prefix and not self._prefix_stays(ascent):
-                again = (self._regathered & suffix) | (self._large - suffix - self._staying(ascent))
+                again = (self._regathered & suffix) | ((self._large & descended) - suffix - self._staying(ascent))
         return PassTraffic(
             self._gathers(self._large - there),
-            self._gathers(again) + self._scatters(self._padded(self.weights)),
+            self._gathers(again) + self._scatters(self._padded(self.trained)),
             (Sent("all_gather", float(FLOAT * self._padded(self._persistent)), self.placement.world),),
         )
 
@@ -85,7 +86,7 @@ class ZeRO3Costs(Common):
     def memory(self, ascents: Sequence[Ascent]) -> MemoryUse:
         """Its runs, twice (the optimizer steps copies), and of gradients; a bucket; and all that stays gathered."""
         shards, settings = self.placement.shards, self.placement.zero
-        mine = self._padded(self.weights) / shards
+        held, mine = self._padded(self.weights) / shards, self._padded(self.trained) / shards
         part = FLOAT * mine
         whole = 0.0
         if shards > 1:
@@ -93,8 +94,8 @@ class ZeRO3Costs(Common):
             at_work = min(sum(far), settings.prefetch + max(far, default=0))
             staying = max((self._elements(self._regathered & self._staying(a)) for a in ascents), default=0)
             whole = FLOAT * min(self.numel, self.numel - sum(far) + at_work + staying)
-        extra = perturbing(ascents, shards, self.numel / shards + self.packing_knows(ascents, mine))
-        return MemoryUse(2 * part, part + FLOAT * settings.reduce_bucket, part, whole, **extra)
+        extra = perturbing(ascents, shards, self.trained_numel / shards + self.packing_knows(ascents, mine))
+        return MemoryUse(FLOAT * held + part, part + FLOAT * settings.reduce_bucket, part, whole, **extra)
 
     @cached_property
     def _persistent(self) -> frozenset[str]:
@@ -121,6 +122,10 @@ class ZeRO3Costs(Common):
 
     def _prefix_stays(self, ascent: Ascent) -> bool:
         return ascent.resolved.packed and 2 * self.numel <= self.placement.zero.reuse
+
+    def _gone_back_through(self, computed: Iterable[str]) -> frozenset[str]:
+        """What a backward needs for the gradients of these weights."""
+        return self._from_stage(self.whole_from(computed)) | frozenset(computed)
 
     def _from_stage(self, stage: int) -> frozenset[str]:
         return frozenset(name for name, w in self.weights.items() if w.stages[-1] >= stage)
