@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
@@ -22,8 +23,8 @@ from ssam_scale.errors import RankLostError, UserError
 from ssam_scale.tracking.store import one_line
 
 # SIGHUP comes when the terminal of an interactive run closes; `nohup` sets it to be ignored, which is respected.
-# SIGUSR1 is what Slurm's --signal is given to come before the time limit.
-ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+# SIGUSR1 is what Slurm's --signal is given to come before the time limit. SIGINT is Ctrl-C.
+ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT)
 
 SAVED = 75
 """The exit code of a run that a signal has ended and that was saved: EX_TEMPFAIL of sysexits.h, "try again"."""
@@ -35,6 +36,9 @@ STUCK_AFTER_S = 8.0
 # How long a deferred signal may wait for the end of a step and for what is collective before a checkpoint. SIGKILL
 # follows SIGTERM after 30 s, of which the last records need some; SIGUSR1 comes as early as it was asked for.
 PATIENCE_S = 15.0
+
+# A launcher hands on a Ctrl-C that its processes have had from the terminal; after so long it is a second one.
+_AGAIN_AFTER_S = 1.0
 
 
 class Terminated(SystemExit):
@@ -52,6 +56,8 @@ class Terminated(SystemExit):
 
 class Unwinding:
     """Within the `with`, the first ending signal raises `Terminated` in the main thread; further ones are ignored.
+
+    Ctrl-C raises `KeyboardInterrupt` as ever, unless it is deferred.
 
     Outside the main thread Python cannot install handlers; nothing is changed then.
 
@@ -72,6 +78,7 @@ class Unwinding:
         self._previous_fd = -1
         self._deferring = self._overdue = self._acted_on = False
         self._patience: threading.Timer | None = None
+        self._interrupted: float | None = None  # when Ctrl-C came first
         self.received: int | None = None
 
     def __enter__(self) -> Unwinding:
@@ -102,7 +109,8 @@ class Unwinding:
     def deferred(self) -> Iterator[None]:
         """Within, the first ending signal is `received` and raises nothing: who looks at it ends the process.
 
-        Where nobody has for PATIENCE_S since SIGTERM or SIGHUP, it raises `Terminated` all the same.
+        Where nobody has for PATIENCE_S since SIGTERM, SIGHUP or Ctrl-C, it raises all the same, and so does a second
+        Ctrl-C: somebody would rather not wait.
         """
         self._deferring, self._acted_on = True, False
         try:
@@ -120,15 +128,15 @@ class Unwinding:
         self._overdue = False
 
     def shield(self) -> None:
-        """From here to the end of the `with`, neither ending signals nor Ctrl-C interrupt; for short, bounded work."""
+        """From here to the end of the `with`, no ending signal interrupts; for short, bounded work."""
         self._left.set()
         if threading.current_thread() is threading.main_thread():
-            for number in (*self._previous, signal.SIGINT):
-                if signal.getsignal(number) is not None:
-                    self._previous.setdefault(number, signal.getsignal(number))
-                    signal.signal(number, signal.SIG_IGN)
+            for number in self._previous:
+                signal.signal(number, signal.SIG_IGN)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self._interrupts_now():
+            raise KeyboardInterrupt
         first, self.received = self.received is None, self.received or number
         if self._overdue or (first and not self._deferring):
             self._overdue = False
@@ -137,6 +145,16 @@ class Unwinding:
             self._patience = threading.Timer(PATIENCE_S, self._lose_patience, (threading.get_ident(), number))
             self._patience.daemon = True
             self._patience.start()
+
+    def _interrupts_now(self) -> bool:
+        """Whether Ctrl-C does not wait for who looks at `received`."""
+        if not self._deferring or self._overdue:
+            self._overdue = False
+            return True
+        now = time.monotonic()
+        if self._interrupted is None:
+            self._interrupted = now
+        return now - self._interrupted >= _AGAIN_AFTER_S and not self._acted_on
 
     def _lose_patience(self, thread: int, number: int) -> None:
         """From another thread: let the handler run once more."""

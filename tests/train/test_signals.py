@@ -37,13 +37,19 @@ LONG: dict[str, Any] = {
 }
 
 
+def in_a_terminal(arguments: list[str]) -> None:
+    """The command where Ctrl-C means something: in the background of a shell it is ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    main(arguments)
+
+
 def interrupt(config: Path, processes: int, number: signal.Signals, log: Path, *overrides: str) -> str:
     """Train until something new is saved, and send a signal to the last process alone; what all of them said."""
     checkpoints = config.parent / "checkpoints"
     before, port = newest(checkpoints), free_port()
     logs = [log.with_suffix(f".{rank}") for rank in range(processes)]
     arguments = ["train", "--config", str(config), "--resume", "auto", *overrides]
-    ranks = [start_fresh_rank(rank, processes, port, file, main, arguments) for rank, file in enumerate(logs)]
+    ranks = [start_fresh_rank(rank, processes, port, file, in_a_terminal, arguments) for rank, file in enumerate(logs)]
     try:
         wait_until(lambda: newest(checkpoints) != before or not ranks[-1].is_alive(), 120, "a checkpoint")
         os.kill(ranks[-1].pid, number)
@@ -61,7 +67,7 @@ def interrupt(config: Path, processes: int, number: signal.Signals, log: Path, *
 def test_interrupted_runs_end_where_they_would_have(processes: int, data: Path, home: Path) -> None:
     config = write_config(home / "run.yaml", data, **LONG)
     train_on_ranks(processes, config, f"checkpoint.directory={home}/whole", f"tracking.uri=sqlite:///{home}/whole.db")
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT):
         said = interrupt(config, processes, number, home / number.name)
         saved = newest(home / "checkpoints")
         assert saved is not None
@@ -120,6 +126,32 @@ def test_a_step_that_does_not_end_is_left_and_a_checkpoint_that_is_written_is_no
         with pytest.raises(Terminated) as ended:
             terminated_at_last()
     assert ended.value.code == 128 + signal.SIGUSR1
+
+
+def test_ctrl_c_waits_for_the_end_of_a_step_and_a_second_one_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with Unwinding() as signals:
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)  # nothing is trained
+            assert signals.received is None
+            with signals.deferred():
+                for _ in range(2):  # the terminal's, and what a launcher makes of it
+                    signal.raise_signal(signal.SIGINT)
+                assert signals.received == signal.SIGINT
+                monkeypatch.setattr(shutdown, "_AGAIN_AFTER_S", 0.0)
+                with pytest.raises(KeyboardInterrupt):
+                    signal.raise_signal(signal.SIGINT)
+                signals.take_your_time()
+                signal.raise_signal(signal.SIGINT)  # what is being written gets written
+        monkeypatch.setattr(shutdown, "PATIENCE_S", 0.05)
+        with Unwinding() as signals, signals.deferred():
+            signal.raise_signal(signal.SIGINT)
+            with pytest.raises(KeyboardInterrupt):
+                time.sleep(60.0)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_once_a_run_is_saved_no_further_signal_changes_its_exit_code(data: Path, home: Path) -> None:
