@@ -177,24 +177,10 @@ class StepShape:
         """Whether there is an ascent pass."""
         return any(self.kept)
 
-    @property
-    def first(self) -> int:
-        """The first stage that the ascent's backward goes through; of a shape with an ascent."""
-        return first_of(self.kept)
-
-
-def first_of(kept: Sequence[float]) -> int:
-    """The first stage that a backward goes through.
-
-    Args:
-        kept: of each stage, the share of its weights whose gradient it computes; of one at least it is some.
-    """
-    return next(i for i, share in enumerate(kept) if share > 0.0)
-
 
 def _backwards(stages: Sequence[StageTimes], kept: Sequence[float]) -> list[float]:
     """Of each stage, its backward; what lies before the first with a weight's gradient has none, as have the images."""
-    first = first_of(kept)
+    first = next(i for i, share in enumerate(kept) if share > 0.0)
     return [0.0] * first + [stages[i].backward_for(kept[i], first=i == first) for i in range(first, len(stages))]
 
 

@@ -25,7 +25,7 @@ from ssam_scale.costs.compute import StageTimes, StepTimes
 from ssam_scale.costs.estimate import Activations, Footprint, StepCost, footprint, step_cost
 from ssam_scale.costs.profile import Batch, Measured, load_times, measure_activations, measure_times, this_machine
 from ssam_scale.costs.simulate import GivenPlan, Simulated, fake_world, simulate
-from ssam_scale.costs.workload import Ascent, ascent_of, trained_shares, weights_of
+from ssam_scale.costs.workload import Ascent, Weights, ascent_of, trained_shares, weights_of
 from ssam_scale.data import open_images
 from ssam_scale.errors import UserError
 from ssam_scale.masks import Plan, ScoreBased
@@ -134,6 +134,7 @@ def cost_rows(config: Config, found: Measured, machines: Machines) -> list[dict[
         weights = weights_of(network, base, precision)
         opt = configured_sam(config, network, base)
         drawn = plans_of(config, opt)
+        of_phase = times_of(found.times, weights, len(network.stages))
         dense = configured_sam(config.model_copy(update={"perturbation": None}), network, base)
         plans: dict[str, list[Ascent]] = {"base": [], "sam": [ascent_of(dense.resolve(), weights, len(network.stages))]}
         for gpus, (placement, images, accumulation) in placed.items():
@@ -141,7 +142,7 @@ def cost_rows(config: Config, found: Measured, machines: Machines) -> list[dict[
             if ours or config.method not in plans:  # dense SAM as configured, too: its fraction, its interval
                 plans[config.method] = ours
             one = images / accumulation
-            times = times_of(replace(found.times, images=one, micro_batches=accumulation), network)
+            times = replace(of_phase, images=one, micro_batches=accumulation)
             for name, ascents in plans.items():
                 seen = [times.images_in(a.shape.fraction) for a in ascents if a.shape.ascends]
                 part = _PhaseCost(
@@ -231,12 +232,16 @@ def phases(config: Config, network: StagedModel) -> Iterator[tuple[float, range]
             yield len(steps) / length.steps, steps
 
 
-def times_of(times: StepTimes, network: StagedModel) -> StepTimes:
-    """Of a network with all of its weights trained, the times with those frozen that now are."""
-    weights = weights_of(network)
+def times_of(times: StepTimes, weights: Weights, depth: int) -> StepTimes:
+    """Of a network with all of its weights trained, the times with some of them frozen.
+
+    Args:
+        times: of a step.
+        weights: which say whether they are.
+        depth: stages of the network.
+    """
     share = sum(w.numel for w in weights.values() if w.trained) / sum(w.numel for w in weights.values())
-    trained = trained_shares(weights, len(network.stages))
-    return replace(times, optimizer=share * times.optimizer, trained=trained)
+    return replace(times, optimizer=share * times.optimizer, trained=trained_shares(weights, depth))
 
 
 def reference_seconds(config: Config, times: StepTimes) -> float:

@@ -21,6 +21,7 @@ from ssam_scale.costs.compute import (
     predicted_ascent_seconds,
     predicted_over_base,
 )
+from ssam_scale.costs.workload import weights_of
 from ssam_scale.errors import UserError
 from ssam_scale.perturbation import StagedModel
 
@@ -58,7 +59,7 @@ class ArithmeticCost:
         """
         base, extra = 0.0, reference_seconds(config, self._flops)
         for share, steps in phases(config, self._network):
-            flops = times_of(self._flops, self._network)
+            flops = times_of(self._flops, weights_of(self._network), len(self._network.stages))
             base += share * base_seconds(flops)
             if config.perturbation is None:
                 continue

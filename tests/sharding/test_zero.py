@@ -150,7 +150,7 @@ SETTINGS: list[tuple[int, dict[str, Any]]] = [
     (3, {"stage3_param_persistence_threshold": 300, "reduce_scatter": False, "contiguous_gradients": False}),
 ]
 PICKED = [
-    Case("by names", "moving cut"),
+    Case("resnet", "moving cut"),
     Case("vit", "tensor", accumulation=2, rho=(RHO, RHO / 2)),
     Case("vit", "element", norm="dense", accumulation=2, optimizer="adamw"),
 ]
@@ -168,6 +168,12 @@ def check_setting(index: int, case: Case) -> None:
 @pytest.mark.parametrize("index", range(len(SETTINGS)), ids=map(str, SETTINGS))
 def test_equals_the_reference_under_deepspeeds_own_settings(index: int) -> None:
     check_setting(index, PICKED[index % len(PICKED)])
+
+
+@pytest.mark.slow
+def test_weights_outside_of_blocks_are_gathered_where_nothing_stays() -> None:
+    [index] = [i for i, (_, more) in enumerate(SETTINGS) if more.get("stage3_param_persistence_threshold") == 0]
+    check_setting(index, Case("by names", "moving cut"))
 
 
 @pytest.mark.exhaustive
