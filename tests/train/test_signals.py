@@ -113,13 +113,14 @@ def test_an_evaluation_is_left_and_comes_after_the_run_is_resumed(
 def test_a_step_that_does_not_end_is_left_and_a_checkpoint_that_is_written_is_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(shutdown, "PATIENCE_S", 0.05)
+    monkeypatch.setattr(shutdown, "PATIENCE_S", 2.0)  # from the signal to who looks at it, also on a busy machine
     with Unwinding() as signals, signals.deferred():
         os.kill(os.getpid(), signal.SIGTERM)
         assert signals.received == signal.SIGTERM
         signals.take_your_time()
         os.kill(os.getpid(), signal.SIGTERM)  # by Slurm, and by the launcher that it has told, too
-        time.sleep(0.2)
+        time.sleep(2.5)
+    monkeypatch.setattr(shutdown, "PATIENCE_S", 0.05)
     with Unwinding() as signals, signals.deferred():
         os.kill(os.getpid(), signal.SIGUSR1)
         time.sleep(0.2)  # it came early enough
@@ -135,6 +136,7 @@ def test_ctrl_c_waits_for_the_end_of_a_step_and_a_second_one_does_not(monkeypatc
             with pytest.raises(KeyboardInterrupt):
                 signal.raise_signal(signal.SIGINT)  # nothing is trained
             assert signals.received is None
+            monkeypatch.setattr(shutdown, "_AGAIN_AFTER_S", 3600.0)
             with signals.deferred():
                 for _ in range(2):  # the terminal's, and what a launcher makes of it
                     signal.raise_signal(signal.SIGINT)
@@ -145,10 +147,8 @@ def test_ctrl_c_waits_for_the_end_of_a_step_and_a_second_one_does_not(monkeypatc
                 signals.take_your_time()
                 signal.raise_signal(signal.SIGINT)  # what is being written gets written
         monkeypatch.setattr(shutdown, "PATIENCE_S", 0.05)
-        with Unwinding() as signals, signals.deferred():
-            signal.raise_signal(signal.SIGINT)
-            with pytest.raises(KeyboardInterrupt):
-                time.sleep(60.0)
+        with Unwinding() as signals, signals.deferred(), pytest.raises(KeyboardInterrupt):
+            interrupted_at_last()
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGINT, before)
@@ -167,6 +167,11 @@ def test_once_a_run_is_saved_no_further_signal_changes_its_exit_code(data: Path,
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def interrupted_at_last() -> None:
+    signal.raise_signal(signal.SIGINT)
+    time.sleep(60.0)
 
 
 def terminated_at_last() -> None:
