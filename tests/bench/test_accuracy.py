@@ -338,9 +338,7 @@ def test_a_mistake_in_a_study_is_one_line(
             values[section] = value
     path = tmp_path / "study.yaml"
     path.write_text(yaml.safe_dump(values, sort_keys=False))
-    began = time.monotonic()
     assert ssam_scale("bench", "accuracy", path, "--folder", tmp_path / "work", "--dry-run") == 2
-    assert time.monotonic() - began < 5.0
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert re.search(message, said), said
