@@ -196,18 +196,15 @@ class ScoreBased(Refreshed):
         for kind, by_name in scores.items():
             check_finite(kind, by_name, group)
         subsets = self.choose(layout, scores, group, step)
-        shards = {name: s.numel() for name, s in next(iter(scores.values())).items()}
-        device = next(iter(next(iter(scores.values())).values())).device
-        held = [shards[n] if p is None else p.count for n, p in subsets.items()]
-        counts = _sums(held, group, device)
-        chosen = {name: subset for (name, subset), count in zip(subsets.items(), counts, strict=True) if count}
+        counts = _counts(layout, subsets, group)
+        chosen = {name: subset for name, subset in subsets.items() if counts[name]}
         if not chosen:
             raise ValueError(f"{self} leaves nothing of {layout.total} weights to perturb")
-        before, self.selected = self.selected, self._plan_of(layout, chosen, [c for c in counts if c])
+        before, self.selected = self.selected, self._plan_of(layout, chosen, [counts[name] for name in chosen])
         self.chosen_at, self._chosen_from = step, set(layout.shapes)
         if before is not None:
-            new = [_newly_chosen(p, n in before.weights, before.weights.get(n), shards[n]) for n, p in subsets.items()]
-            self.turnover = sum(_sums(new, group, device)) / self.selected.perturbed
+            new = self.selected.perturbed - _perturbed_by_both(self.selected, before, group)
+            self.turnover = new / self.selected.perturbed
 
     def restore(
         self, layout: Layout, subsets: Mapping[str, Subset | None], counts: Sequence[int], chosen_at: int
@@ -248,22 +245,40 @@ def check_finite(kind: str, scores: Scores, group: ShardGroup) -> None:
         raise FloatingPointError(f"{kind} scores of {broken[0]} are not finite ({len(broken)} of {len(bad)} tensors)")
 
 
-def _sums(counts: Sequence[int], group: ShardGroup, device: torch.device) -> list[int]:
-    """Each count summed over all processes. Made on `device`, as collectives of GPUs work on their memory."""
-    result: list[int] = group.all_reduce(torch.tensor(counts, dtype=torch.int64, device=device)).tolist()
+def _counts(layout: Layout, subsets: Mapping[str, Subset | None], group: ShardGroup) -> dict[str, int]:
+    """How many elements of each parameter are in its subset, over all processes. Collective where one is a part."""
+    parts = {name: subset for name, subset in subsets.items() if subset is not None}
+    sums = _sums([subset.count for subset in parts.values()], [*parts.values()], group)
+    return {**{name: layout.numels[name] for name in subsets}, **dict(zip(parts, sums, strict=True))}
+
+
+def _perturbed_by_both(one: Plan, other: Plan, group: ShardGroup) -> int:
+    """How many weights two plans of one kind of mask perturb both, over all processes. Collective like `_counts`."""
+    whole, here, parts = 0, 0, []
+    for name, subset in one.weights.items():
+        if name not in other.weights:
+            continue
+        second = other.weights[name]
+        if subset is None or second is None:
+            whole += min(one.counts[name], other.counts[name])
+        else:
+            here += _count_of_both(subset, second)
+            parts.append(subset)
+    return whole + sum(_sums([here], parts, group))
+
+
+def _sums(counts: Sequence[int], of: Sequence[Subset], group: ShardGroup) -> list[int]:
+    """Each count summed over all processes: where the subsets are, as collectives of GPUs work on their memory."""
+    if not of:
+        return list(counts)
+    result: list[int] = group.all_reduce(torch.tensor(counts, dtype=torch.int64, device=of[0].device)).tolist()
     return result
 
 
-def _newly_chosen(subset: Subset | None, known: bool, before: Subset | None, numel: int) -> int:
-    """How many elements of a shard are in `subset` and were not in the one before, if there was one (`known`)."""
-    if not known:
-        return numel if subset is None else subset.count
-    if before is None:
-        return 0
-    if subset is None:
-        return numel - before.count
-    if isinstance(subset, BitMask) and isinstance(before, BitMask):
-        return popcount(subset.packed & ~before.packed)
-    if isinstance(subset, Rows) and isinstance(before, Rows):
-        return Rows(subset.keep & ~before.keep, subset.size, subset.start, subset.numel, subset.device).count
-    raise TypeError(f"{type(subset).__name__} and {type(before).__name__} are subsets of two kinds of mask")
+def _count_of_both(one: Subset, other: Subset) -> int:
+    """How many elements of a shard are in both."""
+    if isinstance(one, BitMask) and isinstance(other, BitMask):
+        return popcount(one.packed & other.packed)
+    if isinstance(one, Rows) and isinstance(other, Rows):
+        return Rows(one.keep & other.keep, one.size, one.start, one.numel, one.device).count
+    raise TypeError(f"{type(one).__name__} and {type(other).__name__} are subsets of two kinds of mask")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import random
+from collections.abc import Mapping, Sequence
 from typing import Literal, TypeAlias, get_args
 
 import torch
@@ -43,7 +44,7 @@ class Scored(ScoreBased):
 
     Rows, tensors and blocks are chosen in the order of their mean score, and one that does not fit into what is left of
     the budget is passed over; so the density falls short by less than the smallest one left out. Equal scores go to
-    the earlier one.
+    the earlier one. The score `random` is one number of each: a mean of many would be a half for all large ones.
 
     Scores come from `SparseSAM.refresh`; before the first one there is no plan.
 
@@ -93,55 +94,69 @@ class Scored(ScoreBased):
         if self.pattern == "block" and layout.depth == 1:
             raise ValueError("pattern 'block' needs a model in stages: wrap it in StagedModel")
 
+    def wanted(self) -> Sequence[Score]:
+        """None where whole parameters are chosen at random: no element needs a number."""
+        wanted = super().wanted()
+        return () if self.kept_as == "whole" and "random" in wanted else wanted
+
     def choose(
         self, layout: Layout, scores: Mapping[Score, Scores], group: ShardGroup, step: int
     ) -> Mapping[str, Subset | None]:
         """See `ScoreBased`."""
         budget = int(layout.total * (1.0 - sparsity_at(self.sparsity, step)))
-        [given] = scores.values()
+        drawn, given = scores.keys() <= {"random"}, next(iter(scores.values()), {})
         if self.pattern == "element":
             return _elements(layout, given, budgets(self.allocation, layout, budget), group)
-        sizes = {name: self._unit(layout, name) for name in given}
-        means = dict(zip(given, _means(layout, given, list(sizes.values()), group), strict=True))
         if self.pattern == "row":
-            return self._rows(layout, given, means, sizes, budget)
-        if self.pattern == "tensor":
-            units = {name: [name] for name in given}
-        else:
-            units = {}
-            for name in given:
-                units.setdefault(str(layout.stages[name]), []).append(name)
+            sizes = {name: _row_size(layout, name) for name in given}
+            rows = [layout.numels[name] // size if size else 0 for name, size in sizes.items()]
+            of_rows = self._drawn(sum(rows), step).split(rows) if drawn else _means(layout, given, sizes, group)
+            return self._rows(layout, given, of_rows, sizes, budget)
+        units: dict[str, list[str]] = {}
+        for name in layout.shapes:
+            units.setdefault(name if self.pattern == "tensor" else str(layout.stages[name]), []).append(name)
         numels = [sum(layout.numels[name] for name in names) for names in units.values()]
-        sums = [sum(float(means[name]) * layout.numels[name] for name in names) for names in units.values()]
-        order = torch.tensor([s / n for s, n in zip(sums, numels, strict=True)], dtype=torch.float64)
+        if drawn:
+            order = self._drawn(len(units), step)
+        else:
+            means = dict(zip(given, _means(layout, given, layout.numels, group), strict=True))
+            sums = [sum(float(means[name]) * layout.numels[name] for name in names) for names in units.values()]
+            order = torch.tensor([s / n for s, n in zip(sums, numels, strict=True)], dtype=torch.float64)
         keep = greedy_units(order, torch.tensor(numels), budget)
         names = {name for kept, names in zip(keep.tolist(), units.values(), strict=True) if kept for name in names}
-        return {name: None for name in given if name in names}
+        return {name: None for name in layout.shapes if name in names}
 
-    def _unit(self, layout: Layout, name: str) -> int:
-        shape, numel = layout.shapes[name], layout.numels[name]
-        return numel // shape[0] if self.pattern == "row" and shape and numel else numel
+    def _drawn(self, units: int, step: int) -> Tensor:
+        """A random number of each unit, the same on all processes: float64 of shape (units,)."""
+        numbers = random.Random(f"units {self.seed} {step}")
+        return torch.tensor([numbers.random() for _ in range(units)], dtype=torch.float64)
 
     def _rows(
-        self, layout: Layout, scores: Scores, means: Mapping[str, Tensor], sizes: Mapping[str, int], budget: int
+        self, layout: Layout, scores: Scores, of_rows: Sequence[Tensor], sizes: Mapping[str, int], budget: int
     ) -> Mapping[str, Subset | None]:
         shares = budgets(self.allocation, layout, budget)
-        lengths = [len(m) for m in means.values()]
-        each = torch.cat([torch.full((len(m),), sizes[name]) for name, m in means.items()])
+        lengths = [len(values) for values in of_rows]
+        each = torch.cat([torch.full((n,), size) for n, size in zip(lengths, sizes.values(), strict=True)])
         if len(shares) == 1:
-            keep = greedy_units(torch.cat(list(means.values())), each, budget).split(lengths)
+            keep = greedy_units(torch.cat([*of_rows]), each, budget).split(lengths)
         else:
-            triples = zip(means.values(), each.split(lengths), shares, strict=True)
-            keep = tuple(greedy_units(m, size, k) for m, size, k in triples)
+            triples = zip(of_rows, each.split(lengths), shares, strict=True)
+            keep = tuple(greedy_units(values, size, k) for values, size, k in triples)
         return {
             name: Rows(kept, sizes[name], layout.starts.get(name, 0), s.numel(), s.device)
             for (name, s), kept in zip(scores.items(), keep, strict=True)
         }
 
 
-def _means(layout: Layout, scores: Scores, sizes: list[int], group: ShardGroup) -> list[Tensor]:
-    starts = [layout.starts.get(name, 0) for name in scores]
-    return unit_means(list(scores.values()), starts, [layout.numels[name] for name in scores], sizes, group)
+def _row_size(layout: Layout, name: str) -> int:
+    """Elements of a slice along the first dimension."""
+    shape, numel = layout.shapes[name], layout.numels[name]
+    return numel // shape[0] if shape and numel else numel
+
+
+def _means(layout: Layout, scores: Scores, sizes: Mapping[str, int], group: ShardGroup) -> list[Tensor]:
+    starts, numels = [layout.starts.get(name, 0) for name in scores], [layout.numels[name] for name in scores]
+    return unit_means(list(scores.values()), starts, numels, [sizes[name] for name in scores], group)
 
 
 def _elements(layout: Layout, scores: Scores, shares: list[int], group: ShardGroup) -> dict[str, Subset | None]:

@@ -42,6 +42,20 @@ def test_the_density_of_single_weights_is_exact(sparsity: float, sizes: list[int
     assert all(counts.values()), "what is not perturbed at all must not be named: it would be paid for"
 
 
+@pytest.mark.parametrize("pattern", ["row", "tensor", "block"])
+def test_at_random_every_unit_is_as_likely_as_any_other_of_whatever_size(pattern: Any) -> None:
+    """By means of random numbers of their elements, the largest of four was the first half as often as it should be."""
+    shapes = {str(size): (1, size) for size in (1, 10, 100, 1000)}
+    layout = Layout(shapes, {name: number for number, name in enumerate(shapes)}, len(shapes))
+    scores: dict[Any, Any] = {"random": {name: torch.rand(shape) for name, shape in shapes.items()}}
+    mask = Scored(pattern, 1.0 - 1000.5 / 1111.0, score="random")  # either the largest, or the other three
+    first = 0
+    for step in range(4000):
+        mask.refresh(layout, {kind: scores[kind] for kind in mask.wanted()}, ALONE, step)
+        first += "1000" in mask.plan(layout, step).weights
+    assert first == pytest.approx(1000, abs=4 * math.sqrt(4000 * 0.25 * 0.75))
+
+
 def test_scores_that_are_not_finite_are_named_and_leave_the_mask() -> None:
     layout = Layout({"a": (3,), "b": (3,)}, {"a": 0, "b": 0}, 1)
     mask = Scored("element", 0.5)
