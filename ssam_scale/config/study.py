@@ -170,11 +170,8 @@ class LoadedStudy:
                 f"{path}: the recipe's train.max_steps {recipe.train.max_steps}: a study's runs are counted in epochs; "
                 "give train.epochs"
             )
-        for name, method in self.study.methods.items():
-            for knobs in method.grid:
-                self.config(name, knobs)
-        for epochs in {rung.epochs for rung in self.study.tuning.rungs} - {None}:
-            self.config(own={"train.epochs": epochs})
+        for epochs in {rung.epochs for rung in self.study.tuning.rungs} | {None}:
+            self._check_methods(epochs)
         self._check_references()
 
     @property
@@ -235,6 +232,18 @@ class LoadedStudy:
             return read_named(self.study.config, self._path, self._origins["config",])
         own = {key[1:]: origin for key, origin in self._origins.items() if key[:1] == ("recipe",)}
         return dict(values["recipe"]), own
+
+    def _check_methods(self, epochs: int | None) -> None:
+        """Every candidate of every method can be trained for so many epochs; None: as many as the study's runs have."""
+        for name, method in self.study.methods.items():
+            for knobs in method.grid:
+                if epochs is None:
+                    self.config(name, knobs)
+                    continue
+                try:
+                    self.config(name, knobs, {"train.epochs": epochs})
+                except UserError as error:
+                    raise UserError(f"{error} (tuning.rungs has one of {epochs})") from None
 
     def _check_references(self) -> None:
         """`base` has no perturbation, and `sam` perturbs everything in every step.

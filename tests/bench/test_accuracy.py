@@ -305,6 +305,14 @@ MISTAKES = [
         r"methods.new: .*perturbation.rho: must be greater than 0",
     ),
     ({"methods.new": {"set": {"train.epochs": 9}}}, "train.epochs is the study's, the same for every method"),
+    (
+        {
+            "recipe.train": {"epochs": 4},
+            "tuning": {"candidates": 2, "rungs": [{"seeds": 1, "epochs": 1}]},
+            "methods.new": {"set": {"trajectory": {"kind": "mesa", "start_epoch": 2}}},
+        },
+        r"methods.new: .*start_epoch 2 must be less than train.epochs 1, .* \(tuning.rungs has one of 1\)",
+    ),
     ({"methods.new": {"set": {"data": {}}}}, "data is the study's"),
     ({"methods.new": {"set": {"data.batch_size": 4}}}, "data.batch_size is the study's, the same for every method"),
     (
