@@ -220,6 +220,7 @@ class Run:
         *,
         seconds: float,
         step: int,
+        refreshes: int = 1,
         density: float | None = None,
         turnover: float = math.nan,
         samples: int | None = None,
@@ -229,11 +230,12 @@ class Run:
         Args:
             seconds: how long it took.
             step: steps done.
+            refreshes: how many there were since the one that was recorded before, each of which takes as long.
             density: share of all weights that the mask perturbs.
             turnover: share of them that the mask before did not perturb; not a number for the first.
             samples: images that were scored, if the scores are of samples.
         """
-        self._refresh_seconds += seconds
+        self._refresh_seconds += seconds * refreshes
         self._saving.refreshes = self._refresh_seconds
         metrics = {"time/refresh": seconds, "mask/density": density, "mask/turnover": turnover, "mask/samples": samples}
         known = {key: value for key, value in metrics.items() if value is not None and not math.isnan(value)}

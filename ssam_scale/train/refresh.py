@@ -65,6 +65,9 @@ class RefreshMask(Hook):
     an ascent from each block on, which is measured before the first step; a resumed run has those of its checkpoint, so
     that it draws the same cuts as without a break.
 
+    Where there are several within `tracking.log_every` steps, such as ESAM's in each, only one of them is recorded: it
+    is timed, for which the device is waited for.
+
     Args:
         config: of the run, with a mask that is chosen by scores.
         world: the processes.
@@ -81,6 +84,8 @@ class RefreshMask(Hook):
         self._opt, self._loss_fn = components.opt, components.loss_fn
         self._score_loss = _in_precision(_LOSSES[section.labels], PRECISIONS[config.train.precision])
         self._local_batch = config.data.batch_size // world.size
+        self._log_every = config.tracking.log_every if config.tracking is not None else 1
+        self._since = 0  # refreshes since one was recorded
 
     def before_step(self, progress: Progress, batches: EpochBatches) -> None:
         """Collective.
@@ -93,9 +98,14 @@ class RefreshMask(Hook):
             mask.seconds = ascent_seconds(self._opt, self._loss_fn, *batches.ahead(self._local_batch))
         if isinstance(mask, Refreshed) and self._opt.refresh_is_due:
             scored, samples = self._scored(mask, batches)
+            self._since += 1
+            if mask.every is not None and progress.step % self._log_every >= mask.every:
+                self._refresh(scored, samples, progress.step)
+                return
             with timed(self._world.device) as refresh:
                 self._refresh(scored, samples, progress.step)
             self._record(refresh.seconds, samples, progress.step)
+            self._since = 0
 
     def _scored(self, mask: Refreshed, batches: EpochBatches) -> tuple[list[Batch], int | None]:
         """The batches to score on this process, and how many images of all processes; none if scores are not of images.
@@ -121,13 +131,14 @@ class RefreshMask(Hook):
         opt, run = self._opt, self._run
         mask: object = opt.mask
         if isinstance(mask, DepthByCost):
-            run.log_refresh(seconds=seconds, step=step, samples=samples)
+            run.log_refresh(seconds=seconds, step=step, refreshes=self._since, samples=samples)
             _log_cuts(mask, opt, run, step)
         elif isinstance(mask, ScoreBased):
             layout = opt.parameters.layout
             run.log_refresh(
                 seconds=seconds,
                 step=step,
+                refreshes=self._since,
                 density=opt.plan.perturbed / layout.total,
                 turnover=mask.turnover,
                 samples=samples,

@@ -62,6 +62,15 @@ def test_rows_by_steps(home: Path, data: Path) -> None:
     assert 0.0 <= run.data.metrics["mask/turnover"] < 0.2
 
 
+def test_of_refreshes_in_each_step_one_is_recorded_as_often_as_all_else(home: Path, data: Path) -> None:
+    run = train(home, data, {"pattern": "tensor", "score": "random", "refresh_steps": 1})
+    assert history(home, run, "time/refresh").keys() == {0, 2, 4, 6}  # tracking.log_every is 2
+    steps, densities = table(home, run)
+    assert steps == [0, 2, 4, 6]
+    assert len(set(zip(*densities.values(), strict=True))) == 4, "each time others"
+    assert int(saved(home)["chosen_at"]) == 7
+
+
 def test_blocks_chosen_once(home: Path, data: Path) -> None:
     run = train(home, data, {"pattern": "block", "samples": 8, "sparsity": 0.8, "refresh_epochs": None})
     steps, densities = table(home, run)
