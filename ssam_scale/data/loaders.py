@@ -20,6 +20,7 @@ from ssam_scale.data.damaged import OnDamaged
 from ssam_scale.data.images import Images
 from ssam_scale.data.opening import names_of_classes, open_images
 from ssam_scale.data.order import LANES, Order, PageOrder, RandomOrder
+from ssam_scale.data.several import other_classes
 from ssam_scale.data.workers import Workers, measured
 from ssam_scale.errors import UserError
 
@@ -471,17 +472,10 @@ def _checked(place: Path, other: Path, num_classes: int, key: str) -> Images:
     _check_labels(images, num_classes, f"{key} {place}")
     theirs = names_of_classes(other)
     if images.class_names and theirs and images.class_names != theirs:
-        # Labels number the class folders, so a folder that only one of the two has shifts all labels after it.
-        odd = sorted(set(images.class_names) ^ set(theirs))
-        if not odd:
-            raise UserError(
-                f"{place} and {other} have the same classes in another order, so their labels mean different things; "
-                "write both with the same --class-order"
-            )
-        raise UserError(
-            f"{place} and {other} have different classes (only one has {', '.join(odd[:3])}), so their labels mean "
-            "different things; write the validation images with --classes-of the training images' file"
-        )
+        mend = "the validation images with --classes-of the training images' file"
+        if set(images.class_names) == set(theirs):
+            mend = "both with the same --class-order"
+        raise UserError(f"{place} and {other} {other_classes(images.class_names, theirs)}; write {mend}")
     return images
 
 

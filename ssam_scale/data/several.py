@@ -209,12 +209,14 @@ def _check_classes(first: Beton, part: Beton) -> None:
                 f"{both}: nothing names the classes of {printable(one.path.name)}, and those of "
                 f"{printable(other.path.name)} have names; copy {printable(beside)}, too, or write it again"
             )
-    if odd := sorted(set(part.class_names) ^ set(first.class_names)):
-        raise UserError(
-            f"{both}: have different classes (only one has {', '.join(odd[:3])}), so their labels mean different "
-            "things; write one with --classes-of the other"
-        )
     raise UserError(
-        f"{both}: have the same classes in another order, so their labels mean different things; write one with "
-        "--classes-of the other"
+        f"{both} {other_classes(part.class_names, first.class_names)}; write one with --classes-of the other"
     )
+
+
+def other_classes(one: Sequence[str], other: Sequence[str]) -> str:
+    """In what the names of two sets of images' classes, which differ, do so: words to follow the names of the sets."""
+    # Labels number the class folders, so a folder that only one of the two has shifts all labels after it.
+    odd = sorted(set(one) ^ set(other))
+    how = f"different classes (only one has {', '.join(odd[:3])})" if odd else "the same classes in another order"
+    return f"have {how}, so their labels mean different things"
