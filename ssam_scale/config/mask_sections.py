@@ -176,13 +176,29 @@ class RowMask(_ByScore, BudgetedMask):
     allocation: Allocation = Field("global", description=_ALLOCATION)
 
 
-class TensorMask(_ByScore, BudgetedMask):
+class _OfWholes(_ByScore, BudgetedMask):
+    """What is chosen as a whole may be large beside the budget."""
+
+    independent: bool = Field(
+        False,
+        description="with score random: each with probability 1 - sparsity, whatever the others are (ESAM, arXiv "
+        "2110.03141), and not within a budget, into which small ones nearly always fit and large ones seldom",
+    )
+
+    @model_validator(mode="after")
+    def _at_random(self) -> _OfWholes:
+        if self.independent and self.score != "random":
+            raise ValueError(f"independent: is for score random, and score is {self.score}; leave one of them out")
+        return self
+
+
+class TensorMask(_OfWholes):
     """Whole tensors."""
 
     pattern: Literal["tensor"] = Field(description="whole tensors, by their mean score")
 
 
-class BlockMask(_ByScore, BudgetedMask):
+class BlockMask(_OfWholes):
     """Whole blocks of the network."""
 
     pattern: Literal["block"] = Field(description="all weights of whole blocks, by their mean score")

@@ -122,7 +122,7 @@ PRESETS: Mapping[str, Preset] = {
         "single tensors, others in each step, and a descent by the samples whose loss rises most",
         {
             "direction": {"source": "fresh", "fraction": 1.0},
-            "mask": {"pattern": "tensor", "score": "random", "refresh_steps": 1},
+            "mask": {"pattern": "tensor", "score": "random", "independent": True, "refresh_steps": 1},
             "descent": {"choose": "sharpest"},
         },
         {"rho": 0.1, "mask": {"sparsity": 0.4}, "descent": {"fraction": 0.5}},

@@ -509,9 +509,9 @@ class Perturbation(Section):
                     f"norm: {self.norm} divides by a length that direction.source {self.direction.source} never "
                     f"knows; use {known}"
                 )
-        plain = isinstance(self.direction, FreshDirection) and self.direction.scope == "global"
         direction = self.direction
-        if self.gate is not None and not (plain and direction.fraction == 1.0):  # type: ignore[union-attr]
+        whole = isinstance(direction, FreshDirection) and direction.scope == "global" and direction.fraction == 1.0
+        if self.gate is not None and not whole:
             raise ValueError(
                 "gate looks at the plain gradient of the whole batch: use direction.source fresh with fraction 1 and "
                 "scope global"
@@ -530,10 +530,10 @@ class Perturbation(Section):
                 f"{self.direction.source}; use fresh"
             )
         for key in ("reuse", "gap"):
-            if getattr(self, key) and not plain:
+            if getattr(self, key) and not whole:
                 raise ValueError(
-                    f"{key} knows the gradient by the perturbation, which is along it only with direction.source fresh "
-                    "and scope global; use one of them"
+                    f"{key} compares the descent's gradient with that of the same images, which is known only with "
+                    "direction.source fresh, fraction 1 and scope global; use one of them"
                 )
             if getattr(self, key) and self.adaptive:
                 raise ValueError(

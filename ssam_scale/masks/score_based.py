@@ -111,6 +111,10 @@ class Refreshed:
         """Whether one of them is computed from samples."""
         return not set(get_args(SampleScore)).isdisjoint(self.wanted())
 
+    def draws_zeros(self, layout: Layout, scores: Mapping[Score, Scores], group: ShardGroup, step: int) -> bool:
+        """Whether `refresh` is to be given scores of which those of 0 are random numbers below it. Collective."""
+        return False
+
     def refresh(self, layout: Layout, scores: Mapping[Score, Scores], group: ShardGroup, step: int) -> None:
         """Compute the mask anew, before step number `step`. Collective.
 

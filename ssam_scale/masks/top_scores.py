@@ -44,7 +44,9 @@ class Scored(ScoreBased):
 
     Rows, tensors and blocks are chosen in the order of their mean score, and one that does not fit into what is left of
     the budget is passed over; so the density falls short by less than the smallest one left out. Equal scores go to
-    the earlier one. The score `random` is one number of each: a mean of many would be a half for all large ones.
+    the earlier one, but of those that are 0, where too few are above, some are drawn: a network whose residual branches
+    begin at zero has no gradient in them at first, and its earlier blocks are worth no more than its later ones. The
+    score `random` is one number of each.
 
     Scores come from `SparseSAM.refresh`; before the first one there is no plan.
 
@@ -56,9 +58,12 @@ class Scored(ScoreBased):
             `uniform`, in proportion to their size; `erk` (see `allocation.erk`).
         every: steps between two refreshes; None: chosen once.
         seed: of random scores.
+        independent: each tensor or block is perturbed with probability 1 − sparsity, whatever the others are, in the
+            place of a budget (ESAM, arXiv 2110.03141); at least one is. Small ones nearly always fit into what is left
+            of a budget, and large ones seldom. For the score `random`.
 
     Raises:
-        ValueError: sparsity is outside [0, 1), or the pattern has no such allocation.
+        ValueError: sparsity is outside [0, 1), or the pattern has no such allocation or score.
     """
 
     def __init__(
@@ -70,6 +75,7 @@ class Scored(ScoreBased):
         allocation: Allocation = "global",
         every: int | None = None,
         seed: int = 0,
+        independent: bool = False,
     ) -> None:
         super().__init__((score,), every, seed)
         check_one_of("pattern", pattern, get_args(Pattern))
@@ -77,9 +83,15 @@ class Scored(ScoreBased):
         check_sparsity(sparsity)
         if allocation != "global" and pattern in ("tensor", "block"):
             raise ValueError(f"allocation {allocation!r} shares out single weights or rows; pattern is {pattern!r}")
+        if independent and (pattern not in ("tensor", "block") or score != "random"):
+            raise ValueError(
+                f"independent draws are of tensors or blocks by the score 'random'; pattern is {pattern!r} and score "
+                f"{score!r}"
+            )
         self.pattern = pattern
         self.sparsity = sparsity
         self.allocation = allocation
+        self.independent = independent
         self.kept_as = "bits" if pattern == "element" else "rows" if pattern == "row" else "whole"
 
     def __repr__(self) -> str:
@@ -110,21 +122,39 @@ class Scored(ScoreBased):
         if self.pattern == "row":
             sizes = {name: _row_size(layout, name) for name in given}
             rows = [layout.numels[name] // size if size else 0 for name, size in sizes.items()]
-            of_rows = self._drawn(sum(rows), step).split(rows) if drawn else _means(layout, given, sizes, group)
+            numbers = self._drawn(sum(rows), step).split(rows)
+            if drawn:
+                of_rows = numbers
+            else:
+                pairs = zip(_means(layout, given, sizes, group), numbers, strict=True)
+                of_rows = [_above_all_zeros(mean, number) for mean, number in pairs]
             return self._rows(layout, given, of_rows, sizes, budget)
         units: dict[str, list[str]] = {}
         for name in layout.shapes:
             units.setdefault(name if self.pattern == "tensor" else str(layout.stages[name]), []).append(name)
         numels = [sum(layout.numels[name] for name in names) for names in units.values()]
-        if drawn:
-            order = self._drawn(len(units), step)
-        else:
+        order = self._drawn(len(units), step)
+        if not drawn:
             means = dict(zip(given, _means(layout, given, layout.numels, group), strict=True))
             sums = [sum(float(means[name]) * layout.numels[name] for name in names) for names in units.values()]
-            order = torch.tensor([s / n for s, n in zip(sums, numels, strict=True)], dtype=torch.float64)
-        keep = greedy_units(order, torch.tensor(numels), budget)
+            of_units = torch.tensor([s / n for s, n in zip(sums, numels, strict=True)], dtype=torch.float64)
+            order = _above_all_zeros(of_units, order)
+        if self.independent:
+            keep = order >= min(sparsity_at(self.sparsity, step), float(order.max()))  # one at the least
+        else:
+            keep = greedy_units(order, torch.tensor(numels), budget)
         names = {name for kept, names in zip(keep.tolist(), units.values(), strict=True) if kept for name in names}
         return {name: None for name in layout.shapes if name in names}
+
+    def draws_zeros(self, layout: Layout, scores: Mapping[Score, Scores], group: ShardGroup, step: int) -> bool:
+        """Where fewer single weights have a score above 0 than are to be perturbed."""
+        if self.pattern != "element" or scores.keys() <= {"random"}:
+            return False
+        [given] = scores.values()
+        shares = budgets(self.allocation, layout, int(layout.total * (1.0 - sparsity_at(self.sparsity, step))))
+        above = group.all_reduce(torch.stack([(score > 0).sum() for score in given.values()]))
+        have = [int(above.sum())] if len(shares) == 1 else above.tolist()
+        return any(few < share for few, share in zip(have, shares, strict=True))
 
     def _drawn(self, units: int, step: int) -> Tensor:
         """A random number of each unit, the same on all processes: float64 of shape (units,)."""
@@ -146,6 +176,11 @@ class Scored(ScoreBased):
             name: Rows(kept, sizes[name], layout.starts.get(name, 0), s.numel(), s.device)
             for (name, s), kept in zip(scores.items(), keep, strict=True)
         }
+
+
+def _above_all_zeros(means: Tensor, numbers: Tensor) -> Tensor:
+    """`means`, in which those of 0 are negative random numbers, by `numbers` in [0, 1)."""
+    return torch.where(means == 0.0, numbers - 1.0, means)
 
 
 def _row_size(layout: Layout, name: str) -> int:
@@ -183,17 +218,21 @@ def build_row(section: RowMask, run: RunInfo) -> Mask:
 @register_mask(TensorMask, "whole tensors of the highest mean scores (structured SSAM)", "arXiv 2306.17504")
 def build_tensor(section: TensorMask, run: RunInfo) -> Mask:
     """The mask of its section."""
-    return _scored(section, section.score, "global", run)
+    return _scored(section, section.score, "global", run, section.independent)
 
 
 @register_mask(BlockMask, "whole blocks of the network of the highest mean scores")
 def build_block(section: BlockMask, run: RunInfo) -> Mask:
     """The mask of its section."""
-    return _scored(section, section.score, "global", run)
+    return _scored(section, section.score, "global", run, section.independent)
 
 
 def _scored(
-    section: ElementMask | RowMask | TensorMask | BlockMask, score: Score, allocation: Allocation, run: RunInfo
+    section: ElementMask | RowMask | TensorMask | BlockMask,
+    score: Score,
+    allocation: Allocation,
+    run: RunInfo,
+    independent: bool = False,
 ) -> Scored:
     return Scored(
         section.pattern,
@@ -202,4 +241,5 @@ def _scored(
         allocation=allocation,
         every=run.steps_between_refreshes(section),
         seed=run.seed,
+        independent=independent,
     )

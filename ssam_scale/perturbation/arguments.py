@@ -167,16 +167,15 @@ def check_together(
             "norm 'dense' needs the gradient of the prefix, which a Depth mask never computes; use 'masked', or "
             "'calibrated' for the same length"
         )
-    along = isinstance(direction, Fresh) and direction.scope == "global"
+    whole = isinstance(direction, Fresh) and direction.fraction == 1.0 and direction.scope == "global"
     for what, asked in (("reuse between ascents", reuses), ("gap", gap > 0.0)):
         if asked and adaptive:
             raise ValueError(f"{what} knows the gradient by the perturbation, which adaptive distorts")
-        if asked and not along:
+        if asked and not whole:
             raise ValueError(
-                f"{what} knows the gradient by the perturbation, which is not along it with direction {direction}; use "
-                "Fresh() with scope 'global'"
+                f"{what} compares the descent's gradient with that of the same samples, which it knows by the "
+                f"perturbation: with direction {direction} that is along another one; use Fresh()"
             )
-    whole = isinstance(direction, Fresh) and direction.fraction == 1.0 and direction.scope == "global"
     if gate is not None and not whole:
         raise ValueError(
             "a gate looks at the plain gradient of the whole batch, by which steps that do not perturb go: with "

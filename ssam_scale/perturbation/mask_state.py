@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -71,14 +72,13 @@ class MaskState:
         if isinstance(mask, ScoreBased):
             self._gather_masks(mask)
 
-    def accumulate(self, scaler: torch.amp.GradScaler | None) -> None:
+    def accumulate(self, scale: Tensor | float) -> None:
         """Average in the squared descent gradients, if the mask is chosen by accumulated scores.
 
         Args:
-            scaler: what they are still scaled by.
+            scale: what they are still scaled by; a tensor of it makes the host wait for nothing.
         """
         if self.accumulated is not None:
-            scale = self._sharding.loss_scale() if scaler is None else scaler.get_scale()
             self.accumulated.update(self._sharding.gradients(list(self._parameters.values())), 1.0 / scale)
 
     def resident(self, plan: Plan) -> list[Subset | None]:
@@ -131,7 +131,12 @@ class MaskState:
             samples,
             scale,
         )
-        mask.refresh(layout, compute_scores(request), self._sharding.shard_group, step)
+        scores = compute_scores(request)
+        if mask.draws_zeros(layout, scores, self._sharding.shard_group, step):
+            numbers = compute_scores(replace(request, wanted=("random",)))["random"]
+            [(kind, given)] = scores.items()
+            scores = {kind: {n: torch.where(s == 0.0, numbers[n].sub_(1.0), s) for n, s in given.items()}}
+        mask.refresh(layout, scores, self._sharding.shard_group, step)
         self._gather_masks(mask)
 
     def _gather_masks(self, mask: Refreshed) -> None:

@@ -427,7 +427,11 @@ class Perturbation:
             self.kappa = (both[0] / both[1]).sqrt().float()
         if resolved.calibrates:
             usable = both[1].isfinite() & (both[1] > 0)
-            self.shares.copy_(torch.where(usable, both[2:] / both[1], self.shares))
+            told = torch.cat([torch.where(usable, both[2:] / both[1], 0.0), usable[None].to(both)])
+            if resolved.apart or resolved.within_shard_group:
+                # Of other gradients on other processes: their mean is the same everywhere, and in a checkpoint.
+                told = self._sharding.data_parallel_group.all_reduce(told)
+            self.shares.copy_(torch.where(told[-1] > 0.0, told[:-1] / told[-1], self.shares))
             self.calibrated = resolved.step
         if resolved.norm == "dense" or resolved.calibrates:
             return both[1].sqrt(), 1.0

@@ -7,6 +7,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from types import CodeType
 from typing import Any, NoReturn
@@ -462,7 +463,7 @@ class SparseSAM(OptimizerWrapper):
 
     def _step_base(self, resolved: ResolvedStep, closure: Any, scaler: torch.amp.GradScaler | None) -> None:
         """The base optimizer's step by the descent's gradients, and what looks back on them."""
-        self._mask.accumulate(scaler)
+        self._mask.accumulate(self.sharding.loss_scale() if scaler is None else self._loss_scale())
         if self._looksam is not None and resolved.kind == "reused":
             self._looksam.add(resolved.alpha)
         if self._perturbation.source.looks_back and self._descended(closure):
@@ -653,6 +654,8 @@ class SparseSAM(OptimizerWrapper):
                 self._look_back(resolved, epsilon)
             return loss if loss is not None else loss_there
         losses, accumulating = [], Accumulating(self.sharding, self._parameters.by_name)
+        if resolved.budget is not None:  # each part climbs by its share of the gradient, which is shorter
+            resolved = replace(resolved, budget=resolved.budget / len(batches))
         for number, batch in enumerate(batches):
             accumulating.set_aside(self.base_optimizer)
             passes = self.passes(resolved, loss_fn, [batch], scaler, phases, (number, len(batches)))
@@ -1035,7 +1038,8 @@ class SparseSAM(OptimizerWrapper):
         self._follow()
         if loss_fn is not None:
             check_loss_fn(loss_fn, self._model)
-        self._perturbation.backup.release()  # scores take memory, too
+        if isinstance(self.mask, Refreshed) and self.mask.wanted():
+            self._perturbation.backup.release()  # scores take memory, too
         scale = 1024.0 if self.scaler is not None else 1.0  # the choice does not depend on a common factor
         layout = self._parameters.eligible(self.param_groups)
         self._mask.refresh(layout, self.base_optimizer, loss_fn, batches, samples, self.steps, scale)

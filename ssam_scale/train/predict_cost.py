@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ssam_scale.config.deepspeed import taken
-from ssam_scale.config.mask_sections import ChosenMask, DepthMask, ElementMask
+from ssam_scale.config.mask_sections import BlockMask, ChosenMask, DepthMask, ElementMask, TensorMask
 from ssam_scale.config.micro_batches import accumulation_on
 from ssam_scale.config.schema import Config, Perturbation
 from ssam_scale.config.trajectory_sections import MESATrajectory
@@ -363,6 +363,8 @@ def random_scores(config: Config) -> Config:
     how: dict[str, Any] = {"draw": "uniform"} if isinstance(section.mask, DepthMask) else {"score": "random"}
     if isinstance(section.mask, ElementMask):
         how["dynamic"] = None
+    if isinstance(section.mask, (TensorMask, BlockMask)):
+        how["independent"] = False  # one draw is to have the size that many have in the mean
     mask = section.mask.model_copy(update=how)
     return config.model_copy(update={"perturbation": section.model_copy(update={"mask": mask})})
 

@@ -279,7 +279,9 @@ MASKS = {
     "{pattern: row, dynamic: {}}": '.dynamic: unknown key for pattern "row", which has pattern, score, samples, '
     "labels, refresh_steps, refresh_epochs, sparsity, sparsity_final, allocation",
     "{pattern: tensor, allocation: erk}": '.allocation: unknown key for pattern "tensor", which has pattern, score, '
-    "samples, labels, refresh_steps, refresh_epochs, sparsity, sparsity_final",
+    "samples, labels, refresh_steps, refresh_epochs, sparsity, sparsity_final, independent",
+    "{pattern: tensor, independent: true}": ": independent: is for score random, and score is fisher; leave one of "
+    "them out",
     "{pattern: norm, sparsity: 0.5}": '.sparsity: unknown key for pattern "norm", which has pattern',
     "{pattern: nm, sparsity: 0.5}": '.sparsity: unknown key for pattern "nm", which has pattern, score, samples, '
     "labels, refresh_steps, refresh_epochs, n, m, others, indivisible",

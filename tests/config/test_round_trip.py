@@ -231,7 +231,7 @@ def _of_the_direction(perturbation: dict[str, Any], sharding: dict[str, Any]) ->
     }
     if impossible.get(direction["scope"]):
         direction["scope"] = "global"
-    if direction["scope"] != "global":
+    if direction["scope"] != "global" or direction["fraction"] < 1.0:
         perturbation |= {"reuse": 0.0, "gap": 0.0}
 
 
@@ -256,6 +256,8 @@ def _chosen(mask: dict[str, Any]) -> None:
         mask |= {"refresh_steps": mask["refresh_steps"] or 7, "refresh_epochs": None}
     if mask["score"] != "fisher":
         mask["labels"] = "data"
+    if mask["score"] != "random" and "independent" in mask:
+        mask["independent"] = False
     if "n" in mask:
         mask["n"], mask["m"] = sorted((mask["n"], mask["m"]))
 

@@ -92,10 +92,12 @@ def test_the_host_never_waits(backend: str, mask: str, world: World) -> None:
 def test_the_host_waits_in_deepspeed_alone(backend: str, world: World) -> None:
     opt = sam_on(world, backend, "vit", MASKS["moving cut"]())
     [batch] = [on(world.device, batch) for batch in batches(1, BATCH)]
-    opt.step(loss_fn, batch)
+    for _ in range(3):  # DeepSpeed's own timers would begin then
+        opt.step(loss_fn, batch)
     watch = Watch()
     opt._phases = opt._perturbation._phases = watch.phases
     with watch:
         opt.step(loss_fn, batch)
     ours = ("perturb.py", "subset.py", "mask_state.py", "resolved_step.py")
     assert not [place for _, place in watch.host_waits if place.split("/")[-1].startswith(ours)]
+    assert not [place for what, place in watch.host_waits if what == "torch.cuda.synchronize"]

@@ -230,6 +230,41 @@ def test_a_gradient_that_is_not_finite_is_not_remembered_or_not_gone_along(direc
     assert all(t.isfinite().all() for t in _remembered_by(opt).values())
 
 
+@pytest.mark.parametrize("direction", [Friendly(), VaSSO(theta=0.4)], ids=["friendly", "vasso"])
+@pytest.mark.parametrize("mask", ["dense", "element"])
+def test_a_mean_begins_as_the_first_gradient_that_is_finite(mask: str, direction: Direction) -> None:
+    """Not as zeros where the first steps overflow, as those of float16 do."""
+    ends = []
+    for overflows in (0, 2):
+        model = nn.Linear(3, 2)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.fill_(0.5)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**4)
+        opt = SparseSAM(
+            model,
+            torch.optim.SGD(model.parameters(), lr=0.1),
+            rho=RHO,
+            mask=None if mask == "dense" else Scored("element", 0.5, score="random", seed=2),
+            direction=direction,
+            scaler=scaler,
+        )
+        if opt.refresh_is_due:
+            opt.refresh()
+        x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+
+        def loss(forward: Any, batch: Tensor) -> Tensor:
+            return forward(batch).square().mean()
+
+        for _ in range(overflows):
+            opt.step(loss, x * math.inf)
+        for _ in range(3):
+            opt.step(loss, x)
+        ends.append((dict(model.named_parameters()), _remembered_by(opt)))
+    for one, other in zip(*(({**weights, **kept}).values() for weights, kept in ends), strict=True):
+        torch.testing.assert_close(one, other, equal_nan=True)
+
+
 def test_layers_that_come_later_begin_anew_and_the_others_go_on() -> None:
     model = small_network("vit")
     head, body = [], []
@@ -389,7 +424,7 @@ def vit(**options: Any) -> SparseSAM:
         (
             lambda: vit(direction=Friendly(), schedule=Interval(2, reuse=0.5)),
             ValueError,
-            r"not along it with direction Friendly.* use Fresh\(\) with scope 'global'",
+            r"with direction Friendly.* that is along another one; use Fresh\(\)",
         ),
         (
             lambda: SparseSAM(m := nn.Linear(2, 2), torch.optim.SGD(m.parameters(), lr=0.1), direction=Momentum()),
@@ -518,8 +553,13 @@ def test_the_gap_is_narrowed_by_what_is_orthogonal_to_the_descent() -> None:
     [
         ({"gap": -1.0}, "gap is -1.0; at least 0 is needed"),
         ({"gap": 0.5, "adaptive": True}, "gap knows the gradient by the perturbation, which adaptive distorts"),
-        ({"gap": 0.5, "direction": Momentum()}, r"use Fresh\(\) with scope 'global'"),
-        ({"gap": 0.5, "direction": Fresh(scope="worker")}, "with scope 'global'"),
+        (
+            {"gap": 0.5, "direction": Momentum()},
+            r"with direction Momentum\(\) that is along another one; use Fresh\(\)",
+        ),
+        ({"gap": 0.5, "direction": Fresh(scope="worker")}, "gap compares the descent's gradient with that of the same"),
+        ({"gap": 0.5, "direction": Fresh(0.5)}, "gap compares the descent's gradient with that of the same samples"),
+        ({"schedule": Interval(3, reuse=0.5), "direction": Fresh(0.5)}, "reuse between ascents compares the descent's"),
     ],
 )
 def test_a_gap_needs_the_plain_gradient(options: dict[str, Any], message: str) -> None:

@@ -67,6 +67,22 @@ def test_a_scaled_loss_goes_as_far() -> None:
     assert rises(2.0, 0.3, rho=100.0, scaler=scaler) == pytest.approx(rises(2.0, 0.3, rho=100.0), rel=1e-5)
 
 
+@pytest.mark.parametrize("parts", [1, 4])
+def test_each_micro_batch_that_climbs_by_itself_rises_as_far(parts: int) -> None:
+    model = Plane(2.0)
+    direction = Fresh(scope="micro_batch")
+    opt = SparseSAM(model, torch.optim.SGD(model.parameters(), lr=0.0), rho=100.0, loss_budget=0.3, direction=direction)
+    seen: list[float] = []
+
+    def loss(forward: Any, batch: Any) -> Tensor:
+        value: Tensor = forward(batch)
+        seen.append(float(value.detach()))
+        return value
+
+    opt.step(loss, *[torch.ones(2, 3)] * parts)
+    assert [there - here for here, there in zip(seen[::2], seen[1::2], strict=True)] == pytest.approx([0.3] * parts)
+
+
 @pytest.mark.parametrize(
     ("options", "error", "said"),
     [

@@ -31,7 +31,7 @@ MASKS: dict[str, Callable[[], ScoreBased]] = {
     "element random, erk": lambda: Scored("element", 0.7, score="random", allocation="erk", seed=5),
     "row random": lambda: Scored("row", 0.5, score="random", seed=5),
     "tensor random": lambda: Scored("tensor", 0.4, score="random", seed=5),
-    "block random": lambda: Scored("block", 0.5, score="random", seed=5),
+    "block random, each by itself": lambda: Scored("block", 0.5, score="random", seed=5, independent=True),
     "row fisher": lambda: Scored("row", 0.6),
     "row weight, uniform": lambda: Scored("row", 0.4, score="weight", allocation="uniform"),
     "tensor fisher": lambda: Scored("tensor", 0.7),

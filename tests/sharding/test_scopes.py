@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ssam_scale import Fresh, SparseSAM
+from ssam_scale import Fresh, Norms, SparseSAM
 from ssam_scale.perturbation.reference import first_samples, reference_step
 from ssam_scale.sharding import World
 from ssam_scale.sharding.collectives import Traffic
@@ -149,6 +149,31 @@ def test_an_ascent_of_workers_sends_nothing() -> None:
     assert run_ranks(2, sent, ["ddp", "zero0", "zero1", "zero2"])[0] == dict.fromkeys(
         ["ddp", "zero0", "zero1", "zero2"], 0.0
     )
+
+
+def calibrations(world: World, backends: list[str]) -> dict[str, Tensor]:
+    """What a calibrated norm goes by after steps by workers, on this process."""
+    found = {}
+    for backend in backends:
+        model = small_network("vit")
+        blocks = [stage.block for stage in model.stages]
+        placed, base = place(
+            model, blocks, backend, world, lambda m=model: torch.optim.SGD(m.parameters(), lr=0.1), batch_size=4
+        )
+        opt = SparseSAM(placed, base, rho=RHO, direction=WORKER, norm="calibrated", mask=Norms())
+        for batch in batches(2, 8):
+            opt.step(loss_fn, part(batch, world.rank, world.size))
+        found[backend] = torch.stack([*opt.sparse.state_dict()["shares"].values()]).clone()
+    return found
+
+
+@pytest.mark.slow
+def test_what_workers_calibrate_by_is_the_same_on_all_as_a_checkpoint_has_one() -> None:
+    """Each by its own gradient, and then the mean: a resumed run goes on as it would have."""
+    one, other = run_ranks(2, calibrations, ["ddp", "zero0", "zero2"])
+    for backend, shares in one.items():
+        assert torch.equal(shares, other[backend]), backend
+        assert float(shares.sum()) == pytest.approx(1.0, abs=1e-5), backend
 
 
 def refusals(world: World) -> dict[str, str]:

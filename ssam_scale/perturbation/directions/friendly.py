@@ -18,7 +18,7 @@ from ssam_scale.sharding import Sharding
 from ssam_scale.sharding.chunks import Chunk
 
 from .interface import DIRECTIONS, Ascending, Forgetful, Gradients, unscaled
-from .kept import Kept
+from .kept import Kept, begins_without
 
 
 @dataclass(frozen=True)
@@ -58,13 +58,13 @@ class FriendlyGradient(Forgetful):
 
     def __init__(self, direction: Friendly, sharding: Sharding, parameters: Mapping[str, nn.Parameter]) -> None:
         self._direction, self._mean = direction, Kept(sharding, parameters)
-        self._seen: tuple[Plan, list[Tensor], list[Tensor], list[Tensor | None]] | None = None
+        self._seen: tuple[Plan, list[Tensor], list[Tensor], list[Tensor | None], Tensor | float] | None = None
 
     def vectors(self, plan: Plan, gradients: Gradients, scale: Tensor | float = 1.0) -> list[Tensor]:
         """Of the perturbed weights alone."""
         fresh = unscaled(plan, gradients, scale)
         mean, unknown = self._mean.of(plan)
-        self._seen = plan, fresh, mean, unknown
+        self._seen = plan, fresh, mean, unknown, scale
         if not mean:
             return []
         special = list(torch._foreach_mul(mean, -self._direction.sigma))
@@ -76,8 +76,8 @@ class FriendlyGradient(Forgetful):
         if exists is None or self._seen is None:
             self._seen = None
             return
-        (plan, fresh, mean, unknown), self._seen = self._seen, None
-        if not mean:
+        (plan, fresh, mean, unknown, scale), self._seen = self._seen, None
+        if not mean or begins_without(exists, unknown, scale):
             return
         zero_unless_(fresh, exists)
         share = 1.0 - self._direction.lmbda

@@ -109,3 +109,17 @@ class Kept:
                 local, here = self._sharding.scatter(p, full), self._sharding.scatter(p, known)
                 part = None if known.all() else BitMask(pack(here), here.numel())
                 self._of[name] = part, masked_select([local], [part])[0]
+
+
+def begins_without(exists: Tensor, unknown: Sequence[Tensor | None], scale: Tensor | float) -> bool:
+    """Whether there is no gradient for a mean to begin as, of weights of which none is kept (`Kept.of`).
+
+    Such a mean would be known from then on, as zeros. The host waits for the device only where weights are new and
+    losses are scaled: those overflow in first steps, and a `GradScaler` waits in each.
+
+    Args:
+        exists: whether the gradient does, of shape ().
+        unknown: where nothing is kept yet, as `Kept.of` says.
+        scale: of the losses, a number if it never changes.
+    """
+    return isinstance(scale, Tensor) and any(first is not None for first in unknown) and not exists

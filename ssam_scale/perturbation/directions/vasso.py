@@ -17,7 +17,7 @@ from ssam_scale.sharding import Sharding
 from ssam_scale.sharding.chunks import Chunk
 
 from .interface import DIRECTIONS, Ascending, Forgetful, Gradients, unscaled
-from .kept import Kept
+from .kept import Kept, begins_without
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class MeanGradient(Forgetful):
 
     def __init__(self, direction: VaSSO, sharding: Sharding, parameters: Mapping[str, nn.Parameter]) -> None:
         self._direction, self._mean = direction, Kept(sharding, parameters)
-        self._seen: tuple[Plan, list[Tensor], list[Tensor]] | None = None
+        self._seen: tuple[Plan, list[Tensor], list[Tensor], list[Tensor | None], Tensor | float] | None = None
 
     def vectors(self, plan: Plan, gradients: Gradients, scale: Tensor | float = 1.0) -> list[Tensor]:
         """Of the perturbed weights alone."""
@@ -66,7 +66,7 @@ class MeanGradient(Forgetful):
         for d, g, first in zip(moved, begun, unknown, strict=True):
             if first is not None and g is not None:
                 d.copy_(torch.where(first, g, d))
-        self._seen = plan, moved, mean
+        self._seen = plan, moved, mean, unknown, scale
         return moved
 
     def learn(self, exists: Tensor | None) -> None:
@@ -74,8 +74,8 @@ class MeanGradient(Forgetful):
         if exists is None or self._seen is None:
             self._seen = None
             return
-        (plan, moved, mean), self._seen = self._seen, None
-        if mean:
+        (plan, moved, mean, unknown, scale), self._seen = self._seen, None
+        if mean and not begins_without(exists, unknown, scale):
             zero_unless_(moved, exists)
             zero_unless_(mean, ~exists)
             torch._foreach_add_(mean, moved)

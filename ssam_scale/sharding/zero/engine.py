@@ -67,6 +67,7 @@ def zero_engine(module: nn.Module, optimizer: torch.optim.Optimizer, stage: int,
         raise ValueError(f"leave {', '.join(twice)} out of DeepSpeed's configuration: other arguments say it")
     settings = {
         "steps_per_print": sys.maxsize,  # one line every ten steps otherwise
+        "timers": {"throughput": {"enabled": False}},  # waits for the device at every forward and step
         **sections,
         **said,
         "zero_optimization": {**zero, "stage": stage},
