@@ -146,17 +146,22 @@ _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 @contextmanager
 def _repeating(tracked: list[tuple[Any, bool]]) -> Iterator[None]:
-    before = [(layer.track_running_stats, [layer._buffers[name] for name in _STATISTICS]) for layer, _ in tracked]
-    for layer, tracks in tracked:
-        layer.track_running_stats = tracks
+    # In a descent, where all of them are frozen, there is nothing to do; and each stage that is computed again asks.
+    before = [
+        (vars(layer), tracks, layer.track_running_stats, [layer._buffers[name] for name in _STATISTICS])
+        for layer, tracks in tracked
+        if tracks or layer.track_running_stats
+    ]
+    for attributes, tracks, _, statistics in before:
+        attributes["track_running_stats"] = tracks
         if tracks:
-            layer._buffers.update({name: torch.empty_like(layer._buffers[name]) for name in _STATISTICS})
+            attributes["_buffers"].update(zip(_STATISTICS, map(torch.empty_like, statistics), strict=True))
     try:
         yield
     finally:
-        for (layer, _), (tracks, statistics) in zip(tracked, before, strict=True):
-            layer.track_running_stats = tracks
-            layer._buffers.update(zip(_STATISTICS, statistics, strict=True))
+        for attributes, _, tracked_before, statistics in before:
+            attributes["track_running_stats"] = tracked_before
+            attributes["_buffers"].update(zip(_STATISTICS, statistics, strict=True))
 
 
 @contextmanager

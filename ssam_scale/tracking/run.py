@@ -209,7 +209,7 @@ class Run:
         times = {"time/probe": seconds, "probe/base": probe.base, "probe/dense": probe.dense, "probe/own": probe.own}
         if probe.reference:
             times["probe/reference"] = probe.reference
-        self.log(times | self._saving.metrics(), step)
+        self.log(times | self._saving.metrics(intervals=self._saving.interval_is_due), step)
 
     def no_saving(self, reason: str) -> None:
         """Say why nothing will be known of the saving: the tag `saving`."""

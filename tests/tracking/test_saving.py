@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
@@ -124,6 +126,20 @@ def test_the_interval_holds_the_truth_as_often_as_it_says() -> None:
         found = saving_of(drawn(20, seed=seed), window({"sparse": 10}))
         held += found["saving/vs_dense_percent_low"] <= 25.0 <= found["saving/vs_dense_percent_high"]
     assert 85 <= held <= 100
+
+
+def test_intervals_of_many_probes_are_bounded_now_and_then_and_do_not_take_more_and_more() -> None:
+    saving = Saving("ssam-depth")
+    saving.count(window({"sparse": 10}))
+    bounded = []
+    for number, probe in enumerate(drawn(400, seed=5), 1):
+        saving.add(probe)
+        if "saving/vs_dense_percent_low" in saving.metrics(intervals=saving.interval_is_due):
+            bounded.append(number)
+    assert bounded[:10] == [*range(FEWEST, FEWEST + 10)]
+    assert all(later <= 1.05 * one + 1 for one, later in pairwise([*bounded, 400]))
+    assert len(bounded) < 90
+    assert "saving/vs_dense_percent_low" in saving.metrics(), "at the end there is one, of all"
 
 
 def test_another_program_on_the_machine_moves_times_and_not_the_saving() -> None:
