@@ -22,7 +22,7 @@ MASKS: dict[str, Callable[[], Mask]] = {
     "row": lambda: Scored("row", 0.5, score="random"),
     "2:4": lambda: NM(2, 4, score="random", indivisible="unperturbed"),
 }
-SUBSETS, WHOLE = 90, 35  # launches of masks within tensors, and of those that leave tensors whole
+SUBSETS, WHOLE = 90, 40  # launches of masks within tensors, and of those that leave tensors whole
 
 
 @pytest.fixture(autouse=True)
