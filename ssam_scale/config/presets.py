@@ -97,7 +97,7 @@ PRESETS: Mapping[str, Preset] = {
         {"rho": 0.1, "interval": 5, "reuse": 0.7},
         "1 + 1/interval",
         "arXiv 2203.02714",
-        "adaptive; gate; other directions and scopes",
+        "adaptive; gate; parts of the batch; other directions and scopes",
         {"reuse": 0.0, "interval": 1},
     ),
     "gsam": Preset(
@@ -106,7 +106,7 @@ PRESETS: Mapping[str, Preset] = {
         {"rho": 0.6, "rho_final": 0.16666666666666666, "gap": 0.6},
         "2",
         "arXiv 2203.08065",
-        "adaptive; other directions and scopes",
+        "adaptive; parts of the batch; other directions and scopes",
         {"gap": 0.0},
     ),
     "ae-sam": Preset(

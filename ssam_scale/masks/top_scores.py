@@ -122,13 +122,10 @@ class Scored(ScoreBased):
         if self.pattern == "row":
             sizes = {name: _row_size(layout, name) for name in given}
             rows = [layout.numels[name] // size if size else 0 for name, size in sizes.items()]
-            numbers = self._drawn(sum(rows), step).split(rows)
-            if drawn:
-                of_rows = numbers
-            else:
-                pairs = zip(_means(layout, given, sizes, group), numbers, strict=True)
-                of_rows = [_above_all_zeros(mean, number) for mean, number in pairs]
-            return self._rows(layout, given, of_rows, sizes, budget)
+            order = self._drawn(sum(rows), step)
+            if not drawn:
+                order = _above_all_zeros(torch.cat(_means(layout, given, sizes, group)), order)
+            return self._rows(layout, given, order.split(rows), sizes, budget)
         units: dict[str, list[str]] = {}
         for name in layout.shapes:
             units.setdefault(name if self.pattern == "tensor" else str(layout.stages[name]), []).append(name)
