@@ -20,7 +20,7 @@ from .interface import (
     Sharding,
     WrittenWeights,
 )
-from .place import place, sharding_of
+from .place import place, released, sharding_of
 from .process_group import ProcessGroup, leave_process_group
 from .registry import BACKENDS, Backend
 from .world import World, join_world
@@ -41,5 +41,6 @@ __all__ = [
     "join_world",
     "leave_process_group",
     "place",
+    "released",
     "sharding_of",
 ]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -33,6 +34,21 @@ def sharding_of(module: nn.Module) -> Sharding:
     refuse_unsupported(module)
     owner = owner_of(module)
     return Single(module) if owner is None else owner.sharding(module)
+
+
+@contextmanager
+def released(module: nn.Module) -> Iterator[None]:
+    """For as long as `module` is used: afterwards its memory can be had for another one.
+
+    A process may place several, one after another: a run that has to go back, or trains more parameters from an epoch
+    on. After an error nothing is released, which could hide it.
+
+    Args:
+        module: what `place` returned.
+    """
+    yield
+    if (owner := owner_of(module)) is not None:
+        owner.release(module)
 
 
 def place(

@@ -61,6 +61,7 @@ class Backend:
         any_memory_format: whether weights may be in channels_last; FSDP2 and DeepSpeed flatten them row by row.
         held_beside: given the number of weights and sections of DeepSpeed's configuration, bytes that a process holds
             at most beside a plain module's weights, gradients and optimizer state.
+        release: undoes what would keep a module that is on this backend, and all that is with it, alive for ever.
     """
 
     title: str
@@ -72,6 +73,7 @@ class Backend:
     has_replicas: bool = False
     any_memory_format: bool = False
     held_beside: Callable[[int, Mapping[str, Any]], int] = lambda weights, deepspeed: 0
+    release: Callable[[Any], None] = lambda module: None
 
     @property
     def shards_weights(self) -> bool:

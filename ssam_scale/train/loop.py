@@ -19,7 +19,7 @@ from ssam_scale.folders import RESULT
 from ssam_scale.models import train_mode, unfreezes
 from ssam_scale.perturbation import StepReport
 from ssam_scale.perturbation.rng import seed_step
-from ssam_scale.sharding import BACKENDS, World
+from ssam_scale.sharding import BACKENDS, World, released
 from ssam_scale.tracking.run import Run, open_run, run_lines
 from ssam_scale.tracking.system import watched_for
 from ssam_scale.tracking.timer import PhaseTimer
@@ -131,6 +131,7 @@ def _train(
     split = components.split
     progress, total = components.progress, length.steps
     with (
+        released(components.module),
         open_run(
             given,
             enabled=world.first,

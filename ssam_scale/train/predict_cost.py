@@ -35,7 +35,7 @@ from ssam_scale.perturbation.reference import first_samples
 from ssam_scale.perturbation.schedules import build_schedule
 from ssam_scale.sharding import World
 from ssam_scale.sharding.device import PRECISIONS, choose_device, to_device, use_device
-from ssam_scale.sharding.place import place
+from ssam_scale.sharding.place import place, released
 
 from .build import check_precision, perturbation_options, soft_loss
 from .checkpoint_size import checkpoint_bytes, state_bytes_per_weight
@@ -630,7 +630,8 @@ def _simulated(config: Config, placement: Placement, mask: GivenPlan, accumulati
             # A calibration is due in the first step, and its dense ascent is not the plan's usual one.
             options |= {"mask": mask, "schedule": None, "norm": _usual_norm(section)}
             opt = SparseSAM(module, base, **options, max_grad_norm=config.optimizer.clip_grad_norm)
-        done = simulate(opt, work.loss_fn, *batches)
+        with released(module):
+            done = simulate(opt, work.loss_fn, *batches)
         del opt, module, base, staged, blocks  # before the process group, which they hold on to
     return done
 

@@ -25,7 +25,7 @@ from ssam_scale.perturbation import (
 from ssam_scale.perturbation.reference import length_of, masked_by, reference_gradient, reference_step
 from ssam_scale.sharding import World
 from ssam_scale.sharding.chunks import gathered
-from ssam_scale.sharding.place import place
+from ssam_scale.sharding.place import place, released
 from tests.support.directions import Vectors, descended, seen_by_ascent
 from tests.support.masks import whole_mask
 from tests.support.networks import batches, freeze_batchnorm, network_by_names, part, small_network
@@ -197,41 +197,42 @@ def train(
             max_grad_norm=case.clip,
             **kwargs,
         )
-        opt = case.make_sam(distributed, base)
-        scheduler = halved(opt.base_optimizer) if case.schedule else None
-        for _ in range(3 if isinstance(opt.mask, Dynamic) else isinstance(opt.mask, Refreshed)):
-            seen = on(world.device, part(batches(1, BATCH, seed=7)[0], world.rank, world.size))
-            opt.refresh(case.loss_fn, seen)
-        losses, masks = [], []
-        for batch in batches(STEPS, BATCH):
-            own = on(world.device, part(batch, world.rank, world.size))
-            masks.append(whole_mask(opt))
-            micro = [part(own, i, case.accumulation) for i in range(case.accumulation)]
-            if rehearsed:
-                with opt.rehearsal() as rehearse:
-                    for what in rehearsed:
-                        rehearse(what, case.loss_fn, *micro)
-            losses.append(world.sum(opt.step(case.loss_fn, *micro)) / world.size)
-            if scheduler is not None:
-                scheduler.step()
-        named, sharding = opt.parameters.by_name, opt.sharding
-        shards = sharding.shards(list(named.values()))
-        weights = {n: sharding.gather(p, s.weight) for (n, p), s in zip(named.items(), shards, strict=True)}
-        state = gathered(sharding.named_optimizer_state(model.model, opt.base_optimizer))
-        entries = {f"{n}|{entry}": v for n, own in state.get("state", {}).items() for entry, v in own.items()}
-        results.append(
-            {
-                "weights": weights,
-                # Without the step count. Some backends give the whole state to the first rank only.
-                "state": {name: v for name, v in entries.items() if isinstance(v, torch.Tensor) and v.ndim},
-                "masks": masks,
-                "losses": torch.stack(losses),
-                "buffers": {name: buffer.clone() for name, buffer in model.named_buffers()},
-                "sparse": opt.sparse.state_dict(),
-                "kappa": opt.kappa,
-                "random": torch.get_rng_state(),
-            }
-        )
+        with released(distributed):
+            opt = case.make_sam(distributed, base)
+            scheduler = halved(opt.base_optimizer) if case.schedule else None
+            for _ in range(3 if isinstance(opt.mask, Dynamic) else isinstance(opt.mask, Refreshed)):
+                seen = on(world.device, part(batches(1, BATCH, seed=7)[0], world.rank, world.size))
+                opt.refresh(case.loss_fn, seen)
+            losses, masks = [], []
+            for batch in batches(STEPS, BATCH):
+                own = on(world.device, part(batch, world.rank, world.size))
+                masks.append(whole_mask(opt))
+                micro = [part(own, i, case.accumulation) for i in range(case.accumulation)]
+                if rehearsed:
+                    with opt.rehearsal() as rehearse:
+                        for what in rehearsed:
+                            rehearse(what, case.loss_fn, *micro)
+                losses.append(world.sum(opt.step(case.loss_fn, *micro)) / world.size)
+                if scheduler is not None:
+                    scheduler.step()
+            named, sharding = opt.parameters.by_name, opt.sharding
+            shards = sharding.shards(list(named.values()))
+            weights = {n: sharding.gather(p, s.weight) for (n, p), s in zip(named.items(), shards, strict=True)}
+            state = gathered(sharding.named_optimizer_state(model.model, opt.base_optimizer))
+            entries = {f"{n}|{entry}": v for n, own in state.get("state", {}).items() for entry, v in own.items()}
+            results.append(
+                {
+                    "weights": weights,
+                    # Without the step count. Some backends give the whole state to the first rank only.
+                    "state": {name: v for name, v in entries.items() if isinstance(v, torch.Tensor) and v.ndim},
+                    "masks": masks,
+                    "losses": torch.stack(losses),
+                    "buffers": {name: buffer.clone() for name, buffer in model.named_buffers()},
+                    "sparse": opt.sparse.state_dict(),
+                    "kappa": opt.kappa,
+                    "random": torch.get_rng_state(),
+                }
+            )
     return results
 
 

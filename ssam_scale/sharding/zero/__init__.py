@@ -86,6 +86,12 @@ def _place(
     return zero_engine(module, optimizer, stage, options), optimizer
 
 
+def _release(engine: Any) -> None:
+    from .engine import release
+
+    release(engine)
+
+
 def _held_beside(weights: int, deepspeed: Mapping[str, Any], stage: int) -> int:
     """Masters, and the buckets that gradients are reduced in: of a fixed size, two of them where that overlaps."""
     if stage == 0:
@@ -111,5 +117,6 @@ for _stage, _summary in _SHARDED.items():
             launchers="deepspeed or torchrun",
             hands="pieces" if _stage > 0 else "tensors",
             held_beside=partial(_held_beside, stage=_stage),
+            release=_release,
         )
     )

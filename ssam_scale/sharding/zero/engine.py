@@ -301,3 +301,19 @@ class ZeROTraining(DeepSpeedTraining):
         """The engine's, which through a shared prefix enters a backward twice and leaves it once: leaves it again."""
         super().backward(loss)
         self._zero.exit_backward()  # does nothing after a backward that left as often as it entered
+
+
+def release(engine: Any) -> None:
+    """Let go of all that an engine holds, which is not to be used again.
+
+    Its hooks hold it, and are held by nodes of autograd's, where Python looks for no cycles. Some of stage 3 cannot
+    be removed, so that its module stays for ever: without its weights.
+    """
+    module, optimizer = engine.module, engine.optimizer
+    engine.destroy()
+    for parameter in module.parameters():
+        if hasattr(parameter, "ds_tensor"):
+            parameter.data = parameter.ds_tensor = torch.empty(0)
+            parameter.grad = None
+    vars(optimizer).clear()
+    vars(engine).clear()
