@@ -9,7 +9,8 @@ from __future__ import annotations
 import copy
 import gc
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -24,7 +25,7 @@ from ssam_scale.perturbation import SparseSAM, StagedModel
 from ssam_scale.perturbation.directions import scope_of
 from ssam_scale.sharding import BACKENDS, World
 from ssam_scale.sharding.collectives import Traffic
-from ssam_scale.sharding.place import place
+from ssam_scale.sharding.place import place, released
 
 from .networks import Setting
 from .processes import on_ranks
@@ -110,6 +111,7 @@ class Counted:
     floor: float
 
 
+@contextmanager
 def sharded_optimizer(
     setting: Setting,
     setup: BackendSetup,
@@ -117,8 +119,10 @@ def sharded_optimizer(
     scenario: Scenario,
     zero: ZeroSettings = _DEFAULTS,
     network: StagedModel | None = None,
-) -> SparseSAM:
+) -> Iterator[SparseSAM]:
     """The optimizer of a scenario on its own network, sharded or replicated over the processes of `world`.
+
+    At the end, what backends keep of it is given back.
 
     Args:
         setting: on what.
@@ -141,7 +145,8 @@ def sharded_optimizer(
         deepspeed=on_zero if setup.backend.startswith("zero") else None,
         precision=setting.dtype,
     )
-    return sparse_sam(module, base, scenario)
+    with released(module):
+        yield sparse_sam(module, base, scenario)
 
 
 def count_bytes(world: World, setting: Setting, jobs: Sequence[Job], zero: ZeroSettings = _DEFAULTS) -> list[Counted]:
@@ -162,18 +167,18 @@ def count_bytes(world: World, setting: Setting, jobs: Sequence[Job], zero: ZeroS
     gc.freeze()  # what is there already: looking through it takes longer than most steps
     for job in jobs:
         setup, scenario = SETUPS[job.backend], known[job.plan]
-        opt = sharded_optimizer(setting, setup, world, scenario, zero, copy.deepcopy(network))
-        for _ in range(_FIRST):
-            opt.step(setting.loss_fn, batch)
-        for _ in range(_SEEN.get(job.backend, 1)):
-            opt.steps = _FIRST
-            for _ in range(scenario.steps):
+        with sharded_optimizer(setting, setup, world, scenario, zero, copy.deepcopy(network)) as opt:
+            for _ in range(_FIRST):
                 opt.step(setting.loss_fn, batch)
-        opt.steps, densities = _FIRST, []
-        with Traffic() as traffic:
-            for _ in range(scenario.steps):
-                densities.append(opt.density)
-                opt.step(setting.loss_fn, batch)
+            for _ in range(_SEEN.get(job.backend, 1)):
+                opt.steps = _FIRST
+                for _ in range(scenario.steps):
+                    opt.step(setting.loss_fn, batch)
+            opt.steps, densities = _FIRST, []
+            with Traffic() as traffic:
+                for _ in range(scenario.steps):
+                    densities.append(opt.density)
+                    opt.step(setting.loss_fn, batch)
         del opt
         gc.collect()  # modules, hooks and optimizers hold each other
         cluster = Cluster(world.size, world.size, 1.0, 1.0)

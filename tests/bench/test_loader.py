@@ -25,8 +25,8 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("cold", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
+@pytest.mark.exhaustive  # the peers' readers compile and start for minutes
+@pytest.mark.parametrize("cold", [False, True])
 def test_every_reader_reads_all_of_it_in_each_round(photographs: Path, tmp_path: Path, cold: bool) -> None:
     command = [sys.executable, "-m", "ssam_scale", "bench", "loader", str(photographs), "--rounds", "2", "--json"]
     command += ["--resolution", "32", "--batch-size", "8", "--processes", "2", "--workers", "2", *["--cold"] * cold]

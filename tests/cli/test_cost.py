@@ -237,7 +237,7 @@ SLOW = pytest.mark.slow
 
 @pytest.mark.parametrize(
     "backend",
-    ["ddp", "fsdp2", pytest.param("zero1", marks=pytest.mark.exhaustive), pytest.param("zero3", marks=SLOW)],
+    ["ddp", "fsdp2", *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("zero1", "zero3"))],
 )
 @pytest.mark.parametrize(
     "plan",
@@ -266,14 +266,22 @@ FREEZE = "model.freeze=[{parameters: '%s'}]"
 FROZEN = [r"^(patch_embed|cls_token|pos_embed|blocks\.[0-2]\.)", "norm", r"^blocks\.3\.", "^(?!head)"]
 
 
-@pytest.mark.parametrize("plan", ["perturbation.mask.cut=[0.5, 0.5]", pytest.param(ELEMENT, marks=SLOW)])
-@pytest.mark.parametrize("frozen", FROZEN)
+CUT = "perturbation.mask.cut=[0.5, 0.5]"
+# Each backend, what is frozen and plan once in the slow tier.
+ONCE = [("ddp", "norm", CUT), ("fsdp2", FROZEN[2], ELEMENT), ("zero3", FROZEN[0], CUT), ("ddp", FROZEN[3], ELEMENT)]
+EACH = [
+    (backend, frozen, plan)
+    for backend in ("ddp", "fsdp2", "zero2", "zero3")
+    for frozen in FROZEN
+    for plan in (CUT, ELEMENT)
+]
+
+
 @pytest.mark.parametrize(
-    "backend",
+    ("backend", "frozen", "plan"),
     [
-        "ddp",
-        *(pytest.param(name, marks=SLOW) for name in ("fsdp2", "zero3")),
-        pytest.param("zero2", marks=pytest.mark.exhaustive),
+        *(pytest.param(*case, marks=SLOW) for case in ONCE),
+        *(pytest.param(*case, marks=pytest.mark.exhaustive) for case in EACH if case not in ONCE),
     ],
 )
 def test_with_frozen_weights_one_process_sends_and_holds_what_is_predicted(

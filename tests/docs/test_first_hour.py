@@ -42,7 +42,7 @@ def test_everything_on_the_page_is_run() -> None:
     assert all(re.match(r"# [a-z]+\.yaml\n", body) for kind, body in BLOCKS if kind == "yaml")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive  # some twenty processes, one after another
 @pytest.mark.timeout(2400)
 def test_the_first_hour(tmp_path: Path) -> None:
     home = copy_tree(tmp_path / "home")

@@ -68,7 +68,7 @@ def test_coming_from_sam(tmp_path: Path) -> None:
     assert max(apart) <= 1e-6  # the same arithmetic in fp32
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive  # of one of these loops there are more cases below
 @pytest.mark.parametrize("example", IN_LOOPS_OF_OTHERS)
 def test_in_loops_of_others(example: str, tmp_path: Path) -> None:
     pytest.importorskip(IN_LOOPS_OF_OTHERS[example])
@@ -157,7 +157,7 @@ def test_own_model(tmp_path: Path) -> None:
     assert times["cut at 2/3"] < times["dense SAM"]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_fsdp2_loop_under_torchrun(tmp_path: Path) -> None:
     output = output_of(torchrun("fsdp2_loop"), tmp_path)
     losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", output)]

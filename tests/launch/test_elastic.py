@@ -16,7 +16,7 @@ from tests.support.checkout import ROOT
 from tests.support.processes import daemon, free_port, wait_until
 from tests.support.runs import write_config, write_data
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.exhaustive  # minutes, most of them waiting for one another
 
 EPOCHS = 40
 

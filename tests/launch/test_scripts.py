@@ -79,7 +79,7 @@ def test_ports_of_the_composition_answer_this_machine_only() -> None:
     assert not any("network_mode" in service or service.get("user") == "root" for service in services.values())
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_server_of_the_composition_answers_the_trainer(tmp_path: Path) -> None:
     """By the name that the trainer knows it by, and nobody who comes by another, as a web page would."""
     server = yaml.safe_load(COMPOSE.read_text())["services"]["mlflow"]

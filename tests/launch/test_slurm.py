@@ -230,6 +230,7 @@ def test_a_job_that_comes_no_further_ends_with_the_reason(cluster, images, job):
     assert reason in log.read_text()
 
 
+@pytest.mark.exhaustive  # examples start by it in the slow tier
 def test_deepspeed_as_the_launcher(cluster, images, job):
     number = cluster.submit(*TWO_NODES, SCRIPT, CONFIG, *overrides(images), cwd=job, env={"LAUNCHER": "deepspeed"})
     ended = cluster.wait(number, timeout=300)
@@ -272,7 +273,7 @@ def runtimes(tmp_path: Path) -> dict[str, str]:
     return {"PATH": path, "NOTES": str(tmp_path / "notes"), "PYTHON": str(ROOT / ".venv/bin/python")}
 
 
-@pytest.mark.parametrize("image", ["an image.sif", "ssam_scale:latest"])
+@pytest.mark.parametrize("image", ["an image.sif", pytest.param("ssam_scale:latest", marks=pytest.mark.exhaustive)])
 def test_in_a_container(cluster, images, job, tmp_path, runtimes, image):
     (job / "an image.sif").touch()
     environment = {**runtimes, "CONTAINER_IMAGE": image, "CONTAINER_MOUNTS": "/data,/scratch:/tmp/scratch"}
@@ -312,6 +313,7 @@ def test_what_cannot_be_started_is_one_line(cluster, job, runtimes, environment,
     assert line.startswith(f"imagenet_ssam: {message}")
 
 
+@pytest.mark.exhaustive  # a file of one is swept in the slow tier
 def test_a_sweep(cluster, images, job):
     """An array: a folder each, one group; a task that is queued again takes no other with it."""
     words = ["first", "--nodes=1", "--gpus-per-node=0", "--methods", "base,sam", "--seeds", "3", CONFIG]

@@ -87,14 +87,14 @@ def _both(world: World, backends: list[str]) -> dict[str, tuple[dict[str, int], 
     [scenario] = [scenario for scenario in sharded_scenarios() if scenario.name == "cut 0.5"]
     found = {}
     for backend in backends:
-        opt, batch = sharded_optimizer(SETTING, SETUPS[backend], world, scenario), SETTING.batch()
-        for _ in range(2):
-            opt.step(SETTING.loss_fn, batch)
-        with profile(activities=[ProfilerActivity.CPU]) as seen, Traffic() as traffic:
-            opt.step(SETTING.loss_fn, batch)
+        batch = SETTING.batch()
+        with sharded_optimizer(SETTING, SETUPS[backend], world, scenario) as opt:
+            for _ in range(2):
+                opt.step(SETTING.loss_fn, batch)
+            with profile(activities=[ProfilerActivity.CPU]) as seen, Traffic() as traffic:
+                opt.step(SETTING.loss_fn, batch)
         transport = Counter(event.name for event in seen.events() or [] if event.name.startswith("gloo:"))
         found[backend] = dict(traffic.calls), dict(transport)
-        del opt
     return found
 
 
