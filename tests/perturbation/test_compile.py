@@ -106,6 +106,7 @@ def test_the_graphs_do_not_depend_on_where_the_cut_is(family: str, most: int) ->
             assert graphs() == first <= most
 
 
+@pytest.mark.exhaustive
 def test_as_one_graph_it_would_meet_torchs_limit() -> None:
     """Why `StagedModel.compile` is by blocks."""
     model = small_network("vit").train()
@@ -122,6 +123,7 @@ def test_a_mask_that_is_refreshed_asks_for_no_further_graphs(pattern: Any) -> No
     assert many <= few + 1  # a block of which by chance nothing is perturbed
 
 
+@pytest.mark.exhaustive  # a minute or two of a compiler
 @pytest.mark.parametrize("again", [False, True])
 def test_what_is_dropped_at_random_is_the_same_in_both_passes(again: bool) -> None:
     """Compiled kernels draw random numbers of their own, from a seed that they take from torch's random state."""
