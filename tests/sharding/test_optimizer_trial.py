@@ -21,6 +21,7 @@ from ssam_scale.sharding import ProcessGroup, World, place
 from ssam_scale.sharding.optimizer_trial import check_steps
 from tests.support.networks import batches, loss_fn, part, small_network
 from tests.support.ranks import alone, run_ranks
+from tests.support.tiers import few
 
 BATCH, STEPS = 12, 3
 
@@ -252,7 +253,7 @@ def share_of_way(name: str, found: dict[str, Tensor]) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", few([2, 3], 2))
 def test_shards_of_users_optimizers(size: int) -> None:
     """Of a class token one rank has everything, and the others nothing."""
     for name in ("ByNorm", "Lookahead"):

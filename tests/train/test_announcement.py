@@ -69,8 +69,6 @@ def test_the_processes_of_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 def test_two_processes_on_each_backend(data: Path, tmp_path: Path) -> None:
     backends = {
-        "ddp": "DDP",
-        "fsdp2": "FSDP2",
         "fsdp2 sharding.replicas=2": "FSDP2 with 2 replicas",
         "zero3": "ZeRO stage 3",
     }
