@@ -28,7 +28,15 @@ TOGETHER = "tests/gpu_simulated/"
 
 WAITING = {
     f"tests/{file}.py"
-    for file in ("launch/test_slurm", "tracking/test_browser", "tracking/test_faults", "tracking/test_shutdown")
+    for file in (
+        "launch/test_slurm",
+        "tracking/test_browser",
+        "tracking/test_closing",
+        "tracking/test_faults",
+        "tracking/test_shutdown",
+        "train/test_late_ranks",
+        "train/test_launcher",
+    )
 }
 """Files whose tests mostly wait (for time limits, servers, a browser): the last worker's, beside those that compute."""
 

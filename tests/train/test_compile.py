@@ -41,7 +41,7 @@ def test_a_run_is_the_same_within_rounding_and_is_resumed_bit_for_bit(
     assert differing(home / "uninterrupted", last) == []
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive  # compiled steps on ranks are in tests/sharding/test_compile.py
 def test_two_processes_on_fsdp2(data: Path, home: Path) -> None:
     config = write_config(home / "run.yaml", data, **RUN)
     for compiled in ("false", "true"):

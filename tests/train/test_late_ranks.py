@@ -85,7 +85,7 @@ def configured(home: Path, data: Path, backend: str, **sections: Any) -> Path:
     return write_config(home / "run.yaml", data, **{**ENDLESS, "sharding": sharding, **sections})
 
 
-@pytest.mark.parametrize("backend", few(BACKENDS, "ddp", "zero3"))
+@pytest.mark.parametrize("backend", few(BACKENDS, "zero3"))
 def test_a_stopped_process_is_named(backend: str, data: Path, home: Path) -> None:
     with Ranks(configured(home, data, backend), 3, main) as ranks:
         ranks.wait_until_training()
