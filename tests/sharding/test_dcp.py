@@ -19,6 +19,7 @@ from ssam_scale.sharding.place import place
 from tests.support.masks import whole_mask
 from tests.support.networks import batches, freeze_batchnorm, loss_fn, part, small_network
 from tests.support.ranks import alone, run_ranks
+from tests.support.tiers import few
 from tests.support.training import BATCH, CLIP, RHO, TOLERANCE, Case
 
 pytestmark = [
@@ -161,7 +162,7 @@ def test_on_as_many_ranks_training_goes_on_bit_for_bit(two: Any) -> None:
                 assert not differing(resumed[name][when], uninterrupted[name][when])
 
 
-@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("size", few([1, 3], 3))
 def test_on_other_numbers_of_ranks_it_goes_on_with_the_same_masks_weights_and_momentum(
     two: Any, folder: Path, size: int
 ) -> None:

@@ -106,10 +106,8 @@ def test_workers_climb_by_their_own_batch_where_each_holds_all_weights(backend: 
 @pytest.mark.parametrize(
     ("backend", "sharers"),
     [
-        ("ddp", 1),
         ("fsdp2", 2),
-        *(pytest.param(f"zero{stage}", 1, marks=pytest.mark.exhaustive) for stage in (0, 1)),
-        ("zero2", 1),
+        *(pytest.param(backend, 1, marks=pytest.mark.exhaustive) for backend in ("ddp", "zero0", "zero1", "zero2")),
         ("zero3", 2),
     ],
 )
