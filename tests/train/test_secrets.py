@@ -112,6 +112,7 @@ def test_the_sweep_finds_what_it_looks_for(tmp_path: Path) -> None:
         wait_until(lambda: bool(watch.shown), PATIENCE_S, "its arguments")
 
 
+@pytest.mark.exhaustive
 def test_no_secret_is_written_said_or_shown(server: MLflowServer, data: Path, tmp_path: Path) -> None:
     """A run that ends well, one that fails, one whose store goes away, resumed and sent; and all that looks at them.
 

@@ -30,7 +30,6 @@ from ssam_scale.train.sharpness import MeasureSharpness, mean_loss
 from tests.support.checkout import ROOT
 from tests.support.processes import run
 from tests.support.runs import CLASSES, VIT, differing, ssam_scale, train_on_ranks, write_config
-from tests.support.tiers import few
 
 MEASURED: dict[str, Any] = {"images": 20, "rho": 0.1, "eigenvalues": 2, "probes": 2, "micro_batch": 11}
 FROZEN = "model.freeze=[{parameters: ^conv1}]"
@@ -220,8 +219,8 @@ def test_a_measurement_is_left_at_a_signal_and_comes_after_the_run_is_resumed(
 BACKENDS = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("backend", few(BACKENDS, "fsdp2"))
+@pytest.mark.exhaustive  # minutes
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_processes_share_images_and_vectors_of_sharded_weights(backend: str, data: Path, tmp_path: Path) -> None:
     """Two processes' own measurement; that of their checkpoint by two processes of torchrun; and by one."""
     section = {**MEASURED, "images": 21}

@@ -63,11 +63,21 @@ def interrupt(config: Path, processes: int, number: signal.Signals, log: Path, *
             rank.kill()
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_interrupted_runs_end_where_they_would_have(processes: int, data: Path, home: Path) -> None:
+@pytest.mark.parametrize(
+    ("processes", "numbers"),
+    [
+        (1, [signal.SIGUSR1, signal.SIGINT]),
+        (2, [signal.SIGTERM]),
+        pytest.param(1, [signal.SIGTERM, signal.SIGHUP], marks=pytest.mark.exhaustive),
+        pytest.param(2, [signal.SIGUSR1, signal.SIGHUP, signal.SIGINT], marks=pytest.mark.exhaustive),
+    ],
+)
+def test_interrupted_runs_end_where_they_would_have(
+    processes: int, numbers: list[signal.Signals], data: Path, home: Path
+) -> None:
     config = write_config(home / "run.yaml", data, **LONG)
     train_on_ranks(processes, config, f"checkpoint.directory={home}/whole", f"tracking.uri=sqlite:///{home}/whole.db")
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT):
+    for number in numbers:
         said = interrupt(config, processes, number, home / number.name)
         saved = newest(home / "checkpoints")
         assert saved is not None
