@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ perturbation: {rho: 0.1, mask: {pattern: depth, policy: rotate}}
 train: {epochs: 2}
 """
 ELEMENT = "perturbation.mask={pattern: element}"
+CUT = "perturbation.mask.cut=[0.5, 0.5]"
 Row = dict[str, Any]
 
 
@@ -242,7 +244,7 @@ SLOW = pytest.mark.slow
 @pytest.mark.parametrize(
     "plan",
     [
-        pytest.param("perturbation.mask.cut=[0.5, 0.5]", marks=pytest.mark.exhaustive),
+        pytest.param(CUT, marks=pytest.mark.exhaustive),
         pytest.param("perturbation.mask={pattern: tensor}", marks=pytest.mark.exhaustive),
         "perturbation.norm=calibrated",
     ],
@@ -266,15 +268,9 @@ FREEZE = "model.freeze=[{parameters: '%s'}]"
 FROZEN = [r"^(patch_embed|cls_token|pos_embed|blocks\.[0-2]\.)", "norm", r"^blocks\.3\.", "^(?!head)"]
 
 
-CUT = "perturbation.mask.cut=[0.5, 0.5]"
-# Each backend, what is frozen and plan once in the slow tier.
+# In the slow tier each of what is frozen once, on a backend that holds all weights and on two that shard them.
 ONCE = [("ddp", "norm", CUT), ("fsdp2", FROZEN[2], ELEMENT), ("zero3", FROZEN[0], CUT), ("ddp", FROZEN[3], ELEMENT)]
-EACH = [
-    (backend, frozen, plan)
-    for backend in ("ddp", "fsdp2", "zero2", "zero3")
-    for frozen in FROZEN
-    for plan in (CUT, ELEMENT)
-]
+EACH = itertools.product(("ddp", "fsdp2", "zero2", "zero3"), FROZEN, (CUT, ELEMENT))
 
 
 @pytest.mark.parametrize(

@@ -3,31 +3,21 @@
 from __future__ import annotations
 
 import gc
-from functools import partial
 
 import pytest
 import torch
 
-from ssam_scale.sharding import World, place, released
+from ssam_scale.sharding import World, released
 from tests.support.networks import batches, part
 from tests.support.ranks import run_ranks
-from tests.support.training import BATCH, Case
+from tests.support.training import BATCH, Case, placed
 
 CASE = Case("vit", "element")
 
 
 def _left(world: World, backend: str) -> float:
     """The share of the bytes after a step that is still there, once nothing refers to what was trained."""
-    model = CASE.make_model()
-    distributed, base = place(
-        model,
-        [stage.block for stage in model.stages],
-        backend,
-        world,
-        partial(CASE.make_optimizer, model),
-        batch_size=BATCH // world.size,
-        max_grad_norm=CASE.clip,
-    )
+    model, distributed, base = placed(world, backend, CASE)
     opt = CASE.make_sam(distributed, base)
     with released(distributed):
         own = part(batches(1, BATCH)[0], world.rank, world.size)

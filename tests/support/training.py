@@ -171,6 +171,23 @@ def halved(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRSched
     return torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
 
 
+def placed(world: World, backend: Any, case: Case, **kwargs: Any) -> tuple[Any, torch.nn.Module, torch.optim.Optimizer]:
+    """A case's model; the same on a backend; and its optimizer. `kwargs` are of `place`."""
+    model: Any = case.make_model()
+    distributed, base = place(
+        model,
+        [stage.block for stage in model.stages],
+        backend,
+        world,
+        lambda: case.make_optimizer(model),
+        batch_size=BATCH // world.size // case.accumulation,
+        accumulation=case.accumulation,
+        max_grad_norm=case.clip,
+        **kwargs,
+    )
+    return model, distributed, base
+
+
 def train(
     world: World, backend: Any, cases: list[Case], rehearsed: tuple[Rehearsed, ...] = (), **kwargs: Any
 ) -> list[dict[str, Any]]:
@@ -185,18 +202,7 @@ def train(
     """
     results = []
     for case in cases:
-        model = case.make_model()
-        distributed, base = place(
-            model,
-            [stage.block for stage in model.stages],
-            backend,
-            world,
-            lambda model=model, case=case: case.make_optimizer(model),
-            batch_size=BATCH // world.size // case.accumulation,
-            accumulation=case.accumulation,
-            max_grad_norm=case.clip,
-            **kwargs,
-        )
+        model, distributed, base = placed(world, backend, case, **kwargs)
         with released(distributed):
             opt = case.make_sam(distributed, base)
             scheduler = halved(opt.base_optimizer) if case.schedule else None

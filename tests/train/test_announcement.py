@@ -11,6 +11,7 @@ from ssam_scale.config.schema import Sharding
 from ssam_scale.sharding import World
 from tests.support.ranks import run_ranks
 from tests.support.runs import VIT, ssam_scale, train_on_ranks, write_config
+from tests.support.tiers import few
 
 ALONE = "on 1 process of 1 node, single"
 
@@ -66,13 +67,17 @@ def test_the_processes_of_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     assert _where(World()) == (False, 1, "CPU")
 
 
+TITLES = {
+    "ddp": "DDP",
+    "fsdp2": "FSDP2",
+    "fsdp2 sharding.replicas=2": "FSDP2 with 2 replicas",
+    "zero3": "ZeRO stage 3",
+}
+
+
 @pytest.mark.slow
-def test_two_processes_on_each_backend(data: Path, tmp_path: Path) -> None:
-    backends = {
-        "fsdp2 sharding.replicas=2": "FSDP2 with 2 replicas",
-        "zero3": "ZeRO stage 3",
-    }
-    for index, (backend, title) in enumerate(backends.items()):
-        config = write_config(tmp_path / "run.yaml", data, model=VIT, train={"epochs": 1})
-        said = train_on_ranks(2, config, *f"sharding.backend={backend} checkpoint.directory={tmp_path}/{index}".split())
-        assert f"base vit_tiny_patch16_224 on 2 processes of 1 node, {title}, CPU, fp32\n" in said
+@pytest.mark.parametrize("backend", few(TITLES, "fsdp2 sharding.replicas=2", "zero3"))
+def test_two_processes_on_each_backend(backend: str, data: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path / "run.yaml", data, model=VIT, train={"epochs": 1})
+    said = train_on_ranks(2, config, *f"sharding.backend={backend} checkpoint.directory={tmp_path}/run".split())
+    assert f"base vit_tiny_patch16_224 on 2 processes of 1 node, {TITLES[backend]}, CPU, fp32\n" in said
