@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -15,12 +16,14 @@ import torch.distributed as dist
 
 from ssam_scale.sharding import World, bucketed_all_reduce
 from tests.support.gpus import selects_gpu_tests_only
+from tests.support.pretended_gpu.reports import MARK, reports_of
 from tests.support.processes import run
 from tests.support.ranks import RankError, run_ranks
 from tests.support.tiers import few
 from tests.support.workers import APART, WAITING
 
 TORCHRUN = ["torchrun", "--standalone", "--nproc_per_node=2"]
+PHASES = ("setup", "call", "teardown")
 SAY = "import os; print(repr(os.environ['CUDA_VISIBLE_DEVICES']))"
 
 
@@ -95,6 +98,28 @@ def test_what_a_run_of_pytest_sees(expression: str, seen: str, tmp_path: Path) -
     reason = "needs a CUDA device" if seen else "run these by themselves: pytest -m gpu"
     assert done.returncode == 0, done.stdout + done.stderr
     assert reason in done.stdout
+
+
+@pytest.mark.parametrize(
+    "then",
+    ["import os; os.abort()", "import subprocess; subprocess.Popen(['sleep', '1000'])"],
+    ids=["dies", "is silent"],
+)
+def test_what_a_pretending_process_ends_without_is_reported_as_failed(
+    then: str, request: pytest.FixtureRequest
+) -> None:
+    """Raised from a hook it would have ended the worker, and the run with it."""
+    items = [request.node, pytest.Function.from_parent(request.node.parent, name="test_other", callobj=lambda: None)]
+    passed = [pytest.TestReport(items[0].nodeid, items[0].location, {}, "passed", None, when) for when in PHASES]
+    hook = request.config.hook
+    lines = [MARK + json.dumps(hook.pytest_report_to_serializable(config=request.config, report=one)) for one in passed]
+    said = "print('what was said', flush=True); " + "; ".join(f"print({line!r}, flush=True)" for line in lines)
+    reports = reports_of([sys.executable, "-IS", "-c", f"{said}; {then}"], items, silence=5)
+    assert [(one.when, one.outcome) for one in reports[items[0].nodeid]] == [(when, "passed") for when in PHASES]
+    (missing,) = reports[items[1].nodeid]
+    assert missing.failed
+    assert "before or in this test" in missing.longreprtext
+    assert "what was said" in missing.longreprtext
 
 
 @pytest.mark.exhaustive

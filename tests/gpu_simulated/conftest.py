@@ -6,21 +6,21 @@ its number of GPUs (`DEVICES`, 1 unless the module says another) and its `WORLD`
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from ssam_scale.sharding import World, join_world
-from tests.support.pretended_gpu.reports import MARK, REPORTS, ROOT
+from tests.support.pretended_gpu.reports import REPORTS, reports_of
 from tests.support.processes import free_port
 
 _HERE = Path(__file__).parent
+_SILENCE = 600.0
+"""Seconds from one test's report to the next: the longest test takes one where nothing else runs."""
+
 _PRETENDING = "SSAM_SCALE_PRETENDED_GPUS" in os.environ
 if _PRETENDING:
     from ssam_scale.masks.kernels import gpu
@@ -36,8 +36,7 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
     if item.nodeid not in reports:
         reports.update(_run([other for other in item.session.items if _process_of(other) == _process_of(item)]))
     item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
-    for data in reports[item.nodeid]:
-        report = item.config.hook.pytest_report_from_serializable(config=item.config, data=data)
+    for report in reports[item.nodeid]:
         item.ihook.pytest_runtest_logreport(report=report)
     item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
     return True
@@ -51,23 +50,13 @@ def _process_of(item: pytest.Item) -> tuple[int, str] | None:
     return getattr(module.obj, "DEVICES", 1), getattr(module.obj, "WORLD", "one process")
 
 
-def _run(items: list[pytest.Item]) -> dict[str, list[dict[str, Any]]]:
+def _run(items: list[pytest.Item]) -> dict[str, list[pytest.TestReport]]:
     """The reports of a process's tests by their ids."""
     process = _process_of(items[0])
     assert process is not None
     command = [sys.executable, "-m", "tests.support.pretended_gpu", "--devices", str(process[0]), "-m"]
     command += ["tests.support.pretended_gpu.reports", *(item.nodeid for item in items)]
-    environment = {key: value for key, value in os.environ.items() if key != "CUDA_VISIBLE_DEVICES"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=800)
-    reports: dict[str, list[dict[str, Any]]] = {}
-    for line in done.stdout.splitlines():
-        if line.startswith(MARK):
-            data = json.loads(line.removeprefix(MARK))
-            reports.setdefault(data["nodeid"], []).append(data)
-    missing = [item.nodeid for item in items if item.nodeid not in reports]
-    if missing:
-        pytest.fail(f"the pretending process ended before {missing[0]}:\n{(done.stdout + done.stderr)[-5000:]}")
-    return reports
+    return reports_of(command, items, silence=_SILENCE)
 
 
 @pytest.fixture(scope="session")

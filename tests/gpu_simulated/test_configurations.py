@@ -61,7 +61,8 @@ def test_each_configuration_has_its_smaller_one() -> None:
     "backend",
     [
         "as it says",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("single", "ddp", "fsdp2", "zero2", "zero3")),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("fsdp2", "zero3")),
+        *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("single", "ddp", "zero2")),
     ],
 )
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

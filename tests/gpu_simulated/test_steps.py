@@ -41,15 +41,16 @@ def stepped(case: Case, device: torch.device) -> tuple[dict[str, torch.Tensor], 
     return {name: p.detach().cpu() for name, p in model.named_parameters()}, watch
 
 
-# Triton's interpreter, which takes seconds for masks within tensors, has one of them in the quick tier.
-SLOW = [name for name in CASES if any(mask in name for mask in ("element", "row", "1:4", "dynamic"))][1:]
-# Of the others, those that say nothing that no other says.
-SLOW += CASES.keys() - {*SLOW, *each_option_once()}
+def tier_of(name: str) -> list[pytest.MarkDecorator]:
+    """The tier of a case's test: Triton's interpreter takes seconds for a mask within tensors, but for the first."""
+    within_tensors = [case for case in CASES if any(mask in case for mask in ("element", "row", "1:4", "dynamic"))]
+    says_more = name in each_option_once()
+    if name in within_tensors[1:]:
+        return [pytest.mark.slow] if says_more else [pytest.mark.exhaustive]
+    return [] if says_more or name in within_tensors else [pytest.mark.slow]
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in CASES]
-)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=tier_of(name)) for name in CASES])
 def test_a_step_is_the_cpus_and_the_host_never_waits(name: str) -> None:
     case = CASES[name]
     on_gpu, watch = stepped(case, CUDA)
