@@ -28,6 +28,13 @@ if _PRETENDING:
     gpu.BLOCK = 1 << 16  # the interpreter takes a millisecond for a program, however large
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The first test of a process waits for all of them: each has its time limit in the process and none here."""
+    for item in items:
+        if not _PRETENDING and _process_of(item) is not None:
+            item.add_marker(pytest.mark.timeout(0))
+
+
 def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
     """Hand on what the pretending process reported of this test."""
     if _PRETENDING or _process_of(item) is None:
