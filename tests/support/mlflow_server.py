@@ -43,6 +43,8 @@ class MLflowServer:
         if artifacts is not None:
             self._command += ["--artifacts-destination", str(artifacts)]
         self._environment = os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
+        # Evaluations of language models, for which it starts eight more processes that each import MLflow.
+        self._environment |= {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
         self._environment.pop("MLFLOW_TRACKING_URI", None)
         self._environment |= environment or {}
         self._process: subprocess.Popen[bytes] | None = None
