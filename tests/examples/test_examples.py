@@ -140,7 +140,7 @@ def test_transformers_accumulates_for_both_passes(
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)  # fp32: the mean is taken before or after the sum
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_lora(tmp_path: Path) -> None:
     pytest.importorskip("peft")
     output = output_of([sys.executable, EXAMPLES / "lora.py"], tmp_path)

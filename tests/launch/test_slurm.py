@@ -273,7 +273,8 @@ def runtimes(tmp_path: Path) -> dict[str, str]:
     return {"PATH": path, "NOTES": str(tmp_path / "notes"), "PYTHON": str(ROOT / ".venv/bin/python")}
 
 
-@pytest.mark.parametrize("image", ["an image.sif", pytest.param("ssam_scale:latest", marks=pytest.mark.exhaustive)])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("image", ["an image.sif", "ssam_scale:latest"])
 def test_in_a_container(cluster, images, job, tmp_path, runtimes, image):
     (job / "an image.sif").touch()
     environment = {**runtimes, "CONTAINER_IMAGE": image, "CONTAINER_MOUNTS": "/data,/scratch:/tmp/scratch"}

@@ -14,6 +14,7 @@ import pytest
 from tests.support.checkout import ROOT
 from tests.support.processes import daemon, free_port, wait_until
 from tests.support.runs import write_config
+from tests.support.tiers import few
 
 pytestmark = pytest.mark.slow
 
@@ -46,7 +47,7 @@ def is_rank(pid: int) -> bool:
     return "launch/train.py --config" in command_of(pid).replace("--local_rank=0 ", "").replace("--local_rank=1 ", "")
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("launcher", few(LAUNCHERS, "torchrun"))
 def test_ranks_end_with_a_launcher_that_is_killed(launcher: str, tmp_path: Path, data: Path) -> None:
     config = write_config(tmp_path / "run.yaml", data, train={"epochs": 100_000}, checkpoint={"every_epochs": 100_000})
     options = [option.format(port=free_port()) for option in LAUNCHERS[launcher]]

@@ -66,8 +66,8 @@ def interrupt(config: Path, processes: int, number: signal.Signals, log: Path, *
 @pytest.mark.parametrize(
     ("processes", "numbers"),
     [
-        (1, [signal.SIGUSR1, signal.SIGINT]),
         (2, [signal.SIGTERM]),
+        pytest.param(1, [signal.SIGUSR1, signal.SIGINT], marks=pytest.mark.exhaustive),
         pytest.param(1, [signal.SIGTERM, signal.SIGHUP], marks=pytest.mark.exhaustive),
         pytest.param(2, [signal.SIGUSR1, signal.SIGHUP, signal.SIGINT], marks=pytest.mark.exhaustive),
     ],

@@ -127,6 +127,7 @@ def test_a_result_that_is_none(home: Path, capfd: pytest.CaptureFixture[str], da
     assert "result.json: is not a run's result; remove checkpoints/first/config-seed-0, and" in capfd.readouterr().err
 
 
+@pytest.mark.exhaustive
 def test_it_goes_on_where_it_was_told_to_end(home: Path) -> None:
     """At SIGTERM each run saves; the next command ends with the weights of one that was never told."""
     path = write(home, methods=["config"], seeds=[0, 1], overrides={"train.epochs": 40, "checkpoint.keep": 1})
@@ -156,6 +157,7 @@ def test_runs_end_with_a_sweep_that_is_killed(home: Path) -> None:
     wait_for(lambda: not any(Path(f"/proc/{child}").exists() for child in children))
 
 
+@pytest.mark.exhaustive
 def test_two_processes_a_run(home: Path) -> None:
     """torchrun starts them: the same accuracy as of one, to rounding."""
     assert ssam_scale("sweep", write(home, methods=["base"], overrides={"model.name": "resnet18"})) == 0

@@ -200,7 +200,7 @@ def test_a_tracker_that_is_not_installed_is_an_error_before_anything_is_made(
     assert {path.name for path in tmp_path.iterdir()} == {"run.yaml"}
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_sweep_without_mlflow_ends_without_a_comparison(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
