@@ -7,18 +7,15 @@ as JSON; `reports_of` reads those.
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
 import sys
 import tempfile
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
+
+from tests.support.processes import daemon
 
 ROOT = Path(__file__).parents[3]
 REPORTS: pytest.StashKey[dict[str, list[pytest.TestReport]]] = pytest.StashKey()
@@ -33,21 +30,18 @@ def reports_of(
     Args:
         command: starts the process.
         items: the tests.
-        silence: seconds from one report to the next that are too long: the process is killed. How long all of them
-            take depends on the machine and on what else it does.
+        silence: seconds without a word that are too long: the process is ended. How long all tests take depends on the
+            machine and on what else it does.
     """
     reports: dict[str, list[pytest.TestReport]] = {item.nodeid: [] for item in items}
-    config = items[0].config
-    said = []
-    with _started(command, silence) as (lines, errors):
-        for line in lines:
-            if line.startswith(MARK):
-                data = json.loads(line.removeprefix(MARK))
-                reports[data["nodeid"]].append(config.hook.pytest_report_from_serializable(config=config, data=data))
-            else:
-                said.append(line)
-        errors.seek(0)
-        text = ("".join(said) + errors.read())[-5000:]
+    config, said = items[0].config, []
+    for line in _lines_of(["env", "-C", str(ROOT), "-u", "CUDA_VISIBLE_DEVICES", *command], silence):
+        if line.startswith(MARK):
+            data = json.loads(line.removeprefix(MARK))
+            reports[data["nodeid"]].append(config.hook.pytest_report_from_serializable(config=config, data=data))
+        else:
+            said.append(line)
+    text = "\n".join(said)[-5000:]
     for item in items:
         if not (of_it := reports[item.nodeid]) or of_it[-1].when != "teardown":
             why = f"the pretending process ended, or was silent for {silence:g} s, before or in this test:\n{text}"
@@ -55,45 +49,17 @@ def reports_of(
     return reports
 
 
-@contextmanager
-def _started(command: Sequence[str], silence: float) -> Iterator[tuple[Iterator[str], Any]]:
-    """A process's lines, until it ends or was silent for too long, and the file of its errors; with all it started."""
-    environment = {key: value for key, value in os.environ.items() if key != "CUDA_VISIBLE_DEVICES"}
-    with (
-        tempfile.TemporaryFile("w+", errors="replace") as errors,
-        subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-            errors="replace",
-            start_new_session=True,
-        ) as process,
-    ):
-
-        def end() -> None:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-
-        def lines() -> Iterator[str]:
-            assert process.stdout is not None
-            while True:
-                timer = threading.Timer(silence, end)
-                timer.start()
-                try:
-                    line = process.stdout.readline()
-                finally:
-                    timer.cancel()
-                if not line:
-                    return
-                yield line
-
-        try:
-            yield lines(), errors
-        finally:
-            end()
+def _lines_of(command: Sequence[str], silence: float) -> list[str]:
+    """What a process has said when it ends, or has been silent for too long."""
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log"
+        with daemon(command, log) as process:
+            size, since = 0, time.monotonic()
+            while process.poll() is None and time.monotonic() - since < silence:
+                time.sleep(0.2)
+                if log.stat().st_size != size:
+                    size, since = log.stat().st_size, time.monotonic()
+        return log.read_text(errors="replace").splitlines()
 
 
 class _Print:
