@@ -36,6 +36,7 @@ from tests.support.training import (
     Case,
     largest_difference,
     on,
+    placed,
     reference,
     train,
 )
@@ -174,18 +175,8 @@ def check_low_precision(
 
 def sam_on(world: World, backend: Any, deepspeed: Any = None) -> SparseSAM:
     """The optimizer of `MOVING_CUT`."""
-    model = MOVING_CUT.make_model()
-    placed, base = place(
-        model,
-        [stage.block for stage in model.stages],
-        backend,
-        world,
-        lambda: MOVING_CUT.make_optimizer(model),
-        batch_size=BATCH,
-        max_grad_norm=MOVING_CUT.clip,
-        deepspeed=deepspeed,
-    )
-    return MOVING_CUT.make_sam(placed, base)
+    _, distributed, base = placed(world, backend, MOVING_CUT, deepspeed=deepspeed)
+    return MOVING_CUT.make_sam(distributed, base)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
