@@ -19,7 +19,7 @@ from tests.support.processes import free_port
 
 _HERE = Path(__file__).parent
 _SILENCE = 600.0
-"""Seconds from one test's report to the next: the longest test takes one where nothing else runs."""
+"""Seconds without a word that are too long: the longest test takes 20 where nothing else runs."""
 
 _PRETENDING = "SSAM_SCALE_PRETENDED_GPUS" in os.environ
 if _PRETENDING:

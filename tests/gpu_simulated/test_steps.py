@@ -41,13 +41,16 @@ def stepped(case: Case, device: torch.device) -> tuple[dict[str, torch.Tensor], 
     return {name: p.detach().cpu() for name, p in model.named_parameters()}, watch
 
 
+# Triton's interpreter takes seconds for masks within tensors, of which the quick tier has one.
+WITHIN_TENSORS = [name for name in CASES if any(mask in name for mask in ("element", "row", "1:4", "dynamic"))]
+SAYS_MORE = each_option_once()
+
+
 def tier_of(name: str) -> list[pytest.MarkDecorator]:
-    """The tier of a case's test: Triton's interpreter takes seconds for a mask within tensors, but for the first."""
-    within_tensors = [case for case in CASES if any(mask in case for mask in ("element", "row", "1:4", "dynamic"))]
-    says_more = name in each_option_once()
-    if name in within_tensors[1:]:
-        return [pytest.mark.slow] if says_more else [pytest.mark.exhaustive]
-    return [] if says_more or name in within_tensors else [pytest.mark.slow]
+    """The tier of a case's test: later where it takes longer, and where it says nothing that no other says."""
+    if name in WITHIN_TENSORS[1:]:
+        return [pytest.mark.slow] if name in SAYS_MORE else [pytest.mark.exhaustive]
+    return [] if name in [*SAYS_MORE, *WITHIN_TENSORS] else [pytest.mark.slow]
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=tier_of(name)) for name in CASES])
